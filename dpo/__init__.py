@@ -1,0 +1,1 @@
+"""Exact, sharded Direct Preference Optimization: `torchrun -m dpo.train --config FILE`."""

@@ -1,0 +1,50 @@
+"""The micro-batches of one rank: from the pairs of a step to packed tensors. The same path for training, evaluation and
+the reference pass."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from dpo.attention import Window
+from dpo.packing import PackedBatch, RefLogps, pack
+from dpo.pair_set import PairSet
+from dpo.plan import CostModel, StepPlan, Tree, grow_trees, plan_step
+
+PAIRS_PER_EVALUATION_PLAN = 1024
+"""An evaluation set is planned in parts of so many pairs: planning grows faster than linearly."""
+
+
+@dataclass(frozen=True)
+class Packer:
+    """What turns trees into this rank's tensors; the same all through a run."""
+
+    rank: int
+    num_ranks: int
+    tokens_per_micro_batch: int
+    costs: CostModel
+    windows: tuple[Window, ...]
+    device: torch.device
+    dtype: torch.dtype
+    ref_logps: RefLogps
+
+    def plan(self, trees: Sequence[Tree]) -> StepPlan:
+        """The plan of all ranks."""
+        return plan_step(trees, self.num_ranks, self.tokens_per_micro_batch, self.costs)
+
+    def pack(self, plan: StepPlan) -> list[PackedBatch]:
+        """This rank's micro-batches; every rank has the same number of them."""
+        return [
+            pack(trees, plan, self.ref_logps, self.windows, self.device, self.dtype)
+            for trees in plan.micro_batches[self.rank]
+        ]
+
+
+def evaluation_plans(pairs: PairSet, packer: Packer) -> list[StepPlan]:
+    """Plans that together hold every pair of an evaluation set once, each with the denominators of the whole set."""
+    order = np.argsort(pairs.prompt_of_pair, kind="stable")  # so that trees are whole, but at the parts' ends
+    parts = np.split(order, range(PAIRS_PER_EVALUATION_PLAN, len(order), PAIRS_PER_EVALUATION_PLAN))
+    plans = [packer.plan(grow_trees(pairs.pairs(part))) for part in parts if len(part)]
+    winner_tokens = sum(plan.winner_tokens_in_step for plan in plans)
+    return [replace(plan, pairs_in_step=len(pairs), winner_tokens_in_step=winner_tokens) for plan in plans]

@@ -1,0 +1,116 @@
+"""The files of the reference cache: immutable blocks of rows (key of prompt and completion -> log-probability).
+
+    CACHE/<reference key>/about.json            what the key stands for, for people
+                          rows-<sha256>.bin     a block; its name is the hash of its bytes
+
+A block is written under another name and renamed, never changed: several jobs may read and add at the same time, and a
+killed one leaves whole blocks. Which rows belong together is said by the folder's name alone (`reference_key`).
+"""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dpo.progress import say
+
+ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("logp", "<f8")])
+"""A row on disk: a 16-byte key as two integers, and the log-probability in nats (float64 holds a float32 exactly)."""
+
+
+def reference_key(facts: Mapping[str, str]) -> str:
+    """The folder name for the facts that decide a row's value: the model by content, and the numerics."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def default_cache_dir() -> Path:
+    """$DPO_CACHE, or ~/.cache/dpo."""
+    return Path(os.environ.get("DPO_CACHE") or "~/.cache/dpo").expanduser()
+
+
+def split_keys(keys: Sequence[bytes]) -> np.ndarray:
+    """Keys of 16 bytes as (N, 2) uint64."""
+    return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class RefRows:
+    """Reference log-probabilities by key: high (N,) sorted, low (N,), logps (N,) nats."""
+
+    high: np.ndarray
+    low: np.ndarray
+    logps: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.high)
+
+    def find(self, keys: np.ndarray) -> np.ndarray:
+        """The place of each of keys (M, 2) among the rows, or -1: (M,)."""
+        place = np.searchsorted(self.high, keys[:, 0])
+        found = np.full(len(keys), -1)
+        open_ = np.ones(len(keys), bool)
+        while open_.any():  # once, but for keys that share their first half
+            inside = open_ & (place < len(self))
+            open_ = np.zeros(len(keys), bool)
+            open_[inside] = self.high[place[inside]] == keys[inside, 0]
+            hit = open_.copy()
+            hit[open_] = self.low[place[open_]] == keys[open_, 1]
+            found[hit] = place[hit]
+            open_ &= ~hit
+            place = place + open_
+        return found
+
+    def logp(self, key: bytes) -> float:
+        """The log-probability of one key, nats. Raises KeyError."""
+        place = int(self.find(split_keys([key]))[0])
+        if place < 0:
+            raise KeyError(key.hex())
+        return float(self.logps[place])
+
+
+def make_rows(table: np.ndarray) -> RefRows:
+    """The rows of a table of dtype ROW, each key once."""
+    _, first = np.unique(table[["high", "low"]], return_index=True)
+    table = table[first]
+    return RefRows(table["high"].copy(), table["low"].copy(), table["logp"].copy())
+
+
+def read_rows(folder: Path) -> RefRows:
+    """All rows of a cache folder. A damaged block is removed, with a line that says so: its rows are computed again."""
+    blocks = [block for path in sorted(folder.glob("rows-*.bin")) if (block := _read_block(path)) is not None]
+    return make_rows(np.concatenate([np.empty(0, ROW), *blocks]))
+
+
+def _read_block(path: Path) -> np.ndarray | None:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest()[:32] != path.stem.removeprefix("rows-"):
+        say(f"reference cache: {path} is damaged and is removed; its rows are computed again")
+        path.unlink(missing_ok=True)
+        return None
+    return np.frombuffer(content, ROW)
+
+
+def write_rows(folder: Path, keys: np.ndarray, logps: np.ndarray) -> Path:
+    """Adds a block of rows, keys (N, 2) and logps (N,), in one atomic step."""
+    table = np.empty(len(keys), ROW)
+    table["high"], table["low"], table["logp"] = keys[:, 0], keys[:, 1], logps
+    content = table.tobytes()
+    target = folder / f"rows-{hashlib.sha256(content).hexdigest()[:32]}.bin"
+    write_atomically(target, content)
+    return target
+
+
+def write_atomically(target: Path, content: bytes) -> None:
+    """Writes a file so that it is never seen half-written, even after a crash of the machine."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(target)

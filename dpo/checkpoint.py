@@ -1,0 +1,143 @@
+"""Checkpoints of a run: saved by all ranks, committed by one rename, checked, found again, loaded on any number of
+ranks.
+
+checkpoints/step-000100/   torch's distributed checkpoint: master weights and optimizer state, sharded
+             state.json    the step and the run's identity (see `dpo.run_folder`)
+             COMPLETE      written last: the size of every file, and the hash of the small ones
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from dpo.distributed import World, on_main
+from dpo.errors import UserError
+from dpo.progress import say
+
+MARKER = "COMPLETE"
+HASHED_BYTES = 64 * 2**20
+"""Files up to this size are hashed whole in the marker (DCP's .metadata is one: it is read with pickle)."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint holds beside tensors: `step` updates were made; `identity` may not change on resume."""
+
+    step: int
+    identity: dict[str, Any]
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return run_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def save_checkpoint(
+    run_dir: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int | None, world: World
+) -> Path:
+    """Writes a checkpoint, then removes all but the newest `keep`. Every rank must get here.
+
+    It is written under another name and renamed when it is whole: a folder with the right name is always complete.
+    """
+    target = checkpoint_path(run_dir, state.step)
+    draft = target.with_suffix(".tmp")
+    on_main(world, lambda: _make_draft(draft))
+    dcp.save(_tensors(model, optimizer), checkpoint_id=str(draft))
+    on_main(world, lambda: _commit(draft, target, state, keep))
+    return target
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Reads weights and optimizer state, whatever the number of ranks that wrote them. Every rank must get here."""
+    tensors = _tensors(model, optimizer)
+    dcp.load(tensors, checkpoint_id=str(folder))
+    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+
+
+def load_model(folder: Path, model: nn.Module) -> None:
+    """Reads the weights of a checkpoint alone. Every rank must get here."""
+    state = {"model": model.state_dict()}
+    dcp.load(state, checkpoint_id=str(folder))
+    model.load_state_dict(state["model"])
+
+
+def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def _make_draft(draft: Path) -> None:
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+
+
+def _commit(draft: Path, target: Path, state: RunState, keep: int | None) -> None:
+    (draft / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+    marker = draft / MARKER
+    marker.write_text(json.dumps(_inventory(draft), indent=1), encoding="utf-8")
+    with marker.open() as file:
+        os.fsync(file.fileno())
+    shutil.rmtree(target, ignore_errors=True)
+    draft.rename(target)
+    complete = [path for path in _by_age(target.parent) if _fault(path) is None]
+    for old in complete[:-keep] if keep else []:
+        shutil.rmtree(old)
+
+
+def _inventory(folder: Path) -> dict[str, list[Any]]:
+    """File name -> [size, sha256 or None for large files]."""
+    files = sorted(path for path in folder.iterdir() if path.name != MARKER)
+    return {path.name: [path.stat().st_size, _sha256(path)] for path in files}
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.stat().st_size <= HASHED_BYTES else None
+
+
+def _fault(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used; None where it is complete and its files are as they were written."""
+    marker = folder / MARKER
+    if not marker.is_file():
+        return f"it is not complete: no {MARKER}"
+    try:
+        recorded = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{MARKER} is broken"
+    found = _inventory(folder)
+    wrong = [name for name, facts in recorded.items() if found.get(name) != facts]
+    return f"{wrong[0]} is missing or not as it was written" if wrong else None
+
+
+def _by_age(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run; says which newer ones it passed over and why."""
+    for path in reversed(_by_age(run_dir / "checkpoints")):
+        fault = _fault(path)
+        if fault is None:
+            return path
+        say(f"checkpoint {path} is passed over: {fault}")
+    return None
+
+
+def read_state(folder: Path, key: str) -> RunState:
+    """The step and identity of a checkpoint. Raises UserError, naming the config `key`, where it is not a complete
+    one.
+    """
+    fault = _fault(folder)
+    if fault is not None:
+        raise UserError(f"{key}: {folder}: {fault}; valid: a folder RUN/checkpoints/step-000100")
+    return RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))

@@ -1,0 +1,160 @@
+"""The processes of a run: their group and mesh, what one of them decides for all, and how they end together."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from dpo.config import ParallelConfig
+from dpo.errors import RunError, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run; `local_*` count those of one node."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0: it alone prints, decides on files and writes metrics."""
+        return self.rank == 0
+
+
+@contextmanager
+def open_world(timeout_seconds: int) -> Iterator[World]:
+    """Joins the process group that torchrun's environment describes; without torchrun a group of one.
+
+    NCCL with a GPU a rank where there are GPUs (gloo beside it, for what lies in CPU memory), else gloo.
+    """
+    env = {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}
+    device = torch.device("cuda", env["LOCAL_RANK"]) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _join(timeout_seconds, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    yield World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], device)
+    dist.destroy_process_group()  # not after a failure: `run_program` still needs the group, to end all ranks together
+
+
+_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def _join(timeout_seconds: int, backend: str) -> None:
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+
+
+def make_mesh(world: World, parallel: ParallelConfig) -> DeviceMesh:
+    """The mesh that FSDP2 shards over: (shard,), or (replicate, shard) for hybrid sharding.
+
+    Raises UserError where replicate * shard is not the number of ranks.
+    """
+    shard = parallel.shard or max(world.size // parallel.replicate, 1)
+    if parallel.replicate * shard != world.size:
+        raise UserError(
+            f"parallel.shard: replicate {parallel.replicate} x shard {shard} is not the number of ranks"
+            f" {world.size}; valid: replicate * shard = {world.size}"
+        )
+    if parallel.replicate == 1:
+        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+
+# --- one decides, all follow -----------------------------------------------------------------------------------------
+
+
+def together(work: Callable[[], T]) -> T:
+    """Runs `work` on every rank; if it failed on any, every rank raises the failure of the lowest one.
+
+    Every rank must get here, or the rest hang.
+    """
+    result, failure = _attempt(work)
+    failures = [f for f in all_gather(failure) if f is not None]
+    if failures:
+        raise failures[0]
+    return result  # type: ignore[return-value]
+
+
+def on_main(world: World, work: Callable[[], T]) -> T:
+    """Runs `work` on rank 0 alone and gives its result, or its failure, to every rank. Every rank must get here."""
+    outcome: list[Any] = [_attempt(work) if world.is_main else None]
+    dist.broadcast_object_list(outcome, src=0)
+    result, failure = outcome[0]
+    if failure is not None:
+        raise failure
+    return result
+
+
+def first_on_each_node(world: World, work: Callable[[], T]) -> T:
+    """Runs `work` on the first rank of every node, then on the others, who find what it left in the node's caches.
+
+    Every rank must get here; a failure anywhere is raised everywhere.
+    """
+    result = together(work if world.local_rank == 0 else _nothing)
+    rest = together(work if world.local_rank != 0 else _nothing)
+    return result if world.local_rank == 0 else rest  # type: ignore[return-value]
+
+
+def _nothing() -> None:
+    """What a rank does while others work."""
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """The result of `work`, or its failure where that is one to tell the user; other exceptions are bugs and escape."""
+    try:
+        return work(), None
+    except (UserError, RunError) as failure:
+        return None, failure
+    except OSError as failure:
+        return None, RunError(f"{type(failure).__name__}: {failure}")
+
+
+def all_gather(value: T) -> list[T]:
+    """The values of all ranks, by rank. Every rank must get here."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+# --- how a program ends ----------------------------------------------------------------------------------------------
+
+
+def run_program(main: Callable[[], None]) -> int:
+    """The exit code of a program: 0 done, 2 the user's input is wrong, 1 something found while running.
+
+    Rank 0 alone prints the error, in one line; any other exception is a bug, and its traceback is shown.
+    """
+    try:
+        main()
+    except (UserError, RunError) as failure:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {' '.join(str(failure).split())}", file=sys.stderr, flush=True)
+        _leave_together()
+        return 2 if isinstance(failure, UserError) else 1
+    return 0
+
+
+def _leave_together() -> None:
+    """Lets rank 0 print before any rank ends: torchrun ends all others as soon as it sees the first."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if not dist.is_initialized():
+        _join(60, "gloo")
+    dist.barrier()
+    dist.destroy_process_group()

@@ -1,0 +1,102 @@
+"""A policy as a Hugging Face folder: what `final/` is, and `python -m dpo.export` makes of any checkpoint.
+
+    python -m dpo.export --checkpoint RUN/checkpoints/step-000100 --out DIR [--dtype bfloat16]
+
+The folder loads with plain `AutoModelForCausalLM.from_pretrained`. Under torchrun every rank loads and writes
+its shards.
+"""
+
+import argparse
+import contextlib
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig
+
+from dpo.checkpoint import load_model, read_state
+from dpo.config import Config, load_config
+from dpo.distributed import World, make_mesh, on_main, open_world, run_program, together
+from dpo.errors import UserError
+from dpo.policy import Policy, build_policy, stored_tensors
+from dpo.tokens import load_tokenizer
+from dpo.weights import find_model, read_model_config, save_tensors
+
+
+def export(policy: Policy, model_folder: Path, out: Path, config: Config, world: World) -> None:
+    """Writes weights, config, tokenizer, chat template and generation config to `out`, which appears when it is whole.
+
+    `model_folder` is where the policy started from. Every rank must get here.
+    """
+    dtype = getattr(torch, config.checkpoint.export_dtype)
+    draft = out.with_name(f".{out.name}.draft")
+    on_main(world, lambda: _make_empty(draft))
+    save_tensors(draft, stored_tensors(policy), dtype, world)
+    on_main(world, lambda: _complete(draft, out, model_folder, config, dtype))
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _complete(draft: Path, out: Path, model_folder: Path, config: Config, dtype: torch.dtype) -> None:
+    model_config = read_model_config(model_folder, config.model.trust_remote_code)
+    model_config.dtype = dtype
+    model_config.save_pretrained(draft)
+    with contextlib.suppress(OSError):  # a model need not have one
+        GenerationConfig.from_pretrained(model_folder).save_pretrained(draft)
+    tokenizer = config.model.tokenizer or str(model_folder)
+    if _has_tokenizer(tokenizer):
+        load_tokenizer(tokenizer, config.model.trust_remote_code).save_pretrained(draft)
+    shutil.rmtree(out, ignore_errors=True)
+    draft.replace(out)
+
+
+def _has_tokenizer(path: str) -> bool:
+    """False for a local model without one, which data in `format: tokens` does not need."""
+    return not Path(path).is_dir() or any(Path(path).glob("tokenizer*")) or any(Path(path).glob("*vocab*"))
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """`python -m dpo.export`."""
+    parser = argparse.ArgumentParser("python -m dpo.export", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step-000100")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to make; it must not exist or be empty")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the run's checkpoint.export_dtype")
+    args = parser.parse_args()
+    config = _config_of(args.checkpoint)
+    if args.dtype:
+        config = replace(config, checkpoint=replace(config.checkpoint, export_dtype=args.dtype))
+    with open_world(config.parallel.timeout_seconds) as world:
+        on_main(world, lambda: _check(args.checkpoint, args.out))
+        mesh = make_mesh(world, replace(config.parallel, shard=None, replicate=1))
+        folder = find_model(config.model.path, "model.path", world)
+        model_config = together(lambda: read_model_config(folder, config.model.trust_remote_code))
+        policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
+        load_model(args.checkpoint, policy.model)
+        export(policy, folder, args.out, config, world)
+
+
+def _config_of(checkpoint: Path) -> Config:
+    path = checkpoint.parent.parent / "config.yaml"
+    if not path.is_file():
+        raise UserError(
+            f"command line: --checkpoint: {path} is missing; valid: a checkpoint that lies in its run folder"
+        )
+    return load_config(["--config", str(path)], "dpo.export")
+
+
+def _check(checkpoint: Path, out: Path) -> None:
+    read_state(checkpoint, "--checkpoint")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"command line: --out: {out} is not empty; valid: a folder that is not there yet")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,93 @@
+"""Fields of a row and their types; what is wrong becomes `ValueError("field is …; valid: …")`."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+Message = Mapping[str, str]  # role, content
+Row = Mapping[str, Any]
+
+ASSISTANT = "assistant"
+SHAREGPT_ROLES = {
+    "human": "user", "user": "user", "gpt": ASSISTANT, "assistant": ASSISTANT, "chatgpt": ASSISTANT, "system": "system",
+}  # fmt: skip
+
+
+def field(row: Row, name: str, prefix: str = "") -> Any:
+    value = row.get(name)
+    if value is None:
+        raise ValueError(f"missing field {prefix}{name}; the row has: {', '.join(row) or 'nothing'}")
+    return value
+
+
+def text_of(value: object, name: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{name} is {shown(value)}; valid: a text")
+    return value
+
+
+def list_of(value: object, name: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {shown(value)}; valid: a list")
+    return value
+
+
+def mapping(value: object, name: str) -> Row:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {shown(value)}; valid: an object")
+    return value
+
+
+def token_ids(value: object, name: str) -> tuple[int, ...]:
+    ids = list_of(value, name)
+    for i, token in enumerate(ids):
+        if type(token) is not int:
+            raise ValueError(f"{name}[{i}] is {shown(token)}; valid: a token id")
+    return tuple(ids)
+
+
+def shown(value: object) -> str:
+    """The kind of a value, and the value where it is short enough to be read in an error."""
+    kinds = {type(None): "null", dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
+    kind = kinds.get(type(value), "a number")
+    return f"{kind} ({value!r})" if len(repr(value)) <= 40 else kind
+
+
+def chat_message(value: object, name: str) -> Message:
+    """{role, content}; further keys are left out."""
+    row = mapping(value, name)
+    return {key: text_of(field(row, key, f"{name}."), f"{name}.{key}") for key in ("role", "content")}
+
+
+def sharegpt_message(value: object, name: str) -> Message:
+    row = mapping(value, name)
+    sender = text_of(field(row, "from", f"{name}."), f"{name}.from")
+    if sender not in SHAREGPT_ROLES:
+        raise ValueError(f"{name}.from is {sender!r}; valid: {', '.join(SHAREGPT_ROLES)}")
+    return {"role": SHAREGPT_ROLES[sender], "content": text_of(field(row, "value", f"{name}."), f"{name}.value")}
+
+
+def messages_of(
+    value: object, name: str, message: Callable[[object, str], Message] = chat_message
+) -> tuple[Message, ...]:
+    messages = list_of(value, name)
+    if not messages:
+        raise ValueError(f"{name} is an empty list; valid: at least one message")
+    return tuple(message(item, f"{name}[{i}]") for i, item in enumerate(messages))
+
+
+def answer_message(value: object, name: str, message: Callable[[object, str], Message] = chat_message) -> Message:
+    """The assistant's message, given as such or as a list of one."""
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise ValueError(f"{name} has {len(value)} messages; valid: one, the assistant's")
+        return answer_message(value[0], f"{name}[0]", message)
+    answer = message(value, name)
+    if answer["role"] != ASSISTANT:
+        raise ValueError(f"{name} has the role {answer['role']!r}; valid: {ASSISTANT}")
+    return answer
+
+
+def text_or_messages(value: object, name: str) -> str | tuple[Message, ...]:
+    if not isinstance(value, str | list):
+        raise ValueError(f"{name} is {shown(value)}; valid: a text or a list of messages")
+    return value if isinstance(value, str) else messages_of(value, name)

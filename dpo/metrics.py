@@ -1,0 +1,169 @@
+"""What a run measures: sums on the device, one exchange a step, then metrics.jsonl and TensorBoard on rank 0."""
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from dpo.packing import PackedBatch
+
+SUMS = (
+    "losses",
+    "winner_nll",
+    "chosen_rewards",
+    "rejected_rewards",
+    "accurate",
+    "chosen_logps",
+    "rejected_logps",
+    "pairs",
+    "winner_tokens",
+    "tokens",
+    "body_tokens",
+)
+
+
+class StepMetrics:
+    """Sums over the micro-batches of a step (or of an evaluation) of one rank, kept on its device until `reduce`."""
+
+    def __init__(self, device: torch.device):
+        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+
+    def add(self, losses: Tensor, rewards: Tensor, pi_logps: Tensor, batch: PackedBatch) -> None:
+        """Adds one micro-batch: losses (T,), rewards (B,), pi_logps (B,). Copies nothing to the host."""
+        chosen, rejected = rewards[batch.yw_idxs], rewards[batch.yl_idxs]
+        sums = [
+            losses.sum(),
+            -pi_logps[batch.yw_idxs].sum(),
+            chosen.sum(),
+            rejected.sum(),
+            (chosen > rejected).sum(),  # a tie counts as wrong
+            pi_logps[batch.yw_idxs].sum(),
+            pi_logps[batch.yl_idxs].sum(),
+            torch.tensor(len(batch.yw_idxs)),
+            batch.lengths[batch.yw_idxs].sum(),
+            torch.tensor(batch.num_tokens),
+            torch.tensor(len(batch.tokens)),
+        ]
+        self.sums += torch.stack([s.detach().to(self.sums, non_blocking=True) for s in sums])
+
+    def reduce(self) -> dict[str, float]:
+        """The sums over all ranks by name of SUMS, and `peak_memory_bytes`, the maximum over ranks.
+
+        One exchange; every rank must get here. Added up by rank in the same order everywhere, so equal to the last bit.
+        """
+        memory = torch.tensor(
+            [float(peak_memory_bytes(self.sums.device))], dtype=torch.float64, device=self.sums.device
+        )
+        mine = torch.cat([self.sums, memory])
+        every = mine.new_empty(dist.get_world_size() * len(mine))
+        dist.all_gather_single(every, mine)
+        table = every.view(-1, len(mine)).cpu()
+        return dict(zip(SUMS, table[:, :-1].sum(0).tolist(), strict=True)) | {
+            "peak_memory_bytes": table[:, -1].max().item()
+        }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this rank has held so far, bytes: the CUDA allocator's, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def pair_means(sums: Mapping[str, float], has_reference: bool) -> dict[str, float]:
+    """The metrics that training and evaluation share, each a mean over all P pairs of the step or of the evaluation
+    set.
+
+    loss             sum of the pairs' losses / P: what is minimized, the SFT term included
+    loss_sft         sum over pairs of -pi_logp[winner] / sum over pairs of len(winner), nats a token
+    logps/chosen     mean of the winners' summed log-probabilities, nats; logps/rejected of the losers'
+    rewards/chosen   mean of beta (pi_logp - ref_logp) of the winners; rewards/rejected of the losers
+    rewards/margins  rewards/chosen - rewards/rejected
+    rewards/accuracies  share of pairs whose winner has the strictly greater reward
+    pairs            P
+
+    The rewards are left out where the loss has no reference.
+    """
+    pairs = max(sums["pairs"], 1)
+    means = {
+        "loss": sums["losses"] / pairs,
+        "loss_sft": sums["winner_nll"] / max(sums["winner_tokens"], 1),
+        "logps/chosen": sums["chosen_logps"] / pairs,
+        "logps/rejected": sums["rejected_logps"] / pairs,
+    }
+    if has_reference:
+        chosen, rejected = sums["chosen_rewards"] / pairs, sums["rejected_rewards"] / pairs
+        means |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
+        means["rewards/accuracies"] = sums["accurate"] / pairs
+    return means | {"pairs": int(sums["pairs"])}
+
+
+def train_figures(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """The metrics of a training step beside `pair_means`.
+
+    tokens             prompt and completion tokens that the body ran, all ranks, without padding and fillers
+    padding_fraction   1 - tokens / tokens given to the body
+    step_seconds       from asking for the data to the end of the update, on rank 0
+    pairs_per_second, tokens_per_second   the step's pairs and tokens / step_seconds
+    peak_memory_bytes  the greatest of the ranks' peaks so far
+    """
+    return {
+        "tokens": int(sums["tokens"]),
+        "padding_fraction": 1 - sums["tokens"] / max(sums["body_tokens"], 1),
+        "step_seconds": seconds,
+        "pairs_per_second": sums["pairs"] / seconds,
+        "tokens_per_second": sums["tokens"] / seconds,
+        "peak_memory_bytes": int(sums["peak_memory_bytes"]),
+    }
+
+
+def prefixed(group: str, figures: Mapping[str, float]) -> dict[str, float]:
+    """The figures under `group/`."""
+    return {f"{group}/{name}": figure for name, figure in figures.items()}
+
+
+# --- written ---------------------------------------------------------------------------------------------------------
+
+
+class MetricsWriter:
+    """Appends to a run's metrics.jsonl and TensorBoard events; made on rank 0 alone."""
+
+    def __init__(self, run_dir: Path, first_step: int):
+        self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        # Points from an interrupted run at or after `first_step` disappear from the charts.
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, `{"step": step, name: figure, ...}`, and a point in each figure's chart."""
+        print(json.dumps({"step": step, **figures}), file=self.file, flush=True)
+        for name, figure in figures.items():
+            self.board.add_scalar(name, figure, step)
+
+    def close(self) -> None:
+        """Flushes both."""
+        self.file.close()
+        self.board.close()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out."""
+    path = run_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline is no whole line
+
+
+def drop_metrics_after(run_dir: Path, step: int) -> None:
+    """Rewrites metrics.jsonl without the lines of steps after `step`, in one atomic replacement."""
+    kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
+    fresh = run_dir / "metrics.jsonl.tmp"
+    fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    fresh.replace(run_dir / "metrics.jsonl")

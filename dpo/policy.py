@@ -1,0 +1,252 @@
+"""The model that is trained: built without memory, divided over the mesh, loaded shard by shard, run on packed
+trees.
+"""
+
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from dpo.attention import ATTENTION, Window, register_attention
+from dpo.config import ParallelConfig
+from dpo.errors import UserError
+from dpo.log_probs import completion_log_probs
+from dpo.packing import PackedBatch
+from dpo.plan import CostModel
+from dpo.weights import load_tensors
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A sharded model and what must be known to run it."""
+
+    model: Any
+    windows: tuple[Window, ...]
+    """The attention windows of its layers."""
+    device: torch.device
+    dtype: torch.dtype
+    """Of the master weights and the log-probabilities."""
+    sync_every_micro_batch: bool
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's config."""
+        return self.model.config
+
+
+# --- built -----------------------------------------------------------------------------------------------------------
+
+
+def build_policy(
+    config: PretrainedConfig, parallel: ParallelConfig, dtype: str, mesh: DeviceMesh, trust_remote_code: bool = False
+) -> Policy:
+    """A model divided over the mesh, its weights not yet read: see `load_weights`. No rank ever holds all of it."""
+    on_cuda = mesh.device_type == "cuda"
+    device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
+    master = getattr(torch, dtype)
+    model = _build_on_meta(config, master, trust_remote_code)
+    parallelize(model, mesh, parallel, compute_dtype(parallel, master, device))
+    _materialize(model, torch.device("cpu") if parallel.cpu_offload else device)
+    every = parallel.sync_gradients == "every_micro_batch"
+    return Policy(model, attention_windows(config), device, master, every)
+
+
+def compute_dtype(parallel: ParallelConfig, master: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of the forward and backward pass; `auto` is bfloat16 on CUDA, the master weights' on a CPU."""
+    if parallel.compute_dtype != "auto":
+        return getattr(torch, parallel.compute_dtype)
+    return torch.bfloat16 if device.type == "cuda" and master == torch.float32 else master
+
+
+def attention_windows(config: PretrainedConfig) -> tuple[Window, ...]:
+    """The distinct attention windows of a model's layers: None is full attention."""
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return (None,)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    return tuple({window if kind == "sliding_attention" else None for kind in kinds})
+
+
+def _build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    register_attention()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
+        )
+    if not model._supports_attention_backend:
+        raise UserError(f"model.path: {config.model_type} models are not supported: their attention cannot be replaced")
+    # Taken before fully_shard, which renames the class by which transformers looks the conversions up.
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model.logps = types.MethodType(_forward_logps, model)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model.train()  # activation checkpointing works in training mode alone; dropout is off all the same
+
+
+def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConfig, compute: torch.dtype) -> None:
+    """Composes checkpointing, compilation and sharding onto a model, in this order; the model knows of none of them."""
+    if parallel.activation_checkpointing != "none":
+        model.activation_checkpointing_enable(_checkpointing_kwargs(parallel.activation_checkpointing))
+    layers = decoder_layers(model)
+    if parallel.compile:
+        for layer in layers:
+            layer.compile()
+    shard: Callable[[nn.Module], Any] = partial(
+        fully_shard,
+        mesh=mesh,
+        reshard_after_forward=parallel.reshard_after_forward,
+        mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=getattr(torch, parallel.reduce_dtype)),
+        offload_policy=_offload_policy(parallel),
+    )
+    for layer in layers:
+        shard(layer)
+    shard(model)
+    register_fsdp_forward_method(model, "logps")
+    for module in fsdp_modules(model):
+        # The loss is divided by the global number of pairs, so gradients are summed over ranks, not averaged. Without
+        # the second line gloo refuses the first.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _offload_policy(parallel: ParallelConfig) -> OffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if parallel.cpu_offload else OffloadPolicy()
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated layers, in order: what is sharded, checkpointed and compiled one by one."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """The root and the layers."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _checkpointing_kwargs(kind: str) -> dict[str, Any]:
+    kwargs: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        kwargs["context_fn"] = _selective_contexts
+    return kwargs
+
+
+def _selective_contexts() -> Any:
+    """Keeps the results of attention and of every second matrix product of a layer; the rest is computed again."""
+    num_products = {False: 0, True: 0}
+
+    def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name = str(op)
+        if "scaled_dot_product" in name or "flex_attention" in name:
+            return CheckpointPolicy.MUST_SAVE
+        if name in ("aten.mm.default", "aten.addmm.default"):
+            num_products[context.is_recompute] += 1
+            if num_products[context.is_recompute] % 2:
+                return CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(choose)
+
+
+# --- loaded and exported ---------------------------------------------------------------------------------------------
+
+
+def _materialize(model: PreTrainedModel, device: torch.device) -> None:
+    """Gives the sharded parameters memory; computes again the buffers that no checkpoint stores (RoPE's
+    frequencies).
+    """
+    model.to_empty(device=device)
+    model.tie_weights()
+    for module in model.modules():
+        if module._non_persistent_buffers_set:
+            model._init_weights(module)
+
+
+def load_weights(policy: Policy, folder: Path) -> None:
+    """Reads the weights of a Hugging Face folder; each rank reads its shards alone. Every rank must get here."""
+    load_tensors(folder, stored_tensors(policy), policy.model.base_model_prefix)
+    wrong = [name for name, p in policy.model.named_parameters() if p.dtype != policy.dtype]
+    assert not wrong, f"master weights must be {policy.dtype}: {wrong[:3]}"
+
+
+def stored_tensors(policy: Policy) -> dict[str, Tensor]:
+    """The model's tensors under the names of its Hugging Face folder, tied ones once."""
+    tied = set(policy.model.all_tied_weights_keys)
+    state = {name: tensor for name, tensor in policy.model.state_dict().items() if name not in tied}
+    return revert_weight_conversion(policy.model, state)
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+def completion_logps(policy: Policy, batch: PackedBatch, head_bytes: int) -> Tensor:
+    """Log-probability of each completion of the batch given its prompt, (B,) nats, with gradient where enabled.
+
+    Every rank must get here the same number of times: the parameters are gathered on the way.
+    """
+    return policy.model.logps(batch, head_bytes)
+
+
+def _forward_logps(model: PreTrainedModel, batch: PackedBatch, head_bytes: int) -> Tensor:
+    """Runs inside the root's FSDP forward, where the head's weights are whole; only rows that predict meet the head."""
+    hidden = model.base_model(
+        input_ids=batch.tokens[None],
+        position_ids=batch.positions[None],
+        layout=batch.layout,
+        use_cache=False,
+    ).last_hidden_state[0]
+    head = model.get_output_embeddings()
+    return completion_log_probs(hidden[batch.rows], head.weight, head.bias, batch.targets, batch.lengths, head_bytes)
+
+
+def announce_backward(policy: Policy, is_last: bool) -> None:
+    """Says whether the coming backward pass reduces gradients over ranks: on every micro-batch, or on the last
+    alone.
+    """
+    policy.model.set_requires_gradient_sync(is_last or policy.sync_every_micro_batch)
+    policy.model.set_is_last_backward(is_last)
+
+
+def reshard(policy: Policy) -> None:
+    """Frees whole parameters that a pass without gradients left behind: they would outlive a change of the weights."""
+    for module in fsdp_modules(policy.model):
+        module.reshard()
+
+
+def cost_model(config: PretrainedConfig) -> CostModel:
+    """FLOPs of a forward pass by part, from the model's sizes: what the plan balances.
+
+    A token costs 2 FLOPs a weight of the layers it meets, an attended pair 4 a width of the queries (scores and
+    values), a row of the head 2 H V.
+    """
+    hidden, num_layers = config.hidden_size, config.num_hidden_layers
+    num_heads = config.num_attention_heads
+    width = num_heads * (getattr(config, "head_dim", None) or hidden // num_heads)
+    kv_width = width * (getattr(config, "num_key_value_heads", None) or num_heads) // num_heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    num_mlp_products = 3 if hasattr(config, "num_key_value_heads") else 2
+    weights = hidden * (2 * width + 2 * kv_width) + num_mlp_products * hidden * inner
+    return CostModel(
+        per_token=2.0 * num_layers * weights,
+        per_attended=4.0 * num_layers * width,
+        per_scored=2.0 * hidden * config.vocab_size,
+    )
