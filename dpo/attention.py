@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from dpo.errors import UserError
+
 ATTENTION = "dpo_tree"
 """The name under which transformers finds this attention; it is part of the reference cache's key."""
 
@@ -182,14 +184,15 @@ def tree_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: output (1, L, heads, D). `dropout` is ignored: a run has none.
 
-    Raises ValueError where the model asks for something that this attention does not do.
+    Raises UserError where the model asks for something that this attention does not do.
     """
-    assert layout is not None, "the model's forward must be given layout="
-    unknown = sorted(name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None)
-    if unknown:
-        raise ValueError(
-            f"{type(module).__name__} wants {', '.join(unknown)}, which shared-prefix attention does not do"
-        )
+    wishes = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if wishes:
+        what = f"{type(module).__name__} wants {', '.join(wishes)}, which shared-prefix attention does not do"
+        raise UserError(f"model.path: not supported: {what}")
+    if layout is None:
+        what = f"{type(module).__name__} is not handed on what its model's forward is given: the places of the trees"
+        raise UserError(f"model.path: not supported: {what}")
     if query.device.type == "cuda":
         grouped = query.shape[1] != key.shape[1]
         mask = layout.masks[sliding_window]

@@ -87,7 +87,10 @@ def read_rows(folder: Path) -> RefRows:
 
 
 def _read_block(path: Path) -> np.ndarray | None:
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:  # another job found it damaged, and was quicker
+        return None
     if hashlib.sha256(content).hexdigest()[:32] != path.stem.removeprefix("rows-"):
         say(f"reference cache: {path} is damaged and is removed; its rows are computed again")
         path.unlink(missing_ok=True)

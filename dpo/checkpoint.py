@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from dpo.distributed import World, on_main
+from dpo.distributed import World, on_main, storage_errors
 from dpo.errors import UserError
 from dpo.progress import say
 
@@ -51,22 +51,31 @@ def save_checkpoint(
     target = checkpoint_path(run_dir, state.step)
     draft = target.with_suffix(".tmp")
     on_main(world, lambda: _make_draft(draft))
-    dcp.save(_tensors(model, optimizer), checkpoint_id=str(draft))
+    with storage_errors(draft):
+        dcp.save(_tensors(model, optimizer), checkpoint_id=str(draft))
     on_main(world, lambda: _commit(draft, target, state, keep))
     return target
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Reads weights and optimizer state, whatever the number of ranks that wrote them. Every rank must get here."""
+    """Reads weights and optimizer state, whatever the number of ranks that wrote them. Every rank must get here.
+
+    The optimizer's settings stay those it was made with. Raises RunError where the checkpoint does not fit.
+    """
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     tensors = _tensors(model, optimizer)
-    dcp.load(tensors, checkpoint_id=str(folder))
+    with storage_errors(folder):
+        dcp.load(tensors, checkpoint_id=str(folder))
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
+    for group, wanted in zip(optimizer.param_groups, settings, strict=True):
+        group.update(wanted)  # weight decay and the like are those of the config, which may have changed
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
     """Reads the weights of a checkpoint alone. Every rank must get here."""
     state = {"model": model.state_dict()}
-    dcp.load(state, checkpoint_id=str(folder))
+    with storage_errors(folder):
+        dcp.load(state, checkpoint_id=str(folder))
     model.load_state_dict(state["model"])
 
 
@@ -109,8 +118,8 @@ def _fault(folder: Path) -> str | None:
     if not marker.is_file():
         return f"it is not complete: no {MARKER}"
     try:
-        recorded = json.loads(marker.read_text(encoding="utf-8"))
-    except ValueError:
+        recorded = dict(json.loads(marker.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
         return f"{MARKER} is broken"
     found = _inventory(folder)
     wrong = [name for name, facts in recorded.items() if found.get(name) != facts]
@@ -120,7 +129,11 @@ def _fault(folder: Path) -> str | None:
 def _by_age(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
     paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(paths, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(paths, key=_step_of)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -131,6 +144,11 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
             return path
         say(f"checkpoint {path} is passed over: {fault}")
     return None
+
+
+def newer_checkpoints(run_dir: Path, step: int) -> list[Path]:
+    """The complete checkpoints of a run after `step` updates, oldest first: of a future that another start gives up."""
+    return [path for path in _by_age(run_dir / "checkpoints") if _step_of(path) > step and _fault(path) is None]
 
 
 def read_state(folder: Path, key: str) -> RunState:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.config import ParallelConfig
@@ -132,6 +134,18 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Makes a RunError of what torch's distributed checkpoint raises, on all ranks alike, when a rank cannot read or
+    write `folder`.
+    """
+    try:
+        yield
+    except CheckpointException as failure:
+        rank, (reason, _) = next(iter(failure.failures.items()))
+        raise RunError(f"{folder}: rank {rank}: {type(reason).__name__}: {reason}") from failure
+
+
 # --- how a program ends ----------------------------------------------------------------------------------------------
 
 
@@ -147,6 +161,9 @@ def run_program(main: Callable[[], None]) -> int:
             print(f"error: {' '.join(str(failure).split())}", file=sys.stderr, flush=True)
         _leave_together()
         return 2 if isinstance(failure, UserError) else 1
+    except OSError as failure:  # met by this rank alone, a full disk for one: it does not wait for the others
+        print(f"error: {type(failure).__name__}: {' '.join(str(failure).split())}", file=sys.stderr, flush=True)
+        return 1
     return 0
 
 

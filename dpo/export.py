@@ -7,20 +7,19 @@ its shards.
 """
 
 import argparse
-import contextlib
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
 
 from dpo.checkpoint import load_model, read_state
 from dpo.config import Config, load_config
 from dpo.distributed import World, make_mesh, on_main, open_world, run_program, together
 from dpo.errors import UserError
 from dpo.policy import Policy, build_policy, stored_tensors
+from dpo.progress import say
 from dpo.tokens import load_tokenizer
 from dpo.weights import find_model, read_model_config, save_tensors
 
@@ -46,18 +45,22 @@ def _complete(draft: Path, out: Path, model_folder: Path, config: Config, dtype:
     model_config = read_model_config(model_folder, config.model.trust_remote_code)
     model_config.dtype = dtype
     model_config.save_pretrained(draft)
-    with contextlib.suppress(OSError):  # a model need not have one
-        GenerationConfig.from_pretrained(model_folder).save_pretrained(draft)
-    tokenizer = config.model.tokenizer or str(model_folder)
-    if _has_tokenizer(tokenizer):
-        load_tokenizer(tokenizer, config.model.trust_remote_code).save_pretrained(draft)
+    generation = model_folder / "generation_config.json"
+    if generation.is_file():  # copied: some that are in use would not pass transformers' check on saving
+        shutil.copyfile(generation, draft / generation.name)
+    _save_tokenizer(config.model.tokenizer or str(model_folder), draft, config.model.trust_remote_code)
     shutil.rmtree(out, ignore_errors=True)
     draft.replace(out)
 
 
-def _has_tokenizer(path: str) -> bool:
-    """False for a local model without one, which data in `format: tokens` does not need."""
-    return not Path(path).is_dir() or any(Path(path).glob("tokenizer*")) or any(Path(path).glob("*vocab*"))
+def _save_tokenizer(path: str, draft: Path, trust_remote_code: bool) -> None:
+    """None for a local model without one, which data in `format: tokens` does not need."""
+    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")) and not any(Path(path).glob("*vocab*")):
+        return
+    try:
+        load_tokenizer(path, trust_remote_code).save_pretrained(draft)
+    except UserError as failure:  # the run did without: it must not lose its model for it
+        say(f"the exported model has no tokenizer: {failure}")
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -84,7 +87,7 @@ def main() -> None:
 
 
 def _config_of(checkpoint: Path) -> Config:
-    path = checkpoint.parent.parent / "config.yaml"
+    path = checkpoint.resolve().parent.parent / "config.yaml"
     if not path.is_file():
         raise UserError(
             f"command line: --checkpoint: {path} is missing; valid: a checkpoint that lies in its run folder"

@@ -88,19 +88,46 @@ def attention_windows(config: PretrainedConfig) -> tuple[Window, ...]:
 
 def _build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     register_attention()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
-        )
-    if not model._supports_attention_backend:
-        raise UserError(f"model.path: {config.model_type} models are not supported: their attention cannot be replaced")
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
+            )
+    except KeyError as failure:
+        if failure.args != (ATTENTION,):
+            raise
+        raise UserError(_unsupported(config, "their attention cannot be replaced")) from failure
+    _check_structure(model)
     # Taken before fully_shard, which renames the class by which transformers looks the conversions up.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     model.logps = types.MethodType(_forward_logps, model)
+    _switch_dropout_off(model)
+    return model.train()  # activation checkpointing works in training mode alone; dropout is off all the same
+
+
+def _check_structure(model: PreTrainedModel) -> None:
+    """Raises UserError where log-probabilities would silently be others than the model's own."""
+    body_and_head = {model.base_model, model.get_output_embeddings()}
+    for applies, reason in (
+        (not model._supports_attention_backend, "their attention cannot be replaced"),
+        (getattr(model, "_is_stateful", False), "their state would run on from one completion into the next"),
+        (set(model.children()) != body_and_head, "there is more than one linear layer between the body and the logits"),
+    ):
+        if applies:
+            raise UserError(_unsupported(model.config, reason))
+
+
+def _unsupported(config: PretrainedConfig, reason: str) -> str:
+    return f"model.path: {config.model_type} models are not supported: {reason}"
+
+
+def _switch_dropout_off(model: nn.Module) -> None:
+    """Also where a model keeps the probability as a number, as OPT does (`dropout`, `layerdrop`)."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return model.train()  # activation checkpointing works in training mode alone; dropout is off all the same
+        for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
 
 
 def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConfig, compute: torch.dtype) -> None:

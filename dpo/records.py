@@ -43,6 +43,15 @@ NEEDS: dict[str, tuple[frozenset[str], ...]] = {
     "shp": (frozenset({"history", "human_ref_A", "human_ref_B", "labels"}),),
     "tldr": (frozenset({"info", "summaries", "choice"}),),
 }
+SHAPES = {  # the same for people
+    "tokens": "{prompt_ids, chosen_ids, rejected_ids} or {prompt_ids, completion_ids, pairs|scores|ranking}",
+    "grouped": "{prompt, completions, pairs|scores|ranking}",
+    "sharegpt": "{conversations, chosen, rejected}",
+    "preference": "{prompt, chosen, rejected} or {chosen, rejected} as conversations",
+    "hh": "{chosen, rejected} as texts",
+    "shp": "{history, human_ref_A, human_ref_B, labels}",
+    "tldr": "{info, summaries, choice}",
+}
 READS = {name: frozenset().union(*alternatives) for name, alternatives in NEEDS.items()}
 
 
@@ -74,7 +83,7 @@ def detect_format(columns: set[str], first_row: Row, where: str) -> str:
     for name, alternatives in NEEDS.items():
         if any(needed <= columns for needed in alternatives) and not (name == "preference" and is_hh):
             return name
-    valid = "; ".join(f"{name} ({_needs_text(name)})" for name in NEEDS)
+    valid = "; ".join(f"{name} {shape}" for name, shape in SHAPES.items())
     raise UserError(f"{where}: no format fits the columns {', '.join(sorted(columns))}; valid: {valid}")
 
 
@@ -82,11 +91,7 @@ def check_columns(format: str, columns: set[str], where: str) -> None:
     """Raise UserError, beginning with `where`, if the columns of a source lack what its format needs."""
     if not any(needed <= columns for needed in NEEDS[format]):
         what = f"the columns {', '.join(sorted(columns))} are not those of {format}"
-        raise UserError(f"{where}: {what}; valid: {_needs_text(format)}")
-
-
-def _needs_text(name: str) -> str:
-    return " or ".join("+".join(sorted(needed)) for needed in NEEDS[name])
+        raise UserError(f"{where}: {what}; valid: {SHAPES[format]}")
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------

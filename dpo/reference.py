@@ -6,8 +6,10 @@ completion; nothing else is in its key.
 
 import json
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -60,28 +62,29 @@ def check_shared(folder: Path, world: World) -> None:
     """Raises UserError where a file that rank 0 writes into the cache is not seen by every rank. Every rank must get
     here.
     """
-    probe = folder / ".probe"
-    token = on_main(world, lambda: _write_probe(probe))
+    probe = on_main(world, lambda: _write_probe(folder))
 
     def look() -> None:
-        if not probe.is_file() or probe.read_bytes() != token:
+        if not probe.is_file():
             raise UserError(
                 f"reference.cache_dir: rank {world.rank} does not see what rank 0 writes to {folder};"
                 " valid: a folder that all nodes share"
             )
 
     together(look)
+    on_main(world, lambda: probe.unlink(missing_ok=True))
 
 
-def _write_probe(probe: Path) -> bytes:
-    token = str(time.time_ns()).encode()
+def _write_probe(folder: Path) -> Path:
+    """A file under a name that no other job uses, and that no node has looked for before."""
+    probe = folder / f".probe-{uuid.uuid4().hex}"
     try:
-        write_atomically(probe, token)
+        write_atomically(probe, b"")
     except OSError as failure:
         raise UserError(
-            f"reference.cache_dir: cannot write to {probe.parent}: {failure}; valid: a folder to write in"
+            f"reference.cache_dir: cannot write to {folder}: {failure}; valid: a folder to write in"
         ) from failure
-    return token
+    return probe
 
 
 def fill(
@@ -138,22 +141,36 @@ def _compute(
     """Runs the reference over completions, many at a time, and adds blocks of rows to the cache as it goes."""
     packer = replace(packer, windows=policy.windows)
     chunk_tokens = 4 * packer.tokens_per_micro_batch * world.size
-    block: list[tuple[np.ndarray, np.ndarray]] = []
-    flushed = time.monotonic()
+    block = _Block(folder)
     with progress("reference", total, "completions", world.is_main) as bar:
         for chunk in _chunks(items, chunk_tokens):
-            block.append(_run(chunk, policy, packer, head_bytes, world))
+            rows = _run(chunk, policy, packer, head_bytes, world)
+            on_main(world, partial(block.add, rows))  # a full disk must end every rank
             bar.advance(len(chunk))
-            if world.is_main and time.monotonic() - flushed > SECONDS_BETWEEN_BLOCKS:
-                _flush(folder, block)
-                flushed = time.monotonic()
-    on_main(world, lambda: _flush(folder, block))
+    on_main(world, block.flush)
 
 
-def _flush(folder: Path, block: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    if block:
-        write_rows(folder, np.concatenate([keys for keys, _ in block]), np.concatenate([logps for _, logps in block]))
-        block.clear()
+class _Block:
+    """Rows on rank 0 that are not in the cache yet."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self.flushed = time.monotonic()
+
+    def add(self, rows: tuple[np.ndarray, np.ndarray]) -> None:
+        """Takes keys (N, 2) and log-probabilities (N,); writes what it holds where it holds that for long."""
+        self.rows.append(rows)
+        if time.monotonic() - self.flushed > SECONDS_BETWEEN_BLOCKS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what it holds as one block of the cache."""
+        if self.rows:
+            keys, logps = (np.concatenate(column) for column in zip(*self.rows, strict=True))
+            write_rows(self.folder, keys, logps)
+        self.rows.clear()
+        self.flushed = time.monotonic()
 
 
 def _chunks(items: Iterator[Completion], num_tokens: int) -> Iterator[list[Completion]]:

@@ -5,13 +5,15 @@
 Every function here is for rank 0 alone, which tells the others (`distributed.on_main`).
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo.checkpoint import RunState, newest_checkpoint, read_state
-from dpo.config import Config, to_yaml
+from dpo.cache import write_atomically
+from dpo.checkpoint import RunState, newer_checkpoints, newest_checkpoint, read_state
+from dpo.config import Config, load_config, to_yaml
 from dpo.errors import UserError
 from dpo.metrics import drop_metrics_after
 from dpo.progress import say
@@ -35,15 +37,22 @@ class Start:
 def find_start(config: Config) -> Start:
     """What `checkpoint.resume` means for the run folder as it is; writes nothing. Raises UserError."""
     run_dir = Path(str(config.train.run_dir))
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"train.run_dir: {run_dir} is a file; valid: a folder, or a name that is free")
+    _check_writable(run_dir)
     resume = config.checkpoint.resume
     if resume == "never":
         if run_dir.exists() and any(run_dir.iterdir()):
             raise UserError(f"train.run_dir: {run_dir} is not empty; valid: a new folder, or {KEY} auto")
         return Start()
-    checkpoint = newest_checkpoint(run_dir) if resume == "auto" else _named_checkpoint(Path(resume))
+    checkpoint = newest_checkpoint(run_dir) if resume == "auto" else _named_checkpoint(Path(resume), run_dir)
     return Start(checkpoint, read_state(checkpoint, KEY)) if checkpoint else Start()
+
+
+def _check_writable(run_dir: Path) -> None:
+    present = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not present.is_dir():
+        raise UserError(f"train.run_dir: {run_dir}: {present} is a file; valid: a folder, or a name that is free")
+    if not os.access(present, os.W_OK | os.X_OK):
+        raise UserError(f"train.run_dir: {run_dir}: cannot write to {present}; valid: a folder to write in")
 
 
 def is_finished(config: Config, start: Start, last_step: int) -> bool:
@@ -51,13 +60,25 @@ def is_finished(config: Config, start: Start, last_step: int) -> bool:
     return start.step >= last_step and (Path(str(config.train.run_dir)) / "final" / "config.json").is_file()
 
 
-def _named_checkpoint(folder: Path) -> Path:
-    """A checkpoint, or the newest one of a run folder."""
+def _named_checkpoint(folder: Path, run_dir: Path) -> Path:
+    """A checkpoint, or the newest one of a run folder.
+
+    One of another run is where `run_dir` begins: once that has checkpoints of its own, it goes on from those, so that
+    the same command can be given again after an interruption.
+    """
     if not folder.is_dir():
         raise UserError(
             f"{KEY}: no such folder: {folder}; valid: auto, never, a run folder or RUN/checkpoints/step-000100"
         )
-    return newest_checkpoint(folder) or folder
+    named = newest_checkpoint(folder) or folder
+    own = None if _lies_in(named, run_dir) else newest_checkpoint(run_dir)
+    if own:
+        say(f"{KEY}: {run_dir} has checkpoints of its own: goes on from {own}, not from {named}")
+    return own or named
+
+
+def _lies_in(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
 
 
 def identity_of(config: Config, data_hash: str, reference_hash: str) -> dict[str, Any]:
@@ -90,33 +111,43 @@ def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
 
 
 def open_run_folder(config: Config, start: Start) -> Path:
-    """Makes the folder ready: config.yaml written, metrics after the start removed, those of a dead run put aside."""
+    """Makes the folder ready for steps after `start`: config.yaml written, what a given-up future left put aside."""
     run_dir = Path(str(config.train.run_dir))
     run_dir.mkdir(parents=True, exist_ok=True)
-    _log_changes(run_dir / "config.yaml", to_yaml(config), resumed=start.checkpoint is not None)
-    (run_dir / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    if start.checkpoint is None:
-        _put_aside(run_dir)
-    elif start.checkpoint.is_relative_to(run_dir):
+    if start.checkpoint:
+        _log_changes(start.checkpoint.parent.parent / "config.yaml", config)
+    write_atomically(run_dir / "config.yaml", to_yaml(config).encode())
+    _put_aside(run_dir / "final")  # of a shorter run: if this one is interrupted, it must not look finished
+    for checkpoint in newer_checkpoints(run_dir, start.step):
+        _put_aside(checkpoint)
+    if start.checkpoint and _lies_in(start.checkpoint, run_dir):
         drop_metrics_after(run_dir, start.step)
+    else:
+        _put_aside(run_dir / "metrics.jsonl")
+        _put_aside(run_dir / "tensorboard")
     return run_dir
 
 
-def _log_changes(path: Path, now: str, resumed: bool) -> None:
-    if not resumed or not path.exists():
+def _log_changes(path: Path, config: Config) -> None:
+    try:
+        before = load_config(["--config", str(path)], "dpo.train")
+    except (OSError, UserError):  # of an older version, perhaps: the run itself does not need it
         return
-    before = path.read_text(encoding="utf-8").splitlines()
-    for line in [line for line in now.splitlines() if line not in before]:
-        say(f"changed since the checkpoint: {line.strip()}")
+    old, new = _by_key(before), _by_key(config)
+    for key in new:
+        if old[key] != new[key]:
+            say(f"changed since the checkpoint: {key}: {old[key]} -> {new[key]}")
 
 
-def _put_aside(run_dir: Path) -> None:
-    """A run that left no checkpoint is started over; its metrics are kept as *.old."""
-    for name in ("metrics.jsonl", "tensorboard"):
-        path = run_dir / name
-        if path.exists():
-            number = next(i for i in range(10**6) if not _old(path, i).exists())
-            say(f"{path} is of a run that left no checkpoint: moved to {path.rename(_old(path, number))}")
+def _by_key(config: Config) -> dict[str, Any]:
+    return {f"{name}.{key}": value for name, part in asdict(config).items() for key, value in part.items()}
+
+
+def _put_aside(path: Path) -> None:
+    """Keeps under another name what a run that begins before it would contradict."""
+    if path.exists():
+        number = next(i for i in range(10**6) if not _old(path, i).exists())
+        say(f"{path} is of an earlier run: moved to {path.rename(_old(path, number))}")
 
 
 def _old(path: Path, number: int) -> Path:

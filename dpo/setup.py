@@ -4,6 +4,7 @@
 `build_run` then makes the policy, the reference's log-probabilities and the optimizer.
 """
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -91,7 +92,7 @@ class Run:
 
 def read_inputs(config: Config, world: World) -> Inputs:
     """Finds and checks all input. Every rank must get here; UserErrors are raised on every rank alike."""
-    if not world.is_main:
+    if not (world.is_main and sys.stderr.isatty()):
         disable_progress_bars()
     start = on_main(world, lambda: find_start(config))
     folders = find_models(config, world)

@@ -99,7 +99,8 @@ def _open_file(config: SourceConfig, path: Path, key: str) -> Source:
         is_parquet = file.read(len(PARQUET)) == PARQUET
     if not is_parquet:
         return _open_json(config.path, path, content)
-    rows = _load(config.path, key, "parquet", data_files=str(path), split="train", cache_dir=_folder_of(content))
+    with quiet_progress():
+        rows = _load(config.path, key, "parquet", data_files=str(path), split="train", cache_dir=_folder_of(content))
     return Source(config.path, rows, set(rows.column_names), content, has_lines=False)
 
 
@@ -124,7 +125,8 @@ def _open_folder(config: SourceConfig, path: Path, key: str) -> Source:
         content = digest([*file_hashes(file["filename"] for file in rows.cache_files), str(rows.features)])
     else:
         files = digest(file_hashes(file for file in sorted(path.rglob("*")) if file.is_file()))
-        rows = _load(config.path, key, str(path), config.name, split=config.split, cache_dir=_folder_of(files))
+        with quiet_progress():
+            rows = _load(config.path, key, str(path), config.name, split=config.split, cache_dir=_folder_of(files))
         content = digest([files, str(config.name), config.split])
     return Source(config.path, rows, set(rows.column_names), content, has_lines=False)
 
@@ -133,6 +135,8 @@ def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
     """One set, or one of those that stand in the folder under the names of their splits."""
     try:
         saved = datasets.load_from_disk(str(path))
+    except IndexError as error:  # what `datasets` raises where no file holds a row
+        raise UserError(f"{config.path}: empty, it has no rows; valid: at least one row") from error
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{key}.path: {config.path}: cannot be loaded: {first_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
@@ -154,10 +158,14 @@ def _open_hub(config: SourceConfig, key: str) -> Source:
 
 def _load(path: str, key: str, *args: Any, **options: Any) -> datasets.Dataset:
     """`load_dataset`, whose many ways to fail (network, hub, split, files) all become one UserError."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs some errors that it raises as well
     try:
         return datasets.load_dataset(*args, **options)
     except Exception as error:  # the hub, its http client, fsspec and arrow raise classes without a common base
         raise UserError(f"{key}.path: {path}: cannot be loaded: {first_line(error)}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 # --- content and cache ----------------------------------------------------------------------------------------------

@@ -8,8 +8,10 @@ completion its first `max_length - len(prompt)`. Pairs that carry no preference 
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -21,6 +23,7 @@ from dpo.errors import UserError
 from dpo.records import Example, Index, Message
 
 Ids = list[int]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # old ids have no organization
 
 
 @dataclass(frozen=True)
@@ -78,11 +81,13 @@ def limits_of(max_length: int | None, max_prompt_length: int | None, model_confi
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id. Raises UserError if it cannot be loaded or has no EOS token."""
+    if not Path(path).is_dir() and not HUB_ID.fullmatch(path):
+        raise UserError(f"model.tokenizer: {path}: no such folder; valid: a folder with a tokenizer, a hub id org/name")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model.tokenizer: {path}: cannot be loaded: {what}") from error
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :")
+        raise UserError(f"model.tokenizer: {path}: cannot be loaded: {what}; valid: a tokenizer's folder") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.tokenizer: {path}: the tokenizer has no EOS token; valid: one with an eos_token")
     return tokenizer

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import AutoConfig, PretrainedConfig
 
-from dpo.distributed import World, all_gather, first_on_each_node, on_main, together
+from dpo.distributed import World, all_gather, first_on_each_node, on_main, storage_errors, together
 from dpo.errors import UserError
 
 CONFIG_NOISE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
@@ -116,21 +116,19 @@ def hash_model(folder: Path, config: PretrainedConfig, world: World) -> str:
 
 
 def _hash_tensors(folder: Path, world: World) -> list[tuple[str, bytes]]:
-    sizes = {name: (-size, name) for name, (_, size) in tensor_files(folder).items()}
-    mine = sorted(sizes, key=lambda name: sizes[name])[world.rank :: world.size]
     files = tensor_files(folder)
+    mine = sorted(files, key=lambda name: (-files[name][1].numel(), name))[world.rank :: world.size]
     return [(name, _hash_tensor(files[name][0], name)) for name in mine]
 
 
-def tensor_files(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Name of each tensor in a folder -> (its file, its number of elements). Raises UserError for a broken file."""
+def tensor_files(folder: Path) -> dict[str, tuple[Path, torch.Size]]:
+    """Name of each tensor in a folder -> (its file, its shape). Raises UserError for a broken file."""
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    shape = file.get_slice(name).get_shape()
-                    found[name] = (path, int(torch.Size(shape).numel()))
+                    found[name] = (path, torch.Size(file.get_slice(name).get_shape()))
         except (SafetensorError, OSError) as failure:
             raise UserError(f"{path}: not a readable safetensors file: {failure}") from failure
     return found
@@ -154,18 +152,23 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix:
     tensor is missing or has another shape. Every rank must get here.
     """
     stored = tensor_files(folder)
-    short = base_prefix + "."
-    wanted = {name if name in stored else name.removeprefix(short): tensor for name, tensor in tensors.items()}
+    wanted = {_stored_name(name, stored, base_prefix + "."): tensor for name, tensor in tensors.items()}
     missing = sorted(set(wanted) - set(stored))
     if missing:
         raise UserError(f"{folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
     for name, tensor in wanted.items():
-        if tensor.numel() != stored[name][1]:
+        file, shape = stored[name]
+        if tensor.shape != shape:
             raise UserError(
-                f"{stored[name][0]}: {name} has {stored[name][1]} elements where the model's config.json wants"
-                f" {tuple(tensor.shape)}"
+                f"{file}: {name} has shape {tuple(shape)} where the model's config.json wants {tuple(tensor.shape)}"
             )
-    dcp.load(dict(wanted), storage_reader=HuggingFaceStorageReader(str(folder)))
+    with storage_errors(folder):
+        dcp.load(dict(wanted), storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def _stored_name(name: str, stored: Mapping[str, Any], prefix: str) -> str:
+    bare = name.removeprefix(prefix)
+    return bare if name not in stored and bare in stored else name
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, world: World) -> None:
@@ -180,7 +183,8 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch
     writer = HuggingFaceStorageWriter(
         str(folder), fqn_to_index_mapping=files, save_distributed=True, enable_consolidation=True
     )
-    dcp.save(cast, storage_writer=writer)
+    with storage_errors(folder):
+        dcp.save(cast, storage_writer=writer)
     on_main(world, lambda: _tidy(folder))
 
 

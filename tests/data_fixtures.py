@@ -1,23 +1,18 @@
-"""What the tests of the data files share: a tokenizer whose ids can be told by hand, small files, a cache of their own."""
+"""What the tests of the data share: a tokenizer whose ids can be told by hand, small files, a cache of their own."""
 
+import dataclasses
 import gzip
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
-import pytest
+import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from dpo.config import BatchConfig, Config, DataConfig, ModelConfig, SourceConfig, TrainConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
-SHARED = Path(os.environ.get("DPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no test data at {SHARED} (DPO_TEST_DATA)")
-
 UNK, BOS, EOS = 0, 1, 2
 QZ = 99  # the one merge: "Q" and "Z" side by side
 VOCAB_SIZE = 100
@@ -25,6 +20,13 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
+
+
+ROWS = [
+    {"prompt": f"p{i % 4}", "completions": [f"a{i}", "b", "c"], "pairs": [[0, 1], [2, 1]] if i % 3 else [[1, 2]]}
+    for i in range(10)
+]
+TOKENS = [{"prompt_ids": [3 + i % 40], "chosen_ids": [5, i % 90], "rejected_ids": [6]} for i in range(80)]
 
 
 def ids(text: str) -> list[int]:
@@ -52,22 +54,6 @@ class TinyModelConfig:
         self.__dict__ |= defaults | {"bos_token_id": BOS, "eos_token_id": EOS} | fields
 
 
-@pytest.fixture
-def hf_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of `datasets` that is empty and this test's alone."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
-    datasets.utils.disable_progress_bars()
-    yield tmp_path / "hf"
-    datasets.utils.enable_progress_bars()
-
-
-@pytest.fixture
-def tokenizer_folder(tmp_path: Path) -> str:
-    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    return str(tmp_path / "tokenizer")
-
-
 def write_jsonl(path: Path, rows: list[Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -89,3 +75,17 @@ def make_config(*sources: str | SourceConfig, tokenizer: str = "", pairs_per_ste
         batch=BatchConfig(pairs_per_step=pairs_per_step),
         train=TrainConfig(seed=seed),
     )
+
+
+def plain_pairs(rows):
+    """(prompt, winner, loser) of every pair of `grouped` rows of texts, as ids told by hand."""
+    return [
+        (ids(row["prompt"]), [*ids(row["completions"][w]), 2], [*ids(row["completions"][v]), 2])
+        for row in rows
+        for w, v in row["pairs"]
+    ]
+
+
+def all_pairs(pair_set, order=None):
+    order = np.arange(len(pair_set)) if order is None else order
+    return [tuple(part.tolist() for part in dataclasses.astuple(p)) for p in pair_set.pairs(np.asarray(order))]

@@ -1,0 +1,176 @@
+"""The demo's little world: an owl that is asked questions, and what is thought of its answers.
+
+    Nora asks: what does the cow say?
+    Owl: Dear Nora, it says moo.
+
+An answer can be right, kind and short. Right weighs most, then kind, then short, so every two of the eight ways to
+answer have an order. Everything here follows from a seed: questions, answers and their scores, and the untrained model
+with its own tokenizer.
+"""
+
+import json
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+NAMES = ("Ada", "Ben", "Cleo", "Dan", "Emma", "Finn", "Greta", "Hugo", "Ida", "Jon", "Kira", "Leo", "Mia", "Nora",
+         "Otto", "Pia")  # fmt: skip
+SOUNDS = {"cow": "moo", "cat": "meow", "dog": "woof", "duck": "quack", "sheep": "baa", "pig": "oink", "frog": "croak",
+          "mouse": "squeak", "rooster": "crow", "lion": "roar", "bee": "buzz", "snake": "hiss"}  # fmt: skip
+HOMES = {"bee": "hive", "fox": "den", "bird": "nest", "fish": "pond", "bear": "cave", "spider": "web", "mole": "tunnel",
+         "horse": "stable", "dog": "kennel", "snail": "shell", "rabbit": "burrow", "squirrel": "tree"}  # fmt: skip
+NUMBERS = range(1, 7)
+
+RUDE = " Hmpf! "
+ASIDES = ("owls sleep by day", "the moon is round", "my left wing is itchy", "it may rain", "I once met a king",
+          "tea is best at dawn")  # fmt: skip
+
+BOS, EOS, PAD, UNKNOWN = SPECIAL = ("<s>", "</s>", "<pad>", "<unk>")
+WORDS = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\s]"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `name` asks, the sentence that answers it, and sentences of the same kind that are wrong."""
+
+    name: str
+    text: str
+    right: str
+    wrong: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        """What the model reads."""
+        return f"{self.name} asks: {self.text}?\nOwl:"
+
+    @property
+    def greeting(self) -> str:
+        """How a kind answer begins."""
+        return f" Dear {self.name}, "
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What an answer is."""
+
+    right: bool
+    kind: bool
+    short: bool
+
+    @property
+    def score(self) -> int:
+        """0 to 7, different for every grade: being right outweighs being kind and short together."""
+        return 4 * self.right + 2 * self.kind + self.short
+
+
+GRADES = tuple(Grade(*parts) for parts in product((False, True), repeat=3))
+
+
+# --- questions and answers -------------------------------------------------------------------------------------------
+
+
+def questions(num: int, seed: int) -> list[Question]:
+    """`num` different questions of the 960 that 16 names can ask, in an order that the seed decides."""
+    everything = [Question(name, *fact) for name in NAMES for fact in _facts()]
+    return random.Random(seed).sample(everything, num)
+
+
+def _facts() -> list[tuple[str, str, tuple[str, ...]]]:
+    """(question, right sentence, wrong sentences): 36 sums, 12 sounds, 12 homes."""
+    sums = [(f"what is {a} plus {b}", "that makes ", str(a + b)) for a in NUMBERS for b in NUMBERS]
+    sounds = [(f"what does the {who} say", "it says ", sound) for who, sound in SOUNDS.items()]
+    homes = [(f"where does the {who} live", "it lives in a ", home) for who, home in HOMES.items()]
+    return [fact for kind in (sums, sounds, homes) for fact in _with_wrong(kind)]
+
+
+def _with_wrong(facts: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, tuple[str, ...]]]:
+    """What is right for another question of the same kind is wrong for this one."""
+    ends = sorted({end for _, _, end in facts})
+    return [(text, begin + end, tuple(begin + e for e in ends if e != end)) for text, begin, end in facts]
+
+
+def answer(question: Question, grade: Grade, rng: random.Random) -> str:
+    """An answer of this grade; `rng` chooses among wrong sentences and asides."""
+    opening = question.greeting if grade.kind else RUDE
+    sentence = question.right if grade.right else rng.choice(question.wrong)
+    asides = [] if grade.short else rng.sample(ASIDES, rng.randint(1, 3))
+    return opening + ", and ".join([sentence, *asides]) + "."
+
+
+def grade_of(question: Question, text: str) -> Grade:
+    """What any text is as an answer; the inverse of `answer`."""
+    sentence, aside, _ = text.removeprefix(question.greeting).removeprefix(RUDE).partition(", and ")
+    return Grade(
+        right=sentence.rstrip(".") == question.right,
+        kind=text.startswith(question.greeting),
+        short=not aside and text.endswith("."),
+    )
+
+
+def preference_row(question: Question, num_answers: int, rng: random.Random) -> dict[str, Any]:
+    """A row of format `grouped`: the prompt, `num_answers` (2 to 8) answers of different grades, their scores."""
+    grades = rng.sample(GRADES, num_answers)
+    completions = [answer(question, grade, rng) for grade in grades]
+    return {"prompt": question.prompt, "completions": completions, "scores": [grade.score for grade in grades]}
+
+
+def save_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One row a line of JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def save_model(folder: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
+    """An untrained Llama of 0.3 million weights, and its tokenizer, as a Hugging Face folder."""
+    tokenizer = make_tokenizer(text for row in rows for text in (row["prompt"], *row["completions"]))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.1,  # about 1/sqrt(hidden_size): the usual 0.02 is for far wider models, and slow here
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token a word, the space before it included, so that decoding gives back the text; BOS before a prompt."""
+    splitter = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
+    vocab = {word: i for i, word in enumerate([*SPECIAL, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = splitter
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocab[BOS])])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=PAD, unk_token=UNKNOWN
+    )
+
+
+def greedy_answers(folder: Path, prompts: Sequence[str]) -> list[str]:
+    """What the model of a Hugging Face folder says to each prompt, always the likeliest token, 48 at most."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    ids = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+    return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

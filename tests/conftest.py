@@ -1,0 +1,42 @@
+"""What every test finds ready: its own caches, the shared data, a tiny model, and ranks that run functions together."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before datasets is imported, which reads them once: nothing of a test reaches the caches of the user.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dpo-tests-hf-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+
+from tests.ranks import Ranks
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a reference cache of its own."""
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "reference-cache"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real weights, preferences and published figures; tests that need it skip where it is absent."""
+    folder = Path(os.environ.get("DPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no test data at {folder}: set DPO_TEST_DATA")
+    return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes that run a function together as the ranks of a gloo group; started once, used by many tests."""
+    pool = Ranks()
+    yield pool
+    pool.close()

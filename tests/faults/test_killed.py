@@ -1,0 +1,89 @@
+"""`kill -9` of a real process, in the middle of the reference pass and in the middle of training: the run goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dpo.config import Config, to_yaml
+from tests.models import save_model, save_pairs
+from tests.runs import changed, make_config, reference_line, run, same_weights, train_lines, without_clock
+
+NUM_PAIRS = 12
+SLOW_REFERENCE = """
+import time
+from dpo import reference
+whole = reference._run
+reference.SECONDS_BETWEEN_BLOCKS = 0
+reference._chunks = lambda items, tokens: ([item] for item in items)
+reference._run = lambda *args: (whole(*args), time.sleep(0.2))[0]
+"""
+"""A block a completion, five a second."""
+SLOW_TRAINING = """
+import time
+from dpo import train
+step = train._step
+train._step = lambda *args: (time.sleep(0.3), step(*args))[1]
+"""
+MAIN = """
+import sys
+from dpo.distributed import run_program
+from dpo.train import main
+sys.exit(run_program(main))
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    """Nine steps of four of twelve pairs, a checkpoint every second."""
+    return make_config(
+        save_model(tmp_path / "model", "llama"),
+        save_pairs(tmp_path / "pairs.jsonl", NUM_PAIRS),
+        tmp_path / "run",
+        batch__pairs_per_step=4,
+        train__steps=9,
+        optim__lr=1e-3,
+        optim__warmup_steps=0,
+        checkpoint__save_every=2,
+    )
+
+
+def kill_when(config: Config, slowed: str, is_time: Callable[[], bool]) -> None:
+    """Trains in a process of its own, and kills it as soon as `is_time()`."""
+    path = Path(str(config.train.run_dir)).with_suffix(".yaml")
+    path.write_text(to_yaml(config))
+    process = subprocess.Popen([sys.executable, "-c", slowed + MAIN, "--config", str(path)], stderr=subprocess.PIPE)
+    try:
+        end = time.monotonic() + 120
+        while not is_time():
+            assert process.poll() is None, process.communicate()[1].decode()[-2000:]
+            assert time.monotonic() < end, "the process does nothing"
+            time.sleep(0.02)
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def test_a_killed_reference_pass_goes_on(config: Config, tmp_path: Path) -> None:
+    """Killed when five of 24 rows are there: no more than a few are computed twice."""
+    cache = tmp_path / "reference-cache"
+    kill_when(config, SLOW_REFERENCE, lambda: len(list(cache.rglob("rows-*"))) >= 5)
+    blocks = len(list(cache.rglob("rows-*")))
+    assert blocks < 2 * NUM_PAIRS
+    assert not (tmp_path / "run").exists()
+    assert reference_line(run(config)) == (2 * NUM_PAIRS - blocks, blocks)
+
+
+def test_a_killed_training_goes_on_to_the_last_bit(config: Config, tmp_path: Path) -> None:
+    """Killed after step 5, when the checkpoint of step 4 is the newest, perhaps while writing whatever comes next."""
+    whole = run(changed(config, train__run_dir=str(tmp_path / "whole")))
+    kill_when(config, SLOW_TRAINING, lambda: len(train_lines(tmp_path / "run")) >= 5)
+    assert len(train_lines(tmp_path / "run")) < 9
+    parts = run(config)
+    assert without_clock(train_lines(parts)) == without_clock(train_lines(whole))
+    assert same_weights(whole / "final", parts / "final")

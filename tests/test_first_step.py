@@ -1,0 +1,150 @@
+"""The check before the first update: the policy is its own reference, whatever the loss, or the run ends."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dpo.cache import ROW, read_rows, write_rows
+from dpo.config import Config, LossConfig
+from dpo.evaluation import allowed_differences
+from dpo.losses import indifferent_loss
+from tests.models import save_model, save_pairs
+from tests.runs import exit_code, make_config, run, train_lines
+
+NUM_PAIRS = 4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/ and pairs.jsonl."""
+    root = tmp_path_factory.mktemp("first-step")
+    save_model(root / "model", "llama")
+    save_pairs(root / "pairs.jsonl", NUM_PAIRS)
+    return root
+
+
+def make(folders: Path, run_dir: Path, **changes: object) -> Config:
+    """One step on all four pairs, no update worth the name."""
+    changes = {"batch__pairs_per_step": NUM_PAIRS, "train__steps": 1} | changes
+    return make_config(folders / "model", folders / "pairs.jsonl", run_dir, **changes)
+
+
+def shift_rows(cache: Path, shift: float, only: int | None = None) -> None:
+    """Moves the cached log-probabilities (or one of them) by so many allowed differences in float32."""
+    (folder,) = cache.iterdir()
+    rows = read_rows(folder)
+    allowed = 1e-4 + 1e-5 * np.abs(rows.logps)
+    chosen = np.arange(len(rows)) == only if only is not None else np.ones(len(rows), bool)
+    for block in folder.glob("rows-*"):
+        block.unlink()
+    write_rows(folder, np.stack([rows.high, rows.low], 1), rows.logps + shift * allowed * chosen)
+
+
+# --- what it lets pass -----------------------------------------------------------------------------------------------
+
+LOSSES = {
+    "dpo": (LossConfig(), math.log(2)),
+    "smoothed": (LossConfig(label_smoothing=0.2), math.log(2)),
+    "steep": (LossConfig(beta=5.0), math.log(2)),
+    "normalized": (LossConfig(length_normalized=True), math.log(2)),
+    "ipo": (LossConfig(name="ipo"), 25.0),
+    "ipo, small beta": (LossConfig(name="ipo", beta=0.01), 2500.0),
+    "ipo, normalized": (LossConfig(name="ipo", length_normalized=True), 25.0),
+    "hinge": (LossConfig(name="hinge"), 1.0),
+    "robust": (LossConfig(name="robust", label_smoothing=0.4), math.log(2)),
+}
+"""h = 0: dpo and robust give ln 2 for every eps, ipo 1/(4 beta^2), hinge 1."""
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_first_loss_is_that_of_an_indifferent_policy(folders: Path, tmp_path: Path, name: str) -> None:
+    """No false alarm, and train/loss within 1e-5 (relative, for the large ones of ipo)."""
+    loss, expected = LOSSES[name]
+    config = make(folders, tmp_path / "run", **{f"loss__{key}": value for key, value in vars(loss).items()})
+    assert indifferent_loss(loss) == pytest.approx(expected, rel=1e-12)
+    assert train_lines(run(config))[0]["train/loss"] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_the_sft_term_comes_on_top(folders: Path, tmp_path: Path) -> None:
+    line = train_lines(run(make(folders, tmp_path / "run", loss__sft_weight=0.5)))[0]
+    assert line["train/loss"] == pytest.approx(math.log(2) + 0.5 * line["train/loss_sft"], rel=1e-6)
+    assert line["train/loss_sft"] > 1
+
+
+@pytest.mark.parametrize("changes", [{"parallel__compute_dtype": "bfloat16"}, {"batch__tokens_per_micro_batch": 1}])
+def test_no_false_alarm_in_another_layout_or_precision(
+    folders: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    """Rows computed in one packing, checked in another; bfloat16 has its own tolerance."""
+    run(make(folders, tmp_path / "first", **changes))
+    again = make(folders, tmp_path / "second", batch__group_by_prompt=True, train__seed=3)
+    assert train_lines(run(again))[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_allowed_differences() -> None:
+    """float32: 1e-4 + 1e-5 |ref|: 100 nats may be off by 1.1e-3. bfloat16: 0.05 sqrt(tokens): 16 tokens by 0.2."""
+    refs, lengths = torch.tensor([-100.0, -10.0]), torch.tensor([16, 4])
+    assert allowed_differences(refs, lengths, torch.float32).tolist() == pytest.approx([1.1e-3, 2e-4], rel=1e-6)
+    assert allowed_differences(refs, lengths, torch.bfloat16).tolist() == pytest.approx([0.2, 0.1], rel=1e-6)
+
+
+# --- what it stops ---------------------------------------------------------------------------------------------------
+
+
+def test_a_row_a_little_beyond_the_tolerance_ends_the_run(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0.7 of what is allowed passes, 1.3 does not (the recomputation itself may be off by 0.3): exit code 1."""
+    cache = tmp_path / "reference-cache"
+    run(make(folders, tmp_path / "first"))
+    shift_rows(cache, 0.7, only=2)
+    run(make(folders, tmp_path / "second"))
+    shift_rows(cache, 0.6, only=2)
+    assert exit_code(make(folders, tmp_path / "third")) == 1
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert error.startswith("error: step 1: the policy is not its own reference: pi_logp -")
+    assert not (tmp_path / "third").exists()
+
+
+def test_the_worst_row_is_the_one_named(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All rows are off, one of them ten times as far: the line has its log-probabilities, length and first ids."""
+    cache = tmp_path / "reference-cache"
+    run(make(folders, tmp_path / "first"))
+    right = read_rows(next(cache.iterdir())).logps[5]
+    shift_rows(cache, 2.0)
+    shift_rows(cache, 18.0, only=5)
+    wrong = read_rows(next(cache.iterdir())).logps[5]
+    assert exit_code(make(folders, tmp_path / "second")) == 1
+    error = capsys.readouterr().err
+    assert f"pi_logp {right:.6g}, ref_logp {wrong:.6g} nats for the completion of " in error
+
+
+@pytest.mark.parametrize("loss", ["ipo", "hinge", "robust"])
+def test_other_losses_are_checked_too(folders: Path, tmp_path: Path, loss: str) -> None:
+    run(make(folders, tmp_path / "first", loss__name=loss))
+    shift_rows(tmp_path / "reference-cache", 5.0, only=0)
+    assert exit_code(make(folders, tmp_path / "second", loss__name=loss)) == 1
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_no_number_ends_the_run(folders: Path, tmp_path: Path, value: float) -> None:
+    """A block that is whole, and holds nonsense."""
+    run(make(folders, tmp_path / "first"))
+    (folder,) = (tmp_path / "reference-cache").iterdir()
+    (block,) = folder.glob("rows-*")
+    table = np.frombuffer(block.read_bytes(), ROW).copy()
+    block.unlink()
+    table["logp"][3] = value
+    write_rows(folder, np.stack([table["high"], table["low"]], 1), table["logp"])
+    assert exit_code(make(folders, tmp_path / "second")) == 1
+
+
+def test_a_resumed_policy_is_not_its_reference_and_is_not_checked(folders: Path, tmp_path: Path) -> None:
+    """At learning rate 0.01 the policy is far away after a step; going on from there is no fault."""
+    changes = {"optim__lr": 1e-2, "optim__warmup_steps": 0, "optim__max_grad_norm": None}
+    run(make(folders, tmp_path / "run", **changes))
+    run(make(folders, tmp_path / "run", **changes | {"train__steps": 2}))
+    assert abs(train_lines(tmp_path / "run")[1]["train/loss"] - math.log(2)) > 1e-3

@@ -1,0 +1,358 @@
+"""The reference pass: which rows a run computes, which it finds, and what values they have."""
+
+import json
+import shutil
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from dpo import reference
+from dpo.cache import read_rows
+from dpo.config import Config, SourceConfig
+from dpo.errors import RunError, UserError
+from dpo.tokens import completion_key
+from tests.models import plain_logp, plain_model, save_model, save_pairs
+from tests.ranks import Ranks
+from tests.runs import changed, exit_code, make_config, reference_line, run, same_weights, train_lines, without_clock
+
+NUM_PAIRS = 8
+ALL = 2 * NUM_PAIRS
+"""Every pair of `save_pairs` has a prompt and two completions of its own."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, pairs.jsonl and eval.jsonl."""
+    root = tmp_path_factory.mktemp("reference")
+    save_model(root / "model", "llama")
+    save_pairs(root / "pairs.jsonl", NUM_PAIRS)
+    save_pairs(root / "eval.jsonl", 3, seed=1)
+    return root
+
+
+@pytest.fixture
+def config(folders: Path, tmp_path: Path) -> Config:
+    """One step on four of the eight pairs."""
+    return make_config(
+        folders / "model", folders / "pairs.jsonl", tmp_path / "run", batch__pairs_per_step=4, train__steps=1
+    )
+
+
+def change(config: Config, **changes: object) -> Config:
+    """The config with keys like `optim__lr` changed and, unless one is given, a fresh run folder."""
+    count = len(list(Path(str(config.train.run_dir)).parent.iterdir()))
+    return changed(config, **({"train__run_dir": f"{config.train.run_dir}-{count}"} | changes))
+
+
+def cache_folders(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "reference-cache").iterdir())
+
+
+def rows_of(path: Path) -> list[dict[str, list]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_rows(path: Path, rows: list[dict[str, list]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def test_values_are_those_of_plain_hugging_face(config: Config, folders: Path, tmp_path: Path) -> None:
+    """Each completion alone through `from_pretrained`; two float32 computations of some tens of nats: 1e-5 relative."""
+    run(config)
+    rows, model = read_rows(cache_folders(tmp_path)[0]), plain_model(folders / "model")
+    assert len(rows) == ALL
+    for row in rows_of(folders / "pairs.jsonl"):
+        for ids in row["completion_ids"]:
+            expected = plain_logp(model, row["prompt_ids"], ids).item()
+            found = rows.logp(completion_key(np.array(row["prompt_ids"]), np.array(ids)))
+            assert found == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_another_reference_is_that_models_log_probabilities(config: Config, folders: Path, tmp_path: Path) -> None:
+    """reference.path: another family, so that nothing of the policy's own shape can serve; first margins by hand."""
+    save_model(tmp_path / "other", "gpt2", seed=5)
+    config = change(config, reference__path=str(tmp_path / "other"), data__order="sequential")
+    line = train_lines(run(config))[0]
+    policy, other = plain_model(folders / "model"), plain_model(tmp_path / "other")
+    margins = []
+    for row in rows_of(folders / "pairs.jsonl")[:4]:
+        ratios = [
+            (plain_logp(policy, row["prompt_ids"], ids) - plain_logp(other, row["prompt_ids"], ids)).item()
+            for ids in row["completion_ids"]
+        ]
+        margins.append(0.1 * (ratios[0] - ratios[1]))
+    assert line["train/rewards/margins"] == pytest.approx(np.mean(margins), rel=1e-4)
+    assert line["train/rewards/accuracies"] == np.mean(np.array(margins) > 0)
+    expected = np.mean(np.log1p(np.exp(-np.array(margins))))
+    assert line["train/loss"] == pytest.approx(expected, rel=1e-4)
+    assert abs(line["train/loss"] - np.log(2)) > 1e-3  # the check of the first step rightly did not run
+
+
+def test_a_copy_of_the_model_as_reference_is_its_own_start(config: Config, folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "model", tmp_path / "copy")
+    own, copied = run(config), run(change(config, reference__path=str(tmp_path / "copy")))
+    assert reference_line(copied) == (0, ALL)
+    assert without_clock(train_lines(own)) == without_clock(train_lines(copied))
+    assert train_lines(copied)[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_a_reference_that_is_not_finite_ends_the_run(
+    config: Config, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One weight is NaN: the reference pass says so, and no row reaches the cache."""
+    edit_weights(folders / "model", tmp_path / "broken", "lm_head.weight", float("nan"))
+    broken = change(config, model__path=str(tmp_path / "broken"))
+    assert exit_code(broken) == 1
+    assert "error: the reference gives a log-probability that is not finite" in capsys.readouterr().err
+    assert not list((tmp_path / "reference-cache").rglob("rows-*"))
+    assert not Path(str(broken.train.run_dir)).exists()
+
+
+def test_sft_has_no_reference(config: Config, tmp_path: Path) -> None:
+    folder = run(change(config, loss__name="sft"))
+    assert not (tmp_path / "reference-cache").exists()
+    assert not [name for line in train_lines(folder) for name in line if "rewards" in name]
+    assert not [line for line in without_clock(train_lines(folder)) if "reference/rows_computed" in line]
+
+
+# --- found again -----------------------------------------------------------------------------------------------------
+
+KEPT = {
+    "nothing": {},
+    "learning rate": {"optim__lr": 1e-3},
+    "optimizer": {"optim__name": "sgd"},
+    "loss": {"loss__name": "ipo", "loss__beta": 0.5},
+    "order": {"data__order": "sequential"},
+    "seed": {"train__seed": 3},
+    "grouped": {"batch__group_by_prompt": True},
+    "micro-batches": {"batch__tokens_per_micro_batch": 40},
+    "pairs per step": {"batch__pairs_per_step": 8},
+    "head memory": {"parallel__head_memory_mib": 1},
+    "checkpointing": {"parallel__activation_checkpointing": "full"},
+    "resharding": {"parallel__reshard_after_forward": False},
+    "limits that cut nothing": {"data__max_length": 64, "data__max_prompt_length": 40},
+    "no limits": {"data__max_length": None, "data__max_prompt_length": None},
+}
+
+
+def test_a_second_run_computes_nothing_whatever_else_changes(config: Config) -> None:
+    run(config)
+    assert reference_line(str(config.train.run_dir)) == (ALL, 0)
+    found = {name: reference_line(run(change(config, **changes))) for name, changes in KEPT.items()}
+    assert found == dict.fromkeys(KEPT, (0, ALL))
+
+
+def test_the_model_may_be_renamed_moved_and_sharded_anew(config: Config, folders: Path, tmp_path: Path) -> None:
+    """The same tensors in several files, under another folder's name, with another `_name_or_path` and version."""
+    run(config)
+    shutil.copytree(folders / "model", tmp_path / "deep" / "other name")
+    model = AutoModelForCausalLM.from_pretrained(folders / "model")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    facts = json.loads((tmp_path / "sharded" / "config.json").read_text())
+    facts |= {"transformers_version": "4.0.0", "_name_or_path": "somebody/else", "architectures": None}
+    (tmp_path / "sharded" / "config.json").write_text(json.dumps(facts))
+    for folder in (tmp_path / "deep" / "other name", tmp_path / "sharded"):
+        assert reference_line(run(change(config, model__path=str(folder)))) == (0, ALL)
+
+
+def edit_weights(folder: Path, out: Path, name: str, value: float) -> None:
+    """A copy of a model with one number of one tensor replaced."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+
+
+def test_one_byte_of_one_weight_makes_all_rows_new(config: Config, folders: Path, tmp_path: Path) -> None:
+    """The smallest change a float32 can have, in a norm that few would hash: nextafter of it."""
+    run(config)
+    name = "model.norm.weight"
+    before = load_file(folders / "model" / "model.safetensors")[name][3]
+    after = torch.nextafter(before, torch.tensor(torch.inf)).item()
+    edit_weights(folders / "model", tmp_path / "changed", name, after)
+    assert reference_line(run(change(config, model__path=str(tmp_path / "changed")))) == (ALL, 0)
+    assert len(cache_folders(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
+def test_a_changed_config_makes_all_rows_new(config: Config, folders: Path, tmp_path: Path, key: str) -> None:
+    run(config)
+    shutil.copytree(folders / "model", tmp_path / "changed")
+    path = tmp_path / "changed" / "config.json"
+    facts = json.loads(path.read_text())
+    owner = facts["rope_parameters"] if key == "rope_theta" else facts
+    owner[key] = 2 * owner[key]
+    path.write_text(json.dumps(facts))
+    assert reference_line(run(change(config, model__path=str(path.parent)))) == (ALL, 0)
+
+
+def test_other_numerics_are_other_rows(config: Config, tmp_path: Path) -> None:
+    run(config)
+    assert reference_line(run(change(config, parallel__compute_dtype="bfloat16"))) == (ALL, 0)
+    double = change(config, model__dtype="float64", parallel__reduce_dtype="float64")
+    assert reference_line(run(double)) == (ALL, 0)
+    assert len(cache_folders(tmp_path)) == 3
+
+
+# --- grown -----------------------------------------------------------------------------------------------------------
+
+
+def test_more_data_computes_its_own_rows_alone(config: Config, folders: Path, tmp_path: Path) -> None:
+    """A ninth row: 2 new completions. A tenth that answers the first prompt again, once as before: 1 new completion."""
+    run(config)
+    rows = rows_of(folders / "pairs.jsonl")
+    ninth = {"prompt_ids": [1, 50, 51], "completion_ids": [[60, 2], [61, 62, 2]], "pairs": [[0, 1]]}
+    more = write_rows(tmp_path / "more.jsonl", [*rows, ninth])
+    assert reference_line(run(change(config, data__train=[SourceConfig(str(more))]))) == (2, ALL)
+    tenth = rows[0] | {"completion_ids": [rows[0]["completion_ids"][0], [63, 2]]}
+    write_rows(more, [*rows, ninth, tenth])
+    assert reference_line(run(change(config, data__train=[SourceConfig(str(more))]))) == (1, ALL + 2)
+
+
+def test_cut_completions_alone_are_new(config: Config, folders: Path) -> None:
+    """max_length 24 and a prompt limit of 23, which no prompt exceeds: a completion is new iff prompt + it > 24.
+
+    TRL 1.16 served the old value here.
+    """
+    run(config)
+    lengths = [
+        len(row["prompt_ids"]) + len(ids) for row in rows_of(folders / "pairs.jsonl") for ids in row["completion_ids"]
+    ]
+    num_cut = sum(length > 24 for length in lengths)
+    assert 0 < num_cut < ALL
+    assert all(len(row["prompt_ids"]) <= 23 for row in rows_of(folders / "pairs.jsonl"))
+    shorter = change(config, data__max_length=24, data__max_prompt_length=23)
+    assert reference_line(run(shorter)) == (num_cut, ALL - num_cut)
+
+
+def test_evaluation_pairs_are_in_the_cache_too(config: Config, folders: Path) -> None:
+    """3 more prompts with 2 completions each; afterwards they are found, also as training pairs."""
+    both = change(config, data__eval=[SourceConfig(str(folders / "eval.jsonl"))])
+    run(both)
+    assert reference_line(str(both.train.run_dir)) == (ALL + 6, 0)
+    assert reference_line(run(change(both))) == (0, ALL + 6)
+    swapped = [SourceConfig(str(folders / "eval.jsonl"))]
+    assert reference_line(run(change(config, data__train=swapped, batch__pairs_per_step=3))) == (0, 6)
+
+
+def test_a_completion_of_several_pairs_is_one_row(config: Config, tmp_path: Path) -> None:
+    """4 answers ranked in full are 6 pairs and 4 rows a prompt; the same row of data twice adds none."""
+    path = save_pairs(tmp_path / "ranked.jsonl", 4, completions=4, pairs_each=6)
+    path.write_text(path.read_text() * 2)
+    assert reference_line(run(change(config, data__train=[SourceConfig(str(path))]))) == (16, 0)
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_build_that_died_goes_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are written after every chunk, a chunk is one completion, and the 6th chunk fails: 5 rows are there."""
+    monkeypatch.setattr(reference, "SECONDS_BETWEEN_BLOCKS", 0)
+    monkeypatch.setattr(reference, "_chunks", lambda items, tokens: ([item] for item in items))
+    whole, calls = reference._run, []
+
+    def fail_at_sixth(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 6:
+            raise RunError("the power is gone")
+        return whole(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "_run", fail_at_sixth)
+        assert exit_code(config) == 1
+    assert reference_line(run(config)) == (ALL - 5, 5)
+
+
+def test_blocks_are_written_on_the_way(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a long time between blocks there is one at the end, with none one after each chunk."""
+    monkeypatch.setattr(reference, "_chunks", lambda items, tokens: ([item] for item in items))
+    run(config)
+    assert len(list(cache_folders(tmp_path)[0].glob("rows-*"))) == 1
+    monkeypatch.setattr(reference, "SECONDS_BETWEEN_BLOCKS", 0)
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "reference-cache" / "second"))
+    run(change(config))
+    assert len(list((tmp_path / "reference-cache" / "second").rglob("rows-*"))) == ALL
+
+
+def test_a_damaged_block_is_computed_again(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(config)
+    (block,) = cache_folders(tmp_path)[0].glob("rows-*")
+    content = bytearray(block.read_bytes())
+    content[40] ^= 1
+    block.write_bytes(content)
+    second = run(change(config))
+    assert "is damaged" in capsys.readouterr().err
+    assert reference_line(second) == (ALL, 0)
+    assert same_weights(first / "final", second / "final")
+    assert reference_line(run(change(config))) == (0, ALL)
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert exit_code(change(config, reference__cache_dir=str(tmp_path / "file" / "cache"))) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: reference.cache_dir: cannot write to {tmp_path / 'file' / 'cache'}")
+
+
+def test_a_cache_that_another_node_does_not_see_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe vanishes before the ranks look for it, as if it lay on another machine."""
+    written = reference._write_probe
+
+    def lost(folder: Path) -> Path:
+        probe = written(folder)
+        probe.unlink()
+        return probe
+
+    monkeypatch.setattr(reference, "_write_probe", lost)
+    with pytest.raises(UserError, match=r"reference\.cache_dir: rank 0 does not see .* valid: a folder that all"):
+        run(config)
+
+
+def test_two_jobs_may_probe_at_the_same_time(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another job probes between this one's writing and looking: its probe must not be taken for ours."""
+    written = reference._write_probe
+
+    def with_company(folder: Path) -> Path:
+        probe = written(folder)
+        other = threading.Thread(target=lambda: written(folder))
+        other.start()
+        other.join()
+        return probe
+
+    monkeypatch.setattr(reference, "_write_probe", with_company)
+    assert reference_line(run(config)) == (ALL, 0)
+    assert len(list(cache_folders(tmp_path)[0].glob(".probe-*"))) == 1  # the other's; ours is gone
+
+
+def train_as_rank(config: Config) -> None:
+    """A rank of a run."""
+    from dpo.train import run_training
+
+    run_training(config)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_the_number_of_ranks_is_not_in_the_key(config: Config, ranks: Ranks, tmp_path: Path) -> None:
+    """Computed by 3 ranks on 8 prompts, found by 2 and by 1."""
+    for size, expected in ((3, (ALL, 0)), (2, (0, ALL))):
+        layout = change(config)
+        ranks(size, train_as_rank, layout)
+        assert reference_line(str(layout.train.run_dir)) == expected
+    assert reference_line(run(change(config))) == (0, ALL)
+    assert len(cache_folders(tmp_path)) == 1
