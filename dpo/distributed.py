@@ -169,9 +169,8 @@ def run_program(main: Callable[[], None]) -> int:
 
 def _leave_together() -> None:
     """Lets rank 0 print before any rank ends: torchrun ends all others as soon as it sees the first."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return
-    if not dist.is_initialized():
+    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _join(60, "gloo")
-    dist.barrier()
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

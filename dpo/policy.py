@@ -110,7 +110,6 @@ def _check_structure(model: PreTrainedModel) -> None:
     body_and_head = {model.base_model, model.get_output_embeddings()}
     for applies, reason in (
         (not model._supports_attention_backend, "their attention cannot be replaced"),
-        (getattr(model, "_is_stateful", False), "their state would run on from one completion into the next"),
         (set(model.children()) != body_and_head, "there is more than one linear layer between the body and the logits"),
     ):
         if applies:

@@ -30,14 +30,14 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # old ids have no organiz
 class Limits:
     """The numbers that decide over ids: lengths in tokens (null: no limit), and what the model can take.
 
-    `max_positions` is the model's max_position_embeddings; where positions are learned nothing may be longer.
+    `max_positions` is how far the model's positions reach; where `positions_are_hard` nothing may be longer.
     """
 
     max_length: int | None
     max_prompt_length: int | None
     vocab_size: int
     max_positions: int | None
-    learned_positions: bool
+    positions_are_hard: bool
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,19 @@ class TokenizedExample:
 
 
 def limits_of(max_length: int | None, max_prompt_length: int | None, model_config: Any) -> Limits:
-    """Positions are learned where a model's config has positions but no `rope_parameters` (GPT-2, OPT, …)."""
+    """The limits of a run; how many positions a model has is hard where a longer row would be wrong, not only unusual.
+
+    So it is for learned positions: a config with positions but no `rope_parameters` (GPT-2, OPT, …). And for RoPE whose
+    frequencies depend on the longest position in the row (`dynamic`, `longrope`): beyond their first range a
+    completion's log-probability would depend on what else is in its micro-batch.
+    """
     positions = getattr(model_config, "max_position_embeddings", None)
-    learned = positions is not None and not getattr(model_config, "rope_parameters", None)
-    return Limits(max_length, max_prompt_length, model_config.vocab_size, positions, learned)
+    rope = getattr(model_config, "rope_parameters", None) or {}
+    is_elastic = rope.get("rope_type") in ("dynamic", "longrope")
+    if is_elastic:
+        positions = rope.get("original_max_position_embeddings") or positions
+    is_hard = positions is not None and (is_elastic or not rope)
+    return Limits(max_length, max_prompt_length, model_config.vocab_size, positions, is_hard)
 
 
 # --- tokenizers -----------------------------------------------------------------------------------------------------
@@ -196,9 +205,9 @@ def _count_over_positions(prompt_length: int, lengths: list[int], limits: Limits
     if limits.max_positions is None:
         return 0
     over = [length for length in lengths if prompt_length + length > limits.max_positions]
-    if over and limits.learned_positions:
+    if over and limits.positions_are_hard:
         raise ValueError(
-            f"prompt and completion have {prompt_length + max(over)} tokens, the model's learned positions end at "
+            f"prompt and completion have {prompt_length + max(over)} tokens, the model's positions end at "
             f"{limits.max_positions}; valid: data.max_length up to {limits.max_positions}"
         )
     return len(over)

@@ -129,11 +129,10 @@ def run_training(config: Config) -> None:
     """The whole run: its input is checked, then the policy is built, trained and exported."""
     with open_world(config.parallel.timeout_seconds) as world:
         inputs = read_inputs(config, world)
+        steps = max(inputs.start.step, inputs.last_step)  # a run may be told to end where it has passed already
         if on_main(world, lambda: is_finished(config, inputs.start, inputs.last_step)):
             if world.is_main:
-                say(
-                    f"{config.train.run_dir} is finished: its {inputs.last_step} steps are done, the model is in final/"
-                )
+                say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
             return
         run = build_run(config, world, inputs)
         if run.begins_at_reference:
@@ -146,7 +145,7 @@ def run_training(config: Config) -> None:
         export(run.policy, inputs.model.folder, run.dir / "final", config, world)
         if writer:
             writer.close()
-            say(f"done: {inputs.last_step} steps, the model is in {run.dir / 'final'}")
+            say(f"done: {steps} steps, the model is in {run.dir / 'final'}")
 
 
 def main() -> None:

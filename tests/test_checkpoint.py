@@ -316,13 +316,13 @@ def test_only_folders_with_the_right_name_are_checkpoints(dead_run: Path, tmp_pa
 
 
 def test_the_newest_is_the_greatest_number(dead_run: Path, tmp_path: Path) -> None:
-    """Step 1000000 has seven digits; as text it stands before step-000004."""
+    """Step 1000000 has seven digits; as text it stands before step-999999."""
     shutil.copytree(dead_run, tmp_path / "run")
-    four = checkpoint_path(tmp_path / "run", 4)
-    million = checkpoint_path(tmp_path / "run", 10**6)
-    shutil.copytree(four, million)
+    almost, million = (checkpoint_path(tmp_path / "run", step) for step in (999_999, 10**6))
+    for path in (almost, million):
+        shutil.copytree(checkpoint_path(tmp_path / "run", 4), path)
     assert newest_checkpoint(tmp_path / "run") == million
-    assert newer_checkpoints(tmp_path / "run", 4) == [million]
+    assert newer_checkpoints(tmp_path / "run", 4) == [almost, million]
 
 
 def test_a_run_goes_on_from_the_older_one(config: Config, tmp_path: Path) -> None:

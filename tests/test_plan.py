@@ -73,6 +73,22 @@ def test_a_plan_holds_every_pair_once_and_keeps_the_budget(pairs: list[Pair], nu
     assert plan.winner_tokens_in_step == sum(len(pair.chosen_ids) for pair in pairs)
 
 
+def tree_of(num_tokens: int, number: int) -> Tree:
+    """A tree of so many tokens, at least 3, whose prompt begins with its number."""
+    return Tree(ids(number, *range(num_tokens - 3)), (ids(1), ids(2)), ((0, 1),))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(3, 30), min_size=6, max_size=40), st.integers(1, 3), st.integers(20, 60))
+def test_tight_micro_batches_keep_the_budget(sizes: list[int], num_ranks: int, budget: int) -> None:
+    """Many trees that fill their micro-batches nearly to the brim, where a balanced split alone would spill over."""
+    trees = [tree_of(size, number) for number, size in enumerate(sizes)]
+    plan = plan_step(trees, num_ranks, budget, COSTS)
+    assert sorted(tree.prompt_ids[0] for tree in all_trees(plan)) == list(range(len(sizes)))
+    for trees_of_one in (trees for rank in plan.micro_batches for trees in rank):
+        assert len(trees_of_one) <= 1 or sum(tree.num_tokens for tree in trees_of_one) <= budget
+
+
 @settings(max_examples=40, deadline=None)
 @given(step_pairs(), st.integers(1, 12), st.integers(1, 200))
 def test_a_plan_is_a_function_of_its_inputs(pairs: list[Pair], num_ranks: int, budget: int) -> None:

@@ -37,10 +37,11 @@ BETA, MIB = 0.5, 2**20
 OTHERS: dict[str, dict[str, Any]] = {
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5},
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 6, "sliding_window_pattern": 2},
-    "qwen2": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "phi": {"num_key_value_heads": 4},
 }
 """Families that go the same way, each for what it has of its own: dropout kept as numbers and positions from 2 on;
-windows on some layers, scaled embeddings; biases."""
+scaled embeddings; windows on some layers; a head with a bias."""
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +245,10 @@ REFUSED: Mapping[str, tuple[PretrainedConfig, str]] = {
         AutoConfig.for_model("gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
         "gptj .*attention",
     ),
-    "a recurrent state": (AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2), "mamba .*not supported"),
+    "a recurrent state": (
+        AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2),
+        "mamba .*linear_attention cannot share",
+    ),
     "a head of several layers": (tiny_config("roberta", is_decoder=True), "roberta .*more than one linear layer"),
 }
 
@@ -263,10 +267,11 @@ def test_models_that_would_not_be_exact_are_refused(what: str, world: World, tmp
 
 
 def test_windows_of_a_config() -> None:
-    """Qwen names a window that it does not use; Gemma 3 has one on some layers."""
+    """Qwen may name a window that it does not use; others have one on some layers."""
     assert attention_windows(family_config("llama")) == (None,)
     assert attention_windows(family_config("mistral")) == (12,)
-    assert attention_windows(tiny_config("qwen2", sliding_window=6, use_sliding_window=False)) == (None,)
+    assert attention_windows(PretrainedConfig(sliding_window=6, use_sliding_window=False)) == (None,)
+    assert set(attention_windows(tiny_config("qwen2", **OTHERS["qwen2"]))) == {None, 6}
     assert set(attention_windows(tiny_config("gemma3_text", **OTHERS["gemma3_text"]))) == {None, 6}
 
 

@@ -204,6 +204,18 @@ def test_the_model_of_a_shorter_run_does_not_look_like_the_end(done: Config, tmp
     assert same_weights(whole / "final", parts / "final")
 
 
+def test_fewer_steps_than_are_done_export_what_there_is(
+    dead: Config, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoint 4, and train.steps is now 3: nothing is trained or undone, final/ is step 4 and is called so."""
+    run_dir = run(changed(dead, train__steps=3))
+    assert f"done: 4 steps, the model is in {run_dir / 'final'}" in capsys.readouterr().err
+    four = run(make(folders, tmp_path / "four", train__steps=4))
+    assert same_weights(run_dir / "final", four / "final")
+    assert exit_code(changed(dead, train__steps=3)) == 0
+    assert f"{run_dir} is finished: its 4 steps are done" in capsys.readouterr().err
+
+
 # --- metrics ---------------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +227,7 @@ def test_lines_after_the_checkpoint_are_cut(dead: Config) -> None:
     run(dead)
     assert steps(run_dir) == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in eval_lines(run_dir)] == [0, 3, 6]
+    assert [line["step"] for line in read_metrics(run_dir) if "reference/seconds" in line] == [0]  # it computed nothing
 
 
 @pytest.mark.parametrize("rest", ['{"step": 5, "train/lo', '{"step": 5', "{", '{"step": 5, "train/loss": 0.69}'])

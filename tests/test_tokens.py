@@ -185,18 +185,29 @@ def test_longer_than_the_models_positions(length, over):
     example = pair("ab", "x" * (length - 3), "u")
     assert tokenize(example, TEXTS, limits(positions=6)).over_positions == over
     if over:
-        with pytest.raises(ValueError, match=r"have 7 tokens, the model's learned positions end at 6; valid: data\."):
+        with pytest.raises(ValueError, match=r"have 7 tokens, the model's positions end at 6; valid: data\."):
             tokenize(example, TEXTS, limits(positions=6, learned=True))
     else:
         assert tokenize(example, TEXTS, limits(positions=6, learned=True)).over_positions == 0
+
+
+def test_rope_that_depends_on_the_row_is_hard_beyond_its_first_range():
+    """longrope of Phi-3-128k switches factors beyond 4,096 positions, dynamic RoPE changes beyond max_position_embeddings."""
+    transformers = pytest.importorskip("transformers")
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096}
+    longrope |= {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "factor": 32.0}
+    elastic = transformers.LlamaConfig(head_dim=32, max_position_embeddings=131072, rope_parameters=longrope)
+    assert limits_of(9, 5, elastic) == Limits(9, 5, 32000, 4096, True)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert limits_of(9, 5, transformers.LlamaConfig(rope_parameters=dynamic)) == Limits(9, 5, 32000, 2048, True)
 
 
 def test_learned_positions_are_those_of_a_config_without_rope():
     transformers = pytest.importorskip("transformers")
     learned = {name: transformers.AutoConfig.for_model(name) for name in ("gpt2", "gpt_neo", "opt")}
     rotary = {name: transformers.AutoConfig.for_model(name) for name in ("llama", "qwen3", "mistral", "gpt_neox")}
-    assert all(limits_of(1, 1, config).learned_positions for config in learned.values())
-    assert not any(limits_of(1, 1, config).learned_positions for config in rotary.values())
+    assert all(limits_of(1, 1, config).positions_are_hard for config in learned.values())
+    assert not any(limits_of(1, 1, config).positions_are_hard for config in rotary.values())
     assert limits_of(9, 5, learned["gpt2"]) == Limits(9, 5, 50257, 1024, True)
 
 

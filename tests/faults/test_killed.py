@@ -57,7 +57,9 @@ def kill_when(config: Config, slowed: str, is_time: Callable[[], bool]) -> None:
     """Trains in a process of its own, and kills it as soon as `is_time()`."""
     path = Path(str(config.train.run_dir)).with_suffix(".yaml")
     path.write_text(to_yaml(config))
-    process = subprocess.Popen([sys.executable, "-c", slowed + MAIN, "--config", str(path)], stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", slowed + MAIN, "--config", str(path)]
+    threads = {"OMP_NUM_THREADS": "1"}  # as here: equal to the last bit is promised for as many threads
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | threads)
     try:
         end = time.monotonic() + 120
         while not is_time():

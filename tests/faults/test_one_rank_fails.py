@@ -5,7 +5,7 @@ import io
 import os
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
@@ -61,7 +61,9 @@ def infinite_loss() -> Any:
 
 
 def full_cache() -> Any:
-    return patch("dpo.reference.write_rows", side_effect=OSError(28, "No space left on device"))
+    """On the way, not at the end: a block is written after every chunk."""
+    write = Mock(side_effect=OSError(28, "No space left on device"))
+    return patch.multiple("dpo.reference", SECONDS_BETWEEN_BLOCKS=-1, write_rows=write)
 
 
 def full_checkpoints() -> Any:
@@ -95,7 +97,6 @@ def test_a_fault_on_one_rank_ends_both(
     assert len(errors) == 1
     assert line in errors[0]
     assert "error:" not in other_said
-    # get_state_dict makes an optimizer without state take one step of learning rate 0; it is not an update
     assert steps == other_steps == updates
     assert newest_checkpoint(tmp_path / "run") is None
     assert [entry["step"] for entry in train_lines(run(config))] == [1, 2, 3, 4]
