@@ -109,7 +109,7 @@ def sft_config(out: Path) -> Config:
 def dpo_config(out: Path) -> Config:
     """DPO from the warmed-up model. The paper's learning rate, 1e-6, is for models 10,000 times as large."""
     optim = OptimConfig(name="rmsprop", lr=1e-4, warmup_steps=10)
-    return _config(out, "dpo", out / "model", LossConfig(name="dpo", beta=0.5), optim, num_steps=150)
+    return _config(out, "dpo", out / "sft" / "final", LossConfig(name="dpo", beta=0.5), optim, num_steps=150)
 
 
 def _config(out: Path, name: str, model: Path, loss: LossConfig, optim: OptimConfig, num_steps: int) -> Config:

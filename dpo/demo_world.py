@@ -147,7 +147,7 @@ def save_model(folder: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    if True:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -172,7 +172,7 @@ def sample_answers(folder: Path, prompts: Sequence[str], temperature: float, see
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)
-    if True:
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         ids = model.generate(**inputs, max_new_tokens=48, do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
     return tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

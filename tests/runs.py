@@ -68,6 +68,24 @@ def changed(config: Config, **changes: Any) -> Config:
     return config
 
 
+def six_steps(root: Path, run_dir: Path | str, **changes: Any) -> Config:
+    """A run of six quick steps on model/, pairs.jsonl and eval.jsonl in `root`, whose cache it shares with others: a
+    checkpoint after 2, 4 and 6, evaluations after 0, 3 and 6.
+    """
+    facts = {
+        "batch__pairs_per_step": 4,
+        "train__steps": 6,
+        "train__eval_every": 3,
+        "optim__lr": 1e-3,
+        "optim__warmup_steps": 0,
+        "checkpoint__save_every": 2,
+        "checkpoint__keep": None,
+        "reference__cache_dir": str(root / "cache"),
+        "data__eval": [SourceConfig(str(root / "eval.jsonl"))],
+    }
+    return make_config(root / "model", root / "pairs.jsonl", run_dir, **(facts | changes))
+
+
 def train_lines(run_dir: Path | str) -> list[dict[str, float]]:
     """The lines of a run's training steps."""
     return [line for line in read_metrics(Path(run_dir)) if "train/loss" in line]
@@ -158,3 +176,13 @@ def same_weights(folder: Path | str, other: Path | str) -> bool:
     """Whether two exported models are equal to the last bit."""
     mine, theirs = weights_of(folder), weights_of(other)
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of the last change of everything in a folder."""
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+def error_lines(stderr: str) -> list[str]:
+    """The lines that say why a program ended."""
+    return [line for line in stderr.splitlines() if line.startswith("error:")]

@@ -12,7 +12,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dpo import batches
 from dpo.config import Config, LossConfig, SourceConfig
 from dpo.distributed import open_world
-from dpo.metrics import SUMS, MetricsWriter, StepMetrics, pair_means, prefixed, read_metrics, train_figures
+from dpo.metrics import (
+    SUMS,
+    MetricsWriter,
+    StepMetrics,
+    pair_means,
+    prefixed,
+    read_metrics,
+    train_figures,
+)
 from dpo.objective import pair_losses
 from dpo.packing import PackedBatch
 from tests.models import plain_logp, plain_model, save_model, save_pairs

@@ -1,6 +1,5 @@
 """What lies in a run folder decides how a start begins: fresh, where a checkpoint ends, or not at all."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -8,15 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from dpo.cache import read_rows
 from dpo.checkpoint import checkpoint_path
-from dpo.config import Config, SourceConfig, load_config
-from dpo.metrics import MetricsWriter, drop_metrics_after, read_metrics
+from dpo.config import Config, load_config
+from dpo.metrics import MetricsWriter, read_metrics
 from dpo.run_folder import find_start
 from tests.models import save_model, save_pairs
-from tests.runs import changed, eval_lines, exit_code, make_config, run, run_until, same_weights, train_lines
-
-LAST = 6
+from tests.runs import (
+    changed,
+    error_lines,
+    eval_lines,
+    exit_code,
+    run,
+    run_until,
+    same_weights,
+    six_steps,
+    snapshot,
+    train_lines,
+)
 
 
 @pytest.fixture(scope="module")
@@ -26,50 +33,23 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(root / "model", "llama")
     save_pairs(root / "pairs.jsonl", 8)
     save_pairs(root / "eval.jsonl", 2, seed=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DPO_CACHE", str(root / "cache"))
-        run(make(root, root / "done"))
-        run_until(make(root, root / "dead"), 6)
+    run(six_steps(root, root / "done"))
+    run_until(six_steps(root, root / "dead"), 6)
     return root
-
-
-def make(root: Path, run_dir: Path, **changes: object) -> Config:
-    """Six steps, a checkpoint after 2, 4 and 6, evaluations after 0, 3 and 6; the cache of all runs here."""
-    facts = {
-        "batch__pairs_per_step": 4,
-        "train__steps": LAST,
-        "train__eval_every": 3,
-        "optim__lr": 1e-3,
-        "optim__warmup_steps": 0,
-        "checkpoint__save_every": 2,
-        "checkpoint__keep": None,
-        "reference__cache_dir": str(root / "cache"),
-        "data__eval": [SourceConfig(str(root / "eval.jsonl"))],
-    }
-    return make_config(root / "model", root / "pairs.jsonl", run_dir, **(facts | changes))
 
 
 @pytest.fixture
 def dead(folders: Path, tmp_path: Path) -> Config:
     """The dead run, copied: metrics up to step 5, checkpoints of 2 and 4."""
     shutil.copytree(folders / "dead", tmp_path / "run")
-    return make(folders, tmp_path / "run")
+    return six_steps(folders, tmp_path / "run")
 
 
 @pytest.fixture
 def done(folders: Path, tmp_path: Path) -> Config:
     """The finished run, copied."""
     shutil.copytree(folders / "done", tmp_path / "run")
-    return make(folders, tmp_path / "run")
-
-
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of the last change of everything in a folder."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
-
-
-def errors(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    return six_steps(folders, tmp_path / "run")
 
 
 def steps(run_dir: Path) -> list[float]:
@@ -84,7 +64,7 @@ def test_what_lies_in_a_run_folder(folders: Path) -> None:
     names = {path.name for path in (folders / "done").iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "final"}
     written = load_config(["--config", str(folders / "done" / "config.yaml")], "dpo.train")
-    assert written == make(folders, folders / "done")
+    assert written == six_steps(folders, folders / "done")
     assert list((folders / "done" / "tensorboard").glob("events.out.tfevents.*"))
     assert steps(folders / "done") == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in eval_lines(folders / "done")] == [0, 3, 6]
@@ -94,21 +74,21 @@ def test_what_lies_in_a_run_folder(folders: Path) -> None:
 @pytest.mark.parametrize("resume", ["auto", "never"])
 def test_an_empty_folder_is_a_fresh_start(folders: Path, tmp_path: Path, resume: str) -> None:
     (tmp_path / "run").mkdir()
-    run(make(folders, tmp_path / "run", train__steps=1, checkpoint__resume=resume))
+    run(six_steps(folders, tmp_path / "run", train__steps=1, checkpoint__resume=resume))
     assert steps(tmp_path / "run") == [1]
 
 
 def test_never_in_a_used_folder_is_refused(done: Config, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(Path(str(done.train.run_dir)))
     assert exit_code(changed(done, checkpoint__resume="never")) == 2
-    (error,) = errors(capsys)
+    (error,) = error_lines(capsys.readouterr().err)
     assert error.startswith(f"error: train.run_dir: {done.train.run_dir} is not empty; valid: ")
     assert snapshot(Path(str(done.train.run_dir))) == before
 
 
 def test_files_without_a_checkpoint_are_put_aside(folders: Path, tmp_path: Path) -> None:
     """Three deaths before the first checkpoint: metrics.jsonl.old, .old-1, .old-2, and each step once in the fourth."""
-    config = make(folders, tmp_path / "run", checkpoint__save_every=None)
+    config = six_steps(folders, tmp_path / "run", checkpoint__save_every=None)
     for step in (2, 3, 4):
         run_until(config, step)
     run(config)
@@ -123,7 +103,7 @@ def test_files_without_a_checkpoint_are_put_aside(folders: Path, tmp_path: Path)
 def test_somebody_elses_files_stay(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    run(make(folders, tmp_path / "run", train__steps=1))
+    run(six_steps(folders, tmp_path / "run", train__steps=1))
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
@@ -135,9 +115,9 @@ def test_a_run_folder_that_cannot_be_is_found_before_any_work(
     folders: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    config = make(folders, tmp_path / name, reference__cache_dir=str(tmp_path / "cache"))
+    config = six_steps(folders, tmp_path / name, reference__cache_dir=str(tmp_path / "cache"))
     assert exit_code(config) == 2
-    (error,) = errors(capsys)
+    (error,) = error_lines(capsys.readouterr().err)
     assert error.startswith(f"error: train.run_dir: {tmp_path / name}: {tmp_path / 'file'} is a file; valid: ")
     assert not (tmp_path / "cache").exists()
 
@@ -147,8 +127,11 @@ def test_a_run_folder_without_permission(
 ) -> None:
     """The permission is taken away by hand: root, who may run this test, has all of them."""
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    assert exit_code(make(folders, tmp_path / "run")) == 2
-    assert f"train.run_dir: {tmp_path / 'run'}: cannot write to {tmp_path}; valid: " in errors(capsys)[0]
+    assert exit_code(six_steps(folders, tmp_path / "run")) == 2
+    assert (
+        f"train.run_dir: {tmp_path / 'run'}: cannot write to {tmp_path}; valid: "
+        in error_lines(capsys.readouterr().err)[0]
+    )
 
 
 def test_metrics_that_cannot_be_written_end_the_run(
@@ -165,7 +148,9 @@ def test_metrics_that_cannot_be_written_end_the_run(
     with monkeypatch.context() as patch:
         patch.setattr(MetricsWriter, "write", full)
         assert exit_code(dead) == 1
-    assert errors(capsys) == ["error: OSError: [Errno 28] No space left on device: 'metrics.jsonl'"]
+    assert error_lines(capsys.readouterr().err) == [
+        "error: OSError: [Errno 28] No space left on device: 'metrics.jsonl'"
+    ]
     assert steps(run(dead)) == [1, 2, 3, 4, 5, 6]
 
 
@@ -210,7 +195,7 @@ def test_fewer_steps_than_are_done_export_what_there_is(
     """Checkpoint 4, and train.steps is now 3: nothing is trained or undone, final/ is step 4 and is called so."""
     run_dir = run(changed(dead, train__steps=3))
     assert f"done: 4 steps, the model is in {run_dir / 'final'}" in capsys.readouterr().err
-    four = run(make(folders, tmp_path / "four", train__steps=4))
+    four = run(six_steps(folders, tmp_path / "four", train__steps=4))
     assert same_weights(run_dir / "final", four / "final")
     assert exit_code(changed(dead, train__steps=3)) == 0
     assert f"{run_dir} is finished: its 4 steps are done" in capsys.readouterr().err
@@ -238,33 +223,6 @@ def test_a_half_written_last_line_is_cut(dead: Config, rest: str) -> None:
         file.write(rest)
     assert steps(run(dead)) == [1, 2, 3, 4, 5, 6]
     assert all(json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
-
-
-def test_cutting_is_one_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A crash before the replacement leaves the file as it was."""
-    lines = "".join(json.dumps({"step": step}) + "\n" for step in (0, 1, 2, 3))
-    (tmp_path / "metrics.jsonl").write_text(lines)
-
-    def crash(self: Path, target: Path) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", crash)
-        with pytest.raises(KeyboardInterrupt):
-            drop_metrics_after(tmp_path, 2)
-    assert (tmp_path / "metrics.jsonl").read_text() == lines
-    drop_metrics_after(tmp_path, 2)
-    assert [line["step"] for line in read_metrics(tmp_path)] == [0, 1, 2]
-
-
-def test_numbers_survive_being_cut(tmp_path: Path) -> None:
-    """Every float, and the NaN of an evaluation that went wrong, is the same number after a rewrite."""
-    values = [0.1, 1 / 3, 1e-300, 123456789.123456789, -0.0]
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "values": values, "nan": float("nan")}) + "\n")
-    drop_metrics_after(tmp_path, 1)
-    (line,) = read_metrics(tmp_path)
-    assert line["values"] == values
-    assert line["nan"] != line["nan"]
 
 
 # --- FOLDER ----------------------------------------------------------------------------------------------------------
@@ -324,119 +282,7 @@ def test_a_named_folder_that_is_no_checkpoint(done: Config, tmp_path: Path, caps
     for folder, what in ((tmp_path / "absent", "no such folder"), (tmp_path / "empty", "it is not complete")):
         config = changed(done, train__run_dir=str(tmp_path / "new"), checkpoint__resume=str(folder))
         assert exit_code(config) == 2
-        (error,) = errors(capsys)
+        (error,) = error_lines(capsys.readouterr().err)
         assert error.startswith("error: checkpoint.resume: ")
         assert what in error
     assert not (tmp_path / "new").exists()
-
-
-# --- what may not change ---------------------------------------------------------------------------------------------
-
-IDENTITY = {
-    "train.seed": {"train__seed": 1},
-    "data.order": {"data__order": "sequential"},
-    "batch.group_by_prompt": {"batch__group_by_prompt": True},
-    "batch.pairs_per_step": {"batch__pairs_per_step": 5},
-    "optim.name": {"optim__name": "adamw"},
-    "loss.name": {"loss__name": "ipo"},
-    "loss.beta": {"loss__beta": 0.2},
-    "loss.label_smoothing": {"loss__label_smoothing": 0.1},
-    "loss.length_normalized": {"loss__length_normalized": True},
-    "loss.sft_weight": {"loss__sft_weight": 0.1},
-}
-
-
-@pytest.mark.parametrize("key", IDENTITY)
-def test_what_makes_it_another_run_is_refused(dead: Config, key: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run_dir = Path(str(dead.train.run_dir))
-    before = snapshot(run_dir)
-    assert exit_code(changed(dead, **IDENTITY[key])) == 2
-    (error,) = errors(capsys)
-    assert error.startswith(f"error: {key}: cannot go on from {checkpoint_path(run_dir, 4)}: ")
-    assert error.endswith("valid: the same as before, or another train.run_dir")
-    assert snapshot(run_dir) == before
-
-
-def test_other_pairs_are_refused(dead: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One token of one completion; two rows in another order; fewer tokens a completion: each is other data."""
-    rows = Path(dead.data.train[0].path).read_text().splitlines(keepends=True)
-    first = json.loads(rows[0])
-    first["completion_ids"][0][0] ^= 1
-    for name, text in {
-        "token": json.dumps(first) + "\n" + "".join(rows[1:]),
-        "order": "".join([rows[1], rows[0], *rows[2:]]),
-        "more": "".join([*rows, json.dumps(first) + "\n"]),
-    }.items():
-        path = tmp_path / f"{name}.jsonl"
-        path.write_text(text)
-        assert exit_code(changed(dead, data__train=[SourceConfig(str(path))])) == 2, name
-        assert errors(capsys)[0].startswith("error: data.train: cannot go on from "), name
-    assert exit_code(changed(dead, data__max_length=20, data__max_prompt_length=15)) == 2
-    assert errors(capsys)[0].startswith("error: data.train: cannot go on from ")
-
-
-def test_another_reference_is_refused(dead: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """reference.path, and model.path where it is the reference: other weights, whatever the folder's name."""
-    save_model(tmp_path / "other", "llama", seed=1)
-    for key in ("model__path", "reference__path"):
-        assert exit_code(changed(dead, **{key: str(tmp_path / "other")})) == 2
-        (error,) = errors(capsys)
-        assert error.startswith("error: reference.path: cannot go on from ")
-        assert "its content is not what it was" in error
-
-
-def test_the_same_content_elsewhere_is_the_same_run(dead: Config, folders: Path, tmp_path: Path) -> None:
-    """Data, model and cache under other names."""
-    shutil.copytree(folders / "model", tmp_path / "model")
-    shutil.copyfile(folders / "pairs.jsonl", tmp_path / "renamed.jsonl")
-    moved = changed(
-        dead, model__path=str(tmp_path / "model"), data__train=[SourceConfig(str(tmp_path / "renamed.jsonl"))]
-    )
-    run_dir = run(changed(moved, reference__cache_dir=str(tmp_path / "cache")))
-    assert same_weights(folders / "done" / "final", run_dir / "final")
-    assert len(read_rows(next((tmp_path / "cache").iterdir()))) == 2 * (8 + 2)
-
-
-def changes_logged(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Without that of the run folder, which these tests copied."""
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("changed since the checkpoint: ")]
-    keys = sorted(line.removeprefix("changed since the checkpoint: ") for line in said)
-    return [key for key in keys if not key.startswith("train.run_dir: ")]
-
-
-def test_the_rest_may_change_and_is_logged(dead: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each change as KEY: before -> now, and nothing that did not change."""
-    config = changed(
-        dead,
-        optim__lr=2e-3,
-        optim__weight_decay=0.5,
-        train__eval_every=2,
-        data__eval=[],
-        batch__tokens_per_micro_batch=50,
-        checkpoint__keep=1,
-        parallel__activation_checkpointing="full",
-    )
-    run(config)
-    assert changes_logged(capsys) == [
-        "batch.tokens_per_micro_batch: 16384 -> 50",
-        "checkpoint.keep: None -> 1",
-        f"data.eval: {[dataclasses.asdict(source) for source in dead.data.eval]} -> []",
-        "optim.lr: 0.001 -> 0.002",
-        "optim.weight_decay: 0.0 -> 0.5",
-        "parallel.activation_checkpointing: none -> full",
-        "train.eval_every: 3 -> 2",
-    ]
-    written = load_config(["--config", str(Path(str(dead.train.run_dir)) / "config.yaml")], "dpo.train")
-    assert written == config
-
-
-def test_nothing_changed_is_nothing_logged(dead: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    run(dead)
-    assert changes_logged(capsys) == []
-
-
-def test_a_broken_config_file_of_the_run_does_not_hinder_it(dead: Config) -> None:
-    path = Path(str(dead.train.run_dir)) / "config.yaml"
-    path.write_text(path.read_text()[:50])
-    run(dead)
-    assert load_config(["--config", str(path)], "dpo.train") == dead

@@ -1,0 +1,147 @@
+"""A reference pass that dies, a cache that is damaged, not to be written, not shared, or shared with other jobs."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from dpo import reference
+from dpo.config import Config
+from dpo.errors import RunError, UserError
+from tests.models import save_model, save_pairs
+from tests.ranks import Ranks
+from tests.runs import changed, exit_code, make_config, reference_line, run, same_weights
+
+NUM_PAIRS = 8
+ALL = 2 * NUM_PAIRS
+"""Every pair of `save_pairs` has a prompt and two completions of its own."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/ and pairs.jsonl."""
+    root = tmp_path_factory.mktemp("cache")
+    save_model(root / "model", "llama")
+    save_pairs(root / "pairs.jsonl", NUM_PAIRS)
+    return root
+
+
+@pytest.fixture
+def config(folders: Path, tmp_path: Path) -> Config:
+    """One step on four of the eight pairs."""
+    return make_config(
+        folders / "model", folders / "pairs.jsonl", tmp_path / "run", batch__pairs_per_step=4, train__steps=1
+    )
+
+
+def change(config: Config, **changes: object) -> Config:
+    """The config with keys like `optim__lr` changed and, unless one is given, a fresh run folder."""
+    count = len(list(Path(str(config.train.run_dir)).parent.iterdir()))
+    return changed(config, **({"train__run_dir": f"{config.train.run_dir}-{count}"} | changes))
+
+
+def cache_folders(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "reference-cache").iterdir())
+
+
+def test_a_build_that_died_goes_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are written after every chunk, a chunk is one completion, and the 6th chunk fails: 5 rows are there."""
+    monkeypatch.setattr(reference, "SECONDS_BETWEEN_BLOCKS", 0)
+    monkeypatch.setattr(reference, "_chunks", lambda items, tokens: ([item] for item in items))
+    whole, calls = reference._run, []
+
+    def fail_at_sixth(*args: object) -> object:
+        calls.append(1)
+        if len(calls) == 6:
+            raise RunError("the power is gone")
+        return whole(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "_run", fail_at_sixth)
+        assert exit_code(config) == 1
+    assert reference_line(run(config)) == (ALL - 5, 5)
+
+
+def test_blocks_are_written_on_the_way(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a long time between blocks there is one at the end, with none one after each chunk."""
+    monkeypatch.setattr(reference, "_chunks", lambda items, tokens: ([item] for item in items))
+    run(config)
+    assert len(list(cache_folders(tmp_path)[0].glob("rows-*"))) == 1
+    monkeypatch.setattr(reference, "SECONDS_BETWEEN_BLOCKS", 0)
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "reference-cache" / "second"))
+    run(change(config))
+    assert len(list((tmp_path / "reference-cache" / "second").rglob("rows-*"))) == ALL
+
+
+def test_a_damaged_block_is_computed_again(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = run(config)
+    (block,) = cache_folders(tmp_path)[0].glob("rows-*")
+    content = bytearray(block.read_bytes())
+    content[40] ^= 1
+    block.write_bytes(content)
+    second = run(change(config))
+    assert "is damaged" in capsys.readouterr().err
+    assert reference_line(second) == (ALL, 0)
+    assert same_weights(first / "final", second / "final")
+    assert reference_line(run(change(config))) == (0, ALL)
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert exit_code(change(config, reference__cache_dir=str(tmp_path / "file" / "cache"))) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert errors[0].startswith(f"error: reference.cache_dir: cannot write to {tmp_path / 'file' / 'cache'}")
+
+
+def test_a_cache_that_another_node_does_not_see_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe vanishes before the ranks look for it, as if it lay on another machine."""
+    written = reference._write_probe
+
+    def lost(folder: Path) -> Path:
+        probe = written(folder)
+        probe.unlink()
+        return probe
+
+    monkeypatch.setattr(reference, "_write_probe", lost)
+    with pytest.raises(UserError, match=r"reference\.cache_dir: rank 0 does not see .* valid: a folder that all"):
+        run(config)
+
+
+def test_two_jobs_may_probe_at_the_same_time(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Another job probes between this one's writing and looking: its probe must not be taken for ours."""
+    written = reference._write_probe
+
+    def with_company(folder: Path) -> Path:
+        probe = written(folder)
+        other = threading.Thread(target=lambda: written(folder))
+        other.start()
+        other.join()
+        return probe
+
+    monkeypatch.setattr(reference, "_write_probe", with_company)
+    assert reference_line(run(config)) == (ALL, 0)
+    assert len(list(cache_folders(tmp_path)[0].glob(".probe-*"))) == 1  # the other's; ours is gone
+
+
+def train_as_rank(config: Config) -> None:
+    """A rank of a run."""
+    from dpo.train import run_training
+
+    run_training(config)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_the_number_of_ranks_is_not_in_the_key(config: Config, ranks: Ranks, tmp_path: Path) -> None:
+    """Computed by 3 ranks on 8 prompts, found by 2 and by 1."""
+    for size, expected in ((3, (ALL, 0)), (2, (0, ALL))):
+        layout = change(config)
+        ranks(size, train_as_rank, layout)
+        assert reference_line(str(layout.train.run_dir)) == expected
+    assert reference_line(run(change(config))) == (0, ALL)
+    assert len(cache_folders(tmp_path)) == 1
