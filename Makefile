@@ -11,7 +11,7 @@ demo: .venv/installed          ## learn a preference on two processes, in minute
 	$(BIN)/python -m dpo.demo
 
 test: .venv/installed          ## the whole test suite
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: .venv/installed         ## style and types
 	$(BIN)/ruff check .

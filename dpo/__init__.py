@@ -1,1 +1,48 @@
-"""Exact, sharded Direct Preference Optimization: `torchrun -m dpo.train --config FILE`."""
+"""Exact, sharded Direct Preference Optimization: `torchrun -m dpo.train --config FILE`.
+
+The way of the data is one direction: a row of a file -> `Example` -> token ids -> the pairs of a step -> a plan of
+trees -> `PackedBatch` -> `pi_logps` -> losses -> an update. The house, floor by floor; a file imports from lower floors only
+(`tests/test_structure.py` holds it to that):
+
+    0  errors.py          what ends a program early, and with which exit code
+    0  progress.py        what rank 0 tells while it works
+    0  config_fields.py   every key with its default and its meaning
+    0  fields.py          fields of raw rows, typed
+    0  plan.py            (seed, step) -> pairs -> trees -> balanced StepPlan
+    0  losses.py          the losses on the paper's index signature
+    0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
+    1  strict_yaml.py     YAML without surprises
+    1  config_rules.py    bounds of keys, and keys that must fit each other
+    1  json_rows.py       JSON and JSONL with line numbers
+    1  records.py         raw row -> Example; one adapter a format
+    1  cache.py           the files of the reference cache
+    1  attention.py       shared-prefix attention: a segment loop on a CPU, FlexAttention on CUDA
+    2  config_io.py       YAML and command line against the fields
+    2  tokens.py          Example -> TokenizedExample; templates, truncation
+    2  packing.py         trees -> PackedBatch
+    3  config.py          load_config, to_yaml
+    3  metrics.py         sums on the device -> one exchange a step -> metrics.jsonl, TensorBoard
+    4  distributed.py     process group, mesh; one decides, all follow; exit codes
+    4  objective.py       log-probabilities of a batch -> what is minimized
+    4  optim.py           optimizers, lr_at(step), the norm of a sharded gradient
+    4  sources.py         a source of the config -> its raw rows
+    5  token_rows.py      the tokenized rows of a source, cached on disk
+    5  weights.py         model folders: found, hashed, read and written a shard a rank
+    5  checkpoint.py      saved, committed, verified, found, loaded
+    6  pair_set.py        the kept pairs as indices into token rows
+    6  holdout.py         prompts that are kept from training
+    6  report.py          what was read, dropped, cut: the counts
+    6  policy.py          meta build, parallelize, load, completion_logps
+    6  run_folder.py      what lies in a run folder decides how a run starts
+    7  data.py            all sources -> training and evaluation pairs
+    7  batches.py         trees of a step -> this rank's micro-batches
+    7  export.py          final/, and python -m dpo.export
+    8  inputs.py          all input found, checked, hashed
+    8  reference_pass.py  rows that the cache lacks are computed
+    8  evaluation.py      passes without gradients
+    9  reference.py       the log-probabilities of a run's pairs, and python -m dpo.reference
+   10  setup.py           a run, ready for its next step
+   11  train.py           train_step, train, python -m dpo.train
+    6  demo_world.py      the demo's questions, answers and model
+    7  demo.py            python -m dpo.demo
+"""

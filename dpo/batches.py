@@ -6,11 +6,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from dpo.attention import Window
+from dpo.config import Config
+from dpo.distributed import World
 from dpo.packing import PackedBatch, RefLogps, pack
 from dpo.pair_set import PairSet
 from dpo.plan import CostModel, StepPlan, Tree, grow_trees, plan_step
+from dpo.policy import attention_windows, cost_model
 
 PAIRS_PER_EVALUATION_PLAN = 1024
 """An evaluation set is planned in parts of so many pairs: planning grows faster than linearly."""
@@ -39,6 +43,20 @@ class Packer:
             pack(trees, plan, self.ref_logps, self.windows, self.device, self.dtype)
             for trees in plan.micro_batches[self.rank]
         ]
+
+
+def make_packer(config: Config, world: World, model_config: PretrainedConfig) -> Packer:
+    """The packer of a rank for a model; all its completions have reference 0 until it is given better."""
+    return Packer(
+        rank=world.rank,
+        num_ranks=world.size,
+        tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
+        costs=cost_model(model_config),
+        windows=attention_windows(model_config),
+        device=world.device,
+        dtype=getattr(torch, config.model.dtype),
+        ref_logps=lambda prompt_ids, completion_ids: 0.0,
+    )
 
 
 def evaluation_plans(pairs: PairSet, packer: Packer) -> list[StepPlan]:

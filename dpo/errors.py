@@ -4,7 +4,8 @@
 class UserError(ValueError):
     """The user's input is wrong: exit code 2.
 
-    The message is one line that says where (`FILE or command line: KEY`, or `file:line`), what, and what would be right.
+    The message is one line that says where (`FILE or command line: KEY`, or `file:line`), what, and what would be
+    right.
     """
 
 

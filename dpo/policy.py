@@ -27,7 +27,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo.attention import ATTENTION, Window, register_attention
-from dpo.config import ParallelConfig
+from dpo.config import Config, ParallelConfig
+from dpo.distributed import World, make_mesh
 from dpo.errors import UserError
 from dpo.log_probs import completion_log_probs
 from dpo.packing import PackedBatch
@@ -205,6 +206,14 @@ def _materialize(model: PreTrainedModel, device: torch.device) -> None:
     for module in model.modules():
         if module._non_persistent_buffers_set:
             model._init_weights(module)
+
+
+def load_policy(config: Config, world: World, model_config: PretrainedConfig, folder: Path) -> Policy:
+    """A sharded policy with the weights of a folder. Every rank must get here."""
+    mesh = make_mesh(world, config.parallel)
+    policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
+    load_weights(policy, folder)
+    return policy
 
 
 def load_weights(policy: Policy, folder: Path) -> None:

@@ -16,6 +16,7 @@ from dpo.distributed import on_main, open_world, run_program
 from dpo.errors import RunError
 from dpo.evaluation import evaluate, verify_start
 from dpo.export import export
+from dpo.inputs import read_inputs
 from dpo.metrics import MetricsWriter, StepMetrics, pair_means, prefixed, train_figures
 from dpo.objective import has_reference, pair_losses
 from dpo.optim import clip_gradient, lr_at, set_lr
@@ -23,8 +24,12 @@ from dpo.packing import PackedBatch
 from dpo.plan import grow_trees
 from dpo.policy import Policy, announce_backward, completion_logps
 from dpo.progress import progress, say
-from dpo.run_folder import is_finished, open_run_folder
-from dpo.setup import Run, build_run, read_inputs
+from dpo.run_folder import check_identity, find_start, identity_of, is_finished, open_run_folder
+from dpo.setup import Run, build_run
+
+DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node with eight GPUs:
+torchrun --standalone --nproc-per-node 8 -m dpo.train --config FILE; without torchrun, python -m dpo.train is a run on
+one rank."""
 
 
 def train_step(
@@ -52,7 +57,7 @@ def train_step(
 
 def train(run: Run, writer: MetricsWriter | None) -> None:
     """All steps from the run's start to its last, with evaluations and checkpoints in between."""
-    first, last = run.inputs.start.step + 1, run.inputs.last_step
+    first, last = run.start.step + 1, run.inputs.last_step
     if first == 1:
         _evaluate(run, writer, 0)
     with progress("train", last, "steps", run.world.is_main, done=first - 1) as bar:
@@ -64,7 +69,7 @@ def train(run: Run, writer: MetricsWriter | None) -> None:
             if is_time(step, run.config.train.eval_every, last):
                 _evaluate(run, writer, step)
             if is_time(step, run.config.checkpoint.save_every, last):
-                state = RunState(step, run.inputs.identity)
+                state = RunState(step, run.identity)
                 save_checkpoint(run.dir, state, run.policy.model, run.optimizer, run.config.checkpoint.keep, run.world)
 
 
@@ -128,18 +133,21 @@ def _summary(figures: dict[str, float]) -> dict[str, str]:
 def run_training(config: Config) -> None:
     """The whole run: its input is checked, then the policy is built, trained and exported."""
     with open_world(config.parallel.timeout_seconds) as world:
+        start = on_main(world, lambda: find_start(config))
         inputs = read_inputs(config, world)
-        steps = max(inputs.start.step, inputs.last_step)  # a run may be told to end where it has passed already
-        if on_main(world, lambda: is_finished(config, inputs.start, inputs.last_step)):
+        identity = identity_of(config, inputs.data.train.content_hash, inputs.reference.hash)
+        on_main(world, lambda: check_identity(start, identity))
+        steps = max(start.step, inputs.last_step)  # a run may be told to end where it has passed already
+        if on_main(world, lambda: is_finished(config, start, inputs.last_step)):
             if world.is_main:
                 say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
             return
-        run = build_run(config, world, inputs)
+        run = build_run(config, world, inputs, start, identity)
         if run.begins_at_reference:
             verify_start(run.policy, _batches(run, 1), config.loss, run.compute_dtype, run.head_bytes)
-        on_main(world, lambda: open_run_folder(config, inputs.start))
-        writer = MetricsWriter(run.dir, inputs.start.step + 1) if world.is_main else None
-        if writer and run.reference_pass and (inputs.start.step == 0 or run.reference_pass.rows_computed):
+        on_main(world, lambda: open_run_folder(config, start))
+        writer = MetricsWriter(run.dir, start.step + 1) if world.is_main else None
+        if writer and run.reference_pass and (start.step == 0 or run.reference_pass.rows_computed):
             writer.write(0, prefixed("reference", vars(run.reference_pass)))
         train(run, writer)
         export(run.policy, inputs.model.folder, run.dir / "final", config, world)
@@ -150,7 +158,7 @@ def run_training(config: Config) -> None:
 
 def main() -> None:
     """`python -m dpo.train`."""
-    run_training(load_config(sys.argv[1:], prog="dpo.train", description=str(__doc__)))
+    run_training(load_config(sys.argv[1:], prog="dpo.train", description=DESCRIPTION))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What every test finds ready: its own caches, the shared data, a tiny model, and ranks that run functions together."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,11 @@ import torch
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes what the session's Hugging Face caches hold."""
+    shutil.rmtree(os.environ["HF_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -81,7 +81,7 @@ def plain_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedM
 
 
 def plain_logp(model: PreTrainedModel, prompt_ids: Sequence[int], completion_ids: Sequence[int]) -> Tensor:
-    """The oracle: sum over the completion's tokens of log p(token | everything before), nats, from one plain forward."""
+    """The oracle: sum over the completion's tokens of log p(token | everything before), nats, in one plain forward."""
     ids = torch.tensor([[*map(int, prompt_ids), *map(int, completion_ids)]])
     logits = model(input_ids=ids).logits[0].to(torch.promote_types(model.dtype, torch.float32))
     logps = logits.log_softmax(-1)

@@ -59,7 +59,9 @@ def test_bad_row_of_parquet(tmp_path, tokenizer_folder):
 def test_learned_positions_stop(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", TOKENS)
     config = TinyModelConfig(max_position_embeddings=2, rope_parameters=None)
-    with pytest.raises(UserError, match=rf"^{path}:1: prompt and completion have 3 tokens, the model's positions end at 2"):
+    with pytest.raises(
+        UserError, match=rf"^{path}:1: prompt and completion have 3 tokens, the model's positions end at 2"
+    ):
         prepare_data(make_config(path), config)
     assert len(prepare_data(make_config(path, max_length=2), config).train) == 80
 

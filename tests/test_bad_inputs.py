@@ -1,7 +1,7 @@
 """Bad input from the command line to the exit code: one line on stderr that names the place, 2, and nothing written.
 
-The corpora of bad configs and bad data files are in `test_config.py` and `test_bad_data.py`; here are the inputs that meet
-only in a run.
+The corpora of bad configs and bad data files are in `test_config.py` and `test_bad_data.py`; here are the inputs that
+meet only in a run.
 """
 
 import json

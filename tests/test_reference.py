@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dpo import reference
 from dpo.cache import read_rows
 from dpo.config import Config, SourceConfig
+from dpo.distributed import run_program
 from dpo.tokens import completion_key
 from tests.models import plain_logp, plain_model, save_model, save_pairs
 from tests.runs import changed, exit_code, make_config, reference_line, run, train_lines, without_clock
@@ -246,3 +249,18 @@ def test_a_completion_of_several_pairs_is_one_row(config: Config, tmp_path: Path
     path = save_pairs(tmp_path / "ranked.jsonl", 4, completions=4, pairs_each=6)
     path.write_text(path.read_text() * 2)
     assert reference_line(run(change(config, data__train=[SourceConfig(str(path))]))) == (16, 0)
+
+
+def test_the_program_fills_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m dpo.reference` leaves no run folder; the training that follows computes nothing. Without a reference
+    there is nothing to fill: exit code 2."""
+    model, pairs = save_model(tmp_path / "model", "llama"), save_pairs(tmp_path / "pairs.jsonl", 64)
+    argv = ["dpo.reference", "--model.path", str(model), "--data.train", f"[{{path: {pairs}}}]"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--train.run_dir", str(tmp_path / "run")])
+    assert run_program(reference.main) == 0
+    assert not (tmp_path / "run").exists()
+    assert sum(len(read_rows(folder)) for folder in (tmp_path / "reference-cache").iterdir()) == 128
+    run(make_config(model, pairs, tmp_path / "run", train__steps=1))
+    assert reference_line(tmp_path / "run") == (0, 128)
+    monkeypatch.setattr(sys, "argv", [*argv, "--loss.name", "sft"])
+    assert run_program(reference.main) == 2

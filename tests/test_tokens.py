@@ -192,7 +192,7 @@ def test_longer_than_the_models_positions(length, over):
 
 
 def test_rope_that_depends_on_the_row_is_hard_beyond_its_first_range():
-    """longrope of Phi-3-128k switches factors beyond 4,096 positions, dynamic RoPE changes beyond max_position_embeddings."""
+    """longrope (Phi-3-128k) switches factors beyond 4,096 positions, dynamic RoPE beyond max_position_embeddings."""
     transformers = pytest.importorskip("transformers")
     longrope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096}
     longrope |= {"short_factor": [1.0] * 16, "long_factor": [2.0] * 16, "factor": 32.0}

@@ -1,4 +1,4 @@
-"""The same pairs give the same loss and gradient on any number of ranks, in any micro-batches; and so does the whole run."""
+"""The same pairs give the same loss and gradient on any number of ranks, in any micro-batches; so does a whole run."""
 
 import json
 import math
@@ -88,7 +88,7 @@ def test_more_ranks_than_pairs(ranks: Ranks, family: str, tmp_path: Path) -> Non
 def test_a_partial_last_step_is_divided_by_its_own_count(
     ranks: Ranks, model: Path, pairs: Path, tmp_path: Path
 ) -> None:
-    """80 pairs in one epoch: ceil(80 / 64) = 2 steps, the last of 16 pairs; its loss is still near ln 2, not ln 2 / 4."""
+    """80 pairs in one epoch: ceil(80 / 64) = 2 steps, the last of 16 pairs; its loss is still near ln 2."""
     lines = run(ranks, 3, model, pairs, tmp_path / "run", train__steps=None)
     assert [line["train/pairs"] for line in lines] == [64, 16]
     assert lines[1]["train/loss"] == pytest.approx(math.log(2), abs=0.05)

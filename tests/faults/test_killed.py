@@ -17,11 +17,11 @@ from tests.runs import changed, make_config, reference_line, run, same_weights, 
 NUM_PAIRS = 12
 SLOW_REFERENCE = """
 import time
-from dpo import reference
-whole = reference._run
-reference.SECONDS_BETWEEN_BLOCKS = 0
-reference._chunks = lambda items, tokens: ([item] for item in items)
-reference._run = lambda *args: (whole(*args), time.sleep(0.2))[0]
+from dpo import reference_pass
+whole = reference_pass._run
+reference_pass.SECONDS_BETWEEN_BLOCKS = 0
+reference_pass._chunks = lambda items, tokens: ([item] for item in items)
+reference_pass._run = lambda *args: (whole(*args), time.sleep(0.2))[0]
 """
 """A block a completion, five a second."""
 SLOW_TRAINING = """

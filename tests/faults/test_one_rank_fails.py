@@ -63,7 +63,7 @@ def infinite_loss() -> Any:
 def full_cache() -> Any:
     """On the way, not at the end: a block is written after every chunk."""
     write = Mock(side_effect=OSError(28, "No space left on device"))
-    return patch.multiple("dpo.reference", SECONDS_BETWEEN_BLOCKS=-1, write_rows=write)
+    return patch.multiple("dpo.reference_pass", SECONDS_BETWEEN_BLOCKS=-1, write_rows=write)
 
 
 def full_checkpoints() -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo import reference
+from dpo import reference_pass
 from dpo.config import Config
 from dpo.errors import RunError, UserError
 from tests.models import save_model, save_pairs
@@ -46,9 +46,9 @@ def cache_folders(tmp_path: Path) -> list[Path]:
 
 def test_a_build_that_died_goes_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks are written after every chunk, a chunk is one completion, and the 6th chunk fails: 5 rows are there."""
-    monkeypatch.setattr(reference, "SECONDS_BETWEEN_BLOCKS", 0)
-    monkeypatch.setattr(reference, "_chunks", lambda items, tokens: ([item] for item in items))
-    whole, calls = reference._run, []
+    monkeypatch.setattr(reference_pass, "SECONDS_BETWEEN_BLOCKS", 0)
+    monkeypatch.setattr(reference_pass, "_chunks", lambda items, tokens: ([item] for item in items))
+    whole, calls = reference_pass._run, []
 
     def fail_at_sixth(*args: object) -> object:
         calls.append(1)
@@ -57,17 +57,17 @@ def test_a_build_that_died_goes_on(config: Config, monkeypatch: pytest.MonkeyPat
         return whole(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(reference, "_run", fail_at_sixth)
+        patch.setattr(reference_pass, "_run", fail_at_sixth)
         assert exit_code(config) == 1
     assert reference_line(run(config)) == (ALL - 5, 5)
 
 
 def test_blocks_are_written_on_the_way(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a long time between blocks there is one at the end, with none one after each chunk."""
-    monkeypatch.setattr(reference, "_chunks", lambda items, tokens: ([item] for item in items))
+    monkeypatch.setattr(reference_pass, "_chunks", lambda items, tokens: ([item] for item in items))
     run(config)
     assert len(list(cache_folders(tmp_path)[0].glob("rows-*"))) == 1
-    monkeypatch.setattr(reference, "SECONDS_BETWEEN_BLOCKS", 0)
+    monkeypatch.setattr(reference_pass, "SECONDS_BETWEEN_BLOCKS", 0)
     monkeypatch.setenv("DPO_CACHE", str(tmp_path / "reference-cache" / "second"))
     run(change(config))
     assert len(list((tmp_path / "reference-cache" / "second").rglob("rows-*"))) == ALL
@@ -101,21 +101,21 @@ def test_a_cache_that_cannot_be_written_is_one_line(
 
 def test_a_cache_that_another_node_does_not_see_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe vanishes before the ranks look for it, as if it lay on another machine."""
-    written = reference._write_probe
+    written = reference_pass._write_probe
 
     def lost(folder: Path) -> Path:
         probe = written(folder)
         probe.unlink()
         return probe
 
-    monkeypatch.setattr(reference, "_write_probe", lost)
+    monkeypatch.setattr(reference_pass, "_write_probe", lost)
     with pytest.raises(UserError, match=r"reference\.cache_dir: rank 0 does not see .* valid: a folder that all"):
         run(config)
 
 
 def test_two_jobs_may_probe_at_the_same_time(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another job probes between this one's writing and looking: its probe must not be taken for ours."""
-    written = reference._write_probe
+    written = reference_pass._write_probe
 
     def with_company(folder: Path) -> Path:
         probe = written(folder)
@@ -124,7 +124,7 @@ def test_two_jobs_may_probe_at_the_same_time(config: Config, monkeypatch: pytest
         other.join()
         return probe
 
-    monkeypatch.setattr(reference, "_write_probe", with_company)
+    monkeypatch.setattr(reference_pass, "_write_probe", with_company)
     assert reference_line(run(config)) == (ALL, 0)
     assert len(list(cache_folders(tmp_path)[0].glob(".probe-*"))) == 1  # the other's; ours is gone
 

@@ -1,0 +1,219 @@
+"""Reference log-probabilities: computed once by the policy's own forward, kept by content, never stale.
+
+A row belongs to the reference by content, to the numerics that change the value, and to the tokens of prompt and
+completion; nothing else is in its key.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dpo.attention import ATTENTION
+from dpo.batches import Packer
+from dpo.cache import RefRows, read_rows, split_keys, write_atomically, write_rows
+from dpo.distributed import World, all_gather, on_main, together
+from dpo.errors import RunError, UserError
+from dpo.pair_set import PairSet
+from dpo.plan import Tree
+from dpo.policy import Policy, completion_logps
+from dpo.progress import progress
+from dpo.tokens import completion_key
+
+SECONDS_BETWEEN_BLOCKS = 30.0
+"""A killed build loses at most about this much work."""
+
+Completion = tuple[np.ndarray, np.ndarray, bytes]
+"""(prompt_ids, completion_ids, key)."""
+
+
+@dataclass(frozen=True)
+class ReferencePass:
+    """What one look into the cache, and the work after it, amounted to."""
+
+    rows_computed: int
+    rows_reused: int
+    seconds: float
+
+
+def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device) -> dict[str, str]:
+    """The facts beside the model that change a log-probability's bits enough to matter."""
+    path = "flex" if device.type == "cuda" else "segments"
+    return {
+        "dtype": policy_dtype,
+        "compute_dtype": str(compute),
+        "device": device.type,
+        "attention": f"{ATTENTION}/{path}",
+    }
+
+
+def lookup(rows: RefRows) -> Callable[[np.ndarray, np.ndarray], float]:
+    """(prompt_ids, completion_ids) -> reference log-probability, for packing."""
+    return lambda prompt_ids, completion_ids: rows.logp(completion_key(prompt_ids, completion_ids))
+
+
+def check_shared(folder: Path, world: World) -> None:
+    """Raises UserError where a file that rank 0 writes into the cache is not seen by every rank. Every rank must get
+    here.
+    """
+    probe = on_main(world, lambda: _write_probe(folder))
+
+    def look() -> None:
+        if not probe.is_file():
+            raise UserError(
+                f"reference.cache_dir: rank {world.rank} does not see what rank 0 writes to {folder};"
+                " valid: a folder that all nodes share"
+            )
+
+    together(look)
+    on_main(world, lambda: probe.unlink(missing_ok=True))
+
+
+def _write_probe(folder: Path) -> Path:
+    """A file under a name that no other job uses, and that no node has looked for before."""
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    try:
+        write_atomically(probe, b"")
+    except OSError as failure:
+        raise UserError(
+            f"reference.cache_dir: cannot write to {folder}: {failure}; valid: a folder to write in"
+        ) from failure
+    return probe
+
+
+def fill(
+    sets: Sequence[PairSet],
+    folder: Path,
+    facts: Mapping[str, str],
+    reference: Callable[[], Policy],
+    packer: Packer,
+    head_bytes: int,
+    world: World,
+) -> tuple[RefRows, ReferencePass]:
+    """The rows of every completion of `sets`: those in the cache `folder`, and the missing ones, computed and added to
+    it.
+
+    `facts` are those of the folder's key. `reference()` gives the model, and is called only where a row is missing.
+    Every rank must get here.
+    """
+    started = time.monotonic()
+    check_shared(folder, world)
+    missing, num_wanted = on_main(world, lambda: _missing(sets, read_rows(folder)))
+    if missing.any():
+        on_main(world, lambda: write_atomically(folder / "about.json", json.dumps(facts, indent=1).encode()))
+        _compute(_select(sets, missing), int(missing.sum()), folder, reference(), packer, head_bytes, world)
+    rows = together(lambda: read_rows(folder))
+    computed = int(missing.sum())
+    return rows, ReferencePass(computed, num_wanted - computed, time.monotonic() - started)
+
+
+def completions_of(sets: Sequence[PairSet]) -> Iterator[Completion]:
+    """Every completion of the pairs of some sets, in order; one may come again."""
+    for pairs in sets:
+        for prompt_ids, completions, keys in pairs.completions():
+            for completion_ids, key in zip(completions, keys, strict=True):
+                yield prompt_ids, completion_ids, key
+
+
+def _missing(sets: Sequence[PairSet], rows: RefRows) -> tuple[np.ndarray, int]:
+    """Which of `completions_of(sets)` must be computed, (M,) bool, each key once; and how many keys there are."""
+    keys = split_keys([key for _, _, key in completions_of(sets)])
+    table = np.ascontiguousarray(keys).view([("high", "<u8"), ("low", "<u8")]).reshape(-1)
+    _, first = np.unique(table, return_index=True)
+    missing = np.zeros(len(keys), bool)
+    missing[first] = rows.find(keys[first]) < 0
+    return missing, len(first)
+
+
+def _select(sets: Sequence[PairSet], chosen: np.ndarray) -> Iterator[Completion]:
+    return (item for item, take in zip(completions_of(sets), chosen, strict=True) if take)
+
+
+def _compute(
+    items: Iterator[Completion], total: int, folder: Path, policy: Policy, packer: Packer, head_bytes: int, world: World
+) -> None:
+    """Runs the reference over completions, many at a time, and adds blocks of rows to the cache as it goes."""
+    packer = replace(packer, windows=policy.windows)
+    chunk_tokens = 4 * packer.tokens_per_micro_batch * world.size
+    block = _Block(folder)
+    with progress("reference", total, "completions", world.is_main) as bar:
+        for chunk in _chunks(items, chunk_tokens):
+            rows = _run(chunk, policy, packer, head_bytes, world)
+            on_main(world, partial(block.add, rows))  # a full disk must end every rank
+            bar.advance(len(chunk))
+    on_main(world, block.flush)
+
+
+class _Block:
+    """Rows on rank 0 that are not in the cache yet."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.rows: list[tuple[np.ndarray, np.ndarray]] = []
+        self.flushed = time.monotonic()
+
+    def add(self, rows: tuple[np.ndarray, np.ndarray]) -> None:
+        """Takes keys (N, 2) and log-probabilities (N,); writes what it holds where it holds that for long."""
+        self.rows.append(rows)
+        if time.monotonic() - self.flushed > SECONDS_BETWEEN_BLOCKS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what it holds as one block of the cache."""
+        if self.rows:
+            keys, logps = (np.concatenate(column) for column in zip(*self.rows, strict=True))
+            write_rows(self.folder, keys, logps)
+        self.rows.clear()
+        self.flushed = time.monotonic()
+
+
+def _chunks(items: Iterator[Completion], num_tokens: int) -> Iterator[list[Completion]]:
+    """Runs of items of about `num_tokens` tokens: enough for several micro-batches on every rank."""
+    chunk: list[Completion] = []
+    tokens = 0
+    for item in items:
+        chunk.append(item)
+        tokens += len(item[0]) + len(item[1])
+        if tokens >= num_tokens:
+            yield chunk
+            chunk, tokens = [], 0
+    if chunk:
+        yield chunk
+
+
+def _run(
+    chunk: list[Completion], policy: Policy, packer: Packer, head_bytes: int, world: World
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys (N, 2) and log-probabilities (N,) of a chunk, on every rank. Every rank must get here."""
+    plan = packer.plan(_trees(chunk))
+    mine: list[torch.Tensor] = []
+    with torch.no_grad():
+        for micro, batch in zip(plan.micro_batches[world.rank], packer.pack(plan), strict=True):
+            logps = completion_logps(policy, batch, head_bytes)
+            mine += [logps.double()] if micro else []  # a filler's log-probability belongs to no completion
+    values = torch.cat(mine).cpu().numpy() if mine else np.empty(0)
+    trees = [tree for micro in plan.micro_batches[world.rank] for tree in micro]
+    keys = split_keys([completion_key(tree.prompt_ids, ids) for tree in trees for ids in tree.completion_ids])
+    parts = all_gather((keys, values))
+    logps_of_chunk = np.concatenate([values for _, values in parts])
+    if not np.isfinite(logps_of_chunk).all():
+        raise RunError(
+            "the reference gives a log-probability that is not finite; its weights or its dtype are at fault"
+        )
+    return np.concatenate([keys for keys, _ in parts]), logps_of_chunk
+
+
+def _trees(chunk: list[Completion]) -> list[Tree]:
+    """Trees without pairs, one a prompt."""
+    branches: dict[bytes, list[np.ndarray]] = {}
+    trunks: dict[bytes, np.ndarray] = {}
+    for prompt_ids, completion_ids, _ in chunk:
+        trunks.setdefault(prompt_ids.tobytes(), prompt_ids)
+        branches.setdefault(prompt_ids.tobytes(), []).append(completion_ids)
+    return [Tree(prompt_ids, tuple(branches[name]), ()) for name, prompt_ids in trunks.items()]
