@@ -1,8 +1,8 @@
 """Exact, sharded Direct Preference Optimization: `torchrun -m dpo.train --config FILE`.
 
 The way of the data is one direction: a row of a file -> `Example` -> token ids -> the pairs of a step -> a plan of
-trees -> `PackedBatch` -> `pi_logps` -> losses -> an update. The house, floor by floor; a file imports from lower floors only
-(`tests/test_structure.py` holds it to that):
+trees -> `PackedBatch` -> `pi_logps` -> losses -> an update. The house, floor by floor; a file imports from lower
+floors only (`tests/test_structure.py` holds it to that):
 
     0  errors.py          what ends a program early, and with which exit code
     0  progress.py        what rank 0 tells while it works

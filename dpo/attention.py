@@ -142,14 +142,16 @@ def tree_mask_mod(
             positions[place : place + length] = torch.arange(span.prompt_len, span.prompt_len + length)
             place += length
     trees, owners, positions = (t.to(device, non_blocking=True) for t in (trees, owners, positions))
-    limit = num_tokens if window is None else window
 
     def mask_mod(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        distance = positions[q] - positions[k]
         family = (trees[q] == trees[k]) & ((owners[k] == 0) | (owners[k] == owners[q]))
-        return family & (distance >= 0) & (distance < limit)
+        return family & (positions[q] >= positions[k])
 
-    return mask_mod
+    def windowed(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return mask_mod(batch, head, q, k) & (positions[q] - positions[k] < int(window or 0))
+
+    # The mask of full attention must not see a number that changes with the row: it would be compiled as an unknown.
+    return mask_mod if window is None else windowed
 
 
 def block_mask(spans: Sequence[Span], window: Window, num_tokens: int, device: torch.device) -> BlockMask:
@@ -164,7 +166,8 @@ def _segment_attention_uncompiled(*args: Any) -> Tensor:
     return segment_attention(*args)
 
 
-_compiled_flex_attention = torch.compile(flex_attention, dynamic=False)
+_compiled_flex_attention = torch.compile(flex_attention)
+"""With lengths as unknowns from the second one on: every micro-batch has another."""
 
 
 # --- what transformers calls -----------------------------------------------------------------------------------------

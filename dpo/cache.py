@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo.errors import RunError
 from dpo.progress import say
 
 ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("logp", "<f8")])
@@ -80,10 +81,29 @@ def make_rows(table: np.ndarray) -> RefRows:
     return RefRows(table["high"].copy(), table["low"].copy(), table["logp"].copy())
 
 
+def block_names(folder: Path) -> list[str]:
+    """The blocks in a cache folder."""
+    return sorted(path.name for path in folder.glob("rows-*.bin"))
+
+
 def read_rows(folder: Path) -> RefRows:
     """All rows of a cache folder. A damaged block is removed, with a line that says so: its rows are computed again."""
-    blocks = [block for path in sorted(folder.glob("rows-*.bin")) if (block := _read_block(path)) is not None]
-    return make_rows(np.concatenate([np.empty(0, ROW), *blocks]))
+    return _join([_read_block(folder / name) for name in block_names(folder)])
+
+
+def read_blocks(folder: Path, names: Sequence[str]) -> RefRows:
+    """The rows of the blocks that rank 0 sees. Raises RunError where this process does not see one of them, whole."""
+    blocks = {name: _read_block(folder / name) for name in names}
+    lost = [name for name, block in blocks.items() if block is None]
+    if lost:
+        raise RunError(
+            f"reference.cache_dir: {folder / lost[0]} is not seen by every rank; start again, or share the folder"
+        )
+    return _join(list(blocks.values()))
+
+
+def _join(blocks: Sequence[np.ndarray | None]) -> RefRows:
+    return make_rows(np.concatenate([np.empty(0, ROW), *(block for block in blocks if block is not None)]))
 
 
 def _read_block(path: Path) -> np.ndarray | None:

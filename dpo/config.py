@@ -5,6 +5,7 @@ Defaults < the file of --config < --SECTION.KEY on the command line. The fields 
 
 import dataclasses
 import inspect
+import re
 import sys
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
@@ -55,6 +56,7 @@ __all__ = [
     "load_config",
     "to_yaml",
     "validate",
+    "with_place",
 ]
 
 SECTIONS: Mapping[str, type] = get_type_hints(Config)
@@ -79,6 +81,22 @@ def load_config(argv: Sequence[str] | None, prog: str, description: str = "") ->
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
+
+
+def with_place(message: str, argv: Sequence[str]) -> str:
+    """A message that begins with a config key, after the place where that key was given: the file or the command line.
+
+    What is wrong with a value often shows long after the config was read, when only the key is known.
+    """
+    keys = [f"{name}.{field.name}" for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
+    key = re.match(rf"({'|'.join(map(re.escape, keys))})\b", message)
+    try:
+        line = split_command_line(argv)
+    except UserError:
+        return message
+    if key is None or (line.config is None and key[0] not in line.texts):
+        return message
+    return f"{COMMAND_LINE if key[0] in line.texts else line.config}: {message}"
 
 
 def to_yaml(config: Config) -> str:

@@ -137,8 +137,8 @@ class ParallelConfig:
     reduce_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type in which gradients are summed over ranks; float64 with model.dtype float64, and only then."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
-    """Recompute activations in the backward to save memory: of whole layers (full), or of all but the costly
-    operations (selective)."""
+    """Recompute activations in the backward to save memory: of whole layers (full), or of all but every
+    second matrix product (selective)."""
     reshard_after_forward: bool = True
     """Free a layer's gathered weights after its forward and gather them again for the backward: less memory, more
     traffic."""

@@ -45,7 +45,7 @@ from dpo.config import (
 )
 from dpo.demo_world import Question, grade_of, preference_row, questions, sample_answers, save_model, save_rows
 from dpo.distributed import run_program
-from dpo.errors import UserError
+from dpo.errors import UserError, parse_arguments
 from dpo.metrics import read_metrics
 
 MARKER = ".dpo-demo"
@@ -240,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m dpo.demo", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="its folder; default: runs/demo")
-    run_demo(parser.parse_args().out)
+    run_demo(parse_arguments(parser).out)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dpo.config import ParallelConfig
+from dpo.config import ParallelConfig, with_place
 from dpo.errors import RunError, UserError
 
 T = TypeVar("T")
@@ -67,15 +67,21 @@ def make_mesh(world: World, parallel: ParallelConfig) -> DeviceMesh:
 
     Raises UserError where replicate * shard is not the number of ranks.
     """
+    shard = check_mesh(world, parallel)
+    if parallel.replicate == 1:
+        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def check_mesh(world: World, parallel: ParallelConfig) -> int:
+    """The number of ranks that a copy is divided over. Raises UserError where copies and ranks do not fit."""
     shard = parallel.shard or max(world.size // parallel.replicate, 1)
     if parallel.replicate * shard != world.size:
         raise UserError(
             f"parallel.shard: replicate {parallel.replicate} x shard {shard} is not the number of ranks"
             f" {world.size}; valid: replicate * shard = {world.size}"
         )
-    if parallel.replicate == 1:
-        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(world.device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
+    return shard
 
 
 # --- one decides, all follow -----------------------------------------------------------------------------------------
@@ -104,13 +110,14 @@ def on_main(world: World, work: Callable[[], T]) -> T:
 
 
 def first_on_each_node(world: World, work: Callable[[], T]) -> T:
-    """Runs `work` on the first rank of every node, then on the others, who find what it left in the node's caches.
+    """Runs `work` on rank 0, then on the first rank of every other node, then on the rest: each finds in the caches of
+    its node, or of all where these are shared, what those before it left.
 
     Every rank must get here; a failure anywhere is raised everywhere.
     """
-    result = together(work if world.local_rank == 0 else _nothing)
-    rest = together(work if world.local_rank != 0 else _nothing)
-    return result if world.local_rank == 0 else rest  # type: ignore[return-value]
+    turn = 0 if world.rank == 0 else 1 if world.local_rank == 0 else 2
+    results = [together(work if turn == now else _nothing) for now in range(3)]
+    return results[turn]  # type: ignore[return-value]
 
 
 def _nothing() -> None:
@@ -158,7 +165,8 @@ def run_program(main: Callable[[], None]) -> int:
         main()
     except (UserError, RunError) as failure:
         if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {' '.join(str(failure).split())}", file=sys.stderr, flush=True)
+            message = " ".join(str(failure).split())
+            print(f"error: {with_place(message, sys.argv[1:])}", file=sys.stderr, flush=True)
         _leave_together()
         return 2 if isinstance(failure, UserError) else 1
     except OSError as failure:  # met by this rank alone, a full disk for one: it does not wait for the others

@@ -1,5 +1,8 @@
 """The two ways in which a program of this package ends early; `dpo.distributed` turns them into exit codes."""
 
+import argparse
+from typing import NoReturn
+
 
 class UserError(ValueError):
     """The user's input is wrong: exit code 2.
@@ -11,3 +14,13 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """Something was found while running (a gradient that is not finite, a failed self-check): exit code 1."""
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments of this process; wrong ones are a UserError in one line, as everywhere."""
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; valid: see {parser.prog} --help")
+
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args()

@@ -17,7 +17,7 @@ import torch
 from dpo.checkpoint import load_model, read_state
 from dpo.config import Config, load_config
 from dpo.distributed import World, make_mesh, on_main, open_world, run_program, together
-from dpo.errors import UserError
+from dpo.errors import UserError, parse_arguments
 from dpo.policy import Policy, build_policy, stored_tensors
 from dpo.progress import say
 from dpo.tokens import load_tokenizer
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step-000100")
     parser.add_argument("--out", type=Path, required=True, help="the folder to make; it must not exist or be empty")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the run's checkpoint.export_dtype")
-    args = parser.parse_args()
+    args = parse_arguments(parser)
     config = _config_of(args.checkpoint)
     if args.dtype:
         config = replace(config, checkpoint=replace(config.checkpoint, export_dtype=args.dtype))

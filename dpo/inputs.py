@@ -9,7 +9,8 @@ from transformers import PretrainedConfig
 
 from dpo.config import Config
 from dpo.data import PreferenceData, prepare_data
-from dpo.distributed import World, first_on_each_node, on_main
+from dpo.distributed import World, all_gather, check_mesh, first_on_each_node
+from dpo.errors import UserError
 from dpo.objective import has_reference
 from dpo.plan import PairOrder
 from dpo.progress import say
@@ -42,11 +43,15 @@ class Inputs:
 
 def read_inputs(config: Config, world: World) -> Inputs:
     """Finds and checks all input. Every rank must get here; UserErrors are raised on every rank alike."""
+    check_mesh(world, config.parallel)
     if not (world.is_main and sys.stderr.isatty()):
         disable_progress_bars()
     folders = find_models(config, world)
-    model_config = on_main(world, lambda: read_model_config(folders[0], config.model.trust_remote_code))
+    model_config = read_config(config, world, folders[0])
+    if world.is_main:
+        say("data: reading, and tokenizing what is not in the cache")
     data = first_on_each_node(world, lambda: prepare_data(config, model_config))
+    check_same_data(data, world)
     if world.is_main:
         for line in data.report.lines():
             say(line)
@@ -63,14 +68,31 @@ def find_models(config: Config, world: World) -> tuple[Path, Path]:
     return model, find_model(config.reference.path, "reference.path", world)
 
 
+def read_config(config: Config, world: World, folder: Path) -> PretrainedConfig:
+    """A model's config, read by every rank: its class may be code that came with the model, which cannot be sent."""
+    return first_on_each_node(world, lambda: read_model_config(folder, config.model.trust_remote_code))
+
+
+def check_same_data(data: PreferenceData, world: World) -> None:
+    """Raises UserError where a rank has other pairs than rank 0: each would compute its share of another step."""
+    hashes = all_gather((data.train.content_hash, data.eval.content_hash))
+    for rank, found in enumerate(hashes):
+        if found != hashes[0]:
+            key = "data.train" if found[0] != hashes[0][0] else "data.eval"
+            what = f"rank {rank} reads other pairs than rank 0 (content {found} and {hashes[0]})"
+            raise UserError(f"{key}: {what}; valid: the same files, tokenizer and versions on every node")
+
+
 def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tuple[SourceModel, SourceModel]:
     """The policy's start and the reference with their hashes; nothing is hashed for a loss without a reference."""
 
     def read(folder: Path) -> SourceModel:
-        model_config = on_main(world, lambda: read_model_config(folder, config.model.trust_remote_code))
-        return SourceModel(
-            folder, model_config, hash_model(folder, model_config, world) if has_reference(config.loss) else ""
-        )
+        model_config = read_config(config, world, folder)
+        if not has_reference(config.loss):
+            return SourceModel(folder, model_config, "")
+        if world.is_main:
+            say(f"weights: hashing {folder}")
+        return SourceModel(folder, model_config, hash_model(folder, model_config, world))
 
     model = read(folders[0])
     return model, model if folders[1] == folders[0] else read(folders[1])

@@ -47,8 +47,12 @@ def dpo_loss(
     that a label is wrong), equation 3 of https://ericmitchell.ai/cdpo.pdf.
     """
     h = log_ratio_margins(pi_logps - ref_logps, yw_idxs, yl_idxs)
-    losses = -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
-    return losses, implicit_rewards(pi_logps, ref_logps, beta)
+    return sigmoid_losses(h, beta, label_smoothing), implicit_rewards(pi_logps, ref_logps, beta)
+
+
+def sigmoid_losses(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """DPO's loss as a function of the margin h, (T,): see `dpo_loss`."""
+    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
 
 
 def implicit_rewards(pi_logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
@@ -97,8 +101,7 @@ def preference_losses(
     h = log_ratio_margins(log_ratios, yw_idxs, yl_idxs)
     match config.name:
         case "dpo":
-            zeros = torch.zeros_like(log_ratios)
-            return dpo_loss(log_ratios, zeros, yw_idxs, yl_idxs, config.beta, config.label_smoothing)[0]
+            return sigmoid_losses(h, config.beta, config.label_smoothing)
         case "ipo":
             return ipo_losses(h, config.beta)
         case "hinge":

@@ -142,7 +142,7 @@ class MetricsWriter:
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, `{"step": step, name: figure, ...}`, and a point in each figure's chart."""
-        print(json.dumps({"step": step, **figures}), file=self.file, flush=True)
+        print(json.dumps({"step": step, **figures}, allow_nan=False), file=self.file, flush=True)
         for name, figure in figures.items():
             self.board.add_scalar(name, figure, step)
 

@@ -3,10 +3,9 @@
 The way through this file:
 
 1. `PairOrder.items(step)`: the ids of the pairs of a step, a function of (seed, step) alone;
-2. `grow_trees(pairs)`: pairs that share a prompt become one tree, completions that several pairs share stand in it
-once; 3. `plan_step(trees, ...)`: trees are balanced over the ranks by cost and packed into the same number of
-micro-batches on
-   each of them. The gradient does not depend on this third stage: it is a scheduling decision.
+2. `grow_trees(pairs)`: pairs that share a prompt become one tree, in which shared completions stand once;
+3. `plan_step(trees, ...)`: trees are balanced over the ranks by cost and packed into the same number of micro-batches
+   on each of them. The gradient does not depend on this third stage: it is a scheduling decision.
 """
 
 import functools

@@ -138,16 +138,15 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConf
     if parallel.compile:
         for layer in layers:
             layer.compile()
-    shard: Callable[[nn.Module], Any] = partial(
+    shard: Callable[..., Any] = partial(
         fully_shard,
         mesh=mesh,
-        reshard_after_forward=parallel.reshard_after_forward,
         mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=getattr(torch, parallel.reduce_dtype)),
         offload_policy=_offload_policy(parallel),
     )
     for layer in layers:
-        shard(layer)
-    shard(model)
+        shard(layer, reshard_after_forward=parallel.reshard_after_forward)
+    shard(model, reshard_after_forward=False)  # its backward, the head's, begins where its forward ends
     register_fsdp_forward_method(model, "logps")
     for module in fsdp_modules(model):
         # The loss is divided by the global number of pairs, so gradients are summed over ranks, not averaged. Without
@@ -178,12 +177,15 @@ def _checkpointing_kwargs(kind: str) -> dict[str, Any]:
 
 
 def _selective_contexts() -> Any:
-    """Keeps the results of attention and of every second matrix product of a layer; the rest is computed again."""
+    """Keeps the results of every second matrix product of a layer and of a CPU's attention; the rest is computed again.
+
+    FlexAttention is computed again too: it is compiled, and a compiled function is no operation that could be kept.
+    """
     num_products = {False: 0, True: 0}
 
     def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = str(op)
-        if "scaled_dot_product" in name or "flex_attention" in name:
+        if "scaled_dot_product" in name:
             return CheckpointPolicy.MUST_SAVE
         if name in ("aten.mm.default", "aten.addmm.default"):
             num_products[context.is_recompute] += 1

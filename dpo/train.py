@@ -107,6 +107,8 @@ def _evaluate(run: Run, writer: MetricsWriter | None, step: int) -> None:
     if not len(run.inputs.data.eval):
         return
     figures = prefixed("eval", evaluate(run.policy, run.inputs.data.eval, run.packer, run.config.loss, run.head_bytes))
+    if not math.isfinite(figures["eval/loss"]):
+        raise RunError(f"evaluation after step {step}: the loss is {figures['eval/loss']}")
     if writer:
         writer.write(step, figures)
         say(
@@ -147,7 +149,7 @@ def run_training(config: Config) -> None:
             verify_start(run.policy, _batches(run, 1), config.loss, run.compute_dtype, run.head_bytes)
         on_main(world, lambda: open_run_folder(config, start))
         writer = MetricsWriter(run.dir, start.step + 1) if world.is_main else None
-        if writer and run.reference_pass and (start.step == 0 or run.reference_pass.rows_computed):
+        if writer and run.reference_pass and start.step == 0:
             writer.write(0, prefixed("reference", vars(run.reference_pass)))
         train(run, writer)
         export(run.policy, inputs.model.folder, run.dir / "final", config, world)

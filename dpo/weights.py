@@ -45,7 +45,8 @@ def _find_model(path: str, key: str) -> Path:
     if not list(folder.glob("*.safetensors")):
         raise UserError(
             f'{key}: {path} has no *.safetensors; convert it with: python -c "from transformers import'
-            f" AutoModelForCausalLM as M; M.from_pretrained('{path}').save_pretrained('{path}-safetensors')\""
+            f" AutoModelForCausalLM as M, AutoTokenizer as T;"
+            f" [x.from_pretrained('{path}').save_pretrained('{path}-safetensors') for x in (M, T)]\""
         )
     return folder
 
@@ -86,9 +87,10 @@ def _refusals(config: PretrainedConfig) -> list[tuple[bool, str]]:
     experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     other_layers = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     return [
+        (not hasattr(config, "vocab_size"), "they are more than a language model, and only the text of one is trained"),
         (alibi, "ALiBi biases attention by distance, and attention that shares a prompt has no place for the bias"),
         (has(*experts), "in a mixture of experts the routing of a token depends on what else is in its micro-batch"),
-        (bool(config.is_encoder_decoder), "only decoders have a prompt to share"),
+        (bool(getattr(config, "is_encoder_decoder", False)), "only decoders have a prompt to share"),
         (has("attn_logit_softcapping"), "attention that shares a prompt does not cap its logits"),
         (has("final_logit_softcapping", "logit_scale", "logits_scaling"), "its head scales or caps the logits"),
         (bool(other_layers), f"layers of type {', '.join(sorted(other_layers))} cannot share a prompt"),
@@ -124,7 +126,7 @@ def _hash_tensors(folder: Path, world: World) -> list[tuple[str, bytes]]:
 def tensor_files(folder: Path) -> dict[str, tuple[Path, torch.Size]]:
     """Name of each tensor in a folder -> (its file, its shape). Raises UserError for a broken file."""
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in tensor_paths(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
@@ -145,12 +147,32 @@ def _hash_tensor(path: Path, name: str) -> bytes:
 # --- read and written ------------------------------------------------------------------------------------------------
 
 
+def tensor_paths(folder: Path) -> list[Path]:
+    """The files that hold a model's tensors: those that its index names, or model.safetensors, or else all of them.
+
+    Some repositories have the same weights a second time, in a file of another form.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
 def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> None:
     """Fills tensors (DTensors too: each rank reads only its shard) with those of the same names in the folder.
 
     Checkpoints of the bare body lack `base_prefix.` in their names, and are understood. Raises UserError where a
     tensor is missing or has another shape. Every rank must get here.
     """
+    wanted = together(lambda: _find_tensors(folder, tensors, base_prefix))
+    with storage_errors(folder):
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def _find_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors under the names that they have in the folder."""
     stored = tensor_files(folder)
     wanted = {_stored_name(name, stored, base_prefix + "."): tensor for name, tensor in tensors.items()}
     missing = sorted(set(wanted) - set(stored))
@@ -162,8 +184,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix:
             raise UserError(
                 f"{file}: {name} has shape {tuple(shape)} where the model's config.json wants {tuple(tensor.shape)}"
             )
-    with storage_errors(folder):
-        dcp.load(dict(wanted), storage_reader=HuggingFaceStorageReader(str(folder)))
+    return wanted
 
 
 def _stored_name(name: str, stored: Mapping[str, Any], prefix: str) -> str:
@@ -181,7 +202,11 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch
     }
     files = _assign_files({name: tensor.numel() * tensor.element_size() for name, tensor in cast.items()})
     writer = HuggingFaceStorageWriter(
-        str(folder), fqn_to_index_mapping=files, save_distributed=True, enable_consolidation=True
+        str(folder),
+        fqn_to_index_mapping=files,
+        save_distributed=True,
+        enable_consolidation=True,
+        thread_count_consolidation=8,
     )
     with storage_errors(folder):
         dcp.save(cast, storage_writer=writer)
@@ -206,8 +231,3 @@ def _tidy(folder: Path) -> None:
         files[0].rename(folder / "model.safetensors")
         for index in folder.glob("*.index.json"):
             index.unlink()
-
-
-def describe_config(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json of an exported model: as it was read, with the dtype of the exported weights."""
-    return config.to_dict() | {"dtype": str(dtype).removeprefix("torch.")}

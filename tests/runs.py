@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -140,10 +141,10 @@ def run_until(config: Config, step: int) -> Path:
 
 def exit_code(config: Config) -> int:
     """The exit code of `python -m dpo.train` with this config, in this process; stderr gets what a user would see."""
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(to_yaml(config))
-        file.flush()
-        return exit_code_of(program.main, "dpo.train", "--config", file.name)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "config.yaml")
+        file.write_text(to_yaml(config))
+        return exit_code_of(program.main, "dpo.train", "--config", str(file))
 
 
 def exit_code_of(main: Callable[[], None], *argv: str) -> int:
@@ -184,5 +185,6 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def error_lines(stderr: str) -> list[str]:
-    """The lines that say why a program ended."""
-    return [line for line in stderr.splitlines() if line.startswith("error:")]
+    """The lines that say why a program ended, with CONFIG for the path of `exit_code`'s file."""
+    lines = [line for line in stderr.splitlines() if line.startswith("error:")]
+    return [re.sub(r"^error: \S+/config\.yaml: ", "error: CONFIG: ", line) for line in lines]

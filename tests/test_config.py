@@ -25,6 +25,7 @@ from dpo.config import (
     load_config,
     to_yaml,
     validate,
+    with_place,
 )
 from dpo.errors import UserError
 from dpo.strict_yaml import dump_yaml, parse_yaml
@@ -234,3 +235,17 @@ def test_reading_a_config_needs_no_torch() -> None:
 def test_float64_is_whole_or_not_at_all() -> None:
     exact = ParallelConfig(compute_dtype="auto", reduce_dtype="float64")
     validate(Config(model=ModelConfig("m", dtype="float64"), data=DataConfig([SourceConfig("a")]), parallel=exact))
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--config", "a.yaml"], "a.yaml: model.path: no such folder"),
+        (["--config", "a.yaml", "--model.path", "b"], "command line: model.path: no such folder"),
+        (["--checkpoint", "c"], "model.path: no such folder"),
+    ],
+)
+def test_a_late_error_is_given_the_place_of_its_key(argv: list[str], named: str) -> None:
+    """The file, or the command line where it overrode the file; nothing for a program that has neither."""
+    assert with_place("model.path: no such folder", argv) == named
+    assert with_place("data.jsonl:3: broken", argv) == "data.jsonl:3: broken"

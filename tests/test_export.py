@@ -265,3 +265,11 @@ def test_an_empty_folder_and_a_relative_checkpoint_will_do(
     monkeypatch.chdir(run_dir / "checkpoints")
     assert run_export(Path("step-000002"), tmp_path / "out") == 0
     assert contents(tmp_path / "out") == contents(run_dir / "final")
+
+
+def test_wrong_arguments_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["dpo.export", "--checkpoint", "x"])
+    assert run_program(export.main) == 2
+    assert capsys.readouterr().err.startswith(
+        "error: command line: the following arguments are required: --out; valid: "
+    )

@@ -1,9 +1,12 @@
 """The reference pass: which rows a run computes, which it finds, and what values they have."""
 
+import gc
 import json
 import shutil
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpo import reference
+from dpo import reference, setup
 from dpo.cache import read_rows
 from dpo.config import Config, SourceConfig
 from dpo.distributed import run_program
+from dpo.optim import make_optimizer
+from dpo.policy import load_policy
 from dpo.tokens import completion_key
 from tests.models import plain_logp, plain_model, save_model, save_pairs
 from tests.runs import changed, exit_code, make_config, reference_line, run, train_lines, without_clock
@@ -264,3 +269,30 @@ def test_the_program_fills_the_cache_alone(tmp_path: Path, monkeypatch: pytest.M
     assert reference_line(tmp_path / "run") == (0, 128)
     monkeypatch.setattr(sys, "argv", [*argv, "--loss.name", "sft"])
     assert run_program(reference.main) == 2
+
+
+def test_another_reference_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded, used, freed: a sharded model refers to itself, so only a collection frees it."""
+    models: list[weakref.ref] = []
+
+    def load(*args: Any) -> Any:
+        loaded = load_policy(*args)
+        models.append(weakref.ref(loaded.model))
+        return loaded
+
+    alive: list[bool] = []
+    monkeypatch.setattr(setup, "load_policy", load)
+    monkeypatch.setattr(
+        setup, "make_optimizer", lambda *args: (alive.append(models[1]() is not None), make_optimizer(*args))[1]
+    )
+    other = save_model(tmp_path / "other", "llama", seed=1)
+    config = make_config(
+        save_model(tmp_path / "model", "llama"), save_pairs(tmp_path / "p.jsonl", 64), tmp_path / "run"
+    )
+    gc.disable()  # no collection by chance
+    try:
+        run(changed(config, train__steps=1, reference__path=str(other)))
+    finally:
+        gc.enable()
+    assert len(models) == 2
+    assert alive == [False]

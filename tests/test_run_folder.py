@@ -82,7 +82,7 @@ def test_never_in_a_used_folder_is_refused(done: Config, capsys: pytest.CaptureF
     before = snapshot(Path(str(done.train.run_dir)))
     assert exit_code(changed(done, checkpoint__resume="never")) == 2
     (error,) = error_lines(capsys.readouterr().err)
-    assert error.startswith(f"error: train.run_dir: {done.train.run_dir} is not empty; valid: ")
+    assert error.startswith(f"error: CONFIG: train.run_dir: {done.train.run_dir} is not empty; valid: ")
     assert snapshot(Path(str(done.train.run_dir))) == before
 
 
@@ -118,7 +118,7 @@ def test_a_run_folder_that_cannot_be_is_found_before_any_work(
     config = six_steps(folders, tmp_path / name, reference__cache_dir=str(tmp_path / "cache"))
     assert exit_code(config) == 2
     (error,) = error_lines(capsys.readouterr().err)
-    assert error.startswith(f"error: train.run_dir: {tmp_path / name}: {tmp_path / 'file'} is a file; valid: ")
+    assert error.startswith(f"error: CONFIG: train.run_dir: {tmp_path / name}: {tmp_path / 'file'} is a file; valid: ")
     assert not (tmp_path / "cache").exists()
 
 
@@ -283,6 +283,6 @@ def test_a_named_folder_that_is_no_checkpoint(done: Config, tmp_path: Path, caps
         config = changed(done, train__run_dir=str(tmp_path / "new"), checkpoint__resume=str(folder))
         assert exit_code(config) == 2
         (error,) = error_lines(capsys.readouterr().err)
-        assert error.startswith("error: checkpoint.resume: ")
+        assert error.startswith("error: CONFIG: checkpoint.resume: ")
         assert what in error
     assert not (tmp_path / "new").exists()

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Gemma3Config
 
 from dpo.config import ParallelConfig
 from dpo.distributed import World, make_mesh, open_world
 from dpo.errors import UserError
 from dpo.policy import Policy, build_policy, load_weights
-from dpo.weights import find_model, hash_model, read_model_config
+from dpo.weights import find_model, hash_model, read_model_config, tensor_files
 from tests.models import FAMILIES, plain_model, save_model
 
 CONFIG = ParallelConfig()
@@ -215,3 +216,17 @@ def test_the_hash_does_not_depend_on_names_and_versions(change: dict[str, Any], 
     before = hashed(folder, world)
     edit_config(folder, **change)
     assert hashed(folder, world) == before
+
+
+def test_a_second_copy_in_another_form_is_not_part_of_the_model(tmp_path: Path) -> None:
+    """Mistral's repositories hold consolidated.safetensors beside the files of the index: neither read nor hashed."""
+    folder = save_model(tmp_path / "model", "mistral")
+    before = sorted(tensor_files(folder))
+    save_file({"layers.0.attention.wq.weight": torch.zeros(3)}, folder / "consolidated.safetensors")
+    assert sorted(tensor_files(folder)) == before
+
+
+def test_more_than_a_language_model_is_refused(tmp_path: Path) -> None:
+    Gemma3Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="gemma3 models are not supported: they are more than a language model"):
+        read_model_config(tmp_path, False)

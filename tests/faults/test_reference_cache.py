@@ -96,7 +96,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     assert exit_code(change(config, reference__cache_dir=str(tmp_path / "file" / "cache"))) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
-    assert errors[0].startswith(f"error: reference.cache_dir: cannot write to {tmp_path / 'file' / 'cache'}")
+    assert errors[0].startswith(f"error: CONFIG: reference.cache_dir: cannot write to {tmp_path / 'file' / 'cache'}")
 
 
 def test_a_cache_that_another_node_does_not_see_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
