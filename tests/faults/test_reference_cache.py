@@ -10,7 +10,7 @@ from dpo.config import Config
 from dpo.errors import RunError, UserError
 from tests.models import save_model, save_pairs
 from tests.ranks import Ranks
-from tests.runs import changed, exit_code, make_config, reference_line, run, same_weights
+from tests.runs import changed, error_lines, exit_code, make_config, reference_line, run, same_weights
 
 NUM_PAIRS = 8
 ALL = 2 * NUM_PAIRS
@@ -94,7 +94,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
 ) -> None:
     (tmp_path / "file").write_text("")
     assert exit_code(change(config, reference__cache_dir=str(tmp_path / "file" / "cache"))) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    errors = error_lines(capsys.readouterr().err)
     assert len(errors) == 1
     assert errors[0].startswith(f"error: CONFIG: reference.cache_dir: cannot write to {tmp_path / 'file' / 'cache'}")
 
