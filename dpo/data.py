@@ -93,7 +93,7 @@ def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[
 def _check_enough(num_pairs: int, pairs_per_step: int) -> None:
     if num_pairs < pairs_per_step:
         what = f"{num_pairs} pairs to train on, fewer than batch.pairs_per_step {pairs_per_step}"
-        raise UserError(f"data.train: {what}; valid: at least one step of pairs")
+        raise UserError(f"data.train: {what}; valid: more pairs, or batch.pairs_per_step up to {num_pairs}")
 
 
 def _raise_first_dropped(opened: list[_Opened], rows: list[datasets.Dataset]) -> None:

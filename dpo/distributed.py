@@ -157,7 +157,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 
 def run_program(main: Callable[[], None]) -> int:
-    """The exit code of a program: 0 done, 2 the user's input is wrong, 1 something found while running.
+    """The exit code of a program: 0 done, 2 the user's input is wrong, 1 something found while running, 130 Ctrl-C.
 
     Rank 0 alone prints the error, in one line; any other exception is a bug, and its traceback is shown.
     """
@@ -169,6 +169,10 @@ def run_program(main: Callable[[], None]) -> int:
             print(f"error: {with_place(message, sys.argv[1:])}", file=sys.stderr, flush=True)
         _leave_together()
         return 2 if isinstance(failure, UserError) else 1
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        return 130
     except OSError as failure:  # met by this rank alone, a full disk for one: it does not wait for the others
         print(f"error: {type(failure).__name__}: {' '.join(str(failure).split())}", file=sys.stderr, flush=True)
         return 1

@@ -68,9 +68,14 @@ def _save_tokenizer(path: str, draft: Path, trust_remote_code: bool) -> None:
 
 def main() -> None:
     """`python -m dpo.export`."""
-    parser = argparse.ArgumentParser("python -m dpo.export", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "python -m dpo.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step-000100")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to make; it must not exist or be empty")
+    parser.add_argument("--out", type=Path, required=True, help="a new or an empty folder")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the run's checkpoint.export_dtype")
     args = parse_arguments(parser)
     config = _config_of(args.checkpoint)
@@ -84,9 +89,13 @@ def main() -> None:
         policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
         load_model(args.checkpoint, policy.model)
         export(policy, folder, args.out, config, world)
+        if world.is_main:
+            say(f"the model is in {args.out}")
 
 
 def _config_of(checkpoint: Path) -> Config:
+    if not checkpoint.is_dir():
+        raise UserError(f"command line: --checkpoint: no such folder: {checkpoint}; valid: RUN/checkpoints/step-000100")
     path = checkpoint.resolve().parent.parent / "config.yaml"
     if not path.is_file():
         raise UserError(
@@ -96,9 +105,9 @@ def _config_of(checkpoint: Path) -> Config:
 
 
 def _check(checkpoint: Path, out: Path) -> None:
-    read_state(checkpoint, "--checkpoint")
+    read_state(checkpoint, "command line: --checkpoint")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"command line: --out: {out} is not empty; valid: a folder that is not there yet")
+        raise UserError(f"command line: --out: {out} is not empty; valid: a new or an empty folder")
 
 
 if __name__ == "__main__":

@@ -83,15 +83,22 @@ def _lies_in(path: Path, folder: Path) -> bool:
 
 def identity_of(config: Config, data_hash: str, reference_hash: str) -> dict[str, Any]:
     """What may not change between the parts of one run, by config key; the rest may, and is logged."""
-    return {
-        "data.train": data_hash,
+    plain = {
         "data.order": config.data.order,
         "train.seed": config.train.seed,
         "batch.group_by_prompt": config.batch.group_by_prompt,
         "batch.pairs_per_step": config.batch.pairs_per_step,
-        "reference.path": reference_hash,
         "optim.name": config.optim.name,
     } | {f"loss.{name}": value for name, value in asdict(config.loss).items()}
+    # Last, since they change with others: a seed with the hold-out.
+    return plain | {"data.train": data_hash, "reference.path": reference_hash}
+
+
+CONTENT_OF = {
+    "data.train": "the pairs (of data.train, its holdout, data.max_length, data.max_prompt_length, model.tokenizer)",
+    "reference.path": "the reference (of model.path where reference.path is null)",
+}
+"""What a hash in the identity is of."""
 
 
 def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
@@ -102,8 +109,9 @@ def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
         before = start.state.identity.get(key)
         if before != value:
             what = f"{before!r} when the checkpoint was written, {value!r} now"
-            if key in ("data.train", "reference.path"):
-                what = f"its content is not what it was when the checkpoint was written (hash {before}, now {value})"
+            if key in CONTENT_OF:
+                was = f"is not what it was when the checkpoint was written (hash {before[:8]}, now {value[:8]})"
+                what = f"the content of {CONTENT_OF[key]} {was}"
             raise UserError(
                 f"{key}: cannot go on from {start.checkpoint}: {what};"
                 " valid: the same as before, or another train.run_dir"
@@ -115,6 +123,7 @@ def open_run_folder(config: Config, start: Start) -> Path:
     run_dir = Path(str(config.train.run_dir))
     run_dir.mkdir(parents=True, exist_ok=True)
     if start.checkpoint:
+        say(f"goes on from {start.checkpoint}")
         _log_changes(start.checkpoint.parent.parent / "config.yaml", config)
     write_atomically(run_dir / "config.yaml", to_yaml(config).encode())
     _put_aside(run_dir / "final")  # of a shorter run: if this one is interrupted, it must not look finished
