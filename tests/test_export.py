@@ -244,7 +244,7 @@ def test_wrong_command_lines(config: Config, tmp_path: Path, capsys: pytest.Capt
             tmp_path / "out",
         ),
         "it is not complete: no COMPLETE": (checkpoint_path(tmp_path / "broken", 2), tmp_path / "out"),
-        "step-000009: it is not complete": (checkpoint_path(run_dir, 9), tmp_path / "out"),
+        f"no such folder: {checkpoint_path(run_dir, 9)}": (checkpoint_path(run_dir, 9), tmp_path / "out"),
         f"--out: {tmp_path / 'full'} is not empty": (checkpoint, tmp_path / "full"),
         f"--out: {tmp_path / 'full' / 'file'} is not empty": (checkpoint, tmp_path / "full" / "file"),
     }
