@@ -112,6 +112,17 @@ def worst_relative(
     return max((abs(a - b) / max(abs(a), abs(b), 1e-30) for a, b in pairs), default=math.inf)
 
 
+def afresh(config: Config, **changes: object) -> Config:
+    """The config with keys like `optim__lr` changed and, unless one is given, a fresh run folder."""
+    count = len(list(Path(str(config.train.run_dir)).parent.iterdir()))
+    return changed(config, **({"train__run_dir": f"{config.train.run_dir}-{count}"} | changes))
+
+
+def cache_folders(tmp_path: Path) -> list[Path]:
+    """The folders in a test's reference cache, one a reference and numerics."""
+    return sorted((tmp_path / "reference-cache").iterdir())
+
+
 def run(config: Config) -> Path:
     """Trains in this process as one rank; the run folder. Raises what `run_training` raises."""
     try:

@@ -22,7 +22,17 @@ from dpo.optim import make_optimizer
 from dpo.policy import load_policy
 from dpo.tokens import completion_key
 from tests.models import plain_logp, plain_model, save_model, save_pairs
-from tests.runs import changed, exit_code, make_config, reference_line, run, train_lines, without_clock
+from tests.runs import (
+    afresh,
+    cache_folders,
+    changed,
+    exit_code,
+    make_config,
+    reference_line,
+    run,
+    train_lines,
+    without_clock,
+)
 
 NUM_PAIRS = 8
 ALL = 2 * NUM_PAIRS
@@ -45,16 +55,6 @@ def config(folders: Path, tmp_path: Path) -> Config:
     return make_config(
         folders / "model", folders / "pairs.jsonl", tmp_path / "run", batch__pairs_per_step=4, train__steps=1
     )
-
-
-def change(config: Config, **changes: object) -> Config:
-    """The config with keys like `optim__lr` changed and, unless one is given, a fresh run folder."""
-    count = len(list(Path(str(config.train.run_dir)).parent.iterdir()))
-    return changed(config, **({"train__run_dir": f"{config.train.run_dir}-{count}"} | changes))
-
-
-def cache_folders(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "reference-cache").iterdir())
 
 
 def rows_of(path: Path) -> list[dict[str, list]]:
@@ -84,7 +84,7 @@ def test_values_are_those_of_plain_hugging_face(config: Config, folders: Path, t
 def test_another_reference_is_that_models_log_probabilities(config: Config, folders: Path, tmp_path: Path) -> None:
     """reference.path: another family, so that nothing of the policy's own shape can serve; first margins by hand."""
     save_model(tmp_path / "other", "gpt2", seed=5)
-    config = change(config, reference__path=str(tmp_path / "other"), data__order="sequential")
+    config = afresh(config, reference__path=str(tmp_path / "other"), data__order="sequential")
     line = train_lines(run(config))[0]
     policy, other = plain_model(folders / "model"), plain_model(tmp_path / "other")
     margins = []
@@ -103,7 +103,7 @@ def test_another_reference_is_that_models_log_probabilities(config: Config, fold
 
 def test_a_copy_of_the_model_as_reference_is_its_own_start(config: Config, folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "model", tmp_path / "copy")
-    own, copied = run(config), run(change(config, reference__path=str(tmp_path / "copy")))
+    own, copied = run(config), run(afresh(config, reference__path=str(tmp_path / "copy")))
     assert reference_line(copied) == (0, ALL)
     assert without_clock(train_lines(own)) == without_clock(train_lines(copied))
     assert train_lines(copied)[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -114,7 +114,7 @@ def test_a_reference_that_is_not_finite_ends_the_run(
 ) -> None:
     """One weight is NaN: the reference pass says so, and no row reaches the cache."""
     edit_weights(folders / "model", tmp_path / "broken", "lm_head.weight", float("nan"))
-    broken = change(config, model__path=str(tmp_path / "broken"))
+    broken = afresh(config, model__path=str(tmp_path / "broken"))
     assert exit_code(broken) == 1
     assert "error: the reference gives a log-probability that is not finite" in capsys.readouterr().err
     assert not list((tmp_path / "reference-cache").rglob("rows-*"))
@@ -122,7 +122,7 @@ def test_a_reference_that_is_not_finite_ends_the_run(
 
 
 def test_sft_has_no_reference(config: Config, tmp_path: Path) -> None:
-    folder = run(change(config, loss__name="sft"))
+    folder = run(afresh(config, loss__name="sft"))
     assert not (tmp_path / "reference-cache").exists()
     assert not [name for line in train_lines(folder) for name in line if "rewards" in name]
     assert not [line for line in without_clock(train_lines(folder)) if "reference/rows_computed" in line]
@@ -151,7 +151,7 @@ KEPT = {
 def test_a_second_run_computes_nothing_whatever_else_changes(config: Config) -> None:
     run(config)
     assert reference_line(str(config.train.run_dir)) == (ALL, 0)
-    found = {name: reference_line(run(change(config, **changes))) for name, changes in KEPT.items()}
+    found = {name: reference_line(run(afresh(config, **changes))) for name, changes in KEPT.items()}
     assert found == dict.fromkeys(KEPT, (0, ALL))
 
 
@@ -166,7 +166,7 @@ def test_the_model_may_be_renamed_moved_and_sharded_anew(config: Config, folders
     facts |= {"transformers_version": "4.0.0", "_name_or_path": "somebody/else", "architectures": None}
     (tmp_path / "sharded" / "config.json").write_text(json.dumps(facts))
     for folder in (tmp_path / "deep" / "other name", tmp_path / "sharded"):
-        assert reference_line(run(change(config, model__path=str(folder)))) == (0, ALL)
+        assert reference_line(run(afresh(config, model__path=str(folder)))) == (0, ALL)
 
 
 def edit_weights(folder: Path, out: Path, name: str, value: float) -> None:
@@ -184,7 +184,7 @@ def test_one_byte_of_one_weight_makes_all_rows_new(config: Config, folders: Path
     before = load_file(folders / "model" / "model.safetensors")[name][3]
     after = torch.nextafter(before, torch.tensor(torch.inf)).item()
     edit_weights(folders / "model", tmp_path / "changed", name, after)
-    assert reference_line(run(change(config, model__path=str(tmp_path / "changed")))) == (ALL, 0)
+    assert reference_line(run(afresh(config, model__path=str(tmp_path / "changed")))) == (ALL, 0)
     assert len(cache_folders(tmp_path)) == 2
 
 
@@ -197,13 +197,13 @@ def test_a_changed_config_makes_all_rows_new(config: Config, folders: Path, tmp_
     owner = facts["rope_parameters"] if key == "rope_theta" else facts
     owner[key] = 2 * owner[key]
     path.write_text(json.dumps(facts))
-    assert reference_line(run(change(config, model__path=str(path.parent)))) == (ALL, 0)
+    assert reference_line(run(afresh(config, model__path=str(path.parent)))) == (ALL, 0)
 
 
 def test_other_numerics_are_other_rows(config: Config, tmp_path: Path) -> None:
     run(config)
-    assert reference_line(run(change(config, parallel__compute_dtype="bfloat16"))) == (ALL, 0)
-    double = change(config, model__dtype="float64", parallel__reduce_dtype="float64")
+    assert reference_line(run(afresh(config, parallel__compute_dtype="bfloat16"))) == (ALL, 0)
+    double = afresh(config, model__dtype="float64", parallel__reduce_dtype="float64")
     assert reference_line(run(double)) == (ALL, 0)
     assert len(cache_folders(tmp_path)) == 3
 
@@ -217,10 +217,10 @@ def test_more_data_computes_its_own_rows_alone(config: Config, folders: Path, tm
     rows = rows_of(folders / "pairs.jsonl")
     ninth = {"prompt_ids": [1, 50, 51], "completion_ids": [[60, 2], [61, 62, 2]], "pairs": [[0, 1]]}
     more = write_rows(tmp_path / "more.jsonl", [*rows, ninth])
-    assert reference_line(run(change(config, data__train=[SourceConfig(str(more))]))) == (2, ALL)
+    assert reference_line(run(afresh(config, data__train=[SourceConfig(str(more))]))) == (2, ALL)
     tenth = rows[0] | {"completion_ids": [rows[0]["completion_ids"][0], [63, 2]]}
     write_rows(more, [*rows, ninth, tenth])
-    assert reference_line(run(change(config, data__train=[SourceConfig(str(more))]))) == (1, ALL + 2)
+    assert reference_line(run(afresh(config, data__train=[SourceConfig(str(more))]))) == (1, ALL + 2)
 
 
 def test_cut_completions_alone_are_new(config: Config, folders: Path) -> None:
@@ -235,25 +235,25 @@ def test_cut_completions_alone_are_new(config: Config, folders: Path) -> None:
     num_cut = sum(length > 24 for length in lengths)
     assert 0 < num_cut < ALL
     assert all(len(row["prompt_ids"]) <= 23 for row in rows_of(folders / "pairs.jsonl"))
-    shorter = change(config, data__max_length=24, data__max_prompt_length=23)
+    shorter = afresh(config, data__max_length=24, data__max_prompt_length=23)
     assert reference_line(run(shorter)) == (num_cut, ALL - num_cut)
 
 
 def test_evaluation_pairs_are_in_the_cache_too(config: Config, folders: Path) -> None:
     """3 more prompts with 2 completions each; afterwards they are found, also as training pairs."""
-    both = change(config, data__eval=[SourceConfig(str(folders / "eval.jsonl"))])
+    both = afresh(config, data__eval=[SourceConfig(str(folders / "eval.jsonl"))])
     run(both)
     assert reference_line(str(both.train.run_dir)) == (ALL + 6, 0)
-    assert reference_line(run(change(both))) == (0, ALL + 6)
+    assert reference_line(run(afresh(both))) == (0, ALL + 6)
     swapped = [SourceConfig(str(folders / "eval.jsonl"))]
-    assert reference_line(run(change(config, data__train=swapped, batch__pairs_per_step=3))) == (0, 6)
+    assert reference_line(run(afresh(config, data__train=swapped, batch__pairs_per_step=3))) == (0, 6)
 
 
 def test_a_completion_of_several_pairs_is_one_row(config: Config, tmp_path: Path) -> None:
     """4 answers ranked in full are 6 pairs and 4 rows a prompt; the same row of data twice adds none."""
     path = save_pairs(tmp_path / "ranked.jsonl", 4, completions=4, pairs_each=6)
     path.write_text(path.read_text() * 2)
-    assert reference_line(run(change(config, data__train=[SourceConfig(str(path))]))) == (16, 0)
+    assert reference_line(run(afresh(config, data__train=[SourceConfig(str(path))]))) == (16, 0)
 
 
 def test_the_program_fills_the_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,16 @@ from dpo.config import Config
 from dpo.errors import RunError, UserError
 from tests.models import save_model, save_pairs
 from tests.ranks import Ranks
-from tests.runs import changed, error_lines, exit_code, make_config, reference_line, run, same_weights
+from tests.runs import (
+    afresh,
+    cache_folders,
+    error_lines,
+    exit_code,
+    make_config,
+    reference_line,
+    run,
+    same_weights,
+)
 
 NUM_PAIRS = 8
 ALL = 2 * NUM_PAIRS
@@ -32,16 +41,6 @@ def config(folders: Path, tmp_path: Path) -> Config:
     return make_config(
         folders / "model", folders / "pairs.jsonl", tmp_path / "run", batch__pairs_per_step=4, train__steps=1
     )
-
-
-def change(config: Config, **changes: object) -> Config:
-    """The config with keys like `optim__lr` changed and, unless one is given, a fresh run folder."""
-    count = len(list(Path(str(config.train.run_dir)).parent.iterdir()))
-    return changed(config, **({"train__run_dir": f"{config.train.run_dir}-{count}"} | changes))
-
-
-def cache_folders(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "reference-cache").iterdir())
 
 
 def test_a_build_that_died_goes_on(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +68,7 @@ def test_blocks_are_written_on_the_way(config: Config, monkeypatch: pytest.Monke
     assert len(list(cache_folders(tmp_path)[0].glob("rows-*"))) == 1
     monkeypatch.setattr(reference_pass, "SECONDS_BETWEEN_BLOCKS", 0)
     monkeypatch.setenv("DPO_CACHE", str(tmp_path / "reference-cache" / "second"))
-    run(change(config))
+    run(afresh(config))
     assert len(list((tmp_path / "reference-cache" / "second").rglob("rows-*"))) == ALL
 
 
@@ -79,11 +78,11 @@ def test_a_damaged_block_is_computed_again(config: Config, tmp_path: Path, capsy
     content = bytearray(block.read_bytes())
     content[40] ^= 1
     block.write_bytes(content)
-    second = run(change(config))
+    second = run(afresh(config))
     assert "is damaged" in capsys.readouterr().err
     assert reference_line(second) == (ALL, 0)
     assert same_weights(first / "final", second / "final")
-    assert reference_line(run(change(config))) == (0, ALL)
+    assert reference_line(run(afresh(config))) == (0, ALL)
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -93,7 +92,7 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    assert exit_code(change(config, reference__cache_dir=str(tmp_path / "file" / "cache"))) == 2
+    assert exit_code(afresh(config, reference__cache_dir=str(tmp_path / "file" / "cache"))) == 2
     errors = error_lines(capsys.readouterr().err)
     assert len(errors) == 1
     assert errors[0].startswith(f"error: CONFIG: reference.cache_dir: cannot write to {tmp_path / 'file' / 'cache'}")
@@ -140,8 +139,8 @@ def train_as_rank(config: Config) -> None:
 def test_the_number_of_ranks_is_not_in_the_key(config: Config, ranks: Ranks, tmp_path: Path) -> None:
     """Computed by 3 ranks on 8 prompts, found by 2 and by 1."""
     for size, expected in ((3, (ALL, 0)), (2, (0, ALL))):
-        layout = change(config)
+        layout = afresh(config)
         ranks(size, train_as_rank, layout)
         assert reference_line(str(layout.train.run_dir)) == expected
-    assert reference_line(run(change(config))) == (0, ALL)
+    assert reference_line(run(afresh(config))) == (0, ALL)
     assert len(cache_folders(tmp_path)) == 1
