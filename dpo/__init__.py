@@ -6,6 +6,7 @@ floors only (`tests/test_structure.py` holds it to that):
 
     0  errors.py          what ends a program early, and with which exit code
     0  progress.py        what rank 0 tells while it works
+    0  run_files.py       what lies in a run folder, by name; read without torch
     0  config_fields.py   every key with its default and its meaning
     0  fields.py          fields of raw rows, typed
     0  plan.py            (seed, step) -> pairs -> trees -> balanced StepPlan

@@ -20,6 +20,7 @@ from dpo.config_fields import (
     CheckpointConfig,
     Config,
     DataConfig,
+    EvalConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -46,6 +47,7 @@ __all__ = [
     "CheckpointConfig",
     "Config",
     "DataConfig",
+    "EvalConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",
@@ -133,6 +135,8 @@ def help_text(prog: str, description: str) -> str:
     parser.add_argument("--config", metavar="FILE", help=about, default=SUPPRESS)
     about = "print the resolved config as YAML and end"
     parser.add_argument("--print_config", action="store_true", help=about, default=SUPPRESS)
+    about = "say nothing but warnings and errors; metrics.jsonl has every figure"
+    parser.add_argument("--quiet", action="store_true", help=about, default=SUPPRESS)
     for section, cls in SECTIONS.items():
         _add_help(parser, section, cls)
         if cls is DataConfig:

@@ -156,6 +156,19 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """eval: answers of policy and reference to a few evaluation prompts, side by side at every evaluation."""
+
+    samples: int = 4
+    """Evaluation prompts that are answered, the same ones every time; 0: none. Each new token gathers the weights
+    once."""
+    max_new_tokens: int = 128
+    """Most tokens of an answer."""
+    temperature: float = 0.0
+    """0: the likeliest token every time; above: drawn at random, from train.seed, the softmax at this temperature."""
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """train: how long, and where to."""
 
@@ -165,6 +178,10 @@ class TrainConfig:
     """Times through the training pairs; null: 1, unless train.steps is given."""
     eval_every: int | None = 100
     """Steps between evaluations; null: only before the first step and after the last."""
+    log_every: int = 10
+    """Steps between lines on the terminal; metrics.jsonl and TensorBoard have every step."""
+    profile_steps: tuple[int, int] | None = None
+    """First and last step that torch's profiler records, into profile/ of the run folder; null: none."""
     seed: int = 0
     """Decides the order of the pairs and the held-out prompts; 0 or above."""
     run_dir: str | None = None
@@ -206,5 +223,7 @@ class Config:
     """Layout over ranks, precision, memory."""
     train: TrainConfig = TrainConfig()
     """Length, seed and folder of the run."""
+    eval: EvalConfig = EvalConfig()
+    """Sampled answers."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving and resuming."""

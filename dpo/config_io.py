@@ -29,6 +29,8 @@ class CommandLine:
     """--print_config was given."""
     help: bool
     """--help or -h was given."""
+    quiet: bool
+    """--quiet was given."""
 
 
 def split_command_line(argv: Sequence[str]) -> CommandLine:
@@ -39,7 +41,7 @@ def split_command_line(argv: Sequence[str]) -> CommandLine:
     switches = set()
     while words:
         word = words.pop(0)
-        if word in ("-h", "--help", "--print_config"):
+        if word in ("-h", "--help", "--print_config", "--quiet"):
             switches.add(word)
             continue
         key, value = _key_and_value(word, words)
@@ -49,7 +51,8 @@ def split_command_line(argv: Sequence[str]) -> CommandLine:
             config = value
         else:
             texts[key] = value
-    return CommandLine(config, texts, "--print_config" in switches, bool(switches & {"-h", "--help"}))
+    is_help = bool(switches & {"-h", "--help"})
+    return CommandLine(config, texts, "--print_config" in switches, is_help, "--quiet" in switches)
 
 
 def _key_and_value(word: str, rest: list[str]) -> tuple[str, str]:
@@ -120,16 +123,18 @@ def _value_of_text(text: str, hint: Any, key: str) -> Any:
 def fit(value: Any, hint: Any, place: str, key: str) -> Any:
     """`value` as the type `hint`, with nothing coerced but an integer to the number it is.
 
-    hint: bool, int, float, str, Literal of texts, X | None, list[dataclass], tuple[X, Y] or a dataclass.
+    hint: bool, int, float, str, Literal of texts, list[dataclass], tuple[X, Y],
+    X | None or a dataclass.
     """
     origin = get_origin(hint)
     if is_dataclass(hint):
         return _fit_dataclass(value, hint, place, key)
     if origin is list and isinstance(value, list):
         return [fit(item, get_args(hint)[0], place, f"{key}[{i}]") for i, item in enumerate(value)]
-    if origin is tuple and isinstance(value, list) and len(value) == len(get_args(hint)):
-        return tuple(fit(item, get_args(hint)[i], place, f"{key}[{i}]") for i, item in enumerate(value))
     kinds = _alternatives(hint)
+    for kinds_of_items in (get_args(kind) for kind in kinds if get_origin(kind) is tuple):
+        if isinstance(value, list) and len(value) == len(kinds_of_items):
+            return tuple(fit(item, kinds_of_items[i], place, f"{key}[{i}]") for i, item in enumerate(value))
     if type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value)) and value != "":
         return value
     if type(value) is int and float in kinds and math.isfinite(_as_float(value)):

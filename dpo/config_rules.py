@@ -30,15 +30,17 @@ class Bound:
 _COUNTS = ("batch.pairs_per_step", "batch.tokens_per_micro_batch", "parallel.replicate", "parallel.head_memory_mib")
 _OPTIONAL_COUNTS = ("data.num_proc", "data.max_prompt_length", "parallel.shard", "train.steps", "train.epochs")
 _CADENCES = ("train.eval_every", "checkpoint.save_every", "checkpoint.keep")
+_OTHER_COUNTS = ("parallel.timeout_seconds", "train.log_every", "eval.max_new_tokens")
 _BOUNDS = (
-    Bound("an integer", ">= 1", lambda x: x >= 1, (*_COUNTS, "parallel.timeout_seconds")),
+    Bound("an integer", ">= 1", lambda x: x >= 1, (*_COUNTS, *_OTHER_COUNTS)),
     Bound("null or an integer", ">= 1", lambda x: x >= 1, (*_OPTIONAL_COUNTS, *_CADENCES)),
     Bound("null or an integer", ">= 2", lambda x: x >= 2, ("data.max_length",)),
-    Bound("an integer", ">= 0", lambda x: x >= 0, ("optim.warmup_steps",)),
+    Bound("null or two integers, each", ">= 1", lambda x: x >= 1, ("train.profile_steps",)),
+    Bound("an integer", ">= 0", lambda x: x >= 0, ("optim.warmup_steps", "eval.samples")),
     Bound("an integer", ">= 0 and < 2^63", lambda x: 0 <= x < 2**63, ("train.seed",)),
     Bound("a number", "> 0", lambda x: x > 0, ("loss.beta", "optim.lr", "optim.eps")),
     Bound("null or a number", "> 0", lambda x: x > 0, ("optim.max_grad_norm",)),
-    Bound("a number", ">= 0", lambda x: x >= 0, ("loss.sft_weight", "optim.weight_decay")),
+    Bound("a number", ">= 0", lambda x: x >= 0, ("loss.sft_weight", "optim.weight_decay", "eval.temperature")),
     Bound("a number", ">= 0 and < 0.5", lambda x: 0 <= x < 0.5, ("loss.label_smoothing",)),
     Bound("a number", ">= 0 and < 1", lambda x: 0 <= x < 1, ("optim.alpha", "optim.momentum")),
     Bound("two numbers, each", ">= 0 and < 1", lambda x: 0 <= x < 1, ("optim.betas",)),
@@ -70,6 +72,9 @@ def _problems(config: Config) -> Iterator[Problem]:
     yield from _dtype_problems(config)
     if config.train.steps is not None and config.train.epochs is not None:
         yield Problem(("train.epochs", "train.steps"), "train.steps is given too", "one of the two, the other null")
+    if config.train.profile_steps is not None and config.train.profile_steps[0] > config.train.profile_steps[1]:
+        what = f"ends before it begins, got {list(config.train.profile_steps)}"
+        yield Problem(("train.profile_steps",), what, "[FIRST, LAST], the last not before the first")
 
 
 def _out_of_bounds(config: Config, bound: Bound) -> Iterator[Problem]:

@@ -46,7 +46,7 @@ from dpo.config import (
 from dpo.demo_world import Question, grade_of, preference_row, questions, sample_answers, save_model, save_rows
 from dpo.distributed import run_program
 from dpo.errors import UserError, parse_arguments
-from dpo.metrics import read_metrics
+from dpo.run_files import read_metrics
 
 MARKER = ".dpo-demo"
 NUM_TRAINING, NUM_HELD_OUT = 600, 100  # questions

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.config import ParallelConfig, with_place
 from dpo.errors import RunError, UserError
+from dpo.progress import set_quiet
 
 T = TypeVar("T")
 
@@ -161,6 +162,7 @@ def run_program(main: Callable[[], None]) -> int:
 
     Rank 0 alone prints the error, in one line; any other exception is a bug, and its traceback is shown.
     """
+    set_quiet("--quiet" in sys.argv)
     try:
         main()
     except (UserError, RunError) as failure:

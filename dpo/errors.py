@@ -17,10 +17,11 @@ class RunError(RuntimeError):
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments of this process; wrong ones are a UserError in one line, as everywhere."""
+    """The arguments of this process, --quiet among them; wrong ones are a UserError in one line, as everywhere."""
 
     def refuse(message: str) -> NoReturn:
         raise UserError(f"command line: {message}; valid: see {parser.prog} --help")
 
     parser.error = refuse  # type: ignore[method-assign]
+    parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
     return parser.parse_args()

@@ -13,7 +13,7 @@ from dpo.distributed import World, all_gather, check_mesh, first_on_each_node
 from dpo.errors import UserError
 from dpo.objective import has_reference
 from dpo.plan import PairOrder
-from dpo.progress import say
+from dpo.progress import is_quiet, say
 from dpo.weights import find_model, hash_model, read_model_config
 
 
@@ -44,7 +44,7 @@ class Inputs:
 def read_inputs(config: Config, world: World) -> Inputs:
     """Finds and checks all input. Every rank must get here; UserErrors are raised on every rank alike."""
     check_mesh(world, config.parallel)
-    if not (world.is_main and sys.stderr.isatty()):
+    if is_quiet() or not (world.is_main and sys.stderr.isatty()):
         disable_progress_bars()
     folders = find_models(config, world)
     model_config = read_config(config, world, folders[0])

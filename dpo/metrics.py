@@ -150,20 +150,3 @@ class MetricsWriter:
         """Flushes both."""
         self.file.close()
         self.board.close()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out."""
-    path = run_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline is no whole line
-
-
-def drop_metrics_after(run_dir: Path, step: int) -> None:
-    """Rewrites metrics.jsonl without the lines of steps after `step`, in one atomic replacement."""
-    kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
-    fresh = run_dir / "metrics.jsonl.tmp"
-    fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    fresh.replace(run_dir / "metrics.jsonl")

@@ -1,5 +1,6 @@
-"""How rank 0 tells what it does: lines, and a bar for what takes long."""
+"""How rank 0 tells what it does: lines, and a bar for what takes long; `--quiet` leaves warnings and errors."""
 
+import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -11,18 +12,49 @@ SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal, a bar becomes a line at most this often."""
 
 
+class _AboveTheBar(logging.Handler):
+    """Writes records to stderr, above a bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+        sys.stderr.flush()
+
+
+LOG = logging.getLogger("dpo")
+LOG.addHandler(_AboveTheBar())
+LOG.setLevel(logging.INFO)
+LOG.propagate = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether `say` and bars are silent from now on."""
+    LOG.setLevel(logging.WARNING if quiet else logging.INFO)
+
+
+def is_quiet() -> bool:
+    """Whether `say` is silent."""
+    return not LOG.isEnabledFor(logging.INFO)
+
+
 def say(line: str) -> None:
-    """One line on stderr, above a bar if there is one."""
-    tqdm.write(line, file=sys.stderr)
-    sys.stderr.flush()
+    """One line for people."""
+    LOG.info(line)
+
+
+def warn(line: str) -> None:
+    """One line that `--quiet` does not silence."""
+    LOG.warning(f"WARNING: {line}")
 
 
 class Progress:
     """The bar of one long phase on a terminal, else a plain line now and then; silent on ranks other than 0."""
 
-    def __init__(self, label: str, total: int, unit: str, shown: bool, done: int = 0):
-        self.label, self.total, self.unit, self.shown, self.done = label, total, unit, shown, done
-        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=None if shown else True, leave=False)
+    def __init__(self, label: str, total: int, unit: str, shown: bool, done: int, seconds_between_lines: float):
+        self.label, self.total, self.unit, self.done = label, total, unit, done
+        self.shown = shown and not is_quiet()
+        disable = None if self.shown else True  # None: tqdm is silent where there is no terminal
+        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=disable, leave=False)
+        self.seconds_between_lines = seconds_between_lines
         self.spoke = time.monotonic()
 
     def advance(self, count: int, figures: Mapping[str, str] | None = None) -> None:
@@ -31,16 +63,27 @@ class Progress:
         if not self.bar.disable:
             self.bar.set_postfix(figures or {}, refresh=False)
             self.bar.update(count)
-        elif self.shown and (self.done >= self.total or time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES):
+        elif self.shown and self._is_time_for_a_line():
             self.spoke = time.monotonic()
             rest = "".join(f"  {name} {figure}" for name, figure in (figures or {}).items())
             say(f"{self.label}: {self.done}/{self.total} {self.unit}{rest}")
 
+    def _is_time_for_a_line(self) -> bool:
+        waited = time.monotonic() - self.spoke
+        return waited > self.seconds_between_lines or (self.done >= self.total and self.seconds_between_lines < 1e9)
+
 
 @contextmanager
-def progress(label: str, total: int, unit: str, shown: bool, done: int = 0) -> Iterator[Progress]:
+def progress(
+    label: str,
+    total: int,
+    unit: str,
+    shown: bool,
+    done: int = 0,
+    seconds_between_lines: float = SECONDS_BETWEEN_LINES,
+) -> Iterator[Progress]:
     """A bar of `total` units for the length of a with-block."""
-    bar = Progress(label, total, unit, shown, done)
+    bar = Progress(label, total, unit, shown, done, seconds_between_lines)
     try:
         yield bar
     finally:

@@ -15,8 +15,8 @@ from dpo.cache import write_atomically
 from dpo.checkpoint import RunState, newer_checkpoints, newest_checkpoint, read_state
 from dpo.config import Config, load_config, to_yaml
 from dpo.errors import UserError
-from dpo.metrics import drop_metrics_after
 from dpo.progress import say
+from dpo.run_files import drop_metrics_after
 
 KEY = "checkpoint.resume"
 

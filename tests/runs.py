@@ -31,7 +31,7 @@ from dpo.config import (
 )
 from dpo.distributed import run_program
 from dpo.errors import RunError
-from dpo.metrics import read_metrics
+from dpo.run_files import read_metrics
 
 CLOCK = (
     "step_seconds",

@@ -18,8 +18,8 @@ from dpo import demo
 from dpo.config import Config, load_config
 from dpo.demo_world import GRADES, SOUNDS, Grade, answer, grade_of, questions
 from dpo.errors import UserError
-from dpo.metrics import read_metrics
 from dpo.records import to_example
+from dpo.run_files import read_metrics
 from dpo.tokens import limits_of, merges_at_boundary, text_encoder, tokenize
 from dpo.train import run_training
 

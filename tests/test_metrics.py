@@ -18,11 +18,11 @@ from dpo.metrics import (
     StepMetrics,
     pair_means,
     prefixed,
-    read_metrics,
     train_figures,
 )
 from dpo.objective import pair_losses
 from dpo.packing import PackedBatch
+from dpo.run_files import read_metrics
 from tests.models import plain_logp, plain_model, save_model, save_pairs
 from tests.ranks import Ranks
 from tests.runs import eval_lines, make_config, run, train_lines, worst_relative

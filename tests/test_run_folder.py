@@ -9,7 +9,8 @@ import pytest
 
 from dpo.checkpoint import checkpoint_path
 from dpo.config import Config, load_config
-from dpo.metrics import MetricsWriter, read_metrics
+from dpo.metrics import MetricsWriter
+from dpo.run_files import read_metrics
 from dpo.run_folder import find_start
 from tests.models import save_model, save_pairs
 from tests.runs import (
