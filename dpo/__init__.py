@@ -7,11 +7,14 @@ floors only (`tests/test_structure.py` holds it to that):
     0  errors.py          what ends a program early, and with which exit code
     0  progress.py        what rank 0 tells while it works
     0  run_files.py       what lies in a run folder, by name; read without torch
+    0  preemption.py      SIGUSR2 asks a run to save and leave
+    0  provenance.py      versions and git commit
     0  config_fields.py   every key with its default and its meaning
     0  fields.py          fields of raw rows, typed
     0  plan.py            (seed, step) -> pairs -> trees -> balanced StepPlan
     0  losses.py          the losses on the paper's index signature
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
+    1  profiling.py       torch's profiler over a few steps
     1  strict_yaml.py     YAML without surprises
     1  config_rules.py    bounds of keys, and keys that must fit each other
     1  json_rows.py       JSON and JSONL with line numbers
@@ -43,7 +46,8 @@ floors only (`tests/test_structure.py` holds it to that):
     8  evaluation.py      passes without gradients
     9  reference.py       the log-probabilities of a run's pairs, and python -m dpo.reference
    10  setup.py           a run, ready for its next step
-   11  train.py           train_step, train, python -m dpo.train
+   11  summary.py         what the terminal shows of a run
+   12  train.py           train_step, train, python -m dpo.train
     6  demo_world.py      the demo's questions, answers and model
     7  demo.py            python -m dpo.demo
 """

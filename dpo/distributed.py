@@ -1,7 +1,10 @@
 """The processes of a run: their group and mesh, what one of them decides for all, and how they end together."""
 
+import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +18,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.config import ParallelConfig, with_place
-from dpo.errors import RunError, UserError
-from dpo.progress import set_quiet
+from dpo.errors import Preempted, RunError, UserError
+from dpo.progress import say, set_quiet
+from dpo.run_files import write_status
 
 T = TypeVar("T")
 
@@ -158,27 +162,62 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 
 def run_program(main: Callable[[], None]) -> int:
-    """The exit code of a program: 0 done, 2 the user's input is wrong, 1 something found while running, 130 Ctrl-C.
+    """The exit code of a program: 0 done (also where it was asked to stop, and saved), 2 the user's input is wrong,
+    1 something found while running, 130 Ctrl-C.
 
-    Rank 0 alone prints the error, in one line; any other exception is a bug, and its traceback is shown.
+    Rank 0 alone prints the error, in one line; any other exception is a bug, and its traceback is shown. Why a rank
+    failed stands in the file that torchrun asks for.
     """
+    is_main = int(os.environ.get("RANK", "0")) == 0
     set_quiet("--quiet" in sys.argv)
     try:
         main()
+    except Preempted as stop:
+        _end_well({"state": "preempted", "step": stop.step}, is_main)
+        if is_main:
+            say(str(stop))
+        _leave_together()
+        return 0
     except (UserError, RunError) as failure:
-        if int(os.environ.get("RANK", "0")) == 0:
+        _record(failure)
+        if is_main:
             message = " ".join(str(failure).split())
             print(f"error: {with_place(message, sys.argv[1:])}", file=sys.stderr, flush=True)
         _leave_together()
         return 2 if isinstance(failure, UserError) else 1
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if is_main:
             print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
         return 130
     except OSError as failure:  # met by this rank alone, a full disk for one: it does not wait for the others
+        _record(failure)
         print(f"error: {type(failure).__name__}: {' '.join(str(failure).split())}", file=sys.stderr, flush=True)
         return 1
+    except Exception as failure:
+        _record(failure)
+        raise
+    _end_well({"state": "done"}, is_main)
     return 0
+
+
+def _end_well(status: dict[str, Any], is_main: bool) -> None:
+    """torchrun ends with 0 both when a run is done and when it was stopped: the launcher reads which."""
+    if is_main:
+        write_status(status)
+
+
+def _record(failure: Exception) -> None:
+    """Writes why and when this rank failed where torchrun (and `launch/node.py`) looks for it.
+
+    The form is that of torch's `torch.distributed.elastic.multiprocessing.errors.record`, which knows the time only to
+    the second: too coarse to tell the rank that failed first from those that lost it.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        now = time.time()
+        extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(now)), "seconds": now}
+        message = {"message": f"{type(failure).__name__}: {failure}", "extraInfo": extra}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def _leave_together() -> None:

@@ -1,4 +1,4 @@
-"""The two ways in which a program of this package ends early; `dpo.distributed` turns them into exit codes."""
+"""The ways in which a program of this package ends early; `dpo.distributed` turns them into exit codes."""
 
 import argparse
 from typing import NoReturn
@@ -14,6 +14,14 @@ class UserError(ValueError):
 
 class RunError(RuntimeError):
     """Something was found while running (a gradient that is not finite, a failed self-check): exit code 1."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop and has saved what it had, after `step` updates: exit code 0."""
+
+    def __init__(self, step: int):
+        super().__init__(f"stopped after step {step}; the same command goes on from here")
+        self.step = step
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -2,7 +2,9 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,16 +20,30 @@ from dpo.pair_set import PairSet
 from dpo.policy import Policy, completion_logps, reshard
 
 
-def evaluate(policy: Policy, pairs: PairSet, packer: Packer, loss: LossConfig, head_bytes: int) -> dict[str, float]:
-    """The metrics of `pair_means` over a whole evaluation set, every pair weighing 1. Every rank must get here."""
-    metrics = StepMetrics(policy.device)
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics of `pair_means` over a whole evaluation set, every pair weighing 1, and the reward margin of each
+    pair, (pairs,), in no order (none where the loss has no reference).
+    """
+
+    figures: dict[str, float]
+    margins: np.ndarray
+
+
+def evaluate(policy: Policy, pairs: PairSet, packer: Packer, loss: LossConfig, head_bytes: int) -> Evaluation:
+    """An evaluation without gradients. Every rank must get here."""
+    metrics, margins = StepMetrics(policy.device), [torch.zeros(0, device=policy.device)]
     with torch.no_grad():
         for plan in evaluation_plans(pairs, packer):
             for batch in packer.pack(plan):
                 pi_logps = completion_logps(policy, batch, head_bytes)
-                metrics.add(*pair_losses(pi_logps, batch, loss), pi_logps, batch)
+                losses, rewards = pair_losses(pi_logps, batch, loss)
+                metrics.add(losses, rewards, pi_logps, batch)
+                margins.append(rewards[batch.yw_idxs] - rewards[batch.yl_idxs])
     reshard(policy)
-    return pair_means(metrics.reduce(), has_reference(loss))
+    figures = pair_means(metrics.reduce(), has_reference(loss))
+    everywhere = all_gather(torch.cat(margins).float().cpu().numpy()) if has_reference(loss) else [np.zeros(0)]
+    return Evaluation(figures, np.concatenate(everywhere))
 
 
 # --- the first step --------------------------------------------------------------------------------------------------

@@ -52,21 +52,19 @@ class StepMetrics:
         ]
         self.sums += torch.stack([s.detach().to(self.sums, non_blocking=True) for s in sums])
 
-    def reduce(self) -> dict[str, float]:
-        """The sums over all ranks by name of SUMS, and `peak_memory_bytes`, the maximum over ranks.
+    def reduce(self, stop_requested: bool = False) -> dict[str, float]:
+        """The sums over all ranks by name of SUMS; `peak_memory_bytes`, the maximum over ranks; and `stop_requested`, 1
+        where any rank was asked to stop.
 
         One exchange; every rank must get here. Added up by rank in the same order everywhere, so equal to the last bit.
         """
-        memory = torch.tensor(
-            [float(peak_memory_bytes(self.sums.device))], dtype=torch.float64, device=self.sums.device
-        )
-        mine = torch.cat([self.sums, memory])
+        maxima = {"peak_memory_bytes": peak_memory_bytes(self.sums.device), "stop_requested": stop_requested}
+        mine = torch.cat([self.sums, self.sums.new_tensor([float(value) for value in maxima.values()])])
         every = mine.new_empty(dist.get_world_size() * len(mine))
         dist.all_gather_single(every, mine)
         table = every.view(-1, len(mine)).cpu()
-        return dict(zip(SUMS, table[:, :-1].sum(0).tolist(), strict=True)) | {
-            "peak_memory_bytes": table[:, -1].max().item()
-        }
+        sums, peaks = table[:, : len(SUMS)].sum(0), table[:, len(SUMS) :].amax(0)
+        return dict(zip(SUMS, sums.tolist(), strict=True)) | dict(zip(maxima, peaks.tolist(), strict=True))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -17,12 +17,18 @@ from dpo.errors import UserError
 from dpo.inputs import Inputs, read_inputs
 from dpo.objective import has_reference
 from dpo.policy import Policy, compute_dtype, load_policy
+from dpo.preemption import StopRequest, listen_for_stop
 from dpo.progress import say
 from dpo.reference_pass import ReferencePass, fill, numerics
 
 
 def fill_cache(
-    config: Config, world: World, inputs: Inputs, reference: Callable[[], Policy], packer: Packer
+    config: Config,
+    world: World,
+    inputs: Inputs,
+    reference: Callable[[], Policy],
+    packer: Packer,
+    stop_requested: StopRequest,
 ) -> tuple[RefRows, ReferencePass]:
     """The rows of all training and evaluation pairs, and what it took to have them. Every rank must get here.
 
@@ -33,7 +39,7 @@ def fill_cache(
     root = Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()
     head_bytes = config.parallel.head_memory_mib * 2**20
     sets = [inputs.data.train, inputs.data.eval]
-    rows, done = fill(sets, root / reference_key(facts), facts, reference, packer, head_bytes, world)
+    rows, done = fill(sets, root / reference_key(facts), facts, reference, packer, head_bytes, world, stop_requested)
     if world.is_main:
         say(f"reference: {done.rows_computed} log-probabilities computed, {done.rows_reused} from the cache {root}")
     return rows, done
@@ -43,11 +49,15 @@ def fill_alone(config: Config) -> None:
     """Fills the cache and ends."""
     if not has_reference(config.loss):
         raise UserError("loss.name: sft has no reference to compute; valid: dpo, ipo, hinge, robust")
-    with open_world(config.parallel.timeout_seconds) as world:
+    with listen_for_stop() as stop_requested, open_world(config.parallel.timeout_seconds) as world:
         inputs = read_inputs(config, world)
         source = inputs.reference
         packer = make_packer(config, world, source.config)
-        fill_cache(config, world, inputs, lambda: load_policy(config, world, source.config, source.folder), packer)
+
+        def reference() -> Policy:
+            return load_policy(config, world, source.config, source.folder)
+
+        fill_cache(config, world, inputs, reference, packer, stop_requested)
 
 
 def main() -> None:

@@ -20,10 +20,11 @@ from dpo.attention import ATTENTION
 from dpo.batches import Packer
 from dpo.cache import RefRows, block_names, read_blocks, read_rows, split_keys, write_atomically, write_rows
 from dpo.distributed import World, all_gather, on_main, together
-from dpo.errors import RunError, UserError
+from dpo.errors import Preempted, RunError, UserError
 from dpo.pair_set import PairSet
 from dpo.plan import Tree
 from dpo.policy import Policy, completion_logps
+from dpo.preemption import StopRequest
 from dpo.progress import progress
 from dpo.tokens import completion_key
 
@@ -96,19 +97,22 @@ def fill(
     packer: Packer,
     head_bytes: int,
     world: World,
+    stop_requested: StopRequest,
 ) -> tuple[RefRows, ReferencePass]:
     """The rows of every completion of `sets`: those in the cache `folder`, and the missing ones, computed and added to
     it.
 
     `facts` are those of the folder's key. `reference()` gives the model, and is called only where a row is missing.
-    Every rank must get here.
+    Raises Preempted, on every rank and with what was computed in the cache, where a rank is asked to stop. Every rank
+    must get here.
     """
     started = time.monotonic()
     check_shared(folder, world)
     missing, num_wanted = on_main(world, lambda: _missing(sets, read_rows(folder)))
     if missing.any():
         on_main(world, lambda: write_atomically(folder / "about.json", json.dumps(facts, indent=1).encode()))
-        _compute(_select(sets, missing), int(missing.sum()), folder, reference(), packer, head_bytes, world)
+        todo = _select(sets, missing)
+        _compute(todo, int(missing.sum()), folder, reference(), packer, head_bytes, world, stop_requested)
         free_memory()
     blocks = on_main(world, lambda: block_names(folder))
     rows = together(lambda: read_blocks(folder, blocks))
@@ -146,7 +150,14 @@ def _select(sets: Sequence[PairSet], chosen: np.ndarray) -> Iterator[Completion]
 
 
 def _compute(
-    items: Iterator[Completion], total: int, folder: Path, policy: Policy, packer: Packer, head_bytes: int, world: World
+    items: Iterator[Completion],
+    total: int,
+    folder: Path,
+    policy: Policy,
+    packer: Packer,
+    head_bytes: int,
+    world: World,
+    stop_requested: StopRequest,
 ) -> None:
     """Runs the reference over completions, many at a time, and adds blocks of rows to the cache as it goes."""
     packer = replace(packer, windows=policy.windows)
@@ -157,6 +168,9 @@ def _compute(
             rows = _run(chunk, policy, packer, head_bytes, world)
             on_main(world, partial(block.add, rows))  # a full disk must end every rank
             bar.advance(len(chunk))
+            if any(all_gather(stop_requested())):
+                on_main(world, block.flush)
+                raise Preempted(step=0)
     on_main(world, block.flush)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-CONFIG, METRICS, TENSORBOARD, JOBS, FINAL = "config.yaml", "metrics.jsonl", "tensorboard", "jobs", "final"
+CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "metrics.jsonl", "tensorboard"
+ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
 
 STATUS_FILE = "DPO_STATUS_FILE"
 """The environment variable in which a launcher names the file that `write_status` fills."""

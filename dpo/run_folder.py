@@ -1,10 +1,11 @@
 """The folder of a run: what lies in it decides whether a start is fresh, goes on, or has nothing to do.
 
-    config.yaml  metrics.jsonl  tensorboard/  checkpoints/step-000100/  final/
+    see `dpo.run_files` for what it holds
 
 Every function here is for rank 0 alone, which tells the others (`distributed.on_main`).
 """
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from dpo.checkpoint import RunState, newer_checkpoints, newest_checkpoint, read_
 from dpo.config import Config, load_config, to_yaml
 from dpo.errors import UserError
 from dpo.progress import say
-from dpo.run_files import drop_metrics_after
+from dpo.run_files import ANSWERS, CONFIG, JOBS, METRICS, PROVENANCE, TENSORBOARD, drop_metrics_after, read_metrics
 
 KEY = "checkpoint.resume"
 
@@ -40,7 +41,7 @@ def find_start(config: Config) -> Start:
     _check_writable(run_dir)
     resume = config.checkpoint.resume
     if resume == "never":
-        if run_dir.exists() and any(run_dir.iterdir()):
+        if run_dir.exists() and any(path.name != JOBS for path in run_dir.iterdir()):
             raise UserError(f"train.run_dir: {run_dir} is not empty; valid: a new folder, or {KEY} auto")
         return Start()
     checkpoint = newest_checkpoint(run_dir) if resume == "auto" else _named_checkpoint(Path(resume), run_dir)
@@ -118,22 +119,30 @@ def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
             )
 
 
-def open_run_folder(config: Config, start: Start) -> Path:
-    """Makes the folder ready for steps after `start`: config.yaml written, what a given-up future left put aside."""
+def lacks_evaluation(run_dir: Path, step: int) -> bool:
+    """Whether the evaluation after `step` steps is still to be made: a run may have been stopped just before it."""
+    return not any("eval/loss" in line and line["step"] == step for line in read_metrics(run_dir))
+
+
+def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> Path:
+    """Makes the folder ready for steps after `start`: config and `origin` (see `dpo.provenance`) written, what a
+    given-up future left put aside.
+    """
     run_dir = Path(str(config.train.run_dir))
     run_dir.mkdir(parents=True, exist_ok=True)
     if start.checkpoint:
         say(f"goes on from {start.checkpoint}")
         _log_changes(start.checkpoint.parent.parent / "config.yaml", config)
-    write_atomically(run_dir / "config.yaml", to_yaml(config).encode())
+    write_atomically(run_dir / CONFIG, to_yaml(config).encode())
+    write_atomically(run_dir / PROVENANCE, json.dumps(origin, indent=1).encode())
     _put_aside(run_dir / "final")  # of a shorter run: if this one is interrupted, it must not look finished
     for checkpoint in newer_checkpoints(run_dir, start.step):
         _put_aside(checkpoint)
     if start.checkpoint and _lies_in(start.checkpoint, run_dir):
         drop_metrics_after(run_dir, start.step)
     else:
-        _put_aside(run_dir / "metrics.jsonl")
-        _put_aside(run_dir / "tensorboard")
+        for name in (METRICS, TENSORBOARD, ANSWERS):
+            _put_aside(run_dir / name)
     return run_dir
 
 

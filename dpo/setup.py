@@ -14,6 +14,7 @@ from dpo.inputs import Inputs
 from dpo.objective import has_reference
 from dpo.optim import make_optimizer
 from dpo.policy import Policy, compute_dtype, load_policy, reshard
+from dpo.preemption import StopRequest
 from dpo.reference import fill_cache
 from dpo.reference_pass import ReferencePass, lookup
 from dpo.run_folder import Start
@@ -34,6 +35,7 @@ class Run:
     packer: Packer
     reference_pass: ReferencePass | None
     """None where the loss has no reference."""
+    stop_requested: StopRequest
 
     @property
     def dir(self) -> Path:
@@ -57,8 +59,12 @@ class Run:
         return self.start.step == 0 and self.reference_pass is not None and same
 
 
-def build_run(config: Config, world: World, inputs: Inputs, start: Start, identity: dict[str, Any]) -> Run:
-    """A run at its beginning, or where its checkpoint ends. Every rank must get here."""
+def build_run(
+    config: Config, world: World, inputs: Inputs, start: Start, identity: dict[str, Any], stop_requested: StopRequest
+) -> Run:
+    """A run at its beginning, or where its checkpoint ends. Raises Preempted where it is asked to stop while the
+    reference is computed. Every rank must get here.
+    """
     model, reference = inputs.model, inputs.reference
     policy = load_policy(config, world, model.config, model.folder)
     packer = make_packer(config, world, model.config)
@@ -69,10 +75,10 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, identi
             is_own = reference.hash == model.hash
             return policy if is_own else load_policy(config, world, reference.config, reference.folder)
 
-        rows, reference_pass = fill_cache(config, world, inputs, reference_policy, packer)
+        rows, reference_pass = fill_cache(config, world, inputs, reference_policy, packer, stop_requested)
         packer = replace(packer, ref_logps=lookup(rows))
         reshard(policy)
     optimizer = make_optimizer(policy.model.parameters(), config.optim)
     if start.checkpoint:
         load_checkpoint(start.checkpoint, policy.model, optimizer)
-    return Run(config, world, inputs, start, identity, policy, optimizer, packer, reference_pass)
+    return Run(config, world, inputs, start, identity, policy, optimizer, packer, reference_pass, stop_requested)

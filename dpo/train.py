@@ -4,16 +4,18 @@ Without torchrun, `python -m dpo.train` is a run on one rank. Read `train_step` 
 """
 
 import math
+import socket
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 
 import torch
 
 from dpo.checkpoint import RunState, save_checkpoint
 from dpo.config import Config, load_config
-from dpo.distributed import on_main, open_world, run_program
-from dpo.errors import RunError
+from dpo.distributed import all_gather, on_main, open_world, run_program
+from dpo.errors import Preempted, RunError
 from dpo.evaluation import evaluate, verify_start
 from dpo.export import export
 from dpo.inputs import read_inputs
@@ -23,9 +25,14 @@ from dpo.optim import clip_gradient, lr_at, set_lr
 from dpo.packing import PackedBatch
 from dpo.plan import grow_trees
 from dpo.policy import Policy, announce_backward, completion_logps
-from dpo.progress import progress, say
-from dpo.run_folder import check_identity, find_start, identity_of, is_finished, open_run_folder
+from dpo.preemption import listen_for_stop
+from dpo.profiling import StepHook, profiled
+from dpo.progress import Progress, progress, say
+from dpo.provenance import provenance
+from dpo.run_files import FINAL, PROFILE
+from dpo.run_folder import check_identity, find_start, identity_of, is_finished, lacks_evaluation, open_run_folder
 from dpo.setup import Run, build_run
+from dpo.summary import conclude, evaluation_line, introduce, step_line
 
 DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node with eight GPUs:
 torchrun --standalone --nproc-per-node 8 -m dpo.train --config FILE; without torchrun, python -m dpo.train is a run on
@@ -56,30 +63,51 @@ def train_step(
 
 
 def train(run: Run, writer: MetricsWriter | None) -> None:
-    """All steps from the run's start to its last, with evaluations and checkpoints in between."""
-    first, last = run.start.step + 1, run.inputs.last_step
-    if first == 1:
-        _evaluate(run, writer, 0)
-    with progress("train", last, "steps", run.world.is_main, done=first - 1) as bar:
+    """All steps from the run's start to its last, with evaluations and checkpoints in between.
+
+    Raises Preempted after a step at which any rank was asked to stop, once that step is saved.
+    """
+    first, last, every = run.start.step + 1, run.inputs.last_step, run.config.train.eval_every
+    if is_time(first - 1, every, last) and on_main(run.world, lambda: lacks_evaluation(run.dir, first - 1)):
+        _evaluate(run, writer, first - 1)
+    started = time.monotonic()
+    with _bar(run) as bar, _profiled(run) as (begin, end):
         for step in range(first, last + 1):
-            figures = _step(run, step)
+            begin(step)
+            figures, must_stop = _step(run, step)
+            end(step)
+            bar.advance(1)
             if writer:
                 writer.write(step, figures)
-            bar.advance(1, _summary(figures))
-            if is_time(step, run.config.train.eval_every, last):
+                if is_time(step, run.config.train.log_every, last) or step == first:
+                    seconds_a_step = (time.monotonic() - started) / (step - first + 1)
+                    say(step_line(step, last, figures, seconds_a_step * (last - step)))
+            if must_stop or is_time(step, run.config.checkpoint.save_every, last):
+                _save(run, step)
+            if must_stop:
+                raise Preempted(step)
+            if is_time(step, every, last):
                 _evaluate(run, writer, step)
-            if is_time(step, run.config.checkpoint.save_every, last):
-                state = RunState(step, run.identity)
-                save_checkpoint(run.dir, state, run.policy.model, run.optimizer, run.config.checkpoint.keep, run.world)
 
 
 def is_time(step: int, every: int | None, last_step: int) -> bool:
-    """Every `every` steps, and after the last."""
-    return step == last_step or (every is not None and step % every == 0)
+    """Before the first step, every `every` steps, and after the last."""
+    return step in (0, last_step) or (every is not None and step % every == 0)
 
 
-def _step(run: Run, step: int) -> dict[str, float]:
-    """Step `step` from its pairs to its metrics."""
+def _bar(run: Run) -> AbstractContextManager[Progress]:
+    """The bar of a terminal; elsewhere the lines of logged steps are all."""
+    steps = run.inputs.last_step
+    return progress("train", steps, "steps", run.world.is_main, done=run.start.step, seconds_between_lines=math.inf)
+
+
+def _profiled(run: Run) -> AbstractContextManager[tuple[StepHook, StepHook]]:
+    steps = run.config.train.profile_steps if run.world.is_main else None
+    return profiled(steps, run.dir / PROFILE, run.world.device)
+
+
+def _step(run: Run, step: int) -> tuple[dict[str, float], bool]:
+    """Step `step` from its pairs to its metrics, and whether any rank was asked to stop."""
     started = time.perf_counter()
     batches = _batches(run, step)
     lr = lr_at(step, run.inputs.last_step, run.config.optim)
@@ -88,10 +116,10 @@ def _step(run: Run, step: int) -> dict[str, float]:
         metrics, grad_norm = train_step(run.policy, run.optimizer, batches, run.config, run.head_bytes)
     except RunError as failure:
         raise RunError(f"step {step}: {failure}") from failure
-    sums = metrics.reduce()
+    sums = metrics.reduce(run.stop_requested())
     seconds = time.perf_counter() - started
     means = pair_means(sums, has_reference(run.config.loss)) | {"grad_norm": grad_norm, "lr": lr}
-    return prefixed("train", means | train_figures(sums, seconds))
+    return prefixed("train", means | train_figures(sums, seconds)), bool(sums["stop_requested"])
 
 
 def _batches(run: Run, step: int) -> list[PackedBatch]:
@@ -103,30 +131,21 @@ def _batches(run: Run, step: int) -> list[PackedBatch]:
     return run.packer.pack(plan)
 
 
+def _save(run: Run, step: int) -> None:
+    state = RunState(step, run.identity)
+    save_checkpoint(run.dir, state, run.policy.model, run.optimizer, run.config.checkpoint.keep, run.world)
+
+
 def _evaluate(run: Run, writer: MetricsWriter | None, step: int) -> None:
     if not len(run.inputs.data.eval):
         return
-    figures = prefixed("eval", evaluate(run.policy, run.inputs.data.eval, run.packer, run.config.loss, run.head_bytes))
+    result = evaluate(run.policy, run.inputs.data.eval, run.packer, run.config.loss, run.head_bytes)
+    figures = prefixed("eval", result.figures)
     if not math.isfinite(figures["eval/loss"]):
         raise RunError(f"evaluation after step {step}: the loss is {figures['eval/loss']}")
     if writer:
         writer.write(step, figures)
-        say(
-            f"evaluation after step {step}: "
-            + "  ".join(f"{name} {figure}" for name, figure in _summary(figures).items())
-        )
-
-
-def _summary(figures: dict[str, float]) -> dict[str, str]:
-    """What the terminal shows of a step's or an evaluation's figures."""
-    names = {
-        "loss": "loss",
-        "rewards/accuracies": "accuracy",
-        "rewards/margins": "margin",
-        "pairs_per_second": "pairs/s",
-    }
-    found = {name.split("/", 1)[1]: figure for name, figure in figures.items()}
-    return {shown: f"{found[name]:.4g}" for name, shown in names.items() if name in found}
+        say(evaluation_line(step, run.inputs.last_step, figures))
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -134,28 +153,29 @@ def _summary(figures: dict[str, float]) -> dict[str, str]:
 
 def run_training(config: Config) -> None:
     """The whole run: its input is checked, then the policy is built, trained and exported."""
-    with open_world(config.parallel.timeout_seconds) as world:
+    with listen_for_stop() as stop_requested, open_world(config.parallel.timeout_seconds) as world:
         start = on_main(world, lambda: find_start(config))
         inputs = read_inputs(config, world)
         identity = identity_of(config, inputs.data.train.content_hash, inputs.reference.hash)
         on_main(world, lambda: check_identity(start, identity))
-        steps = max(start.step, inputs.last_step)  # a run may be told to end where it has passed already
         if on_main(world, lambda: is_finished(config, start, inputs.last_step)):
-            if world.is_main:
+            if world.is_main:  # a run may be told to end where it has passed already
+                steps = max(start.step, inputs.last_step)
                 say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
             return
-        run = build_run(config, world, inputs, start, identity)
+        run = build_run(config, world, inputs, start, identity, stop_requested)
         if run.begins_at_reference:
             verify_start(run.policy, _batches(run, 1), config.loss, run.compute_dtype, run.head_bytes)
-        on_main(world, lambda: open_run_folder(config, start))
-        writer = MetricsWriter(run.dir, start.step + 1) if world.is_main else None
-        if writer and run.reference_pass and start.step == 0:
-            writer.write(0, prefixed("reference", vars(run.reference_pass)))
-        train(run, writer)
-        export(run.policy, inputs.model.folder, run.dir / "final", config, world)
-        if writer:
-            writer.close()
-            say(f"done: {steps} steps, the model is in {run.dir / 'final'}")
+        origin = provenance(all_gather(socket.gethostname()), world.size)
+        on_main(world, lambda: open_run_folder(config, start, origin))
+        writing = closing(MetricsWriter(run.dir, start.step + 1)) if world.is_main else nullcontext()
+        with writing as writer:
+            if writer:
+                introduce(run, writer)
+            train(run, writer)
+            export(run.policy, inputs.model.folder, run.dir / FINAL, config, world)
+            if writer:
+                conclude(run, writer)
 
 
 def main() -> None:

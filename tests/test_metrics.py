@@ -152,15 +152,17 @@ def reduce_as_rank() -> dict[str, float]:
     with open_world(60) as world:
         metrics = StepMetrics(torch.device("cpu"))
         metrics.sums += 2.0**world.rank
-        return metrics.reduce()
+        return metrics.reduce(stop_requested=world.rank == 1)
 
 
 @pytest.mark.xdist_group("ranks")
 def test_sums_are_over_all_ranks(ranks: Ranks) -> None:
-    """1 + 2 + 4 = 7 on each of three; the peak memory is the greatest, and one number everywhere."""
+    """1 + 2 + 4 = 7 on each of three; the peak memory is the greatest, and one number everywhere; where one rank was
+    asked to stop, all know it."""
     answers = ranks(3, reduce_as_rank)
     assert answers[0] == answers[1] == answers[2]
     assert answers[0].pop("peak_memory_bytes") > 10**6
+    assert answers[0].pop("stop_requested") == 1
     assert set(answers[0].values()) == {7.0}
 
 

@@ -61,9 +61,10 @@ def steps(run_dir: Path) -> list[float]:
 
 
 def test_what_lies_in_a_run_folder(folders: Path) -> None:
-    """The names of the contract and nothing else; config.yaml says the same when it is read again."""
+    """The names of the contract, where the code came from, and nothing else; config.yaml says the same when it is read
+    again."""
     names = {path.name for path in (folders / "done").iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "final"}
+    assert names == {"config.yaml", "provenance.json", "metrics.jsonl", "tensorboard", "checkpoints", "final"}
     written = load_config(["--config", str(folders / "done" / "config.yaml")], "dpo.train")
     assert written == six_steps(folders, folders / "done")
     assert list((folders / "done" / "tensorboard").glob("events.out.tfevents.*"))

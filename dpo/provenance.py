@@ -1,0 +1,59 @@
+"""Which code a run is the work of: versions, and the git commit that the package was installed from."""
+
+import json
+import platform
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("torch", "transformers", "datasets", "tokenizers")
+
+
+def provenance(hosts: list[str], num_ranks: int) -> dict[str, Any]:
+    """What `provenance.json` in a run folder holds; `commit` is None where no git knows the package."""
+    return {
+        "version": _version("dpo"),
+        **git_state(Path(__file__).parent),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "hosts": sorted(set(hosts)),
+        "ranks": num_ranks,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """`commit` of the checkout that the package lies in, and whether it has changes (`dirty`); else, of a package that
+    pip built from a repository, the commit that pip noted.
+    """
+    if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is not None:
+        changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".")
+        return {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(changes)}
+    return {"commit": _installed_commit(), "dirty": False}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        command = ["git", "-C", str(folder), *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # no git, or a file system that hangs: a run needs neither
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def _installed_commit() -> str | None:
+    """Of PEP 610's direct_url.json."""
+    try:
+        text = distribution("dpo").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None
+    return json.loads(text or "{}").get("vcs_info", {}).get("commit_id")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
