@@ -5,13 +5,16 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check clean
+.PHONY: demo test test-slurm check clean
 
 demo: .venv/installed          ## learn a preference on two processes, in minutes
 	$(BIN)/python -m dpo.demo
 
 test: .venv/installed          ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-slurm: .venv/installed    ## jobs on a real SLURM of two nodes on this machine (root; apt installs it), in minutes
+	$(BIN)/python -m tests.slurm.cluster $(BIN)/python -m pytest tests/slurm || test $$? = 77  # it says why
 
 check: .venv/installed         ## style and types
 	$(BIN)/ruff check .
