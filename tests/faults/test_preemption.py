@@ -1,0 +1,150 @@
+"""SIGUSR2 to one rank: all stop after the same step, save, end with 0; the run that goes on equals one left alone."""
+
+import json
+import os
+import pkgutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from dpo import train
+from dpo.checkpoint import newest_checkpoint
+from dpo.config import Config
+from dpo.distributed import run_program
+from dpo.evaluation import Evaluation
+from dpo.run_files import STATUS_FILE, read_metrics
+from tests.models import save_model, save_pairs
+from tests.ranks import Ranks
+from tests.runs import reference_line, run, same_weights, six_steps, train_lines, without_clock
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, pairs.jsonl, eval.jsonl, and what a run of six steps on two ranks gives when nothing disturbs it."""
+    root = tmp_path_factory.mktemp("preemption")
+    save_model(root / "model", "llama")
+    save_pairs(root / "pairs.jsonl", 8)
+    save_pairs(root / "eval.jsonl", 2, seed=1)
+    return root
+
+
+def ask_to_stop(rank: int) -> None:
+    if int(os.environ["RANK"]) == rank:
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+
+def preempted(config: Config, target: str, number: int, status: Path) -> tuple[int, dict[str, Any]]:
+    """Runs on this rank; rank 1 alone gets the signal within the call `number` (from 1) of the function
+    `target`. The exit code and the status file.
+    """
+    os.environ[STATUS_FILE] = str(status)
+    whole: Callable[..., Any] = pkgutil.resolve_name(target)
+    calls: list[int] = []
+
+    def disturbed(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number:
+            ask_to_stop(1)
+        return whole(*args, **kwargs)
+
+    try:
+        with patch(target, disturbed):
+            code = run_program(lambda: train.run_training(config))
+    finally:
+        del os.environ[STATUS_FILE]
+    return code, json.loads(status.read_text())
+
+
+def undisturbed(root: Path, ranks: Ranks) -> Path:
+    """The run folder of six steps on two ranks; made once."""
+    whole = root / "whole"
+    if not whole.exists():
+        ranks(2, run, six_steps(root, whole))
+    return whole
+
+
+def same_lines(whole: Path, parts: Path) -> bool:
+    """Every step and every evaluation once, to the last bit."""
+    mine, theirs = (
+        [line for line in without_clock(read_metrics(folder)) if "reference/rows_computed" not in line]
+        for folder in (whole, parts)
+    )
+    return mine == theirs
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 6])
+def test_all_ranks_stop_after_the_step_of_the_signal(root: Path, ranks: Ranks, tmp_path: Path, step: int) -> None:
+    """Also after a step that is followed by an evaluation (3) and after the last (6), whose evaluation is then made by
+    the part that goes on."""
+    whole = undisturbed(root, ranks)
+    config = six_steps(root, tmp_path / "run")
+    answers = ranks(2, preempted, config, "dpo.train.train_step", step, tmp_path / "status.json")
+    assert answers == [(0, {"state": "preempted", "step": step})] * 2
+    assert [line["step"] for line in train_lines(tmp_path / "run")] == list(range(1, step + 1))
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None and checkpoint.name == f"step-{step:06d}"
+    assert not (tmp_path / "run" / "final").exists()
+    ranks(2, run, config)
+    assert same_lines(whole, tmp_path / "run")
+    assert same_weights(whole / "final", tmp_path / "run" / "final")
+
+
+def test_twice(root: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Stopped, gone on, stopped again, gone on."""
+    whole = undisturbed(root, ranks)
+    config = six_steps(root, tmp_path / "run")
+    for step in (2, 4):
+        number = step if step == 2 else 2  # of the second part's own steps
+        answers = ranks(2, preempted, config, "dpo.train.train_step", number, tmp_path / "status.json")
+        assert answers[0] == (0, {"state": "preempted", "step": step})
+    ranks(2, run, config)
+    assert same_lines(whole, tmp_path / "run")
+
+
+def test_a_signal_within_an_evaluation_waits_for_the_next_step(root: Path, ranks: Ranks, tmp_path: Path) -> None:
+    config = six_steps(root, tmp_path / "run")
+    answers = ranks(2, preempted, config, "dpo.train.evaluate", 1, tmp_path / "status.json")
+    assert answers[0] == (0, {"state": "preempted", "step": 1})
+
+
+def test_a_signal_within_the_reference_pass(root: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """What was computed is kept, and the run has not begun: a budget of 1 token makes every completion a chunk."""
+    changes = {"reference__cache_dir": str(tmp_path / "cache"), "batch__tokens_per_micro_batch": 1}
+    config = six_steps(root, tmp_path / "run", **changes)
+    answers = ranks(2, preempted, config, "dpo.reference_pass._run", 3, tmp_path / "status.json")
+    assert answers == [(0, {"state": "preempted", "step": 0})] * 2
+    assert not (tmp_path / "run").exists()
+    ranks(2, run, config)
+    computed, reused = reference_line(tmp_path / "run")
+    assert reused > 0 and computed > 0 and computed + reused == 20
+
+
+def test_a_run_that_ends_by_itself_says_so(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(STATUS_FILE, str(tmp_path / "status.json"))
+    config = six_steps(root, tmp_path / "run", train__steps=1)
+    assert run_program(lambda: train.run_training(config)) == 0
+    assert json.loads((tmp_path / "status.json").read_text()) == {"state": "done"}
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN  # one that comes late must not kill what is done
+
+
+def test_an_evaluation_is_made_once(root: Path, tmp_path: Path) -> None:
+    """A resume at a step whose evaluation stands in metrics.jsonl makes none."""
+    config = six_steps(root, tmp_path / "run")
+    with patch.object(train, "export", side_effect=OSError("the disk is gone")), pytest.raises(OSError):
+        run(config)
+    evaluations: list[int] = []
+    whole = train.evaluate
+
+    def counted(*args: Any) -> Evaluation:
+        evaluations.append(1)
+        return whole(*args)
+
+    with patch.object(train, "evaluate", counted):
+        run(config)
+    assert not evaluations
