@@ -24,9 +24,9 @@ STEPS_LOOKED_AT = 4
 def step_line(step: int, last_step: int, figures: Mapping[str, float], seconds_left: float) -> str:
     """One logged step in at most 100 columns; where figures are so long that not all fit, the last are left out."""
     digits = len(str(last_step))
-    parts = [f"step {step:>{digits}}/{last_step}", *_outcome(figures, "train"), f"left {clock(seconds_left)}"]
+    parts = [f"step {step:>{digits}}/{last_step}", *_outcome(figures, "train"), f"eta {clock(seconds_left)}"]
     parts.append(f"{figures['train/pairs_per_second']:.3g} pairs/s")
-    parts += [f"grad {figures['train/grad_norm']:.3g}", f"lr {figures['train/lr']:.2g}"]
+    parts += [f"grad {figures['train/grad_norm']:.2g}", f"lr {figures['train/lr']:.2g}"]
     return fitting(parts)
 
 
@@ -41,8 +41,8 @@ def _outcome(figures: Mapping[str, float], group: str) -> list[str]:
     """Loss, and where there is a reference accuracy and margin."""
     parts = [f"loss {figures[f'{group}/loss']:.4f}"]
     if f"{group}/rewards/margins" in figures:
-        parts.append(f"accuracy {figures[f'{group}/rewards/accuracies']:.3f}")
-        parts.append(f"margin {figures[f'{group}/rewards/margins']:+.3f}")
+        parts.append(f"acc {figures[f'{group}/rewards/accuracies']:.3f}")
+        parts.append(f"margin {figures[f'{group}/rewards/margins']:.3f}")
     return parts
 
 

@@ -150,12 +150,14 @@ def run_until(config: Config, step: int) -> Path:
     raise AssertionError(f"the run never came to step {step}")
 
 
-def exit_code(config: Config) -> int:
-    """The exit code of `python -m dpo.train` with this config, in this process; stderr gets what a user would see."""
+def exit_code(config: Config, *words: str) -> int:
+    """The exit code of `python -m dpo.train` with this config and further words, in this process; stderr gets what a
+    user would see.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "config.yaml")
         file.write_text(to_yaml(config))
-        return exit_code_of(program.main, "dpo.train", "--config", str(file))
+        return exit_code_of(program.main, "dpo.train", "--config", str(file), *words)
 
 
 def exit_code_of(main: Callable[[], None], *argv: str) -> int:

@@ -1,0 +1,42 @@
+"""A profiled run: the trace holds the asked steps and no others, and changes nothing."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dpo.run_files import read_metrics
+from tests.models import save_model, save_pairs
+from tests.runs import run, six_steps, without_clock
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("profiling")
+    save_model(root / "model", "llama")
+    save_pairs(root / "pairs.jsonl", 8)
+    save_pairs(root / "eval.jsonl", 2, seed=1)
+    run(six_steps(root, root / "plain"))
+    return root
+
+
+def optimizer_steps(trace: Path) -> int:
+    """How many updates a trace saw; Perfetto and TensorBoard's plugin read this form of JSON."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    return sum(event.get("name", "").startswith("Optimizer.step#") and event.get("ph") == "X" for event in events)
+
+
+@pytest.mark.parametrize(("steps", "count"), [((2, 4), 3), ((5, 9), 2), ((3, 3), 1)])
+def test_the_trace_holds_the_asked_steps(root: Path, tmp_path: Path, steps: tuple[int, int], count: int) -> None:
+    """Steps 5 to 9 of a run of 6 are two steps. The figures stay what they are, to the last bit."""
+    folder = run(six_steps(root, tmp_path / "run", train__profile_steps=steps))
+    [trace] = (folder / "profile").iterdir()
+    assert trace.name == f"steps-{steps[0]}-{steps[1]}.pt.trace.json"
+    assert optimizer_steps(trace) == count
+    lines = [without_clock(read_metrics(each))[1:] for each in (folder, root / "plain")]
+    assert lines[0] == lines[1]
+
+
+def test_steps_that_never_come_leave_no_trace(root: Path, tmp_path: Path) -> None:
+    folder = run(six_steps(root, tmp_path / "run", train__profile_steps=(10, 12)))
+    assert not (folder / "profile").exists()
