@@ -1,0 +1,58 @@
+"""Why a rank failed, in the file where torchrun and the launcher look for it."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo.distributed import run_program
+from dpo.errors import RunError, UserError
+
+
+def recorded(failure: Exception, path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int | None, dict]:
+    """(exit code, or None where the exception went on; what stands in the file)."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+
+    def main() -> None:
+        raise failure
+
+    try:
+        code = run_program(main)
+    except type(failure):
+        code = None
+    return code, json.loads(path.read_text())["message"]
+
+
+@pytest.mark.parametrize(
+    ("failure", "code"),
+    [
+        (UserError("loss.beta: wrong"), 2),
+        (RunError("step 3: the gradient norm is nan"), 1),
+        (OSError("No space left on device"), 1),
+        (ZeroDivisionError("a bug"), None),
+    ],
+)
+def test_every_failure_is_recorded(
+    failure: Exception, code: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kind, message, traceback and time, the latter more exact than torch's whole seconds."""
+    before = time.time()
+    found, message = recorded(failure, tmp_path / "error.json", monkeypatch)
+    assert found == code
+    assert message["message"] == f"{type(failure).__name__}: {failure}"
+    extra = message["extraInfo"]
+    assert "in main\n    raise failure" in extra["py_callstack"]
+    assert before <= extra["seconds"] <= time.time() and extra["timestamp"] == str(int(extra["seconds"]))
+    assert extra["seconds"] != int(extra["seconds"])
+
+
+def test_nothing_is_written_where_nobody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def main() -> None:
+        raise UserError("wrong")
+
+    assert run_program(main) == 2
+    assert not list(tmp_path.iterdir())
