@@ -35,6 +35,7 @@ from dpo.config import (
     CheckpointConfig,
     Config,
     DataConfig,
+    EvalConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -124,6 +125,7 @@ def _config(out: Path, name: str, model: Path, loss: LossConfig, optim: OptimCon
         loss=loss,
         optim=optim,
         train=TrainConfig(steps=num_steps, eval_every=50, run_dir=str(out / name)),
+        eval=EvalConfig(max_new_tokens=48),
         checkpoint=CheckpointConfig(save_every=None),
     )
 
