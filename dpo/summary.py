@@ -1,5 +1,6 @@
 """What the terminal shows of a run: a table at the start, a line a logged step, a table at the end."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from dpo.setup import Run
 COLUMNS = 100
 STEPS_LOOKED_AT = 4
 """Steps whose trees are counted for the tokens of a step."""
+LAST_STEPS = 10
+"""Steps whose mean is the end of training."""
 
 
 # --- lines while it runs ---------------------------------------------------------------------------------------------
@@ -124,7 +127,7 @@ def tokens_per_step(run: Run) -> int:
 def _ranks(run: Run) -> str:
     nodes = run.world.size // run.world.local_size
     copies = run.config.parallel.replicate
-    layout = f"{copies} cop{'y' if copies == 1 else 'ies'} of the model, each divided over {run.world.size // copies}"
+    layout = f"the model divided over {run.world.size // copies}" + (f", in {copies} copies" if copies > 1 else "")
     return f"{run.world.size} on {nodes} node{'s' * (nodes > 1)} ({run.world.device.type}), {layout}"
 
 
@@ -154,23 +157,32 @@ def states_per_weight(optim: OptimConfig) -> int:
 
 
 def end_lines(run_dir: Path, lines: Sequence[Mapping[str, float]]) -> list[str]:
-    """What a finished run changed, from the lines of its metrics.jsonl, and where things are."""
+    """What a finished run changed, from the lines of its metrics.jsonl, and where things are.
+
+    One step's pairs say little: of training the first step is compared with the mean of the last LAST_STEPS.
+    """
     steps = [line for line in lines if "train/loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
-    rows = [("trained", _change(steps, "train")), ("held out", _change(evaluations, "eval"))]
-    rows = [(name, text) for name, text in rows if text]
+    latest = steps[-LAST_STEPS:]
+    rows = []
+    if len(steps) > 1:
+        what = f"step 1 -> mean of the last {len(latest)}: "
+        rows.append(("trained", what + _change(steps[0], latest, "train")))
+    if len(evaluations) > 1:
+        what = f"step {evaluations[0]['step']} -> step {evaluations[-1]['step']}: "
+        rows.append(("held out", what + _change(evaluations[0], evaluations[-1:], "eval")))
     return _table([*rows, ("charts", f"tensorboard --logdir {run_dir}")])
 
 
-def _change(lines: Sequence[Mapping[str, float]], group: str) -> str:
-    """Loss, accuracy and margin of the first line and of the last one."""
-    if not lines:
-        return ""
-    first, last = lines[0], lines[-1]
+def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], group: str) -> str:
+    """Loss, accuracy and margin of the first line and their means over the latest."""
     names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-    keys = {f"{group}/{name}": shown for name, shown in names.items() if f"{group}/{name}" in last}
-    changes = [f"{shown} {first[key]:z.4f} -> {last[key]:z.4f}" for key, shown in keys.items()]
-    return f"step {first['step']} -> {last['step']}: " + "  ".join(changes)
+    keys = {f"{group}/{name}": shown for name, shown in names.items() if f"{group}/{name}" in first}
+    changes = [
+        f"{shown} {first[key]:z.4f} -> {statistics.fmean(line[key] for line in latest):z.4f}"
+        for key, shown in keys.items()
+    ]
+    return "  ".join(changes)
 
 
 # --- shown -----------------------------------------------------------------------------------------------------------

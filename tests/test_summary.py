@@ -71,18 +71,19 @@ def test_state_bytes(optim: OptimConfig, numbers: int) -> None:
     assert state_bytes(1000, config, 8) == 1000 * numbers
 
 
-def test_what_improved_is_the_first_against_the_last() -> None:
+def test_what_improved() -> None:
+    """Training: step 1 against the mean of the last ten (losses 0.59, 0.58, ... 0.50: 0.545); evaluation: the first
+    against the last."""
     lines = [
         {"step": 0, "eval/loss": 0.69314, "eval/rewards/accuracies": 0.0, "eval/rewards/margins": -0.00001},
         {"step": 1, "train/loss": 0.7},
-        {"step": 9, "train/loss": 0.5},
-        {"step": 9, "eval/loss": 0.61, "eval/rewards/accuracies": 0.64, "eval/rewards/margins": 0.25},
+        *({"step": step, "train/loss": 0.61 - 0.01 * step} for step in range(2, 12)),
+        {"step": 11, "eval/loss": 0.61, "eval/rewards/accuracies": 0.64, "eval/rewards/margins": 0.25},
     ]
     trained, held_out, charts = end_lines(Path("runs/x"), lines)
-    assert trained == "trained   step 1 -> 9: loss 0.7000 -> 0.5000"
-    assert (
-        held_out == "held out  step 0 -> 9: loss 0.6931 -> 0.6100  accuracy 0.0000 -> 0.6400  margin 0.0000 -> 0.2500"
-    )
+    assert trained == "trained   step 1 -> mean of the last 10: loss 0.7000 -> 0.5450"
+    figures = "loss 0.6931 -> 0.6100  accuracy 0.0000 -> 0.6400  margin 0.0000 -> 0.2500"
+    assert held_out == f"held out  step 0 -> step 11: {figures}"
     assert charts == "charts    tensorboard --logdir runs/x"
 
 
@@ -115,7 +116,7 @@ def test_a_run_tells_what_it_is(config: Config, capsys: pytest.CaptureFixture[st
     assert "steps      6 of 4 pairs, about " in "\n".join(lines)
     shown = [line.split()[1] for line in lines if line.startswith(("step ", "eval "))]
     assert shown == ["0/6", "1/6", "3/6", "4/6", "6/6", "6/6"]
-    assert any(line.startswith("held out  step 0 -> 6: loss 0.6931 -> ") for line in lines)
+    assert any(line.startswith("held out  step 0 -> step 6: loss 0.6931 -> ") for line in lines)
 
 
 def test_quiet_is_quiet(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
