@@ -1,0 +1,163 @@
+"""Answers from a sharded policy: transformers' own `generate`, called by all ranks with the same number of forwards.
+
+Greedy, or drawn from the plain softmax at a temperature. A draw is a function of (seed, prompt, place in the answer):
+no generator is involved, so neither the number of ranks nor the other prompts change it, nor does it change any state.
+"""
+
+import hashlib
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+
+from dpo.distributed import World, all_gather
+from dpo.policy import Policy, reshard
+from dpo.progress import say
+from dpo.tokens import Ids, limits_of
+
+ROWS_PER_RANK = 8
+"""Prompts that a rank answers at a time: each needs a KV cache."""
+
+
+def generate(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    eos_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    world: World,
+) -> list[Ids]:
+    """The answer to each of `prompts` (token ids, at least one each): ids after the prompt, up to and without EOS.
+
+    temperature 0: the likeliest token every time. An answer ends early, and rank 0 says so, where learned positions
+    do. Every rank must get here with the same prompts, and gets all answers. Nothing of training is changed.
+    """
+    limits = [_room(policy, len(prompt), max_new_tokens) for prompt in prompts]
+    if world.is_main and min(limits, default=max_new_tokens) < max_new_tokens:
+        num_cut = sum(limit < max_new_tokens for limit in limits)
+        say(f"{num_cut} answers end before {max_new_tokens} tokens, where the model's positions do")
+    answers: list[Ids] = [[] for _ in prompts]
+    with _generating(policy):
+        for numbers, limit in _waves(limits, world.size * ROWS_PER_RANK):
+            mine = numbers[world.rank :: world.size]
+            asked = [prompts[i] for i in mine or numbers[:1]]  # a rank without a prompt runs the first one along
+            rows = _answer_rows(policy, asked, eos_ids, limit, temperature, seed, world)[: len(mine)]
+            for number, answer in itertools.chain(*all_gather(list(zip(mine, rows, strict=True)))):
+                answers[number] = answer
+    return answers
+
+
+def _room(policy: Policy, prompt_length: int, max_new_tokens: int) -> int:
+    """How many tokens may follow a prompt."""
+    limits = limits_of(None, None, policy.config)
+    if not limits.positions_are_hard or limits.max_positions is None:
+        return max_new_tokens
+    return max(0, min(max_new_tokens, limits.max_positions - prompt_length))
+
+
+def _waves(limits: Sequence[int], size: int) -> Iterator[tuple[list[int], int]]:
+    """(numbers of at most `size` prompts, the limit that they share): a row that is done goes on as padding while
+    others of its wave are not, and its positions must not run out.
+    """
+    by_limit = defaultdict(list)
+    for number, limit in enumerate(limits):
+        by_limit[limit].append(number)
+    for limit, numbers in by_limit.items():
+        for first in range(0, len(numbers), size) if limit else ():
+            yield numbers[first : first + size], limit
+
+
+@contextmanager
+def _generating(policy: Policy) -> Iterator[None]:
+    """The model as `generate` needs it, and afterwards as training needs it, also after a failure.
+
+    Our own attention has no KV cache; nor is there one in training mode with activation checkpointing. Compiled layers
+    run uncompiled: every new length of the cache would be compiled, and count against the compiler's limit.
+    """
+    model = policy.model
+    attention, defaults, is_training = model.config._attn_implementation, model.generation_config, model.training
+    model.set_attn_implementation("sdpa")
+    model.generation_config = GenerationConfig()  # what ours leaves open would be filled in from the model's own
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(is_training)
+        model.generation_config = defaults
+        model.set_attn_implementation(attention)
+        reshard(policy)
+
+
+def _answer_rows(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    eos_ids: Sequence[int],
+    limit: int,
+    temperature: float,
+    seed: int,
+    world: World,
+) -> list[Ids]:
+    """One wave of one rank. Every rank must get here: `synced_gpus` goes on until the last of them is done."""
+    pad = eos_ids[0] if eos_ids else 0
+    ids, mask = _left_padded(prompts, pad, policy.device)
+    choose = []
+    if temperature > 0:
+        uniforms = [[uniform(seed, prompt, place) for place in range(limit)] for prompt in prompts]
+        choose = [_Draw(torch.tensor(uniforms, device=policy.device, dtype=torch.float64), ids.shape[1], temperature)]
+    config = GenerationConfig(
+        max_new_tokens=limit, do_sample=False, use_cache=True, eos_token_id=list(eos_ids) or None, pad_token_id=pad
+    )
+    found = policy.model.generate(
+        ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList(choose),
+        synced_gpus=world.size > 1,
+    )
+    return [_until_eos(row, eos_ids) for row in found[:, ids.shape[1] :].tolist()]
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(ids, mask), both (prompts, longest prompt), each prompt at the end of its row."""
+    width = max(map(len, prompts))
+    ids = [[pad] * (width - len(prompt)) + [int(token) for token in prompt] for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _until_eos(ids: Ids, eos_ids: Sequence[int]) -> Ids:
+    ends = [place for place, token in enumerate(ids) if token in eos_ids]
+    return ids[: ends[0]] if ends else ids
+
+
+# --- drawn at random -------------------------------------------------------------------------------------------------
+
+
+def uniform(seed: int, prompt: Sequence[int], place: int) -> float:
+    """The number in (0, 1] that decides token `place` (from 0) of the answer to a prompt."""
+    ids = " ".join(str(int(token)) for token in prompt)
+    digest = hashlib.blake2b(f"{seed} {place} {ids}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") + 1) / 2**64
+
+
+class _Draw:
+    """A logits processor that leaves one token possible: the first at which the cumulated softmax reaches the row's
+    number. So `generate` draws without a random generator, which would be one for all rows.
+    """
+
+    def __init__(self, uniforms: Tensor, prompt_width: int, temperature: float):
+        self.uniforms, self.prompt_width, self.temperature = uniforms, prompt_width, temperature
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(rows, vocabulary) scores: 0 for the drawn token, -inf for the others."""
+        place = input_ids.shape[1] - self.prompt_width
+        cumulated = (scores.double() / self.temperature).softmax(-1).cumsum(-1)
+        wanted = self.uniforms[:, place, None] * cumulated[:, -1:]  # whose last is 1 up to rounding
+        tokens = torch.searchsorted(cumulated, wanted).clamp(max=scores.shape[1] - 1)  # over the end where one is NaN
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens, 0.0)
