@@ -1,6 +1,7 @@
 """The ways in which a program of this package ends early; `dpo.distributed` turns them into exit codes."""
 
 import argparse
+from collections.abc import Sequence
 from typing import NoReturn
 
 
@@ -24,12 +25,14 @@ class Preempted(Exception):
         self.step = step
 
 
-def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments of this process, --quiet among them; wrong ones are a UserError in one line, as everywhere."""
+def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments in `words` (null: this process's own), --quiet among them; wrong ones are a UserError in one line,
+    as everywhere.
+    """
 
     def refuse(message: str) -> NoReturn:
         raise UserError(f"command line: {message}; valid: see {parser.prog} --help")
 
     parser.error = refuse  # type: ignore[method-assign]
     parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
-    return parser.parse_args()
+    return parser.parse_args(words)

@@ -1,0 +1,260 @@
+"""The command line of `python -m launch.submit`: its own flags have no dot, a config's keys have one."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dpo.errors import UserError, parse_arguments
+from launch.durations import FORMATS, minutes_of
+
+PROG = "launch.submit"
+DESCRIPTION = """Submits a training run to SLURM: one task a node, each with the torchrun that you would type yourself.
+Keys of the config go through to the run: --loss.beta 0.5. The run goes on by itself after a preemption and when its
+time is up."""
+_ASKED_BY_US = (
+    "array",
+    "error",
+    "gpus-per-node",
+    "nodes",
+    "ntasks",
+    "ntasks-per-node",
+    "open-mode",
+    "output",
+    "signal",
+)
+"""Options of sbatch that the launcher must decide, since it relies on them."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a command line asks for."""
+
+    words: tuple[str, ...]
+    """The command line of the run: --config FILE --SECTION.KEY VALUE ..."""
+    sweep: tuple[str, ...]
+    """KEY=VALUE,VALUE,... of --sweep."""
+    cluster: str
+    nodes: int
+    gpus: str | None
+    """As SLURM takes them: 8, or a100:8; null: none."""
+    ranks_per_node: int
+    minutes: int | None
+    signal_delay: int
+    """Seconds between SIGUSR2 and the end of the job."""
+    max_timeouts: int
+    max_crashes: int
+    max_parallel: int | None
+    cpus_per_gpu: int | None
+    """CPUs for each rank."""
+    python: str
+    container_image: str | None
+    container_mounts: str | None
+    setup: tuple[str, ...]
+    env: tuple[tuple[str, str], ...]
+    sbatch: tuple[tuple[str, str | bool], ...]
+    """Further options of sbatch; true for a bare one."""
+    follow: bool
+    dry_run: bool
+
+    @property
+    def grace(self) -> float:
+        """Seconds that the ranks have to save: the rest of `signal_delay` is for ending and requeueing the job."""
+        return 0.75 * self.signal_delay
+
+
+def parse_request(argv: Sequence[str] | None = None) -> Request:
+    """The request of a command line (null: this process's own). Raises UserError; --help raises SystemExit(0)."""
+    own, keys = split_words(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(_parser(), own)
+    config = ["--config", args.config] if args.config else []
+    request = Request(
+        words=(*config, *keys, *(["--quiet"] if args.quiet else [])),
+        sweep=tuple(args.sweep),
+        cluster=args.cluster,
+        nodes=args.nodes,
+        gpus=_gpus(args),
+        ranks_per_node=_ranks_per_node(args),
+        minutes=minutes_of(args.time) if args.time else None,
+        signal_delay=args.signal_delay,
+        max_timeouts=args.max_timeouts,
+        max_crashes=args.max_crashes,
+        max_parallel=args.max_parallel,
+        cpus_per_gpu=args.cpus_per_gpu,
+        python=args.python,
+        container_image=args.container_image,
+        container_mounts=args.container_mounts,
+        setup=tuple(args.setup),
+        env=tuple(_name_and_value("--env", text, "NAME=VALUE", r"[A-Za-z_]\w*") for text in args.env),
+        sbatch=_sbatch_options(args),
+        follow=args.follow,
+        dry_run=args.dry_run,
+    )
+    _check(request)
+    return request
+
+
+def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of the launcher and those of the config: --SECTION.KEY and its value."""
+    own: list[str] = []
+    keys: list[str] = []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, _ = word.partition("=")
+        if not re.fullmatch(r"--[^-.]+\..+", name):
+            own.append(word)
+            continue
+        keys.append(word)
+        if not equals and words and not words[0].startswith("--"):
+            keys.append(words.pop(0))
+    return own, keys
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m {PROG}", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file of the run; --SECTION.KEY VALUE goes over it")
+    _add_where(parser.add_argument_group("where and how long"))
+    _add_restarts(parser.add_argument_group("stopping and going on"))
+    _add_sweep(parser.add_argument_group("many runs"))
+    _add_sbatch(parser.add_argument_group("options of sbatch"))
+    _add_job(parser.add_argument_group("what the job finds"))
+    _add_watching(parser.add_argument_group("watching"))
+    return parser
+
+
+def _add_where(group: argparse._ArgumentGroup) -> None:
+    about = "slurm (default): a job; local: a job on this machine, in the background; debug: here, in this process"
+    group.add_argument("--cluster", choices=("slurm", "local", "debug"), default="slurm", help=about)
+    group.add_argument("--nodes", type=_positive, default=1, metavar="N", help="nodes (default: 1)")
+    about = "GPUs of each node, one rank each; 8, or a type as in a100:8; 0: ranks on CPUs"
+    group.add_argument("--gpus-per-node", metavar="N", help=about)
+    about = "ranks of each node where there are no GPUs; else their number"
+    group.add_argument("--ranks-per-node", type=_positive, metavar="N", help=about)
+    about = f"most time that the job runs before it is requeued: {FORMATS}; SLURM needs it"
+    group.add_argument("--time", metavar="TIME", help=about)
+
+
+def _add_restarts(group: argparse._ArgumentGroup) -> None:
+    about = "seconds before the end of the time at which the ranks are told to save; three quarters of it are theirs"
+    group.add_argument("--signal-delay", type=_positive, default=120, metavar="S", help=f"{about} (default: 120)")
+    about = "times that the job goes on after its time was up; preemptions have no limit (default: 10)"
+    group.add_argument("--max-timeouts", type=_natural, default=10, metavar="N", help=about)
+    about = "times that the job goes on after a rank was killed (out of memory, a lost GPU or node); an exception"
+    about += " always ends it (default: 3)"
+    group.add_argument("--max-crashes", type=_natural, default=3, metavar="N", help=about)
+
+
+def _add_sweep(group: argparse._ArgumentGroup) -> None:
+    about = "a run for every combination of values, in a folder of its own under train.run_dir"
+    group.add_argument("--sweep", nargs="+", default=[], metavar="KEY=A,B,...", help=about)
+    group.add_argument("--max-parallel", type=_positive, metavar="N", help="runs of a sweep at the same time")
+
+
+_PLAIN = ("partition", "account", "qos", "constraint", "mail-user", "mail-type", "mem")
+
+
+def _add_sbatch(group: argparse._ArgumentGroup) -> None:
+    for name in _PLAIN:
+        group.add_argument(f"--{name}", metavar=name.rpartition("-")[2].upper(), help=f"sbatch's --{name}")
+    about = "CPUs for each GPU, or for each rank where there are none"
+    group.add_argument("--cpus-per-gpu", type=_positive, metavar="N", help=about)
+    about = "any other option of sbatch, as in --sbatch reservation=mine, --sbatch exclusive; may be given again"
+    group.add_argument("--sbatch", action="append", default=[], metavar="KEY[=VALUE]", help=about)
+
+
+def _add_job(group: argparse._ArgumentGroup) -> None:
+    about = "a line for the shell before the run starts, as in --setup 'module load cuda'; may be given again"
+    group.add_argument("--setup", action="append", default=[], metavar="LINE", help=about)
+    about = "an environment variable of the ranks; may be given again"
+    group.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help=about)
+    about = "the Python of the job, the one in a container for one (default: this one)"
+    group.add_argument("--python", default=sys.executable, metavar="FILE", help=about)
+    about = "image that pyxis runs the ranks in; the working directory is mounted, and scontrol must be in it"
+    group.add_argument("--container-image", metavar="IMAGE", help=about)
+    group.add_argument("--container-mounts", metavar="FROM:TO,...", help="what else pyxis mounts")
+
+
+def _add_watching(group: argparse._ArgumentGroup) -> None:
+    about = "show the log of the first node until the job ends; Ctrl-C leaves the job running"
+    group.add_argument("--follow", action="store_true", help=about)
+    about = "print the script for sbatch and the torchrun line, and submit nothing"
+    group.add_argument("--dry-run", action="store_true", help=about)
+
+
+def _positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def _natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not re.fullmatch(r"\d+", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
+    return int(text)
+
+
+# --- flags that need more than a type ---------------------------------------------------------------------------------
+
+
+def _gpus(args: argparse.Namespace) -> str | None:
+    text = args.gpus_per_node
+    if text is None and args.ranks_per_node is None:
+        raise UserError("command line: --gpus-per-node: is missing; valid: N, or 0 with --ranks-per-node N")
+    if text is not None and not re.fullmatch(r"([\w.-]+:)?\d+", text):
+        raise UserError(f"command line: --gpus-per-node: got {text!r}; valid: 8, or a type as in a100:8")
+    return None if text is None or _count(text) == 0 else text
+
+
+def _count(gpus: str) -> int:
+    return int(gpus.rpartition(":")[2])
+
+
+def _ranks_per_node(args: argparse.Namespace) -> int:
+    gpus, ranks = _gpus(args), args.ranks_per_node
+    if gpus is None and ranks is None:
+        raise UserError("command line: --ranks-per-node: is missing, there are no GPUs; valid: an integer >= 1")
+    if gpus is not None and ranks not in (None, _count(gpus)):
+        what = f"must be --gpus-per-node, a rank a GPU, got {ranks} and {gpus}"
+        raise UserError(f"command line: --ranks-per-node: {what}; valid: leave it out")
+    return int(ranks) if gpus is None else _count(gpus)
+
+
+def _name_and_value(flag: str, text: str, form: str, name_form: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(name_form, name):
+        raise UserError(f"command line: {flag}: got {text!r}; valid: {form}")
+    return name, value
+
+
+def _sbatch_options(args: argparse.Namespace) -> tuple[tuple[str, str | bool], ...]:
+    """Of the flags that sbatch has too, then those of --sbatch."""
+    plain = {name: getattr(args, name.replace("-", "_")) for name in _PLAIN}
+    options: dict[str, str | bool] = {name: value for name, value in plain.items() if value is not None}
+    for text in args.sbatch:
+        name, equals, value = text.partition("=")
+        if not re.fullmatch(r"[a-z][a-z-]+", name):
+            raise UserError(f"command line: --sbatch: got {text!r}; valid: a long option of sbatch, KEY or KEY=VALUE")
+        if name in _ASKED_BY_US or name in (*_PLAIN, "time") or name in options:
+            raise UserError(f"command line: --sbatch: {name} is not for it; valid: another flag of this program")
+        options[name] = value if equals else True
+    return tuple(options.items())
+
+
+def _check(request: Request) -> None:
+    """What flags say together."""
+    if request.cluster != "slurm" and request.nodes > 1:
+        what = f"--cluster {request.cluster} is one machine, got {request.nodes} nodes"
+        raise UserError(f"command line: --nodes: {what}; valid: 1, or --cluster slurm")
+    if request.cluster == "slurm" and request.minutes is None:
+        raise UserError(f"command line: --time: is missing; valid: {FORMATS}")
+    if request.minutes is not None and 60 * request.minutes <= request.signal_delay:
+        what = f"must be below --time, got {request.signal_delay} s of {60 * request.minutes} s"
+        raise UserError(f"command line: --signal-delay: {what}; valid: seconds for saving a checkpoint")
+    if request.container_mounts and not request.container_image:
+        raise UserError("command line: --container-mounts: there is no --container-image; valid: both")
+    if request.max_parallel and not request.sweep:
+        raise UserError("command line: --max-parallel: there is no --sweep; valid: both")

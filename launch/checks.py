@@ -1,0 +1,60 @@
+"""What can be known to go wrong before a job waits for hours to say it."""
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dpo.config import Config, with_place
+from dpo.errors import UserError
+from launch import squeue
+from launch.reports import FINAL, Submission, read_outcome, submissions
+
+_DATA_FILE = re.compile(r".*\.(jsonl|json|parquet)(\.gz)?")
+
+
+def check_paths(config: Config, words: Sequence[str]) -> None:
+    """Raises UserError for a local path of the config that is not there; what may be a hub id is the run's business.
+
+    words: the command line, to say where the path was given.
+    """
+    for key, path in _paths(config):
+        is_local = path.startswith(("/", "./", "../", "~")) or (key.startswith("data.") and _DATA_FILE.fullmatch(path))
+        if is_local and not Path(path).expanduser().exists():
+            message = f"{key}: no such file or folder: {path}; valid: one that the nodes see too"
+            raise UserError(with_place(message, words))
+
+
+def _paths(config: Config) -> Iterator[tuple[str, str]]:
+    named = {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "reference.path": config.reference.path,
+    }
+    yield from ((key, path) for key, path in named.items() if path)
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        yield from ((f"{key}[{i}].path", source.path) for i, source in enumerate(sources))
+
+
+def check_free(run_dir: Path) -> None:
+    """Raises UserError where a job that was submitted before still works, or waits, in the run folder."""
+    for folder, submission in submissions(run_dir):
+        outcome = read_outcome(folder)
+        if (outcome is None or outcome.state not in FINAL) and is_active(submission):
+            raise UserError(
+                f"train.run_dir: job {submission.job} works or waits in {run_dir};"
+                " valid: another train.run_dir, or cancel the job first"
+            )
+
+
+def is_active(submission: Submission) -> bool:
+    """Whether a job has not ended, as far as anyone can tell."""
+    if submission.cluster == "slurm":
+        return squeue.is_active(submission.job)
+    try:
+        os.killpg(int(submission.job), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # the number belongs to another user's processes by now
+        return False
+    return True

@@ -1,0 +1,24 @@
+"""SLURM's ways to write a duration."""
+
+import re
+
+from dpo.errors import UserError
+
+FORMATS = "MINUTES, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS"
+_WITH_DAYS = re.compile(r"(?P<d>\d+)-(?P<h>\d+)(:(?P<m>\d+)(:(?P<s>\d+))?)?")
+_WITHOUT_DAYS = re.compile(r"((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")
+
+
+def minutes_of(text: str) -> int:
+    """The minutes of a duration; seconds are rounded up to the next minute, as SLURM does.
+
+    Raises UserError where it is none, or is zero (which SLURM reads as no limit at all).
+    """
+    match = _WITH_DAYS.fullmatch(text) or _WITHOUT_DAYS.fullmatch(text)
+    if match is None:
+        raise UserError(f"command line: --time: {text!r} is not a duration of SLURM; valid: {FORMATS}")
+    part = {name: int(digits or 0) for name, digits in {"d": "0", **match.groupdict()}.items()}
+    seconds = 86400 * part["d"] + 3600 * part["h"] + 60 * part["m"] + part["s"]
+    if seconds == 0:
+        raise UserError(f"command line: --time: must be above 0, got {text!r}; valid: {FORMATS}")
+    return -(-seconds // 60)

@@ -1,0 +1,173 @@
+"""The files by which the nodes of a job, and whoever follows it, tell each other what happens.
+
+RUN/jobs/2026-01-31_10.15.00/        one submission; beside it lie submitit's scripts and logs
+    submitted.json                   cluster and job id, for whoever submits or follows
+    outcome.json                     how it stands: written by the first node alone
+    history.jsonl                    one line for each time the job ended
+    status.json                      how the ranks ended, written by rank 0 (`dpo.run_files.write_status`)
+    attempt-0/node-1.json            how a node's torchrun ended: written by that node; `failed` beside it if badly
+    attempt-0/node-1/                torchrun's log folder: the exception of each rank that raised one
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from launch.failures import Failure
+
+State = Literal["running", "done", "failed", "stopped", "preempted", "crashed"]
+FINAL = ("done", "failed")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a submission stands, or how it ended."""
+
+    state: State
+    """running; done; failed; stopped: by a signal of SLURM or a person; preempted and crashed: it starts again."""
+    message: str = ""
+    """What people are told."""
+    exit_code: int = 0
+    """For a failure: 2 the user's input was wrong, 1 anything else."""
+    traceback: str = ""
+    """Of the exception that made it fail."""
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """How the torchrun of one node ended."""
+
+    exit_code: int
+    failures: tuple[Failure, ...]
+
+
+def new_submission(run_dir: Path) -> Path:
+    """A fresh folder for the reports of one submission."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H.%M.%S")
+    for number in range(1000):
+        folder = run_dir / "jobs" / (f"{stamp}-{number}" if number else stamp)
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return folder.absolute()
+    raise AssertionError("a thousand submissions in one second")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The files of one start of the job."""
+
+    submission: Path
+    """The folder of the submission."""
+    number: int
+    """How often SLURM has restarted the job."""
+
+    @property
+    def status(self) -> Path:
+        """What rank 0 writes when the ranks end well."""
+        return self.submission / "status.json"
+
+    @property
+    def folder(self) -> Path:
+        """Where the nodes report."""
+        return self.submission / f"attempt-{self.number}"
+
+    @property
+    def failed(self) -> Path:
+        """A file that is there once the torchrun of any node has failed."""
+        return self.folder / "failed"
+
+    def log_dir(self, node: int) -> Path:
+        """torchrun's log folder."""
+        return self.folder / f"node-{node}"
+
+    def torchrun_error(self, node: int) -> Path:
+        """Where torchrun writes an exception of its own, or copies that of its first rank."""
+        return self.folder / f"node-{node}-torchrun.json"
+
+    def _report(self, node: int) -> Path:
+        return self.folder / f"node-{node}.json"
+
+    def write_report(self, node: int, report: NodeReport) -> None:
+        """Tells the first node how this one's torchrun ended."""
+        write_json(self._report(node), asdict(report))
+        if report.exit_code:
+            self.failed.touch()
+
+    def has_report(self, node: int) -> bool:
+        """Whether a node has said how its torchrun ended."""
+        return self._report(node).exists()
+
+    def read_report(self, node: int) -> NodeReport:
+        """What a node said."""
+        facts = read_json(self._report(node))
+        return NodeReport(facts["exit_code"], tuple(Failure(**failure) for failure in facts["failures"]))
+
+
+def write_outcome(folder: Path, outcome: Outcome) -> None:
+    """Says how a submission stands. For the first node alone."""
+    write_json(folder / "outcome.json", asdict(outcome))
+
+
+def read_outcome(folder: Path) -> Outcome | None:
+    """How a submission stands; null: no node has started yet."""
+    facts = read_json(folder / "outcome.json")
+    return None if facts is None else Outcome(**facts)
+
+
+def add_to_history(folder: Path, outcome: Outcome) -> None:
+    """One line more about how the job ended this time. For the first node alone."""
+    line = {"time": datetime.now().isoformat(timespec="seconds"), "state": outcome.state, "message": outcome.message}
+    with (folder / "history.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def count_in_history(folder: Path, state: State) -> int:
+    """How often the job ended in this way before."""
+    path = folder / "history.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return sum(json.loads(line)["state"] == state for line in lines)
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What a submission became."""
+
+    cluster: str
+    job: str
+    """SLURM's id; of a local job that of its process group."""
+    log: str
+    """The file that the first node writes to."""
+
+
+def submissions(run_dir: Path) -> Iterator[tuple[Path, Submission]]:
+    """All submissions into a run folder: the folder of their reports, and what became of them."""
+    for path in sorted((run_dir / "jobs").glob("*/submitted.json")):
+        facts = read_json(path)
+        if facts is not None:
+            yield path.parent, Submission(**facts)
+
+
+def write_submission(folder: Path, submission: Submission) -> None:
+    """Records under which id the job can be found."""
+    write_json(folder / "submitted.json", asdict(submission))
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> None:
+    """Writes a file that is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{path.name}.tmp")
+    draft.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    draft.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a file of `write_json`; null: it is not there."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
