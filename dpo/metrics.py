@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
+from dpo.dashboard import Dashboard
 from dpo.packing import PackedBatch
 
 SUMS = (
@@ -135,14 +135,12 @@ class MetricsWriter:
 
     def __init__(self, run_dir: Path, first_step: int):
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        # Points from an interrupted run at or after `first_step` disappear from the charts.
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+        self.board = Dashboard(run_dir / "tensorboard", first_step)
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, `{"step": step, name: figure, ...}`, and a point in each figure's chart."""
         print(json.dumps({"step": step, **figures}, allow_nan=False), file=self.file, flush=True)
-        for name, figure in figures.items():
-            self.board.add_scalar(name, figure, step)
+        self.board.figures(step, figures)
 
     def close(self) -> None:
         """Flushes both."""

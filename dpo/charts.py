@@ -1,0 +1,98 @@
+"""Where TensorBoard shows a figure of a run: the one place that knows its names, groups and colours.
+
+TensorBoard groups charts by the first part of their tag, in alphabetical order, draws one line a run in a chart, and
+gives a colour to a run, not to a tag. So the groups are numbered in the order in which a person reads them, and what is
+to be told apart in one chart lies in *sub-runs*, folders of RUN/tensorboard. Pure functions, without torch.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+PREFERENCE, SIDES, OPTIMIZATION, SPEED = "1 preference", "2 chosen and rejected", "3 optimization", "4 speed"
+REFERENCE, DISTRIBUTIONS, OTHER = "5 reference", "6 distributions", "7 other"
+
+ROOT = "."
+"""The sub-run that is RUN/tensorboard itself."""
+
+GROUPS = {
+    "loss": PREFERENCE,
+    "rewards/accuracies": PREFERENCE,
+    "rewards/margins": PREFERENCE,
+    "loss_sft": OPTIMIZATION,
+    "grad_norm": OPTIMIZATION,
+    "lr": OPTIMIZATION,
+    "pairs_per_second": SPEED,
+    "tokens_per_second": SPEED,
+    "step_seconds": SPEED,
+    "pairs": SPEED,
+    "tokens": SPEED,
+    "padding_fraction": SPEED,
+    "peak_memory_bytes": SPEED,
+}
+"""The group of a figure that has no side, by what follows train/ or eval/ in its name."""
+
+
+class Place(NamedTuple):
+    """Where a figure is shown."""
+
+    sub_run: str
+    """Folder in RUN/tensorboard."""
+    tag: str
+    """`GROUP/chart`."""
+
+
+def place(name: str) -> Place:
+    """Where the figure of this name in metrics.jsonl is shown; no name is without a place.
+
+    | figure                                    | sub-run               | tag                                         |
+    |-------------------------------------------|-----------------------|---------------------------------------------|
+    | train/loss, eval/loss                     | train, eval           | 1 preference/loss                           |
+    | train/rewards/margins, eval/...           | train, eval           | 1 preference/rewards/margins                |
+    | train/rewards/chosen, train/rewards/rejected | train-chosen, train-rejected | 2 chosen and rejected/rewards     |
+    | eval/logps/chosen, eval/logps/rejected    | eval-chosen, eval-rejected | 2 chosen and rejected/logps            |
+    | train/grad_norm, train/lr                 | train                 | 3 optimization/grad_norm, .../lr            |
+    | train/pairs_per_second                    | train                 | 4 speed/pairs_per_second                    |
+    | reference/seconds                         | ROOT                  | 5 reference/seconds                         |
+    | train/new_figure                          | train                 | 7 other/new_figure                          |
+    | a/name, name                              | ROOT                  | 7 other/a/name, 7 other/name                |
+    """
+    part, _, figure = name.partition("/")
+    if part == "reference" and figure:
+        return Place(ROOT, f"{REFERENCE}/{figure}")
+    if part not in ("train", "eval") or not figure:
+        return Place(ROOT, f"{OTHER}/{name}")
+    chart, _, side = figure.rpartition("/")
+    if chart and side in ("chosen", "rejected"):
+        return Place(f"{part}-{side}", f"{SIDES}/{chart}")
+    return Place(part, f"{GROUPS.get(figure, OTHER)}/{figure}")
+
+
+def histogram_place(name: str) -> Place:
+    """As `place`, for the distribution of what the figure is a mean of: eval/rewards/margins -> 6 distributions/...
+
+    A tag holds scalars or histograms, never both: so these have a group of their own.
+    """
+    sub_run, tag = place(name)
+    return Place(sub_run, f"{DISTRIBUTIONS}/{tag.partition('/')[2]}")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of the Custom Scalars tab: every line of every sub-run with this tag."""
+
+    title: str
+    tag: str
+
+
+LAYOUT = {
+    "train against eval": (
+        Chart("loss", f"{PREFERENCE}/loss"),
+        Chart("accuracy: pairs whose winner is ahead", f"{PREFERENCE}/rewards/accuracies"),
+        Chart("margin: reward of chosen minus rejected", f"{PREFERENCE}/rewards/margins"),
+    ),
+    "chosen against rejected": (
+        Chart("rewards: beta (pi_logp - ref_logp)", f"{SIDES}/rewards"),
+        Chart("log-probabilities of a completion, nats", f"{SIDES}/logps"),
+    ),
+}
+"""The Custom Scalars tab: title of a category -> its charts."""

@@ -1,0 +1,149 @@
+"""A run in TensorBoard: charts, histograms, texts, answers and the HParams entry; for rank 0 alone, without torch.
+
+`charts` says where a figure is shown. Each sub-run has event files of its own, made when its first point comes.
+"""
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, create_summary_metadata
+from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.text.summary_v2 import text_pb
+from tensorboard.util.tensor_util import make_tensor_proto
+
+from dpo.charts import LAYOUT, ROOT, Chart, histogram_place, place
+from dpo.config import Config
+from dpo.event_files import PREFIX, drop_points, open_events, write_event
+from dpo.hparams import flat, write_entry
+
+COLUMN_WIDTH = 44
+"""Characters; three such columns fit in a window of 1,500 pixels."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the reference and the policy say to a prompt, as texts."""
+
+    prompt: str
+    reference: str
+    policy: str
+
+
+class Dashboard:
+    """Writes RUN/tensorboard from step `first_step` on; made on rank 0 alone. What is written is on the disk at once.
+
+    What an interrupted run wrote of steps at or after `first_step` is removed. A TensorBoard that has read it already
+    forgets it with the first new point of the same chart, at the latest.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
+        self.folder, self.first_step = folder, first_step
+        self.files: dict[str, BinaryIO] = {}
+        old = sorted(folder.rglob(f"{PREFIX}.*"))
+        for path in old:
+            drop_points(path, first_step)
+        for sub_run in {path.parent.relative_to(folder).as_posix() for path in old}:
+            self._file(sub_run)  # at once, not with its first point, for a TensorBoard that is open
+        self._write(ROOT, layout_summary(LAYOUT), first_step)
+
+    def figures(self, step: int, figures: Mapping[str, float]) -> None:
+        """A point in the chart of each figure, by its name in metrics.jsonl."""
+        values: dict[str, list[Summary.Value]] = {}
+        for name, figure in figures.items():
+            sub_run, tag = place(name)
+            values.setdefault(sub_run, []).append(Summary.Value(tag=tag, simple_value=figure))
+        for sub_run, points in values.items():
+            self._write(sub_run, Summary(value=points), step)
+
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """The distribution of `values`, any shape, of which the figure `name` is the mean: eval/rewards/margins."""
+        sub_run, tag = histogram_place(name)
+        self._write(sub_run, histogram_pb(tag, values), step)
+
+    def text(self, name: str, markdown: str, step: int | None = None) -> None:
+        """A page of the Text tab; `step` None: what holds from this start on, until a start from an earlier step."""
+        self._write(ROOT, text_pb(name, markdown), self.first_step if step is None else step)
+
+    def answers(self, step: int, answers: Sequence[Answer]) -> None:
+        """Answers of policy and reference side by side."""
+        self.text("answers", answers_table(answers), step)
+
+    def hparams(self, config: Config) -> None:
+        """The run's entry in the HParams tab, in place of an earlier one; its figures are always the newest points."""
+        evaluates = config.data.eval or any(source.holdout for source in config.data.train)
+        write_entry(self.folder, "eval" if evaluates else "train", flat(asdict(config)))
+
+    def close(self) -> None:
+        """Ends all files."""
+        for file in self.files.values():
+            file.close()
+
+    def _write(self, sub_run: str, summary: Summary, step: int) -> None:
+        file = self._file(sub_run)
+        write_event(file, Event(step=step, summary=summary))
+        file.flush()
+
+    def _file(self, sub_run: str) -> BinaryIO:
+        if sub_run not in self.files:
+            self.files[sub_run] = open_events(self.folder / sub_run, self.first_step)
+        return self.files[sub_run]
+
+
+def layout_summary(layout: Mapping[str, Sequence[Chart]]) -> Summary:
+    """The Custom Scalars tab: categories of charts, each with all lines of its tag."""
+    categories = [
+        layout_pb2.Category(
+            title=title,
+            chart=[
+                layout_pb2.Chart(
+                    title=chart.title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{re.escape(chart.tag)}$"])
+                )
+                for chart in charts
+            ],
+        )
+        for title, charts in layout.items()
+    ]
+    content = layout_pb2.Layout(category=categories).SerializeToString()
+    tensor = make_tensor_proto(content, dtype=np.object_)
+    return Summary(value=[Summary.Value(tag=CONFIG_SUMMARY_TAG, metadata=create_summary_metadata(), tensor=tensor)])
+
+
+def answers_table(answers: Sequence[Answer]) -> str:
+    """A markdown table: prompt, reference, policy; every character of a text is shown as it is."""
+    rows = [(answer.prompt, answer.reference, answer.policy) for answer in answers]
+    lines = ["| prompt | reference | policy |", "| --- | --- | --- |"]
+    return "\n".join(lines + [f"| {' | '.join(map(verbatim, row))} |" for row in rows])
+
+
+def verbatim(text: str) -> str:
+    """Markdown, one line of it, that shows the very characters of a text in lines of at most COLUMN_WIDTH characters.
+
+    Everything but letters, digits and single spaces is written as an entity: no mark, table, tag or link is left.
+    """
+    lines = [part for line in text.expandtabs(4).splitlines() for part in _wrapped(line)]
+    return "<br>".join(re.sub(r"[^\w ]|_|(?<= ) |^ ", lambda found: f"&#{_code(found[0])};", line) for line in lines)
+
+
+def _wrapped(line: str) -> list[str]:
+    """Broken here, since a table whose columns are as wide as their longest lines squeezes the others to a letter."""
+    return textwrap.wrap(line, COLUMN_WIDTH, drop_whitespace=False, replace_whitespace=False) or [""]
+
+
+def _code(character: str) -> int:
+    """Of several spaces HTML would show one: the second is one that does not break."""
+    return ord("\N{NO-BREAK SPACE}" if character == " " else character)
+
+
+def fenced(text: str) -> str:
+    """Markdown that shows a text of many lines, YAML for one, as it is in a block of code."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}\n{text.rstrip()}\n{fence}"

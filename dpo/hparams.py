@@ -1,0 +1,109 @@
+"""What TensorBoard's HParams tab shows of a run: its config in columns, beside its newest figures; without torch.
+
+The entry is an event file of a fixed name, so that it is written again, never twice. It lies in the sub-run whose
+figures it is shown with, `eval` if the run evaluates, else `train`: TensorBoard looks for them in the entry's own
+sub-run, whatever folder it was started on. So the columns are filled while a run goes on, and where it was interrupted.
+Which columns there are, TensorBoard takes from the first entry that it finds.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.api_pb2 import (
+    DATA_TYPE_BOOL,
+    DATA_TYPE_FLOAT64,
+    DATA_TYPE_STRING,
+    Experiment,
+    HParamInfo,
+    MetricInfo,
+    MetricName,
+)
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
+
+from dpo.charts import place
+from dpo.event_files import PREFIX, write_events_atomically
+
+ENTRY = f"{PREFIX}.0000000000.hparams"
+"""The entry's file. It sorts before every other event file: a reader that goes from file to file never comes back."""
+
+KEYS = (
+    "loss.name", "loss.beta", "optim.lr", "optim.warmup_steps", "train.seed", "model.path", "loss.label_smoothing",
+    "loss.length_normalized", "loss.sft_weight", "optim.name", "optim.schedule", "optim.weight_decay",
+    "optim.max_grad_norm", "batch.pairs_per_step", "data.max_length", "train.steps", "train.epochs",
+)  # fmt: skip
+"""The columns of a run by itself: what changes the result, the most often tried first."""
+
+NUM_SHOWN = 5
+"""TensorBoard ticks so many columns of keys at first; the others are offered."""
+
+FIGURES = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "loss_sft": "cross-entropy of winners",
+}
+"""The columns of figures, by what follows eval/ in their names, and how they are headed."""
+
+Value = bool | int | float | str
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Value]:
+    """SECTION.KEY -> value of a config as YAML holds it; lists as JSON text. What is null has no entry."""
+    items = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+    return {
+        key: value if isinstance(value, Value) else json.dumps(value)
+        for key, value in items.items()
+        if value is not None
+    }
+
+
+def write_entry(folder: Path, sub_run: str, values: Mapping[str, Value], columns: Sequence[str] = KEYS) -> None:
+    """Writes the run's entry into `folder`, RUN/tensorboard, in place of an earlier one.
+
+    sub_run: whose figures are shown, eval or train; values: of all keys, as `flat` gives them; columns: the keys that
+    the tab shows, the most important first. Raises OSError.
+    """
+    for name in {"eval", "train"} - {sub_run}:
+        (folder / name / ENTRY).unlink(missing_ok=True)
+    experiment = Experiment(hparam_infos=_key_columns(columns, values), metric_infos=_figure_columns(sub_run))
+    contents = {
+        metadata.EXPERIMENT_TAG: HParamsPluginData(experiment=experiment),
+        metadata.SESSION_START_INFO_TAG: HParamsPluginData(session_start_info=_session(values)),
+    }
+    summary = Summary(value=[_value(tag, content) for tag, content in contents.items()])
+    (folder / sub_run).mkdir(parents=True, exist_ok=True)
+    write_events_atomically(folder / sub_run / ENTRY, [Event(file_version="brain.Event:2"), Event(summary=summary)])
+
+
+def _session(values: Mapping[str, Value]) -> SessionStartInfo:
+    """Without a group name: runs with one and the same config stay two rows."""
+    start = SessionStartInfo(start_time_secs=time.time())
+    for key, value in values.items():
+        kind = "bool_value" if isinstance(value, bool) else "string_value" if isinstance(value, str) else "number_value"
+        setattr(start.hparams[key], kind, value)
+    return start
+
+
+def _key_columns(columns: Sequence[str], values: Mapping[str, Value]) -> list[HParamInfo]:
+    kinds = {bool: DATA_TYPE_BOOL, int: DATA_TYPE_FLOAT64, float: DATA_TYPE_FLOAT64}
+    return [
+        HParamInfo(name=key, type=kinds.get(type(values.get(key)), DATA_TYPE_STRING), differs=number < NUM_SHOWN)
+        for number, key in enumerate(columns)  # those that differ come first, each part in alphabetical order
+    ]
+
+
+def _figure_columns(sub_run: str) -> list[MetricInfo]:
+    return [
+        MetricInfo(name=MetricName(tag=place(f"{sub_run}/{name}").tag), display_name=f"{sub_run} {title}")
+        for name, title in FIGURES.items()
+    ]
+
+
+def _value(tag: str, content: HParamsPluginData) -> Summary.Value:
+    return Summary.Value(tag=tag, metadata=metadata.create_summary_metadata(content), tensor=metadata.NULL_TENSOR)
