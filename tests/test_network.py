@@ -1,0 +1,62 @@
+"""Which interface gloo is told of. `tests/distributed/test_two_namespaces.py` has the same with real nodes."""
+
+import pytest
+
+from dpo import network
+from dpo.network import KEY, VARIABLE, address_towards, gloo_interface, interface_of
+
+TWO_NODES = {"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
+
+
+class Shared(dict[str, bytes]):
+    """A store; `get` of what nobody has set is a KeyError, where torch's waits."""
+
+    def set(self, key: str, value: str) -> None:
+        self[key] = value.encode()
+
+    get = dict.__getitem__  # type: ignore[assignment]
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A host whose name is a loopback, 10.0.0.2 on eth0 towards everyone but itself."""
+    monkeypatch.setattr(network, "address_of_this_host", lambda: "127.0.1.1")
+    monkeypatch.setattr(network, "address_towards", {"first": "10.0.0.2", "10.0.0.3": "10.0.0.2"}.__getitem__)
+    monkeypatch.setattr(network, "interface_of", {"10.0.0.2": "eth0"}.__getitem__)
+    return monkeypatch
+
+
+def test_a_node_takes_the_way_to_rank_0_and_says_where_it_is(host: pytest.MonkeyPatch) -> None:
+    store = Shared()
+    assert gloo_interface(TWO_NODES, store) == "eth0"
+    assert store == {KEY: b"10.0.0.2"}
+
+
+def test_rank_0s_node_takes_the_way_to_another_node(host: pytest.MonkeyPatch) -> None:
+    """Its way to rank 0 is the loopback, its way to 10.0.0.3 is eth0."""
+    host.setattr(network, "address_towards", {"first": "127.0.0.1", "10.0.0.3": "10.0.0.2"}.__getitem__)
+    assert gloo_interface(TWO_NODES, Shared({KEY: b"10.0.0.3"})) == "eth0"
+
+
+def test_a_user_who_knows_better_is_heard_and_rank_0s_node_is_helped_nevertheless(host: pytest.MonkeyPatch) -> None:
+    store = Shared()
+    assert gloo_interface(TWO_NODES | {VARIABLE: "ib0"}, store) is None
+    assert store == {KEY: b"10.0.0.2"}
+
+
+def test_a_host_whose_name_is_in_the_network_needs_no_help_but_gives_it(host: pytest.MonkeyPatch) -> None:
+    host.setattr(network, "address_of_this_host", lambda: "10.0.0.2")
+    store = Shared()
+    assert gloo_interface(TWO_NODES, store) is None
+    assert store == {KEY: b"10.0.0.2"}
+
+
+def test_one_node_needs_no_network() -> None:
+    assert gloo_interface({"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}, Shared()) is None
+
+
+def test_addresses_and_interfaces_of_this_machine() -> None:
+    """192.0.2.0/24 is kept for documentation: nobody's address."""
+    assert address_towards("127.0.0.1") == "127.0.0.1"
+    assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("192.0.2.1") is None
