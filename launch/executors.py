@@ -21,8 +21,11 @@ _FOREVER = 60 * 24 * 365
 Work = Callable[[], None]
 
 
-def slurm_parameters(request: Request, name: str, **more: Any) -> dict[str, Any]:
-    """The parameters of submitit's SlurmExecutor; `more` goes over them."""
+def slurm_parameters(request: Request, name: str, after: Sequence[str] = ()) -> dict[str, Any]:
+    """The parameters of submitit's SlurmExecutor for a job, or an array, that waits until the jobs `after` are done."""
+    options: dict[str, str | bool] = {"requeue": True, **dict(request.sbatch)}
+    if after:  # if one of them fails, this one would wait for ever
+        options |= {"dependency": ":".join(["afterok", *after]), "kill-on-invalid-dep": "yes"}
     parameters: dict[str, Any] = {
         "job_name": name,
         "nodes": request.nodes,
@@ -32,7 +35,7 @@ def slurm_parameters(request: Request, name: str, **more: Any) -> dict[str, Any]
         "setup": list(request.setup),
         "stderr_to_stdout": True,
         "srun_args": _srun_args(request),
-        "additional_parameters": {"requeue": True} | dict(request.sbatch),
+        "additional_parameters": options,
     }
     if request.gpus:
         parameters["gpus_per_node"] = request.gpus
@@ -40,7 +43,7 @@ def slurm_parameters(request: Request, name: str, **more: Any) -> dict[str, Any]
         parameters["cpus_per_task"] = request.cpus_per_gpu * request.ranks_per_node
     if request.max_parallel:
         parameters["array_parallelism"] = request.max_parallel
-    return parameters | more
+    return parameters
 
 
 def _srun_args(request: Request) -> list[str]:
@@ -54,10 +57,10 @@ def _srun_args(request: Request) -> list[str]:
     return args
 
 
-def sbatch_script(request: Request, folder: Path, name: str, count: int = 1, **more: Any) -> str:
+def sbatch_script(request: Request, folder: Path, name: str, count: int = 1, after: Sequence[str] = ()) -> str:
     """The script that sbatch would get for `count` jobs, also where SLURM is not installed."""
     python = f"{request.python} -u -m submitit.core._submit {folder.absolute()}"
-    parameters = slurm_parameters(request, name, **more)
+    parameters = slurm_parameters(request, name, after)
     text: str = _make_sbatch_string(python, folder.absolute(), map_count=count if count > 1 else None, **parameters)
     return text
 
@@ -69,10 +72,12 @@ def check_cluster(request: Request) -> None:
         raise UserError(f"command line: --cluster: no sbatch on PATH; valid: {valid}")
 
 
-def submit_to_slurm(request: Request, folder: Path, name: str, works: Sequence[Work], **more: Any) -> list[Submission]:
+def submit_to_slurm(
+    request: Request, folder: Path, name: str, works: Sequence[Work], after: Sequence[str] = ()
+) -> list[Submission]:
     """Queues jobs, as an array if there are several. Raises RunError where sbatch refuses."""
     executor = submitit.SlurmExecutor(folder, max_num_timeout=request.max_timeouts, python=request.python)
-    executor.update_parameters(**slurm_parameters(request, name, **more))
+    executor.update_parameters(**slurm_parameters(request, name, after))
     try:
         jobs = executor.submit_array(works)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as failure:

@@ -1,7 +1,13 @@
-"""Shows the log of a job's first node until the job ends, and how it ended."""
+"""Shows what jobs do until they end, and how they ended.
+
+A single job's log is shown as it grows. Of several only the changes are told. Never by sacct, which submitit's own
+`results()` waits for in vain where there is no accounting: jobs report themselves, and squeue tells those that cannot.
+"""
 
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.errors import RunError, UserError
@@ -10,21 +16,35 @@ from launch import squeue
 from launch.checks import is_active
 from launch.reports import FINAL, Outcome, Submission, read_outcome
 
-_LOG_SECONDS = 0.5
+_LOOK_SECONDS = 0.5
 _QUEUE_SECONDS = 10.0
 """Time between questions to SLURM's controller, which serves everybody."""
 
 
-def follow(submission: Submission, reports: Path) -> None:
-    """Streams the log to the end. Raises RunError, or UserError where the input was wrong, if the job is not done."""
+@dataclass(frozen=True)
+class Followed:
+    """A job that is followed."""
+
+    name: str
+    submission: Submission
+    reports: Path
+    """The folder of its reports."""
+
+
+def follow(jobs: Sequence[Followed]) -> None:
+    """Waits until all jobs have ended. Raises RunError, or UserError where the input was wrong, if one is not done."""
     try:
-        outcome = _stream(submission, reports)
+        outcomes = _watch(jobs)
     except KeyboardInterrupt:
-        print(f"\njob {submission.job} goes on; cancel: {cancel_command(submission)}", file=sys.stderr)
+        cancel = "; ".join(dict.fromkeys(cancel_command(job.submission) for job in jobs))
+        print(f"\nthe job goes on; to cancel it: {cancel}", file=sys.stderr)
         raise
-    if outcome.state != "done":
+    failed = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome.state != "done"]
+    if failed:
+        job, outcome = failed[0]
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         kind = UserError if outcome.exit_code == 2 else RunError
-        raise kind(f"job {submission.job}: {outcome.message or outcome.state}")
+        raise kind(f"job {job.submission.job}: {outcome.message or outcome.state}{more}")
 
 
 def cancel_command(submission: Submission) -> str:
@@ -32,25 +52,19 @@ def cancel_command(submission: Submission) -> str:
     return f"scancel {submission.job}" if submission.cluster == "slurm" else f"kill -- -{submission.job}"
 
 
-def _stream(submission: Submission, reports: Path) -> Outcome:
-    log = _Log(Path(submission.log))
-    watch = _Watch(submission)
+def _watch(jobs: Sequence[Followed]) -> list[Outcome]:
+    log = _Log(Path(jobs[0].submission.log)) if len(jobs) == 1 else None
+    watches = [_Watch(job) for job in jobs]
     while True:
-        outcome = read_outcome(reports)  # before the log, which then holds all that led to it
-        log.show()
-        if outcome is not None and outcome.state in FINAL:
-            return outcome
-        end = watch.end()
-        if end:
-            log.show()
-            return read_outcome_at_end(reports, end)
-        time.sleep(_LOG_SECONDS)
-
-
-def read_outcome_at_end(reports: Path, end: str) -> Outcome:
-    """How a job that has left the queue ended: what it said last if that is final, else what the queue says."""
-    outcome = read_outcome(reports)
-    return outcome if outcome is not None and outcome.state in FINAL else Outcome("failed", end, 1)
+        outcomes = [watch.look() for watch in watches]
+        if log:
+            log.show()  # after the look: if that saw the end, the log is whole
+        for watch in watches:
+            watch.tell()
+        ends = [outcome for outcome in outcomes if outcome is not None]
+        if len(ends) == len(jobs):
+            return ends
+        time.sleep(_LOOK_SECONDS)
 
 
 class _Log:
@@ -73,35 +87,43 @@ class _Log:
 
 
 class _Watch:
-    """Asks now and then whether a job still exists, and tells when its state changes."""
+    """What is known of one job, asked now and then."""
 
-    def __init__(self, submission: Submission):
-        self.submission = submission
-        self.state: str | None = ""
-        self.next_look = 0.0
+    def __init__(self, job: Followed):
+        self.job = job
+        self.state = ""
+        self.told = ""
+        self.next_question = 0.0
         self.misses = 0
+        """How often in a row the queue did not know the job: its last words may come after it has left."""
 
-    def end(self) -> str:
-        """Why the job is at an end although it did not say so itself; empty while it is not.
-
-        Twice in a row: the last words of a job may come after it has left the queue.
-        """
-        if time.monotonic() < self.next_look:
-            return ""
-        self.next_look = time.monotonic() + _QUEUE_SECONDS
-        state = self._look()
-        if state != self.state and state is not None:
-            say(f"job {self.submission.job}: {state.lower()}")
-        self.state = state
+    def look(self) -> Outcome | None:
+        """How the job ended; null: it has not."""
+        outcome = read_outcome(self.job.reports)
+        if outcome is not None and outcome.state in FINAL:
+            self.state = outcome.state
+            return outcome
+        if time.monotonic() < self.next_question:
+            return None
+        self.next_question = time.monotonic() + _QUEUE_SECONDS
+        state = self._ask()
+        self.state = state.lower() if state else "not in the queue"
         is_over = state is None or bool(squeue.ENDED.fullmatch(state))
         self.misses = self.misses + 1 if is_over else 0
-        return self._why(state) if self.misses > 1 else ""
+        return Outcome("failed", _why(state), 1) if self.misses > 1 else None
 
-    def _look(self) -> str | None:
-        if self.submission.cluster == "slurm":
-            return squeue.state(self.submission.job)
-        return "RUNNING" if is_active(self.submission) else None
+    def _ask(self) -> str | None:
+        if self.job.submission.cluster == "slurm":
+            return squeue.state(self.job.submission.job)
+        return "RUNNING" if is_active(self.job.submission) else None
 
-    @staticmethod
-    def _why(state: str | None) -> str:
-        return f"ended as {state}" if state else "has ended and did not say how; see its log"
+    def tell(self) -> None:
+        """Says the state if it is another than the last time."""
+        if self.state != self.told:
+            say(f"{self.job.name} (job {self.job.submission.job}): {self.state}")
+            self.told = self.state
+
+
+def _why(state: str | None) -> str:
+    """The end of a job that did not tell it itself."""
+    return f"ended as {state}" if state else "has ended and did not say how; its log may"

@@ -5,59 +5,137 @@ Everything that can be wrong with the command line and the config is said before
 
 import shlex
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.config import Config, load_config
 from launch import executors, torchrun
-from launch.arguments import PROG, Request, parse_request
+from launch.arguments import Request, parse_request
 from launch.checks import check_free, check_paths
-from launch.follow import cancel_command, follow
+from launch.follow import Followed, cancel_command, follow
+from launch.in_turn import InTurn
 from launch.node import NodeJob
 from launch.program import run_program
 from launch.reports import Submission, new_submission, write_submission
+from launch.sweep import PlannedRun, planned_runs, reference_passes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command line asks for, checked and ready to be submitted."""
+
+    request: Request
+    runs: Sequence[PlannedRun]
+    references: Sequence[tuple[str, ...]]
+    """Command lines of `dpo.reference`, which come before the runs."""
+
+    @property
+    def root(self) -> Path:
+        """The folder of the run, or of all runs of a sweep."""
+        return self.runs[0].dir if len(self.runs) == 1 and not self.request.sweep else self.runs[0].dir.parent
 
 
 def main() -> None:
     """`python -m launch.submit`."""
     request = parse_request()
-    config = load_config(request.words, PROG)
-    check_paths(config, request.words)
-    submit_run(request, config)
-
-
-def submit_run(request: Request, config: Config) -> None:
-    """One run."""
-    run_dir = Path(str(config.train.run_dir))
-    program = torchrun.Program("dpo.train", request.words, request.ranks_per_node, request.env)
+    runs = planned_runs(request)
+    for run in runs:
+        check_paths(run.config, run.words)
+    plan = Plan(request, runs, reference_passes(runs))
     if request.dry_run:
-        print(executors.sbatch_script(request, run_dir / "jobs", run_dir.name))
-        print(f"# on each node\n{torchrun.line(program, request.nodes, request.python)}")
+        print_scripts(plan)
         return
     executors.check_cluster(request)
-    check_free(run_dir)
-    reports = new_submission(run_dir)
-    job = NodeJob(program, reports, request.grace, request.max_crashes)
-    if request.cluster == "debug":
-        executors.run_here(run_dir / "jobs", job)
-        return
-    if request.cluster == "local":
-        submission = executors.submit_locally(request, run_dir / "jobs", job)
+    for run in runs:
+        check_free(run.dir)
+    if request.cluster == "slurm":
+        submit_to_slurm(plan)
     else:
-        submission = executors.submit_to_slurm(request, run_dir / "jobs", run_dir.name, [job])[0]
-    write_submission(reports, submission)
-    print(describe(submission, run_dir), flush=True)
+        submit_here(plan)
+
+
+def _program(request: Request, module: str, words: tuple[str, ...]) -> torchrun.Program:
+    return torchrun.Program(module, words, request.ranks_per_node, request.env)
+
+
+def _job(request: Request, module: str, words: tuple[str, ...], run_dir: Path) -> NodeJob:
+    """A job, with a folder for what it reports."""
+    return NodeJob(_program(request, module, words), new_submission(run_dir), request.grace, request.max_crashes)
+
+
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+def submit_to_slurm(plan: Plan) -> None:
+    """Queues the jobs of the reference cache, and after them the run, or the array of runs."""
+    request, folder, name = plan.request, plan.root / "jobs", plan.root.name
+    followed: list[Followed] = []
+    for words in plan.references:
+        job = _job(request, "dpo.reference", words, plan.root)
+        submission = executors.submit_to_slurm(request, folder, f"{name}-reference", [job])[0]
+        followed.append(_record(job, submission, "reference"))
+    after = [item.submission.job for item in followed]
+    jobs = [_job(request, "dpo.train", run.words, run.dir) for run in plan.runs]
+    submissions = executors.submit_to_slurm(request, folder, name, jobs, after)
+    for run, job, submission in zip(plan.runs, jobs, submissions, strict=True):
+        followed.append(_record(job, submission, run.dir.name))
+        tell(submission, run.dir)
+    if after:
+        print(f"after   {', '.join(after)}, which fills the reference cache; cancel  scancel {' '.join(after)}")
     if request.follow:
-        follow(submission, reports)
+        follow(followed)
 
 
-def describe(submission: Submission, run_dir: Path) -> str:
-    """What the user needs to know of a job."""
-    return (
-        f"job     {submission.job}\n"
-        f"run     {run_dir}\n"
-        f"follow  tail -F {shlex.quote(submission.log)}\n"
-        f"cancel  {cancel_command(submission)}"
-    )
+def _record(job: NodeJob, submission: Submission, name: str) -> Followed:
+    write_submission(job.folder, submission)
+    return Followed(name, submission, job.folder)
+
+
+def tell(submission: Submission, run_dir: Path) -> None:
+    """Prints what the user needs to know of a job."""
+    print(f"job     {submission.job}")
+    print(f"run     {run_dir}")
+    print(f"follow  tail -F {shlex.quote(submission.log)}")
+    print(f"cancel  {cancel_command(submission)}", flush=True)
+
+
+def print_scripts(plan: Plan) -> None:
+    """Prints what would be submitted."""
+    request, folder, name = plan.request, plan.root / "jobs", plan.root.name
+    for words in plan.references:
+        print(executors.sbatch_script(request, folder, f"{name}-reference"))
+        _print_line(request, "dpo.reference", words)
+    after = ["REFERENCE_JOB"] * len(plan.references)
+    print(executors.sbatch_script(request, folder, name, len(plan.runs), after))
+    for run in plan.runs:
+        _print_line(request, "dpo.train", run.words)
+
+
+def _print_line(request: Request, module: str, words: tuple[str, ...]) -> None:
+    line = torchrun.line(_program(request, module, words), request.nodes, request.python)
+    print(f"# on each node, in {Path.cwd()}\n{line}\n")
+
+
+# --- this machine -----------------------------------------------------------------------------------------------------
+
+
+def submit_here(plan: Plan) -> None:
+    """Runs on this machine, in the background or in this process; several runs one after the other."""
+    request = plan.request
+    jobs = [_job(request, "dpo.train", run.words, run.dir) for run in plan.runs]
+    work: NodeJob | InTurn = jobs[0]
+    if len(jobs) > 1:
+        references = [_job(request, "dpo.reference", words, plan.root) for words in plan.references]
+        work = InTurn(tuple(references), tuple(jobs), new_submission(plan.root))
+    if request.cluster == "debug":
+        executors.run_here(plan.root / "jobs", work)
+        return
+    submission = executors.submit_locally(request, plan.root / "jobs", work)
+    for folder in {work.folder, *(job.folder for job in jobs)}:
+        write_submission(folder, submission)
+    tell(submission, plan.root)
+    if request.follow:
+        follow([Followed(plan.root.name, submission, work.folder)])
 
 
 if __name__ == "__main__":

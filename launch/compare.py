@@ -1,0 +1,273 @@
+"""What became of runs, side by side: `python -m launch.compare RUN... [--sort NAME] [--json]`.
+
+Reads the run folders alone, so it works on a laptop, beside running jobs, and for runs that were interrupted. It also
+writes the runs' entries for TensorBoard's HParams tab again, with the keys that differ as their columns.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dpo.errors import UserError, parse_arguments
+from dpo.hparams import KEYS, Value, flat, write_entry
+from dpo.progress import say, warn
+from dpo.run_files import CONFIG, FINAL, METRICS, PROVENANCE, TENSORBOARD, read_metrics
+from dpo.strict_yaml import read_yaml_file
+from launch.program import run_program
+
+DESCRIPTION = """Compares runs: the config keys that differ, how far they came, and their newest figures; the best
+evaluation stands first. Also writes the runs' entries for TensorBoard's HParams tab, with the keys that differ."""
+
+SHOWN = {
+    "loss": "loss",
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "margin",
+    "rewards/chosen": "chosen",
+    "rewards/rejected": "rejected",
+}
+"""The figures of the table, by what follows eval/ or train/ in their names, and how they are headed."""
+
+LAST_STEPS = 10
+"""A figure of training is its mean over so many last steps: one step's pairs say little."""
+
+PLACES_OF_RUNS = "train.run_dir"
+"""The key that always differs."""
+
+
+@dataclass(frozen=True)
+class FinishedOrNot:
+    """A run folder, read."""
+
+    folder: Path
+    config: Mapping[str, Value]
+    """SECTION.KEY -> value; null ones are absent."""
+    is_done: bool
+    """final/ is there."""
+    step: int
+    """Updates that metrics.jsonl tells of."""
+    last_step: int | None
+    """Of the whole run; null: nobody wrote it down."""
+    figures: Mapping[str, float]
+    """train/...: means over the last steps; eval/...: of the newest evaluation."""
+
+
+# --- read ------------------------------------------------------------------------------------------------------------
+
+
+def read_runs(folders: Sequence[Path]) -> list[FinishedOrNot]:
+    """The runs among folders; what is no run is left out, and said. Raises UserError if there is none."""
+    missing = [folder for folder in folders if not folder.exists()]
+    if missing:
+        raise UserError(f"command line: RUN: no such folder: {missing[0]}; valid: a run folder")
+    found = {folder.resolve(): folder for folder in folders if (folder / CONFIG).is_file()}
+    for folder in folders:
+        if folder.resolve() not in found:
+            warn(f"{folder} has no {CONFIG}: it is no run, and left out")
+    if not found:
+        raise UserError(
+            f"command line: RUN: none of the folders given has a {CONFIG}; valid: run folders, runs/sweep/*"
+        )
+    return [read_run(folder) for folder in found.values()]
+
+
+def read_run(folder: Path) -> FinishedOrNot:
+    """A run folder's config, state and figures. Raises UserError where a file in it is broken."""
+    config = read_yaml_file(str(folder / CONFIG))
+    if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
+        raise UserError(f"{folder / CONFIG}: is no config; valid: what a run writes there")
+    values = flat(config)
+    try:
+        lines = read_metrics(folder)
+    except json.JSONDecodeError as failure:
+        raise UserError(f"{folder / METRICS}: broken: {failure}; valid: what a run writes there") from failure
+    steps = [line for line in lines if "train/loss" in line]
+    evaluations = [line for line in lines if "eval/loss" in line]
+    figures = {name: figure for name, figure in (evaluations or [{}])[-1].items() if name != "step"}
+    step = int(steps[-1]["step"]) if steps else 0
+    is_done = (folder / FINAL).is_dir()
+    return FinishedOrNot(
+        folder, values, is_done, step, step if is_done else _last_step(folder, values), figures | _means(steps)
+    )
+
+
+def _means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    last = steps[-LAST_STEPS:]
+    names = [name for name in last[-1] if name != "step"] if last else []
+    return {name: statistics.fmean(line[name] for line in last if name in line) for name in names}
+
+
+def _last_step(folder: Path, config: Mapping[str, Value]) -> int | None:
+    """train.steps, or for epochs what the run wrote down when it knew its pairs."""
+    if "train.steps" in config:
+        return int(config["train.steps"])
+    path = folder / PROVENANCE
+    return json.loads(path.read_text(encoding="utf-8")).get("last_step") if path.is_file() else None
+
+
+# --- compared --------------------------------------------------------------------------------------------------------
+
+
+def differing(runs: Sequence[FinishedOrNot]) -> list[str]:
+    """The config keys whose values are not the same in all runs, in the order of the config."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    return [key for key in keys if key != PLACES_OF_RUNS and len({run.config.get(key) for run in runs}) > 1]
+
+
+def best_figure(runs: Sequence[FinishedOrNot], keys: Sequence[str]) -> str:
+    """By what runs are sorted unless told otherwise: losses that are not one and the same do not compare."""
+    is_one_loss = not any(key.startswith("loss.") for key in keys)
+    has_rewards = any("eval/rewards/accuracies" in run.figures for run in runs)
+    return "eval/loss" if is_one_loss or not has_rewards else "eval/rewards/accuracies"
+
+
+def ordered(runs: Sequence[FinishedOrNot], name: str) -> list[FinishedOrNot]:
+    """By a figure, the best first (losses: the smallest; others: the greatest), or by a config key, the smallest first.
+
+    Runs without it come last. Raises UserError where no run has it.
+    """
+    known = [run for run in runs if name in run.figures or name in run.config]
+    if not known:
+        figures = dict.fromkeys(figure for run in runs for figure in run.figures)
+        raise UserError(
+            f"command line: --sort: no run has {name!r}; valid: a config key, loss.beta, or {', '.join(figures)}"
+        )
+    if name in known[0].figures:
+        sign = 1 if name.split("/")[-1].startswith("loss") else -1
+        known.sort(key=lambda run: sign * run.figures.get(name, 0.0))
+    else:
+        known.sort(key=lambda run: (isinstance(run.config[name], str), run.config[name]))
+    return known + [run for run in runs if run not in known]
+
+
+def parent_of(runs: Sequence[FinishedOrNot]) -> Path:
+    """The folder that all runs lie in; of a single one, itself."""
+    folders = [run.folder.resolve() for run in runs]
+    return folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.parent for folder in folders]))
+
+
+def name_of(run: FinishedOrNot, parent: Path) -> str:
+    """The run's folder, without what it shares with the others."""
+    folder = run.folder.resolve()
+    return folder.name if folder == parent else str(folder.relative_to(parent))
+
+
+# --- shown -----------------------------------------------------------------------------------------------------------
+
+
+def table_of(runs: Sequence[FinishedOrNot], keys: Sequence[str], caption: str) -> Table:
+    """Two lines a run: its newest evaluation, and the end of its training."""
+    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
+    table.add_column("run", overflow="fold")
+    table.add_column("steps", no_wrap=True)
+    for key in keys:
+        table.add_column(key, overflow="fold")
+    table.add_column("")
+    for heading in (*SHOWN.values(), "pairs/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    parent = parent_of(runs)
+    for run in runs:
+        about = [name_of(run, parent), _progress(run), *(_text(run.config.get(key)) for key in keys)]
+        for part in [part for part in ("eval", "train") if f"{part}/loss" in run.figures] or [""]:
+            figures = [_number(run.figures.get(f"{part}/{name}")) for name in (*SHOWN, "pairs_per_second")]
+            table.add_row(*about, part, *figures)
+            about = [""] * len(about)
+    return table
+
+
+def _progress(run: FinishedOrNot) -> str:
+    if run.is_done:
+        return f"{run.step}, done"
+    return f"{run.step} of {run.last_step}" if run.last_step is not None else f"{run.step}, not done"
+
+
+def _text(value: Value | None) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _number(figure: float | None) -> str:
+    return "" if figure is None else f"{figure:.4g}"
+
+
+def as_json(runs: Sequence[FinishedOrNot], keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The same for programs: every figure, and of the config the keys that differ."""
+    return [
+        {
+            "run": str(run.folder),
+            "done": run.is_done,
+            "step": run.step,
+            "last_step": run.last_step,
+            "config": {key: run.config.get(key) for key in keys},
+            "figures": dict(run.figures),
+        }
+        for run in runs
+    ]
+
+
+# --- for TensorBoard -------------------------------------------------------------------------------------------------
+
+
+def write_entries(runs: Sequence[FinishedOrNot], keys: Sequence[str]) -> None:
+    """Writes each run's entry again, with the keys that differ as its columns, and says so."""
+    boards = [run for run in runs if (run.folder / TENSORBOARD).is_dir()]
+    written = 0
+    for run, values in zip(boards, comparable([run.config for run in boards], keys), strict=True):
+        sub_run = "eval" if "eval/loss" in run.figures else "train"
+        try:
+            write_entry(run.folder / TENSORBOARD, sub_run, values, keys or KEYS)
+            written += 1
+        except OSError as failure:  # a colleague's run, for one: the table is right without
+            warn(f"no entry for TensorBoard's HParams tab in {run.folder}: {failure.strerror}")
+    if written:
+        count = f"{written} run{'s' * (written > 1)}"
+        say(
+            f"HParams entries of {count} written: tensorboard --logdir {os.path.relpath(parent_of(runs))}, started anew"
+        )
+
+
+def comparable(configs: Sequence[Mapping[str, Value]], keys: Sequence[str]) -> Iterator[dict[str, Value]]:
+    """The configs, with text wherever the values of a key are of several types: a column of the tab has one."""
+    mixed = [key for key in keys if len({_kind(config.get(key)) for config in configs}) > 1]
+    for config in configs:
+        yield {**config, **{key: _text(config.get(key)) for key in mixed}}
+
+
+def _kind(value: Value | None) -> type:
+    return float if type(value) is int else type(value)
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """`python -m launch.compare`."""
+    parser = argparse.ArgumentParser("python -m launch.compare", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder; runs/sweep/* names many")
+    parser.add_argument("--sort", metavar="NAME", help="a figure, eval/rewards/margins, or a config key, loss.beta")
+    parser.add_argument("--json", action="store_true", help="print JSON with all figures in place of the table")
+    arguments = parse_arguments(parser)
+    runs = read_runs(arguments.runs)
+    keys = differing(runs)
+    by = arguments.sort or best_figure(runs, keys)
+    is_sortable = arguments.sort or any(by in run.figures for run in runs)
+    runs = ordered(runs, by) if is_sortable else runs
+    if arguments.json:
+        print(json.dumps(as_json(runs, keys), indent=1))
+    else:
+        caption = f"by {by}; train: mean of the last {LAST_STEPS} steps"
+        width = None if sys.stdout.isatty() else 10_000  # a pipe has no edge to fold at
+        Console(highlight=False, width=width).print(table_of(runs, keys, caption))
+    write_entries(runs, keys)
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

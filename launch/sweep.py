@@ -1,0 +1,122 @@
+"""The runs of a command line: one, or with --sweep one for every combination of values."""
+
+import dataclasses
+import hashlib
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo.config import Config, load_config
+from dpo.errors import UserError
+from launch.arguments import PROG, Request
+
+_LONGEST_NAME = 40
+"""Characters of a value in the name of a folder."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run before it is submitted."""
+
+    dir: Path
+    words: tuple[str, ...]
+    """Its command line."""
+    config: Config
+
+
+def planned_runs(request: Request) -> list[PlannedRun]:
+    """All runs of a request, checked. Raises UserError for any that cannot be right."""
+    choices = [parse_choice(text) for text in request.sweep]
+    _check_keys([key for key, _ in choices], request.words)
+    names = _short_names([key for key, _ in choices])
+    runs = []
+    for values in itertools.product(*(values for _, values in choices)):
+        settings = [(key, value) for (key, _), value in zip(choices, values, strict=True)]
+        runs.append(_planned_run(request.words, settings, names))
+    _check_distinct(runs)
+    return runs
+
+
+def parse_choice(text: str) -> tuple[str, list[str]]:
+    """(KEY, values) of KEY=VALUE,VALUE,...; commas inside brackets belong to a value."""
+    key, equals, rest = text.partition("=")
+    values = _split_at_commas(rest)
+    if not re.fullmatch(r"\w+\.\w+", key) or not equals or not all(values):
+        raise UserError(f"command line: --sweep: got {text!r}; valid: SECTION.KEY=VALUE,VALUE,...")
+    return key, values
+
+
+def _split_at_commas(text: str) -> list[str]:
+    values, depth = [""], 0
+    for character in text:
+        depth += (character in "[{(") - (character in "]})")
+        if character == "," and depth == 0:
+            values.append("")
+        else:
+            values[-1] += character
+    return values
+
+
+def _check_keys(keys: Sequence[str], words: Sequence[str]) -> None:
+    for key in keys:
+        if key == "train.run_dir":
+            what = "train.run_dir is the folder of all runs, each has its own in it"
+            raise UserError(f"command line: --sweep: {what}; valid: other keys")
+        if keys.count(key) > 1 or any(word.partition("=")[0] == f"--{key}" for word in words):
+            raise UserError(f"command line: --sweep: {key} is given twice; valid: once, in --sweep")
+
+
+def _planned_run(words: Sequence[str], settings: Sequence[tuple[str, str]], names: dict[str, str]) -> PlannedRun:
+    over = [word for key, value in settings for word in (f"--{key}", value)]
+    config = load_config([*words, *over], PROG)
+    folder = Path(str(config.train.run_dir))
+    if not settings:
+        return PlannedRun(folder, tuple(words), config)
+    folder /= ",".join(f"{names[key]}={_safe(value)}" for key, value in settings)
+    return PlannedRun(folder, (*words, *over, "--train.run_dir", str(folder)), config)
+
+
+def _short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Key -> its name in a folder's name: without its section, unless two then look alike."""
+    tails = [key.partition(".")[2] for key in keys]
+    return {key: tail if tails.count(tail) == 1 else key for key, tail in zip(keys, tails, strict=True)}
+
+
+def _safe(value: str) -> str:
+    """A value as part of a folder's name; one that would be changed keeps a few letters of its hash."""
+    plain = re.sub(r"[^\w.+-]+", "_", value)[:_LONGEST_NAME]
+    return plain if plain == value else f"{plain}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
+
+
+def _check_distinct(runs: Sequence[PlannedRun]) -> None:
+    for run, other in itertools.combinations(runs, 2):
+        if run.config == other.config:
+            what = f"{run.dir.name} and {other.dir.name} are the same run"
+            raise UserError(f"command line: --sweep: {what}; valid: each value once")
+
+
+# --- what the runs of a sweep share -----------------------------------------------------------------------------------
+
+
+def reference_passes(runs: Sequence[PlannedRun]) -> list[tuple[str, ...]]:
+    """The command lines of `dpo.reference` that fill the cache for all runs, one for each set of rows.
+
+    A single run fills it itself, and so does one whose loss has no reference.
+    """
+    passes: list[tuple[Any, tuple[str, ...]]] = []
+    for run in runs if len(runs) > 1 else []:
+        facts = _reference_facts(run.config)
+        if run.config.loss.name != "sft" and facts not in [known for known, _ in passes]:
+            passes.append((facts, run.words))
+    return [words for _, words in passes]
+
+
+def _reference_facts(config: Config) -> tuple[Any, ...]:
+    """What the rows of the cache depend on; a row that is missing after all is computed by the run that needs it."""
+    sources = [dataclasses.replace(source, holdout=None) for source in (*config.data.train, *config.data.eval)]
+    data = dataclasses.replace(config.data, train=sources, eval=[], order="shuffled", num_proc=None)
+    model = (config.reference.path or config.model.path, config.model.tokenizer or config.model.path)
+    return (*model, config.model.dtype, config.parallel.compute_dtype, config.reference.cache_dir, data)
