@@ -45,10 +45,12 @@ floors only (`tests/test_structure.py` holds it to that):
     7  data.py            all sources -> training and evaluation pairs
     7  batches.py         trees of a step -> this rank's micro-batches
     7  export.py          final/, and python -m dpo.export
+    7  generation.py      answers from a sharded policy
     8  inputs.py          all input found, checked, hashed
     8  reference_pass.py  rows that the cache lacks are computed
     8  evaluation.py      passes without gradients
     9  reference.py       the log-probabilities of a run's pairs, and python -m dpo.reference
+    9  answers.py         what policy and reference say to a few evaluation prompts
    10  setup.py           a run, ready for its next step
    11  summary.py         what the terminal shows of a run
    12  train.py           train_step, train, python -m dpo.train
