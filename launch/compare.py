@@ -10,6 +10,7 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ evaluation stands first. Also writes the runs' entries for TensorBoard's HParams
 
 SHOWN = {
     "loss": "loss",
-    "rewards/accuracies": "accuracy",
+    "rewards/accuracies": "acc",
     "rewards/margins": "margin",
     "rewards/chosen": "chosen",
     "rewards/rejected": "rejected",
@@ -40,13 +41,10 @@ SHOWN = {
 LAST_STEPS = 10
 """A figure of training is its mean over so many last steps: one step's pairs say little."""
 
-PLACES_OF_RUNS = "train.run_dir"
-"""The key that always differs."""
-
 
 @dataclass(frozen=True)
-class FinishedOrNot:
-    """A run folder, read."""
+class RunFacts:
+    """What a run folder says."""
 
     folder: Path
     config: Mapping[str, Value]
@@ -64,7 +62,7 @@ class FinishedOrNot:
 # --- read ------------------------------------------------------------------------------------------------------------
 
 
-def read_runs(folders: Sequence[Path]) -> list[FinishedOrNot]:
+def read_runs(folders: Sequence[Path]) -> list[RunFacts]:
     """The runs among folders; what is no run is left out, and said. Raises UserError if there is none."""
     missing = [folder for folder in folders if not folder.exists()]
     if missing:
@@ -80,24 +78,28 @@ def read_runs(folders: Sequence[Path]) -> list[FinishedOrNot]:
     return [read_run(folder) for folder in found.values()]
 
 
-def read_run(folder: Path) -> FinishedOrNot:
+def read_run(folder: Path) -> RunFacts:
     """A run folder's config, state and figures. Raises UserError where a file in it is broken."""
     config = read_yaml_file(str(folder / CONFIG))
     if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
         raise UserError(f"{folder / CONFIG}: is no config; valid: what a run writes there")
     values = flat(config)
-    try:
+    with broken_json(folder / METRICS):
         lines = read_metrics(folder)
-    except json.JSONDecodeError as failure:
-        raise UserError(f"{folder / METRICS}: broken: {failure}; valid: what a run writes there") from failure
     steps = [line for line in lines if "train/loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
-    figures = {name: figure for name, figure in (evaluations or [{}])[-1].items() if name != "step"}
-    step = int(steps[-1]["step"]) if steps else 0
-    is_done = (folder / FINAL).is_dir()
-    return FinishedOrNot(
-        folder, values, is_done, step, step if is_done else _last_step(folder, values), figures | _means(steps)
-    )
+    figures = {name: figure for name, figure in (evaluations or [{}])[-1].items() if name != "step"} | _means(steps)
+    step, is_done = int(steps[-1]["step"]) if steps else 0, (folder / FINAL).is_dir()
+    return RunFacts(folder, values, is_done, step, step if is_done else _last_step(folder, values), figures)
+
+
+@contextmanager
+def broken_json(path: Path) -> Iterator[None]:
+    """Makes a UserError of JSON that does not parse."""
+    try:
+        yield
+    except json.JSONDecodeError as failure:
+        raise UserError(f"{path}: broken: {failure}; valid: what a run writes there") from failure
 
 
 def _means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -108,29 +110,30 @@ def _means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def _last_step(folder: Path, config: Mapping[str, Value]) -> int | None:
     """train.steps, or for epochs what the run wrote down when it knew its pairs."""
-    if "train.steps" in config:
-        return int(config["train.steps"])
-    path = folder / PROVENANCE
-    return json.loads(path.read_text(encoding="utf-8")).get("last_step") if path.is_file() else None
+    path, steps = folder / PROVENANCE, config.get("train.steps")
+    if isinstance(steps, int) or not path.is_file():
+        return steps if isinstance(steps, int) else None
+    with broken_json(path):
+        return json.loads(path.read_text(encoding="utf-8")).get("last_step")
 
 
 # --- compared --------------------------------------------------------------------------------------------------------
 
 
-def differing(runs: Sequence[FinishedOrNot]) -> list[str]:
+def differing(runs: Sequence[RunFacts]) -> list[str]:
     """The config keys whose values are not the same in all runs, in the order of the config."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    return [key for key in keys if key != PLACES_OF_RUNS and len({run.config.get(key) for run in runs}) > 1]
+    return [key for key in keys if key != "train.run_dir" and len({run.config.get(key) for run in runs}) > 1]
 
 
-def best_figure(runs: Sequence[FinishedOrNot], keys: Sequence[str]) -> str:
-    """By what runs are sorted unless told otherwise: losses that are not one and the same do not compare."""
+def best_figure(runs: Sequence[RunFacts], keys: Sequence[str]) -> str | None:
+    """By what runs are sorted unless told otherwise; losses that are not one and the same do not compare."""
     is_one_loss = not any(key.startswith("loss.") for key in keys)
-    has_rewards = any("eval/rewards/accuracies" in run.figures for run in runs)
-    return "eval/loss" if is_one_loss or not has_rewards else "eval/rewards/accuracies"
+    wanted = [*(["eval/loss"] if is_one_loss else []), "eval/rewards/accuracies", "eval/loss", "train/loss"]
+    return next((name for name in wanted if any(name in run.figures for run in runs)), None)
 
 
-def ordered(runs: Sequence[FinishedOrNot], name: str) -> list[FinishedOrNot]:
+def ordered(runs: Sequence[RunFacts], name: str) -> list[RunFacts]:
     """By a figure, the best first (losses: the smallest; others: the greatest), or by a config key, the smallest first.
 
     Runs without it come last. Raises UserError where no run has it.
@@ -149,13 +152,13 @@ def ordered(runs: Sequence[FinishedOrNot], name: str) -> list[FinishedOrNot]:
     return known + [run for run in runs if run not in known]
 
 
-def parent_of(runs: Sequence[FinishedOrNot]) -> Path:
+def parent_of(runs: Sequence[RunFacts]) -> Path:
     """The folder that all runs lie in; of a single one, itself."""
     folders = [run.folder.resolve() for run in runs]
     return folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.parent for folder in folders]))
 
 
-def name_of(run: FinishedOrNot, parent: Path) -> str:
+def name_of(run: RunFacts, parent: Path) -> str:
     """The run's folder, without what it shares with the others."""
     folder = run.folder.resolve()
     return folder.name if folder == parent else str(folder.relative_to(parent))
@@ -164,16 +167,16 @@ def name_of(run: FinishedOrNot, parent: Path) -> str:
 # --- shown -----------------------------------------------------------------------------------------------------------
 
 
-def table_of(runs: Sequence[FinishedOrNot], keys: Sequence[str], caption: str) -> Table:
+def table_of(runs: Sequence[RunFacts], keys: Sequence[str]) -> Table:
     """Two lines a run: its newest evaluation, and the end of its training."""
-    table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left")
-    table.add_column("run", overflow="fold")
-    table.add_column("steps", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("run", overflow="fold", max_width=40)
+    table.add_column("steps")
     for key in keys:
-        table.add_column(key, overflow="fold")
+        table.add_column(key, overflow="fold", max_width=24)
     table.add_column("")
     for heading in (*SHOWN.values(), "pairs/s"):
-        table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right")
     parent = parent_of(runs)
     for run in runs:
         about = [name_of(run, parent), _progress(run), *(_text(run.config.get(key)) for key in keys)]
@@ -184,7 +187,7 @@ def table_of(runs: Sequence[FinishedOrNot], keys: Sequence[str], caption: str) -
     return table
 
 
-def _progress(run: FinishedOrNot) -> str:
+def _progress(run: RunFacts) -> str:
     if run.is_done:
         return f"{run.step}, done"
     return f"{run.step} of {run.last_step}" if run.last_step is not None else f"{run.step}, not done"
@@ -198,7 +201,7 @@ def _number(figure: float | None) -> str:
     return "" if figure is None else f"{figure:.4g}"
 
 
-def as_json(runs: Sequence[FinishedOrNot], keys: Sequence[str]) -> list[dict[str, Any]]:
+def as_json(runs: Sequence[RunFacts], keys: Sequence[str]) -> list[dict[str, Any]]:
     """The same for programs: every figure, and of the config the keys that differ."""
     return [
         {
@@ -216,7 +219,7 @@ def as_json(runs: Sequence[FinishedOrNot], keys: Sequence[str]) -> list[dict[str
 # --- for TensorBoard -------------------------------------------------------------------------------------------------
 
 
-def write_entries(runs: Sequence[FinishedOrNot], keys: Sequence[str]) -> None:
+def write_entries(runs: Sequence[RunFacts], keys: Sequence[str]) -> None:
     """Writes each run's entry again, with the keys that differ as its columns, and says so."""
     boards = [run for run in runs if (run.folder / TENSORBOARD).is_dir()]
     written = 0
@@ -229,9 +232,12 @@ def write_entries(runs: Sequence[FinishedOrNot], keys: Sequence[str]) -> None:
             warn(f"no entry for TensorBoard's HParams tab in {run.folder}: {failure.strerror}")
     if written:
         count = f"{written} run{'s' * (written > 1)}"
-        say(
-            f"HParams entries of {count} written: tensorboard --logdir {os.path.relpath(parent_of(runs))}, started anew"
-        )
+        say(f"HParams entries of {count} written; to see them, start: tensorboard --logdir {_shown(parent_of(runs))}")
+
+
+def _shown(folder: Path) -> Path:
+    """A folder as a person types it from here."""
+    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def comparable(configs: Sequence[Mapping[str, Value]], keys: Sequence[str]) -> Iterator[dict[str, Value]]:
@@ -258,14 +264,13 @@ def main() -> None:
     runs = read_runs(arguments.runs)
     keys = differing(runs)
     by = arguments.sort or best_figure(runs, keys)
-    is_sortable = arguments.sort or any(by in run.figures for run in runs)
-    runs = ordered(runs, by) if is_sortable else runs
+    runs = ordered(runs, by) if by else runs
     if arguments.json:
         print(json.dumps(as_json(runs, keys), indent=1))
     else:
-        caption = f"by {by}; train: mean of the last {LAST_STEPS} steps"
-        width = None if sys.stdout.isatty() else 10_000  # a pipe has no edge to fold at
-        Console(highlight=False, width=width).print(table_of(runs, keys, caption))
+        # As wide as it is: a narrow terminal wraps lines, where a narrower table would cut figures.
+        Console(highlight=False, width=10_000).print(table_of(runs, keys))
+        print(f"sorted by {by or 'nothing'}; train: mean of the last {LAST_STEPS} steps")
     write_entries(runs, keys)
 
 

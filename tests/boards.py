@@ -1,8 +1,11 @@
 """What lies in a run's TensorBoard folder, as TensorBoard's own reader finds it."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata
 
 from dpo.charts import Place
 
@@ -24,3 +27,25 @@ def points_of(folder: Path) -> dict[Place, list[tuple[int, float]]]:
         for sub_run, board in accumulators(folder).items()
         for tag in board.Tags()["scalars"]
     }
+
+
+@dataclass(frozen=True)
+class HParamsEntry:
+    """What a sub-run shows in the HParams tab."""
+
+    values: Mapping[str, object]
+    columns: list[str]
+    """Keys of the config."""
+    figures: list[Place]
+
+
+def hparams_entry(folder: Path, sub_run: str) -> HParamsEntry:
+    """The entry in a sub-run."""
+    contents = accumulators(folder)[sub_run].PluginTagToContent("hparams")
+    session = metadata.parse_session_start_info_plugin_data(contents[metadata.SESSION_START_INFO_TAG])
+    experiment = metadata.parse_experiment_plugin_data(contents[metadata.EXPERIMENT_TAG])
+    return HParamsEntry(
+        {key: getattr(value, value.WhichOneof("kind")) for key, value in session.hparams.items()},
+        [info.name for info in experiment.hparam_infos],
+        [Place(sub_run, info.name.tag) for info in experiment.metric_infos],
+    )

@@ -3,7 +3,6 @@
 import re
 import socket
 import time
-from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
-from tensorboard.plugins.hparams import metadata
-from tensorboard.plugins.hparams.plugin_data_pb2 import SessionStartInfo
 from tensorboard.util.tensor_util import make_ndarray
 
 from dpo import dashboard
@@ -23,7 +20,7 @@ from dpo.config import Config, SourceConfig, to_yaml
 from dpo.dashboard import Answer, Dashboard, answers_table, fenced
 from dpo.hparams import ENTRY, FIGURES, KEYS
 from dpo.metrics import SUMS, pair_means, prefixed, train_figures
-from tests.boards import accumulators, points_of
+from tests.boards import accumulators, hparams_entry, points_of
 from tests.runs import make_config
 
 # --- where a figure is shown -----------------------------------------------------------------------------------------
@@ -251,20 +248,6 @@ def test_a_block_of_code_is_shown_as_it_is(text: str) -> None:
 # --- HParams ---------------------------------------------------------------------------------------------------------
 
 
-def entry(folder: Path, sub_run: str) -> tuple[Mapping[str, object], list[str], list[Place]]:
-    """(values of the session, columns of keys, places of the columns of figures) of a sub-run's entry."""
-    board = accumulators(folder)[sub_run]
-    contents = board.PluginTagToContent("hparams")
-    session = metadata.parse_session_start_info_plugin_data(contents[metadata.SESSION_START_INFO_TAG])
-    experiment = metadata.parse_experiment_plugin_data(contents[metadata.EXPERIMENT_TAG])
-    columns = [info.name for info in experiment.hparam_infos]
-    return values_of(session), columns, [Place(sub_run, info.name.tag) for info in experiment.metric_infos]
-
-
-def values_of(session: SessionStartInfo) -> dict[str, object]:
-    return {key: getattr(value, value.WhichOneof("kind")) for key, value in session.hparams.items()}
-
-
 def make(tmp_path: Path, **changes: object) -> Config:
     return make_config("model", "train.jsonl", tmp_path, **({"loss__beta": 0.25, "train__steps": 7} | changes))
 
@@ -279,13 +262,14 @@ def test_the_entry_has_the_config_and_the_figures_of_its_sub_run(tmp_path: Path,
     board.hparams(config)
     board.figures(1, trainer_figures())
     board.close()
-    values, columns, figures = entry(tmp_path, part)
+    entry = hparams_entry(tmp_path, part)
+    values = entry.values
     assert (values["loss.beta"], values["loss.name"], values["loss.length_normalized"]) == (0.25, "dpo", False)
     assert (values["train.steps"], values["model.path"]) == (7, "model")
     assert "train.epochs" not in values  # null
-    assert columns == list(KEYS)
-    assert set(figures) <= points_of(tmp_path).keys()
-    assert len(figures) == len(FIGURES)
+    assert entry.columns == list(KEYS)
+    assert set(entry.figures) <= points_of(tmp_path).keys()
+    assert len(entry.figures) == len(FIGURES)
 
 
 def test_the_entry_is_written_again_not_twice(tmp_path: Path) -> None:
@@ -293,7 +277,7 @@ def test_the_entry_is_written_again_not_twice(tmp_path: Path) -> None:
     board = Dashboard(tmp_path, 1)
     board.hparams(make(tmp_path, data__eval=[SourceConfig("eval.jsonl")]))
     board.hparams(make(tmp_path, data__eval=[SourceConfig("eval.jsonl")], optim__lr=1e-3))
-    assert entry(tmp_path, "eval")[0]["optim.lr"] == 1e-3
+    assert hparams_entry(tmp_path, "eval").values["optim.lr"] == 1e-3
     board.hparams(make(tmp_path))
     board.close()
     assert [path.parent.name for path in tmp_path.rglob(ENTRY)] == ["train"]
@@ -306,7 +290,7 @@ def test_a_start_keeps_the_entry(tmp_path: Path) -> None:
         board.hparams(make(tmp_path))
         board.figures(1, trainer_figures())
         board.close()
-    assert entry(tmp_path, "train")[0]["loss.beta"] == 0.25
+    assert hparams_entry(tmp_path, "train").values["loss.beta"] == 0.25
 
 
 def test_every_column_is_a_key_of_a_config(tmp_path: Path) -> None:
