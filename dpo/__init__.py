@@ -8,41 +8,46 @@ floors only (`tests/test_structure.py` holds it to that):
     0  progress.py        what rank 0 tells while it works
     0  run_files.py       what lies in a run folder, by name; read without torch
     0  preemption.py      SIGUSR2 asks a run to save and leave
+    0  network.py         which interface leads to the other nodes
     0  provenance.py      versions and git commit
     0  charts.py          where TensorBoard shows a figure
     0  event_files.py     TensorBoard's event files as bytes
     0  config_fields.py   every key with its default and its meaning
     0  fields.py          fields of raw rows, typed
     0  plan.py            (seed, step) -> pairs -> trees -> balanced StepPlan
+    0  lengths.py         lengths in numbers, and how much of a preference is length
     0  losses.py          the losses on the paper's index signature
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
     1  profiling.py       torch's profiler over a few steps
+    1  hparams.py         the run's entry in TensorBoard's HParams tab
     1  strict_yaml.py     YAML without surprises
     1  config_rules.py    bounds of keys, and keys that must fit each other
     1  json_rows.py       JSON and JSONL with line numbers
     1  records.py         raw row -> Example; one adapter a format
     1  cache.py           the files of the reference cache
     1  attention.py       shared-prefix attention: a segment loop on a CPU, FlexAttention on CUDA
-    1  hparams.py         the run's entry in TensorBoard's HParams tab
     2  config_io.py       YAML and command line against the fields
     2  tokens.py          Example -> TokenizedExample; templates, truncation
     2  packing.py         trees -> PackedBatch
     3  config.py          load_config, to_yaml
+    4  dashboard.py       a run in TensorBoard: charts, histograms, texts, answers
     4  distributed.py     process group, mesh; one decides, all follow; exit codes
     4  objective.py       log-probabilities of a batch -> what is minimized
     4  optim.py           optimizers, lr_at(step), the norm of a sharded gradient
     4  sources.py         a source of the config -> its raw rows
-    4  dashboard.py       a run in TensorBoard: charts, histograms, texts, answers
+    5  metrics.py         sums on the device -> one exchange a step -> metrics.jsonl, TensorBoard
     5  token_rows.py      the tokenized rows of a source, cached on disk
     5  weights.py         model folders: found, hashed, read and written a shard a rank
     5  checkpoint.py      saved, committed, verified, found, loaded
-    5  metrics.py         sums on the device -> one exchange a step -> metrics.jsonl, TensorBoard
     6  pair_set.py        the kept pairs as indices into token rows
     6  holdout.py         prompts that are kept from training
     6  report.py          what was read, dropped, cut: the counts
     6  policy.py          meta build, parallelize, load, completion_logps
     6  run_folder.py      what lies in a run folder decides how a run starts
     7  data.py            all sources -> training and evaluation pairs
+    7  data_statistics.py what the pairs look like: lengths, ends, repeats
+    7  step_tokens.py     how many tokens a step computes, and what sharing saves
+    7  shown_pairs.py     pairs as a person reads them, token by token
     7  batches.py         trees of a step -> this rank's micro-batches
     7  export.py          final/, and python -m dpo.export
     7  generation.py      answers from a sharded policy
@@ -54,6 +59,11 @@ floors only (`tests/test_structure.py` holds it to that):
    10  setup.py           a run, ready for its next step
    11  summary.py         what the terminal shows of a run
    12  train.py           train_step, train, python -m dpo.train
+    8  inspection.py      what a run will see of its data, in one value
+    9  inspect_words.py   an inspection in sentences and rows of tables
+   10  inspect_text.py    ... on a terminal
+   10  html_page.py       ... on a page
+   11  inspect.py         python -m dpo.inspect
     6  demo_world.py      the demo's questions, answers and model
     7  demo.py            python -m dpo.demo
 """

@@ -1,0 +1,188 @@
+"""What a run will see of its pairs, in numbers: lengths, ends, repeats, who wins by length.
+
+Pure functions of a `PairSet`, the set that is trained on. Rows are read a block at a time; memory holds a few integers
+and two keys a pair.
+"""
+
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from dpo.lengths import LengthBias, SetLengths, length_bias, lengths_of
+from dpo.pair_set import PairSet
+from dpo.token_rows import blocks, column_keys, keys16, lists, offsets, pairs_of
+
+COLUMNS = [
+    "prompt_ids",
+    "completion_ids",
+    "completion_keys",
+    "pairs",
+    "prompt_truncated",
+    "completions_truncated",
+]
+
+
+@dataclass(frozen=True)
+class EndIds:
+    """The ids that begin and end a text: the tokenizer's, for rows that came as tokens the model's."""
+
+    bos: tuple[int, ...]
+    eos: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Ends:
+    """How prompts and completions begin and end; counted over rows with a pair, and their completions in a pair."""
+
+    rows: int
+    prompts_cut: int
+    begin_without_bos: int
+    begin_with_bos: int
+    begin_with_two_bos: int
+    completions: int
+    completions_cut: int
+    end_with_eos: int
+    eos_inside: int
+    """Completions with an EOS before their last token."""
+
+    @property
+    def end_without_eos(self) -> int:
+        """Completions whose last token is no EOS: cut ones, and rows of tokens that have none."""
+        return self.completions - self.end_with_eos
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """What stands more than once in a set."""
+
+    prompts: int
+    """Different prompts, as the model sees them."""
+    repeated_rows: int
+    """Rows whose prompt an earlier row has too."""
+    prompts_made_equal: int
+    """How many more different prompts there were before truncation."""
+    repeated_pairs: int
+    """Pairs whose prompt, winner and loser an earlier pair has too."""
+    contradicted_pairs: int
+    """Pairs whose winner loses to their loser in another pair."""
+
+
+@dataclass(frozen=True)
+class SetStatistics:
+    """Everything about the pairs of training, or of evaluation."""
+
+    pairs: int
+    lengths: SetLengths
+    ends: Ends
+    repeats: Repeats
+    bias: LengthBias
+
+
+def summarize(pairs: PairSet, ids: EndIds) -> SetStatistics:
+    """The statistics of a set with at least one pair, read once from its beginning to its end."""
+    lengths, keys, ends = [], [], []
+    for block in _blocks(pairs):
+        lengths.append(_lengths_of(block))
+        keys.append(block.keys[block.pairs])
+        ends.append(_ends_of(block, ids))
+    table = np.concatenate(lengths)
+    return SetStatistics(
+        pairs=len(pairs),
+        lengths=lengths_of(table),
+        ends=Ends(*map(sum, zip(*map(astuple, ends), strict=True))),
+        repeats=_repeats(pairs, np.concatenate(keys)),
+        bias=length_bias(table[:, 1] - table[:, 2]),
+    )
+
+
+# --- blocks of rows --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Rows read together: R prompts, K completions one after the other, N pairs as indices (N, 2) into these."""
+
+    prompt_at: np.ndarray  # (R + 1,) where each prompt begins in `prompt_ids`
+    prompt_ids: np.ndarray
+    completion_at: np.ndarray  # (K + 1,)
+    completion_ids: np.ndarray
+    keys: np.ndarray  # (K,) of prompt and completion
+    row_of_pair: np.ndarray  # (N,)
+    pairs: np.ndarray
+    prompt_cut: np.ndarray  # (R,)
+    completions_cut: np.ndarray  # (R,) how many
+
+
+def _blocks(pairs: PairSet) -> Iterator[_Block]:
+    """All rows of a set, without blocks that have no pair."""
+    for start, table in blocks(pairs.rows, COLUMNS):
+        begin, end = np.searchsorted(pairs.row_of_pair, [start, start + len(table)])
+        if begin < end:
+            yield _block(table, pairs.row_of_pair[begin:end] - start, pairs.pair_in_row[begin:end])
+
+
+def _block(table: pa.Table, row_of_pair: np.ndarray, pair_in_row: np.ndarray) -> _Block:
+    prompt_at, prompt_ids = lists(table, "prompt_ids")
+    first_of_row, completions = lists(table, "completion_ids")
+    begins, listed = pairs_of(table)
+    return _Block(
+        prompt_at=prompt_at,
+        prompt_ids=prompt_ids.to_numpy(),
+        completion_at=offsets(completions),
+        completion_ids=completions.flatten().to_numpy(),
+        keys=keys16(lists(table, "completion_keys")[1]),
+        row_of_pair=row_of_pair,
+        pairs=listed[begins[row_of_pair] + pair_in_row] + first_of_row[row_of_pair][:, None],
+        prompt_cut=table.column("prompt_truncated").to_numpy(),
+        completions_cut=table.column("completions_truncated").to_numpy(),
+    )
+
+
+def _lengths_of(block: _Block) -> np.ndarray:
+    """Tokens of prompt, winner and loser of each pair, (N, 3)."""
+    completions = np.diff(block.completion_at)[block.pairs]
+    return np.column_stack([np.diff(block.prompt_at)[block.row_of_pair], completions]).astype(np.int32)
+
+
+# --- ends and repeats ------------------------------------------------------------------------------------------------
+
+
+def _ends_of(block: _Block, ids: EndIds) -> Ends:
+    rows, used = np.unique(block.row_of_pair), np.unique(block.pairs)
+    first, after = block.prompt_at[rows], block.prompt_at[rows + 1]
+    is_bos = np.isin(block.prompt_ids, ids.bos)
+    begins = is_bos[first]
+    twice = begins & (after - first > 1) & is_bos[np.minimum(first + 1, after - 1)]
+    is_eos = np.isin(block.completion_ids, ids.eos)
+    num_before = np.concatenate([[0], np.cumsum(is_eos)])
+    start, stop = block.completion_at[used], block.completion_at[used + 1]
+    at_end = is_eos[stop - 1]
+    return Ends(
+        rows=len(rows),
+        prompts_cut=int(block.prompt_cut[rows].sum()),
+        begin_without_bos=int((~begins).sum()),
+        begin_with_bos=int((begins & ~twice).sum()),
+        begin_with_two_bos=int(twice.sum()),
+        completions=len(used),
+        completions_cut=int(block.completions_cut[rows].sum()),
+        end_with_eos=int(at_end.sum()),
+        eos_inside=int((num_before[stop] - num_before[start] > at_end).sum()),
+    )
+
+
+def _repeats(pairs: PairSet, keys: np.ndarray) -> Repeats:
+    """`keys` (N, 2): those of winner and loser, each of which stands for the prompt too."""
+    rows = np.unique(pairs.row_of_pair)
+    seen, full = (np.unique(column_keys(pairs.rows, name)[rows]) for name in ("prompt_key", "full_prompt_key"))
+    forward, backward = (np.ascontiguousarray(both).view("S32").ravel() for both in (keys, keys[:, ::-1]))
+    repeated = len(forward) - len(np.unique(forward))
+    contradicted = int(np.isin(forward, backward).sum())
+    return Repeats(len(seen), len(rows) - len(seen), len(full) - len(seen), repeated, contradicted)
+
+
+def shared_pairs(train: PairSet, evaluation: PairSet) -> int:
+    """Pairs of evaluation whose prompt, as the model sees it, stands in training too."""
+    mine, theirs = (column_keys(pairs.rows, "prompt_key")[pairs.row_of_pair] for pairs in (evaluation, train))
+    return int(np.isin(mine, theirs).sum())

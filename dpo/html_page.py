@@ -1,0 +1,66 @@
+"""An inspection as one HTML page that needs nothing else: the template is `html_page.html`, which escapes it all."""
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from dpo.inspect_words import (
+    NAMES,
+    bias_line,
+    count_rows,
+    cut_words,
+    findings,
+    length_cells,
+    length_headings,
+    parts_of,
+    sets_of,
+    span,
+    step_rows,
+    steps_line,
+    tokenizer_lines,
+)
+from dpo.inspection import Inspection
+from dpo.lengths import PERCENTS
+
+TEMPLATE = "html_page.html"
+
+
+def html_page(inspection: Inspection) -> str:
+    """The page; no script, and no resource from elsewhere."""
+    environment = Environment(loader=PackageLoader("dpo", ""), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"n": "{:,.0f}".format, "share": "{:.1%}".format}
+    return environment.get_template(TEMPLATE).render(
+        config=inspection.config,
+        figures=_figures(inspection),
+        findings=findings(inspection),
+        report=inspection.report,
+        sets=sets_of(inspection),
+        names=NAMES,
+        percents=PERCENTS,
+        parts_of=parts_of,
+        length_headings=length_headings(),
+        length_cells=length_cells,
+        tokenizer_lines=tokenizer_lines(inspection.tokenizer),
+        count_rows=count_rows(inspection),
+        bias_line=bias_line,
+        span=span,
+        cut_words=cut_words,
+        steps=inspection.steps,
+        steps_line=steps_line(inspection),
+        step_rows=step_rows(inspection.steps),
+        examples=inspection.examples,
+    )
+
+
+def _figures(inspection: Inspection) -> list[tuple[str, str]]:
+    """(figure, what it is) of what a person looks for first."""
+    report, ends, steps = inspection.report, inspection.train.ends, inspection.steps
+    dropped = sum(sum(source.dropped.values()) for source in report.sources)
+    return [
+        (f"{report.train_pairs:,}", "pairs to train on"),
+        (f"{report.eval_pairs:,}", "pairs to evaluate"),
+        (f"{dropped:,}", "pairs dropped"),
+        (f"{ends.prompts_cut / ends.rows:.1%}", "of prompts cut"),
+        (f"{ends.completions_cut / ends.completions:.1%}", "of completions cut"),
+        (f"{inspection.train.bias.longer_share:.1%}", "longer one wins"),
+        (f"{steps.shared:,.0f}", "tokens a step"),
+        (f"{steps.saved(steps.unpadded):.1%}", "of tokens saved by sharing"),
+    ]

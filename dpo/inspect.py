@@ -1,0 +1,104 @@
+"""What the trainer will really see of its data: counts, drops, lengths, ends, repeats, length bias, examples.
+
+    python -m dpo.inspect --config FILE [--SECTION.KEY VALUE ...] [--html FILE] [--examples N]
+
+Runs without a GPU, and without weights: of a hub model only config and tokenizer are downloaded. The data goes the
+trainer's own way, and its cache of tokenized rows serves the trainer afterwards.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import disable_progress_bars
+from transformers import PretrainedConfig
+
+from dpo.config import Config, load_config
+from dpo.data import PreferenceData, prepare_data
+from dpo.distributed import run_program
+from dpo.errors import UserError
+from dpo.html_page import html_page
+from dpo.inputs import make_order
+from dpo.inspect_text import make_console, print_inspection
+from dpo.inspection import Inspection, inspect_data
+from dpo.progress import is_quiet, say
+from dpo.tokens import load_tokenizer
+from dpo.weights import read_model_config
+
+DESCRIPTION = """Shows what the trainer will really see of its data; needs no GPU and no weights. Beside the keys below:
+--html FILE also writes all of it as one page that needs nothing else; --examples N shows the first N pairs of step 1,
+token by token (default: 3)."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    config: Config
+    html: Path | None
+    examples: int
+
+
+def read_arguments(argv: Sequence[str]) -> Arguments:
+    """Raises UserError for what is wrong; --help and --print_config print and raise SystemExit(0)."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--html", type=Path)
+    parser.add_argument("--examples", type=int, default=3)
+    try:
+        own, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"command line: {error}; valid: see python -m dpo.inspect --help") from error
+    config = load_config(rest, "dpo.inspect", DESCRIPTION)
+    if own.examples < 0:
+        raise UserError(f"command line: --examples: must be >= 0, got {own.examples}; valid: an integer >= 0")
+    if own.html is not None and (own.html.is_dir() or not own.html.parent.is_dir()):
+        raise UserError(f"command line: --html: cannot be written: {own.html}; valid: a file in a folder that exists")
+    return Arguments(config, own.html, own.examples)
+
+
+def inspect(config: Config, num_examples: int) -> Inspection:
+    """Reads, tokenizes and counts all data of a run."""
+    model_config = find_model_config(config)
+    say("data: reading, and tokenizing what is not in the cache")
+    data = prepare_data(config, model_config)
+    order, last_step, _ = make_order(config, data)
+    return inspect_data(config, model_config, find_tokenizer(config, data), data, order, last_step, num_examples)
+
+
+def find_model_config(config: Config) -> PretrainedConfig:
+    """The config of model.path, a folder or hub id; no weights need to be there, and none are downloaded."""
+    path = Path(config.model.path)
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"model.path: {path} has no config.json; valid: a Hugging Face model folder or hub id")
+    if not path.exists() and (config.model.path.count("/") != 1 or config.model.path.startswith((".", "/", "~"))):
+        raise UserError(f"model.path: no such folder: {path}; valid: a Hugging Face model folder or hub id")
+    return read_model_config(path, config.model.trust_remote_code)
+
+
+def find_tokenizer(config: Config, data: PreferenceData) -> Any:
+    """The tokenizer of the data; None where all of it came as tokens and no tokenizer is named or lies by the model."""
+    path = config.model.tokenizer or config.model.path
+    files = [*Path(path).glob("tokenizer*"), *Path(path).glob("*vocab*")]
+    is_needed = any(source.format != "tokens" for source in data.report.sources)
+    if not (is_needed or config.model.tokenizer or files):
+        return None
+    return load_tokenizer(path, config.model.trust_remote_code)
+
+
+def main() -> None:
+    """`python -m dpo.inspect`."""
+    arguments = read_arguments(sys.argv[1:])
+    if is_quiet() or not sys.stderr.isatty():
+        disable_progress_bars()
+    inspection = inspect(arguments.config, arguments.examples)
+    print_inspection(inspection, make_console())
+    if arguments.html:
+        arguments.html.write_text(html_page(inspection), encoding="utf-8")
+        say(f"the page is in {arguments.html}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

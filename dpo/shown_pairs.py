@@ -1,0 +1,136 @@
+"""Pairs as a person reads them: token by token, special tokens and control characters visible, cut ends marked."""
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dpo.pair_set import PairSet
+from dpo.report import SourceReport
+
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+CONTROL_PICTURES = 0x2400  # ␀, ␁, …
+UNSEEN = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats, private, separators of lines
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token: its text, visible to the last character, or its id where there is no tokenizer."""
+
+    id: int
+    text: str
+    is_special: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """A prompt or a completion. `is_cut`: a prompt lost its beginning, a completion its end."""
+
+    tokens: tuple[Token, ...]
+    is_cut: bool
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """A pair with the place of its row."""
+
+    place: str
+    prompt: Part
+    chosen: Part
+    rejected: Part
+
+
+@dataclass(frozen=True)
+class Speller:
+    """What turns ids into tokens; without a tokenizer the ids themselves are shown."""
+
+    tokenizer: Any
+    special: frozenset[int]
+
+    def tokens(self, ids: Sequence[int]) -> tuple[Token, ...]:
+        texts = [str(i) for i in ids] if self.tokenizer is None else token_texts(self.tokenizer, ids)
+        return tuple(Token(i, visible(text), i in self.special) for i, text in zip(ids, texts, strict=True))
+
+
+def make_speller(tokenizer: Any, end_ids: Iterable[int]) -> Speller:
+    """`tokenizer`: None where all data came as tokens and the model has none; `end_ids`: BOS and EOS."""
+    special = {*end_ids}
+    if tokenizer is not None:
+        added = tokenizer.added_tokens_decoder
+        special |= {*tokenizer.all_special_ids, *(number for number, token in added.items() if token.special)}
+    return Speller(tokenizer, frozenset(special))
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the decoded text; INCOMPLETE for one that only begins a character or goes on with it."""
+
+    def decode(some: Sequence[int]) -> str:
+        after_eos = [tokenizer.eos_token_id, *some]  # the first token of a text would lose its space
+        return tokenizer.decode(after_eos, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    texts = []
+    begin, known = 0, 0  # the last token, or tokens, that were a whole text lie between them, as context
+    for end in range(1, len(ids) + 1):
+        text = decode(ids[begin:end])
+        if text.endswith(INCOMPLETE):
+            texts.append(INCOMPLETE)
+        else:
+            texts.append(text[len(decode(ids[begin:known])) :])
+            begin, known = known, end
+    return texts
+
+
+def visible(text: str) -> str:
+    """A line feed as ↵ before the line's end, a tab as ⇥, other characters that are not seen by picture or number.
+
+    What stands in data must not steer a terminal, nor the direction of a page.
+    """
+    return "".join(_visible_character(character) for character in text)
+
+
+def _visible_character(character: str) -> str:
+    code = ord(character)
+    if character in "\n\t":
+        return {"\n": "↵\n", "\t": "⇥"}[character]
+    if code < 0x20:
+        return chr(CONTROL_PICTURES + code)
+    return f"<U+{code:04X}>" if unicodedata.category(character) in UNSEEN else character
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def show_pairs(
+    pairs: PairSet, ids: np.ndarray, speller: Speller, eos_ids: Sequence[int], sources: Sequence[SourceReport]
+) -> list[ShownPair]:
+    """The pairs of these ids. `sources`: those whose rows stand in `pairs.rows`, in that order."""
+    shown = []
+    for number, pair in zip(ids.tolist(), pairs.pairs(ids), strict=True):
+        row = int(pairs.row_of_pair[number])
+        prompt_cut, cut = _cuts(pairs, row, eos_ids)
+        parts = [Part(speller.tokens(pair.prompt_ids.tolist()), prompt_cut)]
+        for completion in (pair.chosen_ids.tolist(), pair.rejected_ids.tolist()):
+            parts.append(Part(speller.tokens(completion), tuple(completion) in cut))
+        shown.append(ShownPair(_place(row, sources), *parts))
+    return shown
+
+
+def _cuts(pairs: PairSet, row: int, eos_ids: Sequence[int]) -> tuple[bool, set[tuple[int, ...]]]:
+    """Whether a row's prompt was cut, and those of its completions in a kept pair that were.
+
+    The row says how many: they are the longest ones, and where others are as long, those without EOS.
+    """
+    fields = pairs.rows[row]
+    used = [tuple(fields["completion_ids"][i]) for i in sorted({i for pair in fields["pairs"] for i in pair})]
+    used.sort(key=lambda ids: (-len(ids), ids[-1] in eos_ids))
+    return fields["prompt_truncated"], set(used[: fields["completions_truncated"]])
+
+
+def _place(row: int, sources: Sequence[SourceReport]) -> str:
+    for source in sources:
+        if row < source.rows:
+            return f"{source.key} {source.path}, row {row} (from 0)"
+        row -= source.rows
+    raise AssertionError("a row of no source")
