@@ -48,6 +48,16 @@ class PairSet:
             result.append(Pair(prompt, completions[winner], completions[loser]))
         return result
 
+    def lengths(self) -> np.ndarray:
+        """Tokens of prompt, winner and loser of each pair, (N, 3) int32."""
+        columns, parts = ["prompt_ids", "completion_ids", "pairs"], [np.empty((0, 3), np.int32)]
+        for table, numbers, places in _pairs_by_block(self.rows, columns, self.row_of_pair, self.pair_in_row, BLOCK):
+            (prompt_at, _), (starts, completions) = lists(table, "prompt_ids"), lists(table, "completion_ids")
+            begins, pairs = pairs_of(table)
+            listed = pairs[begins[numbers] + places] + starts[numbers][:, None]
+            parts.append(np.column_stack([np.diff(prompt_at)[numbers], np.diff(offsets(completions))[listed]]))
+        return np.concatenate(parts).astype(np.int32)
+
     def completions(self) -> Iterator[Completions]:
         """(prompt_ids, the ids of its completions that stand in a kept pair, their keys) of every row with such."""
         columns = ["prompt_ids", "completion_ids", "completion_keys", "pairs"]

@@ -113,7 +113,6 @@ def fill(
         on_main(world, lambda: write_atomically(folder / "about.json", json.dumps(facts, indent=1).encode()))
         todo = _select(sets, missing)
         _compute(todo, int(missing.sum()), folder, reference(), packer, head_bytes, world, stop_requested)
-        free_memory()
     blocks = on_main(world, lambda: block_names(folder))
     rows = together(lambda: read_blocks(folder, blocks))
     computed = int(missing.sum())

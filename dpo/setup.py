@@ -1,11 +1,13 @@
 """From checked input to everything that a run needs: policy, reference log-probabilities, optimizer."""
 
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dpo.answers import AnswerBook, prepare_answers
 from dpo.batches import Packer, make_packer
 from dpo.checkpoint import load_checkpoint
 from dpo.config import Config
@@ -16,7 +18,7 @@ from dpo.optim import make_optimizer
 from dpo.policy import Policy, compute_dtype, load_policy, reshard
 from dpo.preemption import StopRequest
 from dpo.reference import fill_cache
-from dpo.reference_pass import ReferencePass, lookup
+from dpo.reference_pass import ReferencePass, free_memory, lookup
 from dpo.run_folder import Start
 
 
@@ -35,6 +37,8 @@ class Run:
     packer: Packer
     reference_pass: ReferencePass | None
     """None where the loss has no reference."""
+    answers: AnswerBook | None
+    """None where no sampled answers are asked for, or can be given."""
     stop_requested: StopRequest
 
     @property
@@ -69,16 +73,22 @@ def build_run(
     policy = load_policy(config, world, model.config, model.folder)
     packer = make_packer(config, world, model.config)
     reference_pass = None
+
+    @functools.cache
+    def reference_policy() -> Policy:
+        is_own = reference.hash == model.hash
+        return policy if is_own else load_policy(config, world, reference.config, reference.folder)
+
     if has_reference(config.loss):
-
-        def reference_policy() -> Policy:
-            is_own = reference.hash == model.hash
-            return policy if is_own else load_policy(config, world, reference.config, reference.folder)
-
         rows, reference_pass = fill_cache(config, world, inputs, reference_policy, packer, stop_requested)
         packer = replace(packer, ref_logps=lookup(rows))
-        reshard(policy)
+    answers = prepare_answers(config, world, inputs, reference_policy)
+    reference_policy.cache_clear()
+    free_memory()
+    reshard(policy)
     optimizer = make_optimizer(policy.model.parameters(), config.optim)
     if start.checkpoint:
         load_checkpoint(start.checkpoint, policy.model, optimizer)
-    return Run(config, world, inputs, start, identity, policy, optimizer, packer, reference_pass, stop_requested)
+    return Run(
+        config, world, inputs, start, identity, policy, optimizer, packer, reference_pass, answers, stop_requested
+    )

@@ -7,11 +7,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dpo.config import Config, OptimConfig
+from dpo.config import Config, OptimConfig, to_yaml
+from dpo.dashboard import Answer, fenced
+from dpo.evaluation import Evaluation
 from dpo.metrics import MetricsWriter, prefixed
 from dpo.plan import grow_trees
 from dpo.progress import say
-from dpo.run_files import FINAL, read_metrics
+from dpo.run_files import FINAL, PROVENANCE, read_metrics
 from dpo.setup import Run
 
 COLUMNS = 100
@@ -189,14 +191,34 @@ def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], g
 
 
 def introduce(run: Run, writer: MetricsWriter) -> None:
-    """Tells, on rank 0, what is about to run."""
+    """Tells, on rank 0, what is about to run: on the terminal, and as texts and histograms in TensorBoard."""
     if run.reference_pass and run.start.step == 0:
         writer.write(0, prefixed("reference", vars(run.reference_pass)))
-    for line in start_lines(run):
+    table = start_lines(run)
+    for line in table:
         say(line)
+    writer.board.text("run", fenced("\n".join(table)))
+    writer.board.text("config", fenced(to_yaml(run.config)))
+    writer.board.text("data", fenced("\n".join(run.inputs.data.report.lines())))
+    writer.board.text("code", fenced((run.dir / PROVENANCE).read_text(encoding="utf-8")))
+    writer.board.hparams(run.config)
+    if run.start.step == 0:
+        for name, tokens in zip(("prompt", "chosen", "rejected"), run.inputs.data.train.lengths().T, strict=True):
+            writer.board.histogram(f"train/lengths/{name}", tokens, 0)
 
 
-def conclude(run: Run, writer: MetricsWriter) -> None:
+def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluation, answers: Sequence[Answer]) -> None:
+    """Tells, on rank 0, how an evaluation went."""
+    figures = prefixed("eval", result.figures)
+    writer.write(step, figures)
+    if len(result.margins):
+        writer.board.histogram("eval/rewards/margins", result.margins, step)
+    if answers:
+        writer.board.answers(step, answers)
+    say(evaluation_line(step, run.inputs.last_step, figures))
+
+
+def conclude(run: Run) -> None:
     """Tells, on rank 0, what came of it."""
     say(f"done: {max(run.start.step, run.inputs.last_step)} steps, the model is in {run.dir / FINAL}")
     for line in end_lines(run.dir, read_metrics(run.dir)):

@@ -3,6 +3,7 @@
 Without torchrun, `python -m dpo.train` is a run on one rank. Read `train_step` first, then `train`.
 """
 
+import functools
 import math
 import socket
 import sys
@@ -12,6 +13,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 
 import torch
 
+from dpo.answers import answer, open_answers
 from dpo.checkpoint import RunState, save_checkpoint
 from dpo.config import Config, load_config
 from dpo.distributed import all_gather, on_main, open_world, run_program
@@ -32,7 +34,7 @@ from dpo.provenance import provenance
 from dpo.run_files import FINAL, PROFILE
 from dpo.run_folder import check_identity, find_start, identity_of, is_finished, lacks_evaluation, open_run_folder
 from dpo.setup import Run, build_run
-from dpo.summary import conclude, evaluation_line, introduce, step_line
+from dpo.summary import conclude, introduce, show_evaluation, step_line
 
 DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node with eight GPUs:
 torchrun --standalone --nproc-per-node 8 -m dpo.train --config FILE; without torchrun, python -m dpo.train is a run on
@@ -140,12 +142,11 @@ def _evaluate(run: Run, writer: MetricsWriter | None, step: int) -> None:
     if not len(run.inputs.data.eval):
         return
     result = evaluate(run.policy, run.inputs.data.eval, run.packer, run.config.loss, run.head_bytes)
-    figures = prefixed("eval", result.figures)
-    if not math.isfinite(figures["eval/loss"]):
-        raise RunError(f"evaluation after step {step}: the loss is {figures['eval/loss']}")
+    if not math.isfinite(result.figures["loss"]):
+        raise RunError(f"evaluation after step {step}: the loss is {result.figures['loss']}")
+    answers = answer(run.policy, run.answers, step) if run.answers else []
     if writer:
-        writer.write(step, figures)
-        say(evaluation_line(step, run.inputs.last_step, figures))
+        show_evaluation(run, writer, step, result, answers)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -168,6 +169,8 @@ def run_training(config: Config) -> None:
             verify_start(run.policy, _batches(run, 1), config.loss, run.compute_dtype, run.head_bytes)
         origin = provenance(all_gather(socket.gethostname()), world.size)
         on_main(world, lambda: open_run_folder(config, start, origin))
+        if run.answers:
+            on_main(world, functools.partial(open_answers, run.answers, start.step))
         writing = closing(MetricsWriter(run.dir, start.step + 1)) if world.is_main else nullcontext()
         with writing as writer:
             if writer:
@@ -175,7 +178,7 @@ def run_training(config: Config) -> None:
             train(run, writer)
             export(run.policy, inputs.model.folder, run.dir / FINAL, config, world)
             if writer:
-                conclude(run, writer)
+                conclude(run)
 
 
 def main() -> None:
