@@ -68,7 +68,7 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
     """The request of a command line (null: this process's own). Raises UserError; --help raises SystemExit(0)."""
     own, keys = split_words(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(_parser(), own)
-    config = ["--config", args.config] if args.config else []
+    config = [word for file in args.config for word in ("--config", file)]  # a second one is refused with the rest
     request = Request(
         words=(*config, *keys, *(["--quiet"] if args.quiet else [])),
         sweep=tuple(args.sweep),
@@ -114,7 +114,13 @@ def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {PROG}", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file of the run; --SECTION.KEY VALUE goes over it")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="YAML file of the run; --SECTION.KEY VALUE goes over it",
+    )
     _add_where(parser.add_argument_group("where and how long"))
     _add_restarts(parser.add_argument_group("stopping and going on"))
     _add_sweep(parser.add_argument_group("many runs"))
@@ -130,7 +136,7 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--nodes", type=_positive, default=1, metavar="N", help="nodes (default: 1)")
     about = "GPUs of each node, one rank each; 8, or a type as in a100:8; 0: ranks on CPUs"
     group.add_argument("--gpus-per-node", metavar="N", help=about)
-    about = "ranks of each node where there are no GPUs; else their number"
+    about = "ranks of each node where --gpus-per-node does not tell: on CPUs, or on GPUs of --sbatch gres=gpu:8"
     group.add_argument("--ranks-per-node", type=_positive, metavar="N", help=about)
     about = f"most time that the job runs before it is requeued: {FORMATS}; SLURM needs it"
     group.add_argument("--time", metavar="TIME", help=about)
@@ -167,7 +173,7 @@ def _add_sbatch(group: argparse._ArgumentGroup) -> None:
 def _add_job(group: argparse._ArgumentGroup) -> None:
     about = "a line for the shell before the run starts, as in --setup 'module load cuda'; may be given again"
     group.add_argument("--setup", action="append", default=[], metavar="LINE", help=about)
-    about = "an environment variable of the ranks; may be given again"
+    about = "an environment variable of the ranks, kept in the run folder; may be given again"
     group.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help=about)
     about = "the Python of the job, the one in a container for one (default: this one)"
     group.add_argument("--python", default=sys.executable, metavar="FILE", help=about)

@@ -29,24 +29,30 @@ class End:
 def decide(end: End, max_crashes: int) -> Outcome:
     """The outcome; `preempted` and `crashed` mean that the job starts again."""
     if end.exit_code == 0:
-        return _good(end)
+        return _done(end) if _state(end) == "done" else _preempted(end)
     if end.was_ended:
         return Outcome("stopped", "SIGTERM: cancelled, or requeued by hand", 143)
     cause = first_cause(end.failures)
     if cause and cause.is_exception:
         return Outcome("failed", str(cause), 2 if cause.is_users else 1, "" if cause.is_told else cause.traceback)
     if end.asked_to_stop:
-        return Outcome("preempted", "the ranks did not save in time (--signal-delay); the checkpoint before counts", 1)
+        return _preempted(end)
     why = describe(end.failures)
     if end.crashes_before < max_crashes:
         return Outcome("crashed", f"{why}; restart {end.crashes_before + 1} of at most {max_crashes}", 1)
-    return Outcome("failed", f"{why}; restarted {end.crashes_before} times already (--max-crashes)", 1)
+    return Outcome("failed", f"{why}; --max-crashes {max_crashes} is used up", 1)
 
 
-def _good(end: End) -> Outcome:
-    """Where torchrun's exit code is 0: what rank 0 wrote tells a run that is done from one that stopped to go on."""
-    state = end.status.get("state", "preempted" if end.asked_to_stop else "done")
-    step = f"step {end.status['step']}" if "step" in end.status else "an unknown step"
-    if state == "preempted":
-        return Outcome("preempted", f"saved at {step}")
-    return Outcome("done", f"at {step}" if "step" in end.status else "")
+def _state(end: End) -> str:
+    """What rank 0 wrote: it tells a run that is done from one that stopped to go on."""
+    return str(end.status.get("state", "preempted" if end.asked_to_stop else "done"))
+
+
+def _done(end: End) -> Outcome:
+    return Outcome("done", f"step {end.status['step']}" if "step" in end.status else "")
+
+
+def _preempted(end: End) -> Outcome:
+    if end.status.get("state") == "preempted":
+        return Outcome("preempted", f"saved at step {end.status['step']}" if "step" in end.status else "saved")
+    return Outcome("preempted", "the ranks did not end in time (--signal-delay); goes on from the checkpoint before", 1)

@@ -1,9 +1,12 @@
 """submitit's executors for a request, and what they submit: scripts and ids."""
 
+import io
 import os
+import shlex
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stderr
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -59,10 +62,11 @@ def _srun_args(request: Request) -> list[str]:
 
 def sbatch_script(request: Request, folder: Path, name: str, count: int = 1, after: Sequence[str] = ()) -> str:
     """The script that sbatch would get for `count` jobs, also where SLURM is not installed."""
-    python = f"{request.python} -u -m submitit.core._submit {folder.absolute()}"
+    where = folder.absolute()
+    command = f"{shlex.quote(request.python)} -u -m submitit.core._submit {shlex.quote(str(where))}"
     parameters = slurm_parameters(request, name, after)
-    text: str = _make_sbatch_string(python, folder.absolute(), map_count=count if count > 1 else None, **parameters)
-    return text
+    script: str = _make_sbatch_string(command, where, map_count=count if count > 1 else None, **parameters)
+    return script
 
 
 def check_cluster(request: Request) -> None:
@@ -76,13 +80,30 @@ def submit_to_slurm(
     request: Request, folder: Path, name: str, works: Sequence[Work], after: Sequence[str] = ()
 ) -> list[Submission]:
     """Queues jobs, as an array if there are several. Raises RunError where sbatch refuses."""
-    executor = submitit.SlurmExecutor(folder, max_num_timeout=request.max_timeouts, python=request.python)
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=request.max_timeouts, python=shlex.quote(request.python))
     executor.update_parameters(**slurm_parameters(request, name, after))
-    try:
-        jobs = executor.submit_array(works)
-    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as failure:
-        raise RunError(f"sbatch refuses the job: {failure}") from failure
+    with _nothing_left_of_a_failure(folder):
+        try:
+            with redirect_stderr(io.StringIO()):  # submitit prints there what it also raises
+                jobs = executor.submit_array(works)
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as failure:
+            raise RunError(f"sbatch refuses the job: {str(failure).replace('sbatch: error: ', '')}") from failure
     return [Submission("slurm", job.job_id, str(job.paths.stdout)) for job in jobs]
+
+
+@contextmanager
+def _nothing_left_of_a_failure(folder: Path) -> Iterator[None]:
+    """Removes what appears in a folder during a with-block that fails, and the folders that are then empty."""
+    before = set(folder.iterdir()) if folder.is_dir() else set()
+    try:
+        yield
+    except BaseException:
+        for path in set(folder.iterdir()) - before if folder.is_dir() else ():
+            path.unlink()
+        for empty in (folder, folder.parent):
+            if empty.is_dir() and not any(empty.iterdir()):
+                empty.rmdir()
+        raise
 
 
 def submit_locally(request: Request, folder: Path, work: Work) -> Submission:
@@ -92,7 +113,7 @@ def submit_locally(request: Request, folder: Path, work: Work) -> Submission:
 
 
 def _start_local(request: Request, folder: Path, work: Work) -> Submission:
-    executor = submitit.LocalExecutor(folder, max_num_timeout=request.max_timeouts, python=request.python)
+    executor = submitit.LocalExecutor(folder, max_num_timeout=request.max_timeouts, python=shlex.quote(request.python))
     gpus = int(request.gpus.rpartition(":")[2]) if request.gpus else 0
     executor.update_parameters(
         timeout_min=request.minutes or _FOREVER,

@@ -13,9 +13,9 @@ from pathlib import Path
 
 _LOST_PEER = re.compile(
     r"gloo/transport/|Connection closed by peer|Connection reset by peer|Broken pipe"
-    r"|^Dist(Backend|Network|Store)Error|ncclRemoteError|NCCL communicator was aborted"
+    r"|^Dist(Backend|Network|Store)Error|ncclRemoteError|NCCL communicator was aborted|^SignalException"
 )
-"""What a rank says that only lost another one, or waited for it in vain."""
+"""What a rank says that only lost another one, or waited for it in vain; and torchrun, when it was ended itself."""
 
 _TABLE_ROW = re.compile(
     r"^ +time +: (?P<time>\S+)\n +host .*\n +rank +: (?P<rank>\d+) \(local_rank: (?P<local>\d+)\)\n"

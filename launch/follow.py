@@ -19,6 +19,8 @@ from launch.reports import FINAL, Outcome, Submission, read_outcome
 _LOOK_SECONDS = 0.5
 _QUEUE_SECONDS = 10.0
 """Time between questions to SLURM's controller, which serves everybody."""
+_LAST_WORDS_SECONDS = 3.0
+"""A job that has left the queue has this long to say how it ended."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ def follow(jobs: Sequence[Followed]) -> None:
     try:
         outcomes = _watch(jobs)
     except KeyboardInterrupt:
-        cancel = "; ".join(dict.fromkeys(cancel_command(job.submission) for job in jobs))
+        names = list(dict.fromkeys(job.submission.whole for job in jobs))
+        cancel = cancel_command(jobs[0].submission.cluster, names)
         print(f"\nthe job goes on; to cancel it: {cancel}", file=sys.stderr)
         raise
     failed = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome.state != "done"]
@@ -47,9 +50,9 @@ def follow(jobs: Sequence[Followed]) -> None:
         raise kind(f"job {job.submission.job}: {outcome.message or outcome.state}{more}")
 
 
-def cancel_command(submission: Submission) -> str:
-    """What a person types to end the job."""
-    return f"scancel {submission.job}" if submission.cluster == "slurm" else f"kill -- -{submission.job}"
+def cancel_command(cluster: str, jobs: Sequence[str]) -> str:
+    """What a person types to end jobs."""
+    return f"scancel {' '.join(jobs)}" if cluster == "slurm" else f"kill -- -{jobs[0]}"
 
 
 def _watch(jobs: Sequence[Followed]) -> list[Outcome]:
@@ -105,10 +108,10 @@ class _Watch:
             return outcome
         if time.monotonic() < self.next_question:
             return None
-        self.next_question = time.monotonic() + _QUEUE_SECONDS
         state = self._ask()
         self.state = state.lower() if state else "not in the queue"
         is_over = state is None or bool(squeue.ENDED.fullmatch(state))
+        self.next_question = time.monotonic() + (_LAST_WORDS_SECONDS if is_over else _QUEUE_SECONDS)
         self.misses = self.misses + 1 if is_over else 0
         return Outcome("failed", _why(state), 1) if self.misses > 1 else None
 

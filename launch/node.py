@@ -119,7 +119,7 @@ class NodeJob:
         self._tell(outcome)
         if outcome.state in ("preempted", "crashed"):
             outcome = self._requeue(outcome)
-        if outcome.state == "stopped" and squeue.state(os.environ.get("SLURM_JOB_ID", "")) == "RUNNING":
+        if outcome.state == "stopped" and _runs_on():
             # SLURM preempts with a time of grace, or a person sent SIGTERM: nothing else would start it again.
             outcome = self._requeue(Outcome("preempted", "SIGTERM, and SLURM lets the job go on", 143))
         if outcome.state != "done":
@@ -156,6 +156,12 @@ def _where(folder: Path) -> tuple[torchrun.Place, Attempt]:
     hosts = tuple(job.hostnames)
     place = torchrun.Place(job.node, hosts, torchrun.master_port(job.raw_job_id) if len(hosts) > 1 else 0)
     return place, Attempt(folder, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+
+
+def _runs_on() -> bool:
+    """Whether SLURM means this job to go on: it neither cancels nor requeues it."""
+    job = submitit.JobEnvironment()
+    return job.cluster == "slurm" and squeue.state(job.raw_job_id) == "RUNNING"
 
 
 def _all_reports(place: torchrun.Place, attempt: Attempt) -> list[NodeReport]:

@@ -1,6 +1,6 @@
 """The files by which the nodes of a job, and whoever follows it, tell each other what happens.
 
-RUN/jobs/2026-01-31_10.15.00/        one submission; beside it lie submitit's scripts and logs
+RUN/jobs/2026-01-31_10.15.00_4f1a/   one submission; beside it lie submitit's scripts and logs
     submitted.json                   cluster and job id, for whoever submits or follows
     outcome.json                     how it stands: written by the first node alone
     history.jsonl                    one line for each time the job ended
@@ -10,12 +10,14 @@ RUN/jobs/2026-01-31_10.15.00/        one submission; beside it lie submitit's sc
 """
 
 import json
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo.run_files import JOBS
 from launch.failures import Failure
 
 State = Literal["running", "done", "failed", "stopped", "preempted", "crashed"]
@@ -45,16 +47,9 @@ class NodeReport:
 
 
 def new_submission(run_dir: Path) -> Path:
-    """A fresh folder for the reports of one submission."""
+    """A folder for the reports of one submission, with a name that no other one has; not made yet."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H.%M.%S")
-    for number in range(1000):
-        folder = run_dir / "jobs" / (f"{stamp}-{number}" if number else stamp)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder.absolute()
-    raise AssertionError("a thousand submissions in one second")
+    return (run_dir / JOBS / f"{stamp}_{secrets.token_hex(2)}").absolute()
 
 
 @dataclass(frozen=True)
@@ -143,10 +138,15 @@ class Submission:
     log: str
     """The file that the first node writes to."""
 
+    @property
+    def whole(self) -> str:
+        """The id of the array that the job belongs to; its own if it is in none."""
+        return self.job.partition("_")[0]
+
 
 def submissions(run_dir: Path) -> Iterator[tuple[Path, Submission]]:
     """All submissions into a run folder: the folder of their reports, and what became of them."""
-    for path in sorted((run_dir / "jobs").glob("*/submitted.json")):
+    for path in sorted((run_dir / JOBS).glob("*/submitted.json")):
         facts = read_json(path)
         if facts is not None:
             yield path.parent, Submission(**facts)

@@ -3,6 +3,7 @@
 Everything that can be wrong with the command line and the config is said before anything is queued.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -55,7 +56,10 @@ def main() -> None:
 
 
 def _program(request: Request, module: str, words: tuple[str, ...]) -> torchrun.Program:
-    return torchrun.Program(module, words, request.ranks_per_node, request.env)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # submitit's local executor would hand out the first GPUs of the machine.
+    env = (("CUDA_VISIBLE_DEVICES", visible),) if visible and request.cluster == "local" else ()
+    return torchrun.Program(module, words, request.ranks_per_node, (*env, *request.env))
 
 
 def _job(request: Request, module: str, words: tuple[str, ...], run_dir: Path) -> NodeJob:
@@ -79,9 +83,7 @@ def submit_to_slurm(plan: Plan) -> None:
     submissions = executors.submit_to_slurm(request, folder, name, jobs, after)
     for run, job, submission in zip(plan.runs, jobs, submissions, strict=True):
         followed.append(_record(job, submission, run.dir.name))
-        tell(submission, run.dir)
-    if after:
-        print(f"after   {', '.join(after)}, which fills the reference cache; cancel  scancel {' '.join(after)}")
+    tell(plan, submissions, after)
     if request.follow:
         follow(followed)
 
@@ -91,12 +93,14 @@ def _record(job: NodeJob, submission: Submission, name: str) -> Followed:
     return Followed(name, submission, job.folder)
 
 
-def tell(submission: Submission, run_dir: Path) -> None:
-    """Prints what the user needs to know of a job."""
-    print(f"job     {submission.job}")
-    print(f"run     {run_dir}")
-    print(f"follow  tail -F {shlex.quote(submission.log)}")
-    print(f"cancel  {cancel_command(submission)}", flush=True)
+def tell(plan: Plan, submissions: Sequence[Submission], after: Sequence[str] = ()) -> None:
+    """Prints what the user needs to know of jobs; `after` are those that fill the reference cache for them."""
+    for job in after:
+        print(f"job     {job}  fills the reference cache first")
+    for run, submission in zip(plan.runs, submissions, strict=True):
+        print(f"job     {submission.job}\nrun     {run.dir}\nfollow  tail -F {shlex.quote(submission.log)}")
+    jobs = dict.fromkeys([*after, *(submission.whole for submission in submissions)])
+    print(f"cancel  {cancel_command(submissions[0].cluster, list(jobs))}", flush=True)
 
 
 def print_scripts(plan: Plan) -> None:
@@ -133,7 +137,7 @@ def submit_here(plan: Plan) -> None:
     submission = executors.submit_locally(request, plan.root / "jobs", work)
     for folder in {work.folder, *(job.folder for job in jobs)}:
         write_submission(folder, submission)
-    tell(submission, plan.root)
+    tell(plan, [submission] * len(jobs))
     if request.follow:
         follow([Followed(plan.root.name, submission, work.folder)])
 

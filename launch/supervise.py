@@ -78,7 +78,9 @@ def run(
     grace: seconds that the ranks have to end after SIGUSR2; then they are ended. peer_failed() is asked now and then:
     whether another node's torchrun has failed.
     """
-    process = subprocess.Popen(words, env=dict(env), stderr=subprocess.PIPE, text=True, preexec_fn=_ignore_stop)
+    process = subprocess.Popen(
+        words, env=dict(env), stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=_ignore_stop
+    )
     assert process.stderr is not None
     kept: deque[str] = deque(maxlen=_KEPT_LINES)
     copier = threading.Thread(target=_copy, args=(process.stderr, kept), daemon=True)

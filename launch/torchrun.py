@@ -1,17 +1,15 @@
 """The torchrun of one node, as a person would type it, and the environment that it needs."""
 
-import fcntl
 import os
 import shlex
-import socket
-import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo import network
+
 _FIRST_PORT, _NUM_PORTS = 10000, 20000  # below the ports that Linux hands out by itself, from 32768
-_SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True)
@@ -78,9 +76,9 @@ def environment(program: Program, place: Place, files: Mapping[str, Path]) -> di
     """
     env = {**os.environ, **dict(program.env), **{name: str(path) for name, path in files.items()}}
     env.setdefault("OMP_NUM_THREADS", str(max(1, num_cpus() // program.ranks_per_node)))
-    if len(place.hosts) > 1 and "GLOO_SOCKET_IFNAME" not in env:
+    if len(place.hosts) > 1 and network.VARIABLE not in env:
         interface = gloo_interface(place)
-        env |= {"GLOO_SOCKET_IFNAME": interface} if interface else {}
+        env |= {network.VARIABLE: interface} if interface else {}
     return env
 
 
@@ -89,43 +87,12 @@ def num_cpus() -> int:
     return int(os.environ.get("SLURM_CPUS_ON_NODE") or len(os.sched_getaffinity(0)))
 
 
-# --- which network interface gloo takes -------------------------------------------------------------------------------
-
-
 def gloo_interface(place: Place) -> str | None:
     """The interface that leads to another node, where this host's own name leads to itself; null: gloo finds it.
 
-    Debian writes the host's name as 127.0.1.1 into /etc/hosts: gloo would tell that address to the other nodes.
+    The ranks could find it out themselves (`dpo.network`), but for nodes that share a host.
     """
-    if not _address(socket.gethostname()).startswith("127."):
+    if not network.is_loopback(network.address_of_this_host()):
         return None
     other = next(host for number, host in enumerate(place.hosts) if number != place.node)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((other, 9))  # sends nothing: it asks the routing table
-        except OSError:
-            return None
-        mine = probe.getsockname()[0]
-    return next((name for name in interfaces(mine)), None)
-
-
-def _address(host: str) -> str:
-    try:
-        return socket.gethostbyname(host)
-    except OSError:
-        return ""
-
-
-def interfaces(address: str) -> Sequence[str]:
-    """The names of the network interfaces that have an IPv4 address."""
-    names = [name for _, name in socket.if_nameindex()]
-    return [name for name in names if _interface_address(name) == address]
-
-
-def _interface_address(name: str) -> str | None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
-        except OSError:  # it has none
-            return None
-    return socket.inet_ntoa(answer[20:24])
+    return network.interface_of(network.address_towards(other))
