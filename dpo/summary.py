@@ -46,8 +46,8 @@ def _outcome(figures: Mapping[str, float], group: str) -> list[str]:
     """Loss, and where there is a reference accuracy and margin."""
     parts = [f"loss {figures[f'{group}/loss']:.4f}"]
     if f"{group}/rewards/margins" in figures:
-        parts.append(f"acc {figures[f'{group}/rewards/accuracies']:.3f}")
-        parts.append(f"margin {figures[f'{group}/rewards/margins']:.3f}")
+        parts.append(f"acc {figures[f'{group}/rewards/accuracies']:z.3f}")
+        parts.append(f"margin {figures[f'{group}/rewards/margins']:z.3f}")
     return parts
 
 
@@ -197,7 +197,7 @@ def introduce(run: Run, writer: MetricsWriter) -> None:
     table = start_lines(run)
     for line in table:
         say(line)
-    writer.board.text("run", fenced("\n".join(table)))
+    writer.board.text("summary", fenced("\n".join(table)))
     writer.board.text("config", fenced(to_yaml(run.config)))
     writer.board.text("data", fenced("\n".join(run.inputs.data.report.lines())))
     writer.board.text("code", fenced((run.dir / PROVENANCE).read_text(encoding="utf-8")))
