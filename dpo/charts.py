@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 PREFERENCE, SIDES, OPTIMIZATION, SPEED = "1 preference", "2 chosen and rejected", "3 optimization", "4 speed"
-REFERENCE, DISTRIBUTIONS, OTHER = "5 reference", "6 distributions", "7 other"
+REFERENCE, DISTRIBUTIONS, OTHER, TEXTS = "5 reference", "6 distributions", "7 other", "run"
 
 ROOT = "."
 """The sub-run that is RUN/tensorboard itself."""
@@ -74,6 +74,11 @@ def histogram_place(name: str) -> Place:
     """
     sub_run, tag = place(name)
     return Place(sub_run, f"{DISTRIBUTIONS}/{tag.partition('/')[2]}")
+
+
+def text_place(name: str) -> Place:
+    """Where a page of text is shown: TensorBoard opens the first groups of a tab alone, so all are in one."""
+    return Place(ROOT, f"{TEXTS}/{name}")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from dpo.charts import LAYOUT, ROOT, Chart, histogram_place, place
+from dpo.charts import LAYOUT, ROOT, Chart, histogram_place, place, text_place
 from dpo.config import Config
 from dpo.event_files import PREFIX, drop_points, open_events, write_event
 from dpo.hparams import flat, write_entry
@@ -70,7 +70,8 @@ class Dashboard:
 
     def text(self, name: str, markdown: str, step: int | None = None) -> None:
         """A page of the Text tab; `step` None: what holds from this start on, until a start from an earlier step."""
-        self._write(ROOT, text_pb(name, markdown), self.first_step if step is None else step)
+        sub_run, tag = text_place(name)
+        self._write(sub_run, text_pb(tag, markdown), self.first_step if step is None else step)
 
     def answers(self, step: int, answers: Sequence[Answer]) -> None:
         """Answers of policy and reference side by side."""

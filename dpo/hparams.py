@@ -46,7 +46,7 @@ FIGURES = {
     "loss": "loss",
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
-    "loss_sft": "cross-entropy of winners",
+    "loss_sft": "loss_sft",
 }
 """The columns of figures, by what follows eval/ in their names, and how they are headed."""
 
@@ -91,10 +91,12 @@ def _session(values: Mapping[str, Value]) -> SessionStartInfo:
 
 
 def _key_columns(columns: Sequence[str], values: Mapping[str, Value]) -> list[HParamInfo]:
-    kinds = {bool: DATA_TYPE_BOOL, int: DATA_TYPE_FLOAT64, float: DATA_TYPE_FLOAT64}
+    """Those with a value: the tab's other views leave out a run that has none in a column."""
+    kinds = {bool: DATA_TYPE_BOOL, int: DATA_TYPE_FLOAT64, float: DATA_TYPE_FLOAT64, str: DATA_TYPE_STRING}
     return [
-        HParamInfo(name=key, type=kinds.get(type(values.get(key)), DATA_TYPE_STRING), differs=number < NUM_SHOWN)
+        HParamInfo(name=key, type=kinds[type(values[key])], differs=number < NUM_SHOWN)
         for number, key in enumerate(columns)  # those that differ come first, each part in alphabetical order
+        if key in values
     ]
 
 
