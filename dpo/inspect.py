@@ -94,10 +94,10 @@ def main() -> None:
     if is_quiet() or not sys.stderr.isatty():
         disable_progress_bars()
     inspection = inspect(arguments.config, arguments.examples)
-    print_inspection(inspection, make_console())
     if arguments.html:
         arguments.html.write_text(html_page(inspection), encoding="utf-8")
         say(f"the page is in {arguments.html}")
+    print_inspection(inspection, make_console())
 
 
 if __name__ == "__main__":

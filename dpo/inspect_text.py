@@ -38,7 +38,7 @@ STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red", "total": "none
 
 def make_console() -> Console:
     """Standard output, never wider than COLUMNS, and as wide as that where it is no terminal."""
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console(highlight=False, markup=False)
     console.width = min(COLUMNS, console.width) if console.is_terminal else COLUMNS
     return console
 

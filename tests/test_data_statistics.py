@@ -30,7 +30,7 @@ def random_rows(seed: int, count: int = 60) -> list[dict]:
     rng = random.Random(seed)
     starts = [[], [BOS], [BOS, BOS]]
     prompts = [rng.choice(starts) + rng.choices(range(3, 9), k=rng.randint(1, 9)) for _ in range(12)]
-    prompts += [[7, *range(3, 9)], [8, *range(3, 9)]]  # equal after truncation
+    prompts += [[7, *range(3, 9)], [8, *range(3, 9)], [BOS]]  # two are equal after truncation
     answers = [[rng.randint(3, 5), *rng.choices([EOS, 3, 4, 5, 6], k=rng.randint(0, 11))] for _ in range(15)]
     rows = []
     for _ in range(count):
