@@ -81,13 +81,12 @@ class SetStatistics:
 
 
 def summarize(pairs: PairSet, ids: EndIds) -> SetStatistics:
-    """The statistics of a set with at least one pair, read once from its beginning to its end."""
-    lengths, keys, ends = [], [], []
+    """The statistics of a set with at least one pair."""
+    keys, ends = [], []
     for block in _blocks(pairs):
-        lengths.append(_lengths_of(block))
         keys.append(block.keys[block.pairs])
         ends.append(_ends_of(block, ids))
-    table = np.concatenate(lengths)
+    table = pairs.lengths()
     return SetStatistics(
         pairs=len(pairs),
         lengths=lengths_of(table),
@@ -138,12 +137,6 @@ def _block(table: pa.Table, row_of_pair: np.ndarray, pair_in_row: np.ndarray) ->
         prompt_cut=table.column("prompt_truncated").to_numpy(),
         completions_cut=table.column("completions_truncated").to_numpy(),
     )
-
-
-def _lengths_of(block: _Block) -> np.ndarray:
-    """Tokens of prompt, winner and loser of each pair, (N, 3)."""
-    completions = np.diff(block.completion_at)[block.pairs]
-    return np.column_stack([np.diff(block.prompt_at)[block.row_of_pair], completions]).astype(np.int32)
 
 
 # --- ends and repeats ------------------------------------------------------------------------------------------------
