@@ -1,0 +1,223 @@
+"""Answers of a model to any prompts, beside those of another.
+
+    python -m dpo.sample --model DIR [--reference DIR] --prompts FILE [--temperature 0.7 --seed 1] [--json]
+
+FILE has one prompt a line (.txt; blank lines are passed over), which the model reads as it is; or it is JSON or JSONL
+with rows {"prompt": TEXT} or {"prompt": [{"role": "user", "content": TEXT}, ...]}, whose messages go through the chat
+template as in training. Under torchrun each model is divided over the ranks.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PretrainedConfig
+
+from dpo.answers import answer_text, stop_ids
+from dpo.config import ParallelConfig
+from dpo.distributed import World, first_on_each_node, make_mesh, on_main, open_world, run_program, together
+from dpo.errors import UserError, parse_arguments
+from dpo.fields import Message, field, text_or_messages
+from dpo.generation import generate
+from dpo.json_rows import json_rows
+from dpo.policy import Policy, build_policy, load_weights
+from dpo.progress import say
+from dpo.records import Example
+from dpo.reference_pass import free_memory
+from dpo.tokens import Encoder, Ids, Limits, check_vocabulary, encode, limits_of, load_tokenizer, text_encoder
+from dpo.weights import find_model, read_model_config
+
+COLUMNS = 120
+"""Width of the table where there is no terminal."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt as it was given, a text or messages, and where it stands (`file:line`)."""
+
+    place: str
+    prompt: str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that is not loaded yet, and the questions as it reads them."""
+
+    folder: Path
+    config: PretrainedConfig
+    tokenizer: Any
+    prompts: list[Ids]
+
+
+# --- questions -------------------------------------------------------------------------------------------------------
+
+
+def read_questions(path: Path) -> list[Question]:
+    """The prompts of a file. Raises UserError, `file:line: what`."""
+    if not path.is_file():
+        raise UserError(f"command line: --prompts: no such file: {path}; valid: a .txt, .json or .jsonl file")
+    found = _text_questions(path) if path.suffix == ".txt" else _json_questions(path)
+    if not found:
+        raise UserError(f"command line: --prompts: {path} has no prompts; valid: one a line")
+    return found
+
+
+def _text_questions(path: Path) -> list[Question]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); valid: text in UTF-8") from error
+    return [Question(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _json_questions(path: Path) -> list[Question]:
+    questions = []
+    for row in json_rows(str(path), str(path)):
+        place = f"{path}:{row['line']}"
+        try:
+            prompt = text_or_messages(field(json.loads(row["row"]), "prompt"), "prompt")
+        except ValueError as error:
+            raise UserError(f"{place}: {error}") from error
+        questions.append(Question(place, prompt))
+    return questions
+
+
+def read_prompts(questions: Sequence[Question], encoder: Encoder, limits: Limits) -> list[Ids]:
+    """The ids of each question, encoded as training encodes prompts, at full length. Raises UserError where a model
+    cannot answer.
+    """
+    return [_read_prompt(question, encoder, limits) for question in questions]
+
+
+def _read_prompt(question: Question, encoder: Encoder, limits: Limits) -> Ids:
+    try:
+        ids, _ = encode(Example(question.prompt, (), ()), encoder)
+    except ValueError as error:
+        raise UserError(f"{question.place}: {error}") from error
+    if not ids:
+        raise UserError(f"{question.place}: the prompt has no token; valid: at least one, after which an answer begins")
+    if limits.positions_are_hard and limits.max_positions is not None and len(ids) >= limits.max_positions:
+        what = f"the prompt has {len(ids)} tokens, the model's positions end at {limits.max_positions}"
+        raise UserError(f"{question.place}: {what}; valid: a prompt of up to {limits.max_positions - 1}")
+    return ids
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def open_reader(path: str, flag: str, tokenizer: str | None, questions: Sequence[Question], world: World) -> Reader:
+    """What is known of a model before its weights are read. Every rank must get here."""
+    folder = find_model(path, f"command line: {flag}", world)
+    config = first_on_each_node(world, lambda: read_model_config(folder, trust_remote_code=False))
+    loaded = first_on_each_node(world, lambda: load_tokenizer(tokenizer or str(folder)))
+    limits = limits_of(None, None, config)
+
+    def read() -> list[Ids]:
+        check_vocabulary(loaded, limits.vocab_size)
+        return read_prompts(questions, text_encoder(loaded), limits)
+
+    return Reader(folder, config, loaded, together(read))
+
+
+def answers_of(reader: Reader, max_new_tokens: int, temperature: float, seed: int, world: World) -> list[str]:
+    """The model's answers; it is in memory meanwhile, and no longer. Every rank must get here."""
+    if world.is_main:
+        say(f"{reader.folder} answers {len(reader.prompts)} prompts")
+    eos_ids = stop_ids(reader.tokenizer, reader.config)
+    found = generate(_load(reader, world), reader.prompts, eos_ids, max_new_tokens, temperature, seed, world)
+    free_memory()
+    return [answer_text(reader.tokenizer, ids) for ids in found]
+
+
+def _load(reader: Reader, world: World) -> Policy:
+    parallel = ParallelConfig()
+    policy = build_policy(reader.config, parallel, "float32", make_mesh(world, parallel))
+    load_weights(policy, reader.folder)
+    return policy
+
+
+# --- shown -----------------------------------------------------------------------------------------------------------
+
+
+def show_json(questions: Sequence[Question], answers: dict[str, list[str]]) -> None:
+    """One JSON object a question: {"prompt", "policy"}, and "reference" where there is one."""
+    for number, question in enumerate(questions):
+        says = {name: texts[number] for name, texts in answers.items()}
+        print(json.dumps({"prompt": question.prompt} | says, ensure_ascii=False))
+
+
+def show_table(questions: Sequence[Question], answers: dict[str, list[str]]) -> None:
+    """A row a question, the models side by side."""
+    table = Table("prompt", *answers, show_lines=True)
+    for number, question in enumerate(questions):
+        texts = [_shown(question.prompt), *(says[number] for says in answers.values())]
+        table.add_row(*(Text(_printable(text)) for text in texts))
+    Console(width=None if sys.stdout.isatty() else COLUMNS).print(table)
+
+
+def _shown(prompt: str | tuple[Message, ...]) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _printable(text: str) -> str:
+    """What a model writes must not steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """`python -m dpo.sample`."""
+    args = _arguments()
+    with open_world(ParallelConfig().timeout_seconds) as world:
+        questions = on_main(world, lambda: read_questions(args.prompts))
+        paths = {"policy": (args.model, "--model"), "reference": (args.reference, "--reference")}
+        readers = {
+            name: open_reader(path, flag, args.tokenizer, questions, world)
+            for name, (path, flag) in paths.items()
+            if path is not None
+        }
+        rule = (args.max_new_tokens, args.temperature, args.seed)
+        answers = {name: answers_of(reader, *rule, world) for name, reader in readers.items()}
+        if world.is_main:
+            (show_json if args.json else show_table)(questions, answers)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m dpo.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", required=True, help="folder or hub id of the model: RUN/final")
+    parser.add_argument("--reference", help="folder or hub id of another, to compare with")
+    parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer; default: that of each model")
+    parser.add_argument("--prompts", type=Path, required=True, help="the file of prompts")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="most tokens of an answer (default: 128)")
+    about = "0, the default: the likeliest token every time; above: drawn at random"
+    parser.add_argument("--temperature", type=float, default=0.0, help=about)
+    parser.add_argument("--seed", type=int, default=0, help="of the draws; a prompt has the same answer each time")
+    parser.add_argument("--json", action="store_true", help='JSON lines: {"prompt", "policy", "reference"}')
+    args = parse_arguments(parser)
+    if args.max_new_tokens < 1:
+        raise UserError(
+            f"command line: --max-new-tokens: must be >= 1, got {args.max_new_tokens}; valid: an integer >= 1"
+        )
+    if not 0 <= args.temperature < float("inf"):
+        raise UserError(f"command line: --temperature: must be >= 0, got {args.temperature}; valid: a number >= 0")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
