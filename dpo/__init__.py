@@ -56,6 +56,7 @@ floors only (`tests/test_structure.py` holds it to that):
     8  evaluation.py      passes without gradients
     9  reference.py       the log-probabilities of a run's pairs, and python -m dpo.reference
     9  answers.py         what policy and reference say to a few evaluation prompts
+   10  score.py           python -m dpo.score: margins and accuracy of any model on any pairs
    10  sample.py          python -m dpo.sample: answers of models side by side
    10  setup.py           a run, ready for its next step
    11  summary.py         what the terminal shows of a run

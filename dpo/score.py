@@ -1,0 +1,250 @@
+"""Reward margins and accuracy of any model on any preference set, against the config's reference.
+
+    python -m dpo.score --model RUN/final --config RUN/config.yaml [--data.eval '[{path: FILE}]'] [--json]
+
+The evaluation pairs of the config are scored, or its training pairs where it has no others. The reference's
+log-probabilities come from its cache, the missing ones are computed into it.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dpo.batches import Packer, make_packer
+from dpo.config import Config, load_config, with_place
+from dpo.data import PreferenceData
+from dpo.distributed import World, on_main, open_world, run_program
+from dpo.errors import RunError, UserError
+from dpo.evaluation import Evaluation, evaluate
+from dpo.inputs import Inputs, read_inputs
+from dpo.objective import has_reference
+from dpo.pair_set import PairSet
+from dpo.policy import Policy, load_policy
+from dpo.progress import say
+from dpo.reference import fill_cache
+from dpo.reference_pass import lookup
+
+DESCRIPTION = """Scores a model on preference pairs. Beside the keys below: --model DIR (or hub id) is what is scored;
+the config's model.path stays the reference where reference.path is null. --by-source also scores each source alone, in
+another pass; --json prints one JSON object instead of a table."""
+
+COLUMNS = 120
+"""Width of the table where there is no terminal."""
+
+PAIRS_AT_A_TIME = 4096
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    config: Config
+    by_source: bool
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was scored on what, and the figures (see `score_pairs`)."""
+
+    model: str
+    reference: str | None
+    """None where the loss has none."""
+    loss: str
+    beta: float
+    pairs_of: str
+    """evaluation or training."""
+    figures: dict[str, float]
+    sources: dict[str, dict[str, float]]
+    """The figures of each source by its config key; empty where nobody asked."""
+
+
+# --- the model in the place of the config's own ----------------------------------------------------------------------
+
+
+def with_model(config: Config, model: str) -> Config:
+    """The config of a run that would start from `model`, with the tokenizer and the reference that it has now; in the
+    simplest layout, and without a lower limit to the number of pairs.
+    """
+    reference = config.reference.path or config.model.path
+    return replace(
+        config,
+        model=replace(config.model, path=model, tokenizer=config.model.tokenizer or config.model.path),
+        reference=replace(config.reference, path=reference if has_reference(config.loss) else None),
+        batch=replace(config.batch, pairs_per_step=1),
+        parallel=replace(config.parallel, shard=None, replicate=1),
+    )
+
+
+# --- scored ----------------------------------------------------------------------------------------------------------
+
+
+def score_model(config: Config, by_source: bool, world: World) -> Scores:
+    """Scores model.path of the config. Every rank must get here."""
+    inputs = read_inputs(config, world)
+    is_eval = len(inputs.data.eval) > 0
+    pairs_of, pairs = ("evaluation", inputs.data.eval) if is_eval else ("training", inputs.data.train)
+    if world.is_main:
+        say(f"scores {config.model.path} on the {len(pairs):,} {pairs_of} pairs")
+    packer = _packer(config, world, inputs, pairs)
+    policy = load_policy(config, world, inputs.model.config, inputs.model.folder)
+    parts = split_by_source(inputs.data, pairs, len(config.data.train), is_eval) if by_source else {}
+    figures = score_pairs(policy, pairs, packer, config, world)
+    sources = {key: score_pairs(policy, part, packer, config, world) for key, part in parts.items()}
+    names = (config.model.path, config.reference.path, config.loss.name, config.loss.beta)
+    return Scores(*names, pairs_of, figures, sources)
+
+
+def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Packer:
+    """The packer of the model that is scored, with the reference's log-probabilities of these pairs and no others."""
+    packer = make_packer(config, world, inputs.model.config)
+    if not has_reference(config.loss):
+        return packer
+    wanted = replace(inputs, data=replace(inputs.data, train=pairs))
+
+    def reference() -> Policy:
+        return load_policy(config, world, inputs.reference.config, inputs.reference.folder)
+
+    rows, _ = fill_cache(config, world, wanted, reference, packer, stop_requested=lambda: False)
+    return replace(packer, ref_logps=lookup(rows))
+
+
+def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, world: World) -> dict[str, float]:
+    """The figures of `metrics.pair_means` and `further_figures`. Raises RunError where the loss is not finite. Every
+    rank must get here.
+    """
+    result = evaluate(policy, pairs, packer, config.loss, config.parallel.head_memory_mib * 2**20)
+    if not math.isfinite(result.figures["loss"]):
+        raise RunError(f"the loss of {config.model.path} is {result.figures['loss']}; its weights are at fault")
+    lengths = on_main(world, lambda: mean_lengths(pairs))
+    return result.figures | further_figures(result, lengths, config.loss.beta)
+
+
+def further_figures(result: Evaluation, lengths: tuple[float, float], beta: float) -> dict[str, float]:
+    """What a score has beside `metrics.pair_means`, from the mean lengths of winners and losers:
+
+    tokens/chosen     mean number of the winners' tokens, EOS included; tokens/rejected of the losers'
+    nats/margins      mean of h = (pi_logp - ref_logp)[winner] - (pi_logp - ref_logp)[loser]: rewards/margins / beta
+    nats/margins_per_token  nats/margins / the mean number of tokens of a completion
+    wins, ties, losses      numbers of pairs with h > 0, = 0, < 0
+    shares/ties       ties / pairs; the share of wins is rewards/accuracies
+
+    Only the first line where the loss has no reference.
+    """
+    figures: dict[str, float] = {"tokens/chosen": lengths[0], "tokens/rejected": lengths[1]}
+    if "rewards/margins" in result.figures:
+        h = result.figures["rewards/margins"] / beta
+        signs = np.sign(result.margins)
+        wins, ties, losses = (int((signs == sign).sum()) for sign in (1, 0, -1))
+        figures |= {"nats/margins": h, "nats/margins_per_token": h / (sum(lengths) / 2)}
+        figures |= {"wins": wins, "ties": ties, "losses": losses, "shares/ties": ties / max(len(signs), 1)}
+    return figures
+
+
+def mean_lengths(pairs: PairSet) -> tuple[float, float]:
+    """Mean numbers of tokens of the winners and of the losers."""
+    sums = np.zeros(2)
+    for first in range(0, len(pairs), PAIRS_AT_A_TIME):
+        some = pairs.pairs(np.arange(first, min(first + PAIRS_AT_A_TIME, len(pairs))))
+        sums += np.sum([(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in some], axis=0)
+    chosen, rejected = sums / max(len(pairs), 1)
+    return float(chosen), float(rejected)
+
+
+def split_by_source(data: PreferenceData, pairs: PairSet, num_train: int, is_eval: bool) -> dict[str, PairSet]:
+    """The pairs of each source that has any, by its key in the config: an evaluation set has the rows of data.eval,
+    then those of data.train, of which some were held out.
+    """
+    train, evals = data.report.sources[:num_train], data.report.sources[num_train:]
+    sources = (*evals, *train) if is_eval else train
+    number = np.searchsorted(np.cumsum([source.rows for source in sources]), pairs.row_of_pair, side="right")
+    parts = {source.key: _some(pairs, number == i) for i, source in enumerate(sources)}
+    return {key: part for key, part in parts.items() if len(part)}
+
+
+def _some(pairs: PairSet, mask: np.ndarray) -> PairSet:
+    return replace(
+        pairs,
+        row_of_pair=pairs.row_of_pair[mask],
+        pair_in_row=pairs.pair_in_row[mask],
+        prompt_of_pair=pairs.prompt_of_pair[mask],
+        content_hash="",
+    )
+
+
+# --- shown -----------------------------------------------------------------------------------------------------------
+
+
+def show(scores: Scores) -> None:
+    """A row a figure, a column for all pairs and one for each source."""
+    against = f"against {scores.reference}, beta {scores.beta:g}" if scores.reference else "no reference"
+    table = Table("")
+    for name in ("all", *scores.sources):
+        table.add_column(Text(name), justify="right")
+    for name in scores.figures:
+        columns = (scores.figures, *scores.sources.values())
+        table.add_row(name, *(_shown(column[name]) for column in columns))
+    console = Console(width=None if sys.stdout.isatty() else COLUMNS)
+    console.print(Text(f"{scores.model} on {scores.pairs_of} pairs, {scores.loss}: {against}"), soft_wrap=True)
+    console.print(table)
+
+
+def _shown(figure: float) -> str:
+    return f"{figure:,}" if isinstance(figure, int) else f"{figure:.4f}"
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def read_arguments(words: Sequence[str]) -> Arguments:
+    """Raises UserError for what is wrong; --help and --print_config print and raise SystemExit(0)."""
+    own, rest = split_words(words)
+    config = load_config(rest, "dpo.score", DESCRIPTION)
+    if own.model is None:
+        raise UserError("command line: --model: is missing; valid: --model DIR, the folder or hub id of a model")
+    return Arguments(with_model(config, own.model), own.by_source, own.json)
+
+
+def split_words(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of this program, and the words that are the config's."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--model")
+    parser.add_argument("--by-source", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    try:
+        return parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"command line: {error}; valid: see python -m dpo.score --help") from error
+
+
+def main() -> None:
+    """`python -m dpo.score`."""
+    arguments = read_arguments(sys.argv[1:])
+    try:
+        with open_world(arguments.config.parallel.timeout_seconds) as world:
+            scores = score_model(arguments.config, arguments.by_source, world)
+            if world.is_main and arguments.as_json:
+                print(json.dumps(asdict(scores), allow_nan=False))
+            elif world.is_main:
+                show(scores)
+    except UserError as failure:
+        raise UserError(_placed(str(failure))) from failure
+
+
+def _placed(message: str) -> str:
+    """The message after the place of its key: what is wrong with model.path is wrong with --model."""
+    message = re.sub(r"^model\.path: ", "command line: --model: ", message)
+    return with_place(message, split_words(sys.argv[1:])[1])
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
