@@ -5,10 +5,13 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slurm check clean
+.PHONY: demo board test test-slurm check clean
 
 demo: .venv/installed          ## learn a preference on two processes, in minutes
 	$(BIN)/python -m dpo.demo
+
+board: .venv/installed         ## the demo's dashboard in a browser
+	$(BIN)/tensorboard --logdir runs/demo
 
 test: .venv/installed          ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
