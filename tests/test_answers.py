@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from dpo import setup
 from dpo.answers import AnswerBook, answer, choose_prompts, open_answers, prepare_answers, stop_ids
 from dpo.config import Config, SourceConfig
 from dpo.dashboard import Answer
@@ -18,13 +19,13 @@ from dpo.policy import Policy, load_policy
 from dpo.weights import read_model_config
 from tests.data_fixtures import EOS, make_tokenizer
 from tests.models import plain_model, save_model, save_pairs
-from tests.runs import changed, make_config
+from tests.runs import changed, make_config, run, run_until
 from tests.test_generation import plain_draw, plain_greedy
 
 NEW = 5
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def world() -> Iterator[World]:
     with open_world(60) as world:
         yield world
@@ -222,6 +223,57 @@ def test_a_resume_keeps_what_came_before_it(config: Config, world: World, inputs
     assert sorted(path.name for path in book.folder.iterdir()) == names
     answer(policy, book, 4)
     assert len((book.folder / "step-000004.jsonl").read_text().splitlines()) == 3
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short(config: Config) -> Config:
+    """Four steps that move the weights visibly, with a checkpoint and answers after each, greedy and few."""
+    steps = {"train__steps": 4, "train__eval_every": 1, "optim__lr": 1e-2, "optim__warmup_steps": 0}
+    return changed(config, checkpoint__save_every=1, **steps)
+
+
+def contents(run_dir: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run_dir / "answers").iterdir()}
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_resumed_run_has_the_answers_of_one_that_was_not_stopped(lost: bool, short: Config, tmp_path: Path) -> None:
+    """To the byte; also where the reference's file is lost meanwhile: never the resumed policy answers for it."""
+    whole = contents(run(short))
+    assert sorted(whole) == ["reference.json", *(f"step-{step:06d}.jsonl" for step in range(5))]
+    parts = changed(short, train__run_dir=str(tmp_path / "parts"))
+    folder = run_until(parts, 3)
+    if lost:
+        (folder / "answers" / "reference.json").unlink()
+    assert contents(run(parts)) == whole
+    assert whole["step-000000.jsonl"] != whole["step-000004.jsonl"]
+
+
+def test_another_reference_is_loaded_once_and_only_where_it_is_needed(
+    short: Config, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models loaded by a run: policy and reference where the cache is empty, and where it is full, for the answers
+    alone; on a resume the policy alone.
+    """
+    loaded: list[str] = []
+
+    def count(config: Config, world: World, model_config: Any, folder: Path) -> Policy:
+        loaded.append(folder.name)
+        return load_policy(config, world, model_config, folder)
+
+    monkeypatch.setattr(setup, "load_policy", count)
+    short = changed(short, reference__path=str(folders / "other"))
+    run_until(short, 3)
+    assert loaded == ["model", "other"]
+    run(short)
+    assert loaded == ["model", "other", "model"]
+    run(changed(short, train__run_dir=str(tmp_path / "again")))
+    assert loaded == ["model", "other", "model", "model", "other"]
+    run(changed(short, train__run_dir=str(tmp_path / "silent"), eval__samples=0))
+    assert loaded[5:] == ["model"]
 
 
 # --- no answers ------------------------------------------------------------------------------------------------------
