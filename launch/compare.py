@@ -148,7 +148,7 @@ def ordered(runs: Sequence[RunFacts], name: str) -> list[RunFacts]:
         sign = 1 if name.split("/")[-1].startswith("loss") else -1
         known.sort(key=lambda run: sign * run.figures.get(name, 0.0))
     else:
-        known.sort(key=lambda run: (isinstance(run.config[name], str), run.config[name]))
+        known.sort(key=lambda run: run.config[name])
     return known + [run for run in runs if run not in known]
 
 

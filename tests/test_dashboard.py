@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensorboard.backend.event_processing import plugin_event_accumulator
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util.tensor_util import make_ndarray
@@ -129,6 +130,19 @@ def test_what_is_given_up_disappears_before_there_is_anything_new(tmp_path: Path
     assert [step for step, _ in points_of(tmp_path)["train", "1 preference/loss"]] == [1, 2, 3, 4, 5]
 
 
+def test_a_tensorboard_that_is_open_forgets_what_is_given_up(tmp_path: Path) -> None:
+    """It has read the file from which the points are removed, and does not read it again. Its own reader, not the one
+    for scripts.
+    """
+    write_steps(tmp_path, 1, 8)
+    reader = plugin_event_accumulator.EventAccumulator(str(tmp_path / "eval"))
+    reader.Reload()
+    assert [event.step for event in reader.Tensors("1 preference/loss")] == [0, 3, 6]
+    write_steps(tmp_path, 5, 5)
+    reader.Reload()
+    assert [event.step for event in reader.Tensors("1 preference/loss")] == [0, 3]
+
+
 def test_two_starts_from_one_step_leave_the_config_of_the_last(tmp_path: Path) -> None:
     for _ in range(2):
         write_steps(tmp_path, 5, 5)
@@ -193,6 +207,7 @@ class Shown(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.inside:
+            data = data if self.tag == "code" else re.sub(" +", " ", data)
             self.texts[-1] += data.replace("\N{NO-BREAK SPACE}", " ")
 
 
