@@ -107,9 +107,17 @@ def _nothing_left_of_a_failure(folder: Path) -> Iterator[None]:
 
 
 def submit_locally(request: Request, folder: Path, work: Work) -> Submission:
-    """Starts a job on this machine, in a session of its own: Ctrl-C and the end of the terminal do not reach it."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=os.setsid) as pool:
+    """Starts a job on this machine, from a process that has left the terminal: Ctrl-C and its end do not reach it."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_leave_terminal) as pool:
         return pool.submit(_start_local, request, folder, work).result()
+
+
+def _leave_terminal() -> None:
+    """A session of its own, and none of the submitter's streams: a pipe would stay open as long as the job."""
+    os.setsid()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nothing, stream)
 
 
 def _start_local(request: Request, folder: Path, work: Work) -> Submission:

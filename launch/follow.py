@@ -113,7 +113,7 @@ class _Watch:
         is_over = state is None or bool(squeue.ENDED.fullmatch(state))
         self.next_question = time.monotonic() + (_LAST_WORDS_SECONDS if is_over else _QUEUE_SECONDS)
         self.misses = self.misses + 1 if is_over else 0
-        return Outcome("failed", _why(state), 1) if self.misses > 1 else None
+        return Outcome("failed", _why(state, outcome), 1) if self.misses > 1 else None
 
     def _ask(self) -> str | None:
         if self.job.submission.cluster == "slurm":
@@ -127,6 +127,7 @@ class _Watch:
             self.told = self.state
 
 
-def _why(state: str | None) -> str:
-    """The end of a job that did not tell it itself."""
-    return f"ended as {state}" if state else "has ended and did not say how; its log may"
+def _why(state: str | None, outcome: Outcome | None) -> str:
+    """The end of a job that did not tell it itself, from what the queue says and the last that it said."""
+    said = f"; before that: {outcome.state}, {outcome.message}" if outcome is not None and outcome.message else ""
+    return f"ended as {state}{said}" if state else f"has ended and did not say how{said}"

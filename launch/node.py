@@ -72,7 +72,7 @@ class NodeJob:
             if place.node != 0:  # the first node decides
                 raise SystemExit(min(report.exit_code, 1))
             outcome = self._outcome(place, attempt, noted, report)
-        self._conclude(outcome)
+        self.conclude(outcome)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """What submitit runs after requeueing: the same again."""
@@ -114,7 +114,7 @@ class NodeJob:
         outcome = decide(end, self.max_crashes)
         return replace(outcome, message=with_place(outcome.message, self.program.words))
 
-    def _conclude(self, outcome: Outcome) -> None:
+    def conclude(self, outcome: Outcome) -> None:
         """Tells the outcome, requeues the job if it must start again, and ends this process unless the job is done."""
         self._tell(outcome)
         if outcome.state in ("preempted", "crashed"):

@@ -117,6 +117,7 @@ def read_outcome(folder: Path) -> Outcome | None:
 def add_to_history(folder: Path, outcome: Outcome) -> None:
     """One line more about how the job ended this time. For the first node alone."""
     line = {"time": datetime.now().isoformat(timespec="seconds"), "state": outcome.state, "message": outcome.message}
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / "history.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -1,0 +1,51 @@
+"""SLURM's commands as scripts on PATH: they note how they were called, and answer what a test tells them to."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """#!/bin/sh
+echo "$@" >> {folder}/{name}.calls
+[ {name} = sbatch ] && for word; do :; done && cp "$word" {folder}/script-$(wc -l < {folder}/sbatch.calls)
+[ -e {folder}/{name}.refusal ] && cat {folder}/{name}.refusal >&2 && exit 1
+cat {folder}/{name}.answer 2> /dev/null || true
+"""
+
+
+class FakeSlurm:
+    """sbatch, srun, scontrol and squeue."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir()
+        for name in ("sbatch", "srun", "scontrol", "squeue"):
+            (folder / name).write_text(SCRIPT.format(folder=folder, name=name))
+            (folder / name).chmod(0o755)
+        self.answer("sbatch", "Submitted batch job 4242\n")
+
+    def answer(self, name: str, text: str) -> None:
+        """What a command prints from now on."""
+        (self.folder / f"{name}.answer").write_text(text)
+
+    def refuse(self, name: str, text: str) -> None:
+        """A command fails from now on, and prints this on stderr."""
+        (self.folder / f"{name}.refusal").write_text(text)
+
+    def calls(self, name: str) -> Sequence[str]:
+        """The words of each call of a command."""
+        path = self.folder / f"{name}.calls"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def script(self, number: int) -> str:
+        """What the sbatch of this number got, from 1."""
+        return (self.folder / f"script-{number}").read_text()
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """SLURM's commands, first on PATH."""
+    fake = FakeSlurm(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", f"{fake.folder}{os.pathsep}{os.environ['PATH']}")
+    return fake

@@ -1,0 +1,142 @@
+"""The command line of the launcher: its own flags and the config's keys, and what is refused in one line."""
+
+import pytest
+
+from dpo.errors import UserError
+from launch.arguments import Request, parse_request, split_words
+from launch.durations import minutes_of
+
+GOOD = ("--config", "my.yaml", "--gpus-per-node", "8", "--time", "60")
+
+
+def parse(*argv: str) -> Request:
+    """The request of a good command line with more words."""
+    return parse_request([*GOOD, *argv])
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("90", 90),
+        ("90:00", 90),
+        ("0:30", 1),
+        ("1:01", 2),
+        ("24:00:00", 1440),
+        ("1:30:00", 90),
+        ("1-0", 1440),
+        ("2-03", 3060),
+        ("1-02:30", 1590),
+        ("1-02:30:01", 1591),
+    ],
+)
+def test_durations_of_slurm(text: str, minutes: int) -> None:
+    """The six forms of sbatch's manual, worked out by hand: 2-03 is 2 * 1440 + 3 * 60."""
+    assert minutes_of(text) == minutes
+
+
+@pytest.mark.parametrize("text", ["", "0", "0:00", "1:2:3:4", "-5", "1h", "1-", "1.5", "infinite", "1-2-3"])
+def test_no_durations(text: str) -> None:
+    with pytest.raises(UserError, match=r"command line: --time: .*; valid: "):
+        minutes_of(text)
+
+
+def test_keys_with_a_dot_are_the_configs() -> None:
+    argv = [
+        "--config",
+        "a.yaml",
+        "--loss.beta",
+        "0.5",
+        "--nodes",
+        "2",
+        "--optim.lr=-1",
+        "--model.path",
+        "-x",
+        "--follow",
+    ]
+    own, keys = split_words(argv)
+    assert own == ["--config", "a.yaml", "--nodes", "2", "--follow"]
+    assert keys == ["--loss.beta", "0.5", "--optim.lr=-1", "--model.path", "-x"]
+
+
+def test_the_run_gets_the_config_and_its_keys() -> None:
+    request = parse("--loss.beta", "0.5", "--nodes", "2")
+    assert request.words == ("--config", "my.yaml", "--loss.beta", "0.5")
+    assert (request.nodes, request.ranks_per_node, request.gpus, request.minutes) == (2, 8, "8", 60)
+
+
+def test_a_type_of_gpus() -> None:
+    request = parse("--gpus-per-node", "a100:4")
+    assert (request.gpus, request.ranks_per_node) == ("a100:4", 4)
+
+
+def test_ranks_without_gpus() -> None:
+    request = parse_request(["--config", "my.yaml", "--time", "60", "--ranks-per-node", "3"])
+    assert (request.gpus, request.ranks_per_node) == (None, 3)
+
+
+def test_what_sbatch_gets() -> None:
+    request = parse("--account", "a", "--mail-type", "END", "--sbatch", "exclusive", "--sbatch", "reservation=r=1")
+    assert dict(request.sbatch) == {"account": "a", "mail-type": "END", "exclusive": True, "reservation": "r=1"}
+
+
+def test_ranks_have_three_quarters_of_the_delay() -> None:
+    assert parse("--signal-delay", "200").grace == 150
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--foll"], "unrecognized arguments: --foll"),
+        (["--node", "2"], "unrecognized arguments: --node 2"),
+        (["--nodes", "0"], "--nodes: must be an integer >= 1, got '0'"),
+        (["--nodes", "two"], "--nodes: must be an integer >= 1, got 'two'"),
+        (["--cluster", "cloud"], "--cluster: invalid choice: 'cloud'"),
+        (["--cluster", "local", "--nodes", "2"], "--nodes: --cluster local is one machine, got 2 nodes"),
+        (["--cluster", "debug", "--nodes", "2"], "--nodes: --cluster debug is one machine, got 2 nodes"),
+        (["--time", "1:2:3:4"], "--time: '1:2:3:4' is not a duration"),
+        (["--time", "2", "--signal-delay", "120"], "--signal-delay: must be below --time, got 120 s of 120 s"),
+        (["--gpus-per-node", "many"], "--gpus-per-node: got 'many'"),
+        (["--gpus-per-node", "0"], "--ranks-per-node: is missing, there are no GPUs"),
+        (["--ranks-per-node", "4"], "--ranks-per-node: must be --gpus-per-node, a rank a GPU, got 4 and 8"),
+        (["--env", "HOME"], "--env: got 'HOME'; valid: NAME=VALUE"),
+        (["--env", "A B=1"], "--env: got 'A B=1'"),
+        (["--sbatch", "N2"], "--sbatch: got 'N2'"),
+        (["--sbatch", "nodes=3"], "--sbatch: nodes is not for it"),
+        (["--sbatch", "signal=USR1"], "--sbatch: signal is not for it"),
+        (["--sbatch", "partition=p"], "--sbatch: partition is not for it"),
+        (["--sbatch", "nice=1", "--sbatch", "nice=2"], "--sbatch: nice is not for it"),
+        (["--container-mounts", "/a:/a"], "--container-mounts: there is no --container-image"),
+        (["--max-parallel", "2"], "--max-parallel: there is no --sweep"),
+    ],
+)
+def test_wrong_words(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as failure:
+        parse(*words)
+    text = str(failure.value)
+    assert text.startswith("command line: ") and message in text and "; valid: " in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus-per-node", "8"], "--time: is missing"),
+        (["--time", "5"], "--gpus-per-node: is missing; valid: N, or 0 with --ranks-per-node N"),
+    ],
+)
+def test_missing_words(words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_request(["--config", "my.yaml", *words])
+
+
+def test_help_tells_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every flag of the usage has a text after it."""
+    with pytest.raises(SystemExit) as end:
+        parse_request(["--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    usage, _, rest = shown.partition("Submits")
+    flags = {word.strip("[]") for word in usage.split() if word.startswith(("[--", "--"))}
+    assert len(flags) > 25
+    for flag in flags:
+        after = rest.split(f"  {flag}", 1)[1]
+        assert len(" ".join(after.split()[1:4])) > 8, flag

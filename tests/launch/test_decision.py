@@ -1,0 +1,102 @@
+"""Who is to blame, and what becomes of a job: the table of `launch.node`, row by row."""
+
+import signal
+from typing import Any
+
+import pytest
+
+from launch.decision import End, decide
+from launch.failures import Failure, first_cause
+
+LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [10.77.0.2]:54470: Connection reset by peer"
+
+
+def raised(rank: int, time: float, message: str = "ValueError: boom") -> Failure:
+    """A rank that raised."""
+    return Failure(f"node{rank}", rank, time, message, traceback="Traceback ...\n")
+
+
+def killed(rank: int, time: float, number: int = signal.SIGKILL) -> Failure:
+    """A rank that a signal ended."""
+    return Failure(f"node{rank}", rank, time, f"killed by {signal.Signals(number).name}", killed_by=number)
+
+
+@pytest.mark.parametrize(
+    ("failures", "to_blame"),
+    [
+        ([raised(0, 5.0), raised(1, 4.0)], 1),
+        ([raised(0, 3.0, LOST), raised(1, 4.0)], 1),
+        ([raised(0, 3.0, LOST), killed(1, 4.0)], 1),
+        ([killed(0, 3.0, signal.SIGTERM), raised(1, 4.0)], 1),
+        ([killed(0, 3.0, signal.SIGTERM), raised(1, 4.0, LOST)], 1),
+        ([killed(0, 3.0, signal.SIGABRT), killed(1, 4.0, signal.SIGSEGV)], 1),
+        ([raised(0, 3.0, "DistBackendError: NCCL error"), killed(1, 4.0, signal.SIGABRT)], 1),
+        ([raised(0, 3.0, LOST), raised(1, 2.0, LOST)], 1),
+        ([raised(0, 3.0, "SignalException: Process 7 got signal: 15"), raised(1, 4.0)], 1),
+    ],
+    ids=[
+        "the earlier",
+        "not who lost it",
+        "killed, not who lost it",
+        "not whom torchrun ended",
+        "nor before who lost it",
+        "NCCL's abort",
+        "an abort before a lost peer",
+        "the earlier of those who lost it",
+        "not torchrun that was ended",
+    ],
+)
+def test_who_was_first(failures: list[Failure], to_blame: int) -> None:
+    found = first_cause(failures)
+    assert found is not None and found.rank == to_blame
+
+
+DONE, SAVED = {"state": "done", "step": 9}, {"state": "preempted", "step": 4}
+BY_RANK_1 = "rank 1 on node1: ValueError: boom"
+
+
+@pytest.mark.parametrize(
+    ("facts", "state", "message", "exit_code"),
+    [
+        ({"status": DONE}, "done", "step 9", 0),
+        ({"status": DONE, "asked_to_stop": True}, "done", "step 9", 0),
+        ({"status": DONE, "was_ended": True}, "done", "step 9", 0),
+        ({}, "done", "", 0),
+        ({"status": SAVED, "asked_to_stop": True}, "preempted", "saved at step 4", 0),
+        ({"status": SAVED}, "preempted", "saved at step 4", 0),
+        (
+            {"exit_code": 1, "asked_to_stop": True, "failures": [killed(0, 1.0, signal.SIGTERM)]},
+            "preempted",
+            "in time",
+            1,
+        ),
+        ({"exit_code": 1, "asked_to_stop": True, "status": SAVED}, "preempted", "saved at step 4", 0),
+        ({"exit_code": 1, "asked_to_stop": True, "failures": [raised(1, 1.0)]}, "failed", BY_RANK_1, 1),
+        ({"exit_code": 1, "failures": [raised(1, 1.0), killed(0, 2.0, signal.SIGTERM)]}, "failed", BY_RANK_1, 1),
+        ({"exit_code": 1, "failures": [raised(0, 1.0, "UserError: a.yaml: bad")]}, "failed", "a.yaml: bad", 2),
+        ({"exit_code": 1, "failures": [killed(1, 1.0)]}, "crashed", "killed by SIGKILL; restart 1 of at most 2", 1),
+        ({"exit_code": 1, "failures": [killed(1, 1.0)], "crashes_before": 1}, "crashed", "restart 2 of at most 2", 1),
+        (
+            {"exit_code": 1, "failures": [killed(1, 1.0)], "crashes_before": 2},
+            "failed",
+            "--max-crashes 2 is used up",
+            1,
+        ),
+        ({"exit_code": 1, "failures": [raised(0, 1.0, LOST)]}, "crashed", "Connection reset by peer", 1),
+        ({"exit_code": 1, "failures": []}, "crashed", "none of its ranks says why", 1),
+        ({"exit_code": 1, "was_ended": True, "failures": [raised(0, 1.0)]}, "stopped", "SIGTERM", 143),
+    ],
+)
+def test_what_becomes_of_the_job(facts: dict[str, Any], state: str, message: str, exit_code: int) -> None:
+    end = End(**({"exit_code": 0, "asked_to_stop": False, "was_ended": False, "status": {}} | facts))
+    outcome = decide(end, max_crashes=2)
+    assert (outcome.state, outcome.exit_code) == (state, exit_code)
+    assert message in outcome.message
+
+
+def test_a_traceback_is_for_bugs_alone() -> None:
+    """What was written for the user needs none."""
+    told = End(1, False, False, {}, [raised(0, 1.0, "RunError: step 3: the gradient norm is nan")])
+    assert decide(told, 2).traceback == ""
+    assert decide(told, 2).message == "rank 0 on node0: step 3: the gradient norm is nan"
+    assert decide(End(1, False, False, {}, [raised(0, 1.0)]), 2).traceback == "Traceback ...\n"

@@ -1,0 +1,90 @@
+"""The same without SLURM: a real run of a tiny model in the background, preempted, and in this process."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo.errors import RunError
+from launch.follow import Followed, follow
+from launch.reports import count_in_history, submissions
+from launch.supervise import children
+from tests.models import save_model, save_pairs
+from tests.runs import train_lines
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+model: {path: model}
+data: {train: [{path: pairs.jsonl}], num_proc: 1}
+batch: {pairs_per_step: 4}
+train: {steps: 6, eval_every: null}
+eval: {samples: 0}
+checkpoint: {save_every: null}
+"""
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with tiny.yaml and what it needs; the package is found from there."""
+    save_model(tmp_path / "model", "llama")
+    save_pairs(tmp_path / "pairs.jsonl", 40)
+    (tmp_path / "tiny.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def launch(*words: str) -> subprocess.Popen[str]:
+    """The program with a run on two CPU ranks of this machine."""
+    argv = [sys.executable, "-m", "launch.submit", "--config", "tiny.yaml", *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def wait_for_steps(run: Path, steps: int, job: int) -> None:
+    """Until a run has made more steps than `steps`."""
+    while len(train_lines(run)) <= steps:
+        os.killpg(job, 0)  # it must be alive
+        time.sleep(0.1)
+
+
+def test_a_run_in_the_background(work: Path) -> None:
+    """Ctrl-C ends the follower alone; SIGUSR2 has the run save and start again, no step missing or twice; the command
+    that is printed cancels it and leaves no process.
+    """
+    program = launch("--cluster", "local", "--ranks-per-node", "2", "--train.steps", "100000", "--follow")
+    run = work / "runs/tiny"
+    wait_for_steps(run, 5, program.pid)
+    os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to all in its group
+    out, err = program.communicate(timeout=30)
+    ((reports, submission),) = submissions(run)
+    assert program.returncode == 130 and "\nstep " in err
+    assert f"the job goes on; to cancel it: kill -- -{submission.job}" in err
+    (task,) = children(int(Path(submission.log).name.split("_")[0]))
+    os.kill(task, signal.SIGUSR2)
+    while count_in_history(reports, "preempted") < 1:
+        time.sleep(0.1)
+    wait_for_steps(run, len(train_lines(run)) + 5, int(submission.job))
+    cancel = out.splitlines()[-1]
+    assert cancel == f"cancel  kill -- -{submission.job}"
+    subprocess.run(cancel.split()[1:], check=True)
+    with pytest.raises(RunError, match="has ended and did not say how; before that: stopped, SIGTERM"):
+        follow([Followed("tiny", submission, reports)])
+    steps = [line["step"] for line in train_lines(run)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert str(work) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_a_sweep_in_this_process(work: Path) -> None:
+    """The reference pass first, once, then one run after the other; a second time nothing is left to do."""
+    words = ("--cluster", "debug", "--ranks-per-node", "1", "--train.steps", "2", "--sweep", "loss.beta=0.1,0.5")
+    _, err = (program := launch(*words)).communicate(timeout=200)
+    assert program.returncode == 0, err
+    assert err.count("80 log-probabilities computed, 0 from the cache") == 1
+    assert err.count("0 log-probabilities computed, 80 from the cache") == 2
+    for beta in ("0.1", "0.5"):
+        assert len(train_lines(work / f"runs/tiny/beta={beta}")) == 2

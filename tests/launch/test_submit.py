@@ -1,0 +1,181 @@
+"""`python -m launch.submit` with SLURM's commands mocked: what is queued, what is said, and what is refused first."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch import submit
+from launch.program import run_program
+from launch.reports import Outcome, write_outcome
+from tests.launch.conftest import FakeSlurm
+
+Launch = Callable[..., int]
+
+
+@pytest.fixture
+def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
+    """The exit code of the program in this process, in a folder with my.yaml and its data; two nodes of two ranks."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    Path("pairs.jsonl").touch()
+    Path("my.yaml").write_text("model: {path: org/model}\ndata: {train: [{path: pairs.jsonl}]}\n")
+    usual = ("--config", "my.yaml", "--nodes", "2", "--gpus-per-node", "2", "--time", "60")
+
+    def run(*argv: str, usual: tuple[str, ...] = usual) -> int:
+        monkeypatch.setattr(sys, "argv", ["launch.submit", *usual, *argv])
+        return run_program(submit.main)
+
+    return run
+
+
+def options(script: str) -> dict[str, str]:
+    """The options in a script for sbatch."""
+    return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE))
+
+
+def test_a_job_is_queued(launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert launch("--partition", "p", "--loss.beta", "0.5") == 0
+    log = tmp_path / "work/runs/my/jobs/4242_0_log.out"
+    assert capsys.readouterr().out == (f"job     4242\nrun     runs/my\nfollow  tail -F {log}\ncancel  scancel 4242\n")
+    found = options(slurm.script(1))
+    assert {
+        "nodes": "2",
+        "ntasks-per-node": "1",
+        "gpus-per-node": "2",
+        "partition": "p",
+        "time": "60",
+        "signal": "USR2@120",
+        "requeue": "",
+        "job-name": "my",
+        "open-mode": "append",
+    }.items() <= found.items()
+    assert slurm.script(1).count("submitit.core._submit") == 1 and sys.executable in slurm.script(1)
+    (submitted,) = Path("runs/my/jobs").glob("*/submitted.json")
+    assert json.loads(submitted.read_text()) == {"cluster": "slurm", "job": "4242", "log": str(log)}
+    assert Path("runs/my/jobs/4242_submitted.pkl").is_file()
+
+
+def test_a_dry_run_prints_the_same_script_without_slurm(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launch("--qos", "high") == 0
+    capsys.readouterr()
+    shutil.rmtree("runs")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert launch("--qos", "high", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert out.startswith(slurm.script(1))
+    assert "--nnodes 2 --node-rank THIS_NODE --master-addr FIRST_NODE" in out
+    assert out.rstrip().endswith("-m dpo.train --config my.yaml")
+    assert not Path("runs").exists() and len(slurm.calls("sbatch")) == 1
+
+
+def test_what_goes_through(launch: Launch, slurm: FakeSlurm) -> None:
+    words = ("--mail-user", "me@x.org", "--mail-type", "END,FAIL", "--constraint", "a|b", "--mem", "64G")
+    flags = ("--account", "acc", "--cpus-per-gpu", "4", "--sbatch", "exclude=n[1-2]", "--sbatch", "exclusive")
+    image = ("--container-image", "docker://x", "--container-mounts", "/data:/data")
+    assert launch(*words, *flags, *image, "--setup", "module load cuda", "--setup", "ulimit -l unlimited") == 0
+    script, found = slurm.script(1), options(slurm.script(1))
+    assert found["mail-user"] == "me@x.org" and found["mail-type"] == "END,FAIL" and found["constraint"] == "'a|b'"
+    assert found["mem"] == "64G" and found["account"] == "acc" and found["exclusive"] == ""
+    assert found["exclude"] == "'n[1-2]'" and found["cpus-per-task"] == "8"
+    assert "\nmodule load cuda\nulimit -l unlimited\n" in script
+    here = Path.cwd()
+    assert (
+        f"--container-image=docker://x --container-mounts={here}:{here},/data:/data --container-workdir={here}"
+        in script
+    )
+
+
+def test_a_sweep_is_an_array_behind_its_reference_pass(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("--sweep", "loss.beta=0.1,0.5", "optim.lr=5e-7,1e-6", "--max-parallel", "3") == 0
+    assert len(slurm.calls("sbatch")) == 2
+    first, array = options(slurm.script(1)), options(slurm.script(2))
+    assert "array" not in first and "dependency" not in first
+    assert array["array"] == "0-3%3"
+    assert array["dependency"] == "afterok:4242" and array["kill-on-invalid-dep"] == "yes"
+    out = capsys.readouterr().out
+    assert out.startswith(
+        "job     4242  fills the reference cache first\njob     4242_0\nrun     runs/my/beta=0.1,lr=5e-7\n"
+    )
+    assert out.endswith("cancel  scancel 4242\n")
+    assert len(list(Path("runs/my/jobs").glob("4242_?_submitted.pkl"))) == 4
+    assert len(list(Path("runs/my").glob("beta=*/jobs/*/submitted.json"))) == 4
+
+
+def test_a_job_in_the_run_folder_is_not_disturbed(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused while the job waits or runs; free again once SLURM has forgotten it, or it says that it is done."""
+    assert launch() == 0
+    slurm.answer("squeue", "PENDING\n")
+    assert launch() == 2
+    assert "error: train.run_dir: job 4242 works or waits in runs/my; valid: " in capsys.readouterr().err
+    slurm.answer("squeue", "CANCELLED\n")
+    assert launch() == 0
+    slurm.answer("squeue", "COMPLETING\n")
+    for submitted in Path("runs/my/jobs").glob("*/submitted.json"):
+        write_outcome(submitted.parent, Outcome("done"))
+    assert launch() == 0
+    slurm.refuse("squeue", "slurm_load_jobs error: Invalid job id specified\n")
+    assert launch() == 0
+    assert len(slurm.calls("sbatch")) == 4
+
+
+def test_sbatchs_refusal_is_one_line_and_leaves_nothing(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.refuse("sbatch", "sbatch: error: Batch job submission failed: Invalid partition name specified\n")
+    assert launch() == 1
+    err = capsys.readouterr().err
+    assert err == "error: sbatch refuses the job: Batch job submission failed: Invalid partition name specified\n"
+    assert not Path("runs/my").exists()
+
+
+def test_no_sbatch(launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert launch() == 2
+    assert capsys.readouterr().err.startswith("error: command line: --cluster: no sbatch on PATH; valid: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--loss.beta", "-1"], "command line: loss.beta: must be > 0, got -1"),
+        (["--loss.bta", "1"], "command line: loss.bta: unknown key"),
+        (["--config", "other.yaml"], "command line: config: given twice"),
+        (
+            ["--data.train", "[{path: gone.jsonl}]"],
+            "command line: data.train[0].path: no such file or folder: gone.jsonl",
+        ),
+        (["--data.eval", "[{path: /gone}]"], "command line: data.eval[0].path: no such file or folder: /gone"),
+        (["--model.path", "./gone"], "command line: model.path: no such file or folder: ./gone"),
+        (["--cluster", "local"], "command line: --nodes: --cluster local is one machine, got 2 nodes"),
+    ],
+)
+def test_nothing_is_queued_where_the_input_is_wrong(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], words: list[str], line: str
+) -> None:
+    assert launch(*words) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {line}") and err.count("\n") == 1
+    assert not slurm.calls("sbatch") and not Path("runs").exists()
+
+
+def test_the_configs_file_is_named(launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pairs.jsonl").unlink()
+    assert launch() == 2
+    assert capsys.readouterr().err.startswith("error: my.yaml: data.train[0].path: no such file or folder: pairs.jsonl")
+
+
+def test_it_needs_no_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import launch.submit, launch.node"
+    subprocess.run([sys.executable, "-c", code], check=True)

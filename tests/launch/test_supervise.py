@@ -1,0 +1,139 @@
+"""A torchrun and its ranks as the launcher sees them: signals, time limits, and nothing that is left running.
+
+Plain Python processes stand in for them: a parent that, like torchrun, knows no SIGUSR2, and children that do.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from launch import supervise
+from launch.supervise import Ended, children, descendants, run, signals
+
+PARENT = """
+import subprocess, sys
+children = [subprocess.Popen([sys.executable, "-c", sys.argv[1], str(i)], start_new_session=True) for i in range(2)]
+sys.exit(max(child.wait() for child in children))
+"""
+SAVES = """
+import pathlib, signal, sys, time
+place, rank = pathlib.Path(PLACE), sys.argv[1]
+assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN, "would die of a signal that comes before its handler"
+time.sleep(1.5)  # imports
+stop = []
+signal.signal(signal.SIGUSR2, lambda *_: stop.append(1))
+(place / f"ready-{rank}").touch()
+while not stop: time.sleep(0.05)
+signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+(place / f"saved-{rank}").touch()
+"""
+DEAF = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path(PLACE, f"ready-{sys.argv[1]}").touch()
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Callable[..., Ended]:
+    """Runs a parent with two children that run `code`; `then(pid)` comes at `after` seconds, or once both are ready."""
+
+    def start(
+        code: str,
+        number: int | None = None,
+        early: bool = False,
+        grace: float = 60,
+        peer_failed: Callable[[], bool] = bool,
+    ) -> Ended:
+        def send() -> None:
+            while not early and len(list(tmp_path.glob("ready-*"))) < 2:
+                time.sleep(0.05)
+            time.sleep(0.3)
+            assert number is not None
+            os.kill(os.getpid(), number)
+
+        if number is not None:
+            threading.Thread(target=send, daemon=True).start()
+        words = [sys.executable, "-c", PARENT, code.replace("PLACE", repr(str(tmp_path)))]
+        with signals() as noted:
+            return run(words, os.environ, noted, grace, peer_failed)
+
+    return start
+
+
+def survivors(tmp_path: Path) -> Sequence[str]:
+    """Command lines of processes that still know the test's folder."""
+    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line for line in found if str(tmp_path) in line]
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["while they import", "while they work"])
+def test_the_ranks_save_when_the_launcher_is_told(
+    supervised: Callable[..., Ended], early: bool, tmp_path: Path
+) -> None:
+    """Also those that cannot hear it yet: it is said again until they end."""
+    assert supervised(SAVES, signal.SIGUSR2, early=early).exit_code == 0
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
+    assert not survivors(tmp_path)
+
+
+def test_ranks_that_do_not_save_are_ended(
+    supervised: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Deaf to SIGTERM too, and orphaned by a parent that dies of it: SIGKILL."""
+    monkeypatch.setattr(supervise, "_TERM_SECONDS", 1.0)
+    started = time.monotonic()
+    assert supervised(DEAF, signal.SIGUSR2, grace=1.0).exit_code == -signal.SIGTERM
+    assert 1 < time.monotonic() - started < 20
+    assert not survivors(tmp_path)
+
+
+def test_sigterm_ends_all_at_once(supervised: Callable[..., Ended], tmp_path: Path) -> None:
+    assert supervised(SAVES, signal.SIGTERM).exit_code == -signal.SIGTERM
+    assert not list(tmp_path.glob("saved-*")) and not survivors(tmp_path)
+
+
+def test_a_node_that_does_not_notice_another_ones_failure_is_ended(
+    supervised: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(supervise, "_PEER_SECONDS", 0.5)
+    ready = lambda: len(list(tmp_path.glob("ready-*"))) == 2  # noqa: E731
+    assert supervised(DEAF, peer_failed=ready).exit_code == -signal.SIGTERM
+    assert not survivors(tmp_path)
+
+
+def test_what_it_says_is_shown_and_kept(supervised: Callable[..., Ended], capsys: pytest.CaptureFixture[str]) -> None:
+    """Also bytes that are no text, which must not stop the copying."""
+    ended = supervised("import sys; sys.stderr.buffer.write(b'a\\xffb\\n' * 3); sys.exit(3)")
+    assert ended.exit_code == 3
+    assert ended.stderr == "a\ufffdb\n" * 6 == capsys.readouterr().err
+
+
+def test_handlers_are_put_back() -> None:
+    before = signal.getsignal(signal.SIGUSR2)
+    with signals() as noted:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        assert noted.stop_since is not None and not noted.ended
+    assert signal.getsignal(signal.SIGUSR2) is before
+
+
+def test_the_tree_of_processes() -> None:
+    """A shell with a shell with two sleeps."""
+    shell = subprocess.Popen(["sh", "-c", "sh -c 'sleep 60 & sleep 60 & wait'; true"])
+    try:
+        while len(descendants(shell.pid)) < 3:
+            time.sleep(0.02)
+        (inner,) = children(shell.pid)
+        assert len(children(inner)) == 2
+        assert sorted(descendants(shell.pid)) == sorted([inner, *children(inner)])
+    finally:
+        supervise.send(signal.SIGKILL, [*descendants(shell.pid), shell.pid])
+        shell.wait()
