@@ -68,9 +68,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunFacts]:
     if missing:
         raise UserError(f"command line: RUN: no such folder: {missing[0]}; valid: a run folder")
     found = {folder.resolve(): folder for folder in folders if (folder / CONFIG).is_file()}
-    for folder in folders:
-        if folder.resolve() not in found:
-            warn(f"{folder} has no {CONFIG}: it is no run, and left out")
+    others = [str(folder) for folder in folders if folder.resolve() not in found]
+    if found and others:
+        warn(f"left out, since there is no {CONFIG} in it: {', '.join(others)}")
     if not found:
         raise UserError(
             f"command line: RUN: none of the folders given has a {CONFIG}; valid: run folders, runs/sweep/*"

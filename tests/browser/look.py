@@ -68,14 +68,11 @@ def text(page: Browser) -> dict[str, Any]:
 
 
 def hparams(page: Browser) -> dict[str, Any]:
-    """Trial -> heading of a column -> what stands there; cells that are empty are left out."""
-    cells = [cell for cell in page.each("vaadin-grid-cell-content", TEXT) if cell not in ("", "Show Metrics")]
-    trials = [index for index, cell in enumerate(cells) if cell.split("/")[-1] in ("eval", "train")]
-    if not trials:
-        return {}
-    head = cells[1 : trials[0]]
-    rows = [cells[begin:end] for begin, end in zip(trials, [*trials[1:], len(cells)], strict=True)]
-    return {row[0]: dict(zip(head, row[1:], strict=True)) for row in rows}
+    """Trial -> heading of a column -> what stands there."""
+    cells = "[...row.querySelectorAll('slot')].map((slot) => slot.assignedNodes()[0]?.innerText.trim() || '')"
+    tables = page.each("vaadin-grid", f"[...node.shadowRoot.querySelectorAll('tr')].map((row) => {cells})")
+    head, *rows = [row for row in (tables or [[[]]])[0] if any(row)] or [[]]
+    return {row[0]: dict(zip(head[2:], row[2:], strict=False)) for row in rows}  # the second column is for ticking
 
 
 TABS: Mapping[str, Callable[[Browser], dict[str, Any]]] = {

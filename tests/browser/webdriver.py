@@ -112,11 +112,13 @@ def serving(command: list[str], pattern: str) -> Iterator[str]:
 
 
 def settled(read: Callable[[], T], what: str) -> T:
-    """What `read` gives, as soon as it is something and no longer changes. Raises TimeoutError that names `what`."""
-    end, before = time.monotonic() + SECONDS, None
-    while not (now := read()) or now != before:
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what}: not there, or not at rest, after {SECONDS:g} seconds: {now}")
-        before = now
-        time.sleep(0.5)
-    return now
+    """What `read` gives, once it is something and has not changed for a second. Raises TimeoutError naming `what`."""
+    begin = changed = time.monotonic()
+    before = read()
+    while not before or time.monotonic() < changed + 1:
+        if time.monotonic() > begin + SECONDS:
+            raise TimeoutError(f"{what}: not there, or not at rest, after {SECONDS:g} seconds: {before}")
+        time.sleep(0.2)
+        if (now := read()) != before:
+            before, changed = now, time.monotonic()
+    return before

@@ -155,7 +155,9 @@ def test_the_entry_of_one_run_has_the_usual_columns(tmp_path: Path, program: Cal
     """And is shown with the figures of training where there was no evaluation."""
     save_run(tmp_path / "a", [{"step": 1, "train/loss": 1.0}])
     assert program(tmp_path / "a") == 0
-    assert hparams_entry(tmp_path / "a" / "tensorboard", "train").columns == [key for key in KEYS if key != "train.epochs"]
+    assert hparams_entry(tmp_path / "a" / "tensorboard", "train").columns == [
+        key for key in KEYS if key != "train.epochs"
+    ]
 
 
 def test_a_folder_that_cannot_be_written_is_said(
@@ -198,12 +200,13 @@ def test_what_a_glob_finds_beside_runs_is_left_out_and_said(
     assert program(*sorted(tmp_path.iterdir())) == 0
     captured = capsys.readouterr()
     assert [line[0] for line in words_of(captured.out)] == ["run", "a", "train", "sorted"]
-    assert captured.err.count("it is no run, and left out") == 2
+    left_out = f"{tmp_path / 'cache'}, {tmp_path / 'notes.txt'}"
+    assert f"WARNING: left out, since there is no config.yaml in it: {left_out}\n" in captured.err
 
 
 def test_no_run_at_all(tmp_path: Path, program: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
-    assert program(tmp_path) == 2
-    assert "none of the folders given has a config.yaml; valid: run folders" in capsys.readouterr().err
+    line = error_of(program(tmp_path), capsys)
+    assert "none of the folders given has a config.yaml; valid: run folders" in line
 
 
 @pytest.mark.parametrize(
