@@ -167,7 +167,7 @@ def run_training(config: Config) -> None:
         run = build_run(config, world, inputs, start, identity, stop_requested)
         if run.begins_at_reference:
             verify_start(run.policy, _batches(run, 1), config.loss, run.compute_dtype, run.head_bytes)
-        origin = provenance(all_gather(socket.gethostname()), world.size)
+        origin = provenance(all_gather(socket.gethostname()), world.size) | {"last_step": inputs.last_step}
         on_main(world, lambda: open_run_folder(config, start, origin))
         if run.answers:
             on_main(world, functools.partial(open_answers, run.answers, start.step))

@@ -60,6 +60,7 @@ def test_a_run_folder_says_what_made_it(tmp_path: Path) -> None:
     assert written["version"] == importlib.metadata.version("dpo")
     assert written["torch"] == importlib.metadata.version("torch")
     assert written["ranks"] == 1 and len(written["hosts"]) == 1
+    assert written["last_step"] == 1  # which train.epochs alone does not tell
 
 
 def test_hosts_stand_once() -> None:
