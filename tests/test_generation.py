@@ -243,7 +243,11 @@ def test_logits_that_are_not_finite_end_in_an_answer(world: World, folder: Path)
 
 def states() -> list[Any]:
     """The states of all global random generators."""
-    return [torch.get_rng_state().tolist(), np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()]
+    return [
+        torch.get_rng_state().tolist(),
+        np.random.get_state(legacy=False)["state"]["key"].tolist(),
+        random.getstate(),
+    ]
 
 
 def test_the_random_generators_are_left_as_they_were(world: World, policy: Policy) -> None:

@@ -195,6 +195,15 @@ def test_a_model_that_is_not_finite_has_no_score(
     assert not captured.out
 
 
+def test_the_model_takes_the_place_of_the_configs_own(config: Config) -> None:
+    """model.path stays the reference and the tokenizer, unless others are named; sft has no reference."""
+    own = score.with_model(config, "it")
+    assert (own.model.path, own.model.tokenizer, own.reference.path) == ("it", *[config.model.path] * 2)
+    named = score.with_model(changed(config, model__tokenizer="words", reference__path="other"), "it")
+    assert (named.model.path, named.model.tokenizer, named.reference.path) == ("it", "words", "other")
+    assert score.with_model(changed(config, loss__name="sft"), "it").reference.path is None
+
+
 # --- the cache -------------------------------------------------------------------------------------------------------
 
 
