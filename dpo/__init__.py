@@ -19,26 +19,26 @@ floors only (`tests/test_structure.py` holds it to that):
     0  losses.py          the losses on the paper's index signature
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
     1  profiling.py       torch's profiler over a few steps
+    1  hparams.py         the run's entry in TensorBoard's HParams tab
     1  strict_yaml.py     YAML without surprises
     1  config_rules.py    bounds of keys, and keys that must fit each other
     1  json_rows.py       JSON and JSONL with line numbers
     1  records.py         raw row -> Example; one adapter a format
     1  cache.py           the files of the reference cache
     1  attention.py       shared-prefix attention: a segment loop on a CPU, FlexAttention on CUDA
-    1  hparams.py         the run's entry in TensorBoard's HParams tab
     2  config_io.py       YAML and command line against the fields
     2  tokens.py          Example -> TokenizedExample; templates, truncation
     2  packing.py         trees -> PackedBatch
     3  config.py          load_config, to_yaml
+    4  dashboard.py       a run in TensorBoard: charts, histograms, texts, answers
     4  distributed.py     process group, mesh; one decides, all follow; exit codes
     4  objective.py       log-probabilities of a batch -> what is minimized
     4  optim.py           optimizers, lr_at(step), the norm of a sharded gradient
     4  sources.py         a source of the config -> its raw rows
-    4  dashboard.py       a run in TensorBoard: charts, histograms, texts, answers
+    5  metrics.py         sums on the device -> one exchange a step -> metrics.jsonl, TensorBoard
     5  token_rows.py      the tokenized rows of a source, cached on disk
     5  weights.py         model folders: found, hashed, read and written a shard a rank
     5  checkpoint.py      saved, committed, verified, found, loaded
-    5  metrics.py         sums on the device -> one exchange a step -> metrics.jsonl, TensorBoard
     6  pair_set.py        the kept pairs as indices into token rows
     6  holdout.py         prompts that are kept from training
     6  report.py          what was read, dropped, cut: the counts

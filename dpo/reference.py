@@ -6,7 +6,7 @@ fills the cache alone; the training program does the same before its first step.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo.batches import Packer, make_packer
@@ -14,8 +14,9 @@ from dpo.cache import RefRows, default_cache_dir, reference_key
 from dpo.config import Config, load_config
 from dpo.distributed import World, open_world, run_program
 from dpo.errors import UserError
-from dpo.inputs import Inputs, read_inputs
+from dpo.inputs import read_inputs
 from dpo.objective import has_reference
+from dpo.pair_set import PairSet
 from dpo.policy import Policy, compute_dtype, load_policy
 from dpo.preemption import StopRequest, listen_for_stop
 from dpo.progress import say
@@ -25,20 +26,20 @@ from dpo.reference_pass import ReferencePass, fill, numerics
 def fill_cache(
     config: Config,
     world: World,
-    inputs: Inputs,
+    reference_hash: str,
+    sets: Sequence[PairSet],
     reference: Callable[[], Policy],
     packer: Packer,
     stop_requested: StopRequest,
 ) -> tuple[RefRows, ReferencePass]:
-    """The rows of all training and evaluation pairs, and what it took to have them. Every rank must get here.
+    """The rows of all pairs of `sets`, and what it took to have them. Every rank must get here.
 
-    `reference()` gives the model; it is called only where a row is missing.
+    `reference()` gives the model, whose hash by content is `reference_hash`; it is called only where a row is missing.
     """
     compute = compute_dtype(config.parallel, packer.dtype, world.device)
-    facts = {"model": inputs.reference.hash} | numerics(config.model.dtype, compute, world.device)
+    facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device)
     root = Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()
     head_bytes = config.parallel.head_memory_mib * 2**20
-    sets = [inputs.data.train, inputs.data.eval]
     rows, done = fill(sets, root / reference_key(facts), facts, reference, packer, head_bytes, world, stop_requested)
     if world.is_main:
         say(f"reference: {done.rows_computed} log-probabilities computed, {done.rows_reused} from the cache {root}")
@@ -57,7 +58,8 @@ def fill_alone(config: Config) -> None:
         def reference() -> Policy:
             return load_policy(config, world, source.config, source.folder)
 
-        fill_cache(config, world, inputs, reference, packer, stop_requested)
+        sets = [inputs.data.train, inputs.data.eval]
+        fill_cache(config, world, source.hash, sets, reference, packer, stop_requested)
 
 
 def main() -> None:

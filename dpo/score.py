@@ -22,7 +22,7 @@ from rich.text import Text
 from dpo.batches import Packer, make_packer
 from dpo.config import Config, load_config, with_place
 from dpo.data import PreferenceData
-from dpo.distributed import World, on_main, open_world, run_program
+from dpo.distributed import World, open_world, run_program
 from dpo.errors import RunError, UserError
 from dpo.evaluation import Evaluation, evaluate
 from dpo.inputs import Inputs, read_inputs
@@ -39,8 +39,6 @@ another pass; --json prints one JSON object instead of a table."""
 
 COLUMNS = 120
 """Width of the table where there is no terminal."""
-
-PAIRS_AT_A_TIME = 4096
 
 
 @dataclass(frozen=True)
@@ -109,12 +107,11 @@ def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Pac
     packer = make_packer(config, world, inputs.model.config)
     if not has_reference(config.loss):
         return packer
-    wanted = replace(inputs, data=replace(inputs.data, train=pairs))
 
     def reference() -> Policy:
         return load_policy(config, world, inputs.reference.config, inputs.reference.folder)
 
-    rows, _ = fill_cache(config, world, wanted, reference, packer, stop_requested=lambda: False)
+    rows, _ = fill_cache(config, world, inputs.reference.hash, [pairs], reference, packer, lambda: False)
     return replace(packer, ref_logps=lookup(rows))
 
 
@@ -125,12 +122,11 @@ def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, 
     result = evaluate(policy, pairs, packer, config.loss, config.parallel.head_memory_mib * 2**20)
     if not math.isfinite(result.figures["loss"]):
         raise RunError(f"the loss of {config.model.path} is {result.figures['loss']}; its weights are at fault")
-    lengths = on_main(world, lambda: mean_lengths(pairs))
-    return result.figures | further_figures(result, lengths, config.loss.beta)
+    return result.figures | further_figures(result, pairs.lengths(), config.loss.beta)
 
 
-def further_figures(result: Evaluation, lengths: tuple[float, float], beta: float) -> dict[str, float]:
-    """What a score has beside `metrics.pair_means`, from the mean lengths of winners and losers:
+def further_figures(result: Evaluation, lengths: np.ndarray, beta: float) -> dict[str, float]:
+    """What a score has beside `metrics.pair_means`; lengths: tokens of prompt, winner and loser of each pair, (N, 3).
 
     tokens/chosen     mean number of the winners' tokens, EOS included; tokens/rejected of the losers'
     nats/margins      mean of h = (pi_logp - ref_logp)[winner] - (pi_logp - ref_logp)[loser]: rewards/margins / beta
@@ -140,24 +136,15 @@ def further_figures(result: Evaluation, lengths: tuple[float, float], beta: floa
 
     Only the first line where the loss has no reference.
     """
-    figures: dict[str, float] = {"tokens/chosen": lengths[0], "tokens/rejected": lengths[1]}
+    _, chosen, rejected = lengths.mean(0).tolist()
+    figures: dict[str, float] = {"tokens/chosen": chosen, "tokens/rejected": rejected}
     if "rewards/margins" in result.figures:
         h = result.figures["rewards/margins"] / beta
         signs = np.sign(result.margins)
         wins, ties, losses = (int((signs == sign).sum()) for sign in (1, 0, -1))
-        figures |= {"nats/margins": h, "nats/margins_per_token": h / (sum(lengths) / 2)}
+        figures |= {"nats/margins": h, "nats/margins_per_token": h / ((chosen + rejected) / 2)}
         figures |= {"wins": wins, "ties": ties, "losses": losses, "shares/ties": ties / max(len(signs), 1)}
     return figures
-
-
-def mean_lengths(pairs: PairSet) -> tuple[float, float]:
-    """Mean numbers of tokens of the winners and of the losers."""
-    sums = np.zeros(2)
-    for first in range(0, len(pairs), PAIRS_AT_A_TIME):
-        some = pairs.pairs(np.arange(first, min(first + PAIRS_AT_A_TIME, len(pairs))))
-        sums += np.sum([(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in some], axis=0)
-    chosen, rejected = sums / max(len(pairs), 1)
-    return float(chosen), float(rejected)
 
 
 def split_by_source(data: PreferenceData, pairs: PairSet, num_train: int, is_eval: bool) -> dict[str, PairSet]:

@@ -80,7 +80,8 @@ def build_run(
         return policy if is_own else load_policy(config, world, reference.config, reference.folder)
 
     if has_reference(config.loss):
-        rows, reference_pass = fill_cache(config, world, inputs, reference_policy, packer, stop_requested)
+        sets = [inputs.data.train, inputs.data.eval]
+        rows, reference_pass = fill_cache(config, world, reference.hash, sets, reference_policy, packer, stop_requested)
         packer = replace(packer, ref_logps=lookup(rows))
     answers = prepare_answers(config, world, inputs, reference_policy)
     reference_policy.cache_clear()

@@ -150,12 +150,13 @@ def test_training_pairs_where_there_are_no_others(
 
 
 def test_wins_ties_and_losses_by_hand() -> None:
-    """Margins 2, -1, 0, 0, 4: two wins, two ties, one loss; mean 1, at beta 1/2 2 nats, with completions of 3 and 5
-    tokens 1/2 nat a token.
+    """Margins 2, -1, 0, 0, 4: two wins, two ties, one loss; mean 1, at beta 1/2 2 nats. Winners have 1 to 5 tokens, in
+    the mean 3, losers 3 to 7, in the mean 5: 1/2 nat a token.
     """
     margins = np.array([2, -1, 0, 0, 4], np.float32)
     result = Evaluation({"rewards/margins": 1.0}, margins)
-    assert score.further_figures(result, (3.0, 5.0), BETA) == {
+    lengths = np.array([[9, tokens, tokens + 2] for tokens in range(1, 6)], np.int32)
+    assert score.further_figures(result, lengths, BETA) == {
         "tokens/chosen": 3.0,
         "tokens/rejected": 5.0,
         "nats/margins": 2.0,
