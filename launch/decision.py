@@ -31,7 +31,7 @@ def decide(end: End, max_crashes: int) -> Outcome:
     if end.exit_code == 0:
         return _done(end) if _state(end) == "done" else _preempted(end)
     if end.was_ended:
-        return Outcome("stopped", "SIGTERM: cancelled, or requeued by hand", 143)
+        return Outcome("stopped", "ended by SIGTERM (scancel, a requeue, a lost node)", 143)
     cause = first_cause(end.failures)
     if cause and cause.is_exception:
         return Outcome("failed", str(cause), 2 if cause.is_users else 1, "" if cause.is_told else cause.traceback)
@@ -39,7 +39,7 @@ def decide(end: End, max_crashes: int) -> Outcome:
         return _preempted(end)
     why = describe(end.failures)
     if end.crashes_before < max_crashes:
-        return Outcome("crashed", f"{why}; restart {end.crashes_before + 1} of at most {max_crashes}", 1)
+        return Outcome("crashed", f"{why}; crash {end.crashes_before + 1} of {max_crashes} that restart the job", 1)
     return Outcome("failed", f"{why}; --max-crashes {max_crashes} is used up", 1)
 
 

@@ -15,7 +15,6 @@ or less for one, and a crash in the last fifth of the limit.
 """
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -39,7 +38,7 @@ from launch.reports import (
     NodeReport,
     Outcome,
     add_to_history,
-    count_in_history,
+    history,
     read_json,
     write_outcome,
 )
@@ -70,7 +69,7 @@ class NodeJob:
             report = self._run(place, attempt, noted)
             attempt.write_report(place.node, report)
             if place.node != 0:  # the first node decides
-                raise SystemExit(min(report.exit_code, 1))
+                raise SystemExit(1 if report.exit_code else 0)
             outcome = self._outcome(place, attempt, noted, report)
         self.conclude(outcome)
 
@@ -81,8 +80,6 @@ class NodeJob:
     def _run(self, place: torchrun.Place, attempt: Attempt, noted: supervise.Signals) -> NodeReport:
         """This node's torchrun, to its end."""
         logs, error_file = attempt.log_dir(place.node), attempt.torchrun_error(place.node)
-        shutil.rmtree(logs, ignore_errors=True)  # of a local job's start before this one, which had the same number
-        error_file.unlink(missing_ok=True)
         logs.mkdir(parents=True)
         words = torchrun.command(self.program, place, logs)
         files = {STATUS_FILE: attempt.status, "TORCHELASTIC_ERROR_FILE": error_file}
@@ -109,7 +106,7 @@ class NodeJob:
             was_ended=noted.ended,
             status=read_json(attempt.status) or {},
             failures=[failure for report in reports for failure in report.failures],
-            crashes_before=count_in_history(self.folder, "crashed"),
+            crashes_before=history(self.folder).count("crashed"),
         )
         outcome = decide(end, self.max_crashes)
         return replace(outcome, message=with_place(outcome.message, self.program.words))
@@ -137,7 +134,8 @@ class NodeJob:
     def _requeue(self, outcome: Outcome) -> Outcome:
         """Has submitit requeue the job, and ends this process; gives an outcome where that is not possible."""
         handler: Any = signal.getsignal(signal.SIGUSR2)
-        if not callable(handler):  # cluster debug has no queue
+        if not callable(handler):
+            say("cluster debug has no queue; the same command goes on")
             return outcome
         try:
             handler(signal.SIGUSR2, None)
@@ -155,7 +153,9 @@ def _where(folder: Path) -> tuple[torchrun.Place, Attempt]:
     job = submitit.JobEnvironment()
     hosts = tuple(job.hostnames)
     place = torchrun.Place(job.node, hosts, torchrun.master_port(job.raw_job_id) if len(hosts) > 1 else 0)
-    return place, Attempt(folder, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    if job.cluster == "slurm":  # all nodes must come to the same number
+        return place, Attempt(folder, int(os.environ.get("SLURM_RESTART_COUNT", "0")))
+    return place, Attempt(folder, len(history(folder)))
 
 
 def _runs_on() -> bool:

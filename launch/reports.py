@@ -59,7 +59,7 @@ class Attempt:
     submission: Path
     """The folder of the submission."""
     number: int
-    """How often SLURM has restarted the job."""
+    """How often the job was started before."""
 
     @property
     def status(self) -> Path:
@@ -122,11 +122,11 @@ def add_to_history(folder: Path, outcome: Outcome) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def count_in_history(folder: Path, state: State) -> int:
-    """How often the job ended in this way before."""
+def history(folder: Path) -> list[State]:
+    """The states in which the job ended before, in order."""
     path = folder / "history.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return sum(json.loads(line)["state"] == state for line in lines)
+    return [json.loads(line)["state"] for line in lines]
 
 
 @dataclass(frozen=True)

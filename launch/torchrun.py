@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo import network
-
 _FIRST_PORT, _NUM_PORTS = 10000, 20000  # below the ports that Linux hands out by itself, from 32768
 
 
@@ -76,23 +74,9 @@ def environment(program: Program, place: Place, files: Mapping[str, Path]) -> di
     """
     env = {**os.environ, **dict(program.env), **{name: str(path) for name, path in files.items()}}
     env.setdefault("OMP_NUM_THREADS", str(max(1, num_cpus() // program.ranks_per_node)))
-    if len(place.hosts) > 1 and network.VARIABLE not in env:
-        interface = gloo_interface(place)
-        env |= {network.VARIABLE: interface} if interface else {}
     return env
 
 
 def num_cpus() -> int:
     """The CPUs that this job may use on this node."""
     return int(os.environ.get("SLURM_CPUS_ON_NODE") or len(os.sched_getaffinity(0)))
-
-
-def gloo_interface(place: Place) -> str | None:
-    """The interface that leads to another node, where this host's own name leads to itself; null: gloo finds it.
-
-    The ranks could find it out themselves (`dpo.network`), but for nodes that share a host.
-    """
-    if not network.is_loopback(network.address_of_this_host()):
-        return None
-    other = next(host for number, host in enumerate(place.hosts) if number != place.node)
-    return network.interface_of(network.address_towards(other))

@@ -9,6 +9,8 @@ from launch.decision import End, decide
 from launch.failures import Failure, first_cause
 
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [10.77.0.2]:54470: Connection reset by peer"
+TIMED_OUT = "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation"
+RESET = "ConnectionResetError: [Errno 104] Connection reset by peer"
 
 
 def raised(rank: int, time: float, message: str = "ValueError: boom") -> Failure:
@@ -26,6 +28,8 @@ def killed(rank: int, time: float, number: int = signal.SIGKILL) -> Failure:
     [
         ([raised(0, 5.0), raised(1, 4.0)], 1),
         ([raised(0, 3.0, LOST), raised(1, 4.0)], 1),
+        ([raised(0, 3.0, TIMED_OUT), raised(1, 4.0)], 1),
+        ([raised(0, 3.0, RESET), raised(1, 4.0)], 1),
         ([raised(0, 3.0, LOST), killed(1, 4.0)], 1),
         ([killed(0, 3.0, signal.SIGTERM), raised(1, 4.0)], 1),
         ([killed(0, 3.0, signal.SIGTERM), raised(1, 4.0, LOST)], 1),
@@ -37,6 +41,8 @@ def killed(rank: int, time: float, number: int = signal.SIGKILL) -> Failure:
     ids=[
         "the earlier",
         "not who lost it",
+        "not who waited in vain",
+        "not who lost the store",
         "killed, not who lost it",
         "not whom torchrun ended",
         "nor before who lost it",
@@ -74,8 +80,13 @@ BY_RANK_1 = "rank 1 on node1: ValueError: boom"
         ({"exit_code": 1, "asked_to_stop": True, "failures": [raised(1, 1.0)]}, "failed", BY_RANK_1, 1),
         ({"exit_code": 1, "failures": [raised(1, 1.0), killed(0, 2.0, signal.SIGTERM)]}, "failed", BY_RANK_1, 1),
         ({"exit_code": 1, "failures": [raised(0, 1.0, "UserError: a.yaml: bad")]}, "failed", "a.yaml: bad", 2),
-        ({"exit_code": 1, "failures": [killed(1, 1.0)]}, "crashed", "killed by SIGKILL; restart 1 of at most 2", 1),
-        ({"exit_code": 1, "failures": [killed(1, 1.0)], "crashes_before": 1}, "crashed", "restart 2 of at most 2", 1),
+        ({"exit_code": 1, "failures": [killed(1, 1.0)]}, "crashed", "killed by SIGKILL; crash 1 of 2 that restart", 1),
+        (
+            {"exit_code": 1, "failures": [killed(1, 1.0)], "crashes_before": 1},
+            "crashed",
+            "crash 2 of 2 that restart",
+            1,
+        ),
         (
             {"exit_code": 1, "failures": [killed(1, 1.0)], "crashes_before": 2},
             "failed",

@@ -5,18 +5,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from dpo.errors import RunError
 from launch.follow import Followed, follow
-from launch.reports import count_in_history, submissions
+from launch.reports import history, submissions
 from launch.supervise import children
 from tests.models import save_model, save_pairs
 from tests.runs import train_lines
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 model: {path: model}
 data: {train: [{path: pairs.jsonl}], num_proc: 1}
@@ -28,14 +29,17 @@ checkpoint: {save_every: null}
 
 
 @pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with tiny.yaml and what it needs; the package is found from there."""
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with tiny.yaml and what it needs; what still runs in it afterwards is ended."""
     save_model(tmp_path / "model", "llama")
     save_pairs(tmp_path / "pairs.jsonl", 40)
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return tmp_path
+    yield tmp_path
+    for _, submission in submissions(tmp_path / "runs/tiny"):
+        with suppress(ProcessLookupError):
+            os.killpg(int(submission.job), signal.SIGTERM)
 
 
 def launch(*words: str) -> subprocess.Popen[str]:
@@ -66,17 +70,17 @@ def test_a_run_in_the_background(work: Path) -> None:
     assert f"the job goes on; to cancel it: kill -- -{submission.job}" in err
     (task,) = children(int(Path(submission.log).name.split("_")[0]))
     os.kill(task, signal.SIGUSR2)
-    while count_in_history(reports, "preempted") < 1:
+    while not history(reports):
         time.sleep(0.1)
     wait_for_steps(run, len(train_lines(run)) + 5, int(submission.job))
     cancel = out.splitlines()[-1]
     assert cancel == f"cancel  kill -- -{submission.job}"
     subprocess.run(cancel.split()[1:], check=True)
-    with pytest.raises(RunError, match="has ended and did not say how; before that: stopped, SIGTERM"):
+    with pytest.raises(RunError, match="has ended and did not say how; before that: stopped, ended by SIGTERM"):
         follow([Followed("tiny", submission, reports)])
     steps = [line["step"] for line in train_lines(run)]
     assert steps == list(range(1, len(steps) + 1))
-    assert str(work) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(work) not in subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
 
 
 def test_a_sweep_in_this_process(work: Path) -> None:

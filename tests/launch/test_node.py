@@ -13,7 +13,7 @@ from submitit.core.job_environment import JobEnvironment, SignalHandler
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 from launch.node import NodeJob
-from launch.reports import Outcome, State, add_to_history, count_in_history, read_outcome
+from launch.reports import Outcome, State, add_to_history, history, read_outcome
 from launch.torchrun import Program
 from tests.launch.conftest import FakeSlurm
 
@@ -109,7 +109,7 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path, slurm: Fa
     codes, said = job.end()
     assert codes == [0, 0] and "done: step 9" in said
     assert job.state == "done" and len(slurm.calls("scontrol")) == 1
-    assert count_in_history(tmp_path / "reports", "preempted") == 1
+    assert history(tmp_path / "reports") == ["preempted", "done"]
 
 
 # --- after the ranks have ended ---------------------------------------------------------------------------------------

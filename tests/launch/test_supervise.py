@@ -44,7 +44,7 @@ time.sleep(600)
 
 @pytest.fixture
 def supervised(tmp_path: Path) -> Callable[..., Ended]:
-    """Runs a parent with two children that run `code`; `then(pid)` comes at `after` seconds, or once both are ready."""
+    """Runs a parent with two children that run `code`; a signal comes once both are ready, or earlier."""
 
     def start(
         code: str,
@@ -53,25 +53,28 @@ def supervised(tmp_path: Path) -> Callable[..., Ended]:
         grace: float = 60,
         peer_failed: Callable[[], bool] = bool,
     ) -> Ended:
-        def send() -> None:
+        over = threading.Event()
+
+        def send(number: int) -> None:
             while not early and len(list(tmp_path.glob("ready-*"))) < 2:
                 time.sleep(0.05)
-            time.sleep(0.3)
-            assert number is not None
-            os.kill(os.getpid(), number)
+            if not over.wait(0.3):
+                os.kill(os.getpid(), number)
 
         if number is not None:
-            threading.Thread(target=send, daemon=True).start()
+            threading.Thread(target=send, args=(number,), daemon=True).start()
         words = [sys.executable, "-c", PARENT, code.replace("PLACE", repr(str(tmp_path)))]
         with signals() as noted:
-            return run(words, os.environ, noted, grace, peer_failed)
+            ended = run(words, os.environ, noted, grace, peer_failed)
+            over.set()
+        return ended
 
     return start
 
 
 def survivors(tmp_path: Path) -> Sequence[str]:
     """Command lines of processes that still know the test's folder."""
-    found = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
+    found = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout.splitlines()
     return [line for line in found if str(tmp_path) in line]
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from dpo import network
 from launch import torchrun
 from launch.failures import failures_of_node
 from launch.torchrun import Place, Program
@@ -52,21 +51,6 @@ def test_threads_share_the_cpus_of_the_job(monkeypatch: pytest.MonkeyPatch) -> N
     assert torchrun.environment(PROGRAM, Place(0, ("a",), 0), {})["OMP_NUM_THREADS"] == "1"
     program = Program("dpo.train", (), 8, (("OMP_NUM_THREADS", "5"),))
     assert torchrun.environment(program, Place(0, ("a",), 0), {})["OMP_NUM_THREADS"] == "5"
-
-
-def test_gloo_is_told_the_interface_where_the_hosts_name_is_a_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the second node the first one is asked for; a single node needs none, nor a host whose name is right."""
-    monkeypatch.delenv(network.VARIABLE, raising=False)
-    monkeypatch.setattr(network, "address_towards", {"gpu07": "10.0.0.2"}.__getitem__)
-    monkeypatch.setattr(network, "interface_of", {"10.0.0.2": "eth1"}.__getitem__)
-    monkeypatch.setattr(network, "address_of_this_host", lambda: "127.0.1.1")
-    assert torchrun.environment(PROGRAM, SECOND, {})[network.VARIABLE] == "eth1"
-    assert network.VARIABLE not in torchrun.environment(PROGRAM, Place(0, ("gpu07",), 0), {})
-    monkeypatch.setenv(network.VARIABLE, "mine")
-    assert torchrun.environment(PROGRAM, SECOND, {})[network.VARIABLE] == "mine"
-    monkeypatch.delenv(network.VARIABLE)
-    monkeypatch.setattr(network, "address_of_this_host", lambda: "10.0.0.2")
-    assert network.VARIABLE not in torchrun.environment(PROGRAM, SECOND, {})
 
 
 # --- what it leaves ---------------------------------------------------------------------------------------------------
