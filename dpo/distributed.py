@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.config import ParallelConfig, with_place
 from dpo.errors import Preempted, RunError, UserError
+from dpo.network import VARIABLE, gloo_interface
 from dpo.progress import say, set_quiet
 from dpo.run_files import write_status
 
@@ -61,10 +62,15 @@ _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_
 
 def _join(timeout_seconds: int, backend: str) -> None:
     timeout = timedelta(seconds=timeout_seconds)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
-    else:
+    if "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    interface = gloo_interface(os.environ, store)
+    if interface is not None:
+        os.environ[VARIABLE] = interface
+    store = dist.PrefixStore("dpo", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def make_mesh(world: World, parallel: ParallelConfig) -> DeviceMesh:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 VARIABLE = "GLOO_SOCKET_IFNAME"
 KEY = "dpo/an address of another node than rank 0's"
+NO_ADDRESS = "none that could be reached"
 _SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface
 
 
@@ -27,22 +28,31 @@ def gloo_interface(environment: Mapping[str, str], store: Store) -> str | None:
     """The interface that gloo must be told of, by torchrun's environment of this rank; None where it needs no help.
 
     It is that of the route to rank 0's node; on this node itself, of the route to another one, which tells its address.
-    Every rank must get here, or those of rank 0's node may wait for ever.
+    Nodes that share a host find each other without. Every rank must get here, or those of rank 0's node wait for ever.
     """
     if environment["LOCAL_WORLD_SIZE"] == environment["WORLD_SIZE"]:
         return None
-    own = address_towards(environment["MASTER_ADDR"])
-    if not is_loopback(own):
-        store.set(KEY, own)
+    is_first_node = int(environment["RANK"]) < int(environment["LOCAL_WORLD_SIZE"])
+    own = None if is_first_node else address_towards(environment["MASTER_ADDR"])
+    own = None if own is None or is_loopback(own) else own
+    if not is_first_node:
+        store.set(KEY, own or NO_ADDRESS)
     if VARIABLE in environment or not is_loopback(address_of_this_host()):
         return None
-    return interface_of(address_towards(store.get(KEY).decode()) if is_loopback(own) else own)
+    if is_first_node:
+        own = address_towards(store.get(KEY).decode())
+    return None if own is None else interface_of(own)
 
 
-def address_towards(host: str) -> str:
-    """The IPv4 address that this host has on its route to another; nothing is sent."""
+def address_towards(host: str) -> str | None:
+    """The IPv4 address that this host has on its route to another; None where there is no such route. Nothing is
+    sent.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
+        try:
+            probe.connect((host, 9))
+        except OSError:  # IPv6 alone
+            return None
         return probe.getsockname()[0]
 
 

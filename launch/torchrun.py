@@ -67,7 +67,7 @@ def line(program: Program, nodes: int, python: str = sys.executable) -> str:
     return " ".join([f"{name}={shlex.quote(value)}" for name, value in program.env] + [shlex.join(words)])
 
 
-def environment(program: Program, place: Place, files: Mapping[str, Path]) -> dict[str, str]:
+def environment(program: Program, files: Mapping[str, Path]) -> dict[str, str]:
     """This process's environment with what torchrun and the ranks need more; `files` by the variable that names them.
 
     What the user set stays.

@@ -5,7 +5,8 @@ import pytest
 from dpo import network
 from dpo.network import KEY, VARIABLE, address_towards, gloo_interface, interface_of
 
-TWO_NODES = {"LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
+TWO_NODES = {"RANK": "1", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
+FIRST_OF_TWO = TWO_NODES | {"RANK": "0"}
 
 
 class Shared(dict[str, bytes]):
@@ -33,9 +34,8 @@ def test_a_node_takes_the_way_to_rank_0_and_says_where_it_is(host: pytest.Monkey
 
 
 def test_rank_0s_node_takes_the_way_to_another_node(host: pytest.MonkeyPatch) -> None:
-    """Its way to rank 0 is the loopback, its way to 10.0.0.3 is eth0."""
-    host.setattr(network, "address_towards", {"first": "127.0.0.1", "10.0.0.3": "10.0.0.2"}.__getitem__)
-    assert gloo_interface(TWO_NODES, Shared({KEY: b"10.0.0.3"})) == "eth0"
+    """10.0.0.3 is the other node's; its own way there is eth0."""
+    assert gloo_interface(FIRST_OF_TWO, Shared({KEY: b"10.0.0.3"})) == "eth0"
 
 
 def test_a_user_who_knows_better_is_heard_and_rank_0s_node_is_helped_nevertheless(host: pytest.MonkeyPatch) -> None:
@@ -49,6 +49,15 @@ def test_a_host_whose_name_is_in_the_network_needs_no_help_but_gives_it(host: py
     store = Shared()
     assert gloo_interface(TWO_NODES, store) is None
     assert store == {KEY: b"10.0.0.2"}
+
+
+@pytest.mark.parametrize("way", [None, "127.0.0.1"], ids=["no IPv4", "one host"])
+def test_a_node_without_a_way_leaves_nobody_waiting(host: pytest.MonkeyPatch, way: str | None) -> None:
+    """Neither where there is IPv6 alone, nor where two nodes are one host: it says so, and rank 0's node goes on."""
+    host.setattr(network, "address_towards", {"first": way, network.NO_ADDRESS: None}.__getitem__)
+    store = Shared()
+    assert gloo_interface(TWO_NODES, store) is None
+    assert gloo_interface(FIRST_OF_TWO, store) is None
 
 
 def test_one_node_needs_no_network() -> None:

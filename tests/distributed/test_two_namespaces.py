@@ -126,12 +126,7 @@ def wait_for(processes: list[subprocess.Popen[bytes]]) -> list[int]:
     return [process.wait() for process in processes]
 
 
-UNWIRED = pytest.mark.xfail(run=False, reason="dpo/distributed.py does not ask dpo/network.py yet")
-
-
-@pytest.mark.parametrize(
-    "loopback", [False, pytest.param(True, marks=UNWIRED)], ids=["own name in the network", "own name a loopback"]
-)
+@pytest.mark.parametrize("loopback", [False, True], ids=["own name in the network", "own name a loopback"])
 def test_the_readmes_line_trains_on_two_nodes(loopback: bool, tmp_path: Path) -> None:
     """Every figure equals that of a run of one process to 1e-5 relative, in float64, at the first step too: accuracies
     and rewards apart, there, which are those of a policy equal to its reference but for rounding.

@@ -46,11 +46,11 @@ def test_threads_share_the_cpus_of_the_job(monkeypatch: pytest.MonkeyPatch) -> N
     """20 CPUs of 8 ranks are 2 each; with 4 there is still one; the user's number stays."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "20")
-    assert torchrun.environment(PROGRAM, Place(0, ("a",), 0), {})["OMP_NUM_THREADS"] == "2"
+    assert torchrun.environment(PROGRAM, {})["OMP_NUM_THREADS"] == "2"
     monkeypatch.setenv("SLURM_CPUS_ON_NODE", "4")
-    assert torchrun.environment(PROGRAM, Place(0, ("a",), 0), {})["OMP_NUM_THREADS"] == "1"
+    assert torchrun.environment(PROGRAM, {})["OMP_NUM_THREADS"] == "1"
     program = Program("dpo.train", (), 8, (("OMP_NUM_THREADS", "5"),))
-    assert torchrun.environment(program, Place(0, ("a",), 0), {})["OMP_NUM_THREADS"] == "5"
+    assert torchrun.environment(program, {})["OMP_NUM_THREADS"] == "5"
 
 
 # --- what it leaves ---------------------------------------------------------------------------------------------------
