@@ -83,7 +83,7 @@ class NodeJob:
         logs.mkdir(parents=True)
         words = torchrun.command(self.program, place, logs)
         files = {STATUS_FILE: attempt.status, "TORCHELASTIC_ERROR_FILE": error_file}
-        env = torchrun.environment(self.program, place, files)
+        env = torchrun.environment(self.program, files)
         self._tell_start(place, words)
         ended = supervise.run(words, env, noted, self.grace, attempt.failed.exists)
         first_rank = place.node * self.program.ranks_per_node

@@ -66,7 +66,7 @@ def test_a_run_in_the_background(work: Path) -> None:
     os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to all in its group
     out, err = program.communicate(timeout=30)
     ((reports, submission),) = submissions(run)
-    assert program.returncode == 130 and "\nstep " in err
+    assert program.returncode == 130 and "pairs to train on" in err
     assert f"the job goes on; to cancel it: kill -- -{submission.job}" in err
     (task,) = children(int(Path(submission.log).name.split("_")[0]))
     os.kill(task, signal.SIGUSR2)
