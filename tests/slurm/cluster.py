@@ -59,7 +59,6 @@ SchedulerParameters=sched_interval=1,bf_interval=1
 SlurmdParameters=config_overrides  # more than the machine has
 ReturnToService=2
 JobRequeue=1
-KillWait=5
 MinJobAge=3600  # finished jobs can be asked for as long as a test may want to
 GresTypes=gpu
 NodeName=node1 Port=17001 CPUs=4 RealMemory=64000 Gres=gpu:2
@@ -84,6 +83,7 @@ class Unavailable(Exception):
 
 def main(command: Sequence[str]) -> int:
     """Runs the command inside a new cluster; its exit code."""
+    os.environ["PATH"] += ":/usr/sbin:/sbin"  # not everybody who is root looks there
     try:
         install_missing()
         check_namespaces()

@@ -5,7 +5,7 @@ import itertools
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -74,7 +74,10 @@ def disturbed(config: Config) -> Config:
     is_preempted(job)
     loses_a_worker(job)
     is_out_of_time_once_too_often(job)
-    is_cancelled(submit(file, "--time", "60"))
+    job = submit(file, "--time", "60")
+    is_requeued_by_hand(job)
+    loses_a_node(job)
+    is_cancelled(job)
     last = last_step(run_dir) + 4
     finishes(submit(file, "--time", "60", "--train.steps", str(last)))
     return changed(config, train__steps=last)
@@ -122,15 +125,20 @@ def resumed_from(job: Job) -> list[int]:
 
 def loses_a_worker(job: Job) -> None:
     """kill -9, as by a node that is out of memory; the other three would wait for it for ever."""
-    resumed = len(resumed_from(job))
-    lost = wait_for_steps(job, 2)
-    os.kill(rank_processes()[2][0], signal.SIGKILL)
-    wait_for(job, "it has lost a worker", lambda: job.restarts == 3)
+    loses_few_steps(job, lambda: os.kill(rank_processes()[2][0], signal.SIGKILL))
     state, message = endings(job.run_dir)[-1]
     assert state == "crashed"
     assert message.startswith("rank 2 on node2: killed by SIGKILL"), message
-    wait_for(job, "it goes on", lambda: len(resumed_from(job)) > resumed)
-    assert resumed_from(job)[-1] >= lost - SAVE_EVERY
+
+
+def loses_few_steps(job: Job, disturb: Callable[[], object]) -> None:
+    """The job starts again by itself, and goes on from the newest checkpoint."""
+    before = wait_for_steps(job, 2)
+    restarts, resumed = job.restarts, len(resumed_from(job))
+    disturb()
+    wait_for(job, "it starts again", lambda: job.restarts == restarts + 1)
+    wait_for(job, "it goes on", lambda: len(resumed_from(job)) == resumed + 1)
+    assert resumed_from(job)[-1] >= before - SAVE_EVERY
 
 
 def is_out_of_time_once_too_often(job: Job) -> None:
@@ -138,10 +146,26 @@ def is_out_of_time_once_too_often(job: Job) -> None:
     command("scancel", "--signal=USR2", job.id)
     wait_for(job, "it is given up", lambda: job.state not in ("RUNNING", "COMPLETING"))
     assert job.state == "FAILED"
-    assert endings(job.run_dir)[-1] == (
-        "failed",
-        "its time was up too often (--max-timeouts); the same command goes on",
-    )
+    state, message = endings(job.run_dir)[-1]
+    assert state == "failed"
+    assert "(--max-timeouts)" in message
+
+
+def is_requeued_by_hand(job: Job) -> None:
+    """SLURM sends SIGTERM alone, and SIGKILL half a minute later."""
+    loses_few_steps(job, lambda: command("scontrol", "requeue", job.id))
+    assert endings(job.run_dir)[-1][0] == "stopped"
+
+
+def loses_a_node(job: Job) -> None:
+    """The second one is taken for dead, as SLURM takes one that does not answer, and comes back."""
+
+    def die() -> None:
+        command("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=dead")
+        command("scontrol", "update", "NodeName=node2", "State=RESUME")
+
+    loses_few_steps(job, die)
+    assert "DUE TO NODE FAILURE" in job.log
 
 
 def is_cancelled(job: Job) -> None:
