@@ -1,11 +1,13 @@
 # Everything a newcomer types; `.ci/run` types the same.
 PYTHON ?= python3
 BIN := .venv/bin
+TOOLS := chromium chromedriver ip
+PACKAGES := chromium chromium-driver iproute2
 # Two ranks share this machine's cores; more threads than cores only wait for each other.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo board test test-slurm check clean
+.PHONY: demo board test test-slurm tools check clean
 
 demo: .venv/installed          ## learn a preference on two processes, in minutes
 	$(BIN)/python -m dpo.demo
@@ -18,6 +20,11 @@ test: .venv/installed          ## the whole test suite
 
 test-slurm: .venv/installed    ## jobs on a real SLURM of two nodes on this machine (root; apt installs it), in minutes
 	$(BIN)/python -m tests.slurm.cluster $(BIN)/python -m pytest tests/slurm || test $$? = 77  # it says why
+
+tools:                         ## Debian packages that some tests use, by apt; without them these tests are skipped
+	which $(TOOLS) > /dev/null || { apt-get update -qq && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(PACKAGES) > /dev/null; } || \
+	echo 'no apt-get, or not root: tests that need a browser or network namespaces are skipped'
 
 check: .venv/installed         ## style and types
 	$(BIN)/ruff check .
