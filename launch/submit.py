@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo.errors import RunError
+from dpo.run_files import JOBS
 from launch import executors, torchrun
 from launch.arguments import Request, parse_request
 from launch.checks import check_free, check_paths
@@ -72,7 +74,7 @@ def _job(request: Request, module: str, words: tuple[str, ...], run_dir: Path) -
 
 def submit_to_slurm(plan: Plan) -> None:
     """Queues the jobs of the reference cache, and after them the run, or the array of runs."""
-    request, folder, name = plan.request, plan.root / "jobs", plan.root.name
+    request, folder, name = plan.request, plan.root / JOBS, plan.root.name
     followed: list[Followed] = []
     for words in plan.references:
         job = _job(request, "dpo.reference", words, plan.root)
@@ -80,7 +82,10 @@ def submit_to_slurm(plan: Plan) -> None:
         followed.append(_record(job, submission, "reference"))
     after = [item.submission.job for item in followed]
     jobs = [_job(request, "dpo.train", run.words, run.dir) for run in plan.runs]
-    submissions = executors.submit_to_slurm(request, folder, name, jobs, after)
+    try:
+        submissions = executors.submit_to_slurm(request, folder, name, jobs, after)
+    except RunError as failure:
+        raise RunError(f"{failure}; queued already: scancel {' '.join(after)}" if after else str(failure)) from failure
     for run, job, submission in zip(plan.runs, jobs, submissions, strict=True):
         followed.append(_record(job, submission, run.dir.name))
     tell(plan, submissions, after)
@@ -105,14 +110,17 @@ def tell(plan: Plan, submissions: Sequence[Submission], after: Sequence[str] = (
 
 def print_scripts(plan: Plan) -> None:
     """Prints what would be submitted."""
-    request, folder, name = plan.request, plan.root / "jobs", plan.root.name
     for words in plan.references:
-        print(executors.sbatch_script(request, folder, f"{name}-reference"))
-        _print_line(request, "dpo.reference", words)
-    after = ["REFERENCE_JOB"] * len(plan.references)
-    print(executors.sbatch_script(request, folder, name, len(plan.runs), after))
+        _print_script(plan, f"{plan.root.name}-reference")
+        _print_line(plan.request, "dpo.reference", words)
+    _print_script(plan, plan.root.name, len(plan.runs), ["REFERENCE_JOB"] * len(plan.references))
     for run in plan.runs:
-        _print_line(request, "dpo.train", run.words)
+        _print_line(plan.request, "dpo.train", run.words)
+
+
+def _print_script(plan: Plan, name: str, count: int = 1, after: Sequence[str] = ()) -> None:
+    if plan.request.cluster == "slurm":
+        print(executors.sbatch_script(plan.request, plan.root / JOBS, name, count, after))
 
 
 def _print_line(request: Request, module: str, words: tuple[str, ...]) -> None:
@@ -132,9 +140,9 @@ def submit_here(plan: Plan) -> None:
         references = [_job(request, "dpo.reference", words, plan.root) for words in plan.references]
         work = InTurn(tuple(references), tuple(jobs), new_submission(plan.root))
     if request.cluster == "debug":
-        executors.run_here(plan.root / "jobs", work)
+        executors.run_here(plan.root / JOBS, work)
         return
-    submission = executors.submit_locally(request, plan.root / "jobs", work)
+    submission = executors.submit_locally(request, plan.root / JOBS, work)
     for folder in {work.folder, *(job.folder for job in jobs)}:
         write_submission(folder, submission)
     tell(plan, [submission] * len(jobs))

@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 SCRIPT = """#!/bin/sh
-echo "$@" >> {folder}/{name}.calls
-[ {name} = sbatch ] && for word; do :; done && cp "$word" {folder}/script-$(wc -l < {folder}/sbatch.calls)
-[ -e {folder}/{name}.refusal ] && cat {folder}/{name}.refusal >&2 && exit 1
-cat {folder}/{name}.answer 2> /dev/null || true
+cd {folder}
+echo "$@" >> {name}.calls
+calls=$(wc -l < {name}.calls)
+[ {name} = sbatch ] && for word; do :; done && cp "$word" script-$calls
+[ -e {name}.refusal ] && [ $calls -gt $(cat {name}.allowed) ] && cat {name}.refusal >&2 && exit 1
+cat {name}.answer 2> /dev/null || true
 """
 
 
@@ -29,8 +31,9 @@ class FakeSlurm:
         """What a command prints from now on."""
         (self.folder / f"{name}.answer").write_text(text)
 
-    def refuse(self, name: str, text: str) -> None:
-        """A command fails from now on, and prints this on stderr."""
+    def refuse(self, name: str, text: str, after: int = 0) -> None:
+        """A command fails from now on, or after so many calls, and prints this on stderr."""
+        (self.folder / f"{name}.allowed").write_text(str(after))
         (self.folder / f"{name}.refusal").write_text(text)
 
     def calls(self, name: str) -> Sequence[str]:

@@ -140,6 +140,23 @@ def test_sbatchs_refusal_is_one_line_and_leaves_nothing(
     assert not Path("runs/my").exists()
 
 
+def test_a_refused_array_names_the_reference_pass_that_waits(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm.refuse("sbatch", "sbatch: error: Invalid job array specification\n", after=1)
+    assert launch("--sweep", "loss.beta=0.1,0.5") == 1
+    err = capsys.readouterr().err
+    assert err == "error: sbatch refuses the job: Invalid job array specification; queued already: scancel 4242\n"
+
+
+def test_a_dry_run_on_this_machine_is_the_torchrun_line(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:
+    usual = ("--config", "my.yaml", "--ranks-per-node", "2", "--cluster", "local")
+    assert launch("--dry-run", usual=usual) == 0
+    out = capsys.readouterr().out
+    assert "SBATCH" not in out
+    assert out.endswith("-m torch.distributed.run --standalone --nproc-per-node 2 -m dpo.train --config my.yaml\n\n")
+
+
 def test_no_sbatch(launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert launch() == 2
