@@ -6,12 +6,13 @@ floors only (`tests/test_structure.py` holds it to that):
 
     0  errors.py          what ends a program early, and with which exit code
     0  progress.py        what rank 0 tells while it works
-    0  run_files.py       what lies in a run folder, by name; read without torch
+    0  files.py           files that are never seen half-written
+    1  run_files.py       what lies in a run folder, by name; read without torch
     0  preemption.py      SIGUSR2 asks a run to save and leave
     0  network.py         which interface leads to the other nodes
     0  provenance.py      versions and git commit
     0  charts.py          where TensorBoard shows a figure
-    0  event_files.py     TensorBoard's event files as bytes
+    1  event_files.py     TensorBoard's event files as bytes
     0  config_fields.py   every key with its default and its meaning
     0  fields.py          fields of raw rows, typed
     0  plan.py            (seed, step) -> pairs -> trees -> balanced StepPlan
@@ -19,13 +20,13 @@ floors only (`tests/test_structure.py` holds it to that):
     0  losses.py          the losses on the paper's index signature
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
     1  profiling.py       torch's profiler over a few steps
-    1  hparams.py         the run's entry in TensorBoard's HParams tab
     1  strict_yaml.py     YAML without surprises
     1  config_rules.py    bounds of keys, and keys that must fit each other
     1  json_rows.py       JSON and JSONL with line numbers
     1  records.py         raw row -> Example; one adapter a format
     1  cache.py           the files of the reference cache
     1  attention.py       shared-prefix attention: a segment loop on a CPU, FlexAttention on CUDA
+    2  hparams.py         the run's entry in TensorBoard's HParams tab
     2  config_io.py       YAML and command line against the fields
     2  tokens.py          Example -> TokenizedExample; templates, truncation
     2  packing.py         trees -> PackedBatch

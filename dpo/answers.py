@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
-from dpo.cache import write_atomically
 from dpo.config import Config, EvalConfig
 from dpo.dashboard import Answer
 from dpo.distributed import World, first_on_each_node, on_main
 from dpo.errors import UserError
+from dpo.files import write_atomically
 from dpo.generation import generate
 from dpo.inputs import Inputs
 from dpo.pair_set import PairSet

@@ -10,7 +10,6 @@ killed one leaves whole blocks. Which rows belong together is said by the folder
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo.errors import RunError
+from dpo.files import write_atomically
 from dpo.progress import say
 
 ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("logp", "<f8")])
@@ -126,14 +126,3 @@ def write_rows(folder: Path, keys: np.ndarray, logps: np.ndarray) -> Path:
     target = folder / f"rows-{hashlib.sha256(content).hexdigest()[:32]}.bin"
     write_atomically(target, content)
     return target
-
-
-def write_atomically(target: Path, content: bytes) -> None:
-    """Writes a file so that it is never seen half-written, even after a crash of the machine."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(target)

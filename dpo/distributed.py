@@ -66,7 +66,7 @@ def _join(timeout_seconds: int, backend: str) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    interface = gloo_interface(os.environ, store)
+    interface = gloo_interface(_ENVIRONMENT | os.environ, store)
     if interface is not None:
         os.environ[VARIABLE] = interface
     store = dist.PrefixStore("dpo", store)
@@ -185,7 +185,7 @@ def run_program(main: Callable[[], None]) -> int:
         _leave_together()
         return 0
     except (UserError, RunError) as failure:
-        _record(failure)
+        _record(failure, str(failure))
         if is_main:
             message = " ".join(str(failure).split())
             print(f"error: {with_place(message, sys.argv[1:])}", file=sys.stderr, flush=True)
@@ -196,11 +196,11 @@ def run_program(main: Callable[[], None]) -> int:
             print("stopped; the same command goes on from the newest checkpoint", file=sys.stderr, flush=True)
         return 130
     except OSError as failure:  # met by this rank alone, a full disk for one: it does not wait for the others
-        _record(failure)
+        _record(failure, str(failure))
         print(f"error: {type(failure).__name__}: {' '.join(str(failure).split())}", file=sys.stderr, flush=True)
         return 1
     except Exception as failure:
-        _record(failure)
+        _record(failure, traceback.format_exc())
         raise
     _end_well({"state": "done"}, is_main)
     return 0
@@ -212,8 +212,8 @@ def _end_well(status: dict[str, Any], is_main: bool) -> None:
         write_status(status)
 
 
-def _record(failure: Exception) -> None:
-    """Writes why and when this rank failed where torchrun (and `launch/node.py`) looks for it.
+def _record(failure: Exception, details: str) -> None:
+    """Writes why and when this rank failed where torchrun, which prints `details`, and `launch/node.py` look for it.
 
     The form is that of torch's `torch.distributed.elastic.multiprocessing.errors.record`, which knows the time only to
     the second: too coarse to tell the rank that failed first from those that lost it.
@@ -221,7 +221,7 @@ def _record(failure: Exception) -> None:
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         now = time.time()
-        extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(now)), "seconds": now}
+        extra = {"py_callstack": details, "timestamp": str(int(now)), "seconds": now}
         message = {"message": f"{type(failure).__name__}: {failure}", "extraInfo": extra}
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 

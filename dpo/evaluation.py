@@ -18,6 +18,7 @@ from dpo.objective import has_reference, pair_losses
 from dpo.packing import PackedBatch
 from dpo.pair_set import PairSet
 from dpo.policy import Policy, completion_logps, reshard
+from dpo.preemption import StopRequest
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,12 @@ class Evaluation:
     margins: np.ndarray
 
 
-def evaluate(policy: Policy, pairs: PairSet, packer: Packer, loss: LossConfig, head_bytes: int) -> Evaluation:
-    """An evaluation without gradients. Every rank must get here."""
+def evaluate(
+    policy: Policy, pairs: PairSet, packer: Packer, loss: LossConfig, head_bytes: int, stop_requested: StopRequest
+) -> Evaluation | None:
+    """An evaluation without gradients; None where a rank was asked to stop on the way. Every rank must get here."""
     metrics, margins = StepMetrics(policy.device), [torch.zeros(0, device=policy.device)]
+    must_stop = False
     with torch.no_grad():
         for plan in evaluation_plans(pairs, packer):
             for batch in packer.pack(plan):
@@ -40,7 +44,12 @@ def evaluate(policy: Policy, pairs: PairSet, packer: Packer, loss: LossConfig, h
                 losses, rewards = pair_losses(pi_logps, batch, loss)
                 metrics.add(losses, rewards, pi_logps, batch)
                 margins.append(rewards[batch.yw_idxs] - rewards[batch.yl_idxs])
+            must_stop = any(all_gather(stop_requested()))
+            if must_stop:
+                break
     reshard(policy)
+    if must_stop:
+        return None
     figures = pair_means(metrics.reduce(), has_reference(loss))
     everywhere = all_gather(torch.cat(margins).float().cpu().numpy()) if has_reference(loss) else [np.zeros(0)]
     return Evaluation(figures, np.concatenate(everywhere))

@@ -15,8 +15,9 @@ from typing import BinaryIO
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+from dpo.files import write_atomically
+
 PREFIX = "events.out.tfevents"
-_DRAFT = ".draft"  # no name of an event file: TensorBoard does not read it
 
 
 def open_events(folder: Path, first_step: int) -> BinaryIO:
@@ -47,7 +48,7 @@ def write_events_atomically(path: Path, events: Sequence[Event]) -> None:
     buffer = io.BytesIO()
     for event in events:
         write_event(buffer, event)
-    _replace(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def drop_points(path: Path, first_step: int) -> None:
@@ -55,7 +56,7 @@ def drop_points(path: Path, first_step: int) -> None:
     data = path.read_bytes()
     kept = b"".join(record for record, event in records(data) if event.step < first_step)
     if len(kept) < len(data):
-        _replace(path, kept)
+        write_atomically(path, kept)
 
 
 def records(data: bytes) -> Iterator[tuple[bytes, Event]]:
@@ -67,9 +68,3 @@ def records(data: bytes) -> Iterator[tuple[bytes, Event]]:
             return
         yield data[begin:end], Event.FromString(data[begin + 12 : end - 4])
         begin = end
-
-
-def _replace(path: Path, data: bytes) -> None:
-    draft = path.with_name(_DRAFT)
-    draft.write_bytes(data)
-    draft.replace(path)

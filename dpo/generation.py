@@ -1,7 +1,7 @@
 """Answers from a sharded policy: transformers' own `generate`, called by all ranks with the same number of forwards.
 
 Greedy, or drawn from the plain softmax at a temperature. A draw is a function of (seed, prompt, place in the answer):
-no generator is involved, so neither the number of ranks nor the other prompts change it, nor does it change any state.
+no generator is involved, so it depends on ranks and on other prompts by the rounding of the logits alone.
 """
 
 import hashlib
@@ -82,6 +82,7 @@ def _generating(policy: Policy) -> Iterator[None]:
     model = policy.model
     attention, defaults, is_training = model.config._attn_implementation, model.generation_config, model.training
     model.set_attn_implementation("sdpa")
+    assert model.config._attn_implementation == "sdpa", "transformers only warns where it refuses"
     model.generation_config = GenerationConfig()  # what ours leaves open would be filled in from the model's own
     model.eval()
     try:

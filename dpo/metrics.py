@@ -1,6 +1,7 @@
 """What a run measures: sums on the device, one exchange a step, then metrics.jsonl and TensorBoard on rank 0."""
 
 import json
+import os
 import resource
 import sys
 from collections.abc import Mapping
@@ -141,6 +142,10 @@ class MetricsWriter:
         """One line of metrics.jsonl, `{"step": step, name: figure, ...}`, and a point in each figure's chart."""
         print(json.dumps({"step": step, **figures}, allow_nan=False), file=self.file, flush=True)
         self.board.figures(step, figures)
+
+    def sync(self) -> None:
+        """Waits until every line is on the disk."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Flushes both."""

@@ -2,6 +2,7 @@
 trees.
 """
 
+import gc
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -216,6 +217,13 @@ def load_policy(config: Config, world: World, model_config: PretrainedConfig, fo
     policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
     load_weights(policy, folder)
     return policy
+
+
+def free_memory() -> None:
+    """Frees models that nobody holds any more: a sharded one refers to itself, and would wait for a collection."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def load_weights(policy: Policy, folder: Path) -> None:

@@ -8,6 +8,11 @@ StopRequest = Callable[[], bool]
 """Whether this process was asked to stop; the ranks agree on it where they meet anyway."""
 
 
+def never() -> bool:
+    """The StopRequest of a program that cannot go on later: a signal ends it."""
+    return False
+
+
 @contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
     """Catches SIGUSR2 for the length of a with-block, and ignores it from then on.

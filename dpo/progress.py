@@ -47,14 +47,14 @@ def warn(line: str) -> None:
 
 
 class Progress:
-    """The bar of one long phase on a terminal, else a plain line now and then; silent on ranks other than 0."""
+    """The bar of one long phase on a terminal; elsewhere a plain line now and then, unless who works tells its own."""
 
-    def __init__(self, label: str, total: int, unit: str, shown: bool, done: int, seconds_between_lines: float):
+    def __init__(self, label: str, total: int, unit: str, shown: bool, done: int, lines_elsewhere: bool):
         self.label, self.total, self.unit, self.done = label, total, unit, done
         self.shown = shown and not is_quiet()
         disable = None if self.shown else True  # None: tqdm is silent where there is no terminal
         self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=disable, leave=False)
-        self.seconds_between_lines = seconds_between_lines
+        self.lines_elsewhere = lines_elsewhere
         self.spoke = time.monotonic()
 
     def advance(self, count: int, figures: Mapping[str, str] | None = None) -> None:
@@ -63,27 +63,21 @@ class Progress:
         if not self.bar.disable:
             self.bar.set_postfix(figures or {}, refresh=False)
             self.bar.update(count)
-        elif self.shown and self._is_time_for_a_line():
+        elif self.shown and self.lines_elsewhere and self._is_time_for_a_line():
             self.spoke = time.monotonic()
             rest = "".join(f"  {name} {figure}" for name, figure in (figures or {}).items())
             say(f"{self.label}: {self.done}/{self.total} {self.unit}{rest}")
 
     def _is_time_for_a_line(self) -> bool:
-        waited = time.monotonic() - self.spoke
-        return waited > self.seconds_between_lines or (self.done >= self.total and self.seconds_between_lines < 1e9)
+        return self.done >= self.total or time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES
 
 
 @contextmanager
 def progress(
-    label: str,
-    total: int,
-    unit: str,
-    shown: bool,
-    done: int = 0,
-    seconds_between_lines: float = SECONDS_BETWEEN_LINES,
+    label: str, total: int, unit: str, shown: bool, done: int = 0, lines_elsewhere: bool = True
 ) -> Iterator[Progress]:
-    """A bar of `total` units for the length of a with-block."""
-    bar = Progress(label, total, unit, shown, done, seconds_between_lines)
+    """A bar of `total` units for the length of a with-block; lines_elsewhere: see `Progress`."""
+    bar = Progress(label, total, unit, shown, done, lines_elsewhere)
     try:
         yield bar
     finally:

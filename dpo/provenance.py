@@ -3,6 +3,7 @@
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
@@ -11,15 +12,18 @@ from typing import Any
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers")
 
 
-def provenance(hosts: list[str], num_ranks: int) -> dict[str, Any]:
-    """What `provenance.json` in a run folder holds; `commit` is None where no git knows the package."""
+def provenance(hosts: Sequence[str], last_step: int) -> dict[str, Any]:
+    """One start of a run as `provenance.json` in its folder holds it; `hosts`: that of each rank; `commit` is None
+    where no git knows the package.
+    """
     return {
         "version": _version("dpo"),
         **git_state(Path(__file__).parent),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "hosts": sorted(set(hosts)),
-        "ranks": num_ranks,
+        "ranks": len(hosts),
+        "last_step": last_step,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

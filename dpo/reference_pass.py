@@ -4,7 +4,6 @@ A row belongs to the reference by content, to the numerics that change the value
 completion; nothing else is in its key.
 """
 
-import gc
 import json
 import time
 import uuid
@@ -18,12 +17,13 @@ import torch
 
 from dpo.attention import ATTENTION
 from dpo.batches import Packer
-from dpo.cache import RefRows, block_names, read_blocks, read_rows, split_keys, write_atomically, write_rows
+from dpo.cache import RefRows, block_names, read_blocks, read_rows, split_keys, write_rows
 from dpo.distributed import World, all_gather, on_main, together
 from dpo.errors import Preempted, RunError, UserError
+from dpo.files import write_atomically
 from dpo.pair_set import PairSet
 from dpo.plan import Tree
-from dpo.policy import Policy, completion_logps
+from dpo.policy import Policy, completion_logps, free_memory
 from dpo.preemption import StopRequest
 from dpo.progress import progress
 from dpo.tokens import completion_key
@@ -113,17 +113,11 @@ def fill(
         on_main(world, lambda: write_atomically(folder / "about.json", json.dumps(facts, indent=1).encode()))
         todo = _select(sets, missing)
         _compute(todo, int(missing.sum()), folder, reference(), packer, head_bytes, world, stop_requested)
+        free_memory()
     blocks = on_main(world, lambda: block_names(folder))
     rows = together(lambda: read_blocks(folder, blocks))
     computed = int(missing.sum())
     return rows, ReferencePass(computed, num_wanted - computed, time.monotonic() - started)
-
-
-def free_memory() -> None:
-    """Frees a reference that is not the policy: a sharded model refers to itself, and would wait for a collection."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def completions_of(sets: Sequence[PairSet]) -> Iterator[Completion]:

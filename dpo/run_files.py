@@ -1,7 +1,14 @@
 """What lies in a run folder, by name, and how its metrics are read; without torch, so that a laptop can.
 
-config.yaml  provenance.json  metrics.jsonl  tensorboard/  answers/  profile/  checkpoints/step-000100/  final/
-jobs/        what `python -m launch.submit` and its jobs wrote: scripts, logs, reports of failures
+config.yaml       the resolved config of the last start
+provenance.json   code and hosts of every start, a list
+metrics.jsonl     every step and evaluation
+tensorboard/      the same as charts, and more
+answers/          to a few evaluation prompts, by reference and policy
+profile/          traces of profiled steps
+checkpoints/step-000100/
+final/            the trained model
+jobs/             what `python -m launch.submit` and its jobs wrote: scripts, logs, reports of failures
 """
 
 import json
@@ -9,6 +16,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from dpo.files import write_atomically
 
 CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "metrics.jsonl", "tensorboard"
 ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
@@ -29,9 +38,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 def drop_metrics_after(run_dir: Path, step: int) -> None:
     """Rewrites metrics.jsonl without the lines of steps after `step`, in one atomic replacement."""
     kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
-    fresh = run_dir / f"{METRICS}.tmp"
-    fresh.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    fresh.replace(run_dir / METRICS)
+    write_atomically(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
 
 def write_status(status: Mapping[str, Any]) -> None:
@@ -41,6 +48,4 @@ def write_status(status: Mapping[str, Any]) -> None:
     """
     path = os.environ.get(STATUS_FILE)
     if path:
-        draft = Path(f"{path}.tmp")
-        draft.write_text(json.dumps(status), encoding="utf-8")
-        draft.replace(path)
+        write_atomically(Path(path), json.dumps(status).encode())

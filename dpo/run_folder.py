@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo.cache import write_atomically
 from dpo.checkpoint import RunState, newer_checkpoints, newest_checkpoint, read_state
 from dpo.config import Config, load_config, to_yaml
 from dpo.errors import UserError
+from dpo.files import write_atomically
 from dpo.progress import say
 from dpo.run_files import ANSWERS, CONFIG, JOBS, METRICS, PROVENANCE, TENSORBOARD, drop_metrics_after, read_metrics
 
@@ -134,7 +134,7 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
         say(f"goes on from {start.checkpoint}")
         _log_changes(start.checkpoint.parent.parent / "config.yaml", config)
     write_atomically(run_dir / CONFIG, to_yaml(config).encode())
-    write_atomically(run_dir / PROVENANCE, json.dumps(origin, indent=1).encode())
+    _add_origin(run_dir / PROVENANCE, origin)
     _put_aside(run_dir / "final")  # of a shorter run: if this one is interrupted, it must not look finished
     for checkpoint in newer_checkpoints(run_dir, start.step):
         _put_aside(checkpoint)
@@ -144,6 +144,15 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
         for name in (METRICS, TENSORBOARD, ANSWERS):
             _put_aside(run_dir / name)
     return run_dir
+
+
+def _add_origin(path: Path, origin: Mapping[str, Any]) -> None:
+    """One start more, with a word where the code is not that of the start before."""
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for key in ("version", "commit") if starts else ():
+        if starts[-1][key] != origin[key]:
+            say(f"the code has changed since this run's last start: {key} {starts[-1][key]} -> {origin[key]}")
+    write_atomically(path, json.dumps([*starts, origin], indent=1).encode())
 
 
 def _log_changes(path: Path, config: Config) -> None:
@@ -165,7 +174,10 @@ def _put_aside(path: Path) -> None:
     """Keeps under another name what a run that begins before it would contradict."""
     if path.exists():
         number = next(i for i in range(10**6) if not _old(path, i).exists())
-        say(f"{path} is of an earlier run: moved to {path.rename(_old(path, number))}")
+        moved = path.rename(_old(path, number))
+        for events in moved.rglob("*tfevents*"):  # by which TensorBoard finds what it shows
+            events.rename(events.with_name(events.name.replace("tfevents", "old")))
+        say(f"{path} is of an earlier run: moved to {moved}")
 
 
 def _old(path: Path, number: int) -> Path:

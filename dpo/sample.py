@@ -27,10 +27,9 @@ from dpo.errors import UserError, parse_arguments
 from dpo.fields import Message, field, text_or_messages
 from dpo.generation import generate
 from dpo.json_rows import json_rows
-from dpo.policy import Policy, build_policy, load_weights
+from dpo.policy import Policy, build_policy, free_memory, load_weights
 from dpo.progress import say
 from dpo.records import Example
-from dpo.reference_pass import free_memory
 from dpo.tokens import Encoder, Ids, Limits, check_vocabulary, encode, limits_of, load_tokenizer, text_encoder
 from dpo.weights import find_model, read_model_config
 

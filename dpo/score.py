@@ -29,6 +29,7 @@ from dpo.inputs import Inputs, read_inputs
 from dpo.objective import has_reference
 from dpo.pair_set import PairSet
 from dpo.policy import Policy, load_policy
+from dpo.preemption import never
 from dpo.progress import say
 from dpo.reference import fill_cache
 from dpo.reference_pass import lookup
@@ -111,7 +112,7 @@ def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Pac
     def reference() -> Policy:
         return load_policy(config, world, inputs.reference.config, inputs.reference.folder)
 
-    rows, _ = fill_cache(config, world, inputs.reference.hash, [pairs], reference, packer, lambda: False)
+    rows, _ = fill_cache(config, world, inputs.reference.hash, [pairs], reference, packer, never)
     return replace(packer, ref_logps=lookup(rows))
 
 
@@ -119,7 +120,8 @@ def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, 
     """The figures of `metrics.pair_means` and `further_figures`. Raises RunError where the loss is not finite. Every
     rank must get here.
     """
-    result = evaluate(policy, pairs, packer, config.loss, config.parallel.head_memory_mib * 2**20)
+    result = evaluate(policy, pairs, packer, config.loss, config.parallel.head_memory_mib * 2**20, never)
+    assert result is not None
     if not math.isfinite(result.figures["loss"]):
         raise RunError(f"the loss of {config.model.path} is {result.figures['loss']}; its weights are at fault")
     return result.figures | further_figures(result, pairs.lengths(), config.loss.beta)

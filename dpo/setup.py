@@ -15,10 +15,10 @@ from dpo.distributed import World
 from dpo.inputs import Inputs
 from dpo.objective import has_reference
 from dpo.optim import make_optimizer
-from dpo.policy import Policy, compute_dtype, load_policy, reshard
+from dpo.policy import Policy, compute_dtype, free_memory, load_policy, reshard
 from dpo.preemption import StopRequest
 from dpo.reference import fill_cache
-from dpo.reference_pass import ReferencePass, free_memory, lookup
+from dpo.reference_pass import ReferencePass, lookup
 from dpo.run_folder import Start
 
 

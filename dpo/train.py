@@ -85,7 +85,7 @@ def train(run: Run, writer: MetricsWriter | None) -> None:
                     seconds_a_step = (time.monotonic() - started) / (step - first + 1)
                     say(step_line(step, last, figures, seconds_a_step * (last - step)))
             if must_stop or is_time(step, run.config.checkpoint.save_every, last):
-                _save(run, step)
+                _save(run, writer, step)
             if must_stop:
                 raise Preempted(step)
             if is_time(step, every, last):
@@ -100,7 +100,7 @@ def is_time(step: int, every: int | None, last_step: int) -> bool:
 def _bar(run: Run) -> AbstractContextManager[Progress]:
     """The bar of a terminal; elsewhere the lines of logged steps are all."""
     steps = run.inputs.last_step
-    return progress("train", steps, "steps", run.world.is_main, done=run.start.step, seconds_between_lines=math.inf)
+    return progress("train", steps, "steps", run.world.is_main, done=run.start.step, lines_elsewhere=False)
 
 
 def _profiled(run: Run) -> AbstractContextManager[tuple[StepHook, StepHook]]:
@@ -133,15 +133,23 @@ def _batches(run: Run, step: int) -> list[PackedBatch]:
     return run.packer.pack(plan)
 
 
-def _save(run: Run, step: int) -> None:
+def _save(run: Run, writer: MetricsWriter | None, step: int) -> None:
+    if writer:
+        writer.sync()  # no crash may leave a checkpoint whose steps are missing in metrics.jsonl
     state = RunState(step, run.identity)
     save_checkpoint(run.dir, state, run.policy.model, run.optimizer, run.config.checkpoint.keep, run.world)
 
 
 def _evaluate(run: Run, writer: MetricsWriter | None, step: int) -> None:
+    """Evaluates after `step` steps. Raises Preempted, with that step saved, where any rank is asked to stop."""
     if not len(run.inputs.data.eval):
         return
-    result = evaluate(run.policy, run.inputs.data.eval, run.packer, run.config.loss, run.head_bytes)
+    pairs, loss = run.inputs.data.eval, run.config.loss
+    result = evaluate(run.policy, pairs, run.packer, loss, run.head_bytes, run.stop_requested)
+    if result is None:  # who goes on makes it anew
+        if step > run.start.step and not is_time(step, run.config.checkpoint.save_every, run.inputs.last_step):
+            _save(run, writer, step)
+        raise Preempted(step)
     if not math.isfinite(result.figures["loss"]):
         raise RunError(f"evaluation after step {step}: the loss is {result.figures['loss']}")
     answers = answer(run.policy, run.answers, step) if run.answers else []
@@ -167,8 +175,8 @@ def run_training(config: Config) -> None:
         run = build_run(config, world, inputs, start, identity, stop_requested)
         if run.begins_at_reference:
             verify_start(run.policy, _batches(run, 1), config.loss, run.compute_dtype, run.head_bytes)
-        origin = provenance(all_gather(socket.gethostname()), world.size) | {"last_step": inputs.last_step}
-        on_main(world, lambda: open_run_folder(config, start, origin))
+        hosts = all_gather(socket.gethostname())
+        on_main(world, lambda: open_run_folder(config, start, provenance(hosts, inputs.last_step)))
         if run.answers:
             on_main(world, functools.partial(open_answers, run.answers, start.step))
         writing = closing(MetricsWriter(run.dir, start.step + 1)) if world.is_main else nullcontext()

@@ -114,7 +114,7 @@ def _last_step(folder: Path, config: Mapping[str, Value]) -> int | None:
     if isinstance(steps, int) or not path.is_file():
         return steps if isinstance(steps, int) else None
     with broken_json(path):
-        return json.loads(path.read_text(encoding="utf-8")).get("last_step")
+        return json.loads(path.read_text(encoding="utf-8"))[-1]["last_step"]
 
 
 # --- compared --------------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ from dpo.cache import (
     read_rows,
     reference_key,
     split_keys,
-    write_atomically,
     write_rows,
 )
+from dpo.files import write_atomically
 from dpo.tokens import completion_key
 from tests.ranks import Ranks
 

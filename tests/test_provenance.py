@@ -56,7 +56,7 @@ def test_a_run_folder_says_what_made_it(tmp_path: Path) -> None:
     save_pairs(tmp_path / "pairs.jsonl", 4)
     save_pairs(tmp_path / "eval.jsonl", 1)
     folder = run(six_steps(tmp_path, tmp_path / "run", train__steps=1))
-    written = json.loads((folder / "provenance.json").read_text())
+    [written] = json.loads((folder / "provenance.json").read_text())
     assert written["version"] == importlib.metadata.version("dpo")
     assert written["torch"] == importlib.metadata.version("torch")
     assert written["ranks"] == 1 and len(written["hosts"]) == 1
@@ -64,4 +64,19 @@ def test_a_run_folder_says_what_made_it(tmp_path: Path) -> None:
 
 
 def test_hosts_stand_once() -> None:
-    assert provenance(["b", "a", "b"], 3)["hosts"] == ["a", "b"]
+    assert provenance(["b", "a", "b"], 1)["hosts"] == ["a", "b"]
+
+
+def test_a_resume_with_other_code_is_said_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "model", "llama")
+    save_pairs(tmp_path / "pairs.jsonl", 4)
+    save_pairs(tmp_path / "eval.jsonl", 1)
+    for steps, commit in ((1, "aaa"), (2, "aaa"), (3, "bbb")):
+        monkeypatch.setattr(module, "git_state", lambda _, commit=commit: {"commit": commit, "dirty": False})
+        folder = run(six_steps(tmp_path, tmp_path / "run", train__steps=steps))
+    starts = json.loads((folder / "provenance.json").read_text())
+    assert [(start["commit"], start["last_step"]) for start in starts] == [("aaa", 1), ("aaa", 2), ("bbb", 3)]
+    said = [line for line in capsys.readouterr().err.splitlines() if "the code has changed" in line]
+    assert said == ["the code has changed since this run's last start: commit aaa -> bbb"]

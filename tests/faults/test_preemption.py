@@ -19,7 +19,7 @@ from dpo.evaluation import Evaluation
 from dpo.run_files import STATUS_FILE, read_metrics
 from tests.models import save_model, save_pairs
 from tests.ranks import Ranks
-from tests.runs import reference_line, run, same_weights, six_steps, train_lines, without_clock
+from tests.runs import eval_lines, reference_line, run, same_weights, six_steps, train_lines, without_clock
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -107,10 +107,18 @@ def test_twice(root: Path, ranks: Ranks, tmp_path: Path) -> None:
     assert same_lines(whole, tmp_path / "run")
 
 
-def test_a_signal_within_an_evaluation_waits_for_the_next_step(root: Path, ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "step"), [(1, 0), (2, 3), (3, 6)])
+def test_a_signal_within_an_evaluation(root: Path, ranks: Ranks, tmp_path: Path, number: int, step: int) -> None:
+    """Evaluations come after 0, 3 and 6 steps, checkpoints after 2, 4 and 6: step 3 is saved for the signal's sake, and
+    the evaluation is made by the part that goes on."""
+    whole = undisturbed(root, ranks)
     config = six_steps(root, tmp_path / "run")
-    answers = ranks(2, preempted, config, "dpo.train.evaluate", 1, tmp_path / "status.json")
-    assert answers[0] == (0, {"state": "preempted", "step": 1})
+    answers = ranks(2, preempted, config, "dpo.evaluation.evaluation_plans", number, tmp_path / "status.json")
+    assert answers == [(0, {"state": "preempted", "step": step})] * 2
+    assert [line["step"] for line in eval_lines(tmp_path / "run")] == [0, 3, 6][: number - 1]
+    ranks(2, run, config)
+    assert same_lines(whole, tmp_path / "run")
+    assert same_weights(whole / "final", tmp_path / "run" / "final")
 
 
 def test_a_signal_within_the_reference_pass(root: Path, ranks: Ranks, tmp_path: Path) -> None:
