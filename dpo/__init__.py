@@ -1,37 +1,33 @@
 """Exact, sharded Direct Preference Optimization: `torchrun -m dpo.train --config FILE`.
 
 The way of the data is one direction: a row of a file -> `Example` -> token ids -> the pairs of a step -> a plan of
-trees -> `PackedBatch` -> `pi_logps` -> losses -> an update. The house, floor by floor; a file imports from lower
-floors only (`tests/test_structure.py` holds it to that):
+trees -> `PackedBatch` -> `pi_logps` -> losses -> an update. The house, floor by floor; a room, a file or a package,
+imports from lower floors only (`tests/test_structure.py` holds it to that):
 
     0  errors.py          what ends a program early, and with which exit code
     0  progress.py        what rank 0 tells while it works
     0  files.py           files that are never seen half-written
-    1  run_files.py       what lies in a run folder, by name; read without torch
     0  preemption.py      SIGUSR2 asks a run to save and leave
     0  network.py         which interface leads to the other nodes
     0  provenance.py      versions and git commit
-    0  charts.py          where TensorBoard shows a figure
-    1  event_files.py     TensorBoard's event files as bytes
     0  config_fields.py   every key with its default and its meaning
     0  fields.py          fields of raw rows, typed
     0  plan.py            (seed, step) -> pairs -> trees -> balanced StepPlan
-    0  lengths.py         lengths in numbers, and how much of a preference is length
     0  losses.py          the losses on the paper's index signature
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
-    1  profiling.py       torch's profiler over a few steps
+    0  profiling.py       torch's profiler over a few steps
+    1  run_files.py       what lies in a run folder, by name; read without torch
     1  strict_yaml.py     YAML without surprises
     1  config_rules.py    bounds of keys, and keys that must fit each other
     1  json_rows.py       JSON and JSONL with line numbers
     1  records.py         raw row -> Example; one adapter a format
     1  cache.py           the files of the reference cache
     1  attention.py       shared-prefix attention: a segment loop on a CPU, FlexAttention on CUDA
-    2  hparams.py         the run's entry in TensorBoard's HParams tab
     2  config_io.py       YAML and command line against the fields
     2  tokens.py          Example -> TokenizedExample; templates, truncation
     2  packing.py         trees -> PackedBatch
     3  config.py          load_config, to_yaml
-    4  dashboard.py       a run in TensorBoard: charts, histograms, texts, answers
+    4  board/             a run in TensorBoard: charts, histograms, texts, answers, HParams
     4  distributed.py     process group, mesh; one decides, all follow; exit codes
     4  objective.py       log-probabilities of a batch -> what is minimized
     4  optim.py           optimizers, lr_at(step), the norm of a sharded gradient
@@ -46,27 +42,23 @@ floors only (`tests/test_structure.py` holds it to that):
     6  policy.py          meta build, parallelize, load, completion_logps
     6  run_folder.py      what lies in a run folder decides how a run starts
     7  data.py            all sources -> training and evaluation pairs
-    7  data_statistics.py what the pairs look like: lengths, ends, repeats
-    7  step_tokens.py     how many tokens a step computes, and what sharing saves
-    7  shown_pairs.py     pairs as a person reads them, token by token
     7  batches.py         trees of a step -> this rank's micro-batches
-    7  export.py          final/, and python -m dpo.export
     7  generation.py      answers from a sharded policy
+    7  export.py          final/, and python -m dpo.export
     8  inputs.py          all input found, checked, hashed
     8  reference_pass.py  rows that the cache lacks are computed
     8  evaluation.py      passes without gradients
     9  reference.py       the log-probabilities of a run's pairs, and python -m dpo.reference
     9  answers.py         what policy and reference say to a few evaluation prompts
-   10  score.py           python -m dpo.score: margins and accuracy of any model on any pairs
-   10  sample.py          python -m dpo.sample: answers of models side by side
    10  setup.py           a run, ready for its next step
    11  summary.py         what the terminal shows of a run
    12  train.py           train_step, train, python -m dpo.train
-    8  inspection.py      what a run will see of its data, in one value
-    9  inspect_words.py   an inspection in sentences and rows of tables
-   10  inspect_text.py    ... on a terminal
-   10  html_page.py       ... on a page
-   11  inspect.py         python -m dpo.inspect
+
+Beside the trainer, on the same floors:
+
+    9  inspect/           python -m dpo.inspect: what the trainer will really see of its data
+   10  score.py           python -m dpo.score: margins and accuracy of any model on any pairs
+   10  sample.py          python -m dpo.sample: answers of models side by side
     6  demo_world.py      the demo's questions, answers and model
     7  demo.py            python -m dpo.demo
 """

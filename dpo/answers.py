@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
+from dpo.board.dashboard import Answer
 from dpo.config import Config, EvalConfig
-from dpo.dashboard import Answer
 from dpo.distributed import World, first_on_each_node, on_main
 from dpo.errors import UserError
 from dpo.files import write_atomically

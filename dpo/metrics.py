@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo.dashboard import Dashboard
+from dpo.board.dashboard import Dashboard
 from dpo.packing import PackedBatch
 
 SUMS = (

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dpo.board.dashboard import Answer, fenced
 from dpo.config import Config, OptimConfig, to_yaml
-from dpo.dashboard import Answer, fenced
 from dpo.evaluation import Evaluation
 from dpo.metrics import MetricsWriter, prefixed
 from dpo.plan import grow_trees

@@ -19,8 +19,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dpo.board.hparams import KEYS, Value, flat, write_entry
 from dpo.errors import UserError, parse_arguments
-from dpo.hparams import KEYS, Value, flat, write_entry
 from dpo.progress import say, warn
 from dpo.run_files import CONFIG, FINAL, METRICS, PROVENANCE, TENSORBOARD, read_metrics
 from dpo.strict_yaml import read_yaml_file

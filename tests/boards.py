@@ -7,7 +7,7 @@ from pathlib import Path
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import metadata
 
-from dpo.charts import Place
+from dpo.board.charts import Place
 
 
 def accumulators(folder: Path) -> dict[str, EventAccumulator]:

@@ -11,8 +11,8 @@ import torch
 
 from dpo import setup
 from dpo.answers import AnswerBook, answer, choose_prompts, open_answers, prepare_answers, stop_ids
+from dpo.board.dashboard import Answer
 from dpo.config import Config, SourceConfig
-from dpo.dashboard import Answer
 from dpo.distributed import World, open_world
 from dpo.inputs import Inputs, read_inputs
 from dpo.policy import Policy, load_policy

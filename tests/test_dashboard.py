@@ -15,11 +15,11 @@ from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
-from dpo import dashboard
-from dpo.charts import LAYOUT, OTHER, ROOT, Place, place
+from dpo.board import dashboard
+from dpo.board.charts import LAYOUT, OTHER, ROOT, Place, place
+from dpo.board.dashboard import Answer, Dashboard, answers_table, fenced
+from dpo.board.hparams import ENTRY, FIGURES, KEYS
 from dpo.config import Config, SourceConfig, to_yaml
-from dpo.dashboard import Answer, Dashboard, answers_table, fenced
-from dpo.hparams import ENTRY, FIGURES, KEYS
 from dpo.metrics import SUMS, pair_means, prefixed, train_figures
 from tests.boards import accumulators, hparams_entry, points_of
 from tests.runs import make_config

@@ -7,13 +7,14 @@ import random
 import numpy as np
 import pytest
 
-from dpo import data_statistics, token_rows
+from dpo import token_rows
 from dpo.config import SourceConfig
 from dpo.data import prepare_data
-from dpo.data_statistics import EndIds, Ends, Repeats, shared_pairs, summarize
-from dpo.lengths import PERCENTS, LengthGroup, bin_width, length_bias, lengths_of
+from dpo.inspect import statistics as data_statistics
+from dpo.inspect.lengths import PERCENTS, LengthGroup, bin_width, length_bias, lengths_of
+from dpo.inspect.statistics import EndIds, Ends, Repeats, shared_pairs, summarize
+from dpo.inspect.step_tokens import StepTokens, step_tokens
 from dpo.plan import PairOrder
-from dpo.step_tokens import StepTokens, step_tokens
 from tests.data_fixtures import BOS, EOS, TinyModelConfig, make_config, make_tokenizer, write_jsonl
 
 pytest_plugins = ["tests.data_plugin"]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo import batches
-from dpo.charts import place
+from dpo.board.charts import place
 from dpo.config import Config, LossConfig, SourceConfig
 from dpo.distributed import open_world
 from dpo.metrics import (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.charts import place
+from dpo.board.charts import place
 from dpo.config import Config, SourceConfig
 from dpo.demo_world import preference_row, questions, save_model, save_rows
 from dpo.run_files import read_metrics

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dpo.board.dashboard import Answer, Dashboard, fenced
 from dpo.config import Config, SourceConfig, to_yaml
-from dpo.dashboard import Answer, Dashboard, fenced
 from tests.runs import make_config
 
 NUM_STEPS, EVAL_EVERY = 60, 10

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo.hparams import ENTRY
+from dpo.board.hparams import ENTRY
 from launch import compare
 from tests.browser.example_runs import ANSWERS, save_run
 from tests.browser.look import look

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from dpo.board.hparams import ENTRY, KEYS
 from dpo.config import SourceConfig, to_yaml
-from dpo.hparams import ENTRY, KEYS
 from launch import compare
 from launch.program import run_program
 from tests.boards import hparams_entry

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.charts import place
+from dpo.board.charts import place
 from dpo.config import Config, SourceConfig, to_yaml
 from tests.boards import points_of
 from tests.models import save_model, save_pairs

@@ -26,8 +26,8 @@ from tensorboard.plugins.hparams.api_pb2 import (
 )
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
 
-from dpo.charts import place
-from dpo.event_files import PREFIX, write_events_atomically
+from dpo.board.charts import place
+from dpo.board.event_files import PREFIX, write_events_atomically
 
 ENTRY = f"{PREFIX}.0000000000.hparams"
 """The entry's file. It sorts before every other event file: a reader that goes from file to file never comes back."""

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 from dpo.config import Config
-from dpo.data_statistics import SetStatistics
-from dpo.inspection import Inspection, TokenizerFacts
-from dpo.lengths import PERCENTS, LengthBias, LengthGroup, Lengths, SetLengths
-from dpo.shown_pairs import Part
-from dpo.step_tokens import StepTokens
+from dpo.inspect.inspection import Inspection, TokenizerFacts
+from dpo.inspect.lengths import PERCENTS, LengthBias, LengthGroup, Lengths, SetLengths
+from dpo.inspect.shown_pairs import Part
+from dpo.inspect.statistics import SetStatistics
+from dpo.inspect.step_tokens import StepTokens
 
 MUCH_CUT = 0.05
 """Share of prompts or completions whose truncation deserves a look."""

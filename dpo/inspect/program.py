@@ -18,12 +18,11 @@ from transformers import PretrainedConfig
 
 from dpo.config import Config, load_config
 from dpo.data import PreferenceData, prepare_data
-from dpo.distributed import run_program
 from dpo.errors import UserError
-from dpo.html_page import html_page
 from dpo.inputs import make_order
-from dpo.inspect_text import make_console, print_inspection
-from dpo.inspection import Inspection, inspect_data
+from dpo.inspect.inspection import Inspection, inspect_data
+from dpo.inspect.page import html_page
+from dpo.inspect.terminal import make_console, print_inspection
 from dpo.progress import is_quiet, say
 from dpo.tokens import load_tokenizer
 from dpo.weights import read_model_config
@@ -98,7 +97,3 @@ def main() -> None:
         arguments.html.write_text(html_page(inspection), encoding="utf-8")
         say(f"the page is in {arguments.html}")
     print_inspection(inspection, make_console())
-
-
-if __name__ == "__main__":
-    sys.exit(run_program(main))

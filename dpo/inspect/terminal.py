@@ -8,7 +8,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from dpo.inspect_words import (
+from dpo.inspect.inspection import Inspection
+from dpo.inspect.lengths import LengthBias, Lengths, SetLengths
+from dpo.inspect.shown_pairs import Part, ShownPair, Token
+from dpo.inspect.step_tokens import StepTokens
+from dpo.inspect.words import (
     NAMES,
     bias_line,
     count_rows,
@@ -23,10 +27,6 @@ from dpo.inspect_words import (
     steps_line,
     tokenizer_lines,
 )
-from dpo.inspection import Inspection
-from dpo.lengths import LengthBias, Lengths, SetLengths
-from dpo.shown_pairs import Part, ShownPair, Token
-from dpo.step_tokens import StepTokens
 
 COLUMNS = 100
 BAR_ROWS = 4  # lines of a histogram

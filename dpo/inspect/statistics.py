@@ -10,7 +10,7 @@ from dataclasses import astuple, dataclass
 import numpy as np
 import pyarrow as pa
 
-from dpo.lengths import LengthBias, SetLengths, length_bias, lengths_of
+from dpo.inspect.lengths import LengthBias, SetLengths, length_bias, lengths_of
 from dpo.pair_set import PairSet
 from dpo.token_rows import blocks, column_keys, keys16, lists, offsets, pairs_of
 

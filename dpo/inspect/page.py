@@ -1,8 +1,10 @@
-"""An inspection as one HTML page that needs nothing else: the template is `html_page.html`, which escapes it all."""
+"""An inspection as one HTML page that needs nothing else: the template is `page.html`, which escapes it all."""
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dpo.inspect_words import (
+from dpo.inspect.inspection import Inspection
+from dpo.inspect.lengths import PERCENTS
+from dpo.inspect.words import (
     NAMES,
     bias_line,
     count_rows,
@@ -17,15 +19,13 @@ from dpo.inspect_words import (
     steps_line,
     tokenizer_lines,
 )
-from dpo.inspection import Inspection
-from dpo.lengths import PERCENTS
 
-TEMPLATE = "html_page.html"
+TEMPLATE = "page.html"
 
 
 def html_page(inspection: Inspection) -> str:
     """The page; no script, and no resource from elsewhere."""
-    environment = Environment(loader=PackageLoader("dpo", ""), autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=PackageLoader("dpo.inspect", ""), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"n": "{:,.0f}".format, "share": "{:.1%}".format}
     return environment.get_template(TEMPLATE).render(
         config=inspection.config,

@@ -19,10 +19,10 @@ from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from dpo.charts import LAYOUT, ROOT, Chart, histogram_place, place, text_place
+from dpo.board.charts import LAYOUT, ROOT, Chart, histogram_place, place, text_place
+from dpo.board.event_files import PREFIX, drop_points, open_events, write_event
+from dpo.board.hparams import flat, write_entry
 from dpo.config import Config
-from dpo.event_files import PREFIX, drop_points, open_events, write_event
-from dpo.hparams import flat, write_entry
 
 COLUMN_WIDTH = 44
 """Characters; three such columns fit in a window of 1,500 pixels."""

@@ -1,0 +1,9 @@
+"""`python -m dpo.inspect`."""
+
+import sys
+
+from dpo.distributed import run_program
+from dpo.inspect.program import main
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
