@@ -1,8 +1,11 @@
 """Which interface gloo is told of. `tests/distributed/test_two_namespaces.py` has the same with real nodes."""
 
+import socket
+
 import pytest
 
 from dpo import network
+from dpo.distributed import open_world
 from dpo.network import KEY, VARIABLE, address_towards, gloo_interface, interface_of
 
 TWO_NODES = {"RANK": "1", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
@@ -69,3 +72,16 @@ def test_addresses_and_interfaces_of_this_machine() -> None:
     assert address_towards("127.0.0.1") == "127.0.0.1"
     assert interface_of("127.0.0.1") == "lo"
     assert interface_of("192.0.2.1") is None
+
+
+def test_ranks_without_torchrun_need_no_more_than_torch_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """srun, mpirun and debuggers set no LOCAL_WORLD_SIZE."""
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, value)
+    with open_world(30) as world:
+        assert (world.rank, world.size, world.local_size) == (0, 1, 1)

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import torch
 
+from dpo.profiling import MEMORY_EVENTS, profiled
 from dpo.run_files import read_metrics
 from tests.models import save_model, save_pairs
 from tests.runs import run, six_steps, without_clock
@@ -40,3 +43,21 @@ def test_the_trace_holds_the_asked_steps(root: Path, tmp_path: Path, steps: tupl
 def test_steps_that_never_come_leave_no_trace(root: Path, tmp_path: Path) -> None:
     folder = run(six_steps(root, tmp_path / "run", train__profile_steps=(10, 12)))
     assert not (folder / "profile").exists()
+
+
+def test_on_cuda_the_memory_is_recorded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that no machine without a GPU can make, in their order; `end` after the last step writes both files."""
+    calls: list[tuple[str, dict[str, object]]] = []
+    memory = "torch.cuda.memory."
+    monkeypatch.setattr(memory + "_record_memory_history", lambda **facts: calls.append(("record", facts)))
+    monkeypatch.setattr(memory + "_dump_snapshot", lambda path: calls.append(("dump", {"path": path})))
+    monkeypatch.setattr("dpo.profiling.profile", Mock())
+    with profiled((2, 3), tmp_path, torch.device("cuda")) as (begin, end):
+        for step in (1, 2, 3, 4):
+            begin(step)
+            end(step)
+    assert calls == [
+        ("record", {"max_entries": MEMORY_EVENTS, "stacks": "python"}),
+        ("dump", {"path": str(tmp_path / "steps-2-3.memory.pickle")}),
+        ("record", {"enabled": None}),
+    ]

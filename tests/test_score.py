@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from dpo import score
 from dpo.config import Config, SourceConfig, to_yaml
+from dpo.distributed import open_world
 from dpo.evaluation import Evaluation
 from tests.models import plain_logp, plain_model, save_model, save_pairs
 from tests.ranks import Ranks
@@ -306,3 +308,21 @@ def test_errors_say_where(config: Config, root: Path, tmp_path: Path, capsys: py
         assert error_of(capsys, *argv).startswith(error)
     words_of(changed(config, reference__path="/nowhere"), tmp_path, root / "other")
     assert error_of(capsys, *words).startswith(f"{tmp_path / 'config.yaml'}: reference.path: no such folder")
+
+
+def test_one_model_is_in_memory_at_a_time(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an empty cache the reference computes first; it is gone when the model that is scored is loaded."""
+    models: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    load = score.load_policy
+
+    def counted(*args: Any) -> Any:
+        alive.append(sum(model() is not None for model in models))
+        policy = load(*args)
+        models.append(weakref.ref(policy.model))
+        return policy
+
+    monkeypatch.setattr(score, "load_policy", counted)
+    with open_world(60) as world:
+        score.score_model(score.with_model(config, config.model.path), False, world)
+    assert alive == [0, 0]
