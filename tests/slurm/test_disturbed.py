@@ -160,11 +160,8 @@ def is_requeued_by_hand(job: Job) -> None:
 def loses_a_node(job: Job) -> None:
     """The second one is taken for dead, as SLURM takes one that does not answer, and comes back."""
 
-    def die() -> None:
-        command("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=dead")
-        command("scontrol", "update", "NodeName=node2", "State=RESUME")
-
-    loses_few_steps(job, die)
+    die = ("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=dead")
+    loses_few_steps(job, lambda: command(*die))
     assert "DUE TO NODE FAILURE" in job.log
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from dpo.config import to_yaml
 from tests.models import save_model, save_pairs
 from tests.runs import six_steps
-from tests.slurm.jobs import SUBMIT
+from tests.slurm.jobs import SECONDS, SUBMIT
 
 FAULT = """
 import os
@@ -28,7 +28,7 @@ def test_the_exception_of_the_rank_that_failed_is_shown(tmp_path: Path) -> None:
     (tmp_path / "fault").mkdir()
     (tmp_path / "fault" / "sitecustomize.py").write_text(FAULT)
     flags = ["--time", "60", "--follow", "--env", f"PYTHONPATH={tmp_path / 'fault'}"]
-    followed = subprocess.run([*SUBMIT, "--config", str(file), *flags], capture_output=True, text=True)
+    followed = subprocess.run([*SUBMIT, "--config", str(file), *flags], capture_output=True, text=True, timeout=SECONDS)
     assert followed.returncode == 1
     why = "rank 3 on node2: ZeroDivisionError: integer division or modulo by zero"
     assert followed.stderr.splitlines()[-1] == f"error: job {last_job()}: {why}", followed.stderr
