@@ -16,8 +16,9 @@ same that a person would type. `python -m launch.compare RUN...` reads run folde
     2  sweep.py       the runs of a command line
     3  follow.py      a job until its end
     3  node.py        what runs on each node of a job; read its table first
-    4  executors.py   submitit's executors
-    4  in_turn.py     several runs as one job
+    4  executors.py   submitit's executor
+    4  here.py        runs on this machine, one after the other
+    4  slurm_job.py   what submitit runs on SLURM, and requeues
     5  submit.py      python -m launch.submit
     1  compare.py     python -m launch.compare
 """

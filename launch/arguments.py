@@ -58,11 +58,6 @@ class Request:
     follow: bool
     dry_run: bool
 
-    @property
-    def grace(self) -> float:
-        """Seconds that the ranks have to save: the rest of `signal_delay` is for ending and requeueing the job."""
-        return 0.75 * self.signal_delay
-
 
 def parse_request(argv: Sequence[str] | None = None) -> Request:
     """The request of a command line (null: this process's own). Raises UserError; --help raises SystemExit(0)."""
@@ -145,7 +140,8 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
 def _add_restarts(group: argparse._ArgumentGroup) -> None:
     about = "seconds before the end of the time at which the ranks are told to save; three quarters of it are theirs"
     group.add_argument("--signal-delay", type=_positive, default=120, metavar="S", help=f"{about} (default: 120)")
-    about = "times that the job goes on after its time was up; preemptions have no limit (default: 10)"
+    about = "times that a job of SLURM goes on after its time was up; preemptions have no limit, but with a --time of"
+    about += " 10 minutes or less they count, and so do killed ranks in its last fifth (default: 10)"
     group.add_argument("--max-timeouts", type=_natural, default=10, metavar="N", help=about)
     about = "times that the job goes on after a rank was killed (out of memory, a lost GPU or node); an exception"
     about += " always ends it (default: 3)"
@@ -264,3 +260,15 @@ def _check(request: Request) -> None:
         raise UserError("command line: --container-mounts: there is no --container-image; valid: both")
     if request.max_parallel and not request.sweep:
         raise UserError("command line: --max-parallel: there is no --sweep; valid: both")
+
+
+def unused_here(request: Request) -> list[str]:
+    """The flags of a request that say nothing to a job on this machine."""
+    given = {
+        "--time": request.minutes,
+        "--cpus-per-gpu": request.cpus_per_gpu,
+        "--container-image": request.container_image,
+        "--max-parallel": request.max_parallel,
+        "--setup": request.setup if request.cluster == "debug" else None,
+    }
+    return [flag for flag, value in given.items() if value] + [f"--{name}" for name, _ in request.sbatch]

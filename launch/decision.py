@@ -7,6 +7,8 @@ from typing import Any
 from launch.failures import Failure, describe, first_cause
 from launch.reports import Outcome
 
+STOPPED = Outcome("stopped", "ended by SIGTERM (scancel, a requeue, a lost node)", 143)
+
 
 @dataclass(frozen=True)
 class End:
@@ -15,9 +17,9 @@ class End:
     exit_code: int
     """Of the first node's torchrun."""
     asked_to_stop: bool
-    """SIGUSR2 came."""
+    """SIGUSR2 or SIGTERM came."""
     was_ended: bool
-    """SIGTERM came."""
+    """SIGTERM came, and the job is not meant to go on."""
     status: Mapping[str, Any]
     """What rank 0 wrote (`dpo.run_files.write_status`); empty: nothing."""
     failures: Sequence[Failure] = ()
@@ -28,10 +30,12 @@ class End:
 
 def decide(end: End, max_crashes: int) -> Outcome:
     """The outcome; `preempted` and `crashed` mean that the job starts again."""
-    if end.exit_code == 0:
-        return _done(end) if _state(end) == "done" else _preempted(end)
+    if end.exit_code == 0 and _state(end) == "done":
+        return _done(end)
     if end.was_ended:
-        return Outcome("stopped", "ended by SIGTERM (scancel, a requeue, a lost node)", 143)
+        return STOPPED
+    if end.exit_code == 0:
+        return _preempted(end)
     cause = first_cause(end.failures)
     if cause and cause.is_exception:
         return Outcome("failed", str(cause), 2 if cause.is_users else 1, "" if cause.is_told else cause.traceback)

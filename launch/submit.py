@@ -3,7 +3,6 @@
 Everything that can be wrong with the command line and the config is said before anything is queued.
 """
 
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -11,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.errors import RunError
+from dpo.progress import warn
 from dpo.run_files import JOBS
 from launch import executors, torchrun
-from launch.arguments import Request, parse_request
+from launch.arguments import Request, parse_request, unused_here
 from launch.checks import check_free, check_paths
 from launch.follow import Followed, cancel_command, follow
-from launch.in_turn import InTurn
+from launch.here import RunsHere, run_here, start_in_background
 from launch.node import NodeJob
 from launch.program import run_program
 from launch.reports import Submission, new_submission, write_submission
+from launch.slurm_job import SlurmJob
 from launch.sweep import PlannedRun, planned_runs, reference_passes
 
 
@@ -58,15 +59,12 @@ def main() -> None:
 
 
 def _program(request: Request, module: str, words: tuple[str, ...]) -> torchrun.Program:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    # submitit's local executor would hand out the first GPUs of the machine.
-    env = (("CUDA_VISIBLE_DEVICES", visible),) if visible and request.cluster == "local" else ()
-    return torchrun.Program(module, words, request.ranks_per_node, (*env, *request.env))
+    return torchrun.Program(module, words, request.ranks_per_node, request.env)
 
 
 def _job(request: Request, module: str, words: tuple[str, ...], run_dir: Path) -> NodeJob:
     """A job, with a folder for what it reports."""
-    return NodeJob(_program(request, module, words), new_submission(run_dir), request.grace, request.max_crashes)
+    return NodeJob(_program(request, module, words), new_submission(run_dir), request.signal_delay, request.max_crashes)
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------
@@ -78,12 +76,12 @@ def submit_to_slurm(plan: Plan) -> None:
     followed: list[Followed] = []
     for words in plan.references:
         job = _job(request, "dpo.reference", words, plan.root)
-        submission = executors.submit_to_slurm(request, folder, f"{name}-reference", [job])[0]
+        submission = executors.submit_to_slurm(request, folder, f"{name}-reference", [SlurmJob(job)])[0]
         followed.append(_record(job, submission, "reference"))
     after = [item.submission.job for item in followed]
     jobs = [_job(request, "dpo.train", run.words, run.dir) for run in plan.runs]
     try:
-        submissions = executors.submit_to_slurm(request, folder, name, jobs, after)
+        submissions = executors.submit_to_slurm(request, folder, name, [SlurmJob(job) for job in jobs], after)
     except RunError as failure:
         raise RunError(f"{failure}; queued already: scancel {' '.join(after)}" if after else str(failure)) from failure
     for run, job, submission in zip(plan.runs, jobs, submissions, strict=True):
@@ -134,20 +132,23 @@ def _print_line(request: Request, module: str, words: tuple[str, ...]) -> None:
 def submit_here(plan: Plan) -> None:
     """Runs on this machine, in the background or in this process; several runs one after the other."""
     request = plan.request
+    unused = unused_here(request)
+    if unused:
+        warn(f"--cluster {request.cluster} has no use for {', '.join(unused)}")
     jobs = [_job(request, "dpo.train", run.words, run.dir) for run in plan.runs]
-    work: NodeJob | InTurn = jobs[0]
-    if len(jobs) > 1:
-        references = [_job(request, "dpo.reference", words, plan.root) for words in plan.references]
-        work = InTurn(tuple(references), tuple(jobs), new_submission(plan.root))
+    references = [_job(request, "dpo.reference", words, plan.root) for words in plan.references]
+    folder = jobs[0].folder if len(jobs) == 1 else new_submission(plan.root)
+    work = RunsHere(tuple(references), tuple(jobs), folder)
     if request.cluster == "debug":
-        executors.run_here(plan.root / JOBS, work)
+        run_here(work)
         return
-    submission = executors.submit_locally(request, plan.root / JOBS, work)
-    for folder in {work.folder, *(job.folder for job in jobs)}:
-        write_submission(folder, submission)
+    log = folder.with_name(f"{folder.name}_log.out")
+    submission = Submission("local", str(start_in_background(work, log, request.python, request.setup)), str(log))
+    for reports in {folder, *(job.folder for job in jobs)}:
+        write_submission(reports, submission)
     tell(plan, [submission] * len(jobs))
     if request.follow:
-        follow([Followed(plan.root.name, submission, work.folder)])
+        follow([Followed(plan.root.name, submission, folder)])
 
 
 if __name__ == "__main__":

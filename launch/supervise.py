@@ -11,12 +11,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO
 
 _POLL_SECONDS = 0.2
 _REPEAT_SECONDS = 1.0
@@ -24,41 +23,54 @@ _REPEAT_SECONDS = 1.0
 _PEER_SECONDS = 30.0
 """A node whose ranks do not notice that another node has failed waits this long for them."""
 _TERM_SECONDS = 10.0
-"""Between SIGTERM to torchrun and SIGKILL to all below it."""
+"""Between SIGTERM to torchrun and SIGKILL to all below it; a tenth of the time of grace where that is less."""
 _KEPT_LINES = 2000
 
 
 class Signals:
     """What came in since it was installed: handlers only take notes, so that nothing is interrupted half-way."""
 
-    def __init__(self) -> None:
+    def __init__(self, goes_on: Callable[[], bool | None]) -> None:
         self.stop_since: float | None = None
-        """When SIGUSR2 came first, on the monotonic clock."""
+        """When SIGUSR2 or SIGTERM came first, on the monotonic clock."""
         self.ended = False
-        """SIGTERM came: SLURM or a person ends the job."""
+        """SIGTERM came, and the job is not meant to go on."""
+        self._goes_on = goes_on
+        self._in_question = False
 
     def on_stop(self, number: int, frame: FrameType | None) -> None:
         """SIGUSR2."""
         self.stop_since = self.stop_since or time.monotonic()
 
     def on_end(self, number: int, frame: FrameType | None) -> None:
-        """SIGTERM."""
-        self.ended = True
+        """SIGTERM: a preemption that leaves time to save, or the end. Saving may begin before it is known which."""
+        self.on_stop(number, frame)
+        self._in_question = True
+
+    def look(self) -> None:
+        """Settles what a SIGTERM means, or leaves it open for the next look where nobody answers."""
+        if self._in_question:
+            self._in_question = False  # before the question: another SIGTERM may come meanwhile
+            answer = self._goes_on()
+            self._in_question = self._in_question or answer is None
+            self.ended = self.ended or answer is False
 
 
 @contextmanager
-def signals() -> Iterator[Signals]:
-    """Notes SIGUSR2 and SIGTERM for the length of a with-block."""
-    noted = Signals()
-    before = {
-        signal.SIGUSR2: signal.signal(signal.SIGUSR2, noted.on_stop),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, noted.on_end),
-    }
+def signals(goes_on: Callable[[], bool | None]) -> Iterator[Signals]:
+    """Notes SIGUSR2 and SIGTERM for the length of a with-block; after it SIGUSR2 is ignored: one that comes late must
+    not start a job again that is done.
+
+    goes_on(): whether the job is meant to go on although SIGTERM came; null: not known yet.
+    """
+    noted = Signals(goes_on)
+    signal.signal(signal.SIGUSR2, noted.on_stop)
+    before = signal.signal(signal.SIGTERM, noted.on_end)
     try:
         yield noted
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -75,20 +87,21 @@ def run(
 ) -> Ended:
     """Runs torchrun to its end.
 
-    grace: seconds that the ranks have to end after SIGUSR2; then they are ended. peer_failed() is asked now and then:
+    grace: seconds that the ranks have to end after a signal; then they are ended. peer_failed() is asked now and then:
     whether another node's torchrun has failed.
     """
+    # A terminal is left to the ranks, for their progress bar; what they say is then not kept.
+    stderr = None if sys.stderr.isatty() else subprocess.PIPE
     process = subprocess.Popen(
-        words, env=dict(env), stderr=subprocess.PIPE, text=True, errors="replace", preexec_fn=_ignore_stop
+        words, env=dict(env), stderr=stderr, text=True, errors="replace", preexec_fn=_ignore_stop
     )
-    assert process.stderr is not None
     kept: deque[str] = deque(maxlen=_KEPT_LINES)
-    copier = threading.Thread(target=_copy, args=(process.stderr, kept), daemon=True)
+    copier = threading.Thread(target=_copy, args=(process.stderr or (), kept), daemon=True)
     copier.start()
     try:
         _wait(process, noted, grace, peer_failed)
     finally:
-        _end(process)  # nothing to do but for an exception: Ctrl-C
+        _end(process, _TERM_SECONDS)  # nothing to do but for an exception: Ctrl-C
         copier.join(timeout=5)  # a process that a rank left behind may hold the pipe
     return Ended(process.returncode, "".join(kept))
 
@@ -98,11 +111,13 @@ def _ignore_stop() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-def _copy(source: IO[str], kept: deque[str]) -> None:
+def _copy(source: Iterable[str], kept: deque[str]) -> None:
+    """Shows and keeps lines until the last; what stops reading stops the ranks, which wait for a pipe that is full."""
     for line in source:
-        sys.stderr.write(line)
-        sys.stderr.flush()
         kept.append(line)
+        with suppress(OSError):  # the disk of the log is full, for one
+            sys.stderr.write(line)
+            sys.stderr.flush()
 
 
 def _wait(process: subprocess.Popen[str], noted: Signals, grace: float, peer_failed: Callable[[], bool]) -> None:
@@ -110,29 +125,28 @@ def _wait(process: subprocess.Popen[str], noted: Signals, grace: float, peer_fai
     deadline, repeat_at = float("inf"), 0.0
     while process.poll() is None:
         now = time.monotonic()
-        if noted.ended:
-            deadline = now
-        if noted.stop_since is not None:
-            deadline = min(deadline, noted.stop_since + grace)
         if now >= repeat_at:
             repeat_at = now + _REPEAT_SECONDS
-            if noted.stop_since is not None:
+            noted.look()
+            if noted.stop_since is not None and not noted.ended:
                 send(signal.SIGUSR2, children(process.pid))
             if deadline == float("inf") and peer_failed():
                 deadline = now + _PEER_SECONDS
-        if now >= deadline:
-            _end(process)
+        if noted.stop_since is not None:
+            deadline = min(deadline, noted.stop_since + grace)
+        if noted.ended or now >= deadline:
+            _end(process, min(_TERM_SECONDS, grace / 10))
         time.sleep(_POLL_SECONDS)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Ends torchrun and all below it: first as it likes, then at once."""
+def _end(process: subprocess.Popen[str], patience: float) -> None:
+    """Ends torchrun and all below it: first as it likes, then, after `patience` seconds, at once."""
     if process.poll() is not None:
         return
     below = descendants(process.pid)
     process.terminate()
     try:
-        process.wait(_TERM_SECONDS)
+        process.wait(patience)
     except subprocess.TimeoutExpired:
         below = descendants(process.pid)
         process.kill()

@@ -3,7 +3,7 @@
 import pytest
 
 from dpo.errors import UserError
-from launch.arguments import Request, parse_request, split_words
+from launch.arguments import Request, parse_request, split_words, unused_here
 from launch.durations import minutes_of
 
 GOOD = ("--config", "my.yaml", "--gpus-per-node", "8", "--time", "60")
@@ -79,8 +79,9 @@ def test_what_sbatch_gets() -> None:
     assert dict(request.sbatch) == {"account": "a", "mail-type": "END", "exclusive": True, "reservation": "r=1"}
 
 
-def test_ranks_have_three_quarters_of_the_delay() -> None:
-    assert parse("--signal-delay", "200").grace == 150
+def test_what_a_job_on_this_machine_does_not_use() -> None:
+    request = parse("--cluster", "local", "--partition", "p", "--setup", "module load cuda")
+    assert unused_here(request) == ["--time", "--partition"]
 
 
 @pytest.mark.parametrize(

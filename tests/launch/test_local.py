@@ -14,7 +14,6 @@ import pytest
 from dpo.errors import RunError
 from launch.follow import Followed, follow
 from launch.reports import history, submissions
-from launch.supervise import children
 from tests.models import save_model, save_pairs
 from tests.runs import train_lines
 
@@ -68,8 +67,7 @@ def test_a_run_in_the_background(work: Path) -> None:
     ((reports, submission),) = submissions(run)
     assert program.returncode == 130 and "pairs to train on" in err
     assert f"the job goes on; to cancel it: kill -- -{submission.job}" in err
-    (task,) = children(int(Path(submission.log).name.split("_")[0]))
-    os.kill(task, signal.SIGUSR2)
+    os.kill(int(submission.job), signal.SIGUSR2)
     while not history(reports):
         time.sleep(0.1)
     wait_for_steps(run, len(train_lines(run)) + 5, int(submission.job))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,8 +13,12 @@ import pytest
 from submitit.core.job_environment import JobEnvironment, SignalHandler
 from submitit.core.utils import DelayedSubmission, JobPaths
 
+from launch import slurm_job
+from launch.decision import STOPPED
 from launch.node import NodeJob
-from launch.reports import Outcome, State, add_to_history, history, read_outcome
+from launch.reports import Outcome, add_to_history, history, read_outcome
+from launch.slurm_job import SlurmJob, why_not_requeued
+from launch.supervise import Signals, descendants, send
 from launch.torchrun import Program
 from tests.launch.conftest import FakeSlurm
 
@@ -25,10 +30,10 @@ HOST = os.uname().nodename
 class Job:
     """A job of some nodes whose ranks do `what` of `tests.launch.worker`."""
 
-    def __init__(self, folder: Path, what: str, nodes: int):
+    def __init__(self, folder: Path, what: str, nodes: int, signal_delay: int = 40):
         self.folder, self.nodes, self.starts = folder, nodes, 0
         program = Program("tests.launch.worker", (what, str(folder)), ranks_per_node=1)
-        delayed = DelayedSubmission(NodeJob(program, folder / "reports", grace=30, max_crashes=1))
+        delayed = DelayedSubmission(SlurmJob(NodeJob(program, folder / "reports", signal_delay, max_crashes=1)))
         delayed.set_timeout(600, 3)
         delayed.dump(folder / f"{JOB}_submitted.pkl")
 
@@ -55,11 +60,15 @@ class Job:
 
     def signal(self, number: int) -> None:
         """Sends a signal to every task once all ranks are at work."""
+        self.wait_for_ranks()
+        for task in self.tasks:
+            task.send_signal(number)
+
+    def wait_for_ranks(self) -> None:
+        """Until all ranks are at work."""
         while len(list(self.folder.glob("ready-*"))) < self.nodes:
             assert all(task.poll() is None for task in self.tasks)
             time.sleep(0.1)
-        for task in self.tasks:
-            task.send_signal(number)
 
     def end(self) -> tuple[Sequence[int], str]:
         """The tasks' exit codes, and what the first said on stderr."""
@@ -112,87 +121,102 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path, slurm: Fa
     assert history(tmp_path / "reports") == ["preempted", "done"]
 
 
-# --- after the ranks have ended ---------------------------------------------------------------------------------------
+def test_slurms_own_preemption_saves_too(tmp_path: Path, slurm: FakeSlurm) -> None:
+    """With a time of grace SLURM sends SIGTERM at its beginning, and shows the job as RUNNING until its end."""
+    slurm.answer("squeue", "RUNNING/None\n")
+    job = Job(tmp_path, "stops_once", nodes=2)
+    job.start()
+    job.signal(signal.SIGTERM)
+    _, said = job.end()
+    assert "preempted: saved at step 4" in said
+    assert job.state == "preempted" and slurm.calls("scontrol") == [f"requeue {JOB}"]
+
+
+def test_a_cancelled_job_is_not_requeued(tmp_path: Path, slurm: FakeSlurm) -> None:
+    """scontrol would do it: a job that is COMPLETING goes back to the queue whatever it completes for."""
+    slurm.answer("squeue", "COMPLETING/None\n")
+    job = Job(tmp_path, "stops_once", nodes=2)
+    job.start()
+    job.signal(signal.SIGTERM)
+    codes, _ = job.end()
+    assert codes == [143, 1]
+    assert job.state == "stopped" and not slurm.calls("scontrol")
+
+
+def test_a_node_that_says_nothing_does_not_cost_the_requeueing(tmp_path: Path, slurm: FakeSlurm) -> None:
+    """Of 8 seconds between SIGUSR2 and the end of the job; the second node hangs, so the first one's ranks fail."""
+    job = Job(tmp_path, "loses_a_node", nodes=2, signal_delay=8)
+    job.start()
+    job.wait_for_ranks()
+    first, second = job.tasks
+    hung = [second.pid, *descendants(second.pid)]
+    send(signal.SIGSTOP, hung)
+    asked = time.monotonic()
+    first.send_signal(signal.SIGUSR2)
+    first.communicate(timeout=60)
+    assert time.monotonic() - asked < 8
+    assert job.state == "preempted" and slurm.calls("scontrol") == [f"requeue {JOB}"]
+    send(signal.SIGKILL, hung)
+    second.communicate()
+
+
+# --- requeueing -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def ended(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., NodeJob]]:
-    """Makes the job of this process, a task under submitit's handler of SIGUSR2."""
+def requeueing(
+    tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Outcome | int]]:
+    """Requeues the job of this process by submitit's handler: its exit code, or what becomes of it in place of that."""
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     monkeypatch.setenv("SLURM_JOB_ID", JOB)
-    before = signal.getsignal(signal.SIGUSR2)
+    monkeypatch.setattr(slurm_job, "_AGAIN_SECONDS", 0.1)
+    monkeypatch.setattr(slurm_job, "_REQUEUE_SECONDS", 1.0)
+    noted = Signals(lambda: False)
 
-    def make(minutes: int = 600, timeouts: int = 3) -> NodeJob:
-        job = NodeJob(Program("dpo.train", (), 1), tmp_path / "reports", grace=30, max_crashes=1)
-        delayed = DelayedSubmission(job)
+    def requeue(minutes: int = 600, timeouts: int = 3, was_cancelled: bool = False) -> Outcome | int:
+        delayed = DelayedSubmission(SlurmJob(NodeJob(Program("dpo.train", (), 1), tmp_path / "reports", 120, 1)))
         delayed.set_timeout(minutes, timeouts)
         handler = SignalHandler(JobEnvironment(), JobPaths(tmp_path, JOB), delayed)
-        signal.signal(signal.SIGUSR2, handler.checkpoint_and_try_requeue)
-        return job
+        if was_cancelled:
+            noted.on_end(signal.SIGTERM, None)
+        try:
+            return why_not_requeued(handler.checkpoint_and_try_requeue, noted)
+        except SystemExit as end:
+            assert isinstance(end.code, int)
+            return end.code
 
-    yield make
-    signal.signal(signal.SIGUSR2, before)
-
-
-def code_of(job: NodeJob, outcome: Outcome) -> int:
-    """The exit code with which a job ends."""
-    with pytest.raises(SystemExit) as end:
-        job.conclude(outcome)
-    assert isinstance(end.value.code, int)
-    return end.value.code
-
-
-@pytest.mark.parametrize("state", ["preempted", "crashed"])
-def test_a_job_that_starts_again_is_requeued(ended: Callable[..., NodeJob], state: State, slurm: FakeSlurm) -> None:
-    code_of(ended(), Outcome(state))
-    assert slurm.calls("scontrol") == [f"requeue {JOB}"]
+    return requeue
 
 
 @pytest.mark.parametrize(("minutes", "requeues"), [(5, 0), (600, 1)])
 def test_too_many_timeouts_end_the_job_but_preemptions_do_not(
-    ended: Callable[..., NodeJob], minutes: int, requeues: int, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+    requeueing: Callable[..., Outcome | int], minutes: int, requeues: int, slurm: FakeSlurm
 ) -> None:
     """No time-out is left; submitit takes every stop of a job of 10 minutes or less for one."""
-    job = ended(minutes=minutes, timeouts=0)
-    code = code_of(job, Outcome("preempted", "saved at step 4"))
+    end = requeueing(minutes=minutes, timeouts=0)
     assert len(slurm.calls("scontrol")) == requeues
     if not requeues:
-        assert code == 1 and read_outcome(job.folder) == Outcome(
-            "failed", "its time was up too often (--max-timeouts); the same command goes on", 1
-        )
-        assert capsys.readouterr().err.endswith(
-            "error: its time was up too often (--max-timeouts); the same command goes on\n"
-        )
+        told = "its time was up too often (--max-timeouts); the same command goes on"
+        assert end == Outcome("failed", told, 1)
 
 
-@pytest.mark.parametrize(("state", "requeues"), [("RUNNING", 1), ("COMPLETING", 0)])
-def test_sigterm_leaves_the_job_to_slurm(
-    ended: Callable[..., NodeJob], state: str, requeues: int, slurm: FakeSlurm
-) -> None:
-    """Cancelled or requeued by hand it is COMPLETING; RUNNING, it was preempted with a time of grace."""
-    slurm.answer("squeue", f"{state}\n")
-    job = ended()
-    code_of(job, Outcome("stopped", "SIGTERM", 143))
-    assert len(slurm.calls("scontrol")) == requeues
-    outcome = read_outcome(job.folder)
-    assert outcome is not None and outcome.state == "stopped"
-
-
-def test_a_job_that_cannot_be_requeued_says_so(ended: Callable[..., NodeJob], slurm: FakeSlurm) -> None:
-    slurm.refuse("scontrol", "Requested operation is presently disabled\n")
-    job = ended()
-    assert code_of(job, Outcome("preempted")) == 1
-    outcome = read_outcome(job.folder)
-    assert outcome is not None and outcome.state == "failed" and "cannot be requeued" in outcome.message
-
-
-def test_the_users_mistake_is_exit_code_2(
-    ended: Callable[..., NodeJob], slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert code_of(ended(), Outcome("failed", "my.yaml: data.train: too few", 2)) == 2
-    assert capsys.readouterr().err == "error: my.yaml: data.train: too few\n" and not slurm.calls("scontrol")
-
-
-def test_a_job_that_is_done_just_returns(ended: Callable[..., NodeJob], slurm: FakeSlurm) -> None:
-    ended().conclude(Outcome("done"))
+def test_a_job_that_was_cancelled_while_it_saved(requeueing: Callable[..., Outcome | int], slurm: FakeSlurm) -> None:
+    assert requeueing(was_cancelled=True) == STOPPED
     assert not slurm.calls("scontrol")
+
+
+def test_a_controller_that_starts_anew_is_waited_for(
+    requeueing: Callable[..., Outcome | int], slurm: FakeSlurm
+) -> None:
+    slurm.refuse("scontrol", "Unable to contact slurm controller\n")
+    threading.Timer(0.5, lambda: (slurm.folder / "scontrol.refusal").unlink()).start()
+    assert requeueing() != 1
+    assert len(slurm.calls("scontrol")) > 1
+
+
+def test_a_job_that_cannot_be_requeued_says_so(requeueing: Callable[..., Outcome | int], slurm: FakeSlurm) -> None:
+    slurm.refuse("scontrol", "Requested operation is presently disabled\n")
+    outcome = requeueing()
+    assert isinstance(outcome, Outcome) and (outcome.state, outcome.exit_code) == ("failed", 1)
+    assert "cannot be requeued" in outcome.message

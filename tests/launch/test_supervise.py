@@ -3,13 +3,15 @@
 Plain Python processes stand in for them: a parent that, like torchrun, knows no SIGUSR2, and children that do.
 """
 
+import errno
+import io
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,14 @@ time.sleep(600)
 """
 
 
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """SIGUSR2 as it was."""
+    before = signal.getsignal(signal.SIGUSR2)
+    yield
+    signal.signal(signal.SIGUSR2, before)
+
+
 @pytest.fixture
 def supervised(tmp_path: Path) -> Callable[..., Ended]:
     """Runs a parent with two children that run `code`; a signal comes once both are ready, or earlier."""
@@ -51,6 +61,7 @@ def supervised(tmp_path: Path) -> Callable[..., Ended]:
         number: int | None = None,
         early: bool = False,
         grace: float = 60,
+        goes_on: bool | None = None,
         peer_failed: Callable[[], bool] = bool,
     ) -> Ended:
         over = threading.Event()
@@ -64,7 +75,7 @@ def supervised(tmp_path: Path) -> Callable[..., Ended]:
         if number is not None:
             threading.Thread(target=send, args=(number,), daemon=True).start()
         words = [sys.executable, "-c", PARENT, code.replace("PLACE", repr(str(tmp_path)))]
-        with signals() as noted:
+        with signals(lambda: goes_on) as noted:
             ended = run(words, os.environ, noted, grace, peer_failed)
             over.set()
         return ended
@@ -100,8 +111,17 @@ def test_ranks_that_do_not_save_are_ended(
 
 
 def test_sigterm_ends_all_at_once(supervised: Callable[..., Ended], tmp_path: Path) -> None:
-    assert supervised(SAVES, signal.SIGTERM).exit_code == -signal.SIGTERM
+    """Where the job is not meant to go on: it is cancelled, or requeued by a person."""
+    assert supervised(SAVES, signal.SIGTERM, goes_on=False).exit_code == -signal.SIGTERM
     assert not list(tmp_path.glob("saved-*")) and not survivors(tmp_path)
+
+
+@pytest.mark.parametrize("goes_on", [True, None], ids=["SLURM preempts it", "nobody answers"])
+def test_the_ranks_save_when_sigterm_leaves_them_time(
+    supervised: Callable[..., Ended], goes_on: bool | None, tmp_path: Path
+) -> None:
+    assert supervised(SAVES, signal.SIGTERM, goes_on=goes_on).exit_code == 0
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
 
 
 def test_a_node_that_does_not_notice_another_ones_failure_is_ended(
@@ -120,12 +140,41 @@ def test_what_it_says_is_shown_and_kept(supervised: Callable[..., Ended], capsys
     assert ended.stderr == "a\ufffdb\n" * 6 == capsys.readouterr().err
 
 
-def test_handlers_are_put_back() -> None:
-    before = signal.getsignal(signal.SIGUSR2)
-    with signals() as noted:
+class FullDisk(io.StringIO):
+    """A log that takes nothing."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_does_not_stop_the_ranks(supervised: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe holds 64 KiB: ranks that say more would wait for a reader that gave up on its log."""
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    ended = supervised("import sys; sys.stderr.write('a line\\n' * 30000)")
+    assert ended.exit_code == 0 and ended.stderr.endswith("a line\n")
+
+
+def test_a_late_sigusr2_is_ignored() -> None:
+    """submitit's handler would start a job again that is done."""
+    before = signal.getsignal(signal.SIGTERM)
+    with signals(lambda: None) as noted:
         os.kill(os.getpid(), signal.SIGUSR2)
         assert noted.stop_since is not None and not noted.ended
-    assert signal.getsignal(signal.SIGUSR2) is before
+    assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_sigterm_whose_meaning_is_asked_for_again() -> None:
+    """First nobody answers, then it is preempted; a second SIGTERM is the end."""
+    answers: list[bool | None] = [None, True, False]
+    with signals(lambda: answers.pop(0)) as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted.stop_since is not None
+        for left in (2, 1, 1):
+            noted.look()
+            assert len(answers) == left and not noted.ended
+        os.kill(os.getpid(), signal.SIGTERM)
+        noted.look()
+        assert noted.ended
 
 
 def test_the_tree_of_processes() -> None:

@@ -57,5 +57,15 @@ def stops_once(folder: Path) -> None:
         write_status({"state": "preempted", "step": 4})
 
 
+def loses_a_node(folder: Path) -> None:
+    """Rank 0 finds out that the other node is gone when it is told to stop."""
+    asked: list[int] = []
+    signal.signal(signal.SIGUSR2, lambda number, _: asked.append(number))
+    (folder / f"ready-{RANK}").touch()
+    while not asked:
+        time.sleep(0.05)
+    fail(LOST)
+
+
 if __name__ == "__main__":
     globals()[sys.argv[1]](Path(sys.argv[2]))

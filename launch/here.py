@@ -1,0 +1,93 @@
+"""Runs on this machine, one after the other: in this process, or in one that this file is the program of.
+
+There is no queue and no limit of time: a run that saved and ended (SIGUSR2), or lost a rank, starts again at once.
+"""
+
+import pickle
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch import supervise
+from launch.node import NodeJob
+from launch.program import run_program
+from launch.reports import Attempt, Outcome, history, write_outcome
+from launch.torchrun import Place
+
+
+@dataclass(frozen=True)
+class RunsHere:
+    """What one process does."""
+
+    references: tuple[NodeJob, ...]
+    """Without these the runs are not started."""
+    runs: tuple[NodeJob, ...]
+    folder: Path
+    """Of the reports about all of it; a single run's own."""
+
+
+def run_here(work: RunsHere) -> None:
+    """Runs all; raises SystemExit with the first failure's exit code if any failed."""
+    outcomes = [run_to_end(job) for job in work.references]
+    if all(outcome.state == "done" for outcome in outcomes):
+        outcomes = [run_to_end(job) for job in work.runs]
+    failures = [outcome for outcome in outcomes if outcome.state == "failed"]
+    if len(work.runs) > 1:
+        write_outcome(work.folder, _of_all(outcomes, failures))
+    if failures:
+        raise SystemExit(failures[0].exit_code)
+
+
+def _of_all(outcomes: Sequence[Outcome], failures: Sequence[Outcome]) -> Outcome:
+    if not failures:
+        return Outcome("done")
+    message = f"{len(failures)} of {len(outcomes)} runs failed, the first: {failures[0].message}"
+    return Outcome("failed", message, failures[0].exit_code)
+
+
+def run_to_end(job: NodeJob) -> Outcome:
+    """How a run ends, however often it must start again. Raises SystemExit if SIGTERM ended it."""
+    place = Place(0, (socket.gethostname(),), 0)
+    while True:
+        attempt = Attempt(job.folder, len(history(job.folder)))
+        with supervise.signals(lambda: False) as noted:
+            outcome = job.conclude(place, attempt, noted, job.run(place, attempt, noted))
+        if outcome.state == "stopped":
+            raise SystemExit(outcome.exit_code)
+        if outcome.state in ("done", "failed"):
+            return outcome
+
+
+# --- in the background ------------------------------------------------------------------------------------------------
+
+
+def start_in_background(work: RunsHere, log: Path, python: str, setup: Sequence[str]) -> int:
+    """Starts a process that does the work and writes to `log`; the number of its group, which Ctrl-C does not reach."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    file = log.with_suffix(".pkl")
+    file.write_bytes(pickle.dumps(work))
+    script = "\n".join(["set -e", *setup, f"exec {shlex.quote(python)} -u -m launch.here {shlex.quote(str(file))}"])
+    with log.open("ab") as stream:
+        process = subprocess.Popen(
+            ["bash", "-c", script],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
+        )
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a child that has ended would look alive until somebody waits for it
+    return process.pid
+
+
+def main() -> None:
+    """`python -m launch.here FILE`: what `start_in_background` starts."""
+    run_here(pickle.loads(Path(sys.argv[1]).read_bytes()))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

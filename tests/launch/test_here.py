@@ -1,0 +1,99 @@
+"""Runs on one machine, one after the other, each until it ends; torchrun is one that ends as a test tells it to."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo.run_files import STATUS_FILE
+from launch import supervise
+from launch.here import RunsHere, run_here
+from launch.node import NodeJob
+from launch.reports import Outcome, history, read_outcome
+from launch.supervise import Ended
+from launch.torchrun import Program
+
+
+class FakeTorchrun:
+    """Each run ends as planned: the last word of its command line is its name."""
+
+    def __init__(self, plan: dict[str, list[str]]):
+        self.plan = plan
+        self.runs: list[str] = []
+
+    def __call__(self, words: Sequence[str], env: dict[str, str], *rest: Any) -> Ended:
+        name = words[-1]
+        self.runs.append(name)
+        what = self.plan[name].pop(0)
+        if what in ("done", "preempted"):
+            Path(env[STATUS_FILE]).write_text(json.dumps({"state": what, "step": 4}))
+            return Ended(0, "")
+        if what == "crashed":
+            return Ended(1, "")
+        Path(env["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": what}))
+        return Ended(1, "")
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """SIGUSR2 as it was."""
+    before = signal.getsignal(signal.SIGUSR2)
+    yield
+    signal.signal(signal.SIGUSR2, before)
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[RunsHere, FakeTorchrun]]:
+    """Makes work of a plan: a run for each name, `reference` before all."""
+
+    def make(**plan: list[str]) -> tuple[RunsHere, FakeTorchrun]:
+        torchrun = FakeTorchrun(plan)
+        monkeypatch.setattr(supervise, "run", torchrun)
+        jobs = {name: NodeJob(Program("dpo.train", (name,), 1), tmp_path / name, 120, 2) for name in plan}
+        references = tuple(job for name, job in jobs.items() if name == "reference")
+        return RunsHere(
+            references, tuple(job for job in jobs.values() if job not in references), tmp_path / "sweep"
+        ), torchrun
+
+    return make
+
+
+def code_of(work: RunsHere) -> int:
+    """The exit code of work that does not end well."""
+    with pytest.raises(SystemExit) as end:
+        run_here(work)
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def test_a_run_that_fails_does_not_stop_the_others(work: Callable[..., Any], tmp_path: Path) -> None:
+    all_runs, torchrun = work(reference=["done"], a=["done"], b=["ValueError: boom"], c=["done"])
+    assert code_of(all_runs) == 1
+    assert torchrun.runs == ["reference", "a", "b", "c"]
+    outcome = read_outcome(tmp_path / "sweep")
+    assert outcome is not None and outcome.state == "failed"
+    assert outcome.message.startswith("1 of 3 runs failed, the first: ") and "ValueError: boom" in outcome.message
+
+
+def test_without_the_reference_no_run_begins(work: Callable[..., Any], tmp_path: Path) -> None:
+    all_runs, torchrun = work(reference=["ValueError: no reference"], a=["done"], b=["done"])
+    code_of(all_runs)
+    assert torchrun.runs == ["reference"]
+    outcome = read_outcome(tmp_path / "sweep")
+    assert outcome is not None and "no reference" in outcome.message
+
+
+def test_there_is_no_limit_to_preemptions(work: Callable[..., Any], tmp_path: Path) -> None:
+    """And lost ranks have the same one as on a cluster."""
+    all_runs, torchrun = work(a=[*["preempted"] * 20, "done"], b=["crashed", "crashed", "crashed"])
+    assert code_of(all_runs) == 1
+    assert torchrun.runs.count("a") == 21 and history(tmp_path / "a") == ["preempted"] * 20 + ["done"]
+    assert history(tmp_path / "b") == ["crashed", "crashed", "failed"]
+
+
+def test_a_single_run_that_is_done(work: Callable[..., Any], tmp_path: Path) -> None:
+    run_here(work(a=["done"])[0])
+    assert read_outcome(tmp_path / "a") == Outcome("done", "step 4") and not (tmp_path / "sweep").exists()
