@@ -143,8 +143,8 @@ def _add_restarts(group: argparse._ArgumentGroup) -> None:
     about = "times that a job of SLURM goes on after its time was up; preemptions have no limit, but with a --time of"
     about += " 10 minutes or less they count, and so do killed ranks in its last fifth (default: 10)"
     group.add_argument("--max-timeouts", type=_natural, default=10, metavar="N", help=about)
-    about = "times that the job goes on after a rank was killed (out of memory, a lost GPU or node); an exception"
-    about += " always ends it (default: 3)"
+    about = "times that the job goes on after a rank was killed (out of memory, a lost GPU or node) without a new"
+    about += " checkpoint in between; an exception always ends it (default: 3)"
     group.add_argument("--max-crashes", type=_natural, default=3, metavar="N", help=about)
 
 

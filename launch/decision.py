@@ -25,7 +25,7 @@ class End:
     failures: Sequence[Failure] = ()
     """Of all nodes."""
     crashes_before: int = 0
-    """How often a crash has restarted the job already."""
+    """How often a crash has restarted the job since it made progress."""
 
 
 def decide(end: End, max_crashes: int) -> Outcome:
@@ -38,7 +38,7 @@ def decide(end: End, max_crashes: int) -> Outcome:
         return _preempted(end)
     cause = first_cause(end.failures)
     if cause and cause.is_exception:
-        return Outcome("failed", str(cause), 2 if cause.is_users else 1, "" if cause.is_told else cause.traceback)
+        return Outcome("failed", str(cause), 2 if cause.is_users else 1, cause.traceback)
     if end.asked_to_stop:
         return _preempted(end)
     why = describe(end.failures)

@@ -17,6 +17,16 @@ _LOST_PEER = re.compile(
 )
 """What a rank says that only lost another one, or waited for it in vain; and torchrun, when it was ended itself."""
 
+_BROKEN_MACHINE = re.compile(
+    r"uncorrectable (ECC|NVLink)|fallen off the bus|GPU is lost|no CUDA-capable device|Stale file handle", re.IGNORECASE
+)
+"""What a rank says whose GPU or file server is gone: on another node, or a little later, it would go on."""
+
+_TRACEBACK = re.compile(
+    r"^Traceback \(most recent call last\):\n(?: .*\n|\n)*(?P<last>\w[\w.]*: .*|\w+)$", re.MULTILINE
+)
+"""On stderr, with its last line."""
+
 _TABLE_ROW = re.compile(
     r"^ +time +: (?P<time>\S+)\n +host .*\n +rank +: (?P<rank>\d+) \(local_rank: (?P<local>\d+)\)\n"
     r" +exitcode +: (?P<code>-?\d+)",
@@ -38,6 +48,7 @@ class Failure:
     killed_by: int = 0
     """The signal that ended it; 0: none."""
     traceback: str = ""
+    """Of a bug; none of what was told to the user."""
 
     @property
     def lost_peer(self) -> bool:
@@ -57,17 +68,12 @@ class Failure:
     @property
     def is_exception(self) -> bool:
         """Whether the program itself ended, which it would do again, and nothing killed it from outside."""
-        return not self.killed_by and not self.lost_peer
+        return not self.killed_by and not self.lost_peer and not _BROKEN_MACHINE.search(self.message)
 
     @property
     def is_users(self) -> bool:
         """Whether the user's input is wrong."""
         return self.message.startswith("UserError: ")
-
-    @property
-    def is_told(self) -> bool:
-        """Whether its message is made for the user, and says all."""
-        return self.message.startswith(("UserError: ", "RunError: "))
 
     def __str__(self) -> str:
         if self.is_users:
@@ -88,7 +94,8 @@ def failures_of_node(log_dir: Path, torchrun_error: Path, stderr: str, host: str
     """
     raised = {first_rank + local: path for local, path in _error_files(log_dir)}
     found = [_read_error(path, host, rank) for rank, path in raised.items()]
-    found += [failure for failure in _table(stderr, host) if failure.rank not in raised]
+    words = None if raised else _last_words(stderr)
+    found += [failure for failure in _table(stderr, host, words) if failure.rank not in raised]
     if not found and torchrun_error.exists():
         found.append(_read_error(torchrun_error, host, None))
     return found
@@ -101,23 +108,40 @@ def _error_files(log_dir: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _read_error(path: Path, host: str, rank: int | None) -> Failure:
-    """torchelastic's times are whole seconds; the file's own is finer and tells who was first within one."""
+    """`dpo.distributed.run_program` writes the time to the fraction of a second, torchelastic to the second: the file's
+    own is finer.
+    """
+    time = path.stat().st_mtime
     try:
         told = json.loads(path.read_text(encoding="utf-8"))["message"]
     except (ValueError, KeyError):
-        return Failure(host, rank, path.stat().st_mtime, f"its error file {path} is not whole")
+        return Failure(host, rank, time, f"its error file {path} is not whole")
     if isinstance(told, str):
-        return Failure(host, rank, path.stat().st_mtime, told)
-    return Failure(host, rank, path.stat().st_mtime, told["message"], traceback=told["extraInfo"]["py_callstack"])
+        return Failure(host, rank, time, told)
+    stack = told["extraInfo"]["py_callstack"]
+    traceback = stack if stack.startswith("Traceback") else ""
+    return Failure(host, rank, told["extraInfo"].get("seconds", time), told["message"], traceback=traceback)
 
 
-def _table(stderr: str, host: str) -> Iterator[Failure]:
+def _table(stderr: str, host: str, last_words: str | None) -> Iterator[Failure]:
     """The ranks in torchrun's table."""
     for row in _TABLE_ROW.finditer(stderr):
         code = int(row["code"])
-        how = f"killed by {_signal_name(-code)}, without a Python exception" if code < 0 else f"exit code {code}"
         time = datetime.fromisoformat(row["time"]).timestamp() + 0.999  # cut to a second: it may have been its last ms
-        yield Failure(host, int(row["rank"]), time, how, killed_by=max(-code, 0))
+        if code < 0:
+            how = f"killed by {_signal_name(-code)}, without a Python exception"
+            yield Failure(host, int(row["rank"]), time, how, killed_by=-code)
+        else:
+            yield Failure(host, int(row["rank"]), time, last_words or f"exit code {code}")
+
+
+def _last_words(stderr: str) -> str | None:
+    """Why a rank ended before it could write an error file, a missing library for one: its traceback's last line.
+
+    The ranks' stderr is one stream: whose traceback it is it does not say, but then mostly all have the same.
+    """
+    found = _TRACEBACK.search(stderr)
+    return found["last"] if found else None
 
 
 def _signal_name(number: int) -> str:

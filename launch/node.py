@@ -26,7 +26,15 @@ from launch import supervise, torchrun
 from launch.decision import End, decide
 from launch.failures import Failure, failures_of_node
 from launch.program import tell_error
-from launch.reports import Attempt, NodeReport, Outcome, add_to_history, history, read_json, write_outcome
+from launch.reports import (
+    Attempt,
+    NodeReport,
+    Outcome,
+    add_to_history,
+    crashes_without_progress,
+    read_json,
+    write_outcome,
+)
 from launch.supervise import Signals
 from launch.torchrun import Place
 
@@ -82,7 +90,7 @@ class NodeJob:
             was_ended=noted.ended,
             status=read_json(attempt.status) or {},
             failures=[failure for report in reports for failure in report.failures],
-            crashes_before=history(self.folder).count("crashed"),
+            crashes_before=crashes_without_progress(self.folder),
         )
         outcome = decide(end, self.max_crashes)
         return self.tell(replace(outcome, message=with_place(outcome.message, self.program.words)))

@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo.files import write_atomically
 from dpo.run_files import JOBS
 from launch.failures import Failure
 
@@ -115,8 +116,9 @@ def read_outcome(folder: Path) -> Outcome | None:
 
 
 def add_to_history(folder: Path, outcome: Outcome) -> None:
-    """One line more about how the job ended this time. For the first node alone."""
+    """One line more about how the job ended this time, and at which checkpoint. For the first node alone."""
     line = {"time": datetime.now().isoformat(timespec="seconds"), "state": outcome.state, "message": outcome.message}
+    line["checkpoint"] = _newest_checkpoint(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "history.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -124,9 +126,25 @@ def add_to_history(folder: Path, outcome: Outcome) -> None:
 
 def history(folder: Path) -> list[State]:
     """The states in which the job ended before, in order."""
+    return [line["state"] for line in _read_history(folder)]
+
+
+def crashes_without_progress(folder: Path) -> int:
+    """How often a crash has restarted the job since the run's newest checkpoint was saved."""
+    newest = _newest_checkpoint(folder)
+    return [line["checkpoint"] for line in _read_history(folder) if line["state"] == "crashed"].count(newest)
+
+
+def _read_history(folder: Path) -> list[Any]:
     path = folder / "history.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line)["state"] for line in lines]
+    return [json.loads(line) for line in lines]
+
+
+def _newest_checkpoint(folder: Path) -> str:
+    """The name of the newest whole checkpoint in the run folder that a submission belongs to; empty: there is none."""
+    markers = (folder.parents[1] / "checkpoints").glob("step-*/COMPLETE")
+    return max((marker.parent.name for marker in markers), key=lambda name: (len(name), name), default="")
 
 
 @dataclass(frozen=True)
@@ -160,10 +178,7 @@ def write_submission(folder: Path, submission: Submission) -> None:
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
     """Writes a file that is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    draft.replace(path)
+    write_atomically(path, json.dumps(facts, indent=1).encode())
 
 
 def read_json(path: Path) -> Any:

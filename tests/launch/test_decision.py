@@ -106,9 +106,21 @@ def test_what_becomes_of_the_job(facts: dict[str, Any], state: str, message: str
     assert message in outcome.message
 
 
-def test_a_traceback_is_for_bugs_alone() -> None:
-    """What was written for the user needs none."""
+def test_what_the_user_is_told() -> None:
+    """What was written for the user is shown as it is; of a bug the traceback too."""
     told = End(1, False, False, {}, [raised(0, 1.0, "RunError: step 3: the gradient norm is nan")])
-    assert decide(told, 2).traceback == ""
     assert decide(told, 2).message == "rank 0 on node0: step 3: the gradient norm is nan"
     assert decide(End(1, False, False, {}, [raised(0, 1.0)]), 2).traceback == "Traceback ...\n"
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "AcceleratorError: CUDA error: uncorrectable ECC error encountered",
+        "RuntimeError: GPU 3 has fallen off the bus",
+        "OSError: [Errno 116] Stale file handle: 'runs/my/metrics.jsonl'",
+    ],
+)
+def test_a_broken_machine_is_no_bug(message: str) -> None:
+    """Another one may do."""
+    assert decide(End(1, False, False, {}, [raised(0, 1.0, message)]), 2).state == "crashed"

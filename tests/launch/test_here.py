@@ -20,12 +20,18 @@ from launch.torchrun import Program
 class FakeTorchrun:
     """Each run ends as planned: the last word of its command line is its name."""
 
-    def __init__(self, plan: dict[str, list[str]]):
-        self.plan = plan
+    def __init__(self, folder: Path, plan: dict[str, list[str]]):
+        self.folder, self.plan = folder, plan
+        self.checkpoints: dict[int, str] = {}
+        """By how many starts came before it: what a start saves."""
         self.runs: list[str] = []
 
     def __call__(self, words: Sequence[str], env: dict[str, str], *rest: Any) -> Ended:
         name = words[-1]
+        if len(self.runs) in self.checkpoints:
+            marker = self.folder / name / "checkpoints" / self.checkpoints[len(self.runs)] / "COMPLETE"
+            marker.parent.mkdir(parents=True)
+            marker.touch()
         self.runs.append(name)
         what = self.plan[name].pop(0)
         if what in ("done", "preempted"):
@@ -50,9 +56,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
     """Makes work of a plan: a run for each name, `reference` before all."""
 
     def make(**plan: list[str]) -> tuple[RunsHere, FakeTorchrun]:
-        torchrun = FakeTorchrun(plan)
+        torchrun = FakeTorchrun(tmp_path, plan)
         monkeypatch.setattr(supervise, "run", torchrun)
-        jobs = {name: NodeJob(Program("dpo.train", (name,), 1), tmp_path / name, 120, 2) for name in plan}
+        jobs = {name: NodeJob(Program("dpo.train", (name,), 1), tmp_path / name / "jobs/x", 120, 2) for name in plan}
         references = tuple(job for name, job in jobs.items() if name == "reference")
         return RunsHere(
             references, tuple(job for job in jobs.values() if job not in references), tmp_path / "sweep"
@@ -90,10 +96,18 @@ def test_there_is_no_limit_to_preemptions(work: Callable[..., Any], tmp_path: Pa
     """And lost ranks have the same one as on a cluster."""
     all_runs, torchrun = work(a=[*["preempted"] * 20, "done"], b=["crashed", "crashed", "crashed"])
     assert code_of(all_runs) == 1
-    assert torchrun.runs.count("a") == 21 and history(tmp_path / "a") == ["preempted"] * 20 + ["done"]
-    assert history(tmp_path / "b") == ["crashed", "crashed", "failed"]
+    assert torchrun.runs.count("a") == 21 and history(tmp_path / "a/jobs/x") == ["preempted"] * 20 + ["done"]
+    assert history(tmp_path / "b/jobs/x") == ["crashed", "crashed", "failed"]
+
+
+def test_crashes_count_from_the_newest_checkpoint(work: Callable[..., Any], tmp_path: Path) -> None:
+    """Two restarts are allowed; what loses a rank now and then in weeks makes progress in between."""
+    all_runs, torchrun = work(a=["crashed"] * 7, b=["done"])
+    torchrun.checkpoints = {2: "step-000010", 4: "step-000020"}
+    code_of(all_runs)
+    assert history(tmp_path / "a/jobs/x") == ["crashed"] * 6 + ["failed"]
 
 
 def test_a_single_run_that_is_done(work: Callable[..., Any], tmp_path: Path) -> None:
     run_here(work(a=["done"])[0])
-    assert read_outcome(tmp_path / "a") == Outcome("done", "step 4") and not (tmp_path / "sweep").exists()
+    assert read_outcome(tmp_path / "a/jobs/x") == Outcome("done", "step 4") and not (tmp_path / "sweep").exists()

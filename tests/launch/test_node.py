@@ -93,6 +93,17 @@ def test_the_true_exception_of_another_node_is_shown(tmp_path: Path, slurm: Fake
     assert job.state == "failed" and not slurm.calls("scontrol")
 
 
+def test_what_a_program_finds_is_told_as_it_is(tmp_path: Path, slurm: FakeSlurm) -> None:
+    """The files are those that `run_program` writes and torchrun finds: one line, and no traceback of ours."""
+    job = Job(tmp_path, "tells", nodes=1)
+    job.start()
+    codes, said = job.end()
+    assert codes == [1]
+    assert said.splitlines()[-1] == f"error: rank 0 on {HOST}: step 3: the gradient norm is nan"
+    outcome = read_outcome(tmp_path / "reports")
+    assert outcome is not None and outcome.traceback == ""
+
+
 def test_a_killed_rank_is_named_and_does_not_restart_the_job_for_ever(tmp_path: Path, slurm: FakeSlurm) -> None:
     """One restart is allowed, and was made before."""
     add_to_history(tmp_path / "reports", Outcome("crashed"))

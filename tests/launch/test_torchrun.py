@@ -82,10 +82,11 @@ Root Cause (first observed failure):
 """
 
 
-def error_file(path: Path, message: str) -> None:
+def error_file(path: Path, message: str, **extra: object) -> None:
     """As torchelastic writes it."""
     path.parent.mkdir(parents=True)
     told = {"message": message, "extraInfo": {"py_callstack": "Traceback\n", "timestamp": "1769854500"}}
+    told["extraInfo"] |= extra
     path.write_text(json.dumps({"message": told}))
 
 
@@ -96,6 +97,32 @@ def test_ranks_with_an_error_file_and_without(tmp_path: Path) -> None:
         (8, "ValueError: boom", 0),
         (9, "killed by SIGKILL, without a Python exception", 9),
         (10, "exit code 3", 0),
+    ]
+
+
+def test_the_clock_of_the_host_counts_not_that_of_the_file_server(tmp_path: Path) -> None:
+    error_file(tmp_path / "none_x/attempt_0/0/error.json", "ValueError: boom", seconds=1769854500.25)
+    (failure,) = failures_of_node(tmp_path, tmp_path / "torchrun.json", "", "gpu09", first_rank=8)
+    assert failure.time == 1769854500.25
+
+
+def test_a_rank_that_ended_before_it_could_say_why(tmp_path: Path) -> None:
+    """An import that fails is a traceback on stderr alone, before torchrun's own."""
+    said = [
+        "some warning",
+        "Traceback (most recent call last):",
+        '  File "<frozen runpy>", line 198, in _run_module_as_main',
+        "    import gone",
+        "ModuleNotFoundError: No module named 'gone'",
+        "E0131 10:15:02 api.py:9] failed (exitcode: 3) local_rank: 2 (pid: 125)",
+        "Traceback (most recent call last):",
+        '  File "run.py", line 1, in run',
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: ",
+        TABLE,
+    ]
+    found = failures_of_node(tmp_path, tmp_path / "torchrun.json", "\n".join(said), "gpu09", first_rank=8)
+    assert [failure.message for failure in found if failure.rank == 10] == [
+        "ModuleNotFoundError: No module named 'gone'"
     ]
 
 

@@ -57,6 +57,17 @@ def stops_once(folder: Path) -> None:
         write_status({"state": "preempted", "step": 4})
 
 
+def tells(folder: Path) -> None:
+    """Finds something, as a program of this package does."""
+    from dpo.distributed import run_program
+    from dpo.errors import RunError
+
+    def main() -> None:
+        raise RunError("step 3: the gradient norm is nan")
+
+    sys.exit(run_program(main))
+
+
 def loses_a_node(folder: Path) -> None:
     """Rank 0 finds out that the other node is gone when it is told to stop."""
     asked: list[int] = []
