@@ -69,13 +69,13 @@ def disturbed(config: Config) -> Config:
     run_dir = Path(str(config.train.run_dir))
     file = run_dir.with_suffix(".yaml")
     file.write_text(to_yaml(config))
-    job = submit(file, "--time", "2", "--signal-delay", "85", "--max-timeouts", "3")
-    meets_its_time_limit(job)
+    job = submit(file, "--time", "2", "--signal-delay", "85", "--max-timeouts", "1")
+    is_out_of_time(job)
+    is_out_of_time_once_too_often(job)
+    job = submit(file, "--time", "60", "--max-timeouts", "0")
+    is_requeued_by_hand(job)
     is_preempted(job)
     loses_a_worker(job)
-    is_out_of_time_once_too_often(job)
-    job = submit(file, "--time", "60")
-    is_requeued_by_hand(job)
     loses_a_node(job)
     is_cancelled(job)
     last = last_step(run_dir) + 4
@@ -83,21 +83,39 @@ def disturbed(config: Config) -> Config:
     return changed(config, train__steps=last)
 
 
-def meets_its_time_limit(job: Job) -> None:
+def is_out_of_time(job: Job) -> None:
     """SLURM sends SIGUSR2 by itself, between 5 and 35 seconds after the start, as it looks every 30 seconds."""
     wait_for(job, "its time is up", lambda: job.restarts == 1)
     command("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")  # once is enough
     assert "this job is timed-out" in job.log
-    assert "Requeued job" in job.log
     goes_on_where_it_was_saved(job)
 
 
+def is_out_of_time_once_too_often(job: Job) -> None:
+    """The second time, after --max-timeouts 1; with the limit of two minutes that it asked for, any SIGUSR2 is one."""
+    command("scancel", "--signal=USR2", job.id)
+    wait_for(job, "it is given up", lambda: job.state not in ("RUNNING", "COMPLETING"))
+    assert job.state == "FAILED"
+    state, message = endings(job.run_dir)[-1]
+    assert state == "failed"
+    assert "(--max-timeouts)" in message
+
+
+def is_requeued_by_hand(job: Job) -> None:
+    """As soon as it has begun. SLURM sends SIGTERM alone, and SIGKILL half a minute later."""
+    wait_for(job, "it has begun", lambda: "node 0 of 2" in job.log)
+    command("scontrol", "requeue", job.id)
+    wait_for(job, "it has ended", lambda: endings(job.run_dir)[-1][0] == "stopped")
+    assert job.restarts == 1
+
+
 def is_preempted(job: Job) -> None:
-    """As by a cluster that wants its nodes back. submitit counts it as a time-out, the limit being so short."""
+    """As by a cluster that wants its nodes back: that is no time-out, of which --max-timeouts 0 allows none."""
     wait_for_steps(job, 2)
     has_its_gpus(job)
     command("scancel", "--signal=USR2", job.id)
     wait_for(job, "it is preempted", lambda: job.restarts == 2)
+    assert "this job is preempted" in job.log
     goes_on_where_it_was_saved(job)
 
 
@@ -139,22 +157,6 @@ def loses_few_steps(job: Job, disturb: Callable[[], object]) -> None:
     wait_for(job, "it starts again", lambda: job.restarts == restarts + 1)
     wait_for(job, "it goes on", lambda: len(resumed_from(job)) == resumed + 1)
     assert resumed_from(job)[-1] >= before - SAVE_EVERY
-
-
-def is_out_of_time_once_too_often(job: Job) -> None:
-    """The fourth time, after --max-timeouts 3: with a limit of ten minutes or less, every end but an error is one."""
-    command("scancel", "--signal=USR2", job.id)
-    wait_for(job, "it is given up", lambda: job.state not in ("RUNNING", "COMPLETING"))
-    assert job.state == "FAILED"
-    state, message = endings(job.run_dir)[-1]
-    assert state == "failed"
-    assert "(--max-timeouts)" in message
-
-
-def is_requeued_by_hand(job: Job) -> None:
-    """SLURM sends SIGTERM alone, and SIGKILL half a minute later."""
-    loses_few_steps(job, lambda: command("scontrol", "requeue", job.id))
-    assert endings(job.run_dir)[-1][0] == "stopped"
 
 
 def loses_a_node(job: Job) -> None:
