@@ -22,6 +22,9 @@ from dpo.files import write_atomically
 CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "metrics.jsonl", "tensorboard"
 ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
 
+LAST_STEPS = 10
+"""A figure of training is shown as its mean over so many last steps: one step's pairs say little."""
+
 STATUS_FILE = "DPO_STATUS_FILE"
 """The environment variable in which a launcher names the file that `write_status` fills."""
 

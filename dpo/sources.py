@@ -8,7 +8,6 @@ file nor changed code meets a stale cache.
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import datasets
 import pyarrow.compute as pc
 
 from dpo.config import SourceConfig
+from dpo.config_rules import is_hub_id
 from dpo.errors import UserError
 from dpo.fields import Row
 from dpo.json_rows import json_rows
@@ -36,7 +36,6 @@ JSON_FEATURES = datasets.Features(
 )
 PARQUET = b"PAR1"
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".csv", ".txt", ".zst", ".zip")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,7 @@ def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
 
 
 def _open_hub(config: SourceConfig, key: str) -> Source:
-    if not HUB_ID.fullmatch(config.path) or config.path.endswith(DATA_SUFFIXES):
+    if not is_hub_id(config.path) or config.path.endswith(DATA_SUFFIXES):
         valid = "a file, a folder, a hub id org/name"
         raise UserError(f"{key}.path: no such file or folder: {config.path}; valid: {valid}")
     rows = _load(config.path, key, config.path, config.name, split=config.split)

@@ -13,14 +13,12 @@ from dpo.evaluation import Evaluation
 from dpo.metrics import MetricsWriter, prefixed
 from dpo.plan import grow_trees
 from dpo.progress import say
-from dpo.run_files import FINAL, PROVENANCE, read_metrics
+from dpo.run_files import FINAL, LAST_STEPS, PROVENANCE, read_metrics
 from dpo.setup import Run
 
 COLUMNS = 100
 STEPS_LOOKED_AT = 4
 """Steps whose trees are counted for the tokens of a step."""
-LAST_STEPS = 10
-"""Steps whose mean is the end of training."""
 
 
 # --- lines while it runs ---------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ completion its first `max_length - len(prompt)`. Pairs that carry no preference 
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,11 @@ import numpy as np
 import tokenizers
 import transformers
 
+from dpo.config_rules import is_tokenizer_id
 from dpo.errors import UserError
 from dpo.records import Example, Index, Message
 
 Ids = list[int]
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")  # old ids have no organization
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def limits_of(max_length: int | None, max_prompt_length: int | None, model_confi
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id. Raises UserError if it cannot be loaded or has no EOS token."""
-    if not Path(path).is_dir() and not HUB_ID.fullmatch(path):
+    if not Path(path).is_dir() and not is_tokenizer_id(path):
         raise UserError(f"model.tokenizer: {path}: no such folder; valid: a folder with a tokenizer, a hub id org/name")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)

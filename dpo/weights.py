@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import AutoConfig, PretrainedConfig
 
+from dpo.config_rules import is_hub_id
 from dpo.distributed import World, all_gather, first_on_each_node, on_main, storage_errors, together
 from dpo.errors import UserError
 
@@ -52,7 +53,7 @@ def _find_model(path: str, key: str) -> Path:
 
 
 def _download(path: str, key: str) -> Path:
-    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+    if not is_hub_id(path):
         raise UserError(f"{key}: no such folder: {path}; valid: a Hugging Face model folder or hub id")
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dpo.config import Config, with_place
+from dpo.config_rules import is_hub_id, is_tokenizer_id
 from dpo.errors import UserError
 from launch import squeue
 from launch.reports import FINAL, Submission, read_outcome, submissions
@@ -19,7 +20,8 @@ def check_paths(config: Config, words: Sequence[str]) -> None:
     words: the command line, to say where the path was given.
     """
     for key, path in _paths(config):
-        is_local = path.startswith(("/", "./", "../", "~")) or (key.startswith("data.") and _DATA_FILE.fullmatch(path))
+        is_id = is_tokenizer_id if key == "model.tokenizer" else is_hub_id
+        is_local = not is_id(path) or (key.startswith("data.") and _DATA_FILE.fullmatch(path))
         if is_local and not Path(path).expanduser().exists():
             message = f"{key}: no such file or folder: {path}; valid: one that the nodes see too"
             raise UserError(with_place(message, words))

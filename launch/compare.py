@@ -22,7 +22,7 @@ from rich.table import Table
 from dpo.board.hparams import KEYS, Value, flat, write_entry
 from dpo.errors import UserError, parse_arguments
 from dpo.progress import say, warn
-from dpo.run_files import CONFIG, FINAL, METRICS, PROVENANCE, TENSORBOARD, read_metrics
+from dpo.run_files import CONFIG, FINAL, LAST_STEPS, METRICS, PROVENANCE, TENSORBOARD, read_metrics
 from dpo.strict_yaml import read_yaml_file
 from launch.program import run_program
 
@@ -37,9 +37,6 @@ SHOWN = {
     "rewards/rejected": "rejected",
 }
 """The figures of the table, by what follows eval/ or train/ in their names, and how they are headed."""
-
-LAST_STEPS = 10
-"""A figure of training is its mean over so many last steps: one step's pairs say little."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
 from dpo.config import Config, load_config
+from dpo.config_rules import is_hub_id
 from dpo.data import PreferenceData, prepare_data
 from dpo.errors import UserError
 from dpo.inputs import make_order
@@ -72,7 +73,7 @@ def find_model_config(config: Config) -> PretrainedConfig:
     path = Path(config.model.path)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(f"model.path: {path} has no config.json; valid: a Hugging Face model folder or hub id")
-    if not path.exists() and (config.model.path.count("/") != 1 or config.model.path.startswith((".", "/", "~"))):
+    if not path.exists() and not is_hub_id(config.model.path):
         raise UserError(f"model.path: no such folder: {path}; valid: a Hugging Face model folder or hub id")
     return read_model_config(path, config.model.trust_remote_code)
 

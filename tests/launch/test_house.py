@@ -28,6 +28,15 @@ def test_every_file_has_a_floor_and_imports_from_lower_ones() -> None:
             assert path.stem == "__init__" or FLOORS[name] < FLOORS[path.stem], f"{path.stem} imports {name}"
 
 
+def test_of_dpo_it_imports_what_its_docstring_names() -> None:
+    """All of that without torch (`test_submit.test_it_needs_no_torch`)."""
+    (named,) = re.findall(r"of dpo only (.*?)\.\n", str(launch.__doc__).replace(" and ", ", "), re.DOTALL)
+    found = set()
+    for path in FOLDER.glob("*.py"):
+        found |= set(re.findall(r"^from dpo\.([\w.]+) import", path.read_text(), re.MULTILINE))
+    assert found == set(named.split(", "))
+
+
 def test_files_and_functions_are_small() -> None:
     """At most 300 lines a file and 60 a function."""
     for path in FOLDER.glob("*.py"):

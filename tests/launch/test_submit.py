@@ -177,6 +177,7 @@ def test_no_sbatch(launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         ),
         (["--data.eval", "[{path: /gone}]"], "command line: data.eval[0].path: no such file or folder: /gone"),
         (["--model.path", "./gone"], "command line: model.path: no such file or folder: ./gone"),
+        (["--model.path", "runs/gone/final"], "command line: model.path: no such file or folder: runs/gone/final"),
         (["--cluster", "local"], "command line: --nodes: --cluster local is one machine, got 2 nodes"),
     ],
 )
