@@ -5,17 +5,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from dpo import reference, train
 from dpo.errors import RunError
+from launch import submit, supervise
 from launch.follow import Followed, follow
-from launch.reports import history, submissions
+from launch.reports import history, read_outcome, submissions
+from launch.supervise import Ended
 from tests.models import save_model, save_pairs
-from tests.runs import train_lines
+from tests.runs import exit_code_of, reference_line, train_lines
 
 CONFIG = """
 model: {path: model}
@@ -35,7 +40,9 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "tiny.yaml").write_text(CONFIG)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = signal.getsignal(signal.SIGUSR2)
     yield tmp_path
+    signal.signal(signal.SIGUSR2, before)
     for _, submission in submissions(tmp_path / "runs/tiny"):
         with suppress(ProcessLookupError):
             os.killpg(int(submission.job), signal.SIGTERM)
@@ -81,12 +88,24 @@ def test_a_run_in_the_background(work: Path) -> None:
     assert str(work) not in subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
 
 
-def test_a_sweep_in_this_process(work: Path) -> None:
-    """The reference pass first, once, then one run after the other; a second time nothing is left to do."""
-    words = ("--cluster", "debug", "--ranks-per-node", "1", "--train.steps", "2", "--sweep", "loss.beta=0.1,0.5")
-    _, err = (program := launch(*words)).communicate(timeout=200)
-    assert program.returncode == 0, err
-    assert err.count("80 log-probabilities computed, 0 from the cache") == 1
-    assert err.count("0 log-probabilities computed, 80 from the cache") == 2
+def in_this_process(words: Sequence[str], env: Mapping[str, str], *rest: Any) -> Ended:
+    """A torchrun without processes of its own: its program is one rank here."""
+    first = words.index("-m", words.index("--nproc-per-node")) + 1
+    main = {"dpo.train": train.main, "dpo.reference": reference.main}[words[first]]
+    with patch.dict(os.environ, env):
+        return Ended(exit_code_of(main, *words[first:]), "")
+
+
+def test_a_sweep_in_this_process(
+    work: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reference pass first, once, then one run after the other, which find all of it."""
+    monkeypatch.setattr(supervise, "run", in_this_process)
+    words = ("--config", "tiny.yaml", "--cluster", "debug", "--ranks-per-node", "1", "--train.steps", "2")
+    assert exit_code_of(submit.main, "launch.submit", *words, "--sweep", "loss.beta=0.1,0.5") == 0
+    assert capsys.readouterr().err.count("80 log-probabilities computed, 0 from the cache") == 1
     for beta in ("0.1", "0.5"):
-        assert len(train_lines(work / f"runs/tiny/beta={beta}")) == 2
+        folder = work / f"runs/tiny/beta={beta}"
+        assert len(train_lines(folder)) == 2 and reference_line(folder) == (0, 80)
+    outcomes = [read_outcome(path.parent) for path in (work / "runs/tiny/jobs").glob("*/outcome.json")]
+    assert [outcome.state for outcome in outcomes if outcome] == ["done", "done"]  # the reference pass, and the sweep
