@@ -1,6 +1,6 @@
 """The files by which the nodes of a job, and whoever follows it, tell each other what happens.
 
-RUN/jobs/2026-01-31_10.15.00_4f1a/   one submission; beside it lie submitit's scripts and logs
+RUN/jobs/2026-01-31_10.15.00_4f1a/   one submission; beside it lie scripts, pickles and logs
     submitted.json                   cluster and job id, for whoever submits or follows
     outcome.json                     how it stands: written by the first node alone
     history.jsonl                    one line for each time the job ended

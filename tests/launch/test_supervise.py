@@ -140,6 +140,22 @@ def test_what_it_says_is_shown_and_kept(supervised: Callable[..., Ended], capsys
     assert ended.stderr == "a\ufffdb\n" * 6 == capsys.readouterr().err
 
 
+class Terminal(io.StringIO):
+    """Takes a progress bar."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_is_left_to_the_ranks(
+    supervised: Callable[..., Ended], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A bar is drawn where stderr is one; through a pipe it would not be."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    ended = supervised("import sys; print('a bar', file=sys.stderr)")
+    assert ended == Ended(0, "") and capfd.readouterr().err == "a bar\n" * 2
+
+
 class FullDisk(io.StringIO):
     """A log that takes nothing."""
 
