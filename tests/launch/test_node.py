@@ -89,7 +89,7 @@ def test_the_true_exception_of_another_node_is_shown(tmp_path: Path, slurm: Fake
     job.start()
     codes, said = job.end()
     assert codes == [1, 1]
-    assert said.endswith(f"TRACEBACK OF 1\nerror: rank 1 on {HOST}: ValueError: boom\n")
+    assert said.endswith(f"Traceback of 1\nerror: rank 1 on {HOST}: ValueError: boom\n")
     assert job.state == "failed" and not slurm.calls("scontrol")
 
 

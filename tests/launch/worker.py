@@ -20,7 +20,7 @@ def fail(message: str) -> None:
     """Ends as a rank that raised, in torchelastic's words."""
     told = {
         "message": message,
-        "extraInfo": {"py_callstack": f"TRACEBACK OF {RANK}\n", "timestamp": str(int(time.time()))},
+        "extraInfo": {"py_callstack": f"Traceback of {RANK}\n", "timestamp": str(int(time.time()))},
     }
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": told}))
     sys.exit(1)
