@@ -5,24 +5,26 @@ trees -> `PackedBatch` -> `pi_logps` -> losses -> an update. The house, floor by
 imports from lower floors only (`tests/test_structure.py` holds it to that):
 
     0  errors.py          what ends a program early, and with which exit code
-    0  progress.py        what rank 0 tells while it works
+    0  visible.py         texts that must not steer a terminal or turn a page
     0  files.py           files that are never seen half-written
     0  preemption.py      SIGUSR2 asks a run to save and leave
     0  network.py         which interface leads to the other nodes
     0  provenance.py      versions and git commit
     0  config_fields.py   every key with its default and its meaning
+    0  keys.py            sixteen bytes that stand for token ids
     0  fields.py          fields of raw rows, typed
     0  plan.py            (seed, step) -> pairs -> trees -> balanced StepPlan
     0  losses.py          the losses on the paper's index signature
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
-    0  profiling.py       torch's profiler over a few steps
+    1  progress.py        what rank 0 tells while it works
+    2  profiling.py       torch's profiler over a few steps
     1  run_files.py       what lies in a run folder, by name; read without torch
     1  strict_yaml.py     YAML without surprises
     1  config_rules.py    bounds of keys, and keys that must fit each other
     1  json_rows.py       JSON and JSONL with line numbers
     1  records.py         raw row -> Example; one adapter a format
-    1  cache.py           the files of the reference cache
     1  attention.py       shared-prefix attention: a segment loop on a CPU, FlexAttention on CUDA
+    2  cache.py           the files of the reference cache
     2  config_io.py       YAML and command line against the fields
     2  tokens.py          Example -> TokenizedExample; templates, truncation
     2  packing.py         trees -> PackedBatch

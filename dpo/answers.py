@@ -75,7 +75,7 @@ def prepare_answers(
         return None
     folder = Path(str(config.train.run_dir)) / ANSWERS
     belongs_to = _belongs_to(questions, inputs.reference.hash or str(inputs.model.folder))
-    references = on_main(world, lambda: _read_references(folder / REFERENCE, belongs_to))
+    references = on_main(world, lambda: _read_references(folder / REFERENCE, belongs_to, len(questions.prompts)))
     if references is None:
         references = questions.ask(reference_policy(), world)
     return AnswerBook(folder, world, questions, tuple(references), belongs_to)
@@ -92,7 +92,8 @@ def open_answers(book: AnswerBook, step: int) -> None:
     content = json.dumps({"belongs_to": book.belongs_to, "answers": rows}, indent=1, ensure_ascii=False)
     write_atomically(book.folder / REFERENCE, content.encode())
     for path in book.folder.glob("step-*.jsonl"):
-        if int(path.stem.removeprefix("step-")) > step:
+        number = path.stem.removeprefix("step-")
+        if number.isdigit() and int(number) > step:
             path.unlink()
 
 
@@ -170,14 +171,15 @@ def _belongs_to(questions: Questions, reference: str) -> dict[str, Any]:
     }
 
 
-def _read_references(path: Path, belongs_to: Mapping[str, Any]) -> list[str] | None:
+def _read_references(path: Path, belongs_to: Mapping[str, Any], count: int) -> list[str] | None:
     """The answers in a file; None where there is none, or it belongs to something else, which is said."""
     if not path.is_file():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name, fact in belongs_to.items() if found["belongs_to"].get(name) != fact]
-        answers = [str(row["reference"]) for row in found["answers"]]
+        answers = [row["reference"] for row in found["answers"]]
+        other += ["content"] * (len(answers) != count or not all(isinstance(text, str) for text in answers))
     except (ValueError, KeyError, TypeError, AttributeError):
         other, answers = ["content"], []
     if other:

@@ -135,7 +135,7 @@ def help_text(prog: str, description: str) -> str:
     parser.add_argument("--config", metavar="FILE", help=about, default=SUPPRESS)
     about = "print the resolved config as YAML and end"
     parser.add_argument("--print_config", action="store_true", help=about, default=SUPPRESS)
-    about = "say nothing but warnings and errors; metrics.jsonl has every figure"
+    about = "leave out what tells of the progress; results, warnings and errors stay"
     parser.add_argument("--quiet", action="store_true", help=about, default=SUPPRESS)
     for section, cls in SECTIONS.items():
         _add_help(parser, section, cls)

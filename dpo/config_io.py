@@ -198,7 +198,8 @@ def describe(hint: Any) -> str:
         return f"a list of {{{', '.join(get_type_hints(args[0]))}}}"
     if origin is tuple:
         return f"a list of {len(args)} values, each {describe(args[0])}"
-    return " or ".join(describe(kind) for kind in args)
+    joint = ", or " if any(get_origin(kind) is tuple for kind in args) else " or "
+    return joint.join(describe(kind) for kind in args)
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

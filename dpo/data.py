@@ -7,6 +7,7 @@
 5. The sources are put one after the other and their kept pairs are numbered (`pair_set.py`).
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,7 +61,7 @@ def prepare_data(config: Config, model_config: Any) -> PreferenceData:
     holdouts = [(one.key, one_rows, one.config.holdout) for one, one_rows in zip(opened, rows, strict=True)]
     splits = split_sources(holdouts[:num_train], config.train.seed)
     train = make_pair_set(_joined(rows[:num_train]), np.concatenate([split.train for split in splits]))
-    _check_enough(len(train), config.batch.pairs_per_step)
+    _check_enough(len(train), config.batch.pairs_per_step, rows[:num_train])
     evaluation = _eval_set(rows[:num_train], rows[num_train:], splits)
     reports = [report_source(one.key, one.source, one.format, r) for one, r in zip(opened, rows, strict=True)]
     reports[:num_train] = map(_with_split, reports, splits)
@@ -90,10 +91,14 @@ def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[
     ]
 
 
-def _check_enough(num_pairs: int, pairs_per_step: int) -> None:
+def _check_enough(num_pairs: int, pairs_per_step: int, rows: list[datasets.Dataset]) -> None:
     if num_pairs < pairs_per_step:
         what = f"{num_pairs} pairs to train on, fewer than batch.pairs_per_step {pairs_per_step}"
-        raise UserError(f"data.train: {what}; valid: more pairs, or batch.pairs_per_step up to {num_pairs}")
+        dropped = Counter(reason for token_rows in rows for reason, _ in dropped_pairs(token_rows))
+        if dropped:
+            what += f" (dropped: {', '.join(f'{count} {reason}' for reason, count in dropped.items())})"
+        fewer = f", or batch.pairs_per_step up to {num_pairs}" if num_pairs else ""
+        raise UserError(f"data.train: {what}; valid: more pairs{fewer}")
 
 
 def _raise_first_dropped(opened: list[_Opened], rows: list[datasets.Dataset]) -> None:

@@ -34,5 +34,7 @@ def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None
         raise UserError(f"command line: {message}; valid: see {parser.prog} --help")
 
     parser.error = refuse  # type: ignore[method-assign]
-    parser.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
+    parser.add_argument(
+        "--quiet", action="store_true", help="leave out what tells of the progress; results, warnings and errors stay"
+    )
     return parser.parse_args(words)

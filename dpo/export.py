@@ -8,7 +8,6 @@ its shards.
 
 import argparse
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +15,11 @@ import torch
 
 from dpo.checkpoint import load_model, read_state
 from dpo.config import Config, load_config
-from dpo.distributed import World, make_mesh, on_main, open_world, run_program, together
+from dpo.distributed import World, exit_program, make_mesh, on_main, open_world, together
 from dpo.errors import UserError, parse_arguments
 from dpo.policy import Policy, build_policy, stored_tensors
 from dpo.progress import say
-from dpo.tokens import load_tokenizer
+from dpo.tokens import has_tokenizer, load_tokenizer
 from dpo.weights import find_model, read_model_config, save_tensors
 
 
@@ -55,7 +54,7 @@ def _complete(draft: Path, out: Path, model_folder: Path, config: Config, dtype:
 
 def _save_tokenizer(path: str, draft: Path, trust_remote_code: bool) -> None:
     """None for a local model without one, which data in `format: tokens` does not need."""
-    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")) and not any(Path(path).glob("*vocab*")):
+    if Path(path).is_dir() and not has_tokenizer(Path(path)):
         return
     try:
         load_tokenizer(path, trust_remote_code).save_pretrained(draft)
@@ -111,4 +110,4 @@ def _check(checkpoint: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    exit_program(main)

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dpo.progress import say
+
 MEMORY_EVENTS = 100_000
 """Allocations that a memory snapshot remembers, the latest ones; all ranks wait while it is written."""
 
@@ -62,6 +64,7 @@ class _Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"steps-{self.first}-{self.last}"
         profiler.export_chrome_trace(str(self.folder / f"{name}.pt.trace.json"))
+        say(f"the trace of steps {self.first} to {self.last} is in {self.folder}")
         if self.on_cuda:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"{name}.memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)

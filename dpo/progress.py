@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from dpo.visible import harmless
+
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal, a bar becomes a line at most this often."""
 
@@ -16,7 +18,7 @@ class _AboveTheBar(logging.Handler):
     """Writes records to stderr, above a bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(harmless(self.format(record)), file=sys.stderr)
         sys.stderr.flush()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from dpo.batches import Packer, make_packer
 from dpo.cache import RefRows, default_cache_dir, reference_key
 from dpo.config import Config, load_config
-from dpo.distributed import World, open_world, run_program
+from dpo.distributed import World, exit_program, open_world
 from dpo.errors import UserError
 from dpo.inputs import read_inputs
 from dpo.objective import has_reference
@@ -68,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    exit_program(main)

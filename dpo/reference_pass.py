@@ -21,12 +21,12 @@ from dpo.cache import RefRows, block_names, read_blocks, read_rows, split_keys, 
 from dpo.distributed import World, all_gather, on_main, together
 from dpo.errors import Preempted, RunError, UserError
 from dpo.files import write_atomically
+from dpo.keys import completion_key
 from dpo.pair_set import PairSet
 from dpo.plan import Tree
 from dpo.policy import Policy, completion_logps, free_memory
 from dpo.preemption import StopRequest
 from dpo.progress import progress
-from dpo.tokens import completion_key
 
 SECONDS_BETWEEN_BLOCKS = 30.0
 """A killed build loses at most about this much work."""

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo.errors import RunError
 from dpo.files import write_atomically
 
 CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "metrics.jsonl", "tensorboard"
@@ -30,12 +31,25 @@ STATUS_FILE = "DPO_STATUS_FILE"
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out.
+
+    Raises RunError for a line that is none.
+    """
     path = run_dir / METRICS
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last newline is no whole line
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is no whole line
+    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def _parsed(line: bytes, place: str) -> dict[str, float]:
+    try:
+        figures = json.loads(line)
+        if isinstance(figures["step"], int):
+            return figures
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise RunError(f"{place}: no line of metrics: {line[:60]!r}; valid: mend it, or move the file away")
 
 
 def drop_metrics_after(run_dir: Path, step: int) -> None:

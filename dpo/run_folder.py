@@ -17,7 +17,17 @@ from dpo.config import Config, load_config, to_yaml
 from dpo.errors import UserError
 from dpo.files import write_atomically
 from dpo.progress import say
-from dpo.run_files import ANSWERS, CONFIG, JOBS, METRICS, PROVENANCE, TENSORBOARD, drop_metrics_after, read_metrics
+from dpo.run_files import (
+    ANSWERS,
+    CONFIG,
+    FINAL,
+    JOBS,
+    METRICS,
+    PROVENANCE,
+    TENSORBOARD,
+    drop_metrics_after,
+    read_metrics,
+)
 
 KEY = "checkpoint.resume"
 
@@ -58,7 +68,8 @@ def _check_writable(run_dir: Path) -> None:
 
 def is_finished(config: Config, start: Start, last_step: int) -> bool:
     """Whether nothing is left to do: the last step's checkpoint is there, and so is the exported model."""
-    return start.step >= last_step and (Path(str(config.train.run_dir)) / "final" / "config.json").is_file()
+    final = Path(str(config.train.run_dir)) / FINAL
+    return start.step >= last_step and (final / "config.json").is_file() and any(final.glob("*.safetensors"))
 
 
 def _named_checkpoint(folder: Path, run_dir: Path) -> Path:
@@ -148,10 +159,14 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
 
 def _add_origin(path: Path, origin: Mapping[str, Any]) -> None:
     """One start more, with a word where the code is not that of the start before."""
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    try:
+        starts = [dict(start) for start in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    except (ValueError, TypeError):  # a run does not need its history
+        _put_aside(path)
+        starts = []
     for key in ("version", "commit") if starts else ():
-        if starts[-1][key] != origin[key]:
-            say(f"the code has changed since this run's last start: {key} {starts[-1][key]} -> {origin[key]}")
+        if starts[-1].get(key) != origin[key]:
+            say(f"the code has changed since this run's last start: {key} {starts[-1].get(key)} -> {origin[key]}")
     write_atomically(path, json.dumps([*starts, origin], indent=1).encode())
 
 

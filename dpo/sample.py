@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from dpo.answers import answer_text, stop_ids
 from dpo.config import ParallelConfig
-from dpo.distributed import World, first_on_each_node, make_mesh, on_main, open_world, run_program, together
+from dpo.distributed import World, exit_program, first_on_each_node, make_mesh, on_main, open_world, together
 from dpo.errors import UserError, parse_arguments
 from dpo.fields import Message, field, text_or_messages
 from dpo.generation import generate
@@ -219,4 +219,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    exit_program(main)

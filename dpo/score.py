@@ -22,7 +22,7 @@ from rich.text import Text
 from dpo.batches import Packer, make_packer
 from dpo.config import Config, load_config, with_place
 from dpo.data import PreferenceData
-from dpo.distributed import World, open_world, run_program
+from dpo.distributed import World, exit_program, open_world
 from dpo.errors import RunError, UserError
 from dpo.evaluation import Evaluation, evaluate
 from dpo.inputs import Inputs, read_inputs
@@ -236,4 +236,4 @@ def _placed(message: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    exit_program(main)

@@ -12,6 +12,7 @@ from dpo.batches import Packer, make_packer
 from dpo.checkpoint import load_checkpoint
 from dpo.config import Config
 from dpo.distributed import World
+from dpo.errors import Preempted
 from dpo.inputs import Inputs
 from dpo.objective import has_reference
 from dpo.optim import make_optimizer
@@ -81,7 +82,12 @@ def build_run(
 
     if has_reference(config.loss):
         sets = [inputs.data.train, inputs.data.eval]
-        rows, reference_pass = fill_cache(config, world, reference.hash, sets, reference_policy, packer, stop_requested)
+        try:
+            rows, reference_pass = fill_cache(
+                config, world, reference.hash, sets, reference_policy, packer, stop_requested
+            )
+        except Preempted:
+            raise Preempted(start.step) from None
         packer = replace(packer, ref_logps=lookup(rows))
     answers = prepare_answers(config, world, inputs, reference_policy)
     reference_policy.cache_clear()

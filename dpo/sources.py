@@ -29,6 +29,7 @@ OWN_MODULES = (
     "records.py",
     "sources.py",
     "tokens.py",
+    "keys.py",
     "token_rows.py",
 )  # what is cached is theirs
 JSON_FEATURES = datasets.Features(

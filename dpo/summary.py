@@ -11,8 +11,9 @@ from dpo.board.dashboard import Answer, fenced
 from dpo.config import Config, OptimConfig, to_yaml
 from dpo.evaluation import Evaluation
 from dpo.metrics import MetricsWriter, prefixed
+from dpo.optim import lr_at
 from dpo.plan import grow_trees
-from dpo.progress import say
+from dpo.progress import say, warn
 from dpo.run_files import FINAL, LAST_STEPS, PROVENANCE, read_metrics
 from dpo.setup import Run
 
@@ -103,7 +104,7 @@ def _name(dtype: torch.dtype) -> str:
 def _reference(run: Run) -> str:
     if run.reference_pass is None:
         return "none: the loss has no reference"
-    which = run.config.reference.path or "the model's own start"
+    which = run.config.reference.path or "the model before training"
     computed, reused = run.reference_pass.rows_computed, run.reference_pass.rows_reused
     return f"{which}: {computed + reused:,} log-probabilities, {reused:,} of them from the cache"
 
@@ -113,7 +114,7 @@ def _steps(run: Run) -> str:
     if first > last:
         return f"none are left of {last:,}"
     span = f"{last:,}" if first == 1 else f"{first:,} to {last:,}"
-    return f"{span} of {run.config.batch.pairs_per_step} pairs, about {tokens_per_step(run):,} tokens each"
+    return f"{span}, each of {run.config.batch.pairs_per_step} pairs in about {tokens_per_step(run):,} tokens"
 
 
 def tokens_per_step(run: Run) -> int:
@@ -127,8 +128,10 @@ def tokens_per_step(run: Run) -> int:
 def _ranks(run: Run) -> str:
     nodes = run.world.size // run.world.local_size
     copies = run.config.parallel.replicate
-    layout = f"the model divided over {run.world.size // copies}" + (f", in {copies} copies" if copies > 1 else "")
-    return f"{run.world.size} on {nodes} node{'s' * (nodes > 1)} ({run.world.device.type}), {layout}"
+    parts = run.world.size // copies
+    layout = f", the model divided over {parts}" if parts > 1 else ""
+    layout += f", in {copies} copies" if copies > 1 else ""
+    return f"{run.world.size} on {nodes} node{'s' * (nodes > 1)} ({run.world.device.type}){layout}"
 
 
 def _memory(run: Run) -> str:
@@ -195,6 +198,10 @@ def introduce(run: Run, writer: MetricsWriter) -> None:
     table = start_lines(run)
     for line in table:
         say(line)
+    warmup, last = run.config.optim.warmup_steps, run.inputs.last_step
+    if last <= warmup:
+        rates = f"{lr_at(last, last, run.config.optim):.2g}, not {run.config.optim.lr:.2g}"
+        warn(f"optim.warmup_steps {warmup} is not below the run's {last} steps: the learning rate ends at {rates}")
     writer.board.text("summary", fenced("\n".join(table)))
     writer.board.text("config", fenced(to_yaml(run.config)))
     writer.board.text("data", fenced("\n".join(run.inputs.data.report.lines())))

@@ -18,16 +18,15 @@ import pyarrow as pa
 
 from dpo.errors import UserError
 from dpo.fields import Row
+from dpo.keys import completion_key, prompt_key
 from dpo.records import READS, to_example
 from dpo.sources import Source, cache_path, decode_row, digest
 from dpo.tokens import (
     Encoder,
     Limits,
     TokenizedExample,
-    completion_key,
     encoder_content,
     merges_at_boundary,
-    prompt_key,
     tokenize,
 )
 

@@ -6,7 +6,6 @@ writes. Tokens: the ids as they are. Then each prompt keeps its last `max_prompt
 completion its first `max_length - len(prompt)`. Pairs that carry no preference are dropped here, with the reason.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import numpy as np
 import tokenizers
 import transformers
 
@@ -92,6 +90,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     if not Path(path).is_dir() and not is_tokenizer_id(path):
         raise UserError(f"model.tokenizer: {path}: no such folder; valid: a folder with a tokenizer, a hub id org/name")
     try:
+        if Path(path).is_dir() and not has_tokenizer(Path(path)):
+            raise OSError("it holds none")  # transformers makes an empty one from a model's config
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :")
@@ -99,6 +99,10 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(f"model.tokenizer: {path}: the tokenizer has no EOS token; valid: one with an eos_token")
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(folder.glob("tokenizer*")) or any(folder.glob("*vocab*"))
 
 
 def text_encoder(tokenizer: Any) -> Encoder:
@@ -281,18 +285,3 @@ def merges_at_boundary(example: Example, encoder: Encoder) -> int | None:
     apart = [_encode(encoder.tokenizer, text, False) for text in (prompt, *texts)]
     joined = [_encode(encoder.tokenizer, str(prompt) + str(text), False) for text in texts]
     return sum(apart[0] + ids != both for ids, both in zip(apart[1:], joined, strict=True))
-
-
-# --- keys -----------------------------------------------------------------------------------------------------------
-
-
-def prompt_key(prompt_ids: np.ndarray) -> bytes:
-    """16 bytes that stand for a prompt's ids."""
-    return hashlib.blake2b(np.asarray(prompt_ids, "<i4").tobytes(), digest_size=16).digest()
-
-
-def completion_key(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
-    """16 bytes that stand for a completion after a prompt: blake2b over both lengths and the ids, little-endian."""
-    lengths = np.asarray([len(prompt_ids), len(completion_ids)], "<i8")
-    ids = (np.asarray(ids, "<i4").tobytes() for ids in (prompt_ids, completion_ids))
-    return hashlib.blake2b(b"".join([lengths.tobytes(), *ids]), digest_size=16).digest()

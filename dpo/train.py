@@ -16,7 +16,7 @@ import torch
 from dpo.answers import answer, open_answers
 from dpo.checkpoint import RunState, save_checkpoint
 from dpo.config import Config, load_config
-from dpo.distributed import all_gather, on_main, open_world, run_program
+from dpo.distributed import all_gather, exit_program, on_main, open_world
 from dpo.errors import Preempted, RunError
 from dpo.evaluation import evaluate, verify_start
 from dpo.export import export
@@ -29,7 +29,7 @@ from dpo.plan import grow_trees
 from dpo.policy import Policy, announce_backward, completion_logps
 from dpo.preemption import listen_for_stop
 from dpo.profiling import StepHook, profiled
-from dpo.progress import Progress, progress, say
+from dpo.progress import Progress, progress, say, warn
 from dpo.provenance import provenance
 from dpo.run_files import FINAL, PROFILE
 from dpo.run_folder import check_identity, find_start, identity_of, is_finished, lacks_evaluation, open_run_folder
@@ -105,6 +105,9 @@ def _bar(run: Run) -> AbstractContextManager[Progress]:
 
 def _profiled(run: Run) -> AbstractContextManager[tuple[StepHook, StepHook]]:
     steps = run.config.train.profile_steps if run.world.is_main else None
+    first, last = run.start.step + 1, run.inputs.last_step
+    if steps is not None and (steps[1] < first or steps[0] > last):
+        warn(f"train.profile_steps {list(steps)}: none of them is run, those of this start are {first} to {last}")
     return profiled(steps, run.dir / PROFILE, run.world.device)
 
 
@@ -195,4 +198,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(main))
+    exit_program(main)

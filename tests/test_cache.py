@@ -20,7 +20,7 @@ from dpo.cache import (
     write_rows,
 )
 from dpo.files import write_atomically
-from dpo.tokens import completion_key
+from dpo.keys import completion_key
 from tests.ranks import Ranks
 
 FACTS = {"model": "0" * 64, "dtype": "float32", "compute_dtype": "torch.float32", "device": "cpu", "attention": "a"}

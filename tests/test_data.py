@@ -11,7 +11,7 @@ import pytest
 from dpo import data
 from dpo.config import SourceConfig
 from dpo.data import prepare_data
-from dpo.tokens import completion_key
+from dpo.keys import completion_key
 from tests.data_fixtures import (
     FIXTURES,
     ROWS,

@@ -12,10 +12,11 @@ from tokenizers import decoders
 from transformers import LlamaConfig
 
 from dpo.inspect import program as inspect
-from dpo.inspect.shown_pairs import INCOMPLETE, token_texts, visible
+from dpo.inspect.shown_pairs import INCOMPLETE, token_texts
 from dpo.inspect.terminal import bars, print_inspection
 from dpo.inspect.words import count_rows, findings
 from dpo.tokens import load_tokenizer
+from dpo.visible import visible
 from tests.data_fixtures import BOS, EOS, VOCAB_SIZE, make_config, make_tokenizer, write_jsonl
 from tests.runs import changed, error_lines, exit_code_of
 

@@ -18,9 +18,9 @@ from dpo import reference, setup
 from dpo.cache import read_rows
 from dpo.config import Config, SourceConfig
 from dpo.distributed import run_program
+from dpo.keys import completion_key
 from dpo.optim import make_optimizer
 from dpo.policy import load_policy
-from dpo.tokens import completion_key
 from tests.models import plain_logp, plain_model, save_model, save_pairs
 from tests.runs import (
     afresh,

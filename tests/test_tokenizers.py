@@ -12,14 +12,13 @@ import pytest
 import tokenizers
 
 from dpo.errors import UserError
+from dpo.keys import completion_key, prompt_key
 from dpo.records import to_example
 from dpo.tokens import (
     Limits,
     check_vocabulary,
-    completion_key,
     encoder_content,
     load_tokenizer,
-    prompt_key,
     text_encoder,
     tokenize,
 )

@@ -20,9 +20,10 @@ from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from dpo.board.charts import LAYOUT, ROOT, Chart, histogram_place, place, text_place
-from dpo.board.event_files import PREFIX, drop_points, open_events, write_event
+from dpo.board.event_files import drop_points, event_files, open_events, write_event
 from dpo.board.hparams import flat, write_entry
 from dpo.config import Config
+from dpo.visible import harmless
 
 COLUMN_WIDTH = 44
 """Characters; three such columns fit in a window of 1,500 pixels."""
@@ -47,7 +48,7 @@ class Dashboard:
     def __init__(self, folder: Path, first_step: int):
         self.folder, self.first_step = folder, first_step
         self.files: dict[str, BinaryIO] = {}
-        old = sorted(folder.rglob(f"{PREFIX}.*"))
+        old = event_files(folder)
         for path in old:
             drop_points(path, first_step)
         for sub_run in {path.parent.relative_to(folder).as_posix() for path in old}:
@@ -127,9 +128,10 @@ def answers_table(answers: Sequence[Answer]) -> str:
 def verbatim(text: str) -> str:
     """Markdown, one line of it, that shows the very characters of a text in lines of at most COLUMN_WIDTH characters.
 
-    Everything but letters, digits and single spaces is written as an entity: no mark, table, tag or link is left.
+    What is not seen is shown by picture or number; everything but letters, digits and single spaces is written as an
+    entity: no mark, table, tag or link is left.
     """
-    lines = [part for line in text.expandtabs(4).splitlines() for part in _wrapped(line)]
+    lines = [part for line in harmless(text).expandtabs(4).split("\n") for part in _wrapped(line)]
     return "<br>".join(re.sub(r"[^\w ]|_|(?<= ) |^ ", lambda found: f"&#{_code(found[0])};", line) for line in lines)
 
 

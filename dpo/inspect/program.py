@@ -25,7 +25,7 @@ from dpo.inspect.inspection import Inspection, inspect_data
 from dpo.inspect.page import html_page
 from dpo.inspect.terminal import make_console, print_inspection
 from dpo.progress import is_quiet, say
-from dpo.tokens import load_tokenizer
+from dpo.tokens import has_tokenizer, load_tokenizer
 from dpo.weights import read_model_config
 
 DESCRIPTION = """Shows what the trainer will really see of its data; needs no GPU and no weights. Beside the keys below:
@@ -81,9 +81,8 @@ def find_model_config(config: Config) -> PretrainedConfig:
 def find_tokenizer(config: Config, data: PreferenceData) -> Any:
     """The tokenizer of the data; None where all of it came as tokens and no tokenizer is named or lies by the model."""
     path = config.model.tokenizer or config.model.path
-    files = [*Path(path).glob("tokenizer*"), *Path(path).glob("*vocab*")]
     is_needed = any(source.format != "tokens" for source in data.report.sources)
-    if not (is_needed or config.model.tokenizer or files):
+    if not (is_needed or config.model.tokenizer or has_tokenizer(Path(path))):
         return None
     return load_tokenizer(path, config.model.trust_remote_code)
 

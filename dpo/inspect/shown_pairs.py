@@ -1,6 +1,5 @@
 """Pairs as a person reads them: token by token, special tokens and control characters visible, cut ends marked."""
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +8,9 @@ import numpy as np
 
 from dpo.pair_set import PairSet
 from dpo.report import SourceReport
+from dpo.visible import visible
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-CONTROL_PICTURES = 0x2400  # ␀, ␁, …
-UNSEEN = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats, private, separators of lines
 
 
 @dataclass(frozen=True)
@@ -80,23 +78,6 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
             texts.append(text[len(decode(ids[begin:known])) :])
             begin, known = known, end
     return texts
-
-
-def visible(text: str) -> str:
-    """A line feed as ↵ before the line's end, a tab as ⇥, other characters that are not seen by picture or number.
-
-    What stands in data must not steer a terminal, nor the direction of a page.
-    """
-    return "".join(_visible_character(character) for character in text)
-
-
-def _visible_character(character: str) -> str:
-    code = ord(character)
-    if character in "\n\t":
-        return {"\n": "↵\n", "\t": "⇥"}[character]
-    if code < 0x20:
-        return chr(CONTROL_PICTURES + code)
-    return f"<U+{code:04X}>" if unicodedata.category(character) in UNSEEN else character
 
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
