@@ -23,7 +23,8 @@ from launch.torchrun import Program
 from tests.launch.conftest import FakeSlurm
 
 ROOT = Path(__file__).parents[2]
-JOB = "77"
+JOB = str(os.getpid() % 20000)
+"""By which its nodes find their port: tests that run beside this one need another."""
 HOST = os.uname().nodename
 
 
@@ -66,8 +67,9 @@ class Job:
 
     def wait_for_ranks(self) -> None:
         """Until all ranks are at work."""
+        deadline = time.monotonic() + 120
         while len(list(self.folder.glob("ready-*"))) < self.nodes:
-            assert all(task.poll() is None for task in self.tasks)
+            assert all(task.poll() is None for task in self.tasks) and time.monotonic() < deadline
             time.sleep(0.1)
 
     def end(self) -> tuple[Sequence[int], str]:
