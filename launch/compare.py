@@ -10,7 +10,6 @@ import os
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from rich.table import Table
 from dpo.board.hparams import KEYS, Value, flat, write_entry
 from dpo.errors import UserError, parse_arguments
 from dpo.progress import say, warn
-from dpo.run_files import CONFIG, FINAL, LAST_STEPS, METRICS, PROVENANCE, TENSORBOARD, read_metrics
+from dpo.run_files import CONFIG, FINAL, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
 from dpo.strict_yaml import read_yaml_file
 from launch.program import run_program
 
@@ -76,27 +75,17 @@ def read_runs(folders: Sequence[Path]) -> list[RunFacts]:
 
 
 def read_run(folder: Path) -> RunFacts:
-    """A run folder's config, state and figures. Raises UserError where a file in it is broken."""
+    """A run folder's config, state and figures. Raises UserError or RunError where a file in it is broken."""
     config = read_yaml_file(str(folder / CONFIG))
     if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
         raise UserError(f"{folder / CONFIG}: is no config; valid: what a run writes there")
     values = flat(config)
-    with broken_json(folder / METRICS):
-        lines = read_metrics(folder)
+    lines = read_metrics(folder)
     steps = [line for line in lines if "train/loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
     figures = {name: figure for name, figure in (evaluations or [{}])[-1].items() if name != "step"} | _means(steps)
     step, is_done = int(steps[-1]["step"]) if steps else 0, (folder / FINAL).is_dir()
     return RunFacts(folder, values, is_done, step, step if is_done else _last_step(folder, values), figures)
-
-
-@contextmanager
-def broken_json(path: Path) -> Iterator[None]:
-    """Makes a UserError of JSON that does not parse."""
-    try:
-        yield
-    except json.JSONDecodeError as failure:
-        raise UserError(f"{path}: broken: {failure}; valid: what a run writes there") from failure
 
 
 def _means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -110,8 +99,10 @@ def _last_step(folder: Path, config: Mapping[str, Value]) -> int | None:
     path, steps = folder / PROVENANCE, config.get("train.steps")
     if isinstance(steps, int) or not path.is_file():
         return steps if isinstance(steps, int) else None
-    with broken_json(path):
+    try:
         return json.loads(path.read_text(encoding="utf-8"))[-1]["last_step"]
+    except json.JSONDecodeError as failure:
+        raise UserError(f"{path}: broken: {failure}; valid: what a run writes there") from failure
 
 
 # --- compared --------------------------------------------------------------------------------------------------------

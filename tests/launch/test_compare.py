@@ -214,7 +214,6 @@ def test_no_run_at_all(tmp_path: Path, program: Callable[..., int], capsys: pyte
     [
         ("config.yaml", "loss: [1\n", "config.yaml:2: not valid YAML"),
         ("config.yaml", "loss\n", "config.yaml: is no config"),
-        ("metrics.jsonl", "{\n{}\n", "metrics.jsonl: broken: Expecting property name"),
     ],
 )
 def test_a_broken_file_is_named(
@@ -222,6 +221,14 @@ def test_a_broken_file_is_named(
 ) -> None:
     (save_run(tmp_path / "a", []) / file).write_text(text)
     assert message in error_of(program(tmp_path / "a"), capsys)
+
+
+def test_a_broken_line_of_metrics_is_named(
+    tmp_path: Path, program: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (save_run(tmp_path / "a", []) / "metrics.jsonl").write_text("{\n{}\n")
+    assert program(tmp_path / "a") == 1
+    assert "metrics.jsonl:1: no line of metrics" in capsys.readouterr().err
 
 
 def test_a_name_to_sort_by_that_nobody_knows(
