@@ -16,6 +16,9 @@ from dpo.errors import RunError, UserError
 from launch.arguments import Request
 from launch.reports import Submission
 
+GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
+"""Where a machine has GPUs that torch can use, one of these is there."""
+
 Work = Callable[[], None]
 
 
@@ -65,10 +68,12 @@ def sbatch_script(request: Request, folder: Path, name: str, count: int = 1, aft
 
 
 def check_cluster(request: Request) -> None:
-    """Raises UserError where there is no SLURM to submit to."""
+    """Raises UserError where there is no SLURM to submit to, or this machine has no GPUs for a run here."""
     if request.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         valid = "a machine with SLURM, --cluster local, --cluster debug, --dry-run"
         raise UserError(f"command line: --cluster: no sbatch on PATH; valid: {valid}")
+    if request.cluster != "slurm" and request.gpus and not any(map(os.path.exists, GPU_DRIVERS)):
+        raise UserError("command line: --gpus-per-node: this machine has none; valid: 0, with --ranks-per-node N")
 
 
 def submit_to_slurm(

@@ -199,3 +199,14 @@ def test_the_configs_file_is_named(launch: Launch, slurm: FakeSlurm, capsys: pyt
 def test_it_needs_no_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import launch.submit, launch.node"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+def test_no_gpus_here(
+    launch: Launch, cluster: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Eight ranks would share the CPUs, and a person would wonder why it is slow."""
+    monkeypatch.setattr("launch.executors.GPU_DRIVERS", ("/nowhere",))
+    usual = ("--config", "my.yaml", "--gpus-per-node", "8", "--cluster", cluster)
+    assert launch(usual=usual) == 2
+    assert capsys.readouterr().err.startswith("error: command line: --gpus-per-node: this machine has none; valid: 0")
