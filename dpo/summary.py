@@ -29,7 +29,8 @@ def step_line(step: int, last_step: int, figures: Mapping[str, float], seconds_l
     """One logged step in at most 100 columns; where figures are so long that not all fit, the last are left out."""
     digits = len(str(last_step))
     parts = [f"step {step:>{digits}}/{last_step}", *_outcome(figures, "train"), f"eta {clock(seconds_left)}"]
-    parts.append(f"{figures['train/pairs_per_second']:.3g} pairs/s")
+    speed = figures["train/pairs_per_second"]
+    parts.append(f"{speed:,.0f} pairs/s" if speed >= 100 else f"{speed:.3g} pairs/s")
     parts += [f"grad {figures['train/grad_norm']:.2g}", f"lr {figures['train/lr']:.2g}"]
     return fitting(parts)
 

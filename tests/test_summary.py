@@ -24,6 +24,8 @@ def test_a_step_in_one_line() -> None:
     """With four digits of steps all of it fits."""
     shown = "step  120/2514  loss 0.6512  acc 0.641  margin 0.132  eta 0:12:33  412 pairs/s  grad 3.4  lr 7.9e-07"
     assert step_line(120, 2514, FIGURES, 753.4) == shown
+    assert "  1,094 pairs/s" in step_line(120, 2514, FIGURES | {"train/pairs_per_second": 1093.7}, 753.4)
+    assert "  8.78 pairs/s" in step_line(120, 2514, FIGURES | {"train/pairs_per_second": 8.777}, 753.4)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e3, 1e9, -1e9])
