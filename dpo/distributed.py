@@ -174,7 +174,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
 def exit_program(main: Callable[[], None]) -> NoReturn:
     """Ends this process with the exit code of `run_program`, past the interpreter's own way down.
 
-    Seen about once in fifty runs of two ranks on gloo: a thread of torch's that still runs while Python takes the
+    Seen twice in some sixty runs of two ranks on gloo: a thread of torch's that still runs while Python takes the
     process down aborts it ("terminate called without an active exception"), and what is done looks like a crash.
     """
     code = run_program(main)

@@ -38,3 +38,16 @@ def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None
         "--quiet", action="store_true", help="leave out what tells of the progress; results, warnings and errors stay"
     )
     return parser.parse_args(words)
+
+
+def own_flags(prog: str) -> argparse.ArgumentParser:
+    """A parser for the flags that a program has beside the config's keys; see `split_words`."""
+    return argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, exit_on_error=False)
+
+
+def split_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The program's own flags, and the words that are the config's. Raises UserError."""
+    try:
+        return parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"command line: {error}; valid: see {parser.prog} --help") from error

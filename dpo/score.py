@@ -23,7 +23,7 @@ from dpo.batches import Packer, make_packer
 from dpo.config import Config, load_config, with_place
 from dpo.data import PreferenceData
 from dpo.distributed import World, exit_program, open_world
-from dpo.errors import RunError, UserError
+from dpo.errors import RunError, UserError, own_flags, split_words
 from dpo.evaluation import Evaluation, evaluate
 from dpo.inputs import Inputs, read_inputs
 from dpo.objective import has_reference
@@ -196,23 +196,20 @@ def _shown(figure: float) -> str:
 
 def read_arguments(words: Sequence[str]) -> Arguments:
     """Raises UserError for what is wrong; --help and --print_config print and raise SystemExit(0)."""
-    own, rest = split_words(words)
+    own, rest = split_own(words)
     config = load_config(rest, "dpo.score", DESCRIPTION)
     if own.model is None:
         raise UserError("command line: --model: is missing; valid: --model DIR, the folder or hub id of a model")
     return Arguments(with_model(config, own.model), own.by_source, own.json)
 
 
-def split_words(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+def split_own(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """The flags of this program, and the words that are the config's."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = own_flags("python -m dpo.score")
     parser.add_argument("--model")
     parser.add_argument("--by-source", action="store_true")
     parser.add_argument("--json", action="store_true")
-    try:
-        return parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise UserError(f"command line: {error}; valid: see python -m dpo.score --help") from error
+    return split_words(parser, words)
 
 
 def main() -> None:
@@ -232,7 +229,7 @@ def main() -> None:
 def _placed(message: str) -> str:
     """The message after the place of its key: what is wrong with model.path is wrong with --model."""
     message = re.sub(r"^model\.path: ", "command line: --model: ", message)
-    return with_place(message, split_words(sys.argv[1:])[1])
+    return with_place(message, split_own(sys.argv[1:])[1])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from dpo.config import (
 from dpo.distributed import run_program
 from dpo.errors import RunError
 from dpo.run_files import read_metrics
+from tests.models import save_model, save_pairs
 
 CLOCK = (
     "step_seconds",
@@ -67,6 +68,14 @@ def changed(config: Config, **changes: Any) -> Config:
         part = dataclasses.replace(getattr(config, section), **{name: value})
         config = dataclasses.replace(config, **{section: part})
     return config
+
+
+def save_six_steps(root: Path) -> Path:
+    """model/, eight pairs in pairs.jsonl and two in eval.jsonl: what `six_steps` runs on."""
+    save_model(root / "model", "llama")
+    save_pairs(root / "pairs.jsonl", 8)
+    save_pairs(root / "eval.jsonl", 2, seed=1)
+    return root
 
 
 def six_steps(root: Path, run_dir: Path | str, **changes: Any) -> Config:

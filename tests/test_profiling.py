@@ -9,16 +9,13 @@ import torch
 
 from dpo.profiling import MEMORY_EVENTS, profiled
 from dpo.run_files import read_metrics
-from tests.models import save_model, save_pairs
-from tests.runs import run, six_steps, without_clock
+from tests.runs import run, save_six_steps, six_steps, without_clock
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("profiling")
-    save_model(root / "model", "llama")
-    save_pairs(root / "pairs.jsonl", 8)
-    save_pairs(root / "eval.jsonl", 2, seed=1)
+    save_six_steps(root)
     run(six_steps(root, root / "plain"))
     return root
 

@@ -12,7 +12,6 @@ from dpo.config import Config, load_config
 from dpo.metrics import MetricsWriter
 from dpo.run_files import read_metrics
 from dpo.run_folder import find_start
-from tests.models import save_model, save_pairs
 from tests.runs import (
     changed,
     error_lines,
@@ -21,6 +20,7 @@ from tests.runs import (
     run,
     run_until,
     same_weights,
+    save_six_steps,
     six_steps,
     snapshot,
     train_lines,
@@ -31,9 +31,7 @@ from tests.runs import (
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/, pairs.jsonl, eval.jsonl, and done/ with dead/: a finished run and one that died before step 6."""
     root = tmp_path_factory.mktemp("run-folder")
-    save_model(root / "model", "llama")
-    save_pairs(root / "pairs.jsonl", 8)
-    save_pairs(root / "eval.jsonl", 2, seed=1)
+    save_six_steps(root)
     run(six_steps(root, root / "done"))
     run_until(six_steps(root, root / "dead"), 6)
     return root

@@ -7,8 +7,7 @@ import pytest
 
 from dpo.config import Config, OptimConfig
 from dpo.summary import COLUMNS, clock, end_lines, evaluation_line, fitting, state_bytes, step_line
-from tests.models import save_model, save_pairs
-from tests.runs import changed, exit_code, make_config, run, six_steps, train_lines
+from tests.runs import changed, exit_code, make_config, run, save_six_steps, six_steps, train_lines
 
 FIGURES = {
     "train/loss": 0.65124,
@@ -95,9 +94,7 @@ def test_what_improved() -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("summary")
-    save_model(root / "model", "llama")
-    save_pairs(root / "pairs.jsonl", 8)
-    save_pairs(root / "eval.jsonl", 2, seed=1)
+    save_six_steps(root)
     return root
 
 

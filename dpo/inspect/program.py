@@ -6,7 +6,6 @@ Runs without a GPU, and without weights: of a hub model only config and tokenize
 trainer's own way, and its cache of tokenized rows serves the trainer afterwards.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from transformers import PretrainedConfig
 from dpo.config import Config, load_config
 from dpo.config_rules import is_hub_id
 from dpo.data import PreferenceData, prepare_data
-from dpo.errors import UserError
+from dpo.errors import UserError, own_flags, split_words
 from dpo.inputs import make_order
 from dpo.inspect.inspection import Inspection, inspect_data
 from dpo.inspect.page import html_page
@@ -44,13 +43,10 @@ class Arguments:
 
 def read_arguments(argv: Sequence[str]) -> Arguments:
     """Raises UserError for what is wrong; --help and --print_config print and raise SystemExit(0)."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = own_flags("python -m dpo.inspect")
     parser.add_argument("--html", type=Path)
     parser.add_argument("--examples", type=int, default=3)
-    try:
-        own, rest = parser.parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"command line: {error}; valid: see python -m dpo.inspect --help") from error
+    own, rest = split_words(parser, argv)
     config = load_config(rest, "dpo.inspect", DESCRIPTION)
     if own.examples < 0:
         raise UserError(f"command line: --examples: must be >= 0, got {own.examples}; valid: an integer >= 0")

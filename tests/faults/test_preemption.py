@@ -17,9 +17,17 @@ from dpo.config import Config
 from dpo.distributed import run_program
 from dpo.evaluation import Evaluation
 from dpo.run_files import STATUS_FILE, read_metrics
-from tests.models import save_model, save_pairs
 from tests.ranks import Ranks
-from tests.runs import eval_lines, reference_line, run, same_weights, six_steps, train_lines, without_clock
+from tests.runs import (
+    eval_lines,
+    reference_line,
+    run,
+    same_weights,
+    save_six_steps,
+    six_steps,
+    train_lines,
+    without_clock,
+)
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -28,9 +36,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/, pairs.jsonl, eval.jsonl, and what a run of six steps on two ranks gives when nothing disturbs it."""
     root = tmp_path_factory.mktemp("preemption")
-    save_model(root / "model", "llama")
-    save_pairs(root / "pairs.jsonl", 8)
-    save_pairs(root / "eval.jsonl", 2, seed=1)
+    save_six_steps(root)
     return root
 
 
