@@ -10,11 +10,12 @@ from transformers import PretrainedConfig
 
 from dpo.attention import Window
 from dpo.config import Config
+from dpo.costs import cost_model
 from dpo.distributed import World
 from dpo.packing import PackedBatch, RefLogps, pack
 from dpo.pair_set import PairSet
 from dpo.plan import CostModel, StepPlan, Tree, grow_trees, plan_step
-from dpo.policy import attention_windows, cost_model
+from dpo.policy import attention_windows
 
 PAIRS_PER_EVALUATION_PLAN = 1024
 """An evaluation set is planned in parts of so many pairs: planning grows faster than linearly."""

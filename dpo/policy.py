@@ -33,7 +33,6 @@ from dpo.distributed import World, make_mesh
 from dpo.errors import UserError
 from dpo.log_probs import completion_log_probs
 from dpo.packing import PackedBatch
-from dpo.plan import CostModel
 from dpo.weights import load_tensors
 
 
@@ -275,23 +274,3 @@ def reshard(policy: Policy) -> None:
     """Frees whole parameters that a pass without gradients left behind: they would outlive a change of the weights."""
     for module in fsdp_modules(policy.model):
         module.reshard()
-
-
-def cost_model(config: PretrainedConfig) -> CostModel:
-    """FLOPs of a forward pass by part, from the model's sizes: what the plan balances.
-
-    A token costs 2 FLOPs a weight of the layers it meets, an attended pair 4 a width of the queries (scores and
-    values), a row of the head 2 H V.
-    """
-    hidden, num_layers = config.hidden_size, config.num_hidden_layers
-    num_heads = config.num_attention_heads
-    width = num_heads * (getattr(config, "head_dim", None) or hidden // num_heads)
-    kv_width = width * (getattr(config, "num_key_value_heads", None) or num_heads) // num_heads
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    num_mlp_products = 3 if hasattr(config, "num_key_value_heads") else 2
-    weights = hidden * (2 * width + 2 * kv_width) + num_mlp_products * hidden * inner
-    return CostModel(
-        per_token=2.0 * num_layers * weights,
-        per_attended=4.0 * num_layers * width,
-        per_scored=2.0 * hidden * config.vocab_size,
-    )

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from dpo.costs import cost_model
 from dpo.data import prepare_data
 from dpo.plan import CostModel, Pair, PairOrder, StepPlan, Tree, balance, grow_trees, permutation, plan_step
-from dpo.policy import cost_model
 from tests.runs import make_config
 
 MASK = 2**64 - 1

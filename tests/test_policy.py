@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from dpo.config import ParallelConfig
+from dpo.costs import cost_model
 from dpo.distributed import World, make_mesh, open_world
 from dpo.errors import UserError
 from dpo.log_probs import ChunkedTokenLogProbs
@@ -27,7 +28,6 @@ from dpo.policy import (
     attention_windows,
     build_policy,
     completion_logps,
-    cost_model,
     load_weights,
 )
 from dpo.weights import read_model_config

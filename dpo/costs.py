@@ -1,0 +1,114 @@
+"""What a step costs by formula, in FLOPs, and what a device can do: the ground of the balance and of `train/mfu`.
+
+A forward pass costs, a multiplication and an addition being two FLOPs (`CostModel`):
+
+    tokens of the body          2 FLOPs a weight of the layers' matrix products
+    attended (query, key) pairs 4 FLOPs a width of the queries and a layer: scores, and the values' weighted sum
+    rows of the head            2 H V FLOPs: hidden size H, vocabulary V
+
+A step costs a multiple of it (`Units`): forward is one unit and the backward pass two, since each product there gives
+two gradients; what is computed again in the backward pass costs its forward once more. Norms, rotations, softmax and
+the optimizer are left out: they are no matrix products, and no `FlopCounterMode` counts them. A layer with a sliding
+window is counted as if it saw everything: an upper bound, exact where no tree is longer than the window.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from dpo.plan import CostModel, Tree
+
+MODEL_UNITS = 3.0
+"""Units of a step that computes nothing twice: what model FLOPs utilization (MFU) counts."""
+
+
+@dataclass(frozen=True)
+class Units:
+    """How often a step pays for the forward pass of the body and of the head."""
+
+    body: float = MODEL_UNITS
+    """3, and 4 where whole layers are checkpointed. Of selective checkpointing 3.5 is a rough middle."""
+    head: float = MODEL_UNITS
+    """3 with full logits, 4 with the chunked head, which computes its logits again in the backward pass."""
+
+
+def cost_model(config: PretrainedConfig) -> CostModel:
+    """FLOPs of a forward pass by part, from the sizes of a model."""
+    hidden, num_layers = config.hidden_size, config.num_hidden_layers
+    num_heads = config.num_attention_heads
+    width = num_heads * (getattr(config, "head_dim", None) or hidden // num_heads)
+    kv_width = width * (getattr(config, "num_key_value_heads", None) or num_heads) // num_heads
+    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    num_mlp_products = 3 if hasattr(config, "num_key_value_heads") else 2
+    weights = hidden * (2 * width + 2 * kv_width) + num_mlp_products * hidden * inner
+    return CostModel(
+        per_token=2.0 * num_layers * weights,
+        per_attended=4.0 * num_layers * width,
+        per_scored=2.0 * hidden * config.vocab_size,
+    )
+
+
+def units(activation_checkpointing: str, is_head_chunked: bool) -> Units:
+    """The units of a step under `parallel.activation_checkpointing` (none, selective, full)."""
+    body = {"none": 3.0, "selective": 3.5, "full": 4.0}[activation_checkpointing]
+    return Units(body, 4.0 if is_head_chunked else 3.0)
+
+
+def step_flops(trees: Sequence[Tree], costs: CostModel, units: Units) -> float:
+    """FLOPs of forward and backward over some trees:
+
+    body units x sum over trees (per_token (P + sum C_k) + per_attended (P(P+1)/2 + sum (C_k P + C_k(C_k+1)/2)))
+    + head units x sum over trees (per_scored sum C_k), with prompts of P and completions of C_k tokens.
+    """
+    head = costs.per_scored * sum(tree.num_scored for tree in trees)
+    return units.body * (sum(costs.cost(tree) for tree in trees) - head) + units.head * head
+
+
+# --- devices ---------------------------------------------------------------------------------------------------------
+
+PEAKS = {
+    "GB200": {"bfloat16": 2500e12, "tf32": 1250e12, "float32": 80e12},
+    "B200": {"bfloat16": 2250e12, "tf32": 1125e12, "float32": 75e12},
+    "H200": {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12},
+    "H100 PCIe": {"bfloat16": 756e12, "tf32": 378e12, "float32": 51e12},
+    "H100": {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12},
+    "A100": {"bfloat16": 312e12, "tf32": 156e12, "float32": 19.5e12},
+    "L40S": {"bfloat16": 362e12, "tf32": 183e12, "float32": 91.6e12},
+    "L4": {"bfloat16": 121e12, "tf32": 60e12, "float32": 30.3e12},
+    "A10": {"bfloat16": 125e12, "tf32": 62.5e12, "float32": 31.2e12},
+    "MI300X": {"bfloat16": 1307e12, "tf32": 654e12, "float32": 163e12},
+}
+"""Dense peak FLOPs a second from the makers' data sheets, by a part of the name that CUDA gives; the first that fits
+holds."""
+
+
+def device_peak(name: str, precision: str) -> float | None:
+    """Peak FLOPs a second of a GPU, None where it is not in the table; `precision`: bfloat16, tf32, float32."""
+    known = (peaks for part, peaks in PEAKS.items() if part.lower() in name.lower())
+    return next(known, {}).get(precision)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOPs a second that this rank could do at best in a dtype: of a GPU from the table (None: it does not stand
+    there), of a CPU measured, with the threads that torch has here, in a tenth of a second.
+    """
+    if device.type == "cpu":
+        return _measured_peak(dtype)
+    precision = str(dtype).removeprefix("torch.")
+    if precision == "float32" and torch.backends.cuda.matmul.allow_tf32:
+        precision = "tf32"
+    return device_peak(torch.cuda.get_device_name(device), precision)
+
+
+def _measured_peak(dtype: torch.dtype, size: int = 768, repeats: int = 12) -> float:
+    """The best of some square matrix products on this CPU."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - started)
+    return 2.0 * size**3 / min(seconds)
