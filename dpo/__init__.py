@@ -17,6 +17,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     0  losses.py          the losses on the paper's index signature
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
     1  costs.py          FLOPs of a step by formula; what devices can do
+    0  prefetch.py       what comes next is built by a thread
     1  progress.py        what rank 0 tells while it works
     2  profiling.py       torch's profiler over a few steps
     1  run_files.py       what lies in a run folder, by name; read without torch

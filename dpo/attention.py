@@ -49,6 +49,10 @@ class Layout:
     spans: tuple[Span, ...]
     masks: Mapping[Window, Any]
 
+    def to(self, device: torch.device) -> "Layout":
+        """The layout with its masks on a device."""
+        return self
+
 
 def make_layout(spans: Sequence[Span], windows: Sequence[Window], num_tokens: int, device: torch.device) -> Layout:
     """The layout of a row of `num_tokens` tokens (those behind the last tree are padding) with its masks on

@@ -39,7 +39,7 @@ class Packer:
         return plan_step(trees, self.num_ranks, self.tokens_per_micro_batch, self.costs)
 
     def pack(self, plan: StepPlan) -> list[PackedBatch]:
-        """This rank's micro-batches; every rank has the same number of them."""
+        """This rank's micro-batches, in the memory of the host; every rank has the same number of them."""
         return [
             pack(trees, plan, self.ref_logps, self.windows, self.device, self.dtype)
             for trees in plan.micro_batches[self.rank]

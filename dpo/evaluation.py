@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from dpo.packing import PackedBatch
 from dpo.pair_set import PairSet
 from dpo.policy import Policy, completion_logps, reshard
 from dpo.preemption import StopRequest
+from dpo.prefetch import prefetch
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,10 @@ def evaluate(
     """An evaluation without gradients; None where a rank was asked to stop on the way. Every rank must get here."""
     metrics, margins = StepMetrics(policy.device), [torch.zeros(0, device=policy.device)]
     must_stop = False
-    with torch.no_grad():
-        for plan in evaluation_plans(pairs, packer):
-            for batch in packer.pack(plan):
+    plans = evaluation_plans(pairs, packer)
+    with torch.no_grad(), closing(prefetch(packer.pack, plans, policy.device)) as parts:
+        for batches in parts:
+            for batch in (batch.to(policy.device) for batch in batches):
                 pi_logps = completion_logps(policy, batch, head_bytes)
                 losses, rewards = pair_losses(pi_logps, batch, loss)
                 metrics.add(losses, rewards, pi_logps, batch)
@@ -70,7 +73,7 @@ def verify_start(
     faults: list[tuple[float, str]] = []
     excess = torch.zeros((), dtype=torch.float64, device=policy.device)
     with torch.no_grad():
-        for batch in batches:
+        for batch in (batch.to(policy.device) for batch in batches):
             pi_logps = completion_logps(policy, batch, head_bytes)
             if len(batch.yw_idxs):
                 faults.append(_worst_row(pi_logps, batch, compute))

@@ -14,7 +14,7 @@ from torch import Tensor
 from dpo.board.dashboard import Dashboard
 from dpo.packing import PackedBatch
 
-SUMS = (
+MEASURED = (
     "losses",
     "winner_nll",
     "chosen_rewards",
@@ -22,21 +22,24 @@ SUMS = (
     "accurate",
     "chosen_logps",
     "rejected_logps",
-    "pairs",
     "winner_tokens",
-    "tokens",
-    "body_tokens",
 )
+"""Sums that the device adds up."""
+COUNTED = ("pairs", "tokens", "body_tokens")
+"""Sums that the host knows without asking the device."""
+SUMS = (*MEASURED, *COUNTED, "square_norm")
+MAXIMA = ("peak_memory_bytes", "stop_requested")
 
 
 class StepMetrics:
-    """Sums over the micro-batches of a step (or of an evaluation) of one rank, kept on its device until `reduce`."""
+    """Sums over the micro-batches of a step (or of an evaluation) of one rank; `reduce` alone waits for the device."""
 
     def __init__(self, device: torch.device):
-        self.sums = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
+        self.measured = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)
+        self.counted = dict.fromkeys(COUNTED, 0)
 
     def add(self, losses: Tensor, rewards: Tensor, pi_logps: Tensor, batch: PackedBatch) -> None:
-        """Adds one micro-batch: losses (T,), rewards (B,), pi_logps (B,). Copies nothing to the host."""
+        """Adds one micro-batch: losses (T,), rewards (B,), pi_logps (B,)."""
         chosen, rejected = rewards[batch.yw_idxs], rewards[batch.yl_idxs]
         sums = [
             losses.sum(),
@@ -46,26 +49,29 @@ class StepMetrics:
             (chosen > rejected).sum(),  # a tie counts as wrong
             pi_logps[batch.yw_idxs].sum(),
             pi_logps[batch.yl_idxs].sum(),
-            torch.tensor(len(batch.yw_idxs)),
             batch.lengths[batch.yw_idxs].sum(),
-            torch.tensor(batch.num_tokens),
-            torch.tensor(len(batch.tokens)),
         ]
-        self.sums += torch.stack([s.detach().to(self.sums, non_blocking=True) for s in sums])
+        self.measured += torch.stack([s.detach().to(self.measured) for s in sums])
+        self.counted["pairs"] += len(batch.yw_idxs)
+        self.counted["tokens"] += batch.num_tokens
+        self.counted["body_tokens"] += len(batch.tokens)
 
-    def reduce(self, stop_requested: bool = False) -> dict[str, float]:
-        """The sums over all ranks by name of SUMS; `peak_memory_bytes`, the maximum over ranks; and `stop_requested`, 1
-        where any rank was asked to stop.
+    def reduce(self, square_norm: Tensor | None = None, stop_requested: bool = False) -> dict[str, float]:
+        """The sums over all ranks by name of SUMS, the maxima by name of MAXIMA.
 
-        One exchange; every rank must get here. Added up by rank in the same order everywhere, so equal to the last bit.
+        `square_norm`: of this rank's part of the gradient. One exchange, and the one time in a step that the host
+        waits for the device; every rank must get here. Added up by rank in the same order everywhere, so equal to the
+        last bit.
         """
-        maxima = {"peak_memory_bytes": peak_memory_bytes(self.sums.device), "stop_requested": stop_requested}
-        mine = torch.cat([self.sums, self.sums.new_tensor([float(value) for value in maxima.values()])])
+        maxima = [peak_memory_bytes(self.measured.device), stop_requested]
+        known = self.measured.new_tensor([*self.counted.values(), *map(float, maxima)])
+        norm = self.measured.new_zeros(1) if square_norm is None else square_norm.to(self.measured).reshape(1)
+        mine = torch.cat([self.measured, known[: len(COUNTED)], norm, known[len(COUNTED) :]])
         every = mine.new_empty(dist.get_world_size() * len(mine))
         dist.all_gather_single(every, mine)
         table = every.view(-1, len(mine)).cpu()
         sums, peaks = table[:, : len(SUMS)].sum(0), table[:, len(SUMS) :].amax(0)
-        return dict(zip(SUMS, sums.tolist(), strict=True)) | dict(zip(maxima, peaks.tolist(), strict=True))
+        return dict(zip(SUMS, sums.tolist(), strict=True)) | dict(zip(MAXIMA, peaks.tolist(), strict=True))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -104,7 +110,7 @@ def pair_means(sums: Mapping[str, float], has_reference: bool) -> dict[str, floa
     return means | {"pairs": int(sums["pairs"])}
 
 
-def train_figures(sums: Mapping[str, float], seconds: float) -> dict[str, float]:
+def train_figures(sums: Mapping[str, float], seconds: float, best_seconds: float | None = None) -> dict[str, float]:
     """The metrics of a training step beside `pair_means`.
 
     tokens             prompt and completion tokens that the body ran, all ranks, without padding and fillers
@@ -112,8 +118,11 @@ def train_figures(sums: Mapping[str, float], seconds: float) -> dict[str, float]
     step_seconds       from asking for the data to the end of the update, on rank 0
     pairs_per_second, tokens_per_second   the step's pairs and tokens / step_seconds
     peak_memory_bytes  the greatest of the ranks' peaks so far
+    mfu                FLOPs that the step needs (`costs.step_flops`: 3 units of body and head, nothing twice) /
+                       step_seconds / what the ranks could do at best (`costs.peak_flops`); `best_seconds` is the step
+                       at that best; left out where it is None: a device that is not in the table
     """
-    return {
+    figures = {
         "tokens": int(sums["tokens"]),
         "padding_fraction": 1 - sums["tokens"] / max(sums["body_tokens"], 1),
         "step_seconds": seconds,
@@ -121,6 +130,7 @@ def train_figures(sums: Mapping[str, float], seconds: float) -> dict[str, float]
         "tokens_per_second": sums["tokens"] / seconds,
         "peak_memory_bytes": int(sums["peak_memory_bytes"]),
     }
+    return figures if best_seconds is None else figures | {"mfu": best_seconds / seconds}
 
 
 def prefixed(group: str, figures: Mapping[str, float]) -> dict[str, float]:

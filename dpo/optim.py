@@ -1,4 +1,4 @@
-"""Optimizers, the learning rate as a function of the step, and the norm of a sharded gradient."""
+"""Optimizers, the learning rate as a function of the step, and the clipping of a sharded gradient."""
 
 import math
 from collections.abc import Iterable
@@ -50,15 +50,19 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def clip_gradient(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """The L2 norm of the whole gradient before clipping, a scalar; scales the gradient down to `max_norm`, None is no
-    limit.
+def square_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Sum of the squares of this rank's part of the gradient, a float64 scalar on its device; no rank waits for it.
 
-    Every rank must get here: the norms of the shards are summed over ranks.
+    Summed over the ranks that one copy of the model is divided over it is the square of the gradient's L2 norm.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if max_norm is not None:
-        clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+    return get_total_norm([_local(p.grad) for p in parameters if p.grad is not None]).double().square()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def clip_gradient(parameters: Iterable[nn.Parameter], norm: float, max_norm: float | None) -> None:
+    """Scales a gradient whose L2 norm over all ranks is `norm` down to `max_norm`; None is no limit."""
+    if max_norm is not None and norm > max_norm:
+        clip_grads_with_norm_(list(parameters), max_norm, torch.tensor(norm))

@@ -1,7 +1,7 @@
 """A micro-batch of trees to tensors: one packed row of tokens without padding between them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -23,8 +23,9 @@ yet every parameter, head included, gets a gradient (of zeros) as on the other r
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch of one rank, L tokens, B completions, R scored tokens, T pairs; all tensors on the run's
-    device.
+    """One micro-batch of one rank, L tokens, B completions, R scored tokens, T pairs.
+
+    Made in the memory of the host, pinned where it is meant for CUDA; `to` brings it to the device.
     """
 
     tokens: Tensor
@@ -50,8 +51,16 @@ class PackedBatch:
     """Pairs of the whole step, all ranks and micro-batches: what the sum of losses is divided by."""
     winner_tokens_in_step: int
     """Scored tokens of the winners of the whole step, one count a pair: the SFT term's denominator."""
+    forward_flops_in_step: float
+    """FLOPs of a forward pass over the trees of the whole step, all ranks and micro-batches."""
     num_tokens: int
     """Tokens that belong to pairs of the step: L without fillers and padding."""
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The batch on a device; the host does not wait for the copies."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return replace(self, layout=self.layout.to(device), **moved)
 
 
 def pack(
@@ -62,7 +71,9 @@ def pack(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> PackedBatch:
-    """The tensors of one micro-batch; `dtype` is that of the log-probabilities. No trees: the filler."""
+    """The tensors of one micro-batch, meant for `device`; `dtype` is that of the log-probabilities. No trees: the
+    filler.
+    """
     trees, num_tokens = trees or (FILLER,), sum(tree.num_tokens for tree in trees)
     spans = make_spans(trees)
     tokens = np.concatenate([ids for tree in trees for ids in (tree.prompt_ids, *tree.completion_ids)])
@@ -71,7 +82,7 @@ def pack(
 
     def put(array: np.ndarray | list[float], dtype: torch.dtype = torch.long) -> Tensor:
         tensor = torch.as_tensor(array, dtype=dtype)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+        return tensor.pin_memory() if device.type == "cuda" else tensor
 
     return PackedBatch(
         tokens=put(tokens),
@@ -85,6 +96,7 @@ def pack(
         yl_idxs=put(losers),
         pairs_in_step=plan.pairs_in_step,
         winner_tokens_in_step=plan.winner_tokens_in_step,
+        forward_flops_in_step=plan.forward_flops,
         num_tokens=num_tokens,
     )
 

@@ -79,6 +79,8 @@ class StepPlan:
     micro_batches: tuple[tuple[tuple[Tree, ...], ...], ...]
     pairs_in_step: int
     winner_tokens_in_step: int
+    forward_flops: float
+    """What the cost model counts for one forward pass over all trees."""
     num_oversized: int
 
     @property
@@ -203,6 +205,7 @@ def plan_step(trees: Sequence[Tree], num_ranks: int, tokens_per_micro_batch: int
         micro_batches=tuple(_micro_batches(part, num_micro_batches, budget, costs) for part in by_rank),
         pairs_in_step=sum(len(tree.pairs) for tree in trees),
         winner_tokens_in_step=sum(len(tree.completion_ids[w]) for tree in trees for w, _ in tree.pairs),
+        forward_flops=sum(costs.cost(tree) for tree in trees),
         num_oversized=sum(tree.num_tokens > budget for tree in trees),
     )
 

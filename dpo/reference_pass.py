@@ -212,7 +212,7 @@ def _run(
     mine: list[torch.Tensor] = []
     with torch.no_grad():
         for micro, batch in zip(plan.micro_batches[world.rank], packer.pack(plan), strict=True):
-            logps = completion_logps(policy, batch, head_bytes)
+            logps = completion_logps(policy, batch.to(policy.device), head_bytes)
             mine += [logps.double()] if micro else []  # a filler's log-probability belongs to no completion
     values = torch.cat(mine).cpu().numpy() if mine else np.empty(0)
     trees = [tree for micro in plan.micro_batches[world.rank] for tree in micro]

@@ -11,7 +11,8 @@ from dpo.answers import AnswerBook, prepare_answers
 from dpo.batches import Packer, make_packer
 from dpo.checkpoint import load_checkpoint
 from dpo.config import Config
-from dpo.distributed import World
+from dpo.costs import peak_flops
+from dpo.distributed import World, all_gather
 from dpo.errors import Preempted
 from dpo.inputs import Inputs
 from dpo.objective import has_reference
@@ -40,6 +41,8 @@ class Run:
     """None where the loss has no reference."""
     answers: AnswerBook | None
     """None where no sampled answers are asked for, or can be given."""
+    peak_flops: float | None
+    """FLOPs a second of all ranks at best; None where the device is not in the table of `costs.py`."""
     stop_requested: StopRequest
 
     @property
@@ -96,6 +99,18 @@ def build_run(
     optimizer = make_optimizer(policy.model.parameters(), config.optim)
     if start.checkpoint:
         load_checkpoint(start.checkpoint, policy.model, optimizer)
+    peaks = all_gather(peak_flops(world.device, compute_dtype(config.parallel, policy.dtype, world.device)))
     return Run(
-        config, world, inputs, start, identity, policy, optimizer, packer, reference_pass, answers, stop_requested
+        config,
+        world,
+        inputs,
+        start,
+        identity,
+        policy,
+        optimizer,
+        packer,
+        reference_pass,
+        answers,
+        sum(known) if len(known := [peak for peak in peaks if peak]) == world.size else None,
+        stop_requested,
     )

@@ -8,7 +8,7 @@ import math
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from dpo.answers import answer, open_answers
 from dpo.checkpoint import RunState, save_checkpoint
 from dpo.config import Config, load_config
+from dpo.costs import MODEL_UNITS
 from dpo.distributed import all_gather, exit_program, on_main, open_world
 from dpo.errors import Preempted, RunError
 from dpo.evaluation import evaluate, verify_start
@@ -23,11 +24,12 @@ from dpo.export import export
 from dpo.inputs import read_inputs
 from dpo.metrics import MetricsWriter, StepMetrics, pair_means, prefixed, train_figures
 from dpo.objective import has_reference, pair_losses
-from dpo.optim import clip_gradient, lr_at, set_lr
+from dpo.optim import clip_gradient, lr_at, set_lr, square_norm
 from dpo.packing import PackedBatch
 from dpo.plan import grow_trees
 from dpo.policy import Policy, announce_backward, completion_logps
-from dpo.preemption import listen_for_stop
+from dpo.preemption import StopRequest, listen_for_stop
+from dpo.prefetch import prefetch
 from dpo.profiling import StepHook, profiled
 from dpo.progress import Progress, progress, say, warn
 from dpo.provenance import provenance
@@ -42,26 +44,36 @@ one rank."""
 
 
 def train_step(
-    policy: Policy, optimizer: torch.optim.Optimizer, batches: Sequence[PackedBatch], config: Config, head_bytes: int
-) -> tuple[StepMetrics, float]:
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[PackedBatch],
+    config: Config,
+    head_bytes: int,
+    stop_requested: StopRequest,
+) -> dict[str, float]:
     """One update on the global batch; its gradient is that of the mean loss over its pairs, on any number of ranks.
 
-    Gives the rank's sums and the gradient's L2 norm before clipping. Raises RunError, on every rank and before the
-    update, where the gradient is not finite. Every rank must get here with the same number of micro-batches.
+    Gives the step's sums over all ranks (`StepMetrics.reduce`) and `grad_norm`, L2, before clipping. Raises RunError,
+    on every rank and before the update, where the gradient is not finite. Every rank must get here with the same
+    number of micro-batches.
     """
     metrics = StepMetrics(policy.device)
-    for number, batch in enumerate(batches, start=1):
+    for number, batch in enumerate((batch.to(policy.device) for batch in batches), start=1):
         announce_backward(policy, is_last=number == len(batches))
         pi_logps = completion_logps(policy, batch, head_bytes)  # (B,)
         losses, rewards = pair_losses(pi_logps, batch, config.loss)  # (T,), (B,)
         (losses.sum() / batch.pairs_in_step).backward()  # FSDP sums over ranks
         metrics.add(losses, rewards, pi_logps, batch)
-    grad_norm = clip_gradient(policy.model.parameters(), config.optim.max_grad_norm).item()
+    # The step's one exchange, and the one time that the host waits for the device: what comes after it is queued behind
+    # nothing, and the next step's work behind it.
+    sums = metrics.reduce(square_norm(policy.model.parameters()), stop_requested())
+    grad_norm = math.sqrt(sums["square_norm"] / config.parallel.replicate)  # every copy has the whole gradient
     if not math.isfinite(grad_norm):
         raise RunError(f"the gradient norm is {grad_norm}; the weights were not updated")
+    clip_gradient(policy.model.parameters(), grad_norm, config.optim.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return metrics, grad_norm
+    return sums | {"grad_norm": grad_norm}
 
 
 def train(run: Run, writer: MetricsWriter | None) -> None:
@@ -73,10 +85,11 @@ def train(run: Run, writer: MetricsWriter | None) -> None:
     if is_time(first - 1, every, last) and on_main(run.world, lambda: lacks_evaluation(run.dir, first - 1)):
         _evaluate(run, writer, first - 1)
     started = time.monotonic()
-    with _bar(run) as bar, _profiled(run) as (begin, end):
+    ahead = prefetch(functools.partial(_batches, run), range(first, last + 1), run.world.device)
+    with closing(ahead), _bar(run) as bar, _profiled(run) as (begin, end):
         for step in range(first, last + 1):
             begin(step)
-            figures, must_stop = _step(run, step)
+            figures, must_stop = _step(run, step, ahead)
             end(step)
             bar.advance(1)
             if writer:
@@ -111,20 +124,20 @@ def _profiled(run: Run) -> AbstractContextManager[tuple[StepHook, StepHook]]:
     return profiled(steps, run.dir / PROFILE, run.world.device)
 
 
-def _step(run: Run, step: int) -> tuple[dict[str, float], bool]:
-    """Step `step` from its pairs to its metrics, and whether any rank was asked to stop."""
+def _step(run: Run, step: int, ahead: Iterator[list[PackedBatch]]) -> tuple[dict[str, float], bool]:
+    """Step `step` from its micro-batches to its metrics, and whether any rank was asked to stop."""
     started = time.perf_counter()
-    batches = _batches(run, step)
+    batches = next(ahead)
     lr = lr_at(step, run.inputs.last_step, run.config.optim)
     set_lr(run.optimizer, lr)
     try:
-        metrics, grad_norm = train_step(run.policy, run.optimizer, batches, run.config, run.head_bytes)
+        sums = train_step(run.policy, run.optimizer, batches, run.config, run.head_bytes, run.stop_requested)
     except RunError as failure:
         raise RunError(f"step {step}: {failure}") from failure
-    sums = metrics.reduce(run.stop_requested())
     seconds = time.perf_counter() - started
-    means = pair_means(sums, has_reference(run.config.loss)) | {"grad_norm": grad_norm, "lr": lr}
-    return prefixed("train", means | train_figures(sums, seconds)), bool(sums["stop_requested"])
+    best = MODEL_UNITS * batches[0].forward_flops_in_step / run.peak_flops if run.peak_flops else None
+    means = pair_means(sums, has_reference(run.config.loss)) | {"grad_norm": sums["grad_norm"], "lr": lr}
+    return prefixed("train", means | train_figures(sums, seconds, best)), bool(sums["stop_requested"])
 
 
 def _batches(run: Run, step: int) -> list[PackedBatch]:

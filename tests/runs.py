@@ -40,6 +40,7 @@ CLOCK = (
     "tokens_per_second",
     "peak_memory_bytes",
     "padding_fraction",
+    "mfu",
     "reference/seconds",
 )
 """Ends of the names of metrics that measure the machine or the layout, not the mathematics."""

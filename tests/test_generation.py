@@ -299,7 +299,7 @@ def trained(policy: Policy, world: World, with_answers: bool) -> list[np.ndarray
         if with_answers:
             generate(policy, PROMPTS, [2], 6, 1.0, 0, world)
         batches = [pack(trees, plan, lambda *_: -5.0, policy.windows, policy.device) for trees in micro_batches]
-        train_step(policy, optimizer, batches, config, 2**20)
+        train_step(policy, optimizer, batches, config, 2**20, lambda: False)
     return [parameter.full_tensor().detach().numpy().copy() for parameter in policy.model.parameters()]
 
 

@@ -13,7 +13,7 @@ from dpo.board.charts import place
 from dpo.config import Config, LossConfig, SourceConfig
 from dpo.distributed import open_world
 from dpo.metrics import (
-    SUMS,
+    MEASURED,
     MetricsWriter,
     StepMetrics,
     pair_means,
@@ -51,6 +51,7 @@ def make_batch(
         yl_idxs=losers,
         pairs_in_step=facts.get("pairs_in_step", len(pairs)),
         winner_tokens_in_step=facts.get("winner_tokens_in_step", 2 * len(pairs)),
+        forward_flops_in_step=0.0,
         num_tokens=3 * count,
     )
     return batch, torch.tensor(pi)
@@ -61,7 +62,7 @@ def sums_of(*parts: tuple[PackedBatch, torch.Tensor], loss: LossConfig) -> dict[
     metrics = StepMetrics(torch.device("cpu"))
     for batch, pi_logps in parts:
         metrics.add(*pair_losses(pi_logps, batch, loss), pi_logps, batch)
-    return dict(zip(SUMS, metrics.sums.tolist(), strict=True))
+    return dict(zip(MEASURED, metrics.measured.tolist(), strict=True)) | metrics.counted
 
 
 # --- by hand ---------------------------------------------------------------------------------------------------------
@@ -134,8 +135,9 @@ def test_a_filler_counts_for_nothing_but_padding() -> None:
     filler = (type(filler[0])(**{**vars(filler[0]), "num_tokens": 0, "tokens": torch.zeros(2)}), filler[1])
     sums = sums_of(real, filler, loss=LossConfig())
     assert pair_means(sums, True) == pair_means(sums_of(real, loss=LossConfig()), True)
-    figures = train_figures(sums | {"peak_memory_bytes": 5.0}, seconds=2.0)
+    figures = train_figures(sums | {"peak_memory_bytes": 5.0}, seconds=2.0, best_seconds=0.5)
     assert figures == {
+        "mfu": 0.25,
         "tokens": 6,
         "padding_fraction": pytest.approx(1 - 6 / 9),
         "step_seconds": 2.0,
@@ -152,8 +154,9 @@ def reduce_as_rank() -> dict[str, float]:
     """Rank r adds 2^r pairs' worth of each sum."""
     with open_world(60) as world:
         metrics = StepMetrics(torch.device("cpu"))
-        metrics.sums += 2.0**world.rank
-        return metrics.reduce(stop_requested=world.rank == 1)
+        metrics.measured += 2.0**world.rank
+        metrics.counted = dict.fromkeys(metrics.counted, 2**world.rank)
+        return metrics.reduce(torch.tensor(2.0**world.rank), stop_requested=world.rank == 1)
 
 
 @pytest.mark.xdist_group("ranks")

@@ -28,6 +28,7 @@ GROUPS = {
     "tokens": SPEED,
     "padding_fraction": SPEED,
     "peak_memory_bytes": SPEED,
+    "mfu": SPEED,
 }
 """The group of a figure that has no side, by what follows train/ or eval/ in its name."""
 
