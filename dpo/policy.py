@@ -46,7 +46,7 @@ class Policy:
     device: torch.device
     dtype: torch.dtype
     """Of the master weights and the log-probabilities."""
-    sync_every_micro_batch: bool
+    parallel: ParallelConfig
 
     @property
     def config(self) -> PretrainedConfig:
@@ -67,8 +67,7 @@ def build_policy(
     model = _build_on_meta(config, master, trust_remote_code)
     parallelize(model, mesh, parallel, compute_dtype(parallel, master, device))
     _materialize(model, torch.device("cpu") if parallel.cpu_offload else device)
-    every = parallel.sync_gradients == "every_micro_batch"
-    return Policy(model, attention_windows(config), device, master, every)
+    return Policy(model, attention_windows(config), device, master, parallel)
 
 
 def compute_dtype(parallel: ParallelConfig, master: torch.dtype, device: torch.device) -> torch.dtype:
@@ -263,10 +262,11 @@ def _forward_logps(model: PreTrainedModel, batch: PackedBatch, head_bytes: int) 
 
 
 def announce_backward(policy: Policy, is_last: bool) -> None:
-    """Says whether the coming backward pass reduces gradients over ranks: on every micro-batch, or on the last
-    alone.
+    """Says whether the coming backward pass reduces gradients over ranks (on every micro-batch, or on the last alone)
+    and whether parameters stay whole after it (up to the last, where they outlive the forward pass).
     """
-    policy.model.set_requires_gradient_sync(is_last or policy.sync_every_micro_batch)
+    policy.model.set_requires_gradient_sync(is_last or policy.parallel.sync_gradients == "every_micro_batch")
+    policy.model.set_reshard_after_backward(is_last or policy.parallel.reshard_after_forward)
     policy.model.set_is_last_backward(is_last)
 
 

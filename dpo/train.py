@@ -64,8 +64,8 @@ def train_step(
         losses, rewards = pair_losses(pi_logps, batch, config.loss)  # (T,), (B,)
         (losses.sum() / batch.pairs_in_step).backward()  # FSDP sums over ranks
         metrics.add(losses, rewards, pi_logps, batch)
-    # The step's one exchange, and the one time that the host waits for the device: what comes after it is queued behind
-    # nothing, and the next step's work behind it.
+    # The step's one exchange, and the one time that the host waits for the device: the update and the next step's work
+    # are queued behind each other. No rank may update before all know that the gradient is finite.
     sums = metrics.reduce(square_norm(policy.model.parameters()), stop_requested())
     grad_norm = math.sqrt(sums["square_norm"] / config.parallel.replicate)  # every copy has the whole gradient
     if not math.isfinite(grad_norm):
