@@ -96,14 +96,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     there), of a CPU measured, with the threads that torch has here, in a tenth of a second.
     """
     if device.type == "cpu":
-        return _measured_peak(dtype)
+        return measured_peak(dtype)
     precision = str(dtype).removeprefix("torch.")
     if precision == "float32" and torch.backends.cuda.matmul.allow_tf32:
         precision = "tf32"
     return device_peak(torch.cuda.get_device_name(device), precision)
 
 
-def _measured_peak(dtype: torch.dtype, size: int = 768, repeats: int = 12) -> float:
+def measured_peak(dtype: torch.dtype, size: int = 768, repeats: int = 12) -> float:
     """The best of some square matrix products on this CPU."""
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     seconds = []
