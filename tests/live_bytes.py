@@ -1,0 +1,66 @@
+"""How many bytes of tensors live at once while something runs."""
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary, ref
+
+
+class LiveBytes(TorchDispatchMode):
+    """`peak`: the most bytes that storages made inside lived at once, after any operation. What was there before is
+    not counted; neither are tensors of the shapes `apart`.
+
+    Storages, so that views cost nothing; asked for their size after every operation, so that those which FSDP empties
+    and fills again are counted as they are. What a kernel takes and gives back inside of one operation is not seen:
+    see `allocated_peak`.
+    """
+
+    def __init__(self, apart: Collection[torch.Size] = ()) -> None:
+        super().__init__()
+        self.peak = 0
+        self._apart = {tuple(shape) for shape in apart}
+        self._made = WeakIdKeyDictionary(ref_type=ref)
+
+    @property
+    def now(self) -> int:
+        """Bytes of what was made inside and lives now."""
+        return sum(storage.nbytes() for storage in self._made)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it comes again, for the local tensors
+        kwargs = kwargs or {}
+        known = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
+        result = func(*args, **kwargs)
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if id(storage) not in known and tuple(tensor.shape) not in self._apart:
+                self._made[storage] = None
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor))
+
+
+def allocated_peak(function: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator had given out at once while `function` ran, above those before it:
+    temporaries inside of an operation too.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    del result
+    kineto = profiler.profiler.kineto_results
+    changes = sorted((event.start_ns(), event.nbytes()) for event in kineto.events() if event.name() == "[memory]")
+    now = peak = 0
+    for _, change in changes:
+        now += change
+        peak = max(peak, now)
+    return peak
