@@ -15,6 +15,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     0  fields.py          fields of raw rows, typed
     0  plan.py            (seed, step) -> pairs -> trees -> balanced StepPlan
     0  losses.py          the losses on the paper's index signature
+    0  block_mask.py      FlexAttention's mask of packed trees, made block by block
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
     1  costs.py          FLOPs of a step by formula; what devices can do
     0  prefetch.py       what comes next is built by a thread

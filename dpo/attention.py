@@ -5,62 +5,50 @@ of a completion continue where the prompt ended. On a CPU the row is worked off 
 attention; on CUDA the same layout is one FlexAttention call with a block mask.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface
 
+from dpo.block_mask import HostMask, Span, Window, host_mask
 from dpo.errors import UserError
 
 ATTENTION = "dpo_tree"
 """The name under which transformers finds this attention; it is part of the reference cache's key."""
-
-Window = int | None
-"""Keys a query may see, itself included, counted in positions; None is all."""
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where one tree lies in the packed row: it starts at `start` with a prompt, its completions follow."""
-
-    start: int
-    prompt_len: int
-    completion_lens: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the tree."""
-        return self.prompt_len + sum(self.completion_lens)
 
 
 @dataclass(frozen=True)
 class Layout:
     """What attention must know of a packed row: its trees, and the masks of each window, made once a micro-batch.
 
-    `masks[window]` is a BlockMask on CUDA. On a CPU it holds, for each tree, the mask of each segment (see
-    `segments`), None where plain causal attention is right.
+    Meant for CUDA, `masks[window]` is a HostMask, and once there a BlockMask. On a CPU it holds, for each tree, the
+    mask of each segment (see `segments`), None where plain causal attention is right.
     """
 
     spans: tuple[Span, ...]
     masks: Mapping[Window, Any]
 
     def to(self, device: torch.device) -> "Layout":
-        """The layout with its masks on a device."""
-        return self
+        """The layout with its masks on a device; the host does not wait for the copies."""
+        moved = {w: mask.to(device) if isinstance(mask, HostMask) else mask for w, mask in self.masks.items()}
+        return replace(self, masks=moved)
 
 
 def make_layout(spans: Sequence[Span], windows: Sequence[Window], num_tokens: int, device: torch.device) -> Layout:
-    """The layout of a row of `num_tokens` tokens (those behind the last tree are padding) with its masks on
-    `device`.
+    """The layout of a row of `num_tokens` tokens that is meant for `device`, made on the host.
+
+    The tokens behind the last tree are padding: a tree of their own, so that no row of the softmax is empty.
     """
-    spans = tuple(spans)
+    used = sum(span.num_tokens for span in spans)
+    spans = (*spans, *([Span(used, num_tokens - used, ())] if num_tokens > used else []))
     if device.type == "cuda":
-        masks: dict[Window, Any] = {w: block_mask(spans, w, num_tokens, device) for w in windows}
+        masks: dict[Window, Any] = {w: host_mask(spans, w, pin=True) for w in windows}
     else:
         masks = {w: [[segment_mask(*segment, w) for segment in segments(span)] for span in spans] for w in windows}
     return Layout(spans, masks)
@@ -123,55 +111,38 @@ def _tree_attention(
     return outputs
 
 
-# --- on CUDA: one FlexAttention call ---------------------------------------------------------------------------------
-
-
-def tree_mask_mod(
-    spans: Sequence[Span], window: Window, num_tokens: int, device: torch.device
-) -> Callable[..., Tensor]:
-    """FlexAttention's mask_mod of a packed row: same tree, the key in the prompt or in the query's own completion,
-    before it.
-
-    Padding makes a tree of its own, so that no row of the softmax is empty.
-    """
-    trees = torch.full((num_tokens,), -1)
-    owners = torch.zeros(num_tokens, dtype=torch.long)
-    positions = torch.arange(num_tokens)
-    for number, span in enumerate(spans):
-        place = span.start + span.prompt_len
-        trees[span.start : span.start + span.num_tokens] = number
-        positions[span.start : place] = torch.arange(span.prompt_len)
-        for owner, length in enumerate(span.completion_lens, start=1):
-            owners[place : place + length] = owner
-            positions[place : place + length] = torch.arange(span.prompt_len, span.prompt_len + length)
-            place += length
-    trees, owners, positions = (t.to(device, non_blocking=True) for t in (trees, owners, positions))
-
-    def mask_mod(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        family = (trees[q] == trees[k]) & ((owners[k] == 0) | (owners[k] == owners[q]))
-        return family & (positions[q] >= positions[k])
-
-    def windowed(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return mask_mod(batch, head, q, k) & (positions[q] - positions[k] < int(window or 0))
-
-    # The mask of full attention must not see a number that changes with the row: it would be compiled as an unknown.
-    return mask_mod if window is None else windowed
-
-
-def block_mask(spans: Sequence[Span], window: Window, num_tokens: int, device: torch.device) -> BlockMask:
-    """The block-sparse mask of a packed row for FlexAttention."""
-    mask_mod = tree_mask_mod(spans, window, num_tokens, device)
-    return create_block_mask(mask_mod, None, None, num_tokens, num_tokens, device=str(device))
-
-
 @torch.compiler.disable
 def _segment_attention_uncompiled(*args: Any) -> Tensor:
     """Segment lengths change with every micro-batch: compiling the loop would compile it again and again."""
     return segment_attention(*args)
 
 
-_compiled_flex_attention = torch.compile(flex_attention)
-"""With lengths as unknowns from the second one on: every micro-batch has another."""
+# --- on CUDA: one FlexAttention call ---------------------------------------------------------------------------------
+
+SMALLEST_WIDTH = 16
+"""FlexAttention's kernels on CUDA do not run narrower heads."""
+
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
+    """FlexAttention of the packed row: shapes as in `segment_attention`. Narrow heads are widened by zeros, which
+    change no score and add columns of zeros to the output.
+    """
+    width = query.shape[-1]
+    scale = width**-0.5 if scale is None else scale
+    if width < SMALLEST_WIDTH:
+        query, key, value = (F.pad(x, (0, SMALLEST_WIDTH - width)) for x in (query, key, value))
+    # A compiled layer takes the plain function into its own graph.
+    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    grouped = query.shape[1] != key.shape[1]
+    return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)[..., :width]
+
+
+@functools.cache
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    """Compiled at first use: that takes every rank seconds. The wrapping lets selective checkpointing see the call (as
+    `inductor_compiled_code`) and keep its result.
+    """
+    return torch.compile(flex_attention, options={"wrap_inductor_compiled_regions": True})
 
 
 # --- what transformers calls -----------------------------------------------------------------------------------------
@@ -200,20 +171,18 @@ def tree_attention(
     if layout is None:
         what = f"{type(module).__name__} is not handed on what its model's forward is given: the places of the trees"
         raise UserError(f"model.path: not supported: {what}")
-    if query.device.type == "cuda":
-        grouped = query.shape[1] != key.shape[1]
-        mask = layout.masks[sliding_window]
-        output = _compiled_flex_attention(query, key, value, block_mask=mask, scale=scaling, enable_gqa=grouped)
+    mask = layout.masks[sliding_window]
+    if isinstance(mask, BlockMask):
+        output = block_attention(query, key, value, mask, scaling)
     else:
         output = _segment_attention_uncompiled(query, key, value, layout, sliding_window, scaling)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """The layout is the mask: transformers must not make one of (L, L)."""
-
-
 def register_attention() -> None:
-    """Makes `attn_implementation="dpo_tree"` known to transformers; calling it again changes nothing."""
+    """Makes `attn_implementation="dpo_tree"` known to transformers; calling it again changes nothing.
+
+    No mask goes with it. transformers then makes none, and does not look at the positions for the borders of sequences,
+    for which the host would wait in every forward pass.
+    """
     AttentionInterface.register(ATTENTION, tree_attention)
-    AttentionMaskInterface.register(ATTENTION, _no_mask)

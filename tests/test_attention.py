@@ -1,68 +1,29 @@
-"""Shared-prefix attention against a dense masked softmax, and FlexAttention's mask against the same definition."""
+"""Shared-prefix attention against a dense masked softmax; FlexAttention against the loop."""
 
-import itertools
 import math
-from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import flex_attention
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dpo.attention import (
     Layout,
-    Span,
-    Window,
-    block_mask,
+    block_attention,
     make_layout,
     register_attention,
     segment_attention,
     tree_attention,
-    tree_mask_mod,
 )
+from dpo.block_mask import Span, Window, host_mask
 from dpo.errors import UserError
+from tests.trees import TREES, dense_mask, spans_of, tokens_of
 
 CPU = torch.device("cpu")
 WIDTH = 8
-
-TREES = {
-    "one completion": [(5, (3,))],
-    "several completions": [(5, (3, 7, 1, 4))],
-    "several trees": [(3, (2, 5)), (1, (1,)), (9, (4, 4, 6)), (1, (3, 1))],
-    "no completion": [(4, ()), (3, (2, 2))],
-    "an empty completion": [(4, (0, 3, 0)), (3, (2,))],
-}
-"""(tokens of the prompt, tokens of each completion) of the trees of a row."""
-
-
-def spans_of(trees: Sequence[tuple[int, tuple[int, ...]]]) -> list[Span]:
-    starts = itertools.accumulate((prompt + sum(rest) for prompt, rest in trees), initial=0)
-    return [Span(start, prompt, rest) for start, (prompt, rest) in zip(starts, trees, strict=False)]
-
-
-def tokens_of(trees: Sequence[tuple[int, tuple[int, ...]]]) -> list[tuple[int, int, int]]:
-    """(tree, 0 or the number of the completion from 1, position) of every token of the row."""
-    tokens = []
-    for tree, (prompt, rest) in enumerate(trees):
-        tokens += [(tree, 0, position) for position in range(prompt)]
-        for number, length in enumerate(rest, start=1):
-            tokens += [(tree, number, prompt + position) for position in range(length)]
-    return tokens
-
-
-def sees(query: tuple[int, int, int], key: tuple[int, int, int], window: Window) -> bool:
-    """The definition: a token sees its prompt and its own completion, itself and what stands before it, at most
-    `window` positions counting itself.
-    """
-    distance = query[2] - key[2]
-    own = query[0] == key[0] and key[1] in (0, query[1])
-    return own and distance >= 0 and (window is None or distance < window)
-
-
-def dense_mask(trees: Sequence[tuple[int, tuple[int, ...]]], window: Window) -> Tensor:
-    tokens = tokens_of(trees)
-    return torch.tensor([[sees(query, key, window) for key in tokens] for query in tokens])
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -76,9 +37,11 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sca
     return torch.stack(heads)[None]
 
 
-def random_qkv(length: int, heads: int, kv_heads: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def random_qkv(
+    length: int, heads: int, kv_heads: int, dtype: torch.dtype = torch.float64, width: int = WIDTH
+) -> list[Tensor]:
     random = torch.Generator().manual_seed(length)
-    shapes = [(1, heads, length, WIDTH), (1, kv_heads, length, WIDTH), (1, kv_heads, length, WIDTH)]
+    shapes = [(1, heads, length, width), (1, kv_heads, length, width), (1, kv_heads, length, width)]
     return [torch.randn(shape, generator=random, dtype=dtype).requires_grad_() for shape in shapes]
 
 
@@ -108,72 +71,76 @@ def test_the_default_scale_is_one_over_the_root_of_the_width() -> None:
 
 # --- FlexAttention ---------------------------------------------------------------------------------------------------
 
-PICTURE = """
-P x......
-P xx.....
-A xxx....
-A .xxx...
-B xx..x..
-Q .....x.
-C .....xx
-"""
-"""Prompt P of 2 tokens with completions A of 2 and B of 1, prompt Q of 1 with completion C of 1, and a window of 3: A's
-second token stands at position 3 and sees positions 1 to 3; B's at position 2 sees 0 to 2.
-"""
-
-
-def evaluated(spans: Sequence[Span], window: Window, num_tokens: int) -> Tensor:
-    """FlexAttention's mask_mod for every query and key: (L, L)."""
-    places = torch.arange(num_tokens)
-    zero = torch.zeros((), dtype=torch.long)
-    return tree_mask_mod(spans, window, num_tokens, CPU)(zero, zero, places[:, None], places[None, :])
-
-
-def test_the_mask_by_hand() -> None:
-    mask = evaluated(spans_of([(2, (2, 1)), (1, (1,))]), 3, 7)
-    drawn = ["".join("x" if seen else "." for seen in row) for row in mask.tolist()]
-    assert drawn == [line.split()[1] for line in PICTURE.strip().splitlines()]
-
-
-@pytest.mark.parametrize("window", [None, 1, 3, 6, 100])
-@pytest.mark.parametrize("trees", TREES.values(), ids=TREES.keys())
-def test_the_mask_is_the_definition(trees: Any, window: Window) -> None:
-    assert torch.equal(evaluated(spans_of(trees), window, len(tokens_of(trees))), dense_mask(trees, window))
-
-
-@pytest.mark.parametrize("window", [None, 3])
-def test_padding_sees_padding_alone(window: Window) -> None:
-    """Four tokens behind the last tree: no row of the softmax is empty, and no real token sees them or is seen."""
-    trees = TREES["several trees"]
-    length = len(tokens_of(trees))
-    mask = evaluated(spans_of(trees), window, length + 4)
-    assert torch.equal(mask[:length, :length], dense_mask(trees, window))
-    assert not mask[:length, length:].any()
-    assert not mask[length:, :length].any()
-    assert mask.any(1).all()
-
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
-@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize(("kv_heads", "width"), [(4, 16), (2, 16), (2, 8)])
 @pytest.mark.parametrize("window", [None, 5])
-def test_flex_attention_is_the_segment_loop(window: Window, kv_heads: int) -> None:
-    """Forward on a CPU with the block mask, uncompiled: 2 blocks of 128 tokens, a tree across their border."""
-    trees = [(60, (40, 70, 3)), (9, (4, 4, 6))]
-    spans = spans_of(trees)
-    query, key, value = (x.detach() for x in random_qkv(len(tokens_of(trees)), 4, kv_heads, torch.float32))
-    mask = block_mask(spans, window, query.shape[2], CPU)
-    found = flex_attention(query, key, value, block_mask=mask, scale=0.2, enable_gqa=kv_heads != 4)
-    layout = make_layout(spans, [window], query.shape[2], CPU)
-    torch.testing.assert_close(found, segment_attention(query, key, value, layout, window, 0.2), rtol=1e-5, atol=1e-6)
-
-
-def test_the_block_mask_skips_blocks_of_other_trees() -> None:
-    """Two trees of 256 tokens, blocks of 128: of 16 blocks each tree has 3 on or below its diagonal, 6 in all. The
-    second completion of the first tree stands in the tree's second half, so that it also meets the prompt in the
-    first.
+@pytest.mark.parametrize("scale", [0.2, None])
+def test_flex_attention_is_the_segment_loop(
+    monkeypatch: pytest.MonkeyPatch, window: Window, kv_heads: int, width: int, scale: float | None
+) -> None:
+    """Forward on a CPU with the block mask, uncompiled: two blocks of 128 tokens, a tree across their border, and
+    padding. Heads of 8 are widened to the 16 that the kernels on CUDA need.
     """
-    mask = block_mask(spans_of([(128, (64, 64)), (256, ())]), None, 512, CPU)
-    assert mask.to_dense()[0, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+    monkeypatch.setattr("dpo.attention._compiled_flex_attention", lambda: flex_attention)
+    spans = spans_of([(60, (40, 70, 3)), (9, (4, 4, 6))])
+    query, key, value = (x.detach() for x in random_qkv(256, 4, kv_heads, torch.float32, width))
+    layout = make_layout(spans, [window], 256, CPU)
+    mask = host_mask(layout.spans, window, pin=False).to(CPU)
+    found = block_attention(query, key, value, mask, scale)
+    wanted = segment_attention(query, key, value, layout, window, scale)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_is_a_tree_of_its_own() -> None:
+    """Four tokens behind the last tree: the loop runs them, and what stands before them is what it is without them."""
+    trees = TREES["several trees"]
+    length = len(tokens_of(trees))
+    query, key, value = (x.detach() for x in random_qkv(length + 4, 4, 2))
+    layout = make_layout(spans_of(trees), [3], length + 4, CPU)
+    assert layout.spans[-1] == Span(length, 4, ())
+    padded = segment_attention(query, key, value, layout, 3, 0.2)
+    bare = make_layout(spans_of(trees), [3], length, CPU)
+    row = (query[:, :, :length], key[:, :, :length], value[:, :, :length])
+    torch.testing.assert_close(padded[:, :, :length], segment_attention(*row, bare, 3, 0.2))
+    alone = make_layout([Span(0, 4, ())], [3], 4, CPU)
+    row = (query[:, :, length:], key[:, :, length:], value[:, :, length:])
+    torch.testing.assert_close(padded[:, :, length:], segment_attention(*row, alone, 3, 0.2))
+
+
+def test_one_graph_serves_every_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve micro-batches of other trees, with and without a window, of one padded length, then of three others:
+    the first length is one graph, the second makes the length an unknown, and no other is ever needed.
+    """
+    torch.compiler.reset()
+    counter = CompileCounter()  # runs the graphs that dynamo makes; what guards them is the same as on CUDA
+    monkeypatch.setattr("dpo.attention._compiled_flex_attention", lambda: compiled)
+    compiled = torch.compile(flex_attention, backend=counter)
+    random = np.random.default_rng(0)
+
+    def attend(length: int, window: Window) -> None:
+        lens = [int(n) for n in random.integers(1, length // 8, 6)]
+        layout = make_layout([Span(0, lens[0], tuple(lens[1:]))], [window], length, CPU)
+        query, key, value = (torch.ones(1, heads, length, 16) for heads in (4, 2, 2))
+        block_attention(query, key, value, host_mask(layout.spans, window, pin=False).to(CPU), 0.2)
+
+    for number in range(12):
+        attend(512, (None, 40, 100)[number % 3])
+    assert counter.frame_count == 1
+    for length in (640, 768, 1024, 512):
+        attend(length, None)
+        attend(length, 40)
+    assert counter.frame_count == 2
+    torch.compiler.reset()
+
+
+def test_masks_made_for_cuda_are_moved_at_once() -> None:
+    """A layout holds host tensors until it is moved; what a CPU needs is never touched."""
+    spans = spans_of(TREES["several trees"])
+    on_host = Layout(tuple(spans), {None: host_mask(spans, None, pin=False)})
+    assert isinstance(on_host.to(CPU).masks[None], BlockMask)
+    segments = make_layout(spans, [4], 45, CPU)
+    assert segments.to(CPU).masks == segments.masks
 
 
 # --- what transformers calls -----------------------------------------------------------------------------------------
