@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo.config import OptimConfig
 from dpo.optim import clip_gradient, lr_at, make_optimizer, set_lr, square_norm
@@ -101,6 +102,17 @@ def test_defaults_are_the_contract_s(name: Any) -> None:
     wanted = {"alpha": 0.99, "eps": 1e-8, "momentum": 0, "centered": False, "betas": (0.9, 0.999), "nesterov": False}
     assert {key: group[key] for key in wanted if key in group} == {k: v for k, v in wanted.items() if k in group}
     assert (group["weight_decay"], group["lr"], group["maximize"]) == (0, 1e-6, False)
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", None)])
+def test_adamw_is_fused_on_cuda(device: str, fused: bool | None) -> None:
+    """On tensors that only say that they are on CUDA. None leaves torch its own choice, on CUDA all tensors at once."""
+    with FakeTensorMode():
+        weights = [nn.Parameter(torch.empty(2, device=device)) for _ in range(2)]
+    assert make_optimizer(weights, OptimConfig("adamw")).param_groups[0]["fused"] is fused
+    for name in ("rmsprop", "sgd"):
+        group = make_optimizer(weights, OptimConfig(name)).param_groups[0]  # type: ignore[arg-type]
+        assert (group["foreach"], group.get("fused")) == (None, None)
 
 
 def test_every_key_reaches_the_optimizer() -> None:
