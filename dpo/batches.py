@@ -1,18 +1,18 @@
 """The micro-batches of one rank: from the pairs of a step to packed tensors. The same path for training, evaluation and
 the reference pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from dpo.attention import Window
+from dpo.block_mask import Window
 from dpo.config import Config
 from dpo.costs import cost_model
 from dpo.distributed import World
-from dpo.packing import PackedBatch, RefLogps, pack
+from dpo.packing import PackedBatch, RefLogps, pack, padded_length
 from dpo.pair_set import PairSet
 from dpo.plan import CostModel, StepPlan, Tree, grow_trees, plan_step
 from dpo.policy import attention_windows
@@ -32,6 +32,8 @@ class Packer:
     windows: tuple[Window, ...]
     device: torch.device
     dtype: torch.dtype
+    row_length: Callable[[int], int]
+    """`padded_length` on CUDA: rows of few lengths, which few compiled graphs run; no padding on a CPU."""
     ref_logps: RefLogps
 
     def plan(self, trees: Sequence[Tree]) -> StepPlan:
@@ -41,7 +43,7 @@ class Packer:
     def pack(self, plan: StepPlan) -> list[PackedBatch]:
         """This rank's micro-batches, in the memory of the host; every rank has the same number of them."""
         return [
-            pack(trees, plan, self.ref_logps, self.windows, self.device, self.dtype)
+            pack(trees, plan, self.ref_logps, self.windows, self.device, self.dtype, self.row_length)
             for trees in plan.micro_batches[self.rank]
         ]
 
@@ -56,6 +58,7 @@ def make_packer(config: Config, world: World, model_config: PretrainedConfig) ->
         windows=attention_windows(model_config),
         device=world.device,
         dtype=getattr(torch, config.model.dtype),
+        row_length=padded_length if world.device.type == "cuda" else int,
         ref_logps=lambda prompt_ids, completion_ids: 0.0,
     )
 

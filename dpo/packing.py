@@ -1,4 +1,4 @@
-"""A micro-batch of trees to tensors: one packed row of tokens without padding between them."""
+"""A micro-batch of trees to tensors: one packed row of tokens without padding between them; behind them on CUDA."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo.attention import Layout, Span, Window, make_layout
+from dpo.attention import Layout, make_layout
+from dpo.block_mask import BLOCK, Span, Window
 from dpo.plan import StepPlan, Tree
 
 RefLogps = Callable[[np.ndarray, np.ndarray], float]
@@ -29,9 +30,9 @@ class PackedBatch:
     """
 
     tokens: Tensor
-    """(L,) token ids, tree after tree: the prompt, then its completions."""
+    """(L,) token ids, tree after tree: the prompt, then its completions; zeros where the row is padded."""
     positions: Tensor
-    """(L,) positions; each completion's begin at its prompt's length."""
+    """(L,) positions; each completion's begin at its prompt's length; padding stands at 0."""
     layout: Layout
     """The trees' places, for attention."""
     rows: Tensor
@@ -70,13 +71,16 @@ def pack(
     windows: Sequence[Window],
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    row_length: Callable[[int], int] = int,
 ) -> PackedBatch:
     """The tensors of one micro-batch, meant for `device`; `dtype` is that of the log-probabilities. No trees: the
-    filler.
+    filler. `row_length` says how long a row of so many tokens is made by padding, which no row of the head sees.
     """
     trees, num_tokens = trees or (FILLER,), sum(tree.num_tokens for tree in trees)
     spans = make_spans(trees)
     tokens = np.concatenate([ids for tree in trees for ids in (tree.prompt_ids, *tree.completion_ids)])
+    length = row_length(len(tokens))
+    padding = (0, length - len(tokens))
     winners, losers = pair_indices(trees)
     refs = [ref_logps(t.prompt_ids, ids) if t.pairs else 0.0 for t in trees for ids in t.completion_ids]
 
@@ -85,9 +89,9 @@ def pack(
         return tensor.pin_memory() if device.type == "cuda" else tensor
 
     return PackedBatch(
-        tokens=put(tokens),
-        positions=put(make_positions(spans)),
-        layout=make_layout(spans, windows, len(tokens), device),
+        tokens=put(np.pad(tokens, padding)),
+        positions=put(np.pad(make_positions(spans), padding)),
+        layout=make_layout(spans, windows, length, device),
         rows=put(make_rows(spans)),
         targets=put(np.concatenate([ids for tree in trees for ids in tree.completion_ids])),
         lengths=put([len(ids) for tree in trees for ids in tree.completion_ids]),
@@ -99,6 +103,15 @@ def pack(
         forward_flops_in_step=plan.forward_flops,
         num_tokens=num_tokens,
     )
+
+
+def padded_length(num_tokens: int) -> int:
+    """The length of a row on CUDA: the next multiple of 128, FlexAttention's block, and above 8,192 tokens of a 32nd of
+    the power of two below: 96 lengths up to 16,384 tokens, 32 more with each doubling. At most a 32nd is padding from
+    4,096 tokens on, a 64th in the mean.
+    """
+    step = max(BLOCK, 2 ** max((num_tokens - 1).bit_length() - 6, 0))
+    return -(-num_tokens // step) * step
 
 
 def make_spans(trees: Sequence[Tree]) -> list[Span]:

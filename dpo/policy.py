@@ -66,7 +66,7 @@ def build_policy(
     master = getattr(torch, dtype)
     model = _build_on_meta(config, master, trust_remote_code)
     parallelize(model, mesh, parallel, compute_dtype(parallel, master, device))
-    _materialize(model, torch.device("cpu") if parallel.cpu_offload else device)
+    _materialize(model, torch.device("cpu") if parallel.cpu_offload else device, device)
     return Policy(model, attention_windows(config), device, master, parallel)
 
 
@@ -101,6 +101,8 @@ def _build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_co
     # Taken before fully_shard, which renames the class by which transformers looks the conversions up.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     model.logps = types.MethodType(_forward_logps, model)
+    # It looks for padding at the row's ends, for which the host would wait in every forward pass.
+    model.base_model.warn_if_padding_and_no_attention_mask = lambda *args: None
     _switch_dropout_off(model)
     return model.train()  # activation checkpointing works in training mode alone; dropout is off all the same
 
@@ -175,16 +177,18 @@ def _checkpointing_kwargs(kind: str) -> dict[str, Any]:
     return kwargs
 
 
-def _selective_contexts() -> Any:
-    """Keeps the results of every second matrix product of a layer and of a CPU's attention; the rest is computed again.
+_ATTENTION_OPS = ("scaled_dot_product", "inductor_compiled_code", "flex_attention")
+"""Parts of the names of what attention runs: on a CPU; on CUDA, where `attention.block_attention` makes it seen; within
+a compiled layer."""
 
-    FlexAttention is computed again too: it is compiled, and a compiled function is no operation that could be kept.
-    """
+
+def _selective_contexts() -> Any:
+    """Keeps the results of attention and of every second matrix product of a layer; the rest is computed again."""
     num_products = {False: 0, True: 0}
 
     def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         name = str(op)
-        if "scaled_dot_product" in name:
+        if any(part in name for part in _ATTENTION_OPS):
             return CheckpointPolicy.MUST_SAVE
         if name in ("aten.mm.default", "aten.addmm.default"):
             num_products[context.is_recompute] += 1
@@ -198,15 +202,17 @@ def _selective_contexts() -> Any:
 # --- loaded and exported ---------------------------------------------------------------------------------------------
 
 
-def _materialize(model: PreTrainedModel, device: torch.device) -> None:
-    """Gives the sharded parameters memory; computes again the buffers that no checkpoint stores (RoPE's
-    frequencies).
+def _materialize(model: PreTrainedModel, device: torch.device, compute_device: torch.device) -> None:
+    """Gives the sharded parameters memory on `device`; computes again the buffers that no checkpoint stores (RoPE's
+    frequencies), which lie where the model runs: offloading keeps parameters alone on the host.
     """
     model.to_empty(device=device)
     model.tie_weights()
     for module in model.modules():
         if module._non_persistent_buffers_set:
             model._init_weights(module)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(compute_device))
 
 
 def load_policy(config: Config, world: World, model_config: PretrainedConfig, folder: Path) -> Policy:

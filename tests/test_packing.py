@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo.attention import Span
-from dpo.packing import FILLER, PackedBatch, pack
+from dpo.block_mask import BLOCK, Span
+from dpo.packing import FILLER, PackedBatch, pack, padded_length
 from dpo.plan import CostModel, Pair, StepPlan, Tree, grow_trees, plan_step
 
 CPU = torch.device("cpu")
@@ -15,7 +15,7 @@ def ids(*tokens: int) -> np.ndarray:
     return np.array(tokens, np.int32)
 
 
-PLAN = StepPlan((((),),), pairs_in_step=64, winner_tokens_in_step=700, num_oversized=0)
+PLAN = StepPlan((((),),), pairs_in_step=64, winner_tokens_in_step=700, forward_flops=1.0, num_oversized=0)
 TREES = (
     Tree(ids(10, 11, 12), (ids(20, 2), ids(21, 22, 2), ids(2)), ((0, 1), (2, 1))),
     Tree(ids(13), (ids(23, 2), ids(24, 25)), ((1, 0), (1, 0))),
@@ -84,6 +84,41 @@ def test_the_filler_runs_body_and_head_and_counts_nowhere() -> None:
     assert batch.ref_logps.tolist() == [0]
     assert batch.num_tokens == 0
     assert not FILLER.pairs
+
+
+def test_padding_stands_behind_the_trees() -> None:
+    """14 tokens in a row of 20: six zeros at position 0, a tree of their own for attention; nothing else changes."""
+    bare = packed(TREES)
+    padded = pack(TREES, PLAN, lambda p, c: 0.0, [None, 2], CPU, row_length=lambda num_tokens: num_tokens + 6)
+    assert padded.tokens.tolist() == bare.tokens.tolist() + [0] * 6
+    assert padded.positions.tolist() == bare.positions.tolist() + [0] * 6
+    assert padded.layout.spans == (*bare.layout.spans, Span(14, 6, ()))
+    assert padded.num_tokens == 14
+    for name in ("rows", "targets", "lengths", "yw_idxs", "yl_idxs"):
+        assert torch.equal(getattr(padded, name), getattr(bare, name))
+
+
+def test_padded_lengths_are_few_and_near() -> None:
+    """Up to 16,384 tokens: 64 multiples of 128 up to 8,192 and 32 of 256 above. One token over a multiple is the worst:
+    127 in 4,096 + 1 and 255 in 8,192 + 1, below a 32nd. In the mean over 12,289 to 16,384, rows near the default
+    budget, half a step is lost: 127.5 in 14,336, 0.9 %.
+    """
+    lengths = [padded_length(n) for n in range(1, 16385)]
+    assert len(set(lengths)) == 96
+    assert all(length % BLOCK == 0 and length >= n for n, length in enumerate(lengths, start=1))
+    waste = np.array([length / n - 1 for n, length in enumerate(lengths, start=1)])
+    assert waste[4096:].max() == pytest.approx(255 / 8193)
+    assert waste[12288:].mean() < 0.01
+    assert [padded_length(n) for n in (1, 128, 129, 8192, 8193, 16384, 16385)] == [
+        128,
+        128,
+        256,
+        8192,
+        8448,
+        16384,
+        16896,
+    ]
+    assert [padded_length(n) for n in lengths] == lengths
 
 
 def test_all_micro_batches_hold_every_scored_token_once() -> None:

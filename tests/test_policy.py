@@ -1,7 +1,7 @@
 """The policy against the oracle: each completion alone through the plain Hugging Face model."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from dpo.attention import Layout
+from dpo.block_mask import host_mask
 from dpo.config import ParallelConfig
 from dpo.costs import cost_model
 from dpo.distributed import World, make_mesh, open_world
 from dpo.errors import UserError
 from dpo.log_probs import ChunkedTokenLogProbs
 from dpo.losses import dpo_loss
-from dpo.packing import PackedBatch, pack
+from dpo.packing import PackedBatch, pack, padded_length
 from dpo.plan import Pair, Tree, grow_trees, plan_step
 from dpo.policy import (
     Policy,
@@ -71,19 +74,23 @@ def ref_logp(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> float:
     return -4.0 * len(completion_ids)
 
 
-def batches_of(policy: Policy, budget: int = 1000) -> list[tuple[PackedBatch, tuple[Tree, ...]]]:
+def batches_of(
+    policy: Policy, budget: int = 1000, row_length: Callable[[int], int] = int
+) -> list[tuple[PackedBatch, tuple[Tree, ...]]]:
     plan = plan_step(grow_trees(some_pairs()), 1, budget, cost_model(policy.config))
     return [
-        (pack(trees, plan, ref_logp, policy.windows, policy.device, policy.dtype), trees)
+        (pack(trees, plan, ref_logp, policy.windows, policy.device, policy.dtype, row_length), trees)
         for trees in plan.micro_batches[0]
     ]
 
 
-def run(policy: Policy, budget: int = 1000, head_bytes: int = MIB) -> tuple[dict[bytes, Tensor], dict[str, Tensor]]:
+def run(
+    policy: Policy, budget: int = 1000, head_bytes: int = MIB, row_length: Callable[[int], int] = int
+) -> tuple[dict[bytes, Tensor], dict[str, Tensor]]:
     """What the trainer computes: the log-probability of each (prompt, completion), and the gradient of the mean DPO
     loss.
     """
-    logps, batches = {}, batches_of(policy, budget)
+    logps, batches = {}, batches_of(policy, budget, row_length)
     for number, (batch, trees) in enumerate(batches, start=1):
         announce_backward(policy, number == len(batches))
         found = completion_logps(policy, batch, head_bytes)
@@ -124,6 +131,31 @@ def test_families_are_exact(family: str, world: World, tmp_path: Path) -> None:
     """In float32, 1e-5. Mistral's window of 12 is shorter than either prompt with its completions."""
     folder = save_model(tmp_path, family)
     assert_equal(run(load(world, folder)), oracle(folder), 1e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text"])
+def test_padding_changes_nothing(family: str, world: World, tmp_path: Path) -> None:
+    """Rows as they are on CUDA, of 128 tokens each, most of them padding: the same log-probabilities and gradients."""
+    folder = save_model(tmp_path, family) if family in FAMILIES else save_other(tmp_path, family)
+    policy = load(world, folder)
+    assert [len(batch.tokens) for batch, _ in batches_of(policy, 1, padded_length)] == [128, 128]
+    assert_equal(run(policy, budget=1, row_length=padded_length), oracle(folder), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text"])
+def test_the_path_of_cuda_forward(family: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention with its block mask through the whole model, uncompiled, on a CPU, where it has no backward."""
+    monkeypatch.setattr("dpo.attention._compiled_flex_attention", lambda: flex_attention)
+    folder = save_model(tmp_path, family) if family in FAMILIES else save_other(tmp_path, family)
+    policy, (wanted, _) = load(world, folder), oracle(folder)
+    (batch, trees), *_ = batches_of(policy, row_length=padded_length)
+    masks = {window: host_mask(batch.layout.spans, window, pin=False) for window in policy.windows}
+    batch = dataclasses.replace(batch, layout=Layout(batch.layout.spans, masks)).to(policy.device)
+    with torch.no_grad():
+        found = completion_logps(policy, batch, MIB)
+    names = [tree.prompt_ids.tobytes() + b"|" + c.tobytes() for tree in trees for c in tree.completion_ids]
+    torch.testing.assert_close(found, torch.stack([wanted[name] for name in names]), rtol=1e-5, atol=1e-4)
 
 
 def rms_norm_without_cast(self: Any, hidden: Tensor) -> Tensor:
