@@ -2,6 +2,7 @@
 
     CACHE/<reference key>/about.json            what the key stands for, for people
                           rows-<sha256>.bin     a block; its name is the hash of its bytes
+                          table-…               what was made of the blocks for one data set (`ref_table.py`)
 
 A block is written under another name and renamed, never changed: several jobs may read and add at the same time, and a
 killed one leaves whole blocks. Which rows belong together is said by the folder's name alone (`reference_key`).
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo.errors import RunError
 from dpo.files import write_atomically
 from dpo.progress import say
 
@@ -66,18 +66,16 @@ class RefRows:
             place = place + open_
         return found
 
-    def logp(self, key: bytes) -> float:
-        """The log-probability of one key, nats. Raises KeyError."""
-        place = int(self.find(split_keys([key]))[0])
-        if place < 0:
-            raise KeyError(key.hex())
-        return float(self.logps[place])
+
+def first_of_each(keys: np.ndarray) -> np.ndarray:
+    """The places at which the different ones of keys (N, 2) stand first, in the order of the sorted keys."""
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    return order[np.append(True, (np.diff(keys[order], axis=0) != 0).any(1))[: len(keys)]]
 
 
 def make_rows(table: np.ndarray) -> RefRows:
     """The rows of a table of dtype ROW, each key once."""
-    _, first = np.unique(table[["high", "low"]], return_index=True)
-    table = table[first]
+    table = table[first_of_each(np.stack([table["high"], table["low"]], 1))]
     return RefRows(table["high"].copy(), table["low"].copy(), table["logp"].copy())
 
 
@@ -88,22 +86,17 @@ def block_names(folder: Path) -> list[str]:
 
 def read_rows(folder: Path) -> RefRows:
     """All rows of a cache folder. A damaged block is removed, with a line that says so: its rows are computed again."""
-    return _join([_read_block(folder / name) for name in block_names(folder)])
-
-
-def read_blocks(folder: Path, names: Sequence[str]) -> RefRows:
-    """The rows of the blocks that rank 0 sees. Raises RunError where this process does not see one of them, whole."""
-    blocks = {name: _read_block(folder / name) for name in names}
-    lost = [name for name, block in blocks.items() if block is None]
-    if lost:
-        raise RunError(
-            f"reference.cache_dir: {folder / lost[0]} is not seen by every rank; start again, or share the folder"
-        )
-    return _join(list(blocks.values()))
-
-
-def _join(blocks: Sequence[np.ndarray | None]) -> RefRows:
+    blocks = [_read_block(folder / name) for name in block_names(folder)]
     return make_rows(np.concatenate([np.empty(0, ROW), *(block for block in blocks if block is not None)]))
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file named after the hash of its bytes is there and has these bytes."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32] == path.stem.partition("-")[2]
+    except FileNotFoundError:
+        return False
 
 
 def _read_block(path: Path) -> np.ndarray | None:
@@ -111,7 +104,7 @@ def _read_block(path: Path) -> np.ndarray | None:
         content = path.read_bytes()
     except FileNotFoundError:  # another job found it damaged, and was quicker
         return None
-    if hashlib.sha256(content).hexdigest()[:32] != path.stem.removeprefix("rows-"):
+    if hashlib.sha256(content).hexdigest()[:32] != path.stem.partition("-")[2]:
         say(f"reference cache: {path} is damaged and is removed; its rows are computed again")
         path.unlink(missing_ok=True)
         return None

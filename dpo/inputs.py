@@ -12,7 +12,7 @@ from dpo.data import PreferenceData, prepare_data
 from dpo.distributed import World, all_gather, check_mesh, first_on_each_node
 from dpo.errors import UserError
 from dpo.objective import has_reference
-from dpo.plan import PairOrder
+from dpo.order import PairOrder
 from dpo.progress import is_quiet, say
 from dpo.weights import find_model, hash_model, read_model_config
 

@@ -1,15 +1,12 @@
-"""Which pairs a step trains on, and which rank computes what: pure functions of the seed, the step and the lengths.
+"""Which rank computes what of a step: pure functions of its pairs and their lengths.
 
 The way through this file:
 
-1. `PairOrder.items(step)`: the ids of the pairs of a step, a function of (seed, step) alone;
-2. `grow_trees(pairs)`: pairs that share a prompt become one tree, in which shared completions stand once;
-3. `plan_step(trees, ...)`: trees are balanced over the ranks by cost and packed into the same number of micro-batches
-   on each of them. The gradient does not depend on this third stage: it is a scheduling decision.
+1. `grow_trees(pairs)`: pairs that share a prompt become one tree, in which shared completions stand once;
+2. `plan_step(trees, ...)`: trees are balanced over the ranks by cost and packed into the same number of micro-batches
+   on each of them. The gradient does not depend on this second stage: it is a scheduling decision.
 """
 
-import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,81 +86,7 @@ class StepPlan:
         return len(self.micro_batches[0])
 
 
-# --- 1. the order ----------------------------------------------------------------------------------------------------
-
-
-def _hashed(seed: int, epoch: int, num_items: int) -> np.ndarray:
-    """A uint64 for each item from (seed, epoch, item): SplitMix64 of Steele, Lea and Flood (OOPSLA 2014).
-
-    Written out so that a run can be resumed under another numpy, whose generators promise no stable streams.
-    """
-    with np.errstate(over="ignore"):
-        state = np.arange(num_items, dtype=np.uint64)
-        for salt in (seed, epoch, 0):
-            state = state + np.uint64(salt % 2**64) * np.uint64(0xD1342543DE82EF95) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return state
-
-
-def permutation(seed: int, epoch: int, num_items: int) -> np.ndarray:
-    """The numbers 0 .. num_items - 1 in an order that depends on (seed, epoch) alone, shape (num_items,)."""
-    return np.argsort(_hashed(seed, epoch, num_items), kind="stable")
-
-
-@dataclass(frozen=True, eq=False)
-class PairOrder:
-    """The endless sequence of pair ids that a run trains on: epoch after epoch, a permutation of all pairs in each.
-
-    `prompt_of_pair` (N,) holds the number of each pair's prompt, counted from 0. With `group_by_prompt` prompts are
-    permuted instead of pairs, and the pairs of one stand together in file order.
-    """
-
-    prompt_of_pair: np.ndarray
-    pairs_per_step: int
-    seed: int = 0
-    shuffled: bool = True
-    group_by_prompt: bool = False
-
-    @property
-    def num_pairs(self) -> int:
-        """Pairs of an epoch."""
-        return len(self.prompt_of_pair)
-
-    def steps_of(self, epochs: int) -> int:
-        """Steps that see every pair `epochs` times; the last one may be partial."""
-        return math.ceil(epochs * self.num_pairs / self.pairs_per_step)
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019  (an order lives as long as its run)
-    def epoch(self, epoch: int) -> np.ndarray:
-        """The pair ids of an epoch (from 0) in order, shape (num_pairs,)."""
-        prompts = self.prompt_of_pair
-        if not self.shuffled:
-            return np.argsort(_first_seen(prompts), kind="stable") if self.group_by_prompt else np.arange(len(prompts))
-        if not self.group_by_prompt:
-            return permutation(self.seed, epoch, len(prompts))
-        place_of_prompt = np.argsort(permutation(self.seed, epoch, int(prompts.max()) + 1))
-        return np.argsort(place_of_prompt[prompts], kind="stable")
-
-    def items(self, step: int, last_item: int | None = None) -> np.ndarray:
-        """The pair ids of a step (from 1): places [n(s-1), ns) of the sequence, cut at `last_item` when that is
-        given.
-        """
-        start, stop = (step - 1) * self.pairs_per_step, step * self.pairs_per_step
-        places = np.arange(start, stop if last_item is None else min(stop, last_item))
-        epochs, offsets = np.divmod(places, self.num_pairs)
-        parts = [self.epoch(int(e))[offsets[epochs == e]] for e in np.unique(epochs)]
-        return np.concatenate(parts) if parts else places
-
-
-def _first_seen(prompts: np.ndarray) -> np.ndarray:
-    """For each pair the place where its prompt was seen first."""
-    _, first, inverse = np.unique(prompts, return_index=True, return_inverse=True)
-    return first[inverse]
-
-
-# --- 2. trees --------------------------------------------------------------------------------------------------------
+# --- 1. trees --------------------------------------------------------------------------------------------------------
 
 
 def grow_trees(pairs: Sequence[Pair]) -> list[Tree]:
@@ -190,7 +113,7 @@ def _tree(prompt_ids: np.ndarray, completions: dict[bytes, np.ndarray], pairs: l
     return Tree(prompt_ids, tuple(completions.values()), tuple((index[w], index[lo]) for w, lo in pairs))
 
 
-# --- 3. the plan -----------------------------------------------------------------------------------------------------
+# --- 2. the plan -----------------------------------------------------------------------------------------------------
 
 
 def plan_step(trees: Sequence[Tree], num_ranks: int, tokens_per_micro_batch: int, costs: CostModel) -> StepPlan:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dpo.batches import Packer, make_packer
-from dpo.cache import RefRows, default_cache_dir, reference_key
+from dpo.cache import default_cache_dir, reference_key
 from dpo.config import Config, load_config
 from dpo.distributed import World, exit_program, open_world
 from dpo.errors import UserError
@@ -20,6 +20,7 @@ from dpo.pair_set import PairSet
 from dpo.policy import Policy, compute_dtype, load_policy
 from dpo.preemption import StopRequest, listen_for_stop
 from dpo.progress import say
+from dpo.ref_table import RefTable
 from dpo.reference_pass import ReferencePass, fill, numerics
 
 
@@ -31,7 +32,7 @@ def fill_cache(
     reference: Callable[[], Policy],
     packer: Packer,
     stop_requested: StopRequest,
-) -> tuple[RefRows, ReferencePass]:
+) -> tuple[RefTable, ReferencePass]:
     """The rows of all pairs of `sets`, and what it took to have them. Every rank must get here.
 
     `reference()` gives the model, whose hash by content is `reference_hash`; it is called only where a row is missing.

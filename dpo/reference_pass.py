@@ -17,7 +17,7 @@ import torch
 
 from dpo.attention import ATTENTION
 from dpo.batches import Packer
-from dpo.cache import RefRows, block_names, read_blocks, read_rows, split_keys, write_rows
+from dpo.cache import first_of_each, read_rows, split_keys, write_rows
 from dpo.distributed import World, all_gather, on_main, together
 from dpo.errors import Preempted, RunError, UserError
 from dpo.files import write_atomically
@@ -27,12 +27,15 @@ from dpo.plan import Tree
 from dpo.policy import Policy, completion_logps, free_memory
 from dpo.preemption import StopRequest
 from dpo.progress import progress
+from dpo.ref_table import RefTable, find_table, open_table, table_name, write_table
 
 SECONDS_BETWEEN_BLOCKS = 30.0
 """A killed build loses at most about this much work."""
 
-Completion = tuple[np.ndarray, np.ndarray, bytes]
-"""(prompt_ids, completion_ids, key)."""
+PAIRS_READ_TOGETHER = 1024
+
+Completion = tuple[np.ndarray, np.ndarray]
+"""(prompt_ids, completion_ids)."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device) -> d
     }
 
 
-def lookup(rows: RefRows) -> Callable[[np.ndarray, np.ndarray], float]:
+def lookup(rows: RefTable) -> Callable[[np.ndarray, np.ndarray], float]:
     """(prompt_ids, completion_ids) -> reference log-probability, for packing."""
     return lambda prompt_ids, completion_ids: rows.logp(completion_key(prompt_ids, completion_ids))
 
@@ -98,7 +101,7 @@ def fill(
     head_bytes: int,
     world: World,
     stop_requested: StopRequest,
-) -> tuple[RefRows, ReferencePass]:
+) -> tuple[RefTable, ReferencePass]:
     """The rows of every completion of `sets`: those in the cache `folder`, and the missing ones, computed and added to
     it.
 
@@ -108,38 +111,46 @@ def fill(
     """
     started = time.monotonic()
     check_shared(folder, world)
-    missing, num_wanted = on_main(world, lambda: _missing(sets, read_rows(folder)))
-    if missing.any():
-        on_main(world, lambda: write_atomically(folder / "about.json", json.dumps(facts, indent=1).encode()))
-        todo = _select(sets, missing)
-        _compute(todo, int(missing.sum()), folder, reference(), packer, head_bytes, world, stop_requested)
-        free_memory()
-    blocks = on_main(world, lambda: block_names(folder))
-    rows = together(lambda: read_blocks(folder, blocks))
-    computed = int(missing.sum())
-    return rows, ReferencePass(computed, num_wanted - computed, time.monotonic() - started)
+    name = table_name([pairs.content_hash for pairs in sets])
+    table = on_main(world, lambda: find_table(folder, name))
+    num_missing = 0
+    if table is None:
+        missing = on_main(world, lambda: _missing(sets, folder))
+        num_missing = len(missing)
+        if num_missing:
+            on_main(world, lambda: write_atomically(folder / "about.json", json.dumps(facts, indent=1).encode()))
+            todo = _select(sets, missing)
+            _compute(todo, num_missing, folder, reference(), packer, head_bytes, world, stop_requested)
+            free_memory()
+        table = on_main(world, lambda: write_table(folder, name, _wanted(sets)[0]))
+    rows = together(lambda: open_table(table))
+    return rows, ReferencePass(num_missing, len(rows) - num_missing, time.monotonic() - started)
 
 
-def completions_of(sets: Sequence[PairSet]) -> Iterator[Completion]:
-    """Every completion of the pairs of some sets, in order; one may come again."""
+def _wanted(sets: Sequence[PairSet]) -> tuple[np.ndarray, np.ndarray]:
+    """The different keys of the sets' completions, (M, 2), sorted, and where each stands first, (M,): completion
+    2 * pair is a pair's winner, 2 * pair + 1 its loser, and the pairs of all sets are numbered through.
+    """
+    keys = np.concatenate([np.asarray(pairs.keys) for pairs in sets]).view("<u8").reshape(-1, 2)
+    first = first_of_each(keys)
+    return keys[first], first
+
+
+def _missing(sets: Sequence[PairSet], folder: Path) -> np.ndarray:
+    """The numbers (see `_wanted`) of the completions that must be computed, rising."""
+    keys, first = _wanted(sets)
+    return np.sort(first[read_rows(folder).find(keys) < 0])
+
+
+def _select(sets: Sequence[PairSet], numbers: np.ndarray) -> Iterator[Completion]:
+    """The completions of these numbers (see `_wanted`), rising."""
+    begin = 0
     for pairs in sets:
-        for prompt_ids, completions, keys in pairs.completions():
-            for completion_ids, key in zip(completions, keys, strict=True):
-                yield prompt_ids, completion_ids, key
-
-
-def _missing(sets: Sequence[PairSet], rows: RefRows) -> tuple[np.ndarray, int]:
-    """Which of `completions_of(sets)` must be computed, (M,) bool, each key once; and how many keys there are."""
-    keys = split_keys([key for _, _, key in completions_of(sets)])
-    table = np.ascontiguousarray(keys).view([("high", "<u8"), ("low", "<u8")]).reshape(-1)
-    _, first = np.unique(table, return_index=True)
-    missing = np.zeros(len(keys), bool)
-    missing[first] = rows.find(keys[first]) < 0
-    return missing, len(first)
-
-
-def _select(sets: Sequence[PairSet], chosen: np.ndarray) -> Iterator[Completion]:
-    return (item for item, take in zip(completions_of(sets), chosen, strict=True) if take)
+        mine = numbers[slice(*np.searchsorted(numbers, [begin, begin + 2 * len(pairs)]))] - begin
+        for some in np.split(mine, range(PAIRS_READ_TOGETHER, len(mine), PAIRS_READ_TOGETHER)):
+            for pair, is_loser in zip(pairs.pairs(some // 2), (some % 2).tolist(), strict=True):
+                yield pair.prompt_ids, pair.rejected_ids if is_loser else pair.chosen_ids
+        begin += 2 * len(pairs)
 
 
 def _compute(
@@ -230,7 +241,7 @@ def _trees(chunk: list[Completion]) -> list[Tree]:
     """Trees without pairs, one a prompt."""
     branches: dict[bytes, list[np.ndarray]] = {}
     trunks: dict[bytes, np.ndarray] = {}
-    for prompt_ids, completion_ids, _ in chunk:
+    for prompt_ids, completion_ids in chunk:
         trunks.setdefault(prompt_ids.tobytes(), prompt_ids)
         branches.setdefault(prompt_ids.tobytes(), []).append(completion_ids)
     return [Tree(prompt_ids, tuple(branches[name]), ()) for name, prompt_ids in trunks.items()]

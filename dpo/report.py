@@ -1,7 +1,9 @@
 """What became of the rows of every source: the counts that a run prints before its first step."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import datasets
 import numpy as np
@@ -85,6 +87,26 @@ class DataReport:
         if self.eval_prompts_in_training:
             lines.append(f"WARNING: {self.eval_prompts_in_training:,} prompts of data.eval are in training data too")
         return lines
+
+
+def to_json(report: DataReport) -> str:
+    """The report as a text, for `from_json`."""
+    return json.dumps(asdict(report))
+
+
+def from_json(text: str, paths: Sequence[str]) -> DataReport:
+    """The report in a text, whose sources now lie at these paths."""
+    fields = json.loads(text)
+    fields["sources"] = tuple(map(_source_of, fields["sources"], paths))
+    return DataReport(**fields)
+
+
+def _source_of(fields: dict[str, Any], path: str) -> SourceReport:
+    tuples = {
+        "places": {reason: tuple(where) for reason, where in fields["places"].items()},
+        "ignored_columns": tuple(fields["ignored_columns"]),
+    }
+    return SourceReport(**fields | tuples | {"path": path})
 
 
 def report_source(key: str, source: Source, format: str, rows: datasets.Dataset) -> SourceReport:

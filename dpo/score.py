@@ -156,18 +156,8 @@ def split_by_source(data: PreferenceData, pairs: PairSet, num_train: int, is_eva
     train, evals = data.report.sources[:num_train], data.report.sources[num_train:]
     sources = (*evals, *train) if is_eval else train
     number = np.searchsorted(np.cumsum([source.rows for source in sources]), pairs.row_of_pair, side="right")
-    parts = {source.key: _some(pairs, number == i) for i, source in enumerate(sources)}
+    parts = {source.key: pairs.some(number == i) for i, source in enumerate(sources)}
     return {key: part for key, part in parts.items() if len(part)}
-
-
-def _some(pairs: PairSet, mask: np.ndarray) -> PairSet:
-    return replace(
-        pairs,
-        row_of_pair=pairs.row_of_pair[mask],
-        pair_in_row=pairs.pair_in_row[mask],
-        prompt_of_pair=pairs.prompt_of_pair[mask],
-        content_hash="",
-    )
 
 
 # --- shown -----------------------------------------------------------------------------------------------------------

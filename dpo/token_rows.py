@@ -1,8 +1,8 @@
 """The raw rows of a source become a cached, memory-mapped set of token rows: `Dataset.map` over `tokenize`.
 
 Nothing is raised in the processes that tokenize: what is wrong with a row stands in its `error` column, and the first
-in file order is raised here. The cache file's name is a hash of the content of the source, of the tokenizer, the limits
-and this code, so a second start maps nothing.
+in file order is raised by `raise_first_error`. The cache file's name is a hash of the content of the source, of the
+tokenizer, the limits and this code, so a second start maps nothing.
 """
 
 import functools
@@ -60,13 +60,13 @@ FEATURES = datasets.Features(
 def tokenize_source(
     source: Source, format: str, encoder: Encoder, limits: Limits, num_proc: int | None
 ) -> datasets.Dataset:
-    """The token rows (FEATURES) of a source, in its order. Raises UserError `file:line: what` for the first bad row."""
+    """The token rows (FEATURES) of a source, in its order."""
     names = source.rows.column_names
     rows = source.rows.with_format(None)
     rows = rows if source.has_lines else rows.select_columns([name for name in names if name in READS[format]])
     parts = (source.content, format, encoder_content(encoder), str(astuple(limits)))
     fingerprint = digest(parts)
-    tokenized = rows.map(
+    return rows.map(
         functools.partial(tokenize_row, format=format, has_lines=source.has_lines, encoder=encoder, limits=limits),
         with_indices=True,
         remove_columns=rows.column_names,
@@ -77,8 +77,6 @@ def tokenize_source(
         load_from_cache_file=True,
         desc=f"Tokenizing {Path(source.path).name}",
     )
-    _raise_first_error(tokenized, source)
-    return tokenized
 
 
 def processes(num_proc: int | None, num_rows: int) -> int | None:
@@ -123,7 +121,8 @@ def _columns(tokenized: TokenizedExample, merges: int | None) -> dict[str, Any]:
     }
 
 
-def _raise_first_error(rows: datasets.Dataset, source: Source) -> None:
+def raise_first_error(rows: datasets.Dataset, source: Source) -> None:
+    """Raises UserError `file:line: what` for the first bad row of the token rows of a source."""
     for _, table in blocks(rows, ["error", "where"]):
         errors = table.column("error")
         if errors.null_count < len(errors):
@@ -142,9 +141,12 @@ def blocks(rows: datasets.Dataset, columns: list[str], size: int = BLOCK) -> Ite
         yield first, view[first : first + size]
 
 
-def lists(table: pa.Table, column: str) -> tuple[np.ndarray, pa.Array]:
-    """A column of lists as (where each row's items begin, and the end of the last, (rows + 1,)) and all items."""
-    array = table.column(column).combine_chunks()
+def lists(table: pa.Table | pa.RecordBatch, column: str) -> tuple[np.ndarray, pa.Array]:
+    """A column of lists as (where each row's items begin, and the end of the last, (rows + 1,)) and all items; those of
+    a record batch are not copied.
+    """
+    array = table.column(column)
+    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
     return offsets(array), array.flatten()
 
 
@@ -153,7 +155,7 @@ def offsets(array: pa.ListArray) -> np.ndarray:
     return (starts - starts[0]).astype(np.int64)
 
 
-def pairs_of(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+def pairs_of(table: pa.Table | pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
     """(where each row's pairs begin (rows + 1,), the pairs (P, 2))."""
     begins, items = lists(table, "pairs")
     return begins, items.flatten().to_numpy().reshape(-1, 2)

@@ -3,6 +3,9 @@
 import dataclasses
 import gzip
 import json
+import os
+import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -47,24 +50,74 @@ def test_pairs_of_two_sources_in_order(tmp_path, tokenizer_folder):
 def test_prompt_numbers_by_first_appearance(tmp_path, tokenizer_folder):
     """Prompts p0 p1 p2 p3 p0 …: pairs a row 1 2 2 1 2 2 1 2 2 1, so the numbers begin 0 1 1 2 2 3 0 0."""
     train = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder), MODEL).train
-    assert train.prompt_of_pair.tolist() == [0, 1, 1, 2, 2, 3, 0, 0, 1, 1, 2, 3, 3, 0, 0, 1]
+    assert np.asarray(train.prompt_of_pair).tolist() == [0, 1, 1, 2, 2, 3, 0, 0, 1, 1, 2, 3, 3, 0, 0, 1]
 
 
-def test_completions_are_those_of_kept_pairs(tmp_path, tokenizer_folder):
-    rows = [ROWS[0], ROWS[1] | {"completions": ["a", "b", "b"]}, ROWS[2] | {"pairs": [[0, 1], [0, 1]]}]
-    train = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer=tokenizer_folder), MODEL).train
-    seen = [(prompt.tolist(), [c.tolist() for c in given], keys) for prompt, given, keys in train.completions()]
-    texts = [("p0", ["b", "c"]), ("p1", ["a", "b"]), ("p2", ["a2", "b"])]  # row 1: [2, 1] is identical, so is dropped
-    assert [(p, c) for p, c, _ in seen] == [(ids(p), [[*ids(c), 2] for c in cs]) for p, cs in texts]
-    assert all(k == completion_key(np.array(p), np.array(c)) for p, cs, ks in seen for c, k in zip(cs, ks, strict=True))
+def test_keys_are_those_of_winner_and_loser(tmp_path, tokenizer_folder):
+    train = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder), MODEL).train
+    expected = [[completion_key(np.array(p), np.array(c)) for c in both] for p, *both in plain_pairs(ROWS)]
+    assert [[key.ljust(16, b"\0") for key in both] for both in np.asarray(train.keys).tolist()] == expected
 
 
-def test_completions_over_many_blocks(tmp_path):
-    """700 rows are more than two blocks; row i is told by its ids 3 + i // 10 and i % 90: none is lost or doubled."""
-    rows = [{"prompt_ids": [3 + i // 10], "chosen_ids": [5, i % 90], "rejected_ids": [6]} for i in range(700)]
-    train = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", rows)), MODEL).train
-    seen = [[prompt.tolist(), *(c.tolist() for c in given)] for prompt, given, _ in train.completions()]
-    assert seen == [list(row.values()) for row in rows]
+def test_many_record_batches_and_processes(tmp_path):
+    """2,500 rows in two files of two record batches each; row i is told by its ids: none is lost or doubled."""
+    rows = [
+        {"prompt_ids": [3 + i // 40] * (1 + i % 3), "chosen_ids": [5, i % 90], "rejected_ids": [6]} for i in range(2500)
+    ]
+    train = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", rows), num_proc=2), MODEL).train
+    assert len(train.token_files) == 2
+    assert [list(pair) for pair in all_pairs(train)] == [list(row.values()) for row in rows]
+    assert train.lengths().tolist() == [[len(ids) for ids in row.values()] for row in rows]
+
+
+def test_a_second_start_reads_no_row(tmp_path, tokenizer_folder, monkeypatch):
+    """Pairs, numbers and report come from the cache, under the name that the file has now; another hold-out, seed or
+    token file is another set.
+    """
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [*ROWS, ROWS[0] | {"pairs": []}, ROWS[1] | {"completions": ["", "b", "c"]}]
+    )
+    copy = write_jsonl(tmp_path / "b.jsonl", [json.loads(line) for line in Path(path).read_text().splitlines()])
+
+    def prepared(path, seed=0, holdout=2):
+        source = SourceConfig(path=path, holdout=holdout)
+        return prepare_data(make_config(source, tokenizer=tokenizer_folder, seed=seed), MODEL)
+
+    first = prepared(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_number", None)
+        again, copied = prepared(path), prepared(copy)
+    assert again.report == first.report
+    assert [source.path for source in copied.report.sources] == [copy]
+    assert dataclasses.replace(copied.report.sources[0], path=path) == first.report.sources[0]
+    for one, other in ((first.train, again.train), (first.eval, again.eval)):
+        assert all_pairs(one) == all_pairs(other) and one.content_hash == other.content_hash
+    numbered, number = [], data._number
+    monkeypatch.setattr(data, "_number", lambda *args: (numbered.append(1), number(*args))[1])
+    prepared(path, seed=1)
+    prepared(path, holdout=1)
+    for file in first.train.token_files:
+        os.utime(file.name, (1e9, 1e9))
+    prepared(path)
+    assert len(numbered) == 3
+
+
+def test_a_set_outlives_its_files(tmp_path, tokenizer_folder, hf_cache):
+    """Somebody clears the cache of `datasets` while a run goes on."""
+    train = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder), MODEL).train
+    shutil.rmtree(hf_cache)
+    assert all_pairs(train) == plain_pairs(ROWS)
+
+
+def test_some_of_a_set(tmp_path, tokenizer_folder):
+    """Those whose mask is true, known by their own content: the set of their rows alone has the same."""
+    train = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder), MODEL).train
+    first = np.asarray(train.row_of_pair) < 4
+    alone = prepare_data(
+        make_config(write_jsonl(tmp_path / "b.jsonl", ROWS[:4]), tokenizer=tokenizer_folder), MODEL
+    ).train
+    assert all_pairs(train.some(first)) == plain_pairs(ROWS[:4]) == all_pairs(alone)
+    assert train.some(first).content_hash == alone.content_hash != train.content_hash
 
 
 def test_content_hash_is_of_the_pairs_in_order(tmp_path, tokenizer_folder):

@@ -14,7 +14,7 @@ from dpo.inspect import statistics as data_statistics
 from dpo.inspect.lengths import PERCENTS, LengthGroup, bin_width, length_bias, lengths_of
 from dpo.inspect.statistics import EndIds, Ends, Repeats, shared_pairs, summarize
 from dpo.inspect.step_tokens import StepTokens, step_tokens
-from dpo.plan import PairOrder
+from dpo.order import PairOrder
 from tests.data_fixtures import BOS, EOS, TinyModelConfig, make_config, make_tokenizer, write_jsonl
 
 pytest_plugins = ["tests.data_plugin"]

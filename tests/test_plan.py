@@ -1,7 +1,5 @@
-"""The order of pairs, trees, and their plan: every pair exactly once, whatever the number of ranks."""
+"""Trees and their plan: every pair exactly once, whatever the number of ranks."""
 
-import dataclasses
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +11,10 @@ from transformers import AutoConfig
 
 from dpo.costs import cost_model
 from dpo.data import prepare_data
-from dpo.plan import CostModel, Pair, PairOrder, StepPlan, Tree, balance, grow_trees, permutation, plan_step
+from dpo.order import PairOrder
+from dpo.plan import CostModel, Pair, StepPlan, Tree, balance, grow_trees, plan_step
 from tests.runs import make_config
 
-MASK = 2**64 - 1
 COSTS = CostModel(per_token=3.0, per_attended=0.01, per_scored=2.0)
 
 
@@ -167,108 +165,3 @@ def test_trees_share_prompts_and_completions() -> None:
 
 def test_a_prompt_that_begins_another_is_not_it() -> None:
     assert len(grow_trees([Pair(ids(1), ids(2), ids(3)), Pair(ids(1, 2), ids(2), ids(3))])) == 2
-
-
-# --- the order -------------------------------------------------------------------------------------------------------
-
-
-def splitmix64(state: int) -> tuple[int, int]:
-    """(next state, output) of the public-domain reference: https://prng.di.unimi.it/splitmix64.c (Vigna 2015)."""
-    state = (state + 0x9E3779B97F4A7C15) & MASK
-    z = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-    return state, z ^ (z >> 31)
-
-
-def test_the_oracle_gives_the_known_values_of_splitmix64() -> None:
-    """The first outputs for state 1234567, as printed in the test vectors that implementations share (Rosetta Code)."""
-    known = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
-    state, found = 1234567, []
-    for _ in known:
-        state, output = splitmix64(state)
-        found.append(output)
-    assert found == known
-
-
-@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 1), (1, 0), (2**63 + 5, 3)])
-def test_the_permutation_is_that_of_splitmix64(seed: int, epoch: int) -> None:
-    """Items sorted by SplitMix64 of (item, seed, epoch): state = item, then a salted step for each of seed, epoch, 0.
-    So a run can be resumed under any numpy.
-    """
-
-    def key(item: int) -> int:
-        for salt in (seed, epoch, 0):
-            item = splitmix64((item + salt * 0xD1342543DE82EF95) & MASK)[1]
-        return item
-
-    assert permutation(seed, epoch, 200).tolist() == sorted(range(200), key=key)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 50), st.integers(1, 12), st.integers(0, 2**64 - 1), st.booleans(), st.booleans())
-def test_steps_run_through_epochs(num: int, per_step: int, seed: int, shuffled: bool, grouped: bool) -> None:
-    """Step s takes items [n(s-1), ns) of epoch after epoch, each a permutation of all pairs."""
-    per_step = min(per_step, num)
-    order = PairOrder(np.arange(num) // 3, per_step, seed, shuffled, grouped)
-    steps = [order.items(step) for step in range(1, 3 * num + 2)]
-    assert all(len(step) == per_step for step in steps)
-    sequence = np.concatenate(steps)
-    for epoch in range(3):
-        part = sequence[epoch * num : (epoch + 1) * num]
-        assert sorted(part) == list(range(num))
-        assert part.tolist() == order.epoch(epoch).tolist()
-
-
-def test_the_last_step_of_epochs_is_partial() -> None:
-    """2 epochs of 10 pairs by 8: ceil(20 / 8) = 3 steps of 8, 8 and 4; the second crosses the epochs' border."""
-    order = PairOrder(np.arange(10), 8, seed=3)
-    assert order.steps_of(2) == 3
-    steps = [order.items(step, last_item=20) for step in (1, 2, 3)]
-    assert [len(step) for step in steps] == [8, 8, 4]
-    assert Counter(np.concatenate(steps).tolist()) == dict.fromkeys(range(10), 2)
-    assert len(order.items(4, last_item=20)) == 0
-
-
-def test_sequential_is_file_order() -> None:
-    order = PairOrder(np.arange(5), 4, shuffled=False)
-    assert [order.items(step).tolist() for step in (1, 2, 3)] == [[0, 1, 2, 3], [4, 0, 1, 2], [3, 4, 0, 1]]
-
-
-PROMPTS = np.array([0, 1, 0, 2, 1, 0, 3, 2, 4, 4])
-
-
-def test_sequential_and_grouped_puts_pairs_where_their_prompt_came_first() -> None:
-    order = PairOrder(PROMPTS, 10, shuffled=False, group_by_prompt=True)
-    assert order.items(1).tolist() == [0, 2, 5, 1, 4, 3, 7, 6, 8, 9]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_group_by_prompt_keeps_prompts_together_in_file_order(seed: int) -> None:
-    """The prompts come in a permutation, their pairs follow one another, rising."""
-    order = PairOrder(PROMPTS, 4, seed, group_by_prompt=True).epoch(0)
-    prompts = PROMPTS[order]
-    starts = np.flatnonzero(np.diff(prompts, prepend=-1))
-    assert len(starts) == 5  # as many runs as prompts
-    assert all((np.diff(part) > 0).all() for part in np.split(order, starts[1:]))
-
-
-def test_group_by_prompt_permutes_the_prompts() -> None:
-    orders = {tuple(PairOrder(PROMPTS, 4, seed, group_by_prompt=True).epoch(0)) for seed in range(5)}
-    assert len(orders) == 5
-
-
-@pytest.mark.parametrize("grouped", [False, True])
-def test_the_order_depends_on_seed_and_epoch(grouped: bool) -> None:
-    order = PairOrder(np.arange(64), 8, 1, group_by_prompt=grouped)
-    again = dataclasses.replace(order)
-    assert order.epoch(0).tolist() == again.epoch(0).tolist()
-    assert order.epoch(0).tolist() != order.epoch(1).tolist()
-    assert order.epoch(0).tolist() != dataclasses.replace(order, seed=2).epoch(0).tolist()
-
-
-def test_places_of_a_pair_are_uniform() -> None:
-    """Pair 0 of 8 over 4,000 seeds: 500 times in each place, within 5 standard deviations, 5 sqrt(4000/8 * 7/8) =
-    105.
-    """
-    places = Counter(int(np.flatnonzero(permutation(seed, 0, 8) == 0)[0]) for seed in range(4000))
-    assert all(abs(places[place] - 500) < 5 * math.sqrt(4000 / 8 * 7 / 8) for place in range(8))

@@ -10,7 +10,7 @@ from dpo.data import PreferenceData
 from dpo.inspect.shown_pairs import ShownPair, make_speller, show_pairs
 from dpo.inspect.statistics import EndIds, SetStatistics, shared_pairs, summarize
 from dpo.inspect.step_tokens import StepTokens, step_tokens
-from dpo.plan import PairOrder
+from dpo.order import PairOrder
 from dpo.report import DataReport
 from dpo.tokens import ids_encoder, text_encoder
 

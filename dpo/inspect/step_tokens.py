@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpo.order import PairOrder
 from dpo.pair_set import PairSet
-from dpo.plan import PairOrder, grow_trees
+from dpo.plan import grow_trees
 
 NUM_STEPS = 64  # at most, that are looked at
 

@@ -1,0 +1,78 @@
+"""Arrays in .npy files of which only what is asked for is read, and no page is mapped into the process: its memory does
+not grow with them, however much of them it has seen."""
+
+import math
+import os
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+READ_WHOLE = 16  # numbers of more than so small a share of the rows are found in the whole array
+
+
+@dataclass(frozen=True, eq=False)
+class DiskArray:
+    """An array in an open file. Indexing reads: `array[a:b]` at once, `array[numbers]` row by row, `array[mask]`;
+    `np.asarray(array)` reads all. The file may be removed meanwhile, and several threads may read.
+    """
+
+    file: FileIO
+    offset: int
+    """Bytes before the first row."""
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self.rows(0, len(self)).astype(dtype or self.dtype, copy=False)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            assert step == 1
+            return self.rows(start, max(stop, start))
+        index = np.asarray(index)
+        if index.ndim == 0:
+            return self.rows(int(index), int(index) + 1)[0]
+        index = np.flatnonzero(index) if index.dtype == bool else index
+        if len(index) * READ_WHOLE > len(self):
+            return np.asarray(self)[index]
+        rows = np.empty((len(index), *self.shape[1:]), self.dtype)
+        for place, number in enumerate(index.tolist()):
+            rows[place] = self.rows(number, number + 1)[0]
+        return rows
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) in one read."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"{self.file.name}: rows [{start}, {stop}) of {len(self)}")
+        rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
+        read_into(self.file, rows, self.offset + start * self.dtype.itemsize * math.prod(self.shape[1:]))
+        return rows
+
+
+def open_array(path: Path) -> DiskArray:
+    """The array that `np.save` wrote. Raises OSError where the file is cut off."""
+    file = path.open("rb", buffering=0)
+    np.lib.format.read_magic(file)
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    assert not is_fortran
+    offset, size = file.tell(), os.fstat(file.fileno()).st_size
+    if size != offset + dtype.itemsize * math.prod(shape):
+        raise OSError(f"{path}: {size} bytes are not an array of shape {shape}; remove it, it is made again")
+    return DiskArray(file, offset, dtype, shape)
+
+
+def read_into(file: FileIO, array: np.ndarray, position: int) -> None:
+    """Fills a contiguous array from where it stands in a file, in bytes. Raises OSError where the file ends early."""
+    left = array.reshape(-1).view(np.uint8)
+    while len(left):
+        count = os.preadv(file.fileno(), [left.data], position)
+        if count == 0:
+            raise OSError(f"{file.name}: ends at byte {position}, {len(left)} more are needed")
+        left, position = left[count:], position + count
