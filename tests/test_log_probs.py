@@ -5,10 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
-from dpo.log_probs import ChunkedTokenLogProbs, completion_log_probs, full_token_log_probs
+from dpo.log_probs import TokenLogProbs, completion_log_probs, recomputed_share
+from tests.live_bytes import LiveBytes, allocated_peak
 
 ROWS, WIDTH, VOCAB = 23, 12, 41
 LENGTHS = torch.tensor([4, 0, 9, 1, 9])
@@ -102,7 +102,7 @@ def test_bfloat16_weight_gradient_is_summed_in_float32() -> None:
     """
     ones = torch.ones(512, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    logps = ChunkedTokenLogProbs.apply(ones, weight, None, torch.zeros(512, dtype=torch.long), 1)
+    logps = TokenLogProbs.apply(ones, weight, None, torch.zeros(512, dtype=torch.long), 1)
     logps.sum().backward()
     assert weight.grad.tolist() == [[256], [-256]]
 
@@ -136,47 +136,86 @@ def test_extreme_logits_stay_finite() -> None:
 
 # --- memory ----------------------------------------------------------------------------------------------------------
 
-
-class LargestResult(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation makes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.numel = max([self.numel, *(leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor))])
-        return result
+MANY, WIDE = 64, 1000
 
 
-def largest_result(head_bytes: int) -> int:
-    """Elements of the largest tensor in forward and backward of 64 rows, hidden size 2, a vocabulary of 1,000."""
-    hidden = torch.randn(64, 2, requires_grad=True)
-    weight = torch.randn(1000, 2, requires_grad=True)
-    targets, lengths = torch.zeros(64, dtype=torch.long), torch.tensor([30, 34])
-    with LargestResult() as largest:
-        completion_log_probs(hidden, weight, None, targets, lengths, head_bytes).sum().backward()
-    return largest.numel
+def wide_head(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden (64, 2), weight (1000, 2), targets (64,), lengths (2,): logits are 500 times as wide as hidden states."""
+    hidden = torch.randn(MANY, 2, dtype=dtype, requires_grad=True)
+    weight = torch.randn(WIDE, 2, dtype=dtype, requires_grad=True)
+    return hidden, weight, torch.zeros(MANY, dtype=torch.long), torch.tensor([30, 34])
 
 
-def test_no_tensor_of_rows_times_vocabulary() -> None:
-    """A budget of 5 rows of logits: 5,000 elements are the most in either pass; the full path makes 64,000, so the
-    meter does see them.
+def small_change(dtype: torch.dtype) -> int:
+    """What is no wider than the hidden size, bytes: some copies of the rows, and the weight's gradient, summed in
+    float32 and given in the weight's dtype.
     """
-    assert largest_result(5 * 1000 * 4) == 5000
-    assert largest_result(64 * 1000 * 4) == 64000
+    return 12 * MANY * 8 + 2 * WIDE * (4 + 2 if dtype == torch.bfloat16 else dtype.itemsize)
 
 
-def test_nothing_of_the_logits_is_kept_for_the_backward_pass() -> None:
-    """Saved between the passes: hidden, weight, bias, targets and one normalizer a row."""
-    inputs, saved = head_inputs(), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        ChunkedTokenLogProbs.apply(*inputs, 5)
-    assert sorted(t.numel() for t in saved) == sorted([ROWS * WIDTH, VOCAB * WIDTH, VOCAB, ROWS, ROWS])
+def both_passes(dtype: torch.dtype, budget: int) -> None:
+    hidden, weight, targets, lengths = wide_head(dtype)
+    completion_log_probs(hidden, weight, None, targets, lengths, budget).sum().backward()
 
 
-def test_the_full_form_is_the_chunked_form() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("chunk", [1, 5, 63, 64, 1000])
+def test_the_budget_is_what_is_allocated_at_once(chunk: int, dtype: torch.dtype) -> None:
+    """The allocator's peak, temporaries inside of operations too, is that of the chunk's logits, min(chunk, 64) x 1000
+    x 4 bytes in float32, and what is no wider than the hidden size. It is reached: the meter does see it.
+    """
+    peak = allocated_peak(lambda: both_passes(dtype, chunk * WIDE * dtype.itemsize))
+    wanted = min(chunk, MANY) * WIDE * dtype.itemsize
+    inputs = (MANY + WIDE) * 2 * dtype.itemsize
+    assert wanted <= peak <= wanted + small_change(dtype) + inputs
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 63, 64, 1000])
+def test_the_budget_in_bfloat16(chunk: int) -> None:
+    """Two bytes of the head's own logits, four of the float32 ones: storages alone, since a CPU's products in bfloat16
+    take memory of their own.
+    """
+    with LiveBytes() as live:
+        both_passes(torch.bfloat16, chunk * WIDE * 6)
+    wanted = min(chunk, MANY) * WIDE * 6
+    assert wanted <= live.peak <= wanted + small_change(torch.bfloat16) + (MANY + WIDE) * 2 * 2
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    hidden, weight, targets, lengths = wide_head(torch.float32)
+    with torch.no_grad(), LiveBytes() as live:
+        logps = completion_log_probs(hidden, weight, None, targets, lengths, 5 * WIDE * 4)
+        assert live.now <= logps.nbytes
+    assert 5 * WIDE * 4 <= live.peak <= 5 * WIDE * 4 + small_change(torch.float32)
+
+
+def test_after_the_backward_pass_nothing_is_kept() -> None:
+    """Though the results still hold the graph, as the last micro-batch's do while the next one runs."""
+    hidden, weight, targets, lengths = wide_head(torch.float32)
+    with LiveBytes() as live:
+        logps = completion_log_probs(hidden, weight, None, targets, lengths, MIB)
+        assert live.now >= MANY * WIDE * 4
+        logps.sum().backward()
+        assert live.now < small_change(torch.float32)
+
+
+def test_a_second_backward_pass_computes_anew_what_the_first_used_up() -> None:
     inputs = head_inputs(torch.float64)
-    chunked = ChunkedTokenLogProbs.apply(*inputs, 5)
-    torch.testing.assert_close(full_token_log_probs(*inputs), chunked, rtol=1e-13, atol=1e-13)
+    logps = TokenLogProbs.apply(*inputs, 5).sum()
+    first = torch.autograd.grad(logps, inputs[:3], retain_graph=True)
+    for one, other in zip(first, torch.autograd.grad(logps, inputs[:3]), strict=True):
+        assert (one - other).norm() <= 1e-13 * other.norm()
+
+
+@pytest.mark.parametrize(("rows", "share"), [(5, 0.0), (6, 1 / 6), (20, 0.75)])
+def test_all_but_one_chunk_is_computed_again(rows: int, share: float) -> None:
+    """5 rows fit into the budget. FLOPs: 2 H V a row and matrix product; one forward, two backward, and one for the
+    rows that are computed again.
+    """
+    hidden, weight, targets, _ = wide_head(torch.float32)
+    assert recomputed_share(rows, WIDE, torch.float32, 5 * WIDE * 4) == pytest.approx(share)
+    with FlopCounterMode(display=False) as counter:
+        completion_log_probs(
+            hidden[:rows], weight, None, targets[:rows], torch.tensor([rows]), 5 * WIDE * 4
+        ).sum().backward()
+    assert counter.get_total_flops() == pytest.approx(2 * 2 * WIDE * rows * (3 + share))
