@@ -28,7 +28,7 @@ def completion_log_probs(
     row.
     """
     chunk = rows_in_chunk(weight.shape[0], weight.dtype, head_bytes)
-    token_logps = TokenLogProbs.apply(hidden, weight, bias, targets, chunk)
+    token_logps = ChunkedTokenLogProbs.apply(hidden, weight, bias, targets, chunk)
     # In float64, and not by index_add, whose order of addition on CUDA changes from run to run.
     sums = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True)
     return sums.to(token_logps.dtype)
@@ -59,7 +59,7 @@ def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-class TokenLogProbs(Function):
+class ChunkedTokenLogProbs(Function):
     """log softmax(hidden weight^T + bias)[targets], (R,) nats, with the logits of `chunk` rows in memory at a time.
 
     For a row with logits z, target t and output gradient g:  dz = g (onehot(t) - softmax(z)).

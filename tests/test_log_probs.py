@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo.log_probs import TokenLogProbs, completion_log_probs, recomputed_share
+from dpo.log_probs import ChunkedTokenLogProbs, completion_log_probs, recomputed_share
 from tests.live_bytes import LiveBytes, allocated_peak
 
 ROWS, WIDTH, VOCAB = 23, 12, 41
@@ -102,7 +102,7 @@ def test_bfloat16_weight_gradient_is_summed_in_float32() -> None:
     """
     ones = torch.ones(512, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    logps = TokenLogProbs.apply(ones, weight, None, torch.zeros(512, dtype=torch.long), 1)
+    logps = ChunkedTokenLogProbs.apply(ones, weight, None, torch.zeros(512, dtype=torch.long), 1)
     logps.sum().backward()
     assert weight.grad.tolist() == [[256], [-256]]
 
@@ -201,7 +201,7 @@ def test_after_the_backward_pass_nothing_is_kept() -> None:
 
 def test_a_second_backward_pass_computes_anew_what_the_first_used_up() -> None:
     inputs = head_inputs(torch.float64)
-    logps = TokenLogProbs.apply(*inputs, 5).sum()
+    logps = ChunkedTokenLogProbs.apply(*inputs, 5).sum()
     first = torch.autograd.grad(logps, inputs[:3], retain_graph=True)
     for one, other in zip(first, torch.autograd.grad(logps, inputs[:3]), strict=True):
         assert (one - other).norm() <= 1e-13 * other.norm()
