@@ -134,6 +134,9 @@ class ParallelConfig:
     """Copies of the model (HSDP), best one a node; shard x replicate is the number of ranks."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Type of the forward and backward; auto: bfloat16 on CUDA, on CPU the type of the model (float32)."""
+    tf32: bool = False
+    """Multiply float32 matrices on CUDA in TensorFloat-32: several times faster, with 10 bits of mantissa instead of
+    23; only with compute_dtype float32."""
     reduce_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Type in which gradients are summed over ranks; float64 with model.dtype float64, and only then."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"

@@ -145,3 +145,6 @@ def _dtype_problems(config: Config) -> Iterator[Problem]:
         if value not in valid.split(", "):
             what = f"model.dtype is {master}, got {value}"
             yield Problem((f"parallel.{name}", "model.dtype"), what, valid)
+    if parallel.tf32 and parallel.compute_dtype != "float32":
+        what = f"parallel.compute_dtype is {parallel.compute_dtype}, got true"
+        yield Problem(("parallel.tf32", "parallel.compute_dtype"), what, "false, or parallel.compute_dtype float32")

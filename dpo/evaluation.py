@@ -67,17 +67,19 @@ def verify_start(
     """Raises RunError unless the policy, before its first update, is its own reference on the first step's
     micro-batches:
 
-    every |pi_logp - ref_logp| <= 1e-4 + 1e-5 |ref_logp| (0.05 sqrt(tokens) where `compute` is bfloat16), nats, and the
-    preference loss is that of h = 0 within what this allows. Every rank must get here.
+    every |pi_logp - ref_logp| is within `allowed_differences`, and the preference loss is that of h = 0 within what
+    this allows. Every rank must get here.
     """
     faults: list[tuple[float, str]] = []
     excess = torch.zeros((), dtype=torch.float64, device=policy.device)
+    tf32 = policy.parallel.tf32 and policy.device.type == "cuda"
     with torch.no_grad():
         for batch in (batch.to(policy.device) for batch in batches):
             pi_logps = completion_logps(policy, batch, head_bytes)
             if len(batch.yw_idxs):
-                faults.append(_worst_row(pi_logps, batch, compute))
-                excess += _loss_excess(pi_logps, batch, loss, compute)
+                allowed = allowed_differences(batch.ref_logps, batch.lengths, compute, tf32)
+                faults.append(_worst_row(pi_logps, batch, allowed))
+                excess += _loss_excess(pi_logps, batch, loss, allowed)
     reshard(policy)
     found = all_gather((max(faults, default=(0.0, "")), excess.item()))
     worst, row = max(fault for fault, _ in found)
@@ -89,16 +91,18 @@ def verify_start(
         raise RunError(f"step 1: the preference loss is not that of an indifferent policy, {indifferent_loss(loss)}")
 
 
-def allowed_differences(ref_logps: Tensor, lengths: Tensor, compute: torch.dtype) -> Tensor:
-    """(B,) nats by which two computations of one log-probability may differ."""
-    if compute == torch.bfloat16:
-        return 0.05 * lengths.double().sqrt()
+def allowed_differences(ref_logps: Tensor, lengths: Tensor, compute: torch.dtype, tf32: bool = False) -> Tensor:
+    """(B,) nats by which two computations of one log-probability may differ: 1e-4 + 1e-5 |ref_logp|; 0.05 sqrt(tokens)
+    in bfloat16; an eighth of it in TF32, whose mantissa has 3 bits more.
+    """
+    if compute == torch.bfloat16 or tf32:
+        return (0.05 / 8 if tf32 else 0.05) * lengths.double().sqrt()
     return 1e-4 + 1e-5 * ref_logps.double().abs()
 
 
-def _worst_row(pi_logps: Tensor, batch: PackedBatch, compute: torch.dtype) -> tuple[float, str]:
+def _worst_row(pi_logps: Tensor, batch: PackedBatch, allowed: Tensor) -> tuple[float, str]:
     """(difference / allowed difference, description) of the completion that is furthest from its reference."""
-    ratios = (pi_logps - batch.ref_logps).abs().double() / allowed_differences(batch.ref_logps, batch.lengths, compute)
+    ratios = (pi_logps - batch.ref_logps).abs().double() / allowed
     row = int(ratios.nan_to_num(math.inf).argmax())
     start = int(batch.lengths[:row].sum())
     ids = batch.targets[start : start + int(batch.lengths[row])].tolist()
@@ -106,13 +110,12 @@ def _worst_row(pi_logps: Tensor, batch: PackedBatch, compute: torch.dtype) -> tu
     return ratios[row].nan_to_num(math.inf).item(), f"{what} {len(ids)} tokens that begins with the ids {ids[:8]}"
 
 
-def _loss_excess(pi_logps: Tensor, batch: PackedBatch, loss: LossConfig, compute: torch.dtype) -> Tensor:
-    """Sum over pairs of how far the preference loss is from that of h = 0, beyond what `allowed_differences`
-    explains.
+def _loss_excess(pi_logps: Tensor, batch: PackedBatch, loss: LossConfig, allowed: Tensor) -> Tensor:
+    """Sum over pairs of how far the preference loss is from that of h = 0, beyond what the allowed differences
+    explain.
     """
     args = (batch.lengths, batch.yw_idxs, batch.yl_idxs, loss)
     losses = preference_losses(pi_logps.double(), batch.ref_logps.double(), *args)
-    allowed = allowed_differences(batch.ref_logps, batch.lengths, compute)
     if loss.length_normalized:
         allowed = allowed / batch.lengths
     h = allowed[batch.yw_idxs] + allowed[batch.yl_idxs]

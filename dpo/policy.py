@@ -64,6 +64,8 @@ def build_policy(
     on_cuda = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     master = getattr(torch, dtype)
+    if on_cuda:
+        torch.set_float32_matmul_precision("high" if parallel.tf32 else "highest")  # of the whole process
     model = _build_on_meta(config, master, trust_remote_code)
     parallelize(model, mesh, parallel, compute_dtype(parallel, master, device))
     _materialize(model, torch.device("cpu") if parallel.cpu_offload else device, device)

@@ -38,7 +38,7 @@ def fill_cache(
     `reference()` gives the model, whose hash by content is `reference_hash`; it is called only where a row is missing.
     """
     compute = compute_dtype(config.parallel, packer.dtype, world.device)
-    facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device)
+    facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device, config.parallel.tf32)
     root = Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()
     head_bytes = config.parallel.head_memory_mib * 2**20
     rows, done = fill(sets, root / reference_key(facts), facts, reference, packer, head_bytes, world, stop_requested)

@@ -47,12 +47,12 @@ class ReferencePass:
     seconds: float
 
 
-def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device) -> dict[str, str]:
+def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device, tf32: bool) -> dict[str, str]:
     """The facts beside the model that change a log-probability's bits enough to matter."""
     path = "flex" if device.type == "cuda" else "segments"
     return {
         "dtype": policy_dtype,
-        "compute_dtype": str(compute),
+        "compute_dtype": f"{compute}/tf32" if tf32 and device.type == "cuda" else str(compute),
         "device": device.type,
         "attention": f"{ATTENTION}/{path}",
     }

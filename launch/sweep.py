@@ -119,4 +119,5 @@ def _reference_facts(config: Config) -> tuple[Any, ...]:
     sources = [dataclasses.replace(source, holdout=None) for source in (*config.data.train, *config.data.eval)]
     data = dataclasses.replace(config.data, train=sources, eval=[], order="shuffled", num_proc=None)
     model = (config.reference.path or config.model.path, config.model.tokenizer or config.model.path)
-    return (*model, config.model.dtype, config.parallel.compute_dtype, config.reference.cache_dir, data)
+    precision = (config.model.dtype, config.parallel.compute_dtype, config.parallel.tf32)
+    return (*model, *precision, config.reference.cache_dir, data)

@@ -89,6 +89,8 @@ def test_allowed_differences() -> None:
     refs, lengths = torch.tensor([-100.0, -10.0]), torch.tensor([16, 4])
     assert allowed_differences(refs, lengths, torch.float32).tolist() == pytest.approx([1.1e-3, 2e-4], rel=1e-6)
     assert allowed_differences(refs, lengths, torch.bfloat16).tolist() == pytest.approx([0.2, 0.1], rel=1e-6)
+    tf32 = allowed_differences(refs, lengths, torch.float32, tf32=True)
+    assert tf32.tolist() == pytest.approx([0.025, 0.0125], rel=1e-6)
 
 
 # --- what it stops ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -230,6 +231,21 @@ def test_dropout_is_off(world: World, tmp_path: Path) -> None:
     first, second = (completion_logps(policy, batch, MIB) for _ in range(2))
     assert torch.equal(first, second)
     assert_equal(run(policy), oracle(folder), 1e-5)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_asked_for_on_cuda_alone(tf32: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the model is built, so before anything is compiled, and also off where another model had it on."""
+    asked: list[Any] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("dpo.policy._build_on_meta", lambda *args: asked.append("model"))
+    for work in ("parallelize", "_materialize"):
+        monkeypatch.setattr(f"dpo.policy.{work}", lambda *args: None)
+    parallel = ParallelConfig(compute_dtype="float32", tf32=tf32)
+    for device_type in ("cuda", "cpu"):
+        build_policy(family_config("llama"), parallel, "float32", SimpleNamespace(device_type=device_type))
+    assert asked == ["high" if tf32 else "highest", "model", "model"]
 
 
 def test_bfloat16_computes_with_float32_masters(world: World, tmp_path: Path) -> None:

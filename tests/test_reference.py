@@ -21,6 +21,7 @@ from dpo.distributed import run_program
 from dpo.keys import completion_key
 from dpo.optim import make_optimizer
 from dpo.policy import load_policy
+from dpo.reference_pass import numerics
 from tests.models import plain_logp, plain_model, save_model, save_pairs
 from tests.runs import (
     afresh,
@@ -198,6 +199,18 @@ def test_a_changed_config_makes_all_rows_new(config: Config, folders: Path, tmp_
     owner[key] = 2 * owner[key]
     path.write_text(json.dumps(facts))
     assert reference_line(run(afresh(config, model__path=str(path.parent)))) == (ALL, 0)
+
+
+def test_tf32_has_rows_of_its_own() -> None:
+    """On CUDA, where it changes products; rows without it keep their key."""
+    facts = {
+        (device, tf32): numerics("float32", torch.float32, torch.device(device), tf32)
+        for device in ("cpu", "cuda")
+        for tf32 in (False, True)
+    }
+    assert facts["cuda", True] != facts["cuda", False]
+    assert facts["cpu", True] == facts["cpu", False]
+    assert facts["cuda", False]["compute_dtype"] == "torch.float32"
 
 
 def test_other_numerics_are_other_rows(config: Config, tmp_path: Path) -> None:
