@@ -7,7 +7,7 @@ PACKAGES := chromium chromium-driver iproute2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo board test test-slurm tools check clean
+.PHONY: demo board test test-slurm bench tools check clean
 
 demo: .venv/installed          ## learn a preference on two processes, in minutes
 	$(BIN)/python -m dpo.demo
@@ -20,6 +20,12 @@ test: .venv/installed          ## the whole test suite
 
 test-slurm: .venv/installed    ## jobs on a real SLURM of two nodes on this machine (root; apt installs it), in minutes
 	$(BIN)/python -m tests.slurm.cluster $(BIN)/python -m pytest tests/slurm || test $$? = 77  # it says why
+
+bench: .venv/installed-bench .venv-trl/installed  ## tables and plots of speed and memory into bench/, under an hour on an idle machine
+	$(BIN)/python -m tests.bench.peer
+	$(BIN)/python -m tests.bench.scaling
+	$(BIN)/python -m tests.bench.planning
+	$(BIN)/python -m tests.bench.million
 
 tools:                         ## Debian packages that some tests use, by apt; without them these tests are skipped
 	which $(TOOLS) > /dev/null || { apt-get update -qq && \
@@ -37,5 +43,14 @@ check: .venv/installed         ## style and types
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv/installed-bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+.venv-trl/installed: tests/bench/trl-requirements.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 clean:                         ## what make made
-	rm -rf .venv runs
+	rm -rf .venv .venv-trl runs bench

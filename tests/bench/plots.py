@@ -38,3 +38,19 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
         axes.remove()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_bars(path: Path, labels: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """Panels one above the other; in each, a bar of every series (name -> a value for each label) at every label."""
+    figure, grid = plt.subplots(len(panels), 1, figsize=(12, 4.5 * len(panels)), squeeze=False, layout="constrained")
+    for axes, (title, series) in zip(grid.flat, panels.items(), strict=True):
+        width = 0.8 / len(series)
+        for number, (name, values) in enumerate(series.items()):
+            bars = axes.bar([place + number * width for place in range(len(labels))], values, width, label=name)
+            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+        axes.set_xticks([place + 0.4 - width / 2 for place in range(len(labels))], labels, fontsize=8)
+        axes.set_ylabel(title)
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,140 @@
+"""This trainer against TRL's: `python -m tests.bench.peer [--steps 3] [--size tiny]`, into bench/peer.md and peer.png.
+
+Both train from the same weights on the same pairs, given as token ids, with the same optimizer, threads and precision,
+in turn: four workloads, on one process with two threads and on two with one each. Every result is kept as it comes: run
+it again and it goes on where it stopped. `report.py` says what the figures mean.
+
+Exit code 1 where the two did not train on the same ids, or their losses differ by more than 1e-4.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tests.bench.jobs import CACHED, FILL, LIVE, PRECOMPUTED, Job, hear, result_of, write_job
+from tests.bench.report import disagreements, write_report
+from tests.bench.worlds import SIZES, WORKLOADS, save_llama, save_pairs
+
+PAIRS_PER_STEP = 16
+THREADS = {1: 2, 2: 1}
+"""Threads a rank by number of ranks: two cores in any case."""
+IDENTITY = ("trainer", "mode", "workload", "ranks", "model", "pairs", "lr", "micro_batch", "keys")
+"""The fields of a job by which its result is found again."""
+
+
+def main() -> None:
+    """Runs what has no result yet, then writes the report."""
+    wish = parse()
+    results_file = wish.work / "peer.jsonl"
+    for job in jobs(wish):
+        known = {identity(result) for result in read_results(results_file)}
+        if identity(asdict(job)) in known:
+            continue
+        print(f"{job.workload}, {job.ranks} x {job.threads} threads: {job.trainer}, {job.mode}", flush=True)
+        result = measure(job, wish)
+        print(f"  seconds a step: {', '.join(f'{s:.2f}' for s in result['step_seconds'])}", flush=True)
+        with results_file.open("a", encoding="utf-8") as file:
+            print(json.dumps(result), file=file)
+    wanted = {identity(asdict(job)) for job in jobs(wish)}
+    results = [result for result in read_results(results_file) if identity(result) in wanted]
+    write_report(wish.out, results)
+    sys.exit("\n".join(disagreements(results)) or None)
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="tests.bench.peer", description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="50m", help="the model; tiny is for trying this program")
+    parser.add_argument("--steps", type=int, default=3, help="steps of a run; the first one is not counted")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--ranks", nargs="+", type=int, choices=THREADS, default=list(THREADS))
+    parser.add_argument("--micro-batch", type=int, default=1, help="pairs that TRL runs at a time on a rank")
+    parser.add_argument("--lr", type=float, default=1e-5)
+    parser.add_argument("--keys", nargs="*", default=[], metavar="KEY=VALUE", help="further config keys of ours")
+    parser.add_argument("--trl", type=Path, default=Path(".venv-trl/bin/python"), help="the python that has TRL")
+    parser.add_argument("--work", type=Path, default=Path("bench/work"), help="folder of weights, pairs and results")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of the table and the plot")
+    return parser.parse_args()
+
+
+def jobs(wish: argparse.Namespace) -> Iterator[Job]:
+    """All runs in their order: ours, then TRL's, for each workload and number of ranks."""
+    model = save_llama(wish.work / f"model-{wish.size}", SIZES[wish.size]).resolve()
+    for name in wish.workloads:
+        file = wish.work / f"{name}-{wish.steps * PAIRS_PER_STEP}.jsonl"
+        if not file.exists():
+            save_pairs(file, WORKLOADS[name].pairs(wish.steps * PAIRS_PER_STEP))
+        for ranks in wish.ranks:
+            ours = Job(
+                trainer="ours",
+                mode=CACHED,
+                workload=name,
+                ranks=ranks,
+                threads=THREADS[ranks],
+                model=str(model),
+                pairs=str(file.resolve()),
+                group_by_prompt=WORKLOADS[name].group_by_prompt,
+                steps=wish.steps,
+                pairs_per_step=PAIRS_PER_STEP,
+                lr=wish.lr,
+                beta=0.1,
+                micro_batch=wish.micro_batch,
+                keys=dict(word.split("=", 1) for word in wish.keys),
+            )
+            yield ours
+            yield replace(ours, trainer="trl", mode=LIVE, keys={})
+            yield replace(ours, trainer="trl", mode=PRECOMPUTED, keys={})
+
+
+def measure(job: Job, wish: argparse.Namespace) -> dict[str, Any]:
+    """The job's result, from processes of its own; ours is run once before, to fill the cache of the reference."""
+    folder = (wish.work / "run").resolve()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    reference_seconds = 0.0
+    if job.trainer == "ours":
+        reference_seconds = launch(replace(job, mode=FILL), folder, sys.executable)["reference_seconds"]
+    result = launch(job, folder, sys.executable if job.trainer == "ours" else str(wish.trl.absolute()))
+    shutil.rmtree(folder)
+    return result | {"reference_seconds": result["reference_seconds"] or reference_seconds}
+
+
+def launch(job: Job, folder: Path, python: str) -> dict[str, Any]:
+    """Runs a job in this folder; what it says goes into a log there, which is shown where it fails."""
+    file = folder / f"{job.mode}.json"
+    write_job(file, job)
+    start = [python, "-m"]
+    if job.ranks > 1:
+        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(job.ranks), "-m"]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(job.threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hf"),
+        "PYTHONPATH": str(Path.cwd()),
+    }
+    done = subprocess.run([*start, f"tests.bench.peer_{job.trainer}", str(file)], env=environment, capture_output=True)
+    if done.returncode:
+        sys.exit(f"{job.trainer}, {job.mode} failed:\n{done.stderr.decode(errors='replace')[-8000:]}")
+    return result_of(job, hear(file, job.ranks))
+
+
+def identity(job: dict[str, Any]) -> str:
+    """What a result is found by."""
+    return json.dumps([job[name] for name in IDENTITY], sort_keys=True)
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """The lines of the results so far."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The table and the plot of `peer.py` from its results, and whether the two trainers did the same."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from tests.bench.jobs import CACHED, LIVE, PRECOMPUTED
+from tests.bench.plots import draw_bars
+from tests.bench.worlds import WORKLOADS
+
+Result = dict[str, Any]
+TOLERANCE = 1e-4
+GIB = 2**30
+NAMES = {CACHED: "ours", LIVE: "TRL", PRECOMPUTED: "TRL, precomputed"}
+WANTED = {
+    ("hh", LIVE): 8.0,
+    ("hh", PRECOMPUTED): 6.0,
+    ("pandalm", LIVE): 15.0,
+    ("pandalm", PRECOMPUTED): 12.0,
+    ("long-answers", LIVE): 1.5,
+    ("long-answers", PRECOMPUTED): 1.5,
+}
+"""How many times TRL's pairs a second ours should reach on one process."""
+WANTED_MEMORY = 0.4
+"""The most of TRL's peak memory that ours may take."""
+EXPLANATION = """\
+Random weights, {pairs_per_step} pairs a step, float32, RMSprop; both read the same token ids, nothing is truncated. Two
+threads on one process, one each on two. TRL 1.16.0 without gradient checkpointing (its default, but slower), with DDP
+on two processes and {micro_batch} x 2 sequences at a time, its fastest here. *Pairs a second*: {pairs_per_step} / the
+median of a step's seconds after a first one ({steps} steps in all); what the reference takes before the first step is
+not in it, but in the column *reference*, seconds for {all_pairs} pairs. *Peak memory*: of the resident set during the
+steps, in a process of its own, the maximum over the ranks; some {imports:.2f} GiB of it are Python and torch after
+their imports. *Faster* and *memory*: ours against that row, with what was wanted in brackets. *Losses*: the greatest
+difference of a step's loss from ours; the last step's loss is told to show that it left ln 2 = 0.6931."""
+
+
+def pairs_a_second(result: Result) -> float:
+    """Of the median step after the first."""
+    return result["pairs_per_step"] / median(result["step_seconds"][1:])
+
+
+def write_report(folder: Path, results: Sequence[Result]) -> None:
+    """peer.md and peer.png."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n".join(["# This trainer and TRL's", "", explanation(results), "", *table(results)])
+    (folder / "peer.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    groups = [group[0] for group in grouped(results)]
+    labels = [f"{WORKLOADS[one['workload']].title}\n{one['ranks']} x {one['threads']} threads" for one in groups]
+    measures = {
+        "pairs a second": pairs_a_second,
+        "peak memory, GiB": lambda result: result["peak_bytes"] / GIB,
+    }
+    panels = {
+        name: {NAMES[mode]: [_value(group, mode, measure) for group in grouped(results)] for mode in NAMES}
+        for name, measure in measures.items()
+    }
+    draw_bars(folder / "peer.png", labels, panels)
+
+
+def explanation(results: Sequence[Result]) -> str:
+    """What the figures are."""
+    facts = results[0] | {
+        "all_pairs": results[0]["steps"] * results[0]["pairs_per_step"],
+        "imports": max(result["import_bytes"] for result in results) / GIB,
+    }
+    return EXPLANATION.format(**facts)
+
+
+def table(results: Sequence[Result]) -> list[str]:
+    """Markdown, a row a run."""
+    titles = ("workload", "processes", "trainer", "s a step", "pairs a second", "faster", "peak GiB", "memory")
+    lines = ["| " + " | ".join([*titles, "reference s", "losses", "last loss"]) + " |", "|---" * 11 + "|"]
+    for group in grouped(results):
+        lines += [_row(result, group[0]) for result in group]
+    return lines
+
+
+def _row(result: Result, ours: Result) -> str:
+    cells = [
+        WORKLOADS[result["workload"]].title,
+        str(result["ranks"]),
+        NAMES[result["mode"]],
+        f"{median(result['step_seconds'][1:]):.2f}",
+        f"{pairs_a_second(result):.2f}",
+        _faster(result, ours),
+        f"{result['peak_bytes'] / GIB:.2f}",
+        f"{ours['peak_bytes'] / result['peak_bytes']:.2f} (<= {WANTED_MEMORY})" if result is not ours else "",
+        f"{result['reference_seconds']:.1f}" if result["mode"] != LIVE else "",
+        f"{difference(result, ours):.0e}" if result is not ours else "",
+        f"{result['losses'][-1]:.4f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _faster(result: Result, ours: Result) -> str:
+    if result is ours:
+        return ""
+    wanted = WANTED.get((result["workload"], result["mode"]))
+    told = f" (>= {wanted:g})" if wanted and result["ranks"] == 1 else ""
+    return f"{pairs_a_second(ours) / pairs_a_second(result):.1f}x{told}"
+
+
+def grouped(results: Sequence[Result]) -> list[list[Result]]:
+    """The results of one workload on one number of ranks together, ours first; groups without ours are left out."""
+    keys = dict.fromkeys((result["workload"], result["ranks"]) for result in results)
+    groups = [[result for result in results if (result["workload"], result["ranks"]) == key] for key in keys]
+    return [group for group in groups if group[0]["mode"] == CACHED]
+
+
+def _value(group: list[Result], mode: str, measure: Any) -> float:
+    return next((measure(result) for result in group if result["mode"] == mode), 0.0)
+
+
+def difference(result: Result, ours: Result) -> float:
+    """The greatest difference of the losses of a step."""
+    return max(abs(a - b) for a, b in zip(result["losses"], ours["losses"], strict=True))
+
+
+def disagreements(results: Sequence[Result]) -> list[str]:
+    """Where the two did not do the same, a line each."""
+    lines = []
+    for ours, *others in grouped(results):
+        for other in others:
+            what = f"{other['workload']}, {other['ranks']} processes, {NAMES[other['mode']]}"
+            if other["seen"] != ours["seen"]:
+                lines.append(f"{what}: other token ids than ours")
+            if not difference(other, ours) <= TOLERANCE:
+                lines.append(f"{what}: losses {other['losses']}, ours {ours['losses']}")
+    return lines
