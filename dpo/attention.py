@@ -84,30 +84,32 @@ def segment_attention(
     """Attention of the packed row, (1, heads, L, D) from queries of that shape and keys and values (1, kv_heads, L,
     D).
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    lengths = [num_queries for span in layout.spans for num_queries, *_ in segments(span)]
+    # Split once: the gradient of a slice is as long as the whole row, so that of all slices would be quadratic. Tokens
+    # before heads, as the projections around it have them in memory.
+    pieces = zip(*(tensor.transpose(1, 2).split(lengths, dim=1) for tensor in (query, key, value)), strict=True)
     outputs = []
     for span, masks in zip(layout.spans, layout.masks[window], strict=True):
-        outputs += _tree_attention(query, key, value, span, masks, scale)
-    return torch.cat(outputs, dim=2)
+        outputs += _tree_attention([next(pieces) for _ in masks], span.prompt_len, masks, scale)
+    return torch.cat(outputs, dim=1).transpose(1, 2)
 
 
 def _tree_attention(
-    query: Tensor, key: Tensor, value: Tensor, span: Span, masks: Sequence[Tensor | None], scale: float | None
+    pieces: Sequence[tuple[Tensor, ...]], prompt_len: int, masks: Sequence[Tensor | None], scale: float | None
 ) -> list[Tensor]:
-    outputs, place = [], span.start
-    prompt = slice(span.start, span.start + span.prompt_len)
-    for (num_queries, _, causal), mask in zip(segments(span), masks, strict=True):
-        own = slice(place, place + num_queries)
-        k, v = key[:, :, own], value[:, :, own]
-        if not causal:
-            k, v = torch.cat([key[:, :, prompt], k], dim=2), torch.cat([value[:, :, prompt], v], dim=2)
+    """Each segment's output, (1, queries, heads, D), from its own (query, key, value), tokens before heads."""
+    prompt_key, prompt_value = (tensor[:, :prompt_len] for tensor in pieces[0][1:])
+    outputs = []
+    for number, ((query, key, value), mask) in enumerate(zip(pieces, masks, strict=True)):
+        if number > 0:
+            key, value = torch.cat([prompt_key, key], dim=1), torch.cat([prompt_value, value], dim=1)
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         mask = None if mask is None else mask.to(query.dtype)
-        outputs.append(
-            F.scaled_dot_product_attention(query[:, :, own], k, v, mask, is_causal=mask is None, scale=scale)
+        grouped = query.shape[1] != key.shape[1]
+        output = F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
         )
-        place += num_queries
+        outputs.append(output.transpose(1, 2))
     return outputs
 
 
