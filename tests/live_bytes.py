@@ -13,8 +13,8 @@ from torch.utils.weak import WeakIdKeyDictionary, ref
 
 
 class LiveBytes(TorchDispatchMode):
-    """`peak`: the most bytes that storages made inside lived at once, after any operation. What was there before is
-    not counted; neither are tensors of the shapes `apart`.
+    """`peak`: the most bytes that storages made inside lived at once, after any operation; `made`: of all that were
+    made. What was there before is not counted; neither are tensors of the shapes `apart`.
 
     Storages, so that views cost nothing; asked for their size after every operation, so that those which FSDP empties
     and fills again are counted as they are. What a kernel takes and gives back inside of one operation is not seen:
@@ -23,14 +23,14 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self, apart: Collection[torch.Size] = ()) -> None:
         super().__init__()
-        self.peak = 0
+        self.peak = self.made = 0
         self._apart = {tuple(shape) for shape in apart}
-        self._made = WeakIdKeyDictionary(ref_type=ref)
+        self._living = WeakIdKeyDictionary(ref_type=ref)
 
     @property
     def now(self) -> int:
         """Bytes of what was made inside and lives now."""
-        return sum(storage.nbytes() for storage in self._made)
+        return sum(storage.nbytes() for storage in self._living)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
@@ -41,7 +41,8 @@ class LiveBytes(TorchDispatchMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             if id(storage) not in known and tuple(tensor.shape) not in self._apart:
-                self._made[storage] = None
+                self.made += 0 if storage in self._living else storage.nbytes()
+                self._living[storage] = None
         self.peak = max(self.peak, self.now)
         return result
 
