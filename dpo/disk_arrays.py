@@ -39,8 +39,7 @@ class DiskArray:
         index = np.asarray(index)
         if index.ndim == 0:
             return self.rows(int(index), int(index) + 1)[0]
-        index = np.flatnonzero(index) if index.dtype == bool else index
-        if len(index) * READ_WHOLE > len(self):
+        if len(index) * READ_WHOLE > len(self):  # so it is with every mask
             return np.asarray(self)[index]
         rows = np.empty((len(index), *self.shape[1:]), self.dtype)
         for place, number in enumerate(index.tolist()):

@@ -71,6 +71,7 @@ class PairOrder:
             epoch, place = divmod(start, self.num_pairs)
             number, offset = divmod(place, WINDOW)
             parts.append(self._window(epoch, number)[offset : offset + stop - start])
+            assert len(parts[-1])
             start += len(parts[-1])
         return np.concatenate(parts)
 

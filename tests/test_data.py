@@ -1,6 +1,7 @@
 """From files to pairs: the pairs themselves against a plain reading, and what is counted."""
 
 import dataclasses
+import gc
 import gzip
 import json
 import os
@@ -67,6 +68,7 @@ def test_many_record_batches_and_processes(tmp_path):
     train = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", rows), num_proc=2), MODEL).train
     assert len(train.token_files) == 2
     assert [list(pair) for pair in all_pairs(train)] == [list(row.values()) for row in rows]
+    assert np.asarray(train.row_of_pair).tolist() == list(range(2500))
     assert train.lengths().tolist() == [[len(ids) for ids in row.values()] for row in rows]
 
 
@@ -100,6 +102,19 @@ def test_a_second_start_reads_no_row(tmp_path, tokenizer_folder, monkeypatch):
         os.utime(file.name, (1e9, 1e9))
     prepared(path)
     assert len(numbered) == 3
+
+
+def test_no_file_of_the_data_stays_mapped(tmp_path, tokenizer_folder, hf_cache):
+    """What is mapped counts as the process's memory once it is looked at: neither the first start nor a second one, nor
+    reading pairs, leaves a map of source rows, token rows or pair files.
+    """
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    for _ in range(2):
+        prepared = prepare_data(make_config(path, tokenizer=tokenizer_folder), MODEL)
+        assert all_pairs(prepared.train) == plain_pairs(ROWS)
+        gc.collect()
+        assert list(hf_cache.rglob("*.arrow")) and list(hf_cache.rglob("*.npy"))
+        assert str(hf_cache) not in Path("/proc/self/maps").read_text()
 
 
 def test_a_set_outlives_its_files(tmp_path, tokenizer_folder, hf_cache):

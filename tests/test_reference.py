@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpo import reference, setup
+from dpo import reference, reference_pass, setup
 from dpo.cache import read_rows, split_keys
 from dpo.config import Config, SourceConfig
 from dpo.distributed import run_program
@@ -154,6 +154,14 @@ def test_a_second_run_computes_nothing_whatever_else_changes(config: Config) -> 
     assert reference_line(str(config.train.run_dir)) == (ALL, 0)
     found = {name: reference_line(run(afresh(config, **changes))) for name, changes in KEPT.items()}
     assert found == dict.fromkeys(KEPT, (0, ALL))
+
+
+def test_a_second_run_looks_for_no_key(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of its data is there: neither the keys of all completions nor the blocks are read."""
+    run(config)
+    monkeypatch.setattr(reference_pass, "_wanted", None)
+    monkeypatch.setattr(reference_pass, "read_rows", None)
+    assert reference_line(run(afresh(config))) == (0, ALL)
 
 
 def test_the_model_may_be_renamed_moved_and_sharded_anew(config: Config, folders: Path, tmp_path: Path) -> None:
