@@ -7,7 +7,7 @@ PACKAGES := chromium chromium-driver iproute2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo board test test-slurm bench tools check clean
+.PHONY: demo board test test-gpu test-slurm bench tools check clean
 
 demo: .venv/installed          ## learn a preference on two processes, in minutes
 	$(BIN)/python -m dpo.demo
@@ -17,6 +17,9 @@ board: .venv/installed         ## the demo's dashboard in a browser
 
 test: .venv/installed          ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-gpu: .venv/installed      ## what only a GPU shows, and with two of them NCCL; says what it skips
+	DPO_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu -rs
 
 test-slurm: .venv/installed    ## jobs on a real SLURM of two nodes on this machine (root; apt installs it), in minutes
 	$(BIN)/python -m tests.slurm.cluster $(BIN)/python -m pytest tests/slurm || test $$? = 77  # it says why

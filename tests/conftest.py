@@ -12,6 +12,9 @@ import pytest
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dpo-tests-hf-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Before torch is imported: tests are of the CPU, but for tests/gpu when `make test-gpu` asks for it.
+if not os.environ.get("DPO_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 

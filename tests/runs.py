@@ -146,10 +146,10 @@ def run_until(config: Config, step: int) -> Path:
     """A run whose machine fails before this step; on ranks of a pool too. The run folder."""
     step_of_a_run = program._step
 
-    def fail(run: Any, number: int) -> Any:
+    def fail(run: Any, number: int, *others: Any) -> Any:
         if number == step:
             raise RunError("the power is gone")
-        return step_of_a_run(run, number)
+        return step_of_a_run(run, number, *others)
 
     try:
         with patch.object(program, "_step", fail):

@@ -80,7 +80,7 @@ def batches_of(
 ) -> list[tuple[PackedBatch, tuple[Tree, ...]]]:
     plan = plan_step(grow_trees(some_pairs()), 1, budget, cost_model(policy.config))
     return [
-        (pack(trees, plan, ref_logp, policy.windows, policy.device, policy.dtype, row_length), trees)
+        (pack(trees, plan, ref_logp, policy.windows, policy.device, policy.dtype, row_length).to(policy.device), trees)
         for trees in plan.micro_batches[0]
     ]
 
@@ -98,8 +98,8 @@ def run(
         losses, _ = dpo_loss(found, batch.ref_logps, batch.yw_idxs, batch.yl_idxs, BETA)
         (losses.sum() / batch.pairs_in_step).backward()
         names = [tree.prompt_ids.tobytes() + b"|" + c.tobytes() for tree in trees for c in tree.completion_ids]
-        logps |= dict(zip(names, found.detach(), strict=True))
-    return logps, {name: p.grad.full_tensor() for name, p in policy.model.named_parameters()}
+        logps |= dict(zip(names, found.detach().cpu(), strict=True))
+    return logps, {name: p.grad.full_tensor().cpu() for name, p in policy.model.named_parameters()}
 
 
 def oracle(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[dict[bytes, Tensor], dict[str, Tensor]]:

@@ -1,0 +1,41 @@
+"""Where a test of this folder runs: on CUDA, and on machines without it once more, emulated on the CPU."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from dpo.distributed import World, open_world
+from tests.gpu.emulation import emulated
+
+NO_GPU = "needs a GPU: make test-gpu"
+
+
+@pytest.fixture(params=["cuda", "emulated"])
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The device that `open_world` chooses; nothing is compiled yet."""
+    torch.compiler.reset()
+    if request.param == "cuda":
+        yield request.getfixturevalue("cuda")
+    elif torch.cuda.is_available():
+        pytest.skip("runs on the GPU")
+    else:
+        with emulated():
+            yield torch.device("cpu")
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def cuda() -> torch.device:
+    """For what only a GPU shows."""
+    if not torch.cuda.is_available():
+        pytest.skip(NO_GPU)
+    return torch.device("cuda", 0)
+
+
+@pytest.fixture
+def world(device: torch.device) -> Iterator[World]:
+    """A group of one."""
+    with open_world(60) as world:
+        assert world.device.type == device.type
+        yield world

@@ -1,0 +1,146 @@
+"""Whole runs on CUDA: trained, interrupted, gone on with, and on two GPUs."""
+
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpo.config import Config, ParallelConfig, to_yaml
+from dpo.costs import cost_model
+from dpo.distributed import make_mesh, open_world
+from dpo.losses import dpo_loss
+from dpo.packing import pack, padded_length
+from dpo.plan import grow_trees, plan_step
+from dpo.policy import announce_backward, build_policy, completion_logps, load_weights
+from dpo.run_files import FINAL
+from dpo.weights import read_model_config
+from tests.gpu.emulation import emulated
+from tests.models import plain_logp, plain_model, save_model
+from tests.ranks import Ranks
+from tests.runs import (
+    eval_lines,
+    reference_line,
+    run,
+    run_until,
+    same_weights,
+    save_six_steps,
+    six_steps,
+    train_lines,
+    without_clock,
+    worst_relative,
+)
+from tests.test_policy import BETA, MIB, oracle, ref_logp, some_pairs
+
+LEARNED = ["train/loss", "train/grad_norm", "train/logps/chosen", "train/logps/rejected"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_six_steps(tmp_path_factory.mktemp("gpu-runs"))
+
+
+def config_of(folders: Path, run_dir: Path, **changes: Any) -> Config:
+    """Six steps in float32, with a reference cache of their own."""
+    facts = {"parallel__compute_dtype": "float32", "reference__cache_dir": str(run_dir.parent / "cache")}
+    return six_steps(folders, run_dir, **(facts | changes))
+
+
+def run_on_cpu(config: Config, folder: Path) -> Path:
+    """The same run in a process that sees no GPU: `python -m dpo.train`."""
+    (folder / "cpu.yaml").write_text(to_yaml(config))
+    words = [sys.executable, "-m", "dpo.train", "--config", str(folder / "cpu.yaml")]
+    subprocess.run(words, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=240)
+    return Path(str(config.train.run_dir))
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def test_a_run_is_that_of_the_cpu(optimizer: str, folders: Path, device: torch.device, tmp_path: Path) -> None:
+    """Reference pass, check of the first step, six updates at the paper's learning rate, evaluations with sampled
+    answers, checkpoints, export: figures within 1e-4 of the CPU's, and a model that loads.
+    """
+    changes = {"optim__name": optimizer, "optim__lr": 1e-6}
+    here = run(config_of(folders, tmp_path / "here", **changes))
+    there = run_on_cpu(config_of(folders, tmp_path / "there", **changes), tmp_path)
+    assert worst_relative(train_lines(here), train_lines(there), LEARNED) <= 1e-4
+    assert worst_relative(eval_lines(here), eval_lines(there), ["eval/loss", "eval/logps/chosen"]) <= 1e-4
+    assert reference_line(here)[0] > 0
+    assert torch.isfinite(plain_logp(plain_model(here / FINAL), [1, 5, 6], [7, 2]))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel__compute_dtype": "auto"},
+        {"parallel__cpu_offload": True},
+        {"parallel__compile": True, "parallel__activation_checkpointing": "selective"},
+        {"optim__name": "adamw"},
+    ],
+)
+def test_an_interrupted_run_goes_on_bitwise(
+    changes: dict[str, Any], folders: Path, device: torch.device, tmp_path: Path
+) -> None:
+    """Ended before step 4, gone on with from the checkpoint after step 2: the figures and weights of a whole run."""
+    if device.type == "cpu" and "parallel__compile" in changes:
+        pytest.skip("test_exactness compiles layers; three runs of it take half a minute")
+    whole = run(config_of(folders, tmp_path / "whole", **changes))
+    cut = config_of(folders, tmp_path / "cut", **changes)
+    run_until(cut, 4)
+    resumed = run(cut)
+    assert without_clock(train_lines(resumed)) == without_clock(train_lines(whole))
+    assert same_weights(resumed / FINAL, whole / FINAL)
+
+
+def test_bfloat16_learns(folders: Path, device: torch.device, tmp_path: Path) -> None:
+    """What a user runs: `auto`. The first step's loss is ln 2 within bfloat16, the last one's is lower."""
+    lines = train_lines(run(config_of(folders, tmp_path / "run", parallel__compute_dtype="bfloat16")))
+    assert lines[0]["train/loss"] == pytest.approx(np.log(2), abs=0.1)
+    assert lines[-1]["train/loss"] < lines[0]["train/loss"]
+
+
+# --- two GPUs --------------------------------------------------------------------------------------------------------
+
+
+def gradients(folder: Path, parallel: ParallelConfig, budget: int) -> dict[str, np.ndarray]:
+    """Of `tests.test_policy`'s pairs, whole, on every rank."""
+    with nullcontext() if torch.cuda.is_available() else emulated(), open_world(60) as world:
+        policy = build_policy(read_model_config(folder, False), parallel, "float32", make_mesh(world, parallel))
+        load_weights(policy, folder)
+        plan = plan_step(grow_trees(some_pairs()), world.size, budget, cost_model(policy.config))
+        micro_batches = plan.micro_batches[world.rank]
+        for number, trees in enumerate(micro_batches, start=1):
+            batch = pack(trees, plan, ref_logp, policy.windows, world.device, row_length=padded_length)
+            batch = batch.to(world.device)
+            announce_backward(policy, number == len(micro_batches))
+            pi_logps = completion_logps(policy, batch, MIB)
+            losses, _ = dpo_loss(pi_logps, batch.ref_logps, batch.yw_idxs, batch.yl_idxs, BETA)
+            (losses.sum() / batch.pairs_in_step).backward()
+        return {name: p.grad.full_tensor().cpu().numpy() for name, p in policy.model.named_parameters()}
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "sharded": {},
+    "replicated": {"replicate": 2, "shard": 1},
+    "kept after forward": {"reshard_after_forward": False},
+    "every micro-batch": {"sync_gradients": "every_micro_batch"},
+    "on the host": {"cpu_offload": True},
+}
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_ranks_sum_one_gradient(layout: str, device: torch.device, ranks: Ranks, tmp_path: Path) -> None:
+    """NCCL's sums (gloo's, emulated): each gradient is that of plain Hugging Face on a CPU, on either rank."""
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs: make test-gpu")
+    folder = save_model(tmp_path, "llama")
+    _, wanted = oracle(folder)
+    parallel = ParallelConfig(compute_dtype="float32", **LAYOUTS[layout])
+    for found in ranks(2, gradients, folder, parallel, 1):
+        errors = {name: np.linalg.norm(found[name] - g.numpy()) / g.norm().item() for name, g in wanted.items()}
+        assert max(errors.values()) <= 1e-4, max(errors.items(), key=lambda item: item[1])
