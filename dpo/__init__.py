@@ -45,7 +45,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     5  token_rows.py      the tokenized rows of a source, cached on disk
     5  weights.py         model folders: found, hashed, read and written a shard a rank
     5  checkpoint.py      saved, committed, verified, found, loaded
-    6  pair_set.py        the kept pairs as indices into token rows
+    6  pair_set.py        the kept pairs as files of places in token rows
     6  holdout.py         prompts that are kept from training
     6  report.py          what was read, dropped, cut: the counts
     6  policy.py          meta build, parallelize, load, completion_logps
@@ -66,6 +66,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
 Beside the trainer, on the same floors:
 
     9  inspect/           python -m dpo.inspect: what the trainer will really see of its data
+   10  estimate/          python -m dpo.estimate: what a step needs on devices that are not here
    10  score.py           python -m dpo.score: margins and accuracy of any model on any pairs
    10  sample.py          python -m dpo.sample: answers of models side by side
     6  demo_world.py      the demo's questions, answers and model

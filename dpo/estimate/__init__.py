@@ -1,0 +1,7 @@
+"""`python -m dpo.estimate`: memory, traffic and time of a step on devices that are not here.
+
+The lengths of a step come from the data or are assumed (`lengths`). A step of the same model with few layers then runs
+without memory and without ranks (`rehearsal`, timed by `timeline`, attention on CUDA by `stand_in`), and few layers are
+drawn out to many, the optimizer added (`memory`). Bytes and seconds are formulas (`speed`) over what devices can do
+(`devices`). What would make it fit is found by trying (`changes`). `program` reads the command line, `words` says it.
+"""

@@ -1,0 +1,153 @@
+"""What a step needs on devices that are not here: memory, traffic, time, and what to change where it does not fit.
+
+    python -m dpo.estimate --config FILE --ranks 64 --device h100 [--SECTION.KEY VALUE ...]
+
+Runs without a GPU, and without weights: of a model only config.json is read.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from datasets import disable_progress_bars
+from transformers import PretrainedConfig
+
+from dpo.config import Config, load_config
+from dpo.costs import cost_model
+from dpo.distributed import World, check_mesh
+from dpo.errors import RunError, UserError, own_flags, split_words
+from dpo.estimate.changes import Layout, find_changes
+from dpo.estimate.devices import DEVICES, Device, this_machine
+from dpo.estimate.lengths import Lengths, find_lengths, largest_micro_batch
+from dpo.estimate.memory import Memory, step_memory
+from dpo.estimate.speed import Cluster, step_speed
+from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict
+from dpo.inspect.program import find_model_config
+from dpo.plan import StepPlan, plan_step
+from dpo.policy import compute_dtype
+from dpo.progress import is_quiet, say
+
+DEFAULT_MFU = 0.4
+DEFAULT_RANKS_PER_NODE = 8
+
+DESCRIPTION = f"""Says whether a step fits and what it costs; needs no GPU and no weights, of a model only config.json.
+Beside the keys below: --ranks N GPUs in all (default: parallel.shard x parallel.replicate); --device
+{", ".join(DEVICES)}, or cpu, this machine (default: h100); --ranks-per-node N (default: 8); --mfu X share of the
+device's peak that the arithmetic reaches while it runs (default: {DEFAULT_MFU}); --link-gb-s X and --node-link-gb-s X
+GB a second and GPU in one direction, within a node and between nodes (default: the device's); --prompt-tokens N and
+--completion-tokens N in the place of the data's lengths. The exit code is 1 where it does not fit."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    config: Config
+    cluster: Cluster
+    prompt_tokens: int | None
+    completion_tokens: int | None
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def read_arguments(argv: Sequence[str]) -> Arguments:
+    """Raises UserError for what is wrong; --help and --print_config print and raise SystemExit(0)."""
+    parser = own_flags("python -m dpo.estimate")
+    for flag in ("--ranks", "--ranks-per-node", "--prompt-tokens", "--completion-tokens"):
+        parser.add_argument(flag, type=int)
+    for flag in ("--mfu", "--link-gb-s", "--node-link-gb-s"):
+        parser.add_argument(flag, type=float)
+    parser.add_argument("--device", default="h100")
+    own, rest = split_words(parser, argv)
+    config = load_config(rest, "dpo.estimate", DESCRIPTION)
+    for name, value in vars(own).items():
+        if name != "device" and value is not None and not value > 0:
+            raise UserError(f"command line: --{name.replace('_', '-')}: must be > 0, got {value}; valid: a number > 0")
+    if own.mfu is not None and own.mfu > 1:
+        raise UserError(f"command line: --mfu: must be <= 1, got {own.mfu}; valid: a share of the peak, like 0.4")
+    num_ranks = own.ranks or _ranks_of(config)
+    check_mesh(World(0, num_ranks, 0, num_ranks, torch.device("cpu")), config.parallel)
+    ranks_per_node = min(own.ranks_per_node or DEFAULT_RANKS_PER_NODE, num_ranks)
+    cluster = Cluster(_device(own, ranks_per_node), num_ranks, ranks_per_node, own.mfu or DEFAULT_MFU)
+    return Arguments(_with_dtype(config, cluster.device), cluster, own.prompt_tokens, own.completion_tokens)
+
+
+def _ranks_of(config: Config) -> int:
+    if config.parallel.shard is None:
+        what = "is missing, and parallel.shard is null"
+        raise UserError(f"command line: --ranks: {what}; valid: --ranks N, the number of GPUs of all nodes")
+    return config.parallel.shard * config.parallel.replicate
+
+
+def _device(own: argparse.Namespace, ranks_per_node: int) -> Device:
+    if own.device not in (*DEVICES, "cpu"):
+        raise UserError(f"command line: --device: no such device: {own.device}; valid: {', '.join(DEVICES)}, cpu")
+    device = this_machine(ranks_per_node) if own.device == "cpu" else DEVICES[own.device]
+    link = device.link if own.link_gb_s is None else own.link_gb_s * 1e9
+    node_link = device.node_link if own.node_link_gb_s is None else own.node_link_gb_s * 1e9
+    return replace(device, link=link, node_link=node_link)
+
+
+def _with_dtype(config: Config, device: Device) -> Config:
+    """The config with parallel.compute_dtype auto replaced by what it means on the device."""
+    kind = torch.device("cpu" if device.is_cpu else "cuda")
+    dtype = str(compute_dtype(config.parallel, getattr(torch, config.model.dtype), kind)).removeprefix("torch.")
+    if dtype == "float64" and not device.is_cpu:
+        raise UserError(f"model.dtype: no peak of {device.name} in float64 is known; valid: float32, or --device cpu")
+    return replace(config, parallel=replace(config.parallel, compute_dtype=dtype))  # type: ignore[arg-type]
+
+
+# --- the estimate ----------------------------------------------------------------------------------------------------
+
+
+def estimate(arguments: Arguments, model_config: PretrainedConfig, lengths: Lengths) -> Estimate:
+    """Memory, traffic and time of the steps."""
+    config, cluster = arguments.config, arguments.cluster
+    layout = Layout(config, cluster.num_ranks)
+    plans = _plans(layout, model_config, lengths)
+    memory = _memory(layout, model_config, plans, cluster.device)
+    speed = step_speed(config, model_config, plans, memory.groups, cluster)
+    return Estimate(config, model_config, cluster, lengths, plans, memory, speed)
+
+
+def _plans(layout: Layout, model_config: PretrainedConfig, lengths: Lengths) -> list[StepPlan]:
+    budget, costs = layout.config.batch.tokens_per_micro_batch, cost_model(model_config)
+    return [plan_step(trees, layout.num_ranks, budget, costs) for trees in lengths.steps]
+
+
+def _memory(layout: Layout, model_config: PretrainedConfig, plans: Sequence[StepPlan], device: Device) -> Memory:
+    plan, trees = largest_micro_batch(plans)
+    return step_memory(layout.config, model_config, layout.num_ranks, plan, trees, on_cuda=not device.is_cpu)
+
+
+def needed_bytes(layout: Layout, model_config: PretrainedConfig, lengths: Lengths, device: Device) -> float:
+    """What must fit into the device's memory: the peak and what the process has besides."""
+    memory = _memory(layout, model_config, _plans(layout, model_config, lengths), device)
+    return memory.peak + device.process_bytes(memory.peak)
+
+
+def main() -> None:
+    """`python -m dpo.estimate`. Raises RunError where the step does not fit."""
+    arguments = read_arguments(sys.argv[1:])
+    if is_quiet() or not sys.stderr.isatty():
+        disable_progress_bars()
+    model_config = find_model_config(arguments.config)
+    lengths = find_lengths(arguments.config, model_config, arguments.prompt_tokens, arguments.completion_tokens)
+    found = estimate(arguments, model_config, lengths)
+    print("\n".join(lines_of(found)), flush=True)
+    if found.fits:
+        return
+    say("trying what would make it fit")
+    device = arguments.cluster.device
+    largest_tree = max(tree.num_tokens for trees in lengths.steps for tree in trees)
+    changes = find_changes(
+        Layout(arguments.config, arguments.cluster.num_ranks),
+        largest_tree,
+        lambda layout: needed_bytes(layout, model_config, lengths, device),
+        device.memory,
+    )
+    print("\n".join(lines_of_changes(changes, device)))
+    raise RunError(verdict(found))

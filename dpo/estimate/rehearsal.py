@@ -1,0 +1,112 @@
+"""A step of a model with few layers, run by the trainer's own code on tensors that have sizes and no memory.
+
+The ranks are not there either: a fake process group says that they are, and this one is rank 0, which holds the largest
+part of what cannot be divided evenly. The micro-batch is run twice, as the first and as the last of a step, where the
+step has several: those between them hold no more.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import PretrainedConfig
+
+from dpo.config import Config
+from dpo.distributed import World, make_mesh
+from dpo.estimate.stand_in import flex_attention_stood_in_for
+from dpo.estimate.timeline import HEAD, Bytes, Moment, Timeline
+from dpo.objective import pair_losses
+from dpo.packing import PackedBatch, pack, padded_length
+from dpo.plan import StepPlan, Tree
+from dpo.policy import Policy, announce_backward, build_policy, completion_logps, decoder_layers
+from dpo.traffic import Groups, parameter_groups
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was seen."""
+
+    peaks: dict[Moment, Bytes]
+    """See `Timeline.peaks`."""
+    local_numbers: tuple[int, ...]
+    """Numbers in this rank's part of each parameter."""
+    groups: Groups
+    """The sizes of what is gathered together."""
+
+
+def rehearse(
+    config: Config, model_config: PretrainedConfig, num_ranks: int, plan: StepPlan, trees: Sequence[Tree], on_cuda: bool
+) -> Rehearsal:
+    """A step of micro-batches of these trees on rank 0 of `num_ranks`; parallel.compute_dtype must not be auto.
+
+    `on_cuda`: as the step would run there, with FlexAttention and a padded row. What `compile` saves is not seen.
+    """
+    parallel = replace(config.parallel, compile=False)
+    world = World(0, num_ranks, 0, num_ranks, torch.device("cpu"))
+    with ExitStack() as stack:
+        stack.enter_context(_fake_group(num_ranks))
+        mesh = make_mesh(world, parallel)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        timeline = stack.enter_context(Timeline(model_config.vocab_size, parallel.cpu_offload))
+        policy = build_policy(model_config, parallel, config.model.dtype, mesh, config.model.trust_remote_code)
+        timeline.watch(policy.model)
+        if on_cuda:
+            stack.enter_context(flex_attention_stood_in_for())
+        parameters = tuple(parameter.to_local().numel() for parameter in policy.model.parameters())
+        groups = parameter_groups(policy.model, decoder_layers(policy.model), num_ranks // parallel.replicate)
+        _run(policy, config, _pack(policy, plan, trees, on_cuda), min(plan.num_micro_batches, 2), timeline)
+    return Rehearsal(timeline.peaks, parameters, groups)
+
+
+@contextmanager
+def _fake_group(num_ranks: int) -> Iterator[None]:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _pack(policy: Policy, plan: StepPlan, trees: Sequence[Tree], on_cuda: bool) -> PackedBatch:
+    windows, row_length = ((), padded_length) if on_cuda else (policy.windows, int)
+    return pack(trees, plan, lambda *_: 0.0, windows, torch.device("cpu"), policy.dtype, row_length)
+
+
+def _run(policy: Policy, config: Config, batch: PackedBatch, num_micro_batches: int, timeline: Timeline) -> None:
+    """The heart of `train.train_step`, its moments announced."""
+    for number in range(num_micro_batches):
+        announce_backward(policy, is_last=number == num_micro_batches - 1)
+        timeline.enter(Moment(number, "forward", 0))
+        with _announced_layers(policy, number, timeline):
+            pi_logps = completion_logps(policy, batch, config.parallel.head_memory_mib * 2**20)
+        losses, _ = pair_losses(pi_logps, batch, config.loss)
+        timeline.enter(Moment(number, "backward", HEAD))
+        (losses.sum() / batch.pairs_in_step).backward()
+        del pi_logps, losses
+
+
+@contextmanager
+def _announced_layers(policy: Policy, number: int, timeline: Timeline) -> Iterator[None]:
+    """A forward pass inside enters its moments, and so will its backward pass: a layer's begins when the gradient of
+    its output is there.
+    """
+    layers = decoder_layers(policy.model)
+
+    def announce(layer: nn.Module, inputs: Any, output: Any) -> None:
+        index = layers.index(layer)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        hidden.register_hook(lambda grad: timeline.enter(Moment(number, "backward", index)))
+        timeline.enter(Moment(number, "forward", index + 1 if index + 1 < len(layers) else HEAD))
+
+    handles = [layer.register_forward_hook(announce) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:  # what is computed again in the backward pass belongs to the backward pass
+            handle.remove()

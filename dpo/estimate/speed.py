@@ -1,0 +1,124 @@
+"""Bytes that a rank sends in a step, and the seconds that a step takes.
+
+Arithmetic: in every micro-batch the ranks wait for the one with the most FLOPs (`costs.step_flops`, what is computed
+twice counted twice), and its device does `mfu` of its peak. Collectives: of a gathered or scattered tensor a rank of n
+sends (n - 1)/n, of an all-reduced one twice that, over the slowest link on the ring; a group that spans nodes has the
+network cards of all its members on a node together. What FSDP2 hides behind the arithmetic depends on the shapes: the
+step lies between the longest of the parts and their sum.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+from transformers import PretrainedConfig
+
+from dpo.config import Config
+from dpo.costs import MODEL_UNITS, Units, cost_model, step_flops, units
+from dpo.estimate.devices import Device
+from dpo.log_probs import is_chunked
+from dpo.plan import StepPlan, Tree
+from dpo.traffic import ITEMSIZES, Groups, step_traffic
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where the ranks are."""
+
+    device: Device
+    num_ranks: int
+    ranks_per_node: int
+    mfu: float
+    """Share of the device's peak that the arithmetic reaches while it runs."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that takes time in a step."""
+
+    name: str
+    bytes: float
+    """That a rank sends; 0 for arithmetic."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A step's parts, and what follows."""
+
+    flops: float
+    """Of all ranks, what is computed twice counted twice."""
+    parts: tuple[Part, ...]
+    model_seconds: float
+    """The step at the devices' peak, nothing computed twice."""
+
+    @property
+    def least(self) -> float:
+        """Seconds of the step where everything is hidden behind the longest part."""
+        return max(part.seconds for part in self.parts)
+
+    @property
+    def most(self) -> float:
+        """Seconds of the step where nothing is hidden."""
+        return sum(part.seconds for part in self.parts)
+
+
+def step_speed(
+    config: Config, model_config: PretrainedConfig, plans: Sequence[StepPlan], groups: Groups, cluster: Cluster
+) -> Speed:
+    """The mean step of some plans; parallel.compute_dtype must not be auto."""
+    costs = cost_model(model_config)
+    dtype = config.parallel.compute_dtype
+    peak = cluster.device.peak("tf32" if config.parallel.tf32 else dtype)
+
+    def flops(trees: Sequence[Tree]) -> float:
+        return step_flops(trees, costs, _units(config, trees, model_config.vocab_size))
+
+    slowest = [sum(max(map(flops, micro)) for micro in zip(*plan.micro_batches, strict=True)) for plan in plans]
+    total = fmean(sum(flops(trees) for rank in plan.micro_batches for trees in rank) for plan in plans)
+    model_flops = MODEL_UNITS * fmean(plan.forward_flops for plan in plans)
+    arithmetic = Part("arithmetic", 0, fmean(slowest) / (peak * cluster.mfu))
+    moved = _moved(config, groups, plans, cluster)
+    return Speed(total, (arithmetic, *moved), model_flops / (peak * cluster.num_ranks))
+
+
+def _units(config: Config, trees: Sequence[Tree], vocab_size: int) -> Units:
+    rows = sum(tree.num_scored for tree in trees)
+    dtype = getattr(torch, config.parallel.compute_dtype)
+    chunked = is_chunked(rows, vocab_size, dtype, config.parallel.head_memory_mib * 2**20)
+    return units(config.parallel.activation_checkpointing, chunked)
+
+
+def _moved(config: Config, groups: Groups, plans: Sequence[StepPlan], cluster: Cluster) -> list[Part]:
+    """What goes over links; the parts that move nothing are left out."""
+    replicate = config.parallel.replicate
+    shard = cluster.num_ranks // replicate
+    inside = _ring(shard, min(shard, cluster.ranks_per_node), cluster)
+    between = _ring(replicate, max(1, cluster.ranks_per_node // shard), cluster)
+    gathered, scattered, reduced = _traffic(config, groups, plans, shard)
+    away, twice = (shard - 1) / shard, 2 * (replicate - 1) / replicate
+    moved = [("all-gather", away * gathered, inside), ("reduce-scatter", away * scattered, inside)]
+    moved.append(("all-reduce", twice * reduced, between))
+    if config.parallel.cpu_offload:  # also where one rank holds all, and there is nothing to gather
+        gathered, scattered, _ = _traffic(config, groups, plans, max(shard, 2))
+        widened = ITEMSIZES[config.model.dtype] / ITEMSIZES[config.parallel.compute_dtype]
+        moved.append(("host", (gathered * widened + scattered) / shard, cluster.device.host_link))
+    return [Part(name, sent, sent / rate) for name, sent, rate in moved if sent]
+
+
+def _traffic(config: Config, groups: Groups, plans: Sequence[StepPlan], shard: int) -> tuple[float, float, float]:
+    """Bytes gathered, scattered and reduced in a step, the mean over plans."""
+    itemsize = ITEMSIZES[config.parallel.compute_dtype]
+    steps = [step_traffic(groups, shard, plan.num_micro_batches, config.parallel, itemsize) for plan in plans]
+    return (
+        fmean(step.all_gather for step in steps),
+        fmean(step.reduce_scatter for step in steps),
+        fmean(step.all_reduce for step in steps),
+    )
+
+
+def _ring(size: int, members_on_node: int, cluster: Cluster) -> float:
+    """Bytes a second around a ring of `size` ranks, so many of which share a node."""
+    device = cluster.device
+    return device.link if size <= members_on_node else min(device.link, device.node_link * members_on_node)

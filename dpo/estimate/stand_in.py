@@ -1,0 +1,73 @@
+"""What FlexAttention keeps, without FlexAttention: it has no backward pass on a CPU, where the rehearsal runs.
+
+Between forward and backward it keeps queries, keys, values (not repeated for grouped queries), its output and the
+logarithm of each query's sum, in float32; the output lies in memory as the queries do.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from dpo.attention import ATTENTION, SMALLEST_WIDTH, register_attention
+
+
+@torch.library.custom_op("dpo_estimate::flex_attention", mutates_args=())
+def kept_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """(output, logsumexp) of the right sizes and no value. The name is one that selective checkpointing keeps."""
+    return _outputs(query, key, value)
+
+
+@kept_attention.register_fake
+def _outputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("dpo_estimate::flex_attention_backward", mutates_args=())
+def kept_attention_backward(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values."""
+    return _gradients(query, key, value, out, logsumexp, grad)
+
+
+@kept_attention_backward.register_fake
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    return kept_attention_backward(*ctx.saved_tensors, grad)
+
+
+kept_attention.register_autograd(_backward, setup_context=_keep)
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
+) -> tuple[Tensor, None]:
+    """Takes the place of `attention.tree_attention`: narrow heads are widened, the output is (1, L, heads, D)."""
+    width = query.shape[-1]
+    if width < SMALLEST_WIDTH:
+        query, key, value = (nn.functional.pad(x, (0, SMALLEST_WIDTH - width)) for x in (query, key, value))
+    output, _ = kept_attention(query, key, value)
+    return output[..., :width].transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def flex_attention_stood_in_for() -> Iterator[None]:
+    """Models made by `policy.build_policy` before attend like this inside."""
+    AttentionInterface.register(ATTENTION, attend)
+    try:
+        yield
+    finally:
+        register_attention()

@@ -1,0 +1,137 @@
+"""An estimate as lines of at most 100 columns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import wrap
+
+from transformers import PretrainedConfig
+
+from dpo.config import Config
+from dpo.estimate.changes import Change
+from dpo.estimate.devices import GIB, Device
+from dpo.estimate.lengths import Lengths, largest_micro_batch
+from dpo.estimate.memory import Memory
+from dpo.estimate.speed import Cluster, Speed
+from dpo.plan import StepPlan
+
+COLUMNS = 100
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What was asked and what was found."""
+
+    config: Config
+    """parallel.compute_dtype is not auto."""
+    model_config: PretrainedConfig
+    cluster: Cluster
+    lengths: Lengths
+    plans: Sequence[StepPlan]
+    memory: Memory
+    speed: Speed
+
+    @property
+    def process(self) -> float:
+        """Bytes that the process has beside its tensors."""
+        return self.cluster.device.process_bytes(self.memory.peak)
+
+    @property
+    def needed(self) -> float:
+        """Bytes that must fit into the device."""
+        return self.memory.peak + self.process
+
+    @property
+    def fits(self) -> bool:
+        """Whether they do."""
+        return self.needed <= self.cluster.device.memory
+
+
+def lines_of(found: Estimate) -> list[str]:
+    """What was assumed, the peak and its parts, the verdict, a step's bytes and seconds."""
+    lines = _assumptions(found)
+    lines += [f"a rank's memory at its peak, {found.memory.moment}:", *_parts(found)]
+    lines += [verdict(found), *_host_line(found), *_step(found)]
+    return [part for line in lines for part in (wrap(line, COLUMNS, subsequent_indent="    "))]
+
+
+def _assumptions(found: Estimate) -> list[str]:
+    parallel, cluster, groups = found.config.parallel, found.cluster, found.memory.groups
+    weights = sum(groups.layers) + groups.root
+    copies = f"{parallel.replicate} copies" if parallel.replicate > 1 else "one copy"
+    plan, trees = largest_micro_batch(found.plans)
+    tokens, scored = sum(t.num_tokens for t in trees), sum(t.num_scored for t in trees)
+    attention = "the segment loop" if cluster.device.is_cpu else "FlexAttention keeps it"
+    batches = f"{plan.num_micro_batches} micro-batch" + ("es" if plan.num_micro_batches > 1 else "")
+    return [
+        f"{found.model_config.model_type}, {_count(weights)} weights, {copies} over {cluster.num_ranks}"
+        f" {cluster.device.name}, {cluster.ranks_per_node} a node; {found.config.optim.name},"
+        f" {parallel.compute_dtype} over {found.config.model.dtype}",
+        f"lengths: {found.lengths.said}",
+        f"{batches} a rank, the largest {tokens:,} tokens, {scored:,} scored; attention as {attention}",
+    ]
+
+
+def _parts(found: Estimate) -> list[str]:
+    parts = {kind: n for kind, n in found.memory.device.most_common() if n >= 0.005 * found.memory.peak}
+    rest = found.memory.peak - sum(parts.values())
+    rows = [*parts.items(), *([("other", rest)] if rest else []), ("process and fragmentation, assumed", found.process)]
+    return [f"  {name:<36}{_size(n):>12}" for name, n in rows]
+
+
+def verdict(found: Estimate) -> str:
+    """One line: whether it fits."""
+    what = "fits" if found.fits else "does not fit"
+    return f"{what}: {_gib(found.needed)} of {_gib(found.cluster.device.memory)} GiB"
+
+
+def _host_line(found: Estimate) -> list[str]:
+    if not found.memory.host:
+        return []
+    node = found.memory.host.total() * found.cluster.ranks_per_node
+    return [f"on the host, of each node: {_size(node)}"]
+
+
+def _step(found: Estimate) -> list[str]:
+    speed, cluster = found.speed, found.cluster
+    device = cluster.device
+    rows = [f"a step of {found.config.batch.pairs_per_step} pairs, {_tera(speed.flops)} TFLOP in all:"]
+    for part in speed.parts:
+        moved = f"{_size(part.bytes)} from each rank" if part.bytes else f"at {cluster.mfu:.0%} of the peak"
+        rows.append(f"  {part.name:<16}{_seconds(part.seconds):>10}   {moved}")
+    least, most = speed.least, speed.most
+    rows.append(
+        f"{_seconds(least)} a step if traffic hides behind the longest part, {_seconds(most)} if none does; train/mfu"
+        f" {speed.model_seconds / most:.0%} to {speed.model_seconds / least:.0%}; links {device.link / 1e9:g} GB/s,"
+        f" {device.node_link / 1e9:g} a GPU between nodes"
+    )
+    return rows
+
+
+def lines_of_changes(changes: Sequence[Change], device: Device) -> list[str]:
+    """A line or two a change."""
+    lines = [f"what to change, and the GiB it would need of {_gib(device.memory)}:"]
+    for change in changes:
+        lines.append(f"  {_gib(change.bytes):>7} {'fits' if change.fits else '    '} {change.words}")
+    if not any(change.fits for change in changes):
+        lines.append("  nothing that was tried is enough: more ranks, or devices with more memory")
+    return [part for line in lines for part in (wrap(line, COLUMNS, subsequent_indent=" " * 15))]
+
+
+def _count(number: float) -> str:
+    return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.2f} million"
+
+
+def _tera(number: float) -> str:
+    return f"{number / 1e12:,.0f}" if number >= 1e14 else f"{number / 1e12:.3g}"
+
+
+def _size(number: float) -> str:
+    return f"{_gib(number)} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.1f} MiB"
+
+
+def _gib(number: float) -> str:
+    return f"{number / GIB:,.1f}" if number >= GIB else f"{number / GIB:.2f}"
+
+
+def _seconds(number: float) -> str:
+    return f"{number:,.1f} s" if number >= 10 else f"{number:.2f} s" if number >= 0.1 else f"{1000 * number:.1f} ms"
