@@ -6,9 +6,10 @@ turn, in a process of its own with warm caches (`tests.bench.first_step`), and p
 `main` to the end of the first step, imports apart, and the process's private memory after the first step and after the
 last.
 
-The model is a Llama of one layer. The reference's rows are not computed (2 million completions would take long) but drawn
-at random and written by the cache's own functions, under the name of another model: a run that starts from its reference
-would notice. All other work on the way to the first step is that of a real run. `--again` measures with what is there.
+The model is a Llama of one layer. The reference's rows are not computed (2 million completions would take long) but
+drawn at random and written by the cache's own functions, under the name of another model: a run that starts from its
+reference would notice. All other work on the way to the first step is that of a real run. `--again` takes the sets that
+are there.
 """
 
 import argparse
@@ -89,13 +90,15 @@ def measure(out: Path, num: int) -> FirstStep:
     return FirstStep(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def prepare(out: Path) -> None:
+def prepare(out: Path, again: bool) -> None:
     """Models, sets and caches; tells how long each took."""
     out.mkdir(parents=True, exist_ok=True)
-    write_models(out)
+    if not again:
+        write_models(out)
     for num in SIZES:
         started = time.perf_counter()
-        write_pairs(out / f"{num}.jsonl", num)
+        if not again:
+            write_pairs(out / f"{num}.jsonl", num)
         written = time.perf_counter()
         fill(out, num)
         print(f"{num:,} pairs: written in {written - started:.0f} s, read, tokenized and put into the caches in "
@@ -122,8 +125,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true")
     args = parser.parse_args()
     out = args.out.resolve()
-    if not args.again:
-        prepare(out)
+    prepare(out, args.again)
     results: dict[int, list[FirstStep]] = {num: [] for num in SIZES}
     for _ in range(RUNS):
         for num in SIZES:
