@@ -7,9 +7,10 @@ A forward pass costs, a multiplication and an addition being two FLOPs (`CostMod
     rows of the head            2 H V FLOPs: hidden size H, vocabulary V
 
 A step costs a multiple of it (`Units`): forward is one unit and the backward pass two, since each product there gives
-two gradients; what is computed again in the backward pass costs its forward once more. Norms, rotations, softmax and
-the optimizer are left out: they are no matrix products, and no `FlopCounterMode` counts them. A layer with a sliding
-window is counted as if it saw everything: an upper bound, exact where no tree is longer than the window.
+two gradients; what is computed again in the backward pass costs its forward once more. Fused attention keeps no
+scores: its backward pass computes them again, one of its two products, half a unit. Norms, rotations, softmax and the
+optimizer are left out: they are no matrix products, and no `FlopCounterMode` counts them. A layer with a sliding window
+is counted as if it saw everything: an upper bound, exact where no tree is longer than the window.
 """
 
 import time
@@ -27,12 +28,17 @@ MODEL_UNITS = 3.0
 
 @dataclass(frozen=True)
 class Units:
-    """How often a step pays for the forward pass of the body and of the head."""
+    """How often a step pays for the forward pass of the layers' products, of attention and of the head."""
 
-    body: float = MODEL_UNITS
+    body: float = 3.0
     """3, and 4 where whole layers are checkpointed. Of selective checkpointing 3.5 is a rough middle."""
-    head: float = MODEL_UNITS
-    """3 with full logits, 4 with the chunked head, which computes its logits again in the backward pass."""
+    attention: float = 3.5
+    """3.5, and 4.5 where whole layers are checkpointed."""
+    head: float = 3.0
+    """3, and one more for the part of the rows whose logits are computed again."""
+    spared: float = 0.0
+    """1 where whole layers are checkpointed: the second forward pass of a layer ends where the backward pass has all
+    that it needs, before the last product."""
 
 
 def cost_model(config: PretrainedConfig) -> CostModel:
@@ -48,23 +54,37 @@ def cost_model(config: PretrainedConfig) -> CostModel:
         per_token=2.0 * num_layers * weights,
         per_attended=4.0 * num_layers * width,
         per_scored=2.0 * hidden * config.vocab_size,
+        per_token_last=2.0 * num_layers * hidden * inner,
     )
 
 
-def units(activation_checkpointing: str, is_head_chunked: bool) -> Units:
-    """The units of a step under `parallel.activation_checkpointing` (none, selective, full)."""
-    body = {"none": 3.0, "selective": 3.5, "full": 4.0}[activation_checkpointing]
-    return Units(body, 4.0 if is_head_chunked else 3.0)
+def units(activation_checkpointing: str, recomputed_share: float) -> Units:
+    """The units of a step under `parallel.activation_checkpointing` (none, selective, full), where the head computes
+    that part of its rows twice (`log_probs.recomputed_share`).
+    """
+    head = 3.0 + recomputed_share
+    match activation_checkpointing:
+        case "none":
+            return Units(head=head)
+        case "selective":
+            return Units(body=3.5, head=head)
+        case "full":
+            return Units(body=4.0, attention=4.5, head=head, spared=1.0)
+    raise ValueError(f"parallel.activation_checkpointing: {activation_checkpointing!r}; valid: none, selective, full")
 
 
 def step_flops(trees: Sequence[Tree], costs: CostModel, units: Units) -> float:
-    """FLOPs of forward and backward over some trees:
+    """FLOPs of forward and backward over some trees, with prompts of P and completions of C_k tokens:
 
-    body units x sum over trees (per_token (P + sum C_k) + per_attended (P(P+1)/2 + sum (C_k P + C_k(C_k+1)/2)))
-    + head units x sum over trees (per_scored sum C_k), with prompts of P and completions of C_k tokens.
+    (body units x per_token - spared units x per_token_last) x sum over trees (P + sum C_k)
+    + attention units x per_attended x sum over trees (P(P+1)/2 + sum (C_k P + C_k(C_k+1)/2))
+    + head units x per_scored x sum over trees (sum C_k).
     """
-    head = costs.per_scored * sum(tree.num_scored for tree in trees)
-    return units.body * (sum(costs.cost(tree) for tree in trees) - head) + units.head * head
+    return (
+        (units.body * costs.per_token - units.spared * costs.per_token_last) * sum(tree.num_tokens for tree in trees)
+        + units.attention * costs.per_attended * sum(tree.num_attended for tree in trees)
+        + units.head * costs.per_scored * sum(tree.num_scored for tree in trees)
+    )
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------

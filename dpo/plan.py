@@ -58,6 +58,8 @@ class CostModel:
     per_token: float = 1.0
     per_attended: float = 0.0
     per_scored: float = 0.0
+    per_token_last: float = 0.0
+    """Of `per_token`: the last product of every layer, which activation checkpointing need not compute again."""
 
     def cost(self, tree: Tree) -> float:
         """FLOPs of the forward pass of one tree."""

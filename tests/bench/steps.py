@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 from dpo.config import Config, ParallelConfig
 from dpo.costs import cost_model, step_flops, units
 from dpo.distributed import World, make_mesh, open_world
-from dpo.log_probs import is_chunked
+from dpo.log_probs import recomputed_share
 from dpo.optim import make_optimizer
 from dpo.packing import pack
 from dpo.plan import Tree, plan_step
@@ -89,7 +89,7 @@ def measure(case: Case, world: World) -> dict[str, float]:
         train_step(policy, optimizer, batches, config, HEAD_BYTES, lambda: False)
         seconds.append(time.perf_counter() - started)
     rows = max(sum(tree.num_scored for tree in micro) for micro in plan.micro_batches[0])
-    paid = units("none", is_chunked(rows, case.vocabulary, torch.float32, HEAD_BYTES))
+    paid = units("none", recomputed_share(rows, case.vocabulary, torch.float32, HEAD_BYTES))
     return {
         "seconds": statistics.median(seconds[1:]),
         "flops": step_flops(trees, costs, paid),
