@@ -107,11 +107,11 @@ def pack(
 
 def padded_length(num_tokens: int) -> int:
     """The length of a row on CUDA: the next multiple of 128, FlexAttention's block, and above 8,192 tokens of a 32nd of
-    the power of two below: 96 lengths up to 16,384 tokens, 32 more with each doubling. At most a 32nd is padding from
-    4,096 tokens on, a 64th in the mean.
+    the power of two below: 95 lengths up to 16,384 tokens, 32 more with each doubling. At most a 32nd is padding from
+    4,096 tokens on, a 64th in the mean. Two blocks at least: torch.compile makes every size of 1 a graph of its own.
     """
     step = max(BLOCK, 2 ** max((num_tokens - 1).bit_length() - 6, 0))
-    return -(-num_tokens // step) * step
+    return max(2 * BLOCK, -(-num_tokens // step) * step)
 
 
 def make_spans(trees: Sequence[Tree]) -> list[Span]:

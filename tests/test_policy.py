@@ -136,10 +136,10 @@ def test_families_are_exact(family: str, world: World, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma3_text"])
 def test_padding_changes_nothing(family: str, world: World, tmp_path: Path) -> None:
-    """Rows as they are on CUDA, of 128 tokens each, most of them padding: the same log-probabilities and gradients."""
+    """Rows as they are on CUDA, of 256 tokens each, most of them padding: the same log-probabilities and gradients."""
     folder = save_model(tmp_path, family) if family in FAMILIES else save_other(tmp_path, family)
     policy = load(world, folder)
-    assert [len(batch.tokens) for batch, _ in batches_of(policy, 1, padded_length)] == [128, 128]
+    assert [len(batch.tokens) for batch, _ in batches_of(policy, 1, padded_length)] == [256, 256]
     assert_equal(run(policy, budget=1, row_length=padded_length), oracle(folder), 1e-5)
 
 

@@ -34,7 +34,7 @@ def save_wide(folder: Path, head_dim: int) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family: str, world: World, tmp_path: Path) -> None:
-    """Log-probabilities and every gradient, in two rows of 128 tokens; Mistral's window is shorter than a prompt."""
+    """Log-probabilities and every gradient, in two rows of 256 tokens; Mistral's window is shorter than a prompt."""
     folder = save_model(tmp_path, family)
     policy = load(world, folder, compute_dtype="float32")
     assert_equal(run(policy, budget=1, row_length=padded_length), oracle(folder), TOLERANCE)

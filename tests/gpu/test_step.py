@@ -54,7 +54,7 @@ def run_micro_batches(policy: Policy, batches: list[PackedBatch]) -> StepMetrics
 @pytest.mark.parametrize(("family", "compile_layers"), [("llama", False), ("mistral", False), ("mistral", True)])
 def test_few_graphs(family: str, compile_layers: bool, world: World, tmp_path: Path) -> None:
     """Over more than 20 micro-batches of several lengths with gradients, then without: one graph for the first length,
-    one with the length as an unknown, and those once more without gradients at most. In mask and layers alike.
+    one with the length as an unknown, and that one once more without gradients. In mask and layers alike.
     """
     policy = load(world, save_model(tmp_path, family), compute_dtype="float32", compile=compile_layers)
     batches = [batch for budget in (128, 256, 384, 512, 640) for batch in random_batches(policy, 8, budget)]
@@ -65,7 +65,7 @@ def test_few_graphs(family: str, compile_layers: bool, world: World, tmp_path: P
     with torch.no_grad():
         for batch in batches:
             completion_logps(policy, batch.to(policy.device), MIB)
-    assert 1 <= counters["stats"]["unique_graphs"] <= 4
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
     assert not counters["graph_break"]
 
 
