@@ -161,7 +161,7 @@ def counted_over_formula(family: str, parallel: ParallelConfig, world: World) ->
 @pytest.mark.parametrize("head_memory_mib", [64, 1])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_of_a_step(family: str, head_memory_mib: int, checkpointing: Any, world: World) -> None:
-    """Asked is a ratio between 0.98 and 1.05; it is 1, since every product is in the formula. A budget of 1 MiB takes 87
+    """Asked is a ratio between 0.98 and 1.05; it is 1, as every product is in the formula. A budget of 1 MiB takes 87
     rows of logits, 64 MiB all of a micro-batch.
     """
     parallel = ParallelConfig(activation_checkpointing=checkpointing, head_memory_mib=head_memory_mib)
