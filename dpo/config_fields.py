@@ -153,7 +153,7 @@ class ParallelConfig:
     compile: bool = False
     """torch.compile each layer; minutes at the start, faster steps after."""
     head_memory_mib: int = 256
-    """MiB for the logits of one chunk of the output head; smaller saves memory."""
+    """MiB for all that is as wide as the vocabulary; logits that do not fit are computed twice, a chunk at a time."""
     timeout_seconds: int = 1800
     """Seconds after which a collective that some rank never joined ends the run."""
 

@@ -50,11 +50,6 @@ def recomputed_share(num_rows: int, vocab_size: int, dtype: torch.dtype, head_by
     return max(0.0, 1.0 - rows_in_chunk(vocab_size, dtype, head_bytes) / max(1, num_rows))
 
 
-def is_chunked(num_rows: int, vocab_size: int, dtype: torch.dtype, head_bytes: int) -> bool:
-    """Whether so many rows take more than one chunk."""
-    return num_rows > rows_in_chunk(vocab_size, dtype, head_bytes)
-
-
 def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

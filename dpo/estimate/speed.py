@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 from dpo.config import Config
 from dpo.costs import MODEL_UNITS, Units, cost_model, step_flops, units
 from dpo.estimate.devices import Device
-from dpo.log_probs import is_chunked
+from dpo.log_probs import recomputed_share
 from dpo.plan import StepPlan, Tree
 from dpo.traffic import ITEMSIZES, Groups, step_traffic
 
@@ -86,8 +86,8 @@ def step_speed(
 def _units(config: Config, trees: Sequence[Tree], vocab_size: int) -> Units:
     rows = sum(tree.num_scored for tree in trees)
     dtype = getattr(torch, config.parallel.compute_dtype)
-    chunked = is_chunked(rows, vocab_size, dtype, config.parallel.head_memory_mib * 2**20)
-    return units(config.parallel.activation_checkpointing, chunked)
+    recomputed = recomputed_share(rows, vocab_size, dtype, config.parallel.head_memory_mib * 2**20)
+    return units(config.parallel.activation_checkpointing, recomputed)
 
 
 def _moved(config: Config, groups: Groups, plans: Sequence[StepPlan], cluster: Cluster) -> list[Part]:
