@@ -1,9 +1,9 @@
 """A run of `dpo.train` that measures itself: `python -m tests.bench.first_step --config FILE`, under torchrun too.
 
-Rank 0 prints one JSON object as its last line: seconds of the imports, seconds from entering `main` to the end of the
-first step, and the private memory of the process (Private_Clean + Private_Dirty of /proc/self/smaps_rollup, bytes) after
-the first step and after the last. With `--profile` before the other words, cProfile's table of the way to the first step
-comes before it.
+Rank 0 prints one JSON object as its last line: seconds of the imports; seconds from entering `main` to the end of the
+first step, and of the processor in them, which other programs on the machine disturb less; and the private memory of
+the process (Private_Clean + Private_Dirty of /proc/self/smaps_rollup, bytes) after the first step and after the last.
+With `--profile` among the words, cProfile's table of the way to the first step comes before it.
 """
 
 import cProfile
@@ -30,6 +30,7 @@ class FirstStep:
 
     import_seconds: float
     seconds: float
+    cpu_seconds: float
     private_bytes: int
     private_bytes_at_end: int
 
@@ -47,15 +48,15 @@ def measured(profile: cProfile.Profile | None) -> FirstStep | None:
 
     def step(*args: Any) -> Any:
         result = step_of_a_run(*args)
-        seconds, memory = time.perf_counter() - entered, private_bytes()
+        seconds, cpu, memory = time.perf_counter() - entered, time.process_time() - cpu_before, private_bytes()
         if not found and profile:
             profile.disable()
-        first = found[0] if found else FirstStep(IMPORTED - STARTED, seconds, memory, memory)
+        first = found[0] if found else FirstStep(IMPORTED - STARTED, seconds, cpu, memory, memory)
         found[:] = [replace(first, private_bytes_at_end=memory)]
         return result
 
     program._step = step
-    entered = time.perf_counter()
+    entered, cpu_before = time.perf_counter(), time.process_time()
     if profile:
         profile.enable()
     program.main()
