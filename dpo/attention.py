@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
-from dpo.block_mask import HostMask, Span, Window, host_mask
+from dpo.block_mask import BLOCK, HostMask, Span, Window, host_mask
 from dpo.errors import UserError
 
 ATTENTION = "dpo_tree"
@@ -134,9 +134,20 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, 
     if width < SMALLEST_WIDTH:
         query, key, value = (F.pad(x, (0, SMALLEST_WIDTH - width)) for x in (query, key, value))
     # A compiled layer takes the plain function into its own graph.
-    attend: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+    attend: Any = _flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     grouped = query.shape[1] != key.shape[1]
     return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)[..., :width]
+
+
+def _flex_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, **options: Any) -> Any:
+    """FlexAttention that knows its rows to be whole blocks, also in a graph where their length is an unknown: its
+    kernels then look for no border. That all lengths are one comes first, so that one unknown is left to speak of.
+    """
+    num_tokens = query.shape[2]
+    for other in (key.shape[2], value.shape[2], *block_mask.seq_lengths):
+        torch._check(other == num_tokens)
+    torch._check(query.shape[2] % BLOCK == 0)
+    return flex_attention(query, key, value, block_mask=block_mask, **options)
 
 
 @functools.cache
@@ -144,7 +155,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
     """Compiled at first use: that takes every rank seconds. The wrapping lets selective checkpointing see the call (as
     `inductor_compiled_code`) and keep its result.
     """
-    return torch.compile(flex_attention, options={"wrap_inductor_compiled_regions": True})
+    return torch.compile(_flex_attention, options={"wrap_inductor_compiled_regions": True})
 
 
 # --- what transformers calls -----------------------------------------------------------------------------------------

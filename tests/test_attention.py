@@ -1,17 +1,19 @@
 """Shared-prefix attention against a dense masked softmax; FlexAttention against the loop."""
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dpo.attention import (
     Layout,
+    _flex_attention,
     block_attention,
     make_layout,
     register_attention,
@@ -110,12 +112,22 @@ def test_padding_is_a_tree_of_its_own() -> None:
 
 def test_one_graph_serves_every_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve micro-batches of other trees, with and without a window, of one padded length, then of three others:
-    the first length is one graph, the second makes the length an unknown, and no other is ever needed.
+    the first length is one graph, the second makes the length an unknown, and no other is ever needed. The kernels
+    are told that it is a multiple of 128, and one length for queries and keys.
     """
     torch.compiler.reset()
-    counter = CompileCounter()  # runs the graphs that dynamo makes; what guards them is the same as on CUDA
+    graphs: list[tuple[bool, bool]] = []  # what guards them is the same as on CUDA
+
+    def backend(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        tensors = [node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder")]
+        lengths = [x.shape[2] for x in tensors if isinstance(x, Tensor) and x.ndim == 4 and x.shape[-1] == 16]
+        assert len(lengths) == 3  # of query, key and value
+        known = [length % 128 == 0 for length in lengths] + [length == lengths[0] for length in lengths]
+        graphs.append((isinstance(lengths[0], int), all(map(statically_known_true, known))))
+        return graph.forward
+
     monkeypatch.setattr("dpo.attention._compiled_flex_attention", lambda: compiled)
-    compiled = torch.compile(flex_attention, backend=counter)
+    compiled = torch.compile(_flex_attention, backend=backend)
     random = np.random.default_rng(0)
 
     def attend(length: int, window: Window) -> None:
@@ -126,11 +138,11 @@ def test_one_graph_serves_every_micro_batch(monkeypatch: pytest.MonkeyPatch) -> 
 
     for number in range(12):
         attend(512, (None, 40, 100)[number % 3])
-    assert counter.frame_count == 1
+    assert graphs == [(True, True)]
     for length in (640, 768, 1024, 512):
         attend(length, None)
         attend(length, 40)
-    assert counter.frame_count == 2
+    assert graphs == [(True, True), (False, True)]
     torch.compiler.reset()
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
@@ -28,6 +29,7 @@ from dpo.packing import PackedBatch, pack, padded_length
 from dpo.plan import Pair, Tree, grow_trees, plan_step
 from dpo.policy import (
     Policy,
+    _selective_contexts,
     announce_backward,
     attention_windows,
     build_policy,
@@ -231,6 +233,17 @@ def test_dropout_is_off(world: World, tmp_path: Path) -> None:
     first, second = (completion_logps(policy, batch, MIB) for _ in range(2))
     assert torch.equal(first, second)
     assert_equal(run(policy), oracle(folder), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["inductor_compiled_code", "flex_attention"])
+def test_selective_checkpointing_keeps_attention_on_cuda(name: str) -> None:
+    """What it meets there: the call that `block_attention` compiles, or FlexAttention itself in a compiled layer."""
+    caching, _ = _selective_contexts()
+    op = getattr(torch._higher_order_ops, name)
+    assert callable(op) and str(op) == name
+    context = SelectiveCheckpointContext(is_recompute=False)
+    assert caching.policy_fn(context, op) == CheckpointPolicy.MUST_SAVE
+    assert caching.policy_fn(context, torch.ops.aten.mul.Tensor) == CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @pytest.mark.parametrize("tf32", [False, True])

@@ -10,9 +10,8 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.nn.attention.flex_attention import flex_attention
 
-from dpo.attention import Layout, make_layout
+from dpo.attention import Layout, _flex_attention, make_layout
 from dpo.block_mask import Span, Window, host_mask
 from dpo.packing import PackedBatch, pack, padded_length
 
@@ -20,7 +19,7 @@ from dpo.packing import PackedBatch, pack, padded_length
 @contextmanager
 def emulated() -> Iterator[None]:
     """What is packed and run inside goes the way of CUDA; dynamo and autograd compile it, inductor does not."""
-    flex, compile_module = torch.compile(flex_attention, backend="aot_eager"), nn.Module.compile
+    flex, compile_module = torch.compile(_flex_attention, backend="aot_eager"), nn.Module.compile
     changes: list[tuple[str, Any]] = [
         ("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None),  # refuses gradients on a CPU
         ("dpo.attention._compiled_flex_attention", lambda: flex),
