@@ -20,6 +20,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
     1  costs.py          FLOPs of a step by formula; what devices can do
     0  prefetch.py       what comes next is built by a thread
+    0  host_copies.py     a sharded state copied to host memory
     1  order.py           (seed, step) -> pairs
     1  progress.py        what rank 0 tells while it works
     2  profiling.py       torch's profiler over a few steps
@@ -49,6 +50,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     6  holdout.py         prompts that are kept from training
     6  report.py          what was read, dropped, cut: the counts
     6  policy.py          meta build, parallelize, load, completion_logps
+    6  saving.py          checkpoints are written by a thread while training goes on
     6  run_folder.py      what lies in a run folder decides how a run starts
     7  data.py            all sources -> training and evaluation pairs
     7  batches.py         trees of a step -> this rank's micro-batches

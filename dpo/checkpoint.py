@@ -1,4 +1,4 @@
-"""Checkpoints of a run: saved by all ranks, committed by one rename, checked, found again, loaded on any number of
+"""Checkpoints of a run: written by all ranks, committed by one rename, checked, found again, loaded on any number of
 ranks.
 
 checkpoints/step-000100/   torch's distributed checkpoint: master weights and optimizer state, sharded
@@ -10,20 +10,23 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from dpo.distributed import World, on_main, storage_errors
-from dpo.errors import UserError
+from dpo.errors import RunError, UserError
 from dpo.progress import say
 
 MARKER = "COMPLETE"
+DRAFT = ".tmp"
 HASHED_BYTES = 64 * 2**20
 """Files up to this size are hashed whole in the marker (DCP's .metadata is one: it is read with pickle)."""
 
@@ -41,20 +44,37 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
-def save_checkpoint(
-    run_dir: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer, keep: int | None, world: World
-) -> Path:
-    """Writes a checkpoint, then removes all but the newest `keep`. Every rank must get here.
+def write_checkpoint(
+    run_dir: Path,
+    state: RunState,
+    tensors: dict[str, Any],
+    keep: int | None,
+    before_commit: Callable[[], None],
+    world: World,
+    group: dist.ProcessGroup,
+) -> None:
+    """Writes a checkpoint of `state_tensors` in host memory, then removes all but the newest `keep`.
 
-    It is written under another name and renamed when it is whole: a folder with the right name is always complete.
+    It is written under another name and renamed when it is whole, after `before_commit` on rank 0: a folder with the
+    right name is always complete. Every rank must get here; all exchanges go over `group`, so a thread may do it while
+    others use other groups. Raises RunError, on every rank, where any cannot write.
     """
     target = checkpoint_path(run_dir, state.step)
-    draft = target.with_suffix(".tmp")
-    on_main(world, lambda: _make_draft(draft))
+    draft = target.with_suffix(DRAFT)
+    on_main(world, lambda: _make_draft(draft), group)
     with storage_errors(draft):
-        dcp.save(_tensors(model, optimizer), checkpoint_id=str(draft))
-    on_main(world, lambda: _commit(draft, target, state, keep))
-    return target
+        # The tensors are in host memory: nothing is copied ahead from a device, on a stream of which GPU ever.
+        storage = dcp.FileSystemWriter(draft, per_thread_copy_ahead=0)
+        dcp.save(tensors, storage_writer=storage, process_group=group)
+
+    def commit() -> None:
+        try:
+            before_commit()
+            _commit(draft, target, state, keep)
+        except OSError as failure:  # told when the run is many steps further
+            raise RunError(f"{target}: {type(failure).__name__}: {failure}") from failure
+
+    on_main(world, commit, group)
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -63,7 +83,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     The optimizer's settings stay those it was made with. Raises RunError where the checkpoint does not fit.
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    tensors = _tensors(model, optimizer)
+    tensors = state_tensors(model, optimizer)
     with storage_errors(folder):
         dcp.load(tensors, checkpoint_id=str(folder))
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
@@ -79,13 +99,15 @@ def load_model(folder: Path, model: nn.Module) -> None:
     model.load_state_dict(state["model"])
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint holds: the weights and the optimizer's state, as they lie on the ranks."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
 
 
 def _make_draft(draft: Path) -> None:
-    shutil.rmtree(draft, ignore_errors=True)
+    for stale in draft.parent.glob(f"step-*{DRAFT}"):  # of a run that was killed while it wrote
+        shutil.rmtree(stale, ignore_errors=True)
     draft.mkdir(parents=True)
 
 

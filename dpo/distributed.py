@@ -113,10 +113,12 @@ def together(work: Callable[[], T]) -> T:
     return result  # type: ignore[return-value]
 
 
-def on_main(world: World, work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0 alone and gives its result, or its failure, to every rank. Every rank must get here."""
+def on_main(world: World, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Runs `work` on rank 0 alone and gives its result, or its failure, to every rank, over the default group or
+    another one of all ranks. Every rank must get here.
+    """
     outcome: list[Any] = [_attempt(work) if world.is_main else None]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     result, failure = outcome[0]
     if failure is not None:
         raise failure

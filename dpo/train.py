@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, closing, nullcontext
 import torch
 
 from dpo.answers import answer, open_answers
-from dpo.checkpoint import RunState, save_checkpoint
+from dpo.checkpoint import RunState
 from dpo.config import Config, load_config
 from dpo.costs import MODEL_UNITS
 from dpo.distributed import all_gather, exit_program, on_main, open_world
@@ -35,6 +35,7 @@ from dpo.progress import Progress, progress, say, warn
 from dpo.provenance import provenance
 from dpo.run_files import FINAL, PROFILE
 from dpo.run_folder import check_identity, find_start, identity_of, is_finished, lacks_evaluation, open_run_folder
+from dpo.saving import Saver, open_saver
 from dpo.setup import Run, build_run
 from dpo.summary import conclude, introduce, show_evaluation, step_line
 
@@ -76,14 +77,14 @@ def train_step(
     return sums | {"grad_norm": grad_norm}
 
 
-def train(run: Run, writer: MetricsWriter | None) -> None:
+def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
     """All steps from the run's start to its last, with evaluations and checkpoints in between.
 
-    Raises Preempted after a step at which any rank was asked to stop, once that step is saved.
+    Raises Preempted after a step at which any rank was asked to stop, with that step on its way to the disk.
     """
     first, last, every = run.start.step + 1, run.inputs.last_step, run.config.train.eval_every
     if is_time(first - 1, every, last) and on_main(run.world, lambda: lacks_evaluation(run.dir, first - 1)):
-        _evaluate(run, writer, first - 1)
+        _evaluate(run, writer, saver, first - 1)
     started = time.monotonic()
     ahead = prefetch(functools.partial(_batches, run), range(first, last + 1), run.world.device)
     with closing(ahead), _bar(run) as bar, _profiled(run) as (begin, end):
@@ -98,11 +99,11 @@ def train(run: Run, writer: MetricsWriter | None) -> None:
                     seconds_a_step = (time.monotonic() - started) / (step - first + 1)
                     say(step_line(step, last, figures, seconds_a_step * (last - step)))
             if must_stop or is_time(step, run.config.checkpoint.save_every, last):
-                _save(run, writer, step)
+                _save(run, writer, saver, step)
             if must_stop:
                 raise Preempted(step)
             if is_time(step, every, last):
-                _evaluate(run, writer, step)
+                _evaluate(run, writer, saver, step)
 
 
 def is_time(step: int, every: int | None, last_step: int) -> bool:
@@ -149,14 +150,12 @@ def _batches(run: Run, step: int) -> list[PackedBatch]:
     return run.packer.pack(plan)
 
 
-def _save(run: Run, writer: MetricsWriter | None, step: int) -> None:
-    if writer:
-        writer.sync()  # no crash may leave a checkpoint whose steps are missing in metrics.jsonl
-    state = RunState(step, run.identity)
-    save_checkpoint(run.dir, state, run.policy.model, run.optimizer, run.config.checkpoint.keep, run.world)
+def _save(run: Run, writer: MetricsWriter | None, saver: Saver, step: int) -> None:
+    # No crash may leave a checkpoint whose steps are missing in metrics.jsonl.
+    saver.save(RunState(step, run.identity), before_commit=writer.sync if writer else lambda: None)
 
 
-def _evaluate(run: Run, writer: MetricsWriter | None, step: int) -> None:
+def _evaluate(run: Run, writer: MetricsWriter | None, saver: Saver, step: int) -> None:
     """Evaluates after `step` steps. Raises Preempted, with that step saved, where any rank is asked to stop."""
     if not len(run.inputs.data.eval):
         return
@@ -164,7 +163,7 @@ def _evaluate(run: Run, writer: MetricsWriter | None, step: int) -> None:
     result = evaluate(run.policy, pairs, run.packer, loss, run.head_bytes, run.stop_requested)
     if result is None:  # who goes on makes it anew
         if step > run.start.step and not is_time(step, run.config.checkpoint.save_every, run.inputs.last_step):
-            _save(run, writer, step)
+            _save(run, writer, saver, step)
         raise Preempted(step)
     if not math.isfinite(result.figures["loss"]):
         raise RunError(f"evaluation after step {step}: the loss is {result.figures['loss']}")
@@ -199,7 +198,9 @@ def run_training(config: Config) -> None:
         with writing as writer:
             if writer:
                 introduce(run, writer)
-            train(run, writer)
+            keep, seconds = config.checkpoint.keep, config.parallel.timeout_seconds
+            with open_saver(run.dir, run.policy.model, run.optimizer, keep, world, seconds) as saver:
+                train(run, writer, saver)
             export(run.policy, inputs.model.folder, run.dir / FINAL, config, world)
             if writer:
                 conclude(run)
