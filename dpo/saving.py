@@ -72,7 +72,7 @@ class Saver:
         if writing is None:
             return
         wait([writing], seconds)
-        failure = writing.exception() if writing.done() else f"the last checkpoint took over {seconds} seconds"
+        failure = writing.exception() if writing.done() else f"it took over {seconds} seconds"
         if failure and self.world.is_main:
             warn(f"the last checkpoint was not written: {failure}")
 
