@@ -2,13 +2,19 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo import saving
 from dpo.checkpoint import checkpoint_path, newest_checkpoint
 from dpo.config import Config, SourceConfig
+from dpo.metrics import MetricsWriter
 from tests.models import save_model, save_pairs
 from tests.ranks import Ranks
 from tests.runs import (
@@ -222,6 +228,7 @@ def test_a_run_goes_on_from_the_older_one(config: Config, tmp_path: Path) -> Non
     (checkpoint_path(parts, 4) / "COMPLETE").unlink()
     (parts / "checkpoints" / "step-000006.tmp").mkdir()
     (parts / "checkpoints" / "step-000006.tmp" / "__7_0.distcp").write_bytes(b"of a run on eight ranks")
+    (parts / "checkpoints" / "step-000099.tmp").mkdir()
     run(twin(config, tmp_path))
     assert_same_run(whole, parts)
     assert newest_checkpoint(parts) == checkpoint_path(parts, 6)
@@ -231,6 +238,7 @@ def test_a_run_goes_on_from_the_older_one(config: Config, tmp_path: Path) -> Non
         "__0_0.distcp",
         "state.json",
     ]
+    assert not list((parts / "checkpoints").glob("*.tmp"))
 
 
 @pytest.mark.parametrize("keep, kept", [(1, [6]), (2, [4, 6]), (None, [2, 4, 6])])
@@ -246,6 +254,70 @@ def test_a_checkpoint_at_the_end_in_any_case(config: Config, tmp_path: Path) -> 
     run(changed(twin(config, tmp_path), checkpoint__save_every=4))
     names = sorted(path.name for path in (tmp_path / "parts" / "checkpoints").iterdir())
     assert names == ["step-000004", "step-000006"]
+
+
+# --- by a thread -----------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_is(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the thread that writes: every line up to the checkpoint's step is there and waited for, then it is renamed."""
+    events: list[tuple[str, int]] = []
+    sync, rename = MetricsWriter.sync, Path.rename
+
+    def synced(writer: MetricsWriter) -> None:
+        sync(writer)
+        events.append(("synced", len(train_lines(tmp_path / "whole"))))
+
+    def renamed(path: Path, target: Path) -> Path:
+        if target.name.startswith("step-"):
+            events.append(("renamed", int(target.name.removeprefix("step-"))))
+        return rename(path, target)
+
+    monkeypatch.setattr(MetricsWriter, "sync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    run(config)
+    assert [what for what, _ in events] == ["synced", "renamed"] * 3
+    assert [step for what, step in events if what == "renamed"] == [2, 4, 6]
+    assert all(lines >= step for (_, lines), (_, step) in zip(events[::2], events[1::2], strict=True))
+
+
+class Groups(TorchDispatchMode):
+    """Notes the process groups of the collectives that run under it, in its thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            groups = [dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject)]
+            self.names |= {group.group_name for group in groups}
+        return func(*args, **kwargs or {})
+
+
+def groups_of_writing(config: Config) -> tuple[set[str], set[str]]:
+    """The groups that writing used, and those it was given."""
+    write, used, given = saving.write_checkpoint, set(), set()
+
+    def noted(*args: Any) -> None:
+        with Groups() as groups:
+            write(*args)
+        used.update(groups.names)
+        given.add(args[-1].group_name)
+
+    with patch.object(saving, "write_checkpoint", noted):
+        run(config)
+    return used, given
+
+
+@pytest.mark.xdist_group("ranks")
+def test_writing_uses_its_own_group_alone(config: Config, ranks: Ranks) -> None:
+    """On the group of training its exchanges would be taken for those of a step."""
+    for used, given in ranks(2, groups_of_writing, config):
+        assert used == given
+        assert len(given) == 1
 
 
 # --- failing while saving --------------------------------------------------------------------------------------------

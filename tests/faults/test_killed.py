@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo.checkpoint import checkpoint_path, newest_checkpoint
 from dpo.config import Config, to_yaml
 from tests.models import save_model, save_pairs
 from tests.runs import changed, make_config, reference_line, run, same_weights, train_lines, without_clock
@@ -30,6 +31,19 @@ from dpo import train
 step = train._step
 train._step = lambda *args: (time.sleep(0.3), step(*args))[1]
 """
+HELD_WRITING = """
+import threading
+from dpo import checkpoint, saving
+write, held = saving.write_checkpoint, checkpoint.{name}
+def hold(*args):
+    (args[0].parent / "held").touch()
+    threading.Event().wait()
+def write_or_hold(run_dir, state, *others):
+    checkpoint.{name} = hold if state.step == 4 else held
+    write(run_dir, state, *others)
+saving.write_checkpoint = write_or_hold
+"""
+"""The thread that writes the checkpoint of step 4 comes to a function and goes no further."""
 MAIN = """
 import sys
 from dpo.distributed import run_program
@@ -89,3 +103,26 @@ def test_a_killed_training_goes_on_to_the_last_bit(config: Config, tmp_path: Pat
     parts = run(config)
     assert without_clock(train_lines(parts)) == without_clock(train_lines(whole))
     assert same_weights(whole / "final", parts / "final")
+
+
+@pytest.mark.parametrize("function", ["_make_draft", "_commit", "_inventory"])
+def test_killed_while_a_checkpoint_is_written(config: Config, tmp_path: Path, function: str) -> None:
+    """Training is past step 4, whose checkpoint is nothing yet, or all files but state.json and the marker, or all but
+    the marker: the run goes on from step 2, and no draft stays.
+    """
+    whole = run(changed(config, train__run_dir=str(tmp_path / "whole")))
+    checkpoints = tmp_path / "run/checkpoints"
+    is_held = checkpoints / "held"
+
+    def is_time() -> bool:
+        return is_held.exists() and len(train_lines(tmp_path / "run")) >= 5
+
+    kill_when(config, HELD_WRITING.format(name=function), is_time)
+    is_held.unlink()
+    left = {path.name for path in checkpoints.iterdir()}
+    assert left == {"step-000002"} | ({"step-000004.tmp"} if function != "_make_draft" else set())
+    assert newest_checkpoint(tmp_path / "run") == checkpoint_path(tmp_path / "run", 2)
+    parts = run(config)
+    assert without_clock(train_lines(parts)) == without_clock(train_lines(whole))
+    assert same_weights(whole / "final", parts / "final")
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000008", "step-000009"]
