@@ -34,7 +34,7 @@ class Device:
         """What a process holds beside its tensors, assumed: the CUDA context, NCCL's buffers and kernels' workspaces
         2 GiB, and a twentieth of the peak in holes that the allocator cannot fill; on a CPU Python and its libraries.
         """
-        return 0.8 * GIB if self.is_cpu else 2 * GIB + 0.05 * peak
+        return 0.75 * GIB if self.is_cpu else 2 * GIB + 0.05 * peak
 
     def peak(self, dtype: str) -> float:
         """FLOPs a second at best in a compute dtype; of a CPU measured here, on one thread a rank."""

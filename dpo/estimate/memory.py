@@ -8,7 +8,7 @@ The optimizer is added by formula. Numbers a weight that it keeps: RMSprop 1, an
 and 1 with momentum. For the update it needs room besides:
 
     CUDA, all tensors at once   RMSprop 1 number a weight (the root of the mean square); AdamW, fused, none
-    CPU, tensor by tensor       the same of the largest tensor; AdamW 2
+    CPU, tensor by tensor       of the largest tensor RMSprop 2, its own and that of the tensor before; AdamW 3
     weight_decay                1 more, the gradient with it added, but in AdamW, where it is decoupled
 """
 
@@ -129,6 +129,5 @@ def state_numbers(optim: OptimConfig) -> int:
 
 def update_numbers(optim: OptimConfig, on_cuda: bool) -> int:
     """Numbers of each weight that an update needs for a while: of all weights on CUDA, of one tensor on a CPU."""
-    if optim.name == "adamw":
-        return 0 if on_cuda else 2
-    return int(optim.name == "rmsprop") + int(optim.weight_decay > 0)
+    root = {"rmsprop": 1 if on_cuda else 2, "adamw": 0 if on_cuda else 3, "sgd": 0}[optim.name]
+    return root + int(optim.weight_decay > 0 and optim.name != "adamw")

@@ -24,6 +24,7 @@ GATHERED = "gathered weights"
 WHOLE = "whole gradients"
 REDUCED = "reduce buffers"
 LOGITS = "logits"
+COPIED = "gloo's own copy"
 ACTIVATIONS = "activations"
 
 Bytes = Counter[str]
@@ -42,19 +43,28 @@ class Moment(NamedTuple):
     """The decoder layer that works, until the next one begins; or HEAD."""
 
 
+_WHOLE_OF = {
+    "c10d::_allgather_base_": lambda args: args[0],
+    "c10d::_reduce_scatter_base_": lambda args: args[1],
+}
+"""The whole tensor of a collective, of its arguments."""
+
+
 class Timeline(TorchDispatchMode):
     """`peaks`: of each moment the bytes by kind when their sum was the greatest. What was there before is not counted.
 
-    What is made before the first moment are weights. `offloaded`: weights and gradients lie in another memory, and are
-    left out of the sum that is compared; they stay in what is recorded.
+    What is made before `watch` are weights. `offloaded`: weights and gradients lie in another memory, and are
+    left out of the sum that is compared; they stay in what is recorded. `by_gloo`: collectives are those of gloo, which
+    copies all that it gathers and all that it scatters.
     """
 
-    def __init__(self, vocab_size: int, offloaded: bool) -> None:
+    def __init__(self, vocab_size: int, offloaded: bool, by_gloo: bool) -> None:
         super().__init__()
         self.peaks: dict[Moment, Bytes] = {}
         self._moment: Moment | None = None
         self._vocab_size = vocab_size
         self._offloaded = offloaded
+        self._by_gloo = by_gloo
         self._model: nn.Module | None = None
         self._weight_shapes: Collection[tuple[int, ...]] = ()
         self._kinds = WeakIdKeyDictionary(ref_type=ref)
@@ -81,20 +91,24 @@ class Timeline(TorchDispatchMode):
         for tensor in _tensors(result):
             if id(tensor.untyped_storage()) not in known:
                 self._kinds[tensor.untyped_storage()] = self._kind(tensor)
-        self._look()
+        self._look(_WHOLE_OF[func._schema.name](args).nbytes if self._copies(func) else 0)
         return result
 
-    def _look(self) -> None:
+    def _copies(self, func: Any) -> bool:
+        return self._by_gloo and func._schema.name in _WHOLE_OF
+
+    def _look(self, copied: int = 0) -> None:
+        """`copied`: bytes that were there during the operation, beside what is there after it."""
         if self._moment is None:
             return
         if self._offloaded:
             found = self._by_kind()
-            now = found.total() - found[WEIGHTS] - found[GRADIENTS]
+            now = found.total() - found[WEIGHTS] - found[GRADIENTS] + copied
         else:
-            found, now = None, sum(storage.nbytes() for storage in self._kinds)
+            found, now = None, sum(storage.nbytes() for storage in self._kinds) + copied
         if now > self._greatest.get(self._moment, -1):
             self._greatest[self._moment] = now
-            self.peaks[self._moment] = found or self._by_kind()
+            self.peaks[self._moment] = (found or self._by_kind()) + Counter({COPIED: copied})
 
     def _by_kind(self) -> Bytes:
         gradients = {id(storage) for storage in _gradient_storages(self._model)}
@@ -109,13 +123,13 @@ class Timeline(TorchDispatchMode):
         return found
 
     def _kind(self, tensor: Tensor) -> str:
-        if self._moment is None:
+        if self._model is None:
             return WEIGHTS
         by_sharding = _made_by_sharding()
         if by_sharding:
             return by_sharding
         shape = tuple(tensor.shape)
-        if shape in self._weight_shapes and self._moment.stage == "backward":
+        if shape in self._weight_shapes and self._moment is not None and self._moment.stage == "backward":
             return WHOLE
         return LOGITS if shape[-1:] == (self._vocab_size,) else ACTIVATIONS
 

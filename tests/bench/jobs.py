@@ -18,6 +18,8 @@ class Job:
     """ours, trl"""
     mode: str
     """trl: live (the reference runs in every step) or precomputed; ours: cached, or fill, which fills the cache."""
+    setting: str
+    """default, small: what `micro_batch` and `keys` are."""
     workload: str
     ranks: int
     threads: int
@@ -25,7 +27,7 @@ class Job:
     model: str
     """Folder of the weights."""
     pairs: str
-    """JSONL of prompt_ids, chosen_ids, rejected_ids, in the order of training."""
+    """JSONL of prompt_ids, chosen_ids, rejected_ids, in the order of training; the first of them are used."""
     group_by_prompt: bool
     steps: int
     pairs_per_step: int

@@ -90,12 +90,13 @@ def run(job: Job, folder: str, ranks: int) -> Told:
     imports = resident_bytes()
     tokenizer, watch = AutoTokenizer.from_pretrained(job.model), Watch()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    pairs = Dataset.from_json(job.pairs, cache_dir=folder).select(range(job.steps * job.pairs_per_step))
     started = time.perf_counter()
     trainer = Trainer(
         model=load(job.model),
         ref_model=load(job.model) if job.mode == LIVE else None,
         args=arguments(job, folder, ranks),
-        train_dataset=Dataset.from_json(job.pairs, cache_dir=folder),
+        train_dataset=pairs,
         processing_class=tokenizer,
         callbacks=[watch],
     )
