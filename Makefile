@@ -24,10 +24,12 @@ test-gpu: .venv/installed      ## what only a GPU shows, and with two of them NC
 test-slurm: .venv/installed    ## jobs on a real SLURM of two nodes on this machine (root; apt installs it), in minutes
 	$(BIN)/python -m tests.slurm.cluster $(BIN)/python -m pytest tests/slurm || test $$? = 77  # it says why
 
-bench: .venv/installed-bench .venv-trl/installed  ## tables and plots of speed and memory into bench/, under an hour on an idle machine
+bench: .venv/installed-bench .venv-trl/installed  ## tables and plots of speed and memory into bench/, in two hours on an idle machine
 	$(BIN)/python -m tests.bench.peer
 	$(BIN)/python -m tests.bench.scaling
 	$(BIN)/python -m tests.bench.planning
+	$(BIN)/python -m tests.bench.checkpoints
+	$(BIN)/python -m tests.bench.estimate_check
 	$(BIN)/python -m tests.bench.million
 
 tools:                         ## Debian packages that some tests use, by apt; without them these tests are skipped

@@ -18,23 +18,23 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     0  losses.py          the losses on the paper's index signature
     0  block_mask.py      FlexAttention's mask of packed trees, made block by block
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
-    1  costs.py          FLOPs of a step by formula; what devices can do
-    0  prefetch.py       what comes next is built by a thread
+    0  prefetch.py        what comes next is built by a thread
     0  host_copies.py     a sharded state copied to host memory
+    1  costs.py           FLOPs of a step by formula; what devices can do
     1  order.py           (seed, step) -> pairs
     1  progress.py        what rank 0 tells while it works
-    2  profiling.py       torch's profiler over a few steps
     1  run_files.py       what lies in a run folder, by name; read without torch
     1  strict_yaml.py     YAML without surprises
     1  config_rules.py    bounds of keys, and keys that must fit each other
     1  json_rows.py       JSON and JSONL with line numbers
     1  records.py         raw row -> Example; one adapter a format
     1  attention.py       shared-prefix attention: a segment loop on a CPU, FlexAttention on CUDA
+    2  profiling.py       torch's profiler over a few steps
     2  cache.py           the files of the reference cache
-    3  ref_table.py       the rows of a run's data, sorted, in one file of that cache
     2  config_io.py       YAML and command line against the fields
     2  tokens.py          Example -> TokenizedExample; templates, truncation
     2  packing.py         trees -> PackedBatch
+    3  ref_table.py       the rows of a run's data, sorted, in one file of that cache
     3  config.py          load_config, to_yaml
     4  board/             a run in TensorBoard: charts, histograms, texts, answers, HParams
     4  distributed.py     process group, mesh; one decides, all follow; exit codes

@@ -8,7 +8,7 @@ Where the loss has no reference (`sft`), the model before training stands in its
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,13 @@ def answer(policy: Policy, book: AnswerBook, step: int) -> list[Answer]:
     """What the policy says after `step` steps, beside the reference; also written to the run folder. Every rank must
     get here.
     """
-    texts = book.questions.ask(policy, book.world)
+    return keep_answers(book, step, book.questions.ask(policy, book.world))
+
+
+def keep_answers(book: AnswerBook, step: int, texts: Sequence[str]) -> list[Answer]:
+    """The policy's answers after `step` steps beside the reference's, written to the run folder. Every rank must get
+    here.
+    """
     answers = [Answer(*texts) for texts in zip(book.questions.texts, book.references, texts, strict=True)]
     lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answers)
     on_main(book.world, lambda: write_atomically(_file(book.folder, step), lines.encode()))

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, closing, nullcontext
 
 import torch
 
-from dpo.answers import answer, open_answers
+from dpo.answers import AnswerBook, answer, keep_answers, open_answers
+from dpo.board.dashboard import Answer
 from dpo.checkpoint import RunState
 from dpo.config import Config, load_config
 from dpo.costs import MODEL_UNITS
@@ -167,9 +168,16 @@ def _evaluate(run: Run, writer: MetricsWriter | None, saver: Saver, step: int) -
         raise Preempted(step)
     if not math.isfinite(result.figures["loss"]):
         raise RunError(f"evaluation after step {step}: the loss is {result.figures['loss']}")
-    answers = answer(run.policy, run.answers, step) if run.answers else []
+    answers = _answers(run, run.answers, step) if run.answers else []
     if writer:
         show_evaluation(run, writer, step, result, answers)
+
+
+def _answers(run: Run, book: AnswerBook, step: int) -> list[Answer]:
+    """What the policy says; before the first step, where it is the reference, that is known already."""
+    if step == 0 and run.begins_at_reference:
+        return keep_answers(book, step, book.references)
+    return answer(run.policy, book, step)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dpo import setup
-from dpo.answers import AnswerBook, answer, choose_prompts, open_answers, prepare_answers, stop_ids
+from dpo.answers import AnswerBook, Questions, answer, choose_prompts, open_answers, prepare_answers, stop_ids
 from dpo.board.dashboard import Answer
 from dpo.config import Config, SourceConfig
 from dpo.distributed import World, open_world
@@ -250,6 +250,22 @@ def test_a_resumed_run_has_the_answers_of_one_that_was_not_stopped(lost: bool, s
         (folder / "answers" / "reference.json").unlink()
     assert contents(run(parts)) == whole
     assert whole["step-000000.jsonl"] != whole["step-000004.jsonl"]
+
+
+@pytest.mark.parametrize(("other", "times"), [(False, 5), (True, 6)])
+def test_what_the_reference_said_is_not_asked_again(
+    other: bool, times: int, short: Config, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of four steps asks the reference and, after each step, the policy; before the first step the policy too,
+    where it is another than the reference.
+    """
+    asked: list[int] = []
+    ask = Questions.ask
+    monkeypatch.setattr(Questions, "ask", lambda *args: asked.append(1) or ask(*args))
+    written = contents(run(changed(short, reference__path=str(folders / "other")) if other else short))
+    assert len(asked) == times
+    answers = [json.loads(line) for line in written["step-000000.jsonl"].splitlines()]
+    assert len(answers) == 3 and all((one["policy"] != one["reference"]) == other for one in answers)
 
 
 def test_another_reference_is_loaded_once_and_only_where_it_is_needed(

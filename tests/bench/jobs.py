@@ -19,7 +19,7 @@ class Job:
     mode: str
     """trl: live (the reference runs in every step) or precomputed; ours: cached, or fill, which fills the cache."""
     setting: str
-    """default, small: what `micro_batch` and `keys` are."""
+    """usual, checkpointed, small: what `micro_batch`, `checkpointing` and `keys` are."""
     workload: str
     ranks: int
     threads: int
@@ -35,6 +35,8 @@ class Job:
     beta: float
     micro_batch: int
     """TRL's per_device_train_batch_size, pairs."""
+    checkpointing: bool
+    """TRL's gradient_checkpointing."""
     keys: dict[str, str] = field(default_factory=dict)
     """Further config keys of ours."""
 

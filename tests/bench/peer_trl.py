@@ -73,7 +73,7 @@ def arguments(job: Job, folder: str, ranks: int) -> DPOConfig:
         warmup_steps=0,
         weight_decay=0.0,
         max_grad_norm=10.0,
-        gradient_checkpointing=False,  # on by default in TRL, it would cost it a fifth of its speed
+        gradient_checkpointing=job.checkpointing,
         bf16=False,
         use_cpu=True,
         ddp_backend="gloo" if ranks > 1 else None,

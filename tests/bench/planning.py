@@ -19,8 +19,9 @@ from transformers import AutoConfig, LlamaConfig
 
 from dpo.costs import MODEL_UNITS, cost_model, device_peak
 from dpo.data import PairSet, prepare_data
+from dpo.order import PairOrder
 from dpo.packing import pack
-from dpo.plan import CostModel, PairOrder, StepPlan, grow_trees, plan_step
+from dpo.plan import CostModel, StepPlan, grow_trees, plan_step
 from tests.runs import make_config
 
 BUDGET, MFU = 16384, 0.4

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 from tests.bench.jobs import CACHED, LIVE, PRECOMPUTED
 from tests.bench.plots import draw_bars
+from tests.bench.work import counted_flops
 from tests.bench.worlds import WORKLOADS
 
 Result = dict[str, Any]
@@ -26,19 +27,20 @@ WANTED_MEMORY = 0.4
 """The most of TRL's peak memory that ours may take."""
 EXPLANATION = """\
 Random weights, {pairs_per_step} pairs a step, float32, RMSprop; both read the same token ids, nothing is truncated.
-Two threads on one process, one each on two. TRL 1.16.0 runs without gradient checkpointing (its default, but slower),
-with DDP on two processes. *default*: both run as much at a time as they come set to, TRL 8 pairs, ours 16,384 tokens;
-*small*: TRL one pair, its fastest and its leanest, ours 1,024 tokens. *Pairs a second*: {pairs_per_step} / the median
-of a step's seconds after a first one; what the reference takes before the first step is not in it, but in the column
-*reference*, pairs a second. *Peak memory*: of the resident set during the steps, in a process of its own, the maximum
-over the ranks; some {imports:.2f} GiB of it are Python and torch after their imports. *Faster* and *memory*: ours of
-the same setting against that row, with what is wanted in brackets. *Losses*: the greatest difference of a step's loss
-from ours; the loss of the last step that both ran is told to show that it left ln 2 = 0.6931."""
+Two threads on one process, one each on two; TRL 1.16.0 with DDP there. *usual*: TRL 8 pairs at a time, its default,
+but without the gradient checkpointing that it comes with; ours 4,096 tokens, 8 pairs of 512; *checkpointed*: both with
+checkpointing; *small*: TRL one pair, its fastest and its leanest, ours 1,024 tokens. *Pairs a second*: in all steps
+after a first one; what the reference takes before the first step is not in it, but in the column *reference*, pairs a
+second. *Faster* and *memory*: ours of the same setting against that row, with what is wanted in brackets. *Counted*:
+how many times the FLOPs of ours that row has to compute, by `dpo/costs.py`: its padded tokens, the head on each, a live
+reference. *Peak memory*: of the resident set during the steps, in a process of its own, the maximum over the ranks;
+some {imports:.2f} GiB of it are Python and torch after their imports. *Losses*: the greatest difference of a step's
+loss from ours; the loss of the last step is told to show that it left ln 2 = 0.6931."""
 
 
 def pairs_a_second(result: Result) -> float:
-    """Of the median step after the first."""
-    return result["pairs_per_step"] / median(result["step_seconds"][1:])
+    """Over all steps but the first."""
+    return result["pairs_per_step"] / fmean(result["step_seconds"][1:])
 
 
 def write_report(folder: Path, results: Sequence[Result]) -> None:
@@ -69,28 +71,32 @@ def explanation(results: Sequence[Result]) -> str:
 
 def table(results: Sequence[Result]) -> list[str]:
     """Markdown, a row a run."""
-    titles = ("workload", "processes", "setting", "trainer", "s a step", "pairs a second", "faster", "peak GiB")
-    lines = ["| " + " | ".join([*titles, "memory", "reference", "losses", "loss"]) + " |", "|---" * 12 + "|"]
+    titles = ["workload", "processes", "setting", "trainer", "s a step", "pairs a second", "faster", "counted"]
+    lines = [
+        "| " + " | ".join([*titles, "peak GiB", "memory", "reference", "losses", "loss"]) + " |",
+        "|---" * 13 + "|",
+    ]
     for group in grouped(results):
-        lines += [_row(result, group[0], min(other["steps"] for other in group)) for result in group]
+        lines += [_row(result, group[0]) for result in group]
     return lines
 
 
-def _row(result: Result, ours: Result, steps: int) -> str:
+def _row(result: Result, ours: Result) -> str:
     pairs, reference = result["steps"] * result["pairs_per_step"], result["reference_seconds"]
     cells = [
         WORKLOADS[result["workload"]].title,
         str(result["ranks"]),
         result["setting"],
         NAMES[result["mode"]],
-        f"{median(result['step_seconds'][1:]):.2f}",
+        f"{fmean(result['step_seconds'][1:]):.2f}",
         f"{pairs_a_second(result):.2f}",
         _faster(result, ours),
+        f"{counted_flops(result) / counted_flops(ours):.1f}x" if result is not ours else "",
         f"{result['peak_bytes'] / GIB:.2f}",
         _memory(result, ours),
         f"{pairs / reference:.2f}" if reference else "",
         f"{difference(result, ours):.0e}" if result is not ours else "",
-        f"{result['losses'][steps - 1]:.4f}",
+        f"{result['losses'][-1]:.4f}",
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -99,14 +105,14 @@ def _faster(result: Result, ours: Result) -> str:
     if result is ours:
         return ""
     wanted = WANTED.get((result["workload"], result["mode"]))
-    told = f" (>= {wanted:g})" if wanted and result["setting"] == "default" else ""
+    told = f" (>= {wanted:g})" if wanted and result["setting"] == "usual" else ""
     return f"{pairs_a_second(ours) / pairs_a_second(result):.1f}x{told}"
 
 
 def _memory(result: Result, ours: Result) -> str:
     if result is ours:
         return ""
-    told = f" (<= {WANTED_MEMORY})" if result["setting"] == "default" else ""
+    told = f" (<= {WANTED_MEMORY})" if result["setting"] == "usual" else ""
     return f"{ours['peak_bytes'] / result['peak_bytes']:.2f}{told}"
 
 
@@ -123,8 +129,8 @@ def _value(group: list[Result], mode: str, measure: Any) -> float:
 
 
 def difference(result: Result, ours: Result) -> float:
-    """The greatest difference of the losses of a step that both ran."""
-    return max(abs(a - b) for a, b in zip(result["losses"], ours["losses"], strict=False))
+    """The greatest difference of a step's losses."""
+    return max(abs(a - b) for a, b in zip(result["losses"], ours["losses"], strict=True))
 
 
 def disagreements(results: Sequence[Result]) -> list[str]:
@@ -133,7 +139,7 @@ def disagreements(results: Sequence[Result]) -> list[str]:
     for ours, *others in grouped(results):
         for other in others:
             what = f"{other['workload']}, {other['ranks']} processes, {NAMES[other['mode']]}, {other['setting']}"
-            if other["seen"] != ours["seen"][: other["steps"]]:
+            if other["seen"] != ours["seen"]:
                 lines.append(f"{what}: other token ids than ours")
             if not difference(other, ours) <= TOLERANCE:
                 lines.append(f"{what}: losses {other['losses']}, ours {ours['losses']}")

@@ -1,0 +1,47 @@
+"""FLOPs that the steps of a benchmark need by the formula of `dpo/costs.py`, for this trainer and for a padded one."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo.costs import Units, cost_model, step_flops, units
+from dpo.plan import Pair, grow_trees
+from tests.bench.jobs import LIVE
+from tests.bench.worlds import SIZES, llama_config
+
+COSTS = cost_model(llama_config(SIZES["50m"]))
+
+
+def counted_flops(result: dict[str, Any]) -> float:
+    """Of all steps of a run but the first, where nothing is computed twice but what checkpointing asks for."""
+    paid = units("full" if result["checkpointing"] else "none", 0.0)
+    each = result["pairs_per_step"]
+    pairs = read_pairs(Path(result["pairs"]))[each : result["steps"] * each]
+    steps = [pairs[start : start + each] for start in range(0, len(pairs), each)]
+    if result["trainer"] == "ours":
+        return sum(step_flops(grow_trees(step), COSTS, paid) for step in steps)
+    size = result["micro_batch"]
+    parts = [step[start : start + size] for step in steps for start in range(0, each, size)]
+    return sum(padded_flops(part, paid, live=result["mode"] == LIVE) for part in parts)
+
+
+def padded_flops(pairs: Sequence[Pair], paid: Units, live: bool) -> float:
+    """Of a micro-batch of two rows a pair, all as long as the longest, with the head on every token; `live`: and of a
+    forward pass of the reference.
+    """
+    lengths = [len(pair.prompt_ids) + max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs]
+    rows, length = 2 * len(pairs), max(lengths)
+    body, attended = COSTS.per_token * length, COSTS.per_attended * length * (length + 1) / 2
+    body_units, attention_units, head_units = paid.body + live, paid.attention + live, paid.head + live
+    spared = paid.spared * COSTS.per_token_last * length
+    return rows * (body_units * body - spared + attention_units * attended + head_units * COSTS.per_scored * length)
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The pairs of a JSONL of token ids."""
+    rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    return [Pair(*(np.array(row[name], np.int32) for name in names)) for row in rows]
