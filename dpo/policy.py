@@ -145,7 +145,7 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConf
         fully_shard,
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=getattr(torch, parallel.reduce_dtype)),
-        offload_policy=_offload_policy(parallel),
+        offload_policy=_offload_policy(parallel, pinned=mesh.device_type == "cuda"),
     )
     for layer in layers:
         shard(layer, reshard_after_forward=parallel.reshard_after_forward)
@@ -158,8 +158,8 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConf
         module.set_force_sum_reduction_for_comms(True)
 
 
-def _offload_policy(parallel: ParallelConfig) -> OffloadPolicy:
-    return CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if parallel.cpu_offload else OffloadPolicy()
+def _offload_policy(parallel: ParallelConfig, pinned: bool) -> OffloadPolicy:
+    return CPUOffloadPolicy(pin_memory=pinned) if parallel.cpu_offload else OffloadPolicy()
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -273,9 +273,11 @@ def announce_backward(policy: Policy, is_last: bool) -> None:
     """Says whether the coming backward pass reduces gradients over ranks (on every micro-batch, or on the last alone)
     and whether parameters stay whole after it (up to the last, where they outlive the forward pass).
     """
-    policy.model.set_requires_gradient_sync(is_last or policy.parallel.sync_gradients == "every_micro_batch")
+    reduces = is_last or policy.parallel.sync_gradients == "every_micro_batch"
+    policy.model.set_requires_gradient_sync(reduces)
     policy.model.set_reshard_after_backward(is_last or policy.parallel.reshard_after_forward)
-    policy.model.set_is_last_backward(is_last)
+    # What was reduced over copies (HSDP) would else stay beside the next micro-batch's activations.
+    policy.model.set_is_last_backward(reduces)
 
 
 def reshard(policy: Policy) -> None:

@@ -19,8 +19,8 @@ from dpo.errors import UserError
 from dpo.estimate import program
 from dpo.estimate.changes import Layout, find_changes
 from dpo.estimate.devices import DEVICES, GIB, Device
-from dpo.estimate.lengths import find_lengths, largest_micro_batch
-from dpo.estimate.memory import OPTIMIZER, state_numbers, step_memory, update_numbers
+from dpo.estimate.lengths import find_lengths, largest_micro_batches
+from dpo.estimate.memory import COPY, OPTIMIZER, state_numbers, step_memory, update_numbers
 from dpo.estimate.rehearsal import Rehearsal, rehearse
 from dpo.estimate.speed import Cluster, step_speed
 from dpo.estimate.stand_in import flex_attention_stood_in_for, kept_attention
@@ -85,7 +85,8 @@ def config_with(**keys: Any) -> Any:
 
 def step_of(config: Any, num_ranks: int, num_trees: int) -> tuple[StepPlan, tuple[Tree, ...]]:
     trees = [tree(32, 32)] * num_trees
-    return largest_micro_batch([plan_step(trees, num_ranks, config.batch.tokens_per_micro_batch, CostModel())])
+    plan = plan_step(trees, num_ranks, config.batch.tokens_per_micro_batch, CostModel())
+    return largest_micro_batches([plan])[0]
 
 
 def seen(config: Any, num_ranks: int, num_trees: int, depth: int = DEPTH, on_cuda: bool = True) -> Rehearsal:
@@ -173,10 +174,10 @@ def test_logits_stay_within_their_budget() -> None:
 
 
 def test_gloo_copies_what_it_gathers_and_scatters() -> None:
-    """On a CPU the root's gradients, in float32, are copied whole while they are reduced."""
+    """On a CPU the root's gradients, in float32, are copied whole while they are reduced, or a layer's are."""
     config = config_with(parallel__compute_dtype="float32", parallel__sync_gradients="every_micro_batch")
     peaks = seen(config, 4, 8, on_cuda=False).peaks
-    assert max(peak[COPIED] for peak in peaks.values()) <= 4 * ROOT
+    assert max(peak[COPIED] for peak in peaks.values()) in (4 * ROOT, 4 * LAYER)
     assert not any(peak[COPIED] for peak in seen(config, 4, 8).peaks.values())
 
 
@@ -198,7 +199,7 @@ def test_drawn_out_layers_are_the_layers_themselves(keys: dict[str, Any], on_cud
     """The oracle: all layers of a deeper model rehearsed, its greatest moment of all, those between the ends too."""
     dtype = "bfloat16" if on_cuda else "float32"
     config = config_with(**{"optim__name": "sgd", "parallel__compute_dtype": dtype} | keys)
-    away = (WEIGHTS, GRADIENTS) if config.parallel.cpu_offload else ()
+    away = (WEIGHTS, GRADIENTS) if config.parallel.cpu_offload and on_cuda else ()
     whole = seen(config, 4, 8, on_cuda=on_cuda).peaks.values()
     drawn = step_memory(config, llama(), 4, *step_of(config, 4, 8), on_cuda)
     assert drawn.peak == max(sum(n for kind, n in peak.items() if kind not in away) for peak in whole)
@@ -216,15 +217,22 @@ def test_every_family_can_be_estimated(family: str, on_cuda: bool) -> None:
 
 
 def test_offloading_moves_the_state_to_the_host() -> None:
+    """A checkpoint's copy lies there in any case. On a CPU, whose memory is the host's, nothing moves."""
     config = config_with(parallel__cpu_offload=True)
     here, there = (
         step_memory(c, llama(), 4, *step_of(c, 4, 8), True)
         for c in (changed(config, parallel__cpu_offload=False), config)
     )
     numbers = DEPTH * LAYER + ROOT
-    assert not here.host and not any(there.device[kind] for kind in (WEIGHTS, GRADIENTS, OPTIMIZER))
+    assert not any(there.device[kind] for kind in (WEIGHTS, GRADIENTS, OPTIMIZER))
+    assert set(here.host) == {COPY} and here.host[COPY] == there.host[COPY] == 2 * numbers  # weights, RMSprop's state
     assert there.host[OPTIMIZER] == numbers and there.host[GRADIENTS] == numbers  # 4 bytes, a quarter of them
     assert there.peak <= here.peak - 2 * numbers
+    cpu = changed(config, parallel__compute_dtype="float32")
+    kept, moved = (
+        step_memory(c, llama(), 4, *step_of(c, 4, 8), False) for c in (changed(cpu, parallel__cpu_offload=False), cpu)
+    )
+    assert moved.device == kept.device and set(moved.host) == {COPY}
 
 
 # --- the optimizer ----------------------------------------------------------------------------------------------------
@@ -292,8 +300,10 @@ def test_bytes_and_seconds_of_copies() -> None:
 
 
 def test_bytes_to_and_from_the_host() -> None:
-    """A sixteenth of what is gathered, as float32, and of the gradients."""
-    assert seconds(speed_of(16, parallel__cpu_offload=True))["host"] == pytest.approx((2640 + 1440) / 16 / 50)
+    """A sixteenth of what is gathered, and of the gradients, both as float32, also where less is sent to others."""
+    for reduced in ("float32", "bfloat16"):
+        found = seconds(speed_of(16, parallel__cpu_offload=True, parallel__reduce_dtype=reduced))
+        assert found["host"] == pytest.approx((2640 + 1440) / 16 / 50)
 
 
 def test_arithmetic_pays_for_what_is_computed_twice() -> None:
@@ -331,7 +341,23 @@ def test_lengths_are_those_of_the_data_where_it_is_here(tmp_path: Path) -> None:
     config = make_config("no model", data, "run", batch__pairs_per_step=4)
     config = replace(config, data=replace(config.data, train=[replace(config.data.train[0], format="tokens")]))
     trees, said = lengths_of(config)
-    assert trees == expected and said == "those of the data, 3 of the first 3 steps"
+    assert trees == expected
+    assert said == "those of the data, 3 of the first 3 steps; for memory, its longest pairs in one step"
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_longest_pairs_need_the_memory(grouped: bool, tmp_path: Path) -> None:
+    """40 prompts, of which one has a pair of 3 + 60 + 2 tokens and another five pairs of 3 + 10 + 2: with pairs of a
+    prompt together in a step of three, three of the five make the tree of the most tokens."""
+    rows = [{"prompt_ids": [1, 1, i + 3], "chosen_ids": [3, 2], "rejected_ids": [4, 2]} for i in range(40)]
+    rows[7]["chosen_ids"] = [5] * 60
+    rows += [{"prompt_ids": [1, 1, 50], "chosen_ids": [6] * 9 + [i], "rejected_ids": [4, 2]} for i in range(5)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config("no model", data, "run", batch__pairs_per_step=3, batch__group_by_prompt=grouped)
+    config = replace(config, data=replace(config.data, train=[replace(config.data.train[0], format="tokens")]))
+    longest = find_lengths(config, family_config("llama"), None, None).longest
+    assert max(tree.num_tokens for tree in longest) == (3 + 3 * 10 + 2 if grouped else 65)
 
 
 def test_lengths_that_are_given_or_assumed() -> None:
@@ -346,12 +372,13 @@ def test_lengths_that_are_given_or_assumed() -> None:
         lengths_of(changed(config, data__max_length=None))
 
 
-def test_the_largest_micro_batch_shares_its_step() -> None:
-    """A step of several micro-batches holds gradients beside; it counts before a longer one that is alone."""
+def test_the_largest_micro_batch_shares_its_step_or_is_alone() -> None:
+    """A step of several micro-batches holds gradients beside; a longer one that is alone may need more all the same."""
     several = plan_step([tree(10, 10)] * 4, 1, 60, CostModel())
     alone = plan_step([tree(30, 30)], 1, 90, CostModel())
-    assert largest_micro_batch([alone, several])[0] is several
-    assert sum(t.num_tokens for t in largest_micro_batch([alone])[1]) == 90
+    assert [plan for plan, _ in largest_micro_batches([alone, several])] == [several, alone]
+    assert [plan for plan, _ in largest_micro_batches([several])] == [several]
+    assert [sum(t.num_tokens for t in trees) for _, trees in largest_micro_batches([alone])] == [90]
 
 
 # --- what to change ---------------------------------------------------------------------------------------------------

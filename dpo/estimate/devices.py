@@ -36,10 +36,19 @@ class Device:
         """
         return 0.75 * GIB if self.is_cpu else 2 * GIB + 0.05 * peak
 
+    def needed(self, peak: float, host: float) -> float:
+        """Bytes that must fit into the device's memory, of tensors there and on the host, which on a CPU are one."""
+        return peak + self.process_bytes(peak) + (host if self.is_cpu else 0.0)
+
     def peak(self, dtype: str) -> float:
-        """FLOPs a second at best in a compute dtype; of a CPU measured here, on one thread a rank."""
+        """FLOPs a second at best in a compute dtype; of a CPU measured here, on one thread, torchrun's default."""
         if self.is_cpu:
-            return measured_peak(getattr(torch, dtype))
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            try:
+                return measured_peak(getattr(torch, dtype))
+            finally:
+                torch.set_num_threads(threads)
         found = device_peak(self.name, dtype)
         assert found is not None, f"{self.name} has no peak for {dtype} in costs.PEAKS"
         return found

@@ -1,4 +1,7 @@
-"""The trees of some steps: those of the data where it can be read here, else of lengths that are given or assumed."""
+"""The trees of some steps: those of the data where it can be read here, else of lengths that are given or assumed.
+
+Time is that of steps as they come; memory must be enough for the longest pairs too, wherever they come.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +14,7 @@ from dpo.config import Config
 from dpo.data import prepare_data
 from dpo.errors import UserError
 from dpo.inputs import make_order
+from dpo.pair_set import PairSet
 from dpo.plan import StepPlan, Tree, grow_trees
 from dpo.tokens import has_tokenizer
 
@@ -22,6 +26,8 @@ class Lengths:
     """What is computed in a step."""
 
     steps: tuple[tuple[Tree, ...], ...]
+    longest: tuple[Tree, ...]
+    """Of a step of the longest pairs."""
     said: str
     """Where it is from, for the user."""
 
@@ -48,7 +54,8 @@ def find_lengths(
             " data.max_length is null; valid: both, in tokens"
         )
     said = f"prompts of {prompt:,} and two completions of {completion:,} tokens, {missing}"
-    return Lengths((_equal_trees(config.batch.pairs_per_step, prompt, completion),), said)
+    trees = _equal_trees(config.batch.pairs_per_step, prompt, completion)
+    return Lengths((trees,), trees, said)
 
 
 def _what_is_missing(config: Config) -> str | None:
@@ -69,7 +76,20 @@ def _of_data(config: Config, model_config: PretrainedConfig) -> Lengths:
     last = max(1, min(last_step, order.num_pairs // order.pairs_per_step))
     numbers = np.unique(np.linspace(1, last, NUM_STEPS).round().astype(int))
     steps = tuple(tuple(grow_trees(train.pairs(order.items(int(number))))) for number in numbers)
-    return Lengths(steps, f"those of the data, {len(steps)} of the first {last:,} steps")
+    longest = tuple(grow_trees(train.pairs(_longest_pairs(train, config))))
+    said = f"those of the data, {len(steps)} of the first {last:,} steps; for memory, its longest pairs in one step"
+    return Lengths(steps, longest, said)
+
+
+def _longest_pairs(pairs: PairSet, config: Config) -> np.ndarray:
+    """As many pairs as a step has, those of the most tokens; where pairs of a prompt come together, those of the
+    prompts with the most.
+    """
+    tokens = pairs.lengths().sum(1)
+    if config.batch.group_by_prompt:
+        prompts = np.asarray(pairs.prompt_of_pair)
+        tokens = np.bincount(prompts, tokens)[prompts]
+    return np.argsort(-tokens, kind="stable")[: config.batch.pairs_per_step]
 
 
 def _equal_trees(count: int, prompt: int, completion: int) -> tuple[Tree, ...]:
@@ -77,9 +97,19 @@ def _equal_trees(count: int, prompt: int, completion: int) -> tuple[Tree, ...]:
     return (Tree(ids[:prompt], (ids[:completion], ids[:completion]), ((0, 1),)),) * count
 
 
-def largest_micro_batch(plans: Sequence[StepPlan]) -> tuple[StepPlan, tuple[Tree, ...]]:
-    """The micro-batch that needs the most memory, and its step's plan: one of several that share a step before one that
-    is alone, then the one of most tokens.
+MicroBatch = tuple[StepPlan, tuple[Tree, ...]]
+"""A micro-batch's trees and its step's plan."""
+
+
+def largest_micro_batches(plans: Sequence[StepPlan]) -> list[MicroBatch]:
+    """One of these needs the most memory: the one of most tokens of those that share a step with others, beside whose
+    activations gradients lie, or the one of most tokens of those that are alone, if that has more.
     """
     every = [(plan, trees) for plan in plans for rank in plan.micro_batches for trees in rank]
-    return max(every, key=lambda one: (min(one[0].num_micro_batches, 2), sum(tree.num_tokens for tree in one[1])))
+    shared = [one for one in every if one[0].num_micro_batches > 1]
+    found = [max(some, key=_tokens) for some in (shared, every) if some]
+    return found[:1] if len(found) == 2 and _tokens(found[0]) == _tokens(found[1]) else found
+
+
+def _tokens(micro_batch: MicroBatch) -> int:
+    return sum(tree.num_tokens for tree in micro_batch[1])

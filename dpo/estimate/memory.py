@@ -28,8 +28,9 @@ from dpo.traffic import ITEMSIZES, Groups
 OPTIMIZER = "optimizer"
 UPDATE_MOMENT = "update of the weights"
 UPDATE = "the update's own"
+COPY = "a checkpoint's copy"
 ON_HOST = (WEIGHTS, GRADIENTS, OPTIMIZER, UPDATE)
-"""What parallel.cpu_offload keeps in the memory of the host."""
+"""What parallel.cpu_offload keeps in the memory of the host, where the device has another."""
 FEW = 3
 
 
@@ -39,15 +40,22 @@ class Memory:
 
     device: Bytes
     host: Bytes
-    """With parallel.cpu_offload; else empty."""
+    """A rank's share of the host's memory: what parallel.cpu_offload keeps there, and the copy of weights and optimizer
+    that a checkpoint is written from (`dpo.host_copies`).
+    """
     moment: str
     groups: Groups
     """What is gathered together in the whole model, see `traffic`."""
 
     @property
     def peak(self) -> int:
-        """Bytes on the device, without what the process itself has."""
+        """Bytes on the device, without what the process itself has and, on a CPU, without a checkpoint's copy."""
         return self.device.total()
+
+    @property
+    def totals(self) -> tuple[int, int]:
+        """Bytes on the device and on the host."""
+        return self.peak, self.host.total()
 
 
 def step_memory(
@@ -108,10 +116,11 @@ def _at_peak(
     update[UPDATE] = update_numbers(config.optim, on_cuda and not config.parallel.cpu_offload) * at_once * itemsize
     several = any(moment.micro_batch > 0 for moment in moments)
     named = {_name(moment, several): peak + state for moment, peak in moments.items()} | {UPDATE_MOMENT: update + state}
-    away = ON_HOST if config.parallel.cpu_offload else ()
+    away = ON_HOST if config.parallel.cpu_offload and on_cuda else ()
     device = {name: Counter({k: n for k, n in peak.items() if k not in away}) for name, peak in named.items()}
     moment = max(device, key=lambda name: device[name].total())
     host = max((Counter({k: peak[k] for k in away}) for peak in named.values()), key=lambda peak: peak.total())
+    host[COPY] = local * itemsize + state[OPTIMIZER]
     return Memory(device[moment], host, moment, groups)
 
 

@@ -20,12 +20,12 @@ from dpo.distributed import World, check_mesh
 from dpo.errors import RunError, UserError, own_flags, split_words
 from dpo.estimate.changes import Layout, find_changes
 from dpo.estimate.devices import DEVICES, Device, this_machine
-from dpo.estimate.lengths import Lengths, find_lengths, largest_micro_batch
+from dpo.estimate.lengths import Lengths, MicroBatch, find_lengths, largest_micro_batches
 from dpo.estimate.memory import Memory, step_memory
 from dpo.estimate.speed import Cluster, step_speed
 from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict
 from dpo.inspect.program import find_model_config
-from dpo.plan import StepPlan, plan_step
+from dpo.plan import StepPlan, Tree, plan_step
 from dpo.policy import compute_dtype
 from dpo.progress import is_quiet, say
 
@@ -107,26 +107,31 @@ def estimate(arguments: Arguments, model_config: PretrainedConfig, lengths: Leng
     """Memory, traffic and time of the steps."""
     config, cluster = arguments.config, arguments.cluster
     layout = Layout(config, cluster.num_ranks)
-    plans = _plans(layout, model_config, lengths)
-    memory = _memory(layout, model_config, plans, cluster.device)
+    memory, largest = _memory(layout, model_config, lengths, cluster.device)
+    plans = [_plan(layout, model_config, trees) for trees in lengths.steps]
     speed = step_speed(config, model_config, plans, memory.groups, cluster)
-    return Estimate(config, model_config, cluster, lengths, plans, memory, speed)
+    return Estimate(config, model_config, cluster, lengths.said, largest, memory, speed)
 
 
-def _plans(layout: Layout, model_config: PretrainedConfig, lengths: Lengths) -> list[StepPlan]:
-    budget, costs = layout.config.batch.tokens_per_micro_batch, cost_model(model_config)
-    return [plan_step(trees, layout.num_ranks, budget, costs) for trees in lengths.steps]
+def _plan(layout: Layout, model_config: PretrainedConfig, trees: Sequence[Tree]) -> StepPlan:
+    return plan_step(trees, layout.num_ranks, layout.config.batch.tokens_per_micro_batch, cost_model(model_config))
 
 
-def _memory(layout: Layout, model_config: PretrainedConfig, plans: Sequence[StepPlan], device: Device) -> Memory:
-    plan, trees = largest_micro_batch(plans)
-    return step_memory(layout.config, model_config, layout.num_ranks, plan, trees, on_cuda=not device.is_cpu)
+def _memory(
+    layout: Layout, model_config: PretrainedConfig, lengths: Lengths, device: Device
+) -> tuple[Memory, MicroBatch]:
+    """The memory of the micro-batch that needs the most, and that micro-batch."""
+    plans = [_plan(layout, model_config, trees) for trees in (lengths.longest, *lengths.steps)]
+    found = [
+        (step_memory(layout.config, model_config, layout.num_ranks, *one, on_cuda=not device.is_cpu), one)
+        for one in largest_micro_batches(plans)
+    ]
+    return max(found, key=lambda pair: pair[0].peak)
 
 
 def needed_bytes(layout: Layout, model_config: PretrainedConfig, lengths: Lengths, device: Device) -> float:
-    """What must fit into the device's memory: the peak and what the process has besides."""
-    memory = _memory(layout, model_config, _plans(layout, model_config, lengths), device)
-    return memory.peak + device.process_bytes(memory.peak)
+    """What must fit into the device's memory."""
+    return device.needed(*_memory(layout, model_config, lengths, device)[0].totals)
 
 
 def main() -> None:

@@ -53,7 +53,8 @@ def rehearse(
         stack.enter_context(_fake_group(num_ranks))
         mesh = make_mesh(world, parallel)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        timeline = stack.enter_context(Timeline(model_config.vocab_size, parallel.cpu_offload, by_gloo=not on_cuda))
+        offloaded = parallel.cpu_offload and on_cuda
+        timeline = stack.enter_context(Timeline(model_config.vocab_size, offloaded, by_gloo=not on_cuda))
         policy = build_policy(model_config, parallel, config.model.dtype, mesh, config.model.trust_remote_code)
         timeline.watch(policy.model)
         if on_cuda:

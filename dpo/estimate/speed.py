@@ -3,7 +3,8 @@
 Arithmetic: in every micro-batch the ranks wait for the one with the most FLOPs (`costs.step_flops`, what is computed
 twice counted twice), and its device does `mfu` of its peak. Collectives: of a gathered or scattered tensor a rank of n
 sends (n - 1)/n, of an all-reduced one twice that, over the slowest link on the ring; a group that spans nodes has the
-network cards of all its members on a node together. What FSDP2 hides behind the arithmetic depends on the shapes: the
+network cards of all its members on a node together. The update is not counted, which matters where it runs on the
+host (parallel.cpu_offload). What FSDP2 hides behind the arithmetic depends on the shapes: the
 step lies between the longest of the parts and their sum.
 """
 
@@ -70,7 +71,8 @@ def step_speed(
     """The mean step of some plans; parallel.compute_dtype must not be auto."""
     costs = cost_model(model_config)
     dtype = config.parallel.compute_dtype
-    peak = cluster.device.peak("tf32" if config.parallel.tf32 else dtype)
+    tf32 = config.parallel.tf32 and dtype == "float32" and not cluster.device.is_cpu
+    peak = cluster.device.peak("tf32" if tf32 else dtype)
 
     def flops(trees: Sequence[Tree]) -> float:
         return step_flops(trees, costs, _units(config, trees, model_config.vocab_size))
@@ -102,8 +104,10 @@ def _moved(config: Config, groups: Groups, plans: Sequence[StepPlan], cluster: C
     moved.append(("all-reduce", twice * reduced, between))
     if config.parallel.cpu_offload:  # also where one rank holds all, and there is nothing to gather
         gathered, scattered, _ = _traffic(config, groups, plans, max(shard, 2))
-        widened = ITEMSIZES[config.model.dtype] / ITEMSIZES[config.parallel.compute_dtype]
-        moved.append(("host", (gathered * widened + scattered) / shard, cluster.device.host_link))
+        itemsize = ITEMSIZES[config.model.dtype]  # both ways
+        gathered *= itemsize / ITEMSIZES[config.parallel.compute_dtype]
+        scattered *= itemsize / ITEMSIZES[config.parallel.reduce_dtype]
+        moved.append(("host", (gathered + scattered) / shard, cluster.device.host_link))
     return [Part(name, sent, sent / rate) for name, sent, rate in moved if sent]
 
 

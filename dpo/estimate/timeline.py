@@ -117,7 +117,7 @@ class Timeline(TorchDispatchMode):
             found[GRADIENTS if id(storage) in gradients else kind] += storage.nbytes()
         if self._offloaded:
             # Here a gradient on the host is the very tensor that was added up over the copies; there it is a copy of
-            # it, and FSDP2 keeps the tensor itself up to the end of the backward pass.
+            # it, and FSDP2 keeps the tensor itself up to the end of the last backward pass that reduces.
             added_up = {id(storage): storage for storage in _added_up_storages(self._model)}
             found[REDUCED] += sum(added_up[i].nbytes() for i in added_up.keys() & gradients)
         return found

@@ -9,10 +9,9 @@ from transformers import PretrainedConfig
 from dpo.config import Config
 from dpo.estimate.changes import Change
 from dpo.estimate.devices import GIB, Device
-from dpo.estimate.lengths import Lengths, largest_micro_batch
+from dpo.estimate.lengths import MicroBatch
 from dpo.estimate.memory import Memory
 from dpo.estimate.speed import Cluster, Speed
-from dpo.plan import StepPlan
 
 COLUMNS = 100
 
@@ -25,8 +24,10 @@ class Estimate:
     """parallel.compute_dtype is not auto."""
     model_config: PretrainedConfig
     cluster: Cluster
-    lengths: Lengths
-    plans: Sequence[StepPlan]
+    lengths: str
+    """What they are, for the user."""
+    largest: MicroBatch
+    """The one that needs the most memory."""
     memory: Memory
     speed: Speed
 
@@ -38,7 +39,7 @@ class Estimate:
     @property
     def needed(self) -> float:
         """Bytes that must fit into the device."""
-        return self.memory.peak + self.process
+        return self.cluster.device.needed(*self.memory.totals)
 
     @property
     def fits(self) -> bool:
@@ -58,7 +59,7 @@ def _assumptions(found: Estimate) -> list[str]:
     parallel, cluster, groups = found.config.parallel, found.cluster, found.memory.groups
     weights = sum(groups.layers) + groups.root
     copies = f"{parallel.replicate} copies" if parallel.replicate > 1 else "one copy"
-    plan, trees = largest_micro_batch(found.plans)
+    plan, trees = found.largest
     tokens, scored = sum(t.num_tokens for t in trees), sum(t.num_scored for t in trees)
     attention = "the segment loop" if cluster.device.is_cpu else "FlexAttention keeps it"
     batches = f"{plan.num_micro_batches} micro-batch" + ("es" if plan.num_micro_batches > 1 else "")
@@ -66,7 +67,7 @@ def _assumptions(found: Estimate) -> list[str]:
         f"{found.model_config.model_type}, {_count(weights)} weights, {copies} over {cluster.num_ranks}"
         f" {cluster.device.name}, {cluster.ranks_per_node} a node; {found.config.optim.name},"
         f" {parallel.compute_dtype} over {found.config.model.dtype}",
-        f"lengths: {found.lengths.said}",
+        f"lengths: {found.lengths}",
         f"{batches} a rank, the largest {tokens:,} tokens, {scored:,} scored; attention as {attention}",
     ]
 
@@ -75,6 +76,7 @@ def _parts(found: Estimate) -> list[str]:
     parts = {kind: n for kind, n in found.memory.device.most_common() if n >= 0.005 * found.memory.peak}
     rest = found.memory.peak - sum(parts.values())
     rows = [*parts.items(), *([("other", rest)] if rest else []), ("process and fragmentation, assumed", found.process)]
+    rows += found.memory.host.items() if found.cluster.device.is_cpu else []
     return [f"  {name:<36}{_size(n):>12}" for name, n in rows]
 
 
@@ -85,10 +87,10 @@ def verdict(found: Estimate) -> str:
 
 
 def _host_line(found: Estimate) -> list[str]:
-    if not found.memory.host:
+    if found.cluster.device.is_cpu:
         return []
-    node = found.memory.host.total() * found.cluster.ranks_per_node
-    return [f"on the host, of each node: {_size(node)}"]
+    node, kinds = found.memory.host.total() * found.cluster.ranks_per_node, ", ".join(found.memory.host)
+    return [f"and of each node's own memory {_size(node)}: {kinds}"]
 
 
 def _step(found: Estimate) -> list[str]:

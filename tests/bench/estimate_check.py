@@ -20,10 +20,10 @@ from dpo.config import Config
 from dpo.costs import cost_model
 from dpo.distributed import make_mesh, open_world
 from dpo.estimate.devices import this_machine
-from dpo.estimate.lengths import largest_micro_batch
+from dpo.estimate.lengths import largest_micro_batches
 from dpo.estimate.memory import Memory, step_memory
 from dpo.optim import make_optimizer
-from dpo.packing import pack
+from dpo.packing import pack, padded_length
 from dpo.plan import StepPlan, Tree, plan_step
 from dpo.policy import build_policy
 from dpo.train import train_step
@@ -68,15 +68,15 @@ def config_of(case: Mapping[str, Any]) -> Config:
     return make_config("no model", "no data", "no run", **(facts | case))
 
 
-def plan_of(config: Config) -> StepPlan:
+def plan_of(config: Config, num_ranks: int) -> StepPlan:
     """The plan of a step."""
-    return plan_step(TREES, NUM_RANKS, config.batch.tokens_per_micro_batch, cost_model(MODEL))
+    return plan_step(TREES, num_ranks, config.batch.tokens_per_micro_batch, cost_model(MODEL))
 
 
-def estimated(config: Config) -> Memory:
+def estimated(config: Config, num_ranks: int = NUM_RANKS, on_cuda: bool = False) -> Memory:
     """What `dpo.estimate` says of a step."""
-    plan = plan_of(config)
-    return step_memory(config, MODEL, NUM_RANKS, *largest_micro_batch([plan]), on_cuda=False)
+    largest = largest_micro_batches([plan_of(config, num_ranks)])[0]
+    return step_memory(config, MODEL, num_ranks, *largest, on_cuda)
 
 
 # --- on a rank -------------------------------------------------------------------------------------------------------
@@ -90,10 +90,11 @@ def two_steps(config: Config, model: LlamaConfig = MODEL) -> None:
             assert isinstance(parameter, DTensor)
             parameter.to_local().detach().normal_(0.0, 0.02)
         optimizer = make_optimizer(policy.model.parameters(), config.optim)
-        plan = plan_of(config)
+        plan = plan_of(config, world.size)
+        row_length = padded_length if world.device.type == "cuda" else int
         for _ in range(2):
             batches = [
-                pack(trees, plan, lambda *_: -700.0, policy.windows, world.device)
+                pack(trees, plan, lambda *_: -700.0, policy.windows, world.device, row_length=row_length)
                 for trees in plan.micro_batches[world.rank]
             ]
             train_step(policy, optimizer, batches, config, config.parallel.head_memory_mib * 2**20, lambda: False)

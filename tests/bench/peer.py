@@ -1,8 +1,8 @@
 """This trainer against TRL's: `python -m tests.bench.peer [--steps 3] [--size tiny]`, into bench/peer.md and peer.png.
 
 Both train from the same weights on the same pairs, given as token ids, with the same optimizer, threads and precision,
-in turn: four workloads, on one process with two threads and on two with one each. Every result is kept as it comes: run
-it again and it goes on where it stopped. `report.py` says what the figures mean.
+one after the other: four workloads, on one process with two threads and on two with one each. Every result is kept as
+it comes: run it again and it goes on where it stopped. `report.py` says what the figures mean.
 
 Exit code 1 where the two did not train on the same ids, or their losses differ by more than 1e-4.
 """

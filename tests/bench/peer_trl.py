@@ -91,10 +91,11 @@ def run(job: Job, folder: str, ranks: int) -> Told:
     tokenizer, watch = AutoTokenizer.from_pretrained(job.model), Watch()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     pairs = Dataset.from_json(job.pairs, cache_dir=folder).select(range(job.steps * job.pairs_per_step))
+    model, reference = load(job.model), load(job.model) if job.mode == LIVE else None
     started = time.perf_counter()
     trainer = Trainer(
-        model=load(job.model),
-        ref_model=load(job.model) if job.mode == LIVE else None,
+        model=model,
+        ref_model=reference,
         args=arguments(job, folder, ranks),
         train_dataset=pairs,
         processing_class=tokenizer,

@@ -22,7 +22,7 @@ WANTED = {
     ("long-answers", LIVE): 1.5,
     ("long-answers", PRECOMPUTED): 1.5,
 }
-"""How many times TRL's pairs a second ours should reach with the settings both come with."""
+"""How many times TRL's pairs a second ours should reach in the usual setting."""
 WANTED_MEMORY = 0.4
 """The most of TRL's peak memory that ours may take."""
 EXPLANATION = """\

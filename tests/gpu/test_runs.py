@@ -20,6 +20,7 @@ from dpo.plan import grow_trees, plan_step
 from dpo.policy import announce_backward, build_policy, completion_logps, load_weights
 from dpo.run_files import FINAL
 from dpo.weights import read_model_config
+from tests.data_fixtures import make_tokenizer
 from tests.gpu.emulation import emulated
 from tests.models import plain_logp, plain_model, save_model
 from tests.ranks import Ranks
@@ -64,12 +65,14 @@ def test_a_run_is_that_of_the_cpu(optimizer: str, folders: Path, device: torch.d
     """Reference pass, check of the first step, six updates at the paper's learning rate, evaluations with sampled
     answers, checkpoints, export: figures within 1e-4 of the CPU's, and a model that loads.
     """
+    make_tokenizer().save_pretrained(folders / "model")
     changes = {"optim__name": optimizer, "optim__lr": 1e-6}
     here = run(config_of(folders, tmp_path / "here", **changes))
     there = run_on_cpu(config_of(folders, tmp_path / "there", **changes), tmp_path)
     assert worst_relative(train_lines(here), train_lines(there), LEARNED) <= 1e-4
     assert worst_relative(eval_lines(here), eval_lines(there), ["eval/loss", "eval/logps/chosen"]) <= 1e-4
     assert reference_line(here)[0] > 0
+    assert len((here / "answers" / "step-000006.jsonl").read_text().splitlines()) > 0
     assert torch.isfinite(plain_logp(plain_model(here / FINAL), [1, 5, 6], [7, 2]))
 
 

@@ -18,6 +18,7 @@ from dpo.optim import make_optimizer
 from dpo.packing import PackedBatch, pack, padded_length
 from dpo.plan import CostModel, Pair, grow_trees, plan_step
 from dpo.policy import Policy, announce_backward, completion_logps
+from tests.bench.estimate_check import CASES, config_of, estimated, two_steps
 from tests.live_bytes import allocated_peak
 from tests.models import VOCAB, save_model
 from tests.test_policy import load
@@ -130,6 +131,18 @@ def test_the_head_s_memory_is_its_budget(vocab_size: int, device: torch.device) 
 
     bound = 1.1 * budget + 6 * vocab_size * hidden_size + 64 * rows * hidden_size
     assert peak_over_start(device, work) <= bound
+
+
+@pytest.mark.parametrize("case", ["defaults", "full checkpointing", "weights kept", "AdamW"])
+def test_the_estimate_is_what_cuda_gives_out(case: str, cuda: torch.device) -> None:
+    """`dpo.estimate` of one rank in bfloat16, within 15 % of the allocator's peak over two steps. On a CPU
+    `tests/distributed/test_estimate.py` does the like."""
+    config = config_of(CASES[case] | {"parallel__compute_dtype": "bfloat16"})
+    said = estimated(config, num_ranks=1, on_cuda=True).peak
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    two_steps(config)
+    assert said == pytest.approx(torch.cuda.max_memory_allocated() - start, rel=0.15)
 
 
 @pytest.mark.parametrize("name", ["adamw", "rmsprop", "sgd"])
