@@ -13,6 +13,7 @@ optimizer are left out: they are no matrix products, and no `FlopCounterMode` co
 is counted as if it saw everything: an upper bound, exact where no tree is longer than the window.
 """
 
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo.plan import CostModel, Tree
+
+UNGATED = ("phi", "starcoder2", "nemotron", "gpt_bigcode")
+"""Model types with grouped heads whose MLP has two products, up and down, and no gate."""
 
 MODEL_UNITS = 3.0
 """Units of a step that computes nothing twice: what model FLOPs utilization (MFU) counts."""
@@ -48,8 +52,8 @@ def cost_model(config: PretrainedConfig) -> CostModel:
     width = num_heads * (getattr(config, "head_dim", None) or hidden // num_heads)
     kv_width = width * (getattr(config, "num_key_value_heads", None) or num_heads) // num_heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-    num_mlp_products = 3 if hasattr(config, "num_key_value_heads") else 2
-    weights = hidden * (2 * width + 2 * kv_width) + num_mlp_products * hidden * inner
+    is_gated = hasattr(config, "num_key_value_heads") and config.model_type not in UNGATED
+    weights = hidden * (2 * width + 2 * kv_width) + (3 if is_gated else 2) * hidden * inner
     return CostModel(
         per_token=2.0 * num_layers * weights,
         per_attended=4.0 * num_layers * width,
@@ -92,6 +96,7 @@ def step_flops(trees: Sequence[Tree], costs: CostModel, units: Units) -> float:
 PEAKS = {
     "GB200": {"bfloat16": 2500e12, "tf32": 1250e12, "float32": 80e12},
     "B200": {"bfloat16": 2250e12, "tf32": 1125e12, "float32": 75e12},
+    "GH200": {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12},
     "H200": {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12},
     "H100 PCIe": {"bfloat16": 756e12, "tf32": 378e12, "float32": 51e12},
     "H100": {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12},
@@ -101,13 +106,13 @@ PEAKS = {
     "A10": {"bfloat16": 125e12, "tf32": 62.5e12, "float32": 31.2e12},
     "MI300X": {"bfloat16": 1307e12, "tf32": 654e12, "float32": 163e12},
 }
-"""Dense peak FLOPs a second from the makers' data sheets, by a part of the name that CUDA gives; the first that fits
-holds."""
+"""Dense peak FLOPs a second from the makers' data sheets, by words of the name that CUDA gives; the first that fits
+holds. An A10G is no A10, an L40 no L4."""
 
 
 def device_peak(name: str, precision: str) -> float | None:
     """Peak FLOPs a second of a GPU, None where it is not in the table; `precision`: bfloat16, tf32, float32."""
-    known = (peaks for part, peaks in PEAKS.items() if part.lower() in name.lower())
+    known = (peaks for words, peaks in PEAKS.items() if re.search(rf"\b{words}\b", name, re.IGNORECASE))
     return next(known, {}).get(precision)
 
 

@@ -9,6 +9,8 @@
 Stages 4 and 5 and the counts are made once and cached too: a start on data that was seen before reads no row of it.
 """
 
+import functools
+import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from dpo.errors import UserError
 from dpo.files import make_folder_atomically
 from dpo.holdout import Split, split_sources
 from dpo.pair_set import PairSet, open_pair_set, write_pair_set
+from dpo.progress import say
 from dpo.records import check_columns, detect_format
 from dpo.report import DataReport, SourceReport, dropped_pairs, from_json, report_source, to_json
 from dpo.sources import Source, cache_path, code_hash, digest, open_source
@@ -76,11 +79,20 @@ def prepare_data(config: Config, model_config: Any) -> PreferenceData:
     sources = _tokenize(opened, config, model_config)
     train, evals = sources[: len(config.data.train)], sources[len(config.data.train) :]
     folder = cache_path(f"pairs-{_content(train, evals, config.train.seed)}")
+    made = functools.partial(
+        make_folder_atomically, folder, lambda draft: _number(draft, train, evals, config.train.seed)
+    )
     if not folder.is_dir():
-        make_folder_atomically(folder, lambda draft: _number(draft, train, evals, config.train.seed))
+        made()
     if config.data.on_bad_row == "stop":
         _raise_first_dropped(sources)
-    prepared = _read(folder, train, evals)
+    try:
+        prepared = _read(folder, train, evals)
+    except (OSError, ValueError) as failure:  # cut off, or something is missing
+        say(f"{folder} is damaged and made again: {failure}")
+        shutil.rmtree(folder)
+        made()
+        prepared = _read(folder, train, evals)
     _check_enough(prepared, config.batch.pairs_per_step)
     return prepared
 

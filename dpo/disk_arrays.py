@@ -56,14 +56,14 @@ class DiskArray:
 
 
 def open_array(path: Path) -> DiskArray:
-    """The array that `np.save` wrote. Raises OSError where the file is cut off."""
+    """The array that `np.save` wrote. Raises OSError or ValueError where the file is cut off."""
     file = path.open("rb", buffering=0)
     np.lib.format.read_magic(file)
     shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
     assert not is_fortran
     offset, size = file.tell(), os.fstat(file.fileno()).st_size
     if size != offset + dtype.itemsize * math.prod(shape):
-        raise OSError(f"{path}: {size} bytes are not an array of shape {shape}; remove it, it is made again")
+        raise OSError(f"{path}: {size} bytes are not an array of shape {shape}")
     return DiskArray(file, offset, dtype, shape)
 
 

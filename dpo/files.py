@@ -27,12 +27,21 @@ def make_folder_atomically(target: Path, fill: Callable[[Path], None]) -> None:
     draft.mkdir()
     try:
         fill(draft)
-        for path in filter(Path.is_file, draft.rglob("*")):
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+        for path in (*draft.rglob("*"), draft):
+            _sync(path)
         draft.rename(target)
+        _sync(target.parent)
     except OSError:
         if not target.is_dir():
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or what a folder lists, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -64,7 +64,9 @@ class StepMetrics:
         last bit.
         """
         maxima = [peak_memory_bytes(self.measured.device), stop_requested]
-        known = self.measured.new_tensor([*self.counted.values(), *map(float, maxima)])
+        values = [*map(float, self.counted.values()), *map(float, maxima)]
+        pinned = self.measured.is_cuda  # else the copy would wait
+        known = torch.tensor(values, dtype=torch.float64, pin_memory=pinned).to(self.measured, non_blocking=True)
         norm = self.measured.new_zeros(1) if square_norm is None else square_norm.to(self.measured).reshape(1)
         mine = torch.cat([self.measured, known[: len(COUNTED)], norm, known[len(COUNTED) :]])
         every = mine.new_empty(dist.get_world_size() * len(mine))

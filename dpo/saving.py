@@ -13,7 +13,7 @@ from torch import nn
 
 from dpo.checkpoint import RunState, checkpoint_path, state_tensors, write_checkpoint
 from dpo.distributed import World
-from dpo.errors import Preempted
+from dpo.errors import Preempted, RunError
 from dpo.host_copies import HostCopies
 from dpo.progress import warn
 
@@ -40,29 +40,45 @@ class Saver:
         """Of the writing threads alone: the main threads' collectives go on meanwhile, in any order beside theirs."""
         self.copies = HostCopies(world.device)
         self.writing: Future[None] | None = None
+        self.has_failed = False
+        """Whether the last checkpoint that ended could not be written."""
 
     def save(self, state: RunState, before_commit: Callable[[], None]) -> None:
         """Copies weights and optimizer as they are after `state.step` updates, and has a thread write them.
 
-        `before_commit` runs on rank 0 in that thread, before the checkpoint gets its name. Raises RunError, on every
-        rank, where the save before this one failed.
+        `before_commit` runs on rank 0 in that thread, before the checkpoint gets its name. One that cannot be written
+        is told by rank 0 when that is known, and is no reason not to try this one; two in a row end the run: RunError,
+        on every rank.
         """
-        self.finish()
+        failure = self._ended()
+        if failure is not None and (self.has_failed or not isinstance(failure, RunError)):
+            raise failure
+        self.has_failed = failure is not None
         tensors = self.copies.take(state_tensors(self.model, self.optimizer))
 
         def write() -> None:
             if self.world.device.type == "cuda":
                 torch.cuda.set_device(self.world.device)  # else the node's first GPU is a thread's
             self.copies.wait()
-            write_checkpoint(self.run_dir, state, tensors, self.keep, before_commit, self.world, self.group)
+            try:
+                write_checkpoint(self.run_dir, state, tensors, self.keep, before_commit, self.world, self.group)
+            except RunError as failure:
+                if self.world.is_main:
+                    warn(f"a checkpoint was not written: {failure}")
+                raise
 
         self.writing = _start(write, checkpoint_path(self.run_dir, state.step).name)
 
     def finish(self) -> None:
         """Waits until the checkpoint is committed. Raises RunError, on every rank, where that failed."""
+        failure = self._ended()
+        if failure is not None:
+            raise failure
+
+    def _ended(self) -> BaseException | None:
+        """Waits for the checkpoint that is being written, and says why it failed."""
         writing, self.writing = self.writing, None
-        if writing:
-            writing.result()
+        return writing.exception() if writing else None
 
     def leave(self, seconds: float) -> None:
         """Waits where the run has failed by then: what is being written is of before, and good, and the other ranks'

@@ -358,13 +358,17 @@ def test_a_crash_while_saving_leaves_the_one_before(
 def test_a_full_disk_is_one_line(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What torch raises when a rank cannot write is no Exception at all, and carries a traceback a rank."""
+    """What torch raises when a rank cannot write is no Exception at all, and carries a traceback a rank. The run ends
+    when the second checkpoint could not be written either.
+    """
 
     def full(self: object, *args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dcp.FileSystemWriter, "write_data", full)
     assert exit_code(config) == 1
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "step-000002.tmp: rank 0: OSError: [Errno 28] No space left on device" in error
+    said = capsys.readouterr().err
+    (error,) = [line for line in said.splitlines() if line.startswith("error:")]
+    assert "step-000004.tmp: rank 0: OSError: [Errno 28] No space left on device" in error
+    assert "WARNING: a checkpoint was not written: " in said and "step-000002.tmp" in said
     assert newest_checkpoint(tmp_path / "whole") is None

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dpo.batches import Packer, make_packer
 from dpo.config import BatchConfig, Config, DataConfig, ModelConfig, ParallelConfig
-from dpo.costs import cost_model, step_flops, units
+from dpo.costs import UNGATED, cost_model, device_peak, step_flops, units
 from dpo.distributed import World, make_mesh, open_world
 from dpo.log_probs import recomputed_share
 from dpo.optim import make_optimizer
 from dpo.plan import Pair, Tree, grow_trees
-from dpo.policy import Policy, build_policy
+from dpo.policy import Policy, build_policy, decoder_layers
 from dpo.train import train_step
 from tests.bench.worlds import WORKLOADS
 
@@ -166,6 +166,37 @@ def test_flops_of_a_step(family: str, head_memory_mib: int, checkpointing: Any, 
     """
     parallel = ParallelConfig(activation_checkpointing=checkpointing, head_memory_mib=head_memory_mib)
     assert counted_over_formula(family, parallel, world) == pytest.approx(1.0, abs=0.001)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", *UNGATED])
+def test_weights_of_a_layer(kind: str) -> None:
+    """The oracle: the matrices of a layer that was built, two FLOPs a weight and token. Some MLPs have no gate."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    own = {"n_inner": 80} if kind == "gpt_bigcode" else {"intermediate_size": 80, "num_key_value_heads": 2}
+    model_config = AutoConfig.for_model(kind, **sizes, **own)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    (layer,) = decoder_layers(model)
+    matrices = sum(weight.numel() for name, weight in layer.named_parameters() if weight.dim() == 2)
+    assert cost_model(model_config).per_token == 2 * matrices
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L40", None),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A1000", None),
+    ],
+)
+def test_a_card_that_is_not_in_the_table_is_not_taken_for_another(name: str, peak: float | None) -> None:
+    assert device_peak(name, "bfloat16") == peak
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -104,6 +104,25 @@ def test_a_second_start_reads_no_row(tmp_path, tokenizer_folder, monkeypatch):
     assert len(numbered) == 3
 
 
+@pytest.mark.parametrize("name", ["train/sizes.npy", "eval/keys.npy", "report.json"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "gone"])
+def test_damaged_pairs_are_made_again(tmp_path, tokenizer_folder, hf_cache, capsys, name, damage):
+    """Told in a line; a crash of the machine or somebody's hand in the cache stops no later start."""
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    config = make_config(SourceConfig(path=path, holdout=1), tokenizer=tokenizer_folder)
+    first = prepare_data(config, MODEL)
+    pairs = all_pairs(first.train)
+    (file,) = hf_cache.rglob(f"pairs-*/{name}")
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1] if damage == "cut" else b"")
+    again = prepare_data(config, MODEL)
+    assert "is damaged and made again" in capsys.readouterr().err
+    assert again.report == first.report and all_pairs(again.train) == pairs
+    assert prepare_data(config, MODEL).report == first.report and "damaged" not in capsys.readouterr().err
+
+
 def test_no_file_of_the_data_stays_mapped(tmp_path, tokenizer_folder, hf_cache):
     """What is mapped counts as the process's memory once it is looked at: neither the first start nor a second one, nor
     reading pairs, leaves a map of source rows, token rows or pair files.

@@ -14,7 +14,7 @@ from dpo.saving import Saver
 def written_late() -> Iterator[None]:
     """No checkpoint is begun before this rank's training thread waits for it."""
     is_waited_for = threading.Event()
-    write, finish, leave = saving.write_checkpoint, Saver.finish, Saver.leave
+    write, ended, leave = saving.write_checkpoint, Saver._ended, Saver.leave
 
     def write_late(*args: Any) -> None:
         is_waited_for.wait()
@@ -22,16 +22,16 @@ def written_late() -> Iterator[None]:
         write(*args)
 
     def waiting(wait: Any) -> Any:
-        def and_say_so(saver: Saver, *args: Any) -> None:
+        def and_say_so(saver: Saver, *args: Any) -> Any:
             if saver.writing:
                 is_waited_for.set()
-            wait(saver, *args)
+            return wait(saver, *args)
 
         return and_say_so
 
     with (
         patch.object(saving, "write_checkpoint", write_late),
-        patch.object(Saver, "finish", waiting(finish)),
+        patch.object(Saver, "_ended", waiting(ended)),
         patch.object(Saver, "leave", waiting(leave)),
     ):
         yield

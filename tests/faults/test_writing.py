@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -90,6 +91,40 @@ def fail_late(config: Config, fault: str, rank: int) -> tuple[int, str, int]:
         return fail_as_rank(config, fault, rank)
 
 
+@contextlib.contextmanager
+def full_once() -> Iterator[None]:
+    """This rank's disk takes nothing of the first checkpoint."""
+    write, calls = dcp.FileSystemWriter.write_data, []
+
+    def write_data(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return write(*args)
+
+    with patch.object(dcp.FileSystemWriter, "write_data", write_data):
+        yield
+
+
+def exit_code_full_once(config: Config, rank: int) -> tuple[int, str]:
+    stderr = io.StringIO()
+    disk = full_once() if int(os.environ["RANK"]) == rank else contextlib.nullcontext()
+    with disk, contextlib.redirect_stderr(stderr):
+        return exit_code(config), stderr.getvalue()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_write_that_fails_once_is_told_and_the_next_one_made(
+    root: Path, ranks: Ranks, tmp_path: Path, rank: int
+) -> None:
+    (code, said), (other_code, other_said) = ranks(2, exit_code_full_once, six_steps(root, tmp_path / "run"), rank)
+    assert (code, other_code, error_lines(said), other_said) == (0, 0, [], "")
+    told = [line for line in said.splitlines() if "a checkpoint was not written" in line]
+    assert len(told) == 1 and f"step-000002.tmp: rank {rank}: OSError: [Errno 28]" in told[0]
+    assert names(tmp_path / "run") == ["step-000004", "step-000006"]
+    assert (tmp_path / "run/final").exists()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_write_that_fails_at_the_end(root: Path, ranks: Ranks, tmp_path: Path, rank: int) -> None:
     """The only checkpoint, that of the last step: no model is exported, as if the run were done."""
@@ -155,6 +190,19 @@ def test_preemption_waits_for_both_checkpoints(root: Path, ranks: Ranks, tmp_pat
     assert answers == [(0, {"state": "preempted", "step": 3})] * 2
     assert names(tmp_path / "run") == ["step-000002", "step-000003"]
     assert newest_checkpoint(tmp_path / "run") == checkpoint_path(tmp_path / "run", 3)
+
+
+def preempted_full_once(config: Config, status: Path) -> tuple[int, dict[str, Any]]:
+    disk = full_once() if os.environ["RANK"] == "1" else contextlib.nullcontext()
+    with disk:
+        return preempted(config, "dpo.train.train_step", 3, status)
+
+
+def test_a_preempted_run_saves_though_the_write_before_failed(root: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Rank 1 could not write the checkpoint after step 2; the signal comes within step 3."""
+    answers = ranks(2, preempted_full_once, six_steps(root, tmp_path / "run"), tmp_path / "status.json")
+    assert answers == [(0, {"state": "preempted", "step": 3})] * 2
+    assert names(tmp_path / "run") == ["step-000003"]
 
 
 def full_when_preempted(config: Config, status: Path) -> tuple[int, str]:
