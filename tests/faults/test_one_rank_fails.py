@@ -80,9 +80,9 @@ CASES = [
     ("infinite_loss", 0, "error: step 2: the gradient norm is nan; the weights were not updated", 1),
     ("infinite_loss", 1, "error: step 2: the gradient norm is nan; the weights were not updated", 1),
     ("full_cache", 0, "error: OSError: [Errno 28] No space left on device", 0),
-    ("full_checkpoints", 0, "step-000002.tmp: rank 0: OSError: [Errno 28] No space left on device", 4),
-    ("full_checkpoints", 1, "step-000002.tmp: rank 1: OSError: [Errno 28] No space left on device", 4),
-    ("full_run_folder", 0, "step-000002: OSError: [Errno 28] No space left on device", 4),
+    ("full_checkpoints", 0, "step-000004.tmp: rank 0: OSError: [Errno 28] No space left on device", 4),
+    ("full_checkpoints", 1, "step-000004.tmp: rank 1: OSError: [Errno 28] No space left on device", 4),
+    ("full_run_folder", 0, "step-000004: OSError: [Errno 28] No space left on device", 4),
 ]
 
 
@@ -92,7 +92,7 @@ def test_a_fault_on_one_rank_ends_both(
 ) -> None:
     """Both end with 1 after the same number of updates; rank 0 alone says why; the next start goes on.
 
-    A checkpoint that could not be written after step 2 ends them where the next one is to be saved, after step 4.
+    A checkpoint that could not be written after step 2 does not end them, but the next one, after step 4, does.
     """
     (code, said, steps), (other_code, other_said, other_steps) = ranks(2, fail_as_rank, config, fault, rank)
     assert (code, other_code) == (1, 1)
