@@ -9,7 +9,6 @@
 Stages 4 and 5 and the counts are made once and cached too: a start on data that was seen before reads no row of it.
 """
 
-import functools
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -79,20 +78,9 @@ def prepare_data(config: Config, model_config: Any) -> PreferenceData:
     sources = _tokenize(opened, config, model_config)
     train, evals = sources[: len(config.data.train)], sources[len(config.data.train) :]
     folder = cache_path(f"pairs-{_content(train, evals, config.train.seed)}")
-    made = functools.partial(
-        make_folder_atomically, folder, lambda draft: _number(draft, train, evals, config.train.seed)
-    )
-    if not folder.is_dir():
-        made()
+    prepared = _from_cache(folder, train, evals, config.train.seed)
     if config.data.on_bad_row == "stop":
         _raise_first_dropped(sources)
-    try:
-        prepared = _read(folder, train, evals)
-    except (OSError, ValueError) as failure:  # cut off, or something is missing
-        say(f"{folder} is damaged and made again: {failure}")
-        shutil.rmtree(folder)
-        made()
-        prepared = _read(folder, train, evals)
     _check_enough(prepared, config.batch.pairs_per_step)
     return prepared
 
@@ -154,6 +142,23 @@ def _content(train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> str
     layout = [(name, info.st_size, info.st_mtime_ns) for name, info in files]
     facts = [len(one.files) for one in train], [len(one.files) for one in evals], [one.config.holdout for one in train]
     return digest([code_hash(OWN_MODULES), repr((layout, facts, seed))])
+
+
+def _from_cache(folder: Path, train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> PreferenceData:
+    """What the folder holds; it is made where it is not there, and again where it is damaged."""
+
+    def make() -> None:
+        make_folder_atomically(folder, lambda draft: _number(draft, train, evals, seed))
+
+    if not folder.is_dir():
+        make()
+    try:
+        return _read(folder, train, evals)
+    except (OSError, ValueError) as failure:  # something is cut off or missing
+        say(f"{folder} is damaged and made again: {failure}")
+        shutil.rmtree(folder)
+        make()
+        return _read(folder, train, evals)
 
 
 def _number(draft: Path, train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> None:

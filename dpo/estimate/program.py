@@ -147,7 +147,7 @@ def main() -> None:
         return
     say("trying what would make it fit")
     device = arguments.cluster.device
-    largest_tree = max(tree.num_tokens for trees in lengths.steps for tree in trees)
+    largest_tree = max(tree.num_tokens for trees in (lengths.longest, *lengths.steps) for tree in trees)
     changes = find_changes(
         Layout(arguments.config, arguments.cluster.num_ranks),
         largest_tree,

@@ -4,8 +4,8 @@ Arithmetic: in every micro-batch the ranks wait for the one with the most FLOPs 
 twice counted twice), and its device does `mfu` of its peak. Collectives: of a gathered or scattered tensor a rank of n
 sends (n - 1)/n, of an all-reduced one twice that, over the slowest link on the ring; a group that spans nodes has the
 network cards of all its members on a node together. The update is not counted, which matters where it runs on the
-host (parallel.cpu_offload). What FSDP2 hides behind the arithmetic depends on the shapes: the
-step lies between the longest of the parts and their sum.
+host (parallel.cpu_offload). What FSDP2 hides behind the arithmetic depends on the shapes: the step lies between the
+longest of the parts and their sum.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from statistics import fmean
 import torch
 from transformers import PretrainedConfig
 
-from dpo.config import Config
+from dpo.config import Config, ParallelConfig
 from dpo.costs import MODEL_UNITS, Units, cost_model, step_flops, units
 from dpo.estimate.devices import Device
 from dpo.log_probs import recomputed_share
@@ -75,7 +75,7 @@ def step_speed(
     peak = cluster.device.peak("tf32" if tf32 else dtype)
 
     def flops(trees: Sequence[Tree]) -> float:
-        return step_flops(trees, costs, _units(config, trees, model_config.vocab_size))
+        return step_flops(trees, costs, units_of(config.parallel, trees, model_config.vocab_size))
 
     slowest = [sum(max(map(flops, micro)) for micro in zip(*plan.micro_batches, strict=True)) for plan in plans]
     total = fmean(sum(flops(trees) for rank in plan.micro_batches for trees in rank) for plan in plans)
@@ -85,11 +85,12 @@ def step_speed(
     return Speed(total, (arithmetic, *moved), model_flops / (peak * cluster.num_ranks))
 
 
-def _units(config: Config, trees: Sequence[Tree], vocab_size: int) -> Units:
+def units_of(parallel: ParallelConfig, trees: Sequence[Tree], vocab_size: int) -> Units:
+    """What a micro-batch of these trees pays; parallel.compute_dtype must not be auto."""
     rows = sum(tree.num_scored for tree in trees)
-    dtype = getattr(torch, config.parallel.compute_dtype)
-    recomputed = recomputed_share(rows, vocab_size, dtype, config.parallel.head_memory_mib * 2**20)
-    return units(config.parallel.activation_checkpointing, recomputed)
+    dtype = getattr(torch, parallel.compute_dtype)
+    recomputed = recomputed_share(rows, vocab_size, dtype, parallel.head_memory_mib * 2**20)
+    return units(parallel.activation_checkpointing, recomputed)
 
 
 def _moved(config: Config, groups: Groups, plans: Sequence[StepPlan], cluster: Cluster) -> list[Part]:

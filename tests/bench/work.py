@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dpo.config import ParallelConfig
 from dpo.costs import Units, cost_model, step_flops, units
-from dpo.log_probs import recomputed_share
-from dpo.plan import Pair, Tree, grow_trees, plan_step
+from dpo.estimate.speed import units_of
+from dpo.plan import Pair, grow_trees, plan_step
 from tests.bench.jobs import LIVE
 from tests.bench.worlds import SIZES, llama_config
 
@@ -23,29 +22,25 @@ COSTS = cost_model(MODEL)
 
 def counted_flops(result: dict[str, Any]) -> float:
     """Of all steps of a run but the first."""
-    checkpointing = "full" if result["checkpointing"] else "none"
+    parallel = ParallelConfig(
+        compute_dtype="float32", activation_checkpointing="full" if result["checkpointing"] else "none"
+    )
     each = result["pairs_per_step"]
     pairs = read_pairs(Path(result["pairs"]))[each : result["steps"] * each]
     steps = [pairs[start : start + each] for start in range(0, len(pairs), each)]
     if result["trainer"] == "ours":
         budget = int(result["keys"]["batch.tokens_per_micro_batch"])
-        return sum(packed_flops(step, result["ranks"], budget, checkpointing) for step in steps)
-    size, paid = result["micro_batch"], units(checkpointing, 0.0)
+        return sum(packed_flops(step, result["ranks"], budget, parallel) for step in steps)
+    size, paid = result["micro_batch"], units(parallel.activation_checkpointing, 0.0)
     parts = [step[start : start + size] for step in steps for start in range(0, each, size)]
     return sum(padded_flops(part, paid, live=result["mode"] == LIVE) for part in parts)
 
 
-def packed_flops(pairs: Sequence[Pair], ranks: int, budget: int, checkpointing: str) -> float:
+def packed_flops(pairs: Sequence[Pair], ranks: int, budget: int, parallel: ParallelConfig) -> float:
     """Of a step of ours, with the part of the head that is computed again."""
     plan = plan_step(grow_trees(pairs), ranks, budget, COSTS)
-    head_bytes = ParallelConfig().head_memory_mib * 2**20
-
-    def flops(trees: Sequence[Tree]) -> float:
-        rows = sum(tree.num_scored for tree in trees)
-        again = recomputed_share(rows, MODEL.vocab_size, torch.float32, head_bytes)
-        return step_flops(trees, COSTS, units(checkpointing, again))
-
-    return sum(flops(trees) for rank in plan.micro_batches for trees in rank)
+    micro_batches = [trees for rank in plan.micro_batches for trees in rank]
+    return sum(step_flops(trees, COSTS, units_of(parallel, trees, MODEL.vocab_size)) for trees in micro_batches)
 
 
 def padded_flops(pairs: Sequence[Pair], paid: Units, live: bool) -> float:

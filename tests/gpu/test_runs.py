@@ -43,7 +43,10 @@ LEARNED = ["train/loss", "train/grad_norm", "train/logps/chosen", "train/logps/r
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_six_steps(tmp_path_factory.mktemp("gpu-runs"))
+    """With a tokenizer, so that answers are sampled."""
+    root = save_six_steps(tmp_path_factory.mktemp("gpu-runs"))
+    make_tokenizer().save_pretrained(root / "model")
+    return root
 
 
 def config_of(folders: Path, run_dir: Path, **changes: Any) -> Config:
@@ -65,7 +68,6 @@ def test_a_run_is_that_of_the_cpu(optimizer: str, folders: Path, device: torch.d
     """Reference pass, check of the first step, six updates at the paper's learning rate, evaluations with sampled
     answers, checkpoints, export: figures within 1e-4 of the CPU's, and a model that loads.
     """
-    make_tokenizer().save_pretrained(folders / "model")
     changes = {"optim__name": optimizer, "optim__lr": 1e-6}
     here = run(config_of(folders, tmp_path / "here", **changes))
     there = run_on_cpu(config_of(folders, tmp_path / "there", **changes), tmp_path)
