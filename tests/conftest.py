@@ -18,6 +18,7 @@ if not os.environ.get("DPO_TEST_GPU"):
 
 import torch
 
+from tests.quick import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401: pytest finds them here
 from tests.ranks import Ranks
 
 torch.set_num_threads(1)
