@@ -1,4 +1,4 @@
-"""The versions of torch and transformers that the trainer is tested with, and whether the installed ones are among them.
+"""The versions of torch and transformers that are tested, and whether the installed ones are among them.
 
 Reads the metadata of packages alone: importing neither takes time nor fails.
 """

@@ -22,9 +22,7 @@ FOLDERS = ("tests", "launch")
 FIXTURES = ("ranks",)
 """Fixtures that start processes."""
 
-SLOW: Sequence[str] = (
-    "test_versions.py::test_newer_pythons_compile_every_file",
-)
+SLOW: Sequence[str] = ("test_versions.py::test_newer_pythons_compile_every_file",)
 
 STARTERS: Sequence[tuple[Any, str]] = (
     (subprocess.Popen, "__init__"),

@@ -303,7 +303,9 @@ REFUSED: Mapping[str, tuple[PretrainedConfig, str]] = {
         "lfm2 .*conv cannot share",
     ),
     "attention of its own": (
-        AutoConfig.for_model("gpt_neo", hidden_size=32, num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]]),
+        AutoConfig.for_model(
+            "gpt_neo", hidden_size=32, num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]]
+        ),
         "gpt_neo .*attention",
     ),
     "a recurrent state": (
