@@ -7,7 +7,7 @@ PACKAGES := chromium chromium-driver iproute2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo board test test-gpu test-slurm bench tools check clean
+.PHONY: demo board test test-oldest test-newest test-gpu test-slurm bench tools check clean
 
 demo: .venv/installed          ## learn a preference on two processes, in minutes
 	$(BIN)/python -m dpo.demo
@@ -17,6 +17,9 @@ board: .venv/installed         ## the demo's dashboard in a browser
 
 test: .venv/installed          ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+test-oldest test-newest: test-%: .venv-%/installed  ## the quick tests with the oldest or newest torch and transformers
+	.venv-$*/bin/python -m pytest -n 2 --dist loadgroup -m quick
 
 test-gpu: .venv/installed      ## what only a GPU shows, and with two of them NCCL; says what it skips
 	DPO_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu -rs
@@ -42,10 +45,18 @@ check: .venv/installed         ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(NEW_ENOUGH)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-oldest/installed .venv-newest/installed: .venv-%/installed: pyproject.toml constraints-%.txt
+	$(NEW_ENOUGH)
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[dev]'
 	touch $@
 
 .venv/installed-bench: .venv/installed
@@ -58,4 +69,4 @@ check: .venv/installed         ## style and types
 	touch $@
 
 clean:                         ## what make made
-	rm -rf .venv .venv-trl runs bench
+	rm -rf .venv .venv-oldest .venv-newest .venv-trl runs bench

@@ -22,8 +22,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from dpo.config import ParallelConfig, with_place
 from dpo.errors import Preempted, RunError, UserError
 from dpo.network import VARIABLE, gloo_interface
-from dpo.progress import say, set_quiet
+from dpo.progress import say, set_quiet, warn
 from dpo.run_files import write_status
+from dpo.versions import untested_versions
 from dpo.visible import harmless
 
 T = TypeVar("T")
@@ -196,6 +197,9 @@ def run_program(main: Callable[[], None]) -> int:
     """
     is_main = int(os.environ.get("RANK", "0")) == 0
     set_quiet("--quiet" in sys.argv)
+    untested = untested_versions()
+    if untested and is_main:
+        warn(untested)
     try:
         main()
     except Preempted as stop:

@@ -69,9 +69,9 @@ class StepMetrics:
         known = torch.tensor(values, dtype=torch.float64, pin_memory=pinned).to(self.measured, non_blocking=True)
         norm = self.measured.new_zeros(1) if square_norm is None else square_norm.to(self.measured).reshape(1)
         mine = torch.cat([self.measured, known[: len(COUNTED)], norm, known[len(COUNTED) :]])
-        every = mine.new_empty(dist.get_world_size() * len(mine))
-        dist.all_gather_single(every, mine)
-        table = every.view(-1, len(mine)).cpu()
+        every = mine.new_empty(dist.get_world_size(), len(mine))
+        dist.all_gather(list(every.unbind()), mine)  # into one tensor: other names in torch 2.11 and 2.13
+        table = every.cpu()
         sums, peaks = table[:, : len(SUMS)].sum(0), table[:, len(SUMS) :].amax(0)
         return dict(zip(SUMS, sums.tolist(), strict=True)) | dict(zip(MAXIMA, peaks.tolist(), strict=True))
 

@@ -136,7 +136,7 @@ def _switch_dropout_off(model: nn.Module) -> None:
 def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConfig, compute: torch.dtype) -> None:
     """Composes checkpointing, compilation and sharding onto a model, in this order; the model knows of none of them."""
     if parallel.activation_checkpointing != "none":
-        model.activation_checkpointing_enable(_checkpointing_kwargs(parallel.activation_checkpointing))
+        _enable_checkpointing(model)(_checkpointing_kwargs(parallel.activation_checkpointing))
     layers = decoder_layers(model)
     if parallel.compile:
         for layer in layers:
@@ -170,6 +170,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     """The root and the layers."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _enable_checkpointing(model: PreTrainedModel) -> Callable[[dict[str, Any]], None]:
+    """The model's own method; transformers gave it the first name in 5.23, where the second one warns."""
+    return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
 
 
 def _checkpointing_kwargs(kind: str) -> dict[str, Any]:

@@ -71,7 +71,8 @@ def test_every_block_is_torch_s(trees: Any, window: Window) -> None:
         assert mine.dtype == theirs.dtype
         assert torch.equal(mine, theirs), name
     assert (found.seq_lengths, found.BLOCK_SIZE) == (wanted.seq_lengths, wanted.BLOCK_SIZE)
-    assert found.dq_write_order is None is wanted.dq_write_order
+    for mask in (found, wanted):
+        assert getattr(mask, "dq_write_order", None) is None  # torch 2.11 does not know it
 
 
 def test_blocks_of_other_trees_are_skipped() -> None:

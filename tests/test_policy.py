@@ -303,8 +303,10 @@ REFUSED: Mapping[str, tuple[PretrainedConfig, str]] = {
         "lfm2 .*conv cannot share",
     ),
     "attention of its own": (
-        AutoConfig.for_model("gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=4),
-        "gptj .*attention",
+        AutoConfig.for_model(
+            "gpt_neo", hidden_size=32, num_heads=4, num_layers=2, attention_types=[[["global", "local"], 1]]
+        ),
+        "gpt_neo .*attention",
     ),
     "a recurrent state": (
         AutoConfig.for_model("mamba", hidden_size=32, num_hidden_layers=2),

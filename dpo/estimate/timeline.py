@@ -7,10 +7,11 @@ seen.
 
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -164,9 +165,17 @@ def _gradient_storages(model: nn.Module | None) -> Iterator[Any]:
 def _added_up_storages(model: nn.Module | None) -> Iterator[Any]:
     """What was summed over the copies (HSDP) and is not let go yet."""
     for module in fsdp_modules(model) if model is not None else ():
-        for group in module._get_fsdp_state()._fsdp_param_groups:
+        for group in _parameter_groups(module):
             if group._all_reduce_state is not None:
                 yield group._all_reduce_state.all_reduce_input.untyped_storage()
+
+
+def _parameter_groups(module: FSDPModule) -> Sequence[Any]:
+    """What one module gathers and reduces at once: one group until torch 2.12, a list of them since."""
+    state = module._get_fsdp_state()
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:

@@ -1,0 +1,72 @@
+"""The marker `quick`: tests that start no process and do not sleep, for environments at both ends of the range.
+
+All tests in this folder and in launch/ are quick but for those listed here; a quick test that starts a process or
+sleeps fails. conftest.py takes the hooks from here.
+"""
+
+import multiprocessing.process
+import os
+import subprocess
+import time
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+from unittest.mock import patch
+
+import pytest
+
+FOLDERS = ("tests", "launch")
+"""Names of the folders whose tests are quick unless they are listed below."""
+
+FIXTURES = ("ranks",)
+"""Fixtures that start processes."""
+
+SLOW: Sequence[str] = ("test_versions.py::test_newer_pythons_compile_every_file",)
+
+STARTERS: Sequence[tuple[Any, str]] = (
+    (subprocess.Popen, "__init__"),
+    (multiprocessing.process.BaseProcess, "start"),
+    *((os, name) for name in ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system")),
+)
+"""What starts a process in Python."""
+
+
+def is_quick(folder: str, node: str, fixtures: Sequence[str]) -> bool:
+    """Whether a test has the marker; `node`: `file.py::test[case]`, without folders."""
+    return folder in FOLDERS and not set(FIXTURES) & set(fixtures) and not node.startswith(tuple(SLOW))
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the quick tests."""
+    for item in items:
+        node = item.nodeid.rpartition("/")[2]
+        if is_quick(Path(item.path).parent.name, node, getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.quick)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Holds quick tests to what the marker says, their fixtures included; other tests run as they are."""
+    if item.get_closest_marker("quick") is None:
+        return (yield)
+    with nothing_is_started():
+        return (yield)
+
+
+@contextmanager
+def nothing_is_started() -> Generator[None]:
+    """Within it, starting a process and sleeping in the main thread fail the test."""
+    with ExitStack() as stack:
+        for owner, name in STARTERS:
+            stack.enter_context(patch.object(owner, name, _refusing(f"starts a process ({name})")))
+        stack.enter_context(patch.object(time, "sleep", _refusing("sleeps")))
+        yield
+
+
+def _refusing(what: str) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+        pytest.fail(f"a quick test {what}: {args[1:] or args}; list it in tests/quick.py, SLOW")
+
+    return refuse

@@ -1,0 +1,33 @@
+"""Which warnings fail a test: all but those listed here where torch and transformers are those of constraints.txt.
+
+With other versions what warns is not ours to choose, and all are ignored; conftest.py takes the hook from here.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+JUDGED = ("torch", "transformers")
+
+IGNORED: Mapping[str, str] = {
+    "ignore::ResourceWarning": "files that datasets and numpy map stay open until the arrays on them are collected",
+    "ignore::pytest.PytestUnraisableExceptionWarning": "the same, told by a destructor",
+}
+"""Filters of warnings that are no faults, with the reason."""
+
+
+def filters(installed: Mapping[str, str], constraints: str) -> Sequence[str]:
+    """The lines for pytest's filterwarnings, the last one that matches decides; `constraints`: the file's text."""
+    pinned = dict(line.split("==") for line in constraints.split())
+    if any(installed[name].partition("+")[0] != pinned[name] for name in JUDGED):
+        return ["ignore"]
+    return ["error", *IGNORED]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets the filters; a test's own mark comes after them."""
+    for line in filters({name: version(name) for name in JUDGED}, CONSTRAINTS.read_text()):
+        config.addinivalue_line("filterwarnings", line)
