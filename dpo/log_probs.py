@@ -3,6 +3,9 @@
 The head is run a chunk of rows at a time, as many as a budget of bytes allows; the backward pass computes the logits
 of a chunk again instead of keeping them, but for the last chunk, which is still there: where one chunk holds all rows,
 nothing is computed twice. R rows predict R completion tokens of B completions; H is the hidden size, V the vocabulary.
+
+Logits are never rounded to less than float32 on CUDA: the product of narrower factors (bfloat16) is written as float32.
+A CPU has no such product. There the logits are computed in the dtype of the head's weights, then widened.
 """
 
 from typing import Any
@@ -10,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+
+NARROWED_AT_ONCE = 16
+"""The gradient of a chunk's logits is narrowed to bfloat16 by blocks, of which the first is this part of the chunk."""
 
 
 def completion_log_probs(
@@ -19,35 +25,55 @@ def completion_log_probs(
     targets: Tensor,
     lengths: Tensor,
     head_bytes: int,
+    device_type: str | None = None,
 ) -> Tensor:
     """Log-probability of each completion given its prompt, summed over its tokens: (B,) nats.
 
     hidden (R, H), weight (V, H) and bias (V,) of the head, targets (R,) token ids. The rows of a completion follow one
-    another, lengths (B,) counts them; one without rows gets 0. Logits are float32 (float64 where the weights are).
-    All that is as wide as the vocabulary and lives at once, in either pass, takes at most `head_bytes`, or a single
-    row.
+    another, lengths (B,) counts them; one without rows gets 0. Log-probabilities are float32 (float64 where the weights
+    are). All that is as wide as the vocabulary and lives at once, in either pass, takes at most `head_bytes`, or a
+    single row. `device_type`: where the head is computed, by default where the weight lies; `dpo.estimate` runs what
+    CUDA runs on tensors without memory.
     """
-    chunk = rows_in_chunk(weight.shape[0], weight.dtype, head_bytes)
-    token_logps = ChunkedTokenLogProbs.apply(hidden, weight, bias, targets, chunk)
+    device_type = device_type or weight.device.type
+    needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
+    chunk = rows_in_chunk(weight.shape[0], weight.dtype, head_bytes, device_type, needs_gradient)
+    is_wide = has_float32_product(device_type, weight.dtype)
+    token_logps = ChunkedTokenLogProbs.apply(hidden, weight, bias, targets, is_wide, chunk)
     # In float64, and not by index_add, whose order of addition on CUDA changes from run to run.
     sums = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True)
     return sums.to(token_logps.dtype)
 
 
-def rows_in_chunk(vocab_size: int, dtype: torch.dtype, head_bytes: int) -> int:
+def has_float32_product(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a head with weights of `dtype` gets its logits as float32 from the product itself.
+
+    So it is on CUDA (`torch.mm` with `out_dtype`, https://docs.pytorch.org/docs/stable/generated/torch.mm.html) where
+    the weights are narrower than float32. The cache of reference rows has it in its key.
+    """
+    return device_type == "cuda" and dtype.itemsize < torch.float32.itemsize
+
+
+def rows_in_chunk(
+    vocab_size: int, dtype: torch.dtype, head_bytes: int, device_type: str, needs_gradient: bool = True
+) -> int:
     """Rows whose logits fit into `head_bytes`; `dtype` is that in which the head computes.
 
-    A logit takes its own bytes, and where the head computes in less than float32 those of its narrow copy too:
-    4 in float32, 8 in float64, 4 + 2 in bfloat16.
+    Bytes of a logit: 4 in float32, 8 in float64. In bfloat16 4 + 2 on a CPU, for a narrow copy of all logits; on CUDA
+    4, and with gradients 1/16 of 2 more, for the first of the blocks in which `_narrow_in_place` goes.
     """
     wide = _logits_dtype(dtype)
-    bytes_each = wide.itemsize + (dtype.itemsize if dtype != wide else 0)
-    return max(1, head_bytes // (vocab_size * bytes_each))
+    bytes_each: float = wide.itemsize
+    if has_float32_product(device_type, dtype):
+        bytes_each += dtype.itemsize / NARROWED_AT_ONCE if needs_gradient else 0
+    elif dtype != wide:
+        bytes_each += dtype.itemsize
+    return max(1, int(head_bytes // (vocab_size * bytes_each)))
 
 
-def recomputed_share(num_rows: int, vocab_size: int, dtype: torch.dtype, head_bytes: int) -> float:
+def recomputed_share(num_rows: int, vocab_size: int, dtype: torch.dtype, head_bytes: int, device_type: str) -> float:
     """Part of a micro-batch's rows, from 0 to 1, whose logits the backward pass computes again: all but a chunk's."""
-    return max(0.0, 1.0 - rows_in_chunk(vocab_size, dtype, head_bytes) / max(1, num_rows))
+    return max(0.0, 1.0 - rows_in_chunk(vocab_size, dtype, head_bytes, device_type) / max(1, num_rows))
 
 
 def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -61,13 +87,17 @@ class ChunkedTokenLogProbs(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int) -> Tensor:
-        """(R,) log-probabilities of the targets; keeps the inputs, and the log softmax of the last chunk."""
-        ctx.chunks = _chunks(hidden.shape[0], chunk)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, is_wide: bool, chunk: int
+    ) -> Tensor:
+        """(R,) log-probabilities of the targets; keeps the inputs, and the log softmax of the last chunk. `is_wide`:
+        see `has_float32_product`.
+        """
+        ctx.chunks, ctx.is_wide = _chunks(hidden.shape[0], chunk), is_wide
         out = torch.empty(hidden.shape[0], dtype=_logits_dtype(weight.dtype), device=hidden.device)
         buffer = _buffer(ctx.chunks, weight)
         for rows in ctx.chunks:
-            logps = _log_softmax(hidden[rows], weight, bias, buffer)
+            logps = _log_softmax(hidden[rows], weight, bias, buffer, is_wide)
             out[rows] = logps.gather(1, targets[rows, None])[:, 0]
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.last_chunk = buffer
@@ -88,19 +118,19 @@ class ChunkedTokenLogProbs(Function):
         for rows in reversed(ctx.chunks):
             is_last = rows == ctx.chunks[-1]
             if kept is None or not is_last:
-                _log_softmax(hidden[rows], weight, bias, buffer)
+                _log_softmax(hidden[rows], weight, bias, buffer, ctx.is_wide)
             dz = buffer[: rows.stop - rows.start].exp_()  # of the negative logarithm, before it is scaled by g
             dz[torch.arange(len(dz), device=dz.device), targets[rows]] -= 1
             scale = -grad[rows, None]
-            narrow = dz.to(weight.dtype)
+            if grad_bias is not None:
+                grad_bias.addmv_(dz.T, scale[:, 0])
+            narrow = _narrow_in_place(dz, weight.dtype) if ctx.is_wide else dz.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = torch.mm(narrow, weight) * scale
             if grad_weight is not None:
-                _add_product(grad_weight, dz, narrow, hidden[rows] * scale, keep=not is_last)
-            if grad_bias is not None:
-                grad_bias.addmv_(dz.T, scale[:, 0])
+                _add_product(grad_weight, None if ctx.is_wide else dz, narrow, hidden[rows] * scale, keep=not is_last)
             del narrow  # the next chunk's logits take its place in the budget
-        return grad_hidden, _like(grad_weight, weight), _like(grad_bias, bias), None, None
+        return grad_hidden, _like(grad_weight, weight), _like(grad_bias, bias), None, None, None
 
 
 def _chunks(num_rows: int, chunk: int) -> list[slice]:
@@ -115,12 +145,21 @@ def _buffer(chunks: list[slice], weight: Tensor) -> Tensor:
     return weight.new_empty(last.stop - last.start, weight.shape[0], dtype=_logits_dtype(weight.dtype))
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> Tensor:
-    """log softmax of the logits of some rows, (rows, V), in the first rows of the buffer.
-
-    The logits are computed in the dtype of the head's weights, then widened, as the model's own forward does.
-    """
+def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor, is_wide: bool) -> Tensor:
+    """log softmax of the logits of some rows, (rows, V), in the first rows of the buffer."""
     out = buffer[: len(hidden)]
+    if is_wide:
+        _float32_product(hidden, weight.T, out, keep=False)
+        if bias is not None:
+            out += bias
+    else:
+        _put_logits(hidden, weight, bias, out)
+    # In place: torch's kernels read a row's last time where they write it.
+    return torch.log_softmax(out, -1, out=out)
+
+
+def _put_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Computes logits in the dtype of the head's weights, then widens them, as the model's own forward does."""
     narrow = out if out.dtype == weight.dtype else None
     if bias is None:
         logits = torch.mm(hidden, weight.T, out=narrow)
@@ -128,17 +167,43 @@ def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Te
         logits = torch.addmm(bias, hidden, weight.T, out=narrow)
     if narrow is None:
         out.copy_(logits)
-    # In place: torch's kernels read a row's last time where they write it.
-    return torch.log_softmax(out, -1, out=out)
 
 
-def _add_product(total: Tensor, dz: Tensor, narrow: Tensor, hidden: Tensor, keep: bool) -> None:
-    """total (V, H) = dz^T hidden + (total where it is kept), without another tensor of this size."""
-    if total.is_cuda and total.dtype != narrow.dtype:  # narrow factors, their products summed in float32
-        torch.addmm(total, narrow.T, hidden.to(narrow.dtype), out_dtype=total.dtype, beta=int(keep), out=total)
+def _float32_product(left: Tensor, right: Tensor, total: Tensor, keep: bool) -> None:
+    """total = left right + (total where it is kept), a float32 sum of products of narrow factors; for CUDA alone.
+
+    A bias is added apart: whether `addmm` takes a narrow one beside a float32 result is not documented.
+    """
+    torch.addmm(total, left, right, out_dtype=total.dtype, beta=int(keep), out=total)
+
+
+def _narrow_in_place(dz: Tensor, dtype: torch.dtype) -> Tensor:
+    """dz (rows, V), contiguous float32, rounded to a dtype of half its width, in the first half of its own memory.
+
+    The numbers move towards the front. A block goes without memory of its own where it ends at most twice as far from
+    the front as it begins, since what it overwrites was narrowed before it. So blocks double, and only the first, 1/16
+    of the whole, needs a copy of its own: 4 + 2/16 bytes a number instead of 4 + 2, with six kernels instead of one.
+    """
+    wide, count = dz.view(-1), dz.numel()
+    narrow = wide.view(dtype)[:count]
+    stop = min(count, max(1, count // NARROWED_AT_ONCE))
+    narrow[:stop] = wide[:stop].to(dtype)
+    while stop < count:
+        start, stop = stop, min(2 * stop, count)
+        narrow[start:stop] = wide[start:stop]
+    return narrow.view(dz.shape)
+
+
+def _add_product(total: Tensor, dz: Tensor | None, narrow: Tensor, hidden: Tensor, keep: bool) -> None:
+    """total (V, H) = dz^T hidden + (total where it is kept), without another tensor of this size. No `dz`: it was
+    narrowed in place.
+    """
+    if total.dtype == narrow.dtype:
+        torch.addmm(total, narrow.T, hidden.to(total.dtype), beta=int(keep), out=total)
+    elif dz is None:
+        _float32_product(narrow.T, hidden.to(narrow.dtype), total, keep)
     else:
-        factor = narrow if total.dtype == narrow.dtype else dz
-        torch.addmm(total, factor.T, hidden.to(total.dtype), beta=int(keep), out=total)
+        torch.addmm(total, dz.T, hidden.to(total.dtype), beta=int(keep), out=total)
 
 
 def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:

@@ -259,10 +259,12 @@ def completion_logps(policy: Policy, batch: PackedBatch, head_bytes: int) -> Ten
 
     Every rank must get here the same number of times: the parameters are gathered on the way.
     """
-    return policy.model.logps(batch, head_bytes)
+    return policy.model.logps(batch, head_bytes, policy.device.type)
 
 
-def _forward_logps(model: PreTrainedModel, batch: PackedBatch, head_bytes: int) -> Tensor:
+def _forward_logps(
+    model: PreTrainedModel, batch: PackedBatch, head_bytes: int, device_type: str | None = None
+) -> Tensor:
     """Runs inside the root's FSDP forward, where the head's weights are whole; only rows that predict meet the head."""
     hidden = model.base_model(
         input_ids=batch.tokens[None],
@@ -271,7 +273,9 @@ def _forward_logps(model: PreTrainedModel, batch: PackedBatch, head_bytes: int) 
         use_cache=False,
     ).last_hidden_state[0]
     head = model.get_output_embeddings()
-    return completion_log_probs(hidden[batch.rows], head.weight, head.bias, batch.targets, batch.lengths, head_bytes)
+    return completion_log_probs(
+        hidden[batch.rows], head.weight, head.bias, batch.targets, batch.lengths, head_bytes, device_type
+    )
 
 
 def announce_backward(policy: Policy, is_last: bool) -> None:

@@ -22,6 +22,7 @@ from dpo.distributed import World, all_gather, on_main, together
 from dpo.errors import Preempted, RunError, UserError
 from dpo.files import write_atomically
 from dpo.keys import completion_key
+from dpo.log_probs import has_float32_product
 from dpo.pair_set import PairSet
 from dpo.plan import Tree
 from dpo.policy import Policy, completion_logps, free_memory
@@ -48,14 +49,18 @@ class ReferencePass:
 
 
 def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device, tf32: bool) -> dict[str, str]:
-    """The facts beside the model that change a log-probability's bits enough to matter."""
+    """The facts beside the model that change a log-probability's bits enough to matter.
+
+    A fact that some numerics lack is left out of theirs: rows that were computed before it was known keep their key.
+    """
+    head = {"head": "float32 product"} if has_float32_product(device.type, compute) else {}
     path = "flex" if device.type == "cuda" else "segments"
     return {
         "dtype": policy_dtype,
         "compute_dtype": f"{compute}/tf32" if tf32 and device.type == "cuda" else str(compute),
         "device": device.type,
         "attention": f"{ATTENTION}/{path}",
-    }
+    } | head
 
 
 def lookup(rows: RefTable) -> Callable[[np.ndarray, np.ndarray], float]:

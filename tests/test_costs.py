@@ -150,7 +150,7 @@ def counted_over_formula(family: str, parallel: ParallelConfig, world: World) ->
     formula = 0.0
     for micro_batch in packer.plan(trees).micro_batches[0]:
         rows = sum(tree.num_scored for tree in micro_batch)
-        recomputed = recomputed_share(rows, VOCAB, torch.float32, parallel.head_memory_mib * MIB)
+        recomputed = recomputed_share(rows, VOCAB, torch.float32, parallel.head_memory_mib * MIB, "cpu")
         assert (recomputed > 0) == (parallel.head_memory_mib == 1)
         paid = units(parallel.activation_checkpointing, recomputed)
         formula += step_flops(micro_batch, cost_model(model_config), paid)

@@ -29,6 +29,7 @@ from dpo.estimate.timeline import (
     COPIED,
     GATHERED,
     GRADIENTS,
+    HEAD,
     LOGITS,
     REDUCED,
     WEIGHTS,
@@ -161,9 +162,18 @@ def test_models_attend_as_before_afterwards() -> None:
     assert interface[ATTENTION] is tree_attention
 
 
+def test_logits_are_those_of_the_device() -> None:
+    """64 scored rows of 512 logits in bfloat16, in the head's forward pass: 4 bytes each on CUDA, where the product is
+    float32; 2 more on a CPU, for the product's own. The budget holds all.
+    """
+    at_head = {on_cuda: seen(config_with(), 4, 4, on_cuda=on_cuda).peaks for on_cuda in (True, False)}
+    logits = {on_cuda: peaks[Moment(0, "forward", HEAD)][LOGITS] for on_cuda, peaks in at_head.items()}
+    assert logits == {True: 64 * VOCAB * 4, False: 64 * VOCAB * 6}
+
+
 def test_logits_stay_within_their_budget() -> None:
-    """64 scored rows of 512 float32 logits are 128 KiB, and 64 KiB more in bfloat16; never more than a budget of 1 MiB,
-    and at a vocabulary of 16 times the size not more either."""
+    """64 scored rows of 512 float32 logits are 128 KiB; never more than a budget of 1 MiB, and at a vocabulary of
+    16 times the size not more either."""
     few = seen(config_with(parallel__head_memory_mib=1), 4, 4).peaks
     wide = llama(2)
     wide.vocab_size = 16 * VOCAB

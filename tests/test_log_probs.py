@@ -1,5 +1,6 @@
 """Log-probabilities of completions: the chunked head against plain autograd and a float64 oracle."""
 
+import math
 from typing import Any
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo.log_probs import ChunkedTokenLogProbs, completion_log_probs, recomputed_share
+from dpo.log_probs import (
+    ChunkedTokenLogProbs,
+    _narrow_in_place,
+    completion_log_probs,
+    has_float32_product,
+    recomputed_share,
+    rows_in_chunk,
+)
+from tests.float32_product import float32_products
 from tests.live_bytes import LiveBytes, allocated_peak
 
 ROWS, WIDTH, VOCAB = 23, 12, 41
@@ -39,12 +48,12 @@ def values_and_gradients(function: Any, inputs: tuple[Any, ...]) -> list[Tensor]
     return [logps.detach(), *torch.autograd.grad(loss, parameters)]
 
 
-def budget_of(chunk: int, itemsize: int = 4) -> int:
+def budget_of(chunk: int, itemsize: float = 4) -> int:
     """Bytes into which the logits of so many rows fit."""
-    return chunk * VOCAB * itemsize
+    return math.ceil(chunk * VOCAB * itemsize)
 
 
-def at_chunk(chunk: int, itemsize: int = 4) -> Any:
+def at_chunk(chunk: int, itemsize: float = 4) -> Any:
     return lambda *inputs: completion_log_probs(*inputs, LENGTHS, budget_of(chunk, itemsize))
 
 
@@ -96,15 +105,68 @@ def test_bfloat16_weights(chunk: int) -> None:
         assert (one.double() - other.double()).norm() <= 2**-7 * other.double().norm()
 
 
-def test_bfloat16_weight_gradient_is_summed_in_float32() -> None:
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_bfloat16_weight_gradient_is_summed_in_float32(is_wide: bool) -> None:
     """512 rows of probability p = 1/2 a token, each adding 1/2 to the weight's gradient: 256. Summed row by row in
     bfloat16 the sum would stop at 128, where the spacing is 1.
     """
     ones = torch.ones(512, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
-    logps = ChunkedTokenLogProbs.apply(ones, weight, None, torch.zeros(512, dtype=torch.long), 1)
-    logps.sum().backward()
+    with float32_products():
+        logps = ChunkedTokenLogProbs.apply(ones, weight, None, torch.zeros(512, dtype=torch.long), is_wide, 1)
+        logps.sum().backward()
     assert weight.grad.tolist() == [[256], [-256]]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("chunk", [1, 2, 7, 17, 22, 23, 1000])
+def test_float32_product_of_bfloat16_weights(chunk: int, bias: bool) -> None:
+    """As on CUDA: logits are the float32 product of bfloat16 factors, and are never rounded to bfloat16. Values agree
+    to 1e-6 with float64 on the same factors, where rounded logits are off by more than 1e-4; gradients, products of dz
+    rounded to bfloat16, agree to 2^-7 a tensor.
+    """
+    inputs = head_inputs(torch.bfloat16, bias)
+    wanted = values_and_gradients(oracle, inputs)
+    with float32_products():
+        # 4.125 bytes a logit. A chunk of fewer than 16 rows narrows less than a row at first.
+        found = values_and_gradients(at_chunk(chunk, 4.125), inputs)
+    rounded = values_and_gradients(at_chunk(chunk, 6), inputs)
+    assert found[0].dtype == torch.float32
+    assert (found[0] - wanted[0]).norm() <= 1e-6 * wanted[0].norm()
+    assert (rounded[0] - wanted[0]).norm() > 1e-4 * wanted[0].norm()
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.double() - other.double()).norm() <= 2**-7 * other.double().norm()
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 31, 33, 1000, 4099])
+def test_narrowing_in_place_rounds_every_number_once(count: int) -> None:
+    dz = torch.randn(count, 3, generator=torch.Generator().manual_seed(count))
+    wanted, memory = dz.bfloat16(), dz.data_ptr()
+    narrow = _narrow_in_place(dz, torch.bfloat16)
+    assert torch.equal(narrow, wanted)
+    assert narrow.data_ptr() == memory and narrow.is_contiguous()
+
+
+def test_who_has_the_float32_product() -> None:
+    """On CUDA what is narrower than float32, and nothing on a CPU, whose results stay as they were."""
+    kinds = [(device, dtype) for device in ("cpu", "cuda") for dtype in (torch.bfloat16, torch.float32, torch.float64)]
+    assert [kind for kind in kinds if has_float32_product(*kind)] == [("cuda", torch.bfloat16)]
+
+
+def test_rows_in_a_chunk() -> None:
+    """Of Llama 3's vocabulary, 128,256, in 256 MiB = 2^28 bytes: bytes a logit are 4, 4.125, 6 and 8."""
+    per_byte = 2**28 / 128_256
+
+    def rows(dtype: torch.dtype, device_type: str, needs_gradient: bool) -> int:
+        return rows_in_chunk(128_256, dtype, 2**28, device_type, needs_gradient)
+
+    for needs_gradient, on_cuda in ((False, 4), (True, 4.125)):
+        assert rows(torch.bfloat16, "cuda", needs_gradient) == int(per_byte / on_cuda)
+        assert rows(torch.bfloat16, "cpu", needs_gradient) == int(per_byte / 6)
+        for device_type in ("cuda", "cpu"):
+            assert rows(torch.float32, device_type, needs_gradient) == int(per_byte / 4)
+            assert rows(torch.float64, device_type, needs_gradient) == int(per_byte / 8)
 
 
 def test_completion_without_tokens_is_0_and_has_no_gradient() -> None:
@@ -181,6 +243,23 @@ def test_the_budget_in_bfloat16(chunk: int) -> None:
     assert wanted <= live.peak <= wanted + small_change(torch.bfloat16) + (MANY + WIDE) * 2 * 2
 
 
+@pytest.mark.parametrize("chunk", [1, 5, 16, 63, 64, 1000])
+def test_the_budget_of_the_float32_product(chunk: int) -> None:
+    """As on CUDA: 4 bytes a logit, and with gradients 1/16 of the chunk once more in two; 4 alone without them, so that
+    the same budget holds more rows.
+    """
+    budget = math.ceil(chunk * WIDE * 4.125)
+    with float32_products(), LiveBytes() as live:
+        both_passes(torch.bfloat16, budget)
+    wanted = min(chunk, MANY) * WIDE * 4.125
+    assert wanted - 1 <= live.peak <= wanted + small_change(torch.bfloat16) + (MANY + WIDE) * 2 * 2
+    with float32_products(), torch.no_grad(), LiveBytes() as live:
+        hidden, weight, targets, lengths = wide_head(torch.bfloat16)
+        completion_log_probs(hidden, weight, None, targets, lengths, budget)
+    wanted = min(math.floor(chunk * 4.125 / 4), MANY) * WIDE * 4
+    assert wanted <= live.peak <= wanted + small_change(torch.bfloat16) + (MANY + WIDE) * 2 * 2
+
+
 def test_without_gradients_nothing_is_kept() -> None:
     hidden, weight, targets, lengths = wide_head(torch.float32)
     with torch.no_grad(), LiveBytes() as live:
@@ -201,7 +280,7 @@ def test_after_the_backward_pass_nothing_is_kept() -> None:
 
 def test_a_second_backward_pass_computes_anew_what_the_first_used_up() -> None:
     inputs = head_inputs(torch.float64)
-    logps = ChunkedTokenLogProbs.apply(*inputs, 5).sum()
+    logps = ChunkedTokenLogProbs.apply(*inputs, False, 5).sum()
     first = torch.autograd.grad(logps, inputs[:3], retain_graph=True)
     for one, other in zip(first, torch.autograd.grad(logps, inputs[:3]), strict=True):
         assert (one - other).norm() <= 1e-13 * other.norm()
@@ -213,7 +292,7 @@ def test_all_but_one_chunk_is_computed_again(rows: int, share: float) -> None:
     rows that are computed again.
     """
     hidden, weight, targets, _ = wide_head(torch.float32)
-    assert recomputed_share(rows, WIDE, torch.float32, 5 * WIDE * 4) == pytest.approx(share)
+    assert recomputed_share(rows, WIDE, torch.float32, 5 * WIDE * 4, "cpu") == pytest.approx(share)
     with FlopCounterMode(display=False) as counter:
         completion_log_probs(
             hidden[:rows], weight, None, targets[:rows], torch.tensor([rows]), 5 * WIDE * 4

@@ -221,6 +221,23 @@ def test_tf32_has_rows_of_its_own() -> None:
     assert facts["cuda", False]["compute_dtype"] == "torch.float32"
 
 
+def test_the_float32_product_has_rows_of_its_own() -> None:
+    """On CUDA in bfloat16, where logits were rounded before it was there; all other rows keep their key, to the bit."""
+    kinds = {
+        (device, dtype): numerics("float32", dtype, torch.device(device), False)
+        for device in ("cpu", "cuda")
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    assert [kind for kind, facts in kinds.items() if "head" in facts] == [("cuda", torch.bfloat16)]
+    assert kinds["cuda", torch.bfloat16]["head"] == "float32 product"
+    assert kinds["cpu", torch.bfloat16] == {
+        "dtype": "float32",
+        "compute_dtype": "torch.bfloat16",
+        "device": "cpu",
+        "attention": "dpo_tree/segments",
+    }
+
+
 def test_other_numerics_are_other_rows(config: Config, tmp_path: Path) -> None:
     run(config)
     assert reference_line(run(afresh(config, parallel__compute_dtype="bfloat16"))) == (ALL, 0)

@@ -45,7 +45,8 @@ def rehearse(
 ) -> Rehearsal:
     """A step of micro-batches of these trees on rank 0 of `num_ranks`; parallel.compute_dtype must not be auto.
 
-    `on_cuda`: as the step would run there, with FlexAttention and a padded row. What `compile` saves is not seen.
+    `on_cuda`: as the step would run there, with FlexAttention, a padded row and the head's float32 product. What
+    `compile` saves is not seen.
     """
     parallel = replace(config.parallel, compile=False)
     world = World(0, num_ranks, 0, num_ranks, torch.device("cpu"))
@@ -59,6 +60,7 @@ def rehearse(
         timeline.watch(policy.model)
         if on_cuda:
             stack.enter_context(flex_attention_stood_in_for())
+            policy = replace(policy, device=torch.device("cuda"))  # for the head alone; its tensors lie nowhere
         parameters = tuple(parameter.to_local().numel() for parameter in policy.model.parameters())
         groups = parameter_groups(policy.model, decoder_layers(policy.model), num_ranks // parallel.replicate)
         _run(policy, config, _pack(policy, plan, trees, on_cuda), min(plan.num_micro_batches, 2), timeline)

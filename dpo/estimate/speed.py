@@ -74,8 +74,10 @@ def step_speed(
     tf32 = config.parallel.tf32 and dtype == "float32" and not cluster.device.is_cpu
     peak = cluster.device.peak("tf32" if tf32 else dtype)
 
+    device_type = "cpu" if cluster.device.is_cpu else "cuda"
+
     def flops(trees: Sequence[Tree]) -> float:
-        return step_flops(trees, costs, units_of(config.parallel, trees, model_config.vocab_size))
+        return step_flops(trees, costs, units_of(config.parallel, trees, model_config.vocab_size, device_type))
 
     slowest = [sum(max(map(flops, micro)) for micro in zip(*plan.micro_batches, strict=True)) for plan in plans]
     total = fmean(sum(flops(trees) for rank in plan.micro_batches for trees in rank) for plan in plans)
@@ -85,11 +87,11 @@ def step_speed(
     return Speed(total, (arithmetic, *moved), model_flops / (peak * cluster.num_ranks))
 
 
-def units_of(parallel: ParallelConfig, trees: Sequence[Tree], vocab_size: int) -> Units:
+def units_of(parallel: ParallelConfig, trees: Sequence[Tree], vocab_size: int, device_type: str) -> Units:
     """What a micro-batch of these trees pays; parallel.compute_dtype must not be auto."""
     rows = sum(tree.num_scored for tree in trees)
     dtype = getattr(torch, parallel.compute_dtype)
-    recomputed = recomputed_share(rows, vocab_size, dtype, parallel.head_memory_mib * 2**20)
+    recomputed = recomputed_share(rows, vocab_size, dtype, parallel.head_memory_mib * 2**20, device_type)
     return units(parallel.activation_checkpointing, recomputed)
 
 

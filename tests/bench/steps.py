@@ -89,7 +89,7 @@ def measure(case: Case, world: World) -> dict[str, float]:
         train_step(policy, optimizer, batches, config, HEAD_BYTES, lambda: False)
         seconds.append(time.perf_counter() - started)
     rows = max(sum(tree.num_scored for tree in micro) for micro in plan.micro_batches[0])
-    paid = units("none", recomputed_share(rows, case.vocabulary, torch.float32, HEAD_BYTES))
+    paid = units("none", recomputed_share(rows, case.vocabulary, torch.float32, HEAD_BYTES, "cpu"))
     return {
         "seconds": statistics.median(seconds[1:]),
         "flops": step_flops(trees, costs, paid),

@@ -40,7 +40,7 @@ def packed_flops(pairs: Sequence[Pair], ranks: int, budget: int, parallel: Paral
     """Of a step of ours, with the part of the head that is computed again."""
     plan = plan_step(grow_trees(pairs), ranks, budget, COSTS)
     micro_batches = [trees for rank in plan.micro_batches for trees in rank]
-    return sum(step_flops(trees, COSTS, units_of(parallel, trees, MODEL.vocab_size)) for trees in micro_batches)
+    return sum(step_flops(trees, COSTS, units_of(parallel, trees, MODEL.vocab_size, "cpu")) for trees in micro_batches)
 
 
 def padded_flops(pairs: Sequence[Pair], paid: Units, live: bool) -> float:

@@ -14,6 +14,7 @@ from torch import nn
 from dpo.attention import Layout, _flex_attention, make_layout
 from dpo.block_mask import Span, Window, host_mask
 from dpo.packing import PackedBatch, pack, padded_length
+from tests.float32_product import float32_products
 
 
 @contextmanager
@@ -30,6 +31,7 @@ def emulated() -> Iterator[None]:
     with ExitStack() as stack:
         for name, value in changes:
             stack.enter_context(patch(name, value))
+        stack.enter_context(float32_products())
         yield
 
 
