@@ -9,7 +9,7 @@ import torch
 
 from dpo.cache import ROW, read_rows, write_rows
 from dpo.config import Config, LossConfig
-from dpo.evaluation import allowed_differences
+from dpo.deviation import caps, exact_bounds, limits, rounding_scale
 from dpo.losses import indifferent_loss
 from tests.models import save_model, save_pairs
 from tests.runs import exit_code, make_config, run, train_lines
@@ -84,13 +84,45 @@ def test_no_false_alarm_in_another_layout_or_precision(
     assert train_lines(run(again))[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_allowed_differences() -> None:
-    """float32: 1e-4 + 1e-5 |ref|: 100 nats may be off by 1.1e-3. bfloat16: 0.05 sqrt(tokens): 16 tokens by 0.2."""
-    refs, lengths = torch.tensor([-100.0, -10.0]), torch.tensor([16, 4])
-    assert allowed_differences(refs, lengths, torch.float32).tolist() == pytest.approx([1.1e-3, 2e-4], rel=1e-6)
-    assert allowed_differences(refs, lengths, torch.bfloat16).tolist() == pytest.approx([0.2, 0.1], rel=1e-6)
-    tf32 = allowed_differences(refs, lengths, torch.float32, tf32=True)
-    assert tf32.tolist() == pytest.approx([0.025, 0.0125], rel=1e-6)
+def test_exact_bounds() -> None:
+    """1e-4 + 1e-5 |ref|: 100 nats may be off by 1.1e-3."""
+    assert exact_bounds(np.array([-100.0, -10.0])).tolist() == pytest.approx([1.1e-3, 2e-4], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("compute", "tf32", "scale"),
+    [
+        (torch.float32, False, None),
+        (torch.float64, False, None),
+        (torch.float64, True, None),
+        (torch.float32, True, 1 / 8),
+        (torch.bfloat16, False, 1.0),
+    ],
+)
+def test_what_is_held_to_exact_bounds(compute: torch.dtype, tf32: bool, scale: float | None) -> None:
+    """TF32 rounds: it is not held to the bounds of exact float32."""
+    assert rounding_scale(compute, tf32) == scale
+
+
+@pytest.mark.parametrize(
+    ("noise", "num", "scale", "spread", "drift"),
+    [
+        (0.04, 64, 1.0, 0.12, 0.24 / 80),  # 3 noise; 6 noise / sqrt(64 x 100 tokens)
+        (0.04, 31, 1.0, 0.24, 0.24 / math.sqrt(3100)),  # few: 6 noise
+        (0.04, 32, 1.0, 0.12, 0.24 / math.sqrt(3200)),
+        (0.0, 64, 1.0, 0.01, 0.002),  # the floors
+        (9.0, 64, 1.0, 0.25, 0.02),  # the caps
+        (0.0, 64, 1 / 8, 0.00125, 0.00025),
+        (9.0, 64, 1 / 8, 0.03125, 0.0025),
+        (0.005, 64, 1 / 8, 0.015, 0.03 / 80),
+    ],
+)
+def test_limits(noise: float, num: int, scale: float, spread: float, drift: float) -> None:
+    """min(0.25, max(3 noise, 0.01)) and min(0.02, max(6 noise / sqrt(tokens), 0.002)), by hand."""
+    found = limits(noise, np.full(num, 100), scale)
+    assert (found.spread, found.drift) == pytest.approx((spread, drift), rel=1e-12)
+    assert found.spread <= caps(scale).spread
+    assert found.drift <= caps(scale).drift
 
 
 # --- what it stops ---------------------------------------------------------------------------------------------------
