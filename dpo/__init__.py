@@ -30,6 +30,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     1  json_rows.py       JSON and JSONL with line numbers
     1  records.py         raw row -> Example; one adapter a format
     1  attention.py       shared-prefix attention: a segment loop on a CPU, FlexAttention on CUDA
+    1  deviation.py       how far a policy is from its reference at first, and how far it may be
     2  profiling.py       torch's profiler over a few steps
     2  cache.py           the files of the reference cache
     2  config_io.py       YAML and command line against the fields
@@ -59,7 +60,8 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     7  export.py          final/, and python -m dpo.export
     8  inputs.py          all input found, checked, hashed
     8  reference_pass.py  rows that the cache lacks are computed
-    8  evaluation.py      passes without gradients
+    8  evaluation.py      a pass without gradients over the evaluation set
+    8  first_step.py      a fresh run's policy is its own reference, or the run ends
     9  reference.py       the log-probabilities of a run's pairs, and python -m dpo.reference
     9  answers.py         what policy and reference say to a few evaluation prompts
    10  setup.py           a run, ready for its next step

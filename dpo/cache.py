@@ -2,6 +2,7 @@
 
     CACHE/<reference key>/about.json            what the key stands for, for people
                           rows-<sha256>.bin     a block; its name is the hash of its bytes
+                          made-<sha256>.json    how the block of that name was made (`Making`)
                           table-…               what was made of the blocks for one data set (`ref_table.py`)
 
 A block is written under another name and renamed, never changed: several jobs may read and add at the same time, and a
@@ -22,6 +23,10 @@ from dpo.progress import say
 
 ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("logp", "<f8")])
 """A row on disk: a 16-byte key as two integers, and the log-probability in nats (float64 holds a float32 exactly)."""
+
+Making = Mapping[str, str | bool]
+"""What changes the last digits of a row and is not in its key: `torch` the version, `device` the compute capability of
+a GPU or "cpu", `compile` whether layers were compiled."""
 
 
 def reference_key(facts: Mapping[str, str]) -> str:
@@ -109,6 +114,43 @@ def _read_block(path: Path) -> np.ndarray | None:
         path.unlink(missing_ok=True)
         return None
     return np.frombuffer(content, ROW)
+
+
+def write_making(block: Path, making: Making) -> None:
+    """Records beside a block how it was made. A block without this record stays valid: how it was made is unknown."""
+    write_atomically(_making_path(block), json.dumps(dict(making)).encode())
+
+
+def makings_of(folder: Path, keys: np.ndarray) -> list[Making | None]:
+    """How the rows of these keys, (M, 2), were made: each way once, None where it is not known."""
+    paths = [folder / name for name in block_names(folder)]
+    ways: dict[str, list[Path]] = {}
+    for path in paths:
+        ways.setdefault(json.dumps(_read_making(path), sort_keys=True), []).append(path)
+    used = ways if len(ways) == 1 else {way: some for way, some in ways.items() if _hold(some, keys)}
+    return [json.loads(way) for way in sorted(used)]
+
+
+def _hold(blocks: Sequence[Path], keys: np.ndarray) -> bool:
+    """Whether any of the keys is in any of the blocks."""
+    return any((_rows_of(block).find(keys) >= 0).any() for block in blocks)
+
+
+def _rows_of(block: Path) -> RefRows:
+    table = _read_block(block)
+    return make_rows(np.empty(0, ROW) if table is None else table)
+
+
+def _making_path(block: Path) -> Path:
+    return block.with_name(f"made-{block.stem.partition('-')[2]}.json")
+
+
+def _read_making(block: Path) -> Making | None:
+    """None where there is no record, or one that cannot be read."""
+    try:
+        return dict(json.loads(_making_path(block).read_bytes()))
+    except (FileNotFoundError, ValueError, TypeError):
+        return None
 
 
 def write_rows(folder: Path, keys: np.ndarray, logps: np.ndarray) -> Path:

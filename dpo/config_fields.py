@@ -30,6 +30,9 @@ class ReferenceConfig:
     """Folder or hub id of the reference; null: the policy's own start, model.path."""
     cache_dir: str | None = None
     """Folder of the cached log-probabilities, shared by jobs and nodes; null: $DPO_CACHE, else ~/.cache/dpo."""
+    first_step_check: Literal["stop", "warn"] = "stop"
+    """What a run does whose policy, before its first update, is not its own reference: end, or warn and go on (for a
+    model whose own rounding is beyond the bounds, such as a mixture of experts whose routes flip)."""
 
 
 @dataclass(frozen=True)

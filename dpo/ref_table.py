@@ -1,7 +1,8 @@
 """The reference's log-probabilities of a run's data, sorted by key in one file of the cache, of which a step reads what
 it needs.
 
-    CACHE/<reference key>/table-<content of the data>.json   the file of rows, and the blocks that they came from
+    CACHE/<reference key>/table-<content of the data>.json   the file of rows, the blocks that they came from, and how
+                                                             these were made
                           table-<sha256>.npy                  the rows; its name is the hash of its bytes
 
 A table is derived from blocks (`cache.py`) and holds as long as these are there and whole: where one of them is gone or
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo.cache import ROW, block_names, is_whole, read_rows, split_keys
+from dpo.cache import ROW, Making, block_names, is_whole, makings_of, read_rows, split_keys
 from dpo.disk_arrays import DiskArray, open_array
 from dpo.errors import RunError
 from dpo.files import write_atomically
@@ -68,6 +69,11 @@ def find_table(folder: Path, name: str) -> Path | None:
     return None
 
 
+def table_makings(folder: Path, name: str) -> list[Making | None]:
+    """How the rows of a table that is there were made, each way once; None where it is not known."""
+    return (_read_about(folder / name) or {}).get("made", [None])
+
+
 def _read_about(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_bytes())
@@ -98,7 +104,7 @@ def write_table(folder: Path, name: str, keys: np.ndarray) -> Path:
     np.save(file, rows)
     path = folder / f"table-{hashlib.sha256(file.getbuffer()).hexdigest()[:32]}.npy"
     write_atomically(path, file.getbuffer())
-    about = {"rows": path.name, "blocks": block_names(folder)}
+    about = {"rows": path.name, "blocks": block_names(folder), "made": makings_of(folder, keys)}
     write_atomically(folder / name, json.dumps(about, indent=1).encode())  # last: what it names is there
     return path
 

@@ -21,7 +21,7 @@ from dpo.policy import Policy, compute_dtype, load_policy
 from dpo.preemption import StopRequest, listen_for_stop
 from dpo.progress import say
 from dpo.ref_table import RefTable
-from dpo.reference_pass import ReferencePass, fill, numerics
+from dpo.reference_pass import ReferencePass, fill, making, numerics
 
 
 def fill_cache(
@@ -41,7 +41,8 @@ def fill_cache(
     facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device, config.parallel.tf32)
     root = Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()
     head_bytes = config.parallel.head_memory_mib * 2**20
-    rows, done = fill(sets, root / reference_key(facts), facts, reference, packer, head_bytes, world, stop_requested)
+    now, folder = making(world.device, bool(config.parallel.compile)), root / reference_key(facts)
+    rows, done = fill(sets, folder, facts, now, reference, packer, head_bytes, world, stop_requested)
     if world.is_main:
         say(f"reference: {done.rows_computed} log-probabilities computed, {done.rows_reused} from the cache {root}")
     return rows, done

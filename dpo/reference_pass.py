@@ -17,7 +17,7 @@ import torch
 
 from dpo.attention import ATTENTION
 from dpo.batches import Packer
-from dpo.cache import first_of_each, read_rows, split_keys, write_rows
+from dpo.cache import Making, first_of_each, read_rows, split_keys, write_making, write_rows
 from dpo.distributed import World, all_gather, on_main, together
 from dpo.errors import Preempted, RunError, UserError
 from dpo.files import write_atomically
@@ -28,7 +28,7 @@ from dpo.plan import Tree
 from dpo.policy import Policy, completion_logps, free_memory
 from dpo.preemption import StopRequest
 from dpo.progress import progress
-from dpo.ref_table import RefTable, find_table, open_table, table_name, write_table
+from dpo.ref_table import RefTable, find_table, open_table, table_makings, table_name, write_table
 
 SECONDS_BETWEEN_BLOCKS = 30.0
 """A killed build loses at most about this much work."""
@@ -46,6 +46,14 @@ class ReferencePass:
     rows_computed: int
     rows_reused: int
     seconds: float
+    made_otherwise: str | None = None
+    """Where rows of this run were made by another torch, on another kind of GPU or with another `parallel.compile`:
+    what differs, in a few words."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What metrics.jsonl has of it."""
+        return {"rows_computed": self.rows_computed, "rows_reused": self.rows_reused, "seconds": self.seconds}
 
 
 def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device, tf32: bool) -> dict[str, str]:
@@ -61,6 +69,24 @@ def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device, tf32
         "device": device.type,
         "attention": f"{ATTENTION}/{path}",
     } | head
+
+
+def making(device: torch.device, compiled: bool) -> Making:
+    """How this process makes rows: what changes their last digits and is not in their key."""
+    capability = "cpu"
+    if device.type == "cuda":
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    return {"torch": str(torch.__version__), "device": capability, "compile": compiled}
+
+
+def difference(made: Sequence[Making | None], now: Making) -> str | None:
+    """What differs between how rows were made and how this run would make them, in a few words; None: nothing."""
+    others = [
+        "unknown" if making is None else ", ".join(f"{name} {making.get(name, 'unknown')}" for name in now)
+        for making in made
+        if making is None or any(making.get(name) != now[name] for name in now)
+    ]
+    return f"{'; '.join(others)}; this run: {', '.join(f'{name} {now[name]}' for name in now)}" if others else None
 
 
 def lookup(rows: RefTable) -> Callable[[np.ndarray, np.ndarray], float]:
@@ -101,6 +127,7 @@ def fill(
     sets: Sequence[PairSet],
     folder: Path,
     facts: Mapping[str, str],
+    now: Making,
     reference: Callable[[], Policy],
     packer: Packer,
     head_bytes: int,
@@ -110,9 +137,9 @@ def fill(
     """The rows of every completion of `sets`: those in the cache `folder`, and the missing ones, computed and added to
     it.
 
-    `facts` are those of the folder's key. `reference()` gives the model, and is called only where a row is missing.
-    Raises Preempted, on every rank and with what was computed in the cache, where a rank is asked to stop. Every rank
-    must get here.
+    `facts` are those of the folder's key, `now` is how this run makes rows. `reference()` gives the model, and is
+    called only where a row is missing. Raises Preempted, on every rank and with what was computed in the cache, where a
+    rank is asked to stop. Every rank must get here.
     """
     started = time.monotonic()
     check_shared(folder, world)
@@ -125,11 +152,12 @@ def fill(
         if num_missing:
             on_main(world, lambda: write_atomically(folder / "about.json", json.dumps(facts, indent=1).encode()))
             todo = _select(sets, missing)
-            _compute(todo, num_missing, folder, reference(), packer, head_bytes, world, stop_requested)
+            _compute(todo, num_missing, folder, reference(), packer, head_bytes, world, stop_requested, now)
             free_memory()
         table = on_main(world, lambda: write_table(folder, name, _wanted(sets)[0]))
     rows = together(lambda: open_table(table))
-    return rows, ReferencePass(num_missing, len(rows) - num_missing, time.monotonic() - started)
+    other = on_main(world, lambda: difference(table_makings(folder, name), now))
+    return rows, ReferencePass(num_missing, len(rows) - num_missing, time.monotonic() - started, other)
 
 
 def _wanted(sets: Sequence[PairSet]) -> tuple[np.ndarray, np.ndarray]:
@@ -167,11 +195,12 @@ def _compute(
     head_bytes: int,
     world: World,
     stop_requested: StopRequest,
+    now: Making,
 ) -> None:
     """Runs the reference over completions, many at a time, and adds blocks of rows to the cache as it goes."""
     packer = replace(packer, windows=policy.windows)
     chunk_tokens = 4 * packer.tokens_per_micro_batch * world.size
-    block = _Block(folder)
+    block = _Block(folder, now)
     with progress("reference", total, "completions", world.is_main) as bar:
         for chunk in _chunks(items, chunk_tokens):
             rows = _run(chunk, policy, packer, head_bytes, world)
@@ -186,8 +215,8 @@ def _compute(
 class _Block:
     """Rows on rank 0 that are not in the cache yet."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, now: Making):
+        self.folder, self.making = folder, now
         self.rows: list[tuple[np.ndarray, np.ndarray]] = []
         self.flushed = time.monotonic()
 
@@ -201,7 +230,7 @@ class _Block:
         """Writes what it holds as one block of the cache."""
         if self.rows:
             keys, logps = (np.concatenate(column) for column in zip(*self.rows, strict=True))
-            write_rows(self.folder, keys, logps)
+            write_making(write_rows(self.folder, keys, logps), self.making)
         self.rows.clear()
         self.flushed = time.monotonic()
 

@@ -12,8 +12,10 @@ from dpo.batches import Packer, make_packer
 from dpo.checkpoint import load_checkpoint
 from dpo.config import Config
 from dpo.costs import peak_flops
+from dpo.deviation import rounding_scale
 from dpo.distributed import World, all_gather
 from dpo.errors import Preempted
+from dpo.first_step import Terms
 from dpo.inputs import Inputs
 from dpo.objective import has_reference
 from dpo.optim import make_optimizer
@@ -65,6 +67,13 @@ class Run:
         """Whether the next step's policy is the reference: a fresh run from it. Its first step is then checked."""
         same = self.inputs.model.hash == self.inputs.reference.hash
         return self.start.step == 0 and self.reference_pass is not None and same
+
+    @property
+    def first_step_terms(self) -> Terms:
+        """What the check of the first step holds this run to."""
+        scale = rounding_scale(self.compute_dtype, self.config.parallel.tf32 and self.world.device.type == "cuda")
+        otherwise = self.reference_pass.made_otherwise if self.reference_pass else None
+        return Terms(scale, self.config.reference.first_step_check, otherwise)
 
 
 def build_run(

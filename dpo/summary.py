@@ -9,6 +9,7 @@ from torch import nn
 
 from dpo.board.dashboard import Answer, fenced
 from dpo.config import Config, OptimConfig, to_yaml
+from dpo.deviation import Deviation
 from dpo.evaluation import Evaluation
 from dpo.metrics import MetricsWriter, prefixed
 from dpo.optim import lr_at
@@ -72,12 +73,14 @@ def clock(seconds: float) -> str:
 # --- at the start ----------------------------------------------------------------------------------------------------
 
 
-def start_lines(run: Run) -> list[str]:
+def start_lines(run: Run, deviation: Deviation | None) -> list[str]:
     """Model, reference, pairs, steps, mesh, memory and folder of a run that is about to take its next step."""
+    first_step = [("first step", f"policy against its cached reference: {deviation}")] if deviation else []
     return _table(
         [
             ("model", _model(run)),
             ("reference", _reference(run)),
+            *first_step,
             ("pairs", f"{len(run.inputs.data.train):,} to train on, {len(run.inputs.data.eval):,} to evaluate"),
             ("steps", _steps(run)),
             ("ranks", _ranks(run)),
@@ -192,11 +195,15 @@ def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], g
 # --- shown -----------------------------------------------------------------------------------------------------------
 
 
-def introduce(run: Run, writer: MetricsWriter) -> None:
-    """Tells, on rank 0, what is about to run: on the terminal, and as texts and histograms in TensorBoard."""
+def introduce(run: Run, writer: MetricsWriter, deviation: Deviation | None) -> None:
+    """Tells, on rank 0, what is about to run: on the terminal, and as texts and histograms in TensorBoard; with what
+    the check of the first step measured, where there was one.
+    """
     if run.reference_pass and run.start.step == 0:
-        writer.write(0, prefixed("reference", vars(run.reference_pass)))
-    table = start_lines(run)
+        writer.write(0, prefixed("reference", run.reference_pass.figures))
+    if deviation:
+        writer.write(0, prefixed("first_step", vars(deviation)))
+    table = start_lines(run, deviation)
     for line in table:
         say(line)
     warmup, last = run.config.optim.warmup_steps, run.inputs.last_step

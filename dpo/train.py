@@ -20,14 +20,15 @@ from dpo.config import Config, load_config
 from dpo.costs import MODEL_UNITS
 from dpo.distributed import all_gather, exit_program, on_main, open_world
 from dpo.errors import Preempted, RunError
-from dpo.evaluation import evaluate, verify_start
+from dpo.evaluation import evaluate
 from dpo.export import export
+from dpo.first_step import verify_start
 from dpo.inputs import read_inputs
 from dpo.metrics import MetricsWriter, StepMetrics, pair_means, prefixed, train_figures
 from dpo.objective import has_reference, pair_losses
 from dpo.optim import clip_gradient, lr_at, set_lr, square_norm
 from dpo.packing import PackedBatch
-from dpo.plan import grow_trees
+from dpo.plan import Tree, grow_trees
 from dpo.policy import Policy, announce_backward, completion_logps
 from dpo.preemption import StopRequest, listen_for_stop
 from dpo.prefetch import prefetch
@@ -144,11 +145,14 @@ def _step(run: Run, step: int, ahead: Iterator[list[PackedBatch]]) -> tuple[dict
 
 def _batches(run: Run, step: int) -> list[PackedBatch]:
     """This rank's micro-batches of a step, a function of (seed, step)."""
-    ids = run.inputs.order.items(step, run.inputs.last_item)
-    plan = run.packer.plan(grow_trees(run.inputs.data.train.pairs(ids)))
+    plan = run.packer.plan(_trees(run, step))
     if plan.num_oversized and run.world.is_main:
         say(f"step {step}: {plan.num_oversized} trees are over batch.tokens_per_micro_batch; each runs alone")
     return run.packer.pack(plan)
+
+
+def _trees(run: Run, step: int) -> list[Tree]:
+    return grow_trees(run.inputs.data.train.pairs(run.inputs.order.items(step, run.inputs.last_item)))
 
 
 def _save(run: Run, writer: MetricsWriter | None, saver: Saver, step: int) -> None:
@@ -196,8 +200,10 @@ def run_training(config: Config) -> None:
                 say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
             return
         run = build_run(config, world, inputs, start, identity, stop_requested)
+        deviation = None
         if run.begins_at_reference:
-            verify_start(run.policy, _batches(run, 1), config.loss, run.compute_dtype, run.head_bytes)
+            terms = run.first_step_terms
+            deviation = verify_start(run.policy, run.packer, _trees(run, 1), config.loss, terms, run.head_bytes)
         hosts = all_gather(socket.gethostname())
         on_main(world, lambda: open_run_folder(config, start, provenance(hosts, inputs.last_step)))
         if run.answers:
@@ -205,7 +211,7 @@ def run_training(config: Config) -> None:
         writing = closing(MetricsWriter(run.dir, start.step + 1)) if world.is_main else nullcontext()
         with writing as writer:
             if writer:
-                introduce(run, writer)
+                introduce(run, writer, deviation)
             keep, seconds = config.checkpoint.keep, config.parallel.timeout_seconds
             with open_saver(run.dir, run.policy.model, run.optimizer, keep, world, seconds) as saver:
                 train(run, writer, saver)

@@ -1,16 +1,20 @@
 """The check before the first update: the policy is its own reference, whatever the loss, or the run ends."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dpo.cache import ROW, read_rows, write_rows
+from dpo.cache import ROW, makings_of, read_rows, write_making, write_rows
 from dpo.config import Config, LossConfig
-from dpo.evaluation import allowed_differences
+from dpo.deviation import Completions, Verdict, caps, exact_bounds, judge, limits, measure, rounding_scale
 from dpo.losses import indifferent_loss
+from dpo.ref_table import table_makings, write_table
+from dpo.reference_pass import difference
+from dpo.run_files import read_metrics
 from tests.models import save_model, save_pairs
 from tests.runs import exit_code, make_config, run, train_lines
 
@@ -84,13 +88,45 @@ def test_no_false_alarm_in_another_layout_or_precision(
     assert train_lines(run(again))[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_allowed_differences() -> None:
-    """float32: 1e-4 + 1e-5 |ref|: 100 nats may be off by 1.1e-3. bfloat16: 0.05 sqrt(tokens): 16 tokens by 0.2."""
-    refs, lengths = torch.tensor([-100.0, -10.0]), torch.tensor([16, 4])
-    assert allowed_differences(refs, lengths, torch.float32).tolist() == pytest.approx([1.1e-3, 2e-4], rel=1e-6)
-    assert allowed_differences(refs, lengths, torch.bfloat16).tolist() == pytest.approx([0.2, 0.1], rel=1e-6)
-    tf32 = allowed_differences(refs, lengths, torch.float32, tf32=True)
-    assert tf32.tolist() == pytest.approx([0.025, 0.0125], rel=1e-6)
+def test_exact_bounds() -> None:
+    """1e-4 + 1e-5 |ref|: 100 nats may be off by 1.1e-3."""
+    assert exact_bounds(np.array([-100.0, -10.0])).tolist() == pytest.approx([1.1e-3, 2e-4], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("compute", "tf32", "scale"),
+    [
+        (torch.float32, False, None),
+        (torch.float64, False, None),
+        (torch.float64, True, None),
+        (torch.float32, True, 1 / 8),
+        (torch.bfloat16, False, 1.0),
+    ],
+)
+def test_what_is_held_to_exact_bounds(compute: torch.dtype, tf32: bool, scale: float | None) -> None:
+    """TF32 rounds: it is not held to the bounds of exact float32."""
+    assert rounding_scale(compute, tf32) == scale
+
+
+@pytest.mark.parametrize(
+    ("noise", "num", "scale", "spread", "drift"),
+    [
+        (0.04, 64, 1.0, 0.12, 0.24 / 80),  # 3 noise; 6 noise / sqrt(64 x 100 tokens)
+        (0.04, 31, 1.0, 0.24, 0.24 / math.sqrt(3100)),  # few: 6 noise
+        (0.04, 32, 1.0, 0.12, 0.24 / math.sqrt(3200)),
+        (0.0, 64, 1.0, 0.01, 0.002),  # the floors
+        (9.0, 64, 1.0, 0.25, 0.02),  # the caps
+        (0.0, 64, 1 / 8, 0.00125, 0.00025),
+        (9.0, 64, 1 / 8, 0.03125, 0.0025),
+        (0.005, 64, 1 / 8, 0.015, 0.03 / 80),
+    ],
+)
+def test_limits(noise: float, num: int, scale: float, spread: float, drift: float) -> None:
+    """min(0.25, max(3 noise, 0.01)) and min(0.02, max(6 noise / sqrt(tokens), 0.002)), by hand."""
+    found = limits(noise, np.full(num, 100), scale)
+    assert (found.spread, found.drift) == pytest.approx((spread, drift), rel=1e-12)
+    assert found.spread <= caps(scale).spread
+    assert found.drift <= caps(scale).drift
 
 
 # --- what it stops ---------------------------------------------------------------------------------------------------
@@ -150,3 +186,65 @@ def test_a_resumed_policy_is_not_its_reference_and_is_not_checked(folders: Path,
     run(make(folders, tmp_path / "run", **changes))
     run(make(folders, tmp_path / "run", **changes | {"train__steps": 2}))
     assert abs(train_lines(tmp_path / "run")[1]["train/loss"] - math.log(2)) > 1e-3
+
+
+# --- what bfloat16 lets pass, and the way past the check -------------------------------------------------------------
+
+BFLOAT16 = {"parallel__compute_dtype": "bfloat16"}
+
+
+def move_rows(cache: Path, nats: float) -> None:
+    """Moves all cached log-probabilities; how they were made is then not known."""
+    (folder,) = cache.iterdir()
+    rows = read_rows(folder)
+    for block in (*folder.glob("rows-*"), *folder.glob("made-*")):
+        block.unlink()
+    write_rows(folder, np.stack([rows.high, rows.low], 1), rows.logps + nats)
+
+
+def test_beyond_the_caps_a_run_stops_and_warn_goes_on(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All rows off by 10 nats, completions of at most 16 tokens: the spread is at least 10 / 4."""
+    run(make(folders, tmp_path / "first", **BFLOAT16))
+    move_rows(tmp_path / "reference-cache", 10.0)
+    assert exit_code(make(folders, tmp_path / "second", **BFLOAT16)) == 1
+    error = capsys.readouterr().err
+    assert "reference.first_step_check: stop | warn" in error
+    assert all(name in error for name in ("spread", "drift", "noise"))
+    assert not (tmp_path / "second").exists()
+    config = make(folders, tmp_path / "third", reference__first_step_check="warn", **BFLOAT16)
+    assert exit_code(config) == 0
+    assert "WARNING: step 1: the policy is not its own reference" in capsys.readouterr().err
+    (line,) = [line for line in read_metrics(tmp_path / "third") if "first_step/spread" in line]
+    assert line["step"] == 0
+    assert line["first_step/spread"] > 2.5
+
+
+def test_rows_that_were_made_otherwise_are_held_to_the_caps_alone() -> None:
+    """Spread 0.1 with noise 0: beyond the floor 0.01, within the cap 0.25."""
+    pi, lengths = np.full(64, -50.0), np.full(64, 25)
+    signs = np.where(np.arange(64) % 2, 1.0, -1.0)
+    found = Completions(pi, pi, pi + 0.5 * signs, lengths, [[1]] * 64)
+    assert measure(found).spread == pytest.approx(0.1)
+    assert judge(found, 1.0) == Verdict.BEYOND_NOISE
+    assert judge(replace(found, ref_logps=pi + 1.3 * signs), 1.0) == Verdict.BEYOND_BOUNDS  # 0.26
+    assert judge(replace(found, ref_logps=pi + 0.04 * signs), 1.0) == Verdict.PASSES  # 0.008
+    assert judge(replace(found, ref_logps=pi + 0.04 * signs), None) == Verdict.BEYOND_BOUNDS
+
+
+def test_how_blocks_were_made_survives_the_table(tmp_path: Path) -> None:
+    """Two blocks made alike, then one made otherwise: only who needs its rows is told."""
+    keys = np.arange(12, dtype=np.uint64).reshape(-1, 2)
+    here, there = ({"torch": version, "device": "cpu", "compile": False} for version in ("2.13", "2.11"))
+    write_making(write_rows(tmp_path, keys[:3], np.arange(3.0)), here)
+    write_making(write_rows(tmp_path, keys[3:], np.arange(3.0)), there)
+    assert makings_of(tmp_path, keys[:3]) == [here]
+    write_table(tmp_path, "table-a.json", keys)
+    made = table_makings(tmp_path, "table-a.json")
+    assert sorted(map(str, made)) == sorted(map(str, [here, there]))
+    assert difference(made, here) == (
+        "torch 2.11, device cpu, compile False; this run: torch 2.13, device cpu, compile False"
+    )
+    assert difference([here], here) is None
+    assert difference([None], here) is not None

@@ -54,12 +54,15 @@ def place(name: str) -> Place:
     | train/grad_norm, train/lr                 | train                 | 3 optimization/grad_norm, .../lr            |
     | train/pairs_per_second                    | train                 | 4 speed/pairs_per_second                    |
     | reference/seconds                         | ROOT                  | 5 reference/seconds                         |
+    | first_step/spread                         | ROOT                  | 5 reference/first_step/spread               |
     | train/new_figure                          | train                 | 7 other/new_figure                          |
     | a/name, name                              | ROOT                  | 7 other/a/name, 7 other/name                |
     """
     part, _, figure = name.partition("/")
     if part == "reference" and figure:
         return Place(ROOT, f"{REFERENCE}/{figure}")
+    if part == "first_step" and figure:
+        return Place(ROOT, f"{REFERENCE}/{name}")
     if part not in ("train", "eval") or not figure:
         return Place(ROOT, f"{OTHER}/{name}")
     chart, _, side = figure.rpartition("/")
