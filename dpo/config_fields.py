@@ -155,7 +155,7 @@ class ParallelConfig:
     head_memory_mib: int = 256
     """MiB for all that is as wide as the vocabulary; logits that do not fit are computed twice, a chunk at a time."""
     setup_timeout_seconds: int = 7200
-    """Seconds that ranks wait for one that finds, downloads, tokenizes or hashes the input: before the GPUs are used."""
+    """Seconds that ranks wait for one that downloads, tokenizes or hashes the input, before GPUs are used."""
     timeout_seconds: int = 1800
     """Seconds after which a collective that some rank never joined ends the run, from then on."""
 

@@ -2,19 +2,16 @@
 
 import atexit
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.config import ParallelConfig, with_place
@@ -144,9 +141,21 @@ def make_mesh(world: World, parallel: ParallelConfig) -> DeviceMesh:
     Raises UserError where replicate * shard is not the number of ranks.
     """
     shard = check_mesh(world, parallel)
+    device = world.device.type
     if parallel.replicate == 1:
-        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(world.device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
+    # `init_device_mesh` would split the group of the steps, which kills the process in torch 2.13 where gloo is beside
+    # NCCL, and would give the parts torch's own timeout.
+    ranks = torch.arange(world.size).view(parallel.replicate, shard)
+    timeout = timedelta(seconds=parallel.timeout_seconds)
+    mine = [_group_of(world.rank, rows.tolist(), timeout) for rows in (ranks.T, ranks)]
+    return DeviceMesh.from_group(mine, device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def _group_of(rank: int, groups: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+    """Makes all groups of a dimension of the mesh, and gives this rank's. Every rank must get here, in one order."""
+    made = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in groups]
+    return next(group for ranks, group in made if rank in ranks)
 
 
 def check_mesh(world: World, parallel: ParallelConfig) -> int:
@@ -217,19 +226,6 @@ def all_gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-@contextmanager
-def storage_errors(folder: Path) -> Iterator[None]:
-    """Makes a RunError of what torch's distributed checkpoint raises, on all ranks alike, when a rank cannot read or
-    write `folder`.
-    """
-    try:
-        yield
-    except CheckpointException as failure:
-        rank, (reason, _) = next(iter(failure.failures.items()))
-        room = f"{shutil.disk_usage(folder.parent).free / 2**30:.2f} GiB are free there"
-        raise RunError(f"{folder}: rank {rank}: {type(reason).__name__}: {reason}; {room}") from failure
 
 
 # --- how a program ends ----------------------------------------------------------------------------------------------

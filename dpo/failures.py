@@ -1,4 +1,4 @@
-"""How a rank tells what it failed of, where the others cannot know it: no memory, a full disk, a lost connection."""
+"""How a rank tells what it failed of where the others cannot know it: no memory, a full disk, a lost connection."""
 
 import errno
 import json
@@ -6,14 +6,18 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo.costs import PEAKS
+from dpo.errors import RunError
 
 GIB = 2**30
 
@@ -30,6 +34,19 @@ def record_failure(failure: Exception, details: str) -> None:
         extra = {"py_callstack": details, "timestamp": str(int(now)), "seconds": now}
         message = {"message": f"{type(failure).__name__}: {failure}", "extraInfo": extra}
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Makes a RunError of what torch's distributed checkpoint raises, on all ranks alike, when a rank cannot read or
+    write `folder`.
+    """
+    try:
+        yield
+    except CheckpointException as failure:
+        rank, (reason, _) = next(iter(failure.failures.items()))
+        room = f"{shutil.disk_usage(folder.parent).free / 2**30:.2f} GiB are free there"
+        raise RunError(f"{folder}: rank {rank}: {type(reason).__name__}: {reason}; {room}") from failure
 
 
 def met_alone(failure: Exception) -> str | None:
