@@ -31,6 +31,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     1  records.py         raw row -> Example; one adapter a format
     1  attention.py       shared-prefix attention: a segment loop on a CPU, FlexAttention on CUDA
     1  deviation.py       how far a policy is from its reference at first, and how far it may be
+    2  failures.py        what a rank tells where it failed of what the others need not meet
     2  profiling.py       torch's profiler over a few steps
     2  cache.py           the files of the reference cache
     2  config_io.py       YAML and command line against the fields

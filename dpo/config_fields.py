@@ -157,8 +157,10 @@ class ParallelConfig:
     """torch.compile each layer; minutes at the start, faster steps after."""
     head_memory_mib: int = 256
     """MiB for all that is as wide as the vocabulary; logits that do not fit are computed twice, a chunk at a time."""
+    setup_timeout_seconds: int = 7200
+    """Seconds that ranks wait for one that downloads, tokenizes or hashes the input, before GPUs are used."""
     timeout_seconds: int = 1800
-    """Seconds after which a collective that some rank never joined ends the run."""
+    """Seconds after which a collective that some rank never joined ends the run, from then on."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Bound:
 _COUNTS = ("batch.pairs_per_step", "batch.tokens_per_micro_batch", "parallel.replicate", "parallel.head_memory_mib")
 _OPTIONAL_COUNTS = ("data.num_proc", "data.max_prompt_length", "parallel.shard", "train.steps", "train.epochs")
 _CADENCES = ("train.eval_every", "checkpoint.save_every", "checkpoint.keep")
-_OTHER_COUNTS = ("parallel.timeout_seconds", "train.log_every", "eval.max_new_tokens")
+_OTHER_COUNTS = ("parallel.setup_timeout_seconds", "parallel.timeout_seconds", "train.log_every", "eval.max_new_tokens")
 _BOUNDS = (
     Bound("an integer", ">= 1", lambda x: x >= 1, (*_COUNTS, *_OTHER_COUNTS)),
     Bound("null or an integer", ">= 1", lambda x: x >= 1, (*_OPTIONAL_COUNTS, *_CADENCES)),

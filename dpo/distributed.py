@@ -1,26 +1,22 @@
 """The processes of a run: their group and mesh, what one of them decides for all, and how they end together."""
 
 import atexit
-import json
 import os
-import shutil
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.config import ParallelConfig, with_place
 from dpo.errors import Preempted, RunError, UserError
+from dpo.failures import met_alone, record_failure
 from dpo.network import VARIABLE, gloo_interface
 from dpo.progress import say, set_quiet, warn
 from dpo.run_files import write_status
@@ -39,6 +35,8 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    store: dist.Store | None = field(default=None, repr=False, compare=False)
+    """Of `open_world`: kept, since rank 0 may be the server of the others'."""
 
     @property
     def is_main(self) -> bool:
@@ -48,33 +46,94 @@ class World:
 
 @contextmanager
 def open_world(timeout_seconds: int) -> Iterator[World]:
-    """Joins the process group that torchrun's environment describes; without torchrun a group of one.
+    """Joins, over gloo, the processes that torchrun's environment describes; without torchrun a group of one.
 
-    NCCL with a GPU a rank where there are GPUs (gloo beside it, for what lies in CPU memory), else gloo.
+    It is the first of two phases: no GPU is touched and NCCL does not exist, so that what reads, tokenizes and hashes
+    the input may fork. Before anything is placed on `World.device` every rank must call `start_devices`.
+
+    Args:
+        timeout_seconds: after which a collective that some rank never joined ends the run, until `start_devices`.
     """
     env = {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}
+    # Without it torch asks the CUDA runtime whether there is a GPU, which starts the driver in this process.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     device = torch.device("cuda", env["LOCAL_RANK"]) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
-    _join(timeout_seconds, "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], device)
+        set_allocator(os.environ)
+    store = _join(timeout_seconds)
+    yield World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], device, store)
     dist.destroy_process_group()  # not after a failure: `run_program` still needs the group, to end all ranks together
 
 
+def start_devices(world: World, timeout_seconds: int) -> None:
+    """Replaces the group of `open_world` by that of the steps: NCCL with a GPU a rank where there are GPUs (gloo beside
+    it, for what lies in CPU memory), else gloo.
+
+    NCCL connects the ranks here, not at the first step, so that a network that does not work shows at once. Every rank
+    must get here, or the rest hang until the timeout of `open_world`; from here on no process may fork. Raises
+    ConnectionError, on a rank alone, where it cannot be connected.
+
+    Args:
+        timeout_seconds: after which a collective that some rank never joined ends the run, from here on.
+    """
+    assert world.store is not None, "only a world that open_world made has a second phase"
+    on_cuda, timeout = world.device.type == "cuda", timedelta(seconds=timeout_seconds)
+    store = dist.PrefixStore("steps", world.store)
+    _wait_for_all(store, world.size)
+    dist.destroy_process_group()
+    store.set_timeout(timeout)
+    if on_cuda:
+        torch.cuda.set_device(world.device)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=world.device if on_cuda else None,
+        )
+    except dist.DistError as failure:  # of this rank, maybe alone
+        advice = "NCCL_DEBUG=INFO says more; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose the network"
+        raise ConnectionError(f"rank {world.rank}: the GPUs cannot be connected: {failure}; {advice}") from failure
+
+
+def _wait_for_all(store: dist.Store, size: int) -> None:
+    """Waits until all ranks are here. A barrier of the group would not do before the group is destroyed: a rank that
+    leaves it closes its connections, which another one may still be reading.
+    """
+    if store.add("arrived", 1) == size:
+        store.set("all", "")
+    store.wait(["all"])
+
+
+def set_allocator(environment: MutableMapping[str, str]) -> None:
+    """Lets torch's allocator grow its segments of device memory in place, unless the user has chosen settings: what is
+    reserved and not used is then half (6.3 GiB for 12 at 8 ranks of an 8B model). To be called before CUDA starts.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf
+    """
+    if not any(name in environment for name in ALLOCATOR_VARIABLES):
+        environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
-def _join(timeout_seconds: int, backend: str) -> None:
+def _join(timeout_seconds: int) -> dist.Store:
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-        return
+        store: dist.Store = dist.HashStore()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timeout)
+        return store
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     interface = gloo_interface(_ENVIRONMENT | os.environ, store)
     if interface is not None:
         os.environ[VARIABLE] = interface
     store = dist.PrefixStore("dpo", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    return store
 
 
 def make_mesh(world: World, parallel: ParallelConfig) -> DeviceMesh:
@@ -83,9 +142,21 @@ def make_mesh(world: World, parallel: ParallelConfig) -> DeviceMesh:
     Raises UserError where replicate * shard is not the number of ranks.
     """
     shard = check_mesh(world, parallel)
+    device = world.device.type
     if parallel.replicate == 1:
-        return init_device_mesh(world.device.type, (shard,), mesh_dim_names=("shard",))
-    return init_device_mesh(world.device.type, (parallel.replicate, shard), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
+    # `init_device_mesh` would split the group of the steps, which kills the process in torch 2.13 where gloo is beside
+    # NCCL, and would give the parts torch's own timeout.
+    ranks = torch.arange(world.size).view(parallel.replicate, shard)
+    timeout = timedelta(seconds=parallel.timeout_seconds)
+    mine = [_group_of(world.rank, rows.tolist(), timeout) for rows in (ranks.T, ranks)]
+    return DeviceMesh.from_group(mine, device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+
+
+def _group_of(rank: int, groups: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+    """Makes all groups of a dimension of the mesh, and gives this rank's. Every rank must get here, in one order."""
+    made = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in groups]
+    return next(group for ranks, group in made if rank in ranks)
 
 
 def check_mesh(world: World, parallel: ParallelConfig) -> int:
@@ -158,19 +229,6 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
-@contextmanager
-def storage_errors(folder: Path) -> Iterator[None]:
-    """Makes a RunError of what torch's distributed checkpoint raises, on all ranks alike, when a rank cannot read or
-    write `folder`.
-    """
-    try:
-        yield
-    except CheckpointException as failure:
-        rank, (reason, _) = next(iter(failure.failures.items()))
-        room = f"{shutil.disk_usage(folder.parent).free / 2**30:.2f} GiB are free there"
-        raise RunError(f"{folder}: rank {rank}: {type(reason).__name__}: {reason}; {room}") from failure
-
-
 # --- how a program ends ----------------------------------------------------------------------------------------------
 
 
@@ -192,8 +250,9 @@ def run_program(main: Callable[[], None]) -> int:
     """The exit code of a program: 0 done (also where it was asked to stop, and saved), 2 the user's input is wrong,
     1 something found while running, 130 Ctrl-C.
 
-    Rank 0 alone prints the error, in one line; any other exception is a bug, and its traceback is shown. Why a rank
-    failed stands in the file that torchrun asks for.
+    Rank 0 alone prints the error, in one line, but for what one rank meets alone (see `met_alone`): that rank prints it
+    and ends at once, so that torchrun ends the others, which may wait for it in a collective. Any other exception is a
+    bug, and its traceback is shown. Why a rank failed stands in the file that torchrun asks for.
     """
     is_main = int(os.environ.get("RANK", "0")) == 0
     set_quiet("--quiet" in sys.argv)
@@ -203,13 +262,13 @@ def run_program(main: Callable[[], None]) -> int:
     try:
         main()
     except Preempted as stop:
-        _end_well({"state": "preempted", "step": stop.step}, is_main)
-        if is_main:
+        if is_main:  # torchrun ends with 0 both when a run is done and when it was stopped: the launcher reads which
+            write_status({"state": "preempted", "step": stop.step})
             say(str(stop))
         _leave_together()
         return 0
     except (UserError, RunError) as failure:
-        _record(failure, str(failure))
+        record_failure(failure, str(failure))
         if is_main:
             message = harmless(" ".join(str(failure).split()))
             print(f"error: {with_place(message, sys.argv[1:])}", file=sys.stderr, flush=True)
@@ -220,41 +279,22 @@ def run_program(main: Callable[[], None]) -> int:
             what = "the same command goes on from the newest checkpoint, or starts again where there is none yet"
             print(f"stopped; {what}", file=sys.stderr, flush=True)
         return 130
-    except OSError as failure:  # met by this rank alone, a full disk for one: it does not wait for the others
-        _record(failure, str(failure))
-        print(f"error: {type(failure).__name__}: {' '.join(str(failure).split())}", file=sys.stderr, flush=True)
-        return 1
     except Exception as failure:
-        _record(failure, traceback.format_exc())
-        raise
-    _end_well({"state": "done"}, is_main)
-    return 0
-
-
-def _end_well(status: dict[str, Any], is_main: bool) -> None:
-    """torchrun ends with 0 both when a run is done and when it was stopped: the launcher reads which."""
+        line = met_alone(failure)
+        record_failure(failure, line or traceback.format_exc())
+        if line is None:
+            raise
+        print(f"error: {harmless(line)}", file=sys.stderr, flush=True)  # it does not wait for the others
+        return 1
     if is_main:
-        write_status(status)
-
-
-def _record(failure: Exception, details: str) -> None:
-    """Writes why and when this rank failed where torchrun, which prints `details`, and `launch/node.py` look for it.
-
-    The form is that of torch's `torch.distributed.elastic.multiprocessing.errors.record`, which knows the time only to
-    the second: too coarse to tell the rank that failed first from those that lost it.
-    """
-    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if path:
-        now = time.time()
-        extra = {"py_callstack": details, "timestamp": str(int(now)), "seconds": now}
-        message = {"message": f"{type(failure).__name__}: {failure}", "extraInfo": extra}
-        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+        write_status({"state": "done"})
+    return 0
 
 
 def _leave_together() -> None:
     """Lets rank 0 print before any rank ends: torchrun ends all others as soon as it sees the first."""
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _join(60, "gloo")
+        _join(60)
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -15,7 +15,7 @@ import torch
 
 from dpo.checkpoint import load_model, read_state
 from dpo.config import Config, load_config
-from dpo.distributed import World, exit_program, make_mesh, on_main, open_world, together
+from dpo.distributed import World, exit_program, make_mesh, on_main, open_world, start_devices, together
 from dpo.errors import UserError, parse_arguments
 from dpo.policy import Policy, build_policy, stored_tensors
 from dpo.progress import say
@@ -80,11 +80,12 @@ def main() -> None:
     config = _config_of(args.checkpoint)
     if args.dtype:
         config = replace(config, checkpoint=replace(config.checkpoint, export_dtype=args.dtype))
-    with open_world(config.parallel.timeout_seconds) as world:
+    with open_world(config.parallel.setup_timeout_seconds) as world:
         on_main(world, lambda: _check(args.checkpoint, args.out))
-        mesh = make_mesh(world, replace(config.parallel, shard=None, replicate=1))
         folder = find_model(config.model.path, "model.path", world)
         model_config = together(lambda: read_model_config(folder, config.model.trust_remote_code))
+        start_devices(world, config.parallel.timeout_seconds)
+        mesh = make_mesh(world, replace(config.parallel, shard=None, replicate=1))
         policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
         load_model(args.checkpoint, policy.model)
         export(policy, folder, args.out, config, world)

@@ -12,7 +12,7 @@ from pathlib import Path
 from dpo.batches import Packer, make_packer
 from dpo.cache import default_cache_dir, reference_key
 from dpo.config import Config, load_config
-from dpo.distributed import World, exit_program, open_world
+from dpo.distributed import World, exit_program, open_world, start_devices
 from dpo.errors import UserError
 from dpo.inputs import read_inputs
 from dpo.objective import has_reference
@@ -52,8 +52,9 @@ def fill_alone(config: Config) -> None:
     """Fills the cache and ends."""
     if not has_reference(config.loss):
         raise UserError("loss.name: sft has no reference to compute; valid: dpo, ipo, hinge, robust")
-    with listen_for_stop() as stop_requested, open_world(config.parallel.timeout_seconds) as world:
+    with listen_for_stop() as stop_requested, open_world(config.parallel.setup_timeout_seconds) as world:
         inputs = read_inputs(config, world)
+        start_devices(world, config.parallel.timeout_seconds)
         source = inputs.reference
         packer = make_packer(config, world, source.config)
 

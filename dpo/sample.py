@@ -22,7 +22,16 @@ from transformers import PretrainedConfig
 
 from dpo.answers import answer_text, stop_ids
 from dpo.config import ParallelConfig
-from dpo.distributed import World, exit_program, first_on_each_node, make_mesh, on_main, open_world, together
+from dpo.distributed import (
+    World,
+    exit_program,
+    first_on_each_node,
+    make_mesh,
+    on_main,
+    open_world,
+    start_devices,
+    together,
+)
 from dpo.errors import UserError, parse_arguments
 from dpo.fields import Message, field, text_or_messages
 from dpo.generation import generate
@@ -178,7 +187,8 @@ def _printable(text: str) -> str:
 def main() -> None:
     """`python -m dpo.sample`."""
     args = _arguments()
-    with open_world(ParallelConfig().timeout_seconds) as world:
+    parallel = ParallelConfig()
+    with open_world(parallel.setup_timeout_seconds) as world:
         questions = on_main(world, lambda: read_questions(args.prompts))
         paths = {"policy": (args.model, "--model"), "reference": (args.reference, "--reference")}
         readers = {
@@ -186,6 +196,7 @@ def main() -> None:
             for name, (path, flag) in paths.items()
             if path is not None
         }
+        start_devices(world, parallel.timeout_seconds)
         rule = (args.max_new_tokens, args.temperature, args.seed)
         answers = {name: answers_of(reader, *rule, world) for name, reader in readers.items()}
         if world.is_main:

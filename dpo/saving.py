@@ -1,6 +1,7 @@
 """Checkpoints are written by a thread while training goes on: the training thread only copies the state."""
 
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dpo.checkpoint import RunState, checkpoint_path, state_tensors, write_checkpoint
+from dpo.checkpoint import RunState, checkpoint_path, forget_plans, state_tensors, write_checkpoint
 from dpo.distributed import World
 from dpo.errors import Preempted, RunError
 from dpo.host_copies import HostCopies
@@ -38,6 +39,8 @@ class Saver:
         self.run_dir, self.model, self.optimizer, self.keep, self.world = run_dir, model, optimizer, keep, world
         self.group = group
         """Of the writing threads alone: the main threads' collectives go on meanwhile, in any order beside theirs."""
+        self.plans = uuid.uuid4().hex
+        """The name of what one checkpoint leaves for the next (`save_planner`): of this run and group, on this rank."""
         self.copies = HostCopies(world.device)
         self.writing: Future[None] | None = None
         self.has_failed = False
@@ -61,7 +64,9 @@ class Saver:
                 torch.cuda.set_device(self.world.device)  # else the node's first GPU is a thread's
             self.copies.wait()
             try:
-                write_checkpoint(self.run_dir, state, tensors, self.keep, before_commit, self.world, self.group)
+                write_checkpoint(
+                    self.run_dir, state, tensors, self.keep, before_commit, self.plans, self.world, self.group
+                )
             except RunError as failure:
                 if self.world.is_main:
                     warn(f"a checkpoint was not written: {failure}")
@@ -120,6 +125,7 @@ def open_saver(
     finally:
         hook.remove()
         saver.copies.buffers.clear()
+        forget_plans(saver.plans)
     dist.destroy_process_group(group)
 
 

@@ -22,7 +22,7 @@ from rich.text import Text
 from dpo.batches import Packer, make_packer
 from dpo.config import Config, load_config, with_place
 from dpo.data import PreferenceData
-from dpo.distributed import World, exit_program, open_world
+from dpo.distributed import World, exit_program, open_world, start_devices
 from dpo.errors import RunError, UserError, own_flags, split_words
 from dpo.evaluation import Evaluation, evaluate
 from dpo.inputs import Inputs, read_inputs
@@ -94,6 +94,7 @@ def score_model(config: Config, by_source: bool, world: World) -> Scores:
     pairs_of, pairs = ("evaluation", inputs.data.eval) if is_eval else ("training", inputs.data.train)
     if world.is_main:
         say(f"scores {config.model.path} on the {len(pairs):,} {pairs_of} pairs")
+    start_devices(world, config.parallel.timeout_seconds)
     packer = _packer(config, world, inputs, pairs)
     policy = load_policy(config, world, inputs.model.config, inputs.model.folder)
     parts = split_by_source(inputs.data, pairs, len(config.data.train), is_eval) if by_source else {}
@@ -206,7 +207,7 @@ def main() -> None:
     """`python -m dpo.score`."""
     arguments = read_arguments(sys.argv[1:])
     try:
-        with open_world(arguments.config.parallel.timeout_seconds) as world:
+        with open_world(arguments.config.parallel.setup_timeout_seconds) as world:
             scores = score_model(arguments.config, arguments.by_source, world)
             if world.is_main and arguments.as_json:
                 print(json.dumps(asdict(scores), allow_nan=False))

@@ -18,7 +18,7 @@ from dpo.board.dashboard import Answer
 from dpo.checkpoint import RunState
 from dpo.config import Config, load_config
 from dpo.costs import MODEL_UNITS
-from dpo.distributed import all_gather, exit_program, on_main, open_world
+from dpo.distributed import all_gather, exit_program, on_main, open_world, start_devices
 from dpo.errors import Preempted, RunError
 from dpo.evaluation import evaluate
 from dpo.export import export
@@ -189,7 +189,7 @@ def _answers(run: Run, book: AnswerBook, step: int) -> list[Answer]:
 
 def run_training(config: Config) -> None:
     """The whole run: its input is checked, then the policy is built, trained and exported."""
-    with listen_for_stop() as stop_requested, open_world(config.parallel.timeout_seconds) as world:
+    with listen_for_stop() as stop_requested, open_world(config.parallel.setup_timeout_seconds) as world:
         start = on_main(world, lambda: find_start(config))
         inputs = read_inputs(config, world)
         identity = identity_of(config, inputs.data.train.content_hash, inputs.reference.hash)
@@ -199,6 +199,7 @@ def run_training(config: Config) -> None:
                 steps = max(start.step, inputs.last_step)
                 say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
             return
+        start_devices(world, config.parallel.timeout_seconds)
         run = build_run(config, world, inputs, start, identity, stop_requested)
         deviation = None
         if run.begins_at_reference:

@@ -16,8 +16,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from transformers import AutoConfig, PretrainedConfig
 
 from dpo.config_rules import is_hub_id
-from dpo.distributed import World, all_gather, first_on_each_node, on_main, storage_errors, together
+from dpo.distributed import World, all_gather, first_on_each_node, on_main, together
 from dpo.errors import UserError
+from dpo.failures import storage_errors
 
 CONFIG_NOISE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 """Keys of a model's config that change no value the model computes in our dtypes."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dpo.distributed import World, open_world
+from dpo.distributed import World, open_world, start_devices
 from tests.gpu.emulation import emulated
 
 NO_GPU = "needs a GPU: make test-gpu"
@@ -38,4 +38,5 @@ def world(device: torch.device) -> Iterator[World]:
     """A group of one."""
     with open_world(60) as world:
         assert world.device.type == device.type
+        start_devices(world, 60)
         yield world

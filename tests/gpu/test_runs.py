@@ -13,7 +13,7 @@ import torch
 
 from dpo.config import Config, ParallelConfig, to_yaml
 from dpo.costs import cost_model
-from dpo.distributed import make_mesh, open_world
+from dpo.distributed import make_mesh, open_world, start_devices
 from dpo.losses import dpo_loss
 from dpo.packing import pack, padded_length
 from dpo.plan import grow_trees, plan_step
@@ -114,6 +114,7 @@ def test_bfloat16_learns(folders: Path, device: torch.device, tmp_path: Path) ->
 def gradients(folder: Path, parallel: ParallelConfig, budget: int) -> dict[str, np.ndarray]:
     """Of `tests.test_policy`'s pairs, whole, on every rank."""
     with nullcontext() if torch.cuda.is_available() else emulated(), open_world(60) as world:
+        start_devices(world, 60)
         policy = build_policy(read_model_config(folder, False), parallel, "float32", make_mesh(world, parallel))
         load_weights(policy, folder)
         plan = plan_step(grow_trees(some_pairs()), world.size, budget, cost_model(policy.config))

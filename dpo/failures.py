@@ -1,0 +1,159 @@
+"""How a rank tells what it failed of where the others cannot know it: no memory, a full disk, a lost connection."""
+
+import errno
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dpo.costs import PEAKS
+from dpo.errors import RunError
+
+GIB = 2**30
+
+
+def record_failure(failure: Exception, details: str) -> None:
+    """Writes why and when this rank failed where torchrun, which prints `details`, and `launch/node.py` look for it.
+
+    The form is that of torch's `torch.distributed.elastic.multiprocessing.errors.record`, which knows the time only to
+    the second: too coarse to tell the rank that failed first from those that lost it.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        now = time.time()
+        extra = {"py_callstack": details, "timestamp": str(int(now)), "seconds": now}
+        message = {"message": f"{type(failure).__name__}: {failure}", "extraInfo": extra}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Makes a RunError of what torch's distributed checkpoint raises, on all ranks alike, when a rank cannot read or
+    write `folder`.
+    """
+    try:
+        yield
+    except CheckpointException as failure:
+        rank, (reason, _) = next(iter(failure.failures.items()))
+        room = f"{shutil.disk_usage(folder.parent).free / 2**30:.2f} GiB are free there"
+        raise RunError(f"{folder}: rank {rank}: {type(reason).__name__}: {reason}; {room}") from failure
+
+
+def met_alone(failure: Exception) -> str | None:
+    """The line that this rank prints where it failed of what other ranks need not meet; None where it is a bug, whose
+    traceback is to be seen.
+    """
+    for cause in _causes(failure):
+        if isinstance(cause, torch.OutOfMemoryError) or (_is_runtime(cause) and _NO_DEVICE_MEMORY.search(str(cause))):
+            return _named(f"out of GPU memory: {_asked(cause)}; {_device_peak()}; {_what_helps()}")
+        if isinstance(cause, MemoryError) or _has_no_host_memory(cause):
+            return _named(f"out of host memory: {_asked(cause)}; {_host_peak()}; {_what_helps()}")
+    if isinstance(failure, OSError):
+        return f"{type(failure).__name__}: {_line(failure)}"
+    if _is_runtime(failure) and _LOST.search(str(failure)):
+        return _named(f"the connection to another rank was lost ({_line(failure)}): that rank's own message says why")
+    return None
+
+
+_NO_DEVICE_MEMORY = re.compile(r"(CUDA|HIP) (error: )?out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
+"""What gloo says in its own words; https://github.com/pytorch/gloo/blob/main/gloo/transport/tcp/pair.cc"""
+
+
+def _causes(failure: BaseException | None) -> Iterator[BaseException]:
+    while failure is not None:
+        yield failure
+        failure = failure.__cause__
+
+
+def _is_runtime(failure: BaseException) -> bool:
+    return isinstance(failure, RuntimeError)
+
+
+def _has_no_host_memory(failure: BaseException) -> bool:
+    if isinstance(failure, OSError):
+        return failure.errno == errno.ENOMEM  # of a fork, of a file mapped into memory
+    return _is_runtime(failure) and _NO_HOST_MEMORY in str(failure)
+
+
+def _named(what: str) -> str:
+    return f"rank {os.environ.get('RANK', '0')}: {what}"
+
+
+def _line(failure: BaseException) -> str:
+    return " ".join(str(failure).split())
+
+
+def _asked(failure: BaseException) -> str:
+    """How much was asked for, where the failure says it."""
+    text = str(failure)
+    if size := re.search(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)", text):
+        return f"{size[1]} were asked for"
+    if count := re.search(r"tried to allocate (\d+) bytes", text):
+        return f"{int(count[1]) / GIB:.2f} GiB were asked for"
+    return _line(failure) or "its size is not known"
+
+
+def _device_peak() -> str:
+    if not torch.cuda.is_initialized():
+        return "the GPU was not in use yet"
+    held, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+    total = torch.cuda.get_device_properties().total_memory / GIB
+    return f"the peak was {held:.2f} GiB of tensors, {reserved:.2f} GiB reserved, of {total:.2f} GiB"
+
+
+def _host_peak() -> str:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # KiB on Linux
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return f"the peak of this process was {peak:.2f} GiB, of the {total:.2f} GiB that the ranks of a node share"
+
+
+def _what_helps() -> str:
+    words = _config_words(sys.argv[1:])
+    if not words:
+        return "what helps: more ranks, each of which then holds less of the model"
+    command = shlex.join([*words, "--ranks", os.environ.get("WORLD_SIZE", "1"), "--device", _this_device() or "NAME"])
+    return (
+        "what helps: a smaller batch.tokens_per_micro_batch, parallel.activation_checkpointing full,"
+        " parallel.sync_gradients every_micro_batch (or, on a GPU, parallel.cpu_offload true);"
+        f" what a step needs, and what would fit: python -m dpo.estimate {command}"
+    )
+
+
+def _config_words(argv: Sequence[str]) -> list[str]:
+    """The words of a command line that give keys of the config: what `dpo.estimate` takes too."""
+    kept, keep = [], False
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+            keep = flag == "--config" or "." in flag
+        if keep:
+            kept.append(word)
+    return kept
+
+
+def _this_device() -> str | None:
+    if not torch.cuda.is_initialized():
+        return "cpu"
+    properties = torch.cuda.get_device_properties()
+    return estimate_name(properties.name, properties.total_memory)
+
+
+def estimate_name(name: str, memory: float) -> str | None:
+    """A GPU as `dpo.estimate --device` calls it, by the name that CUDA gives and its bytes; None: it is not known."""
+    words = next((words for words in PEAKS if re.search(rf"\b{words}\b", name, re.IGNORECASE)), None)
+    if words is None:
+        return None
+    is_small_a100 = words == "A100" and memory < 48 * GIB
+    return words.lower().replace(" ", "-") + ("-40gb" if is_small_a100 else "")

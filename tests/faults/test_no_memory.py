@@ -1,0 +1,157 @@
+"""Memory that runs out ends a run with one line of the rank that it happened to, which says what would help."""
+
+import errno
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo.config import to_yaml
+from dpo.distributed import run_program
+from dpo.estimate.devices import DEVICES
+from dpo.estimate.program import read_arguments
+from dpo.failures import estimate_name
+from tests.models import save_model, save_pairs
+from tests.runs import make_config
+
+ON_GPU = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 79.11 GiB of which 1.03 GiB is free."
+)
+FAILURES: dict[str, Exception] = {
+    "GPU": torch.OutOfMemoryError(ON_GPU),
+    "CUDA's own words": RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "Python": MemoryError(),
+    "torch on the host": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+        " allocate 3221225472 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "the system": OSError(errno.ENOMEM, "Cannot allocate memory"),
+}
+LINES = {
+    "GPU": "error: rank 0: out of GPU memory: 2.50 GiB were asked for; ",
+    "CUDA's own words": "error: rank 0: out of GPU memory: CUDA error: out of memory Compile with ",
+    "cuBLAS": "error: rank 0: out of GPU memory: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ",
+    "Python": "error: rank 0: out of host memory: its size is not known; the peak of this process was ",
+    "torch on the host": "error: rank 0: out of host memory: 3.00 GiB were asked for; the peak of this process was ",
+    "the system": "error: rank 0: out of host memory: [Errno 12] Cannot allocate memory; the peak of this process was ",
+}
+
+
+def failing(failure: Exception, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What a program prints to stderr that ends by `failure`; its exit code is 1."""
+
+    def main() -> None:
+        raise failure
+
+    assert run_program(main) == 1
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_no_memory_is_one_line(kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "run.yaml", "--quiet", "--loss.beta", "0.5"])
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    (line,) = failing(FAILURES[kind], capsys)
+    assert line.startswith(LINES[kind])
+    keys = ("batch.tokens_per_micro_batch", "parallel.activation_checkpointing", "parallel.sync_gradients")
+    assert all(key in line for key in (*keys, "parallel.cpu_offload"))
+    assert line.endswith(": python -m dpo.estimate --config run.yaml --loss.beta 0.5 --ranks 8 --device cpu")
+
+
+def test_a_failure_inside_another_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what compiles a layer, for one."""
+    failure = ValueError("a layer cannot be compiled")
+    failure.__cause__ = torch.OutOfMemoryError(ON_GPU)
+    (line,) = failing(failure, capsys)
+    assert "out of GPU memory: 2.50 GiB were asked for" in line
+
+
+def test_other_failures_are_bugs_still() -> None:
+    def main() -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        run_program(main)
+
+
+def test_programs_without_a_config_name_no_key(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", "m", "--prompts", "p.txt"])
+    (line,) = failing(MemoryError(), capsys)
+    assert line.endswith("what helps: more ranks, each of which then holds less of the model")
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_gpus_are_called_what_the_estimate_calls_them(name: str) -> None:
+    device = DEVICES[name]
+    assert estimate_name(f"NVIDIA {device.name} 80GB HBM3", device.memory) == name
+
+
+def test_the_estimate_takes_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model.path", "m", "--data.train", "[{path: a b.jsonl}]", "--parallel.replicate=2"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "--quiet", *words])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    (line,) = failing(MemoryError(), capsys)
+    command = line.partition("python -m dpo.estimate ")[2]
+    arguments = read_arguments(shlex.split(command))
+    assert (arguments.config.data.train[0].path, arguments.cluster.ranks) == ("a b.jsonl", 4)
+
+
+# --- one rank of two -------------------------------------------------------------------------------------------------
+
+MAIN = """
+import os, sys
+import torch
+from dpo import train
+from dpo.distributed import exit_program
+
+class Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values):
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has no more.")
+        return gradient
+
+def without_memory(*args):
+    values, rewards = losses(*args)
+    return Backward.apply(values), rewards
+
+losses, calls = train.pair_losses, []
+if os.environ["RANK"] == "1":
+    train.pair_losses = without_memory
+exit_program(train.main)
+"""
+"""Rank 1 has no memory in the backward of the second step, in the middle of which rank 0 waits for it."""
+
+
+def test_a_rank_without_memory_says_so_and_leaves(tmp_path: Path) -> None:
+    """torchrun ends the other one, which may tell by then that a connection is lost; no traceback is seen."""
+    folder, pairs = save_model(tmp_path / "model", "llama"), save_pairs(tmp_path / "pairs.jsonl", 8)
+    config = make_config(folder, pairs, tmp_path / "run", batch__pairs_per_step=4, train__steps=3)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    (tmp_path / "main.py").write_text(MAIN)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [str(tmp_path / "main.py"), "--config", str(tmp_path / "config.yaml")]
+    done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    (line,) = [
+        line for line in errors if line.startswith("error: rank 1: out of GPU memory: 2.50 GiB were asked for; ")
+    ]
+    assert line.endswith(f"dpo.estimate --config {tmp_path / 'config.yaml'} --ranks 2 --device cpu")
+    lost = "error: rank 0: the connection to another rank was lost ("
+    assert all(other.startswith(lost) for other in errors if other != line)
+    assert "Traceback" not in done.stderr
