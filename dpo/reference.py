@@ -22,6 +22,7 @@ from dpo.preemption import StopRequest, listen_for_stop
 from dpo.progress import say
 from dpo.ref_table import RefTable
 from dpo.reference_pass import ReferencePass, fill, numerics
+from dpo.warm_up import warm_up
 
 
 def fill_cache(
@@ -57,7 +58,9 @@ def fill_alone(config: Config) -> None:
         packer = make_packer(config, world, source.config)
 
         def reference() -> Policy:
-            return load_policy(config, world, source.config, source.folder)
+            policy = load_policy(config, world, source.config, source.folder)
+            warm_up(policy, packer, config.parallel.head_memory_mib * 2**20, world, (False,))
+            return policy
 
         sets = [inputs.data.train, inputs.data.eval]
         fill_cache(config, world, source.hash, sets, reference, packer, stop_requested)

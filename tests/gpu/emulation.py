@@ -3,7 +3,7 @@
 So the tests of this folder are run where there is no GPU, all but what kernels, streams and the allocator do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -25,12 +25,17 @@ def emulated() -> Iterator[None]:
         ("dpo.attention._compiled_flex_attention", lambda: flex),
         ("dpo.packing.make_layout", _block_layout),
         ("dpo.batches.pack", _pack_padded),
-        ("torch.nn.Module.compile", lambda module: compile_module(module, backend="aot_eager")),
+        ("torch.nn.Module.compile", _compile_with(compile_module)),
     ]
     with ExitStack() as stack:
         for name, value in changes:
             stack.enter_context(patch(name, value))
         yield
+
+
+def _compile_with(compile_module: Callable[..., None]) -> Callable[..., None]:
+    """Compiles a module as asked, but for inductor and its options."""
+    return lambda module, dynamic, options: compile_module(module, backend="aot_eager", dynamic=dynamic)
 
 
 def _block_layout(spans: Sequence[Span], windows: Sequence[Window], num_tokens: int, device: torch.device) -> Layout:
