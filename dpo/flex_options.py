@@ -2,29 +2,33 @@
 
 torch's own defaults are tiles that were tuned for speed where they were tuned, and spill registers to memory elsewhere
 (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/template_heuristics/triton.py). A row stands in this
-table only where it spills less than the default and stays within the architecture's shared memory. Bytes spilled a
-thread, default -> here, bfloat16, 32 heads of queries and 8 of keys, length unknown to the kernel, compiled by torch
-2.13 and Triton 3.7; the shared memory of a block in brackets. Speed was not measured: no GPU was at hand.
+table only where it spills less than the default and stays within the architecture's shared memory: 166,912 bytes a
+block on sm_80, 232,448 on sm_90 and sm_100
+(https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/compute-capabilities.html). Bytes spilled a thread,
+default -> here, and shared memory in brackets, of kernels for any length, bfloat16, 32 heads of queries and 8 of keys,
+compiled by torch 2.13 and Triton 3.7. Speed was not measured: no GPU was at hand.
 
-    sm_90   forward    width 64         672 -> 0    (114,688 of 232,448 bytes)
-            backward   width 128        344 -> 8    (115,968)
-                       width 80, 96     360 -> 24   (115,968)
-                       width 192       1952 -> 200  (131,712)
-                       width 256       2008 -> 200  (131,712)
+    width               sm_80                    sm_90                    sm_100
+     64      forward       40 -> 0   (49,152)     672 -> 0  (114,688)      840 -> 0  (118,304)
+             backward     256 -> 176 (38,144)       8: torch's own         704 -> 0   (66,880)
+     80, 96  backward     688 -> 0   (70,912)     360 -> 8   (99,840)     1560 -> 0  (132,672)
+    128      backward     656 -> 0   (70,912)     344 -> 8   (99,840)    13232 -> 0  (132,672)
+    192      forward      192: torch's own          0: torch's own         448 -> 96 (198,688)
+             backward   11208 -> 224 (103,040)   1952 -> 200 (131,712)     360 -> 176 (98,312)
+    256      backward   11168 -> 224 (103,040)   2008 -> 200 (131,712)   13288 -> 176 (98,312)
 
 Of several that spill next to nothing the largest tile stands here: a smaller one reads keys and values more often.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from torch.nn.attention.flex_attention import FlexKernelOptions
 
 Options = Mapping[str, bool | int]
 """Names as in torch's FlexKernelOptions, with `fwd_` or `bwd_` before those of one kernel."""
 
-ALWAYS: Options = MappingProxyType({"ROWS_GUARANTEED_SAFE": True})
+ALWAYS: Options = {"ROWS_GUARANTEED_SAFE": True}
 """Every query of a packed row sees itself, padding too, so no row of the softmax is empty."""
 
 
@@ -39,16 +43,27 @@ class Row:
     options: Options
 
 
-def _backward_tiles(queries: int, keys: int, warps: int) -> dict[str, int]:
-    """The tiles of both loops of the backward kernel: over queries (1) and over keys (2)."""
+def _backward(queries: int, keys: int, stages: int) -> dict[str, int]:
+    """The tiles of both loops of the backward kernel, over queries (1) and over keys (2), on 8 warps."""
     tiles = {"bwd_BLOCK_M1": queries, "bwd_BLOCK_N1": keys, "bwd_BLOCK_M2": keys, "bwd_BLOCK_N2": queries}
-    return tiles | {"bwd_num_warps": warps}
+    return tiles | {"bwd_num_stages": stages, "bwd_num_warps": 8}
 
+
+_FORWARD_ON_EIGHT_WARPS = {"fwd_num_warps": 8}
+_FORWARD_192 = {"fwd_BLOCK_M": 128, "fwd_BLOCK_N": 64, "fwd_num_stages": 2, "fwd_num_warps": 8}
+_SM_80, _SM_90, _SM_100 = (8, 0), (9, 0), (10, 0)
 
 TABLE = (
-    Row((9, 0), range(64, 65), MappingProxyType({"fwd_num_warps": 8})),
-    Row((9, 0), range(65, 129), MappingProxyType(_backward_tiles(32, 128, warps=8))),
-    Row((9, 0), range(129, 257), MappingProxyType(_backward_tiles(32, 64, warps=8))),
+    Row(_SM_80, range(64, 65), _FORWARD_ON_EIGHT_WARPS | _backward(64, 64, stages=2)),
+    Row(_SM_80, range(65, 129), _backward(64, 64, stages=2)),
+    Row(_SM_80, range(129, 257), _backward(32, 64, stages=2)),
+    Row(_SM_90, range(64, 65), _FORWARD_ON_EIGHT_WARPS),
+    Row(_SM_90, range(65, 129), _backward(64, 64, stages=2)),
+    Row(_SM_90, range(129, 257), _backward(32, 64, stages=2)),
+    Row(_SM_100, range(64, 65), _FORWARD_ON_EIGHT_WARPS | _backward(32, 128, stages=3)),
+    Row(_SM_100, range(65, 129), _backward(64, 64, stages=2)),
+    Row(_SM_100, range(129, 193), _FORWARD_192 | _backward(32, 64, stages=1)),
+    Row(_SM_100, range(193, 257), _backward(32, 64, stages=1)),
 )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch._inductor
 from torch import nn
+from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
 
 from dpo.cache import default_cache_dir
@@ -21,6 +22,10 @@ from dpo.progress import warn
 
 Graphs = Counter[tuple[str, bool]]
 """(kind of layer, whether with gradients) -> graphs compiled so far."""
+
+RECOMPILE_LIMIT = 64
+"""Graphs a piece of code, above torch's 8, behind which it would run uncompiled: all layers of a class count together,
+and 2 windows, a reference of another size and passes with and without gradients take up to 12."""
 
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """Environment variable of torch or Triton -> folder in that of the kernels.
@@ -51,12 +56,15 @@ def num_graphs() -> int:
 
 
 def compile_layers(layers: Sequence[nn.Module]) -> Graphs:
-    """Has each layer compiled at its first call, for rows of any length at once; gives the count that will be kept."""
+    """Has each layer compiled when it is called: for the length of the first row, then, at the second length, for any.
+    Gives the count that is kept from now on.
+    """
     graphs: Graphs = Counter()
     # It asks whether a checkpointed layer works in place, which the exactness tests answer.
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_new_to_users)
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)  # of the whole process
     for layer in layers:
-        layer.compile(dynamic=True, options=_inductor_options())
+        layer.compile(options=_inductor_options())
         assert layer._compiled_call_impl is not None
         layer._compiled_call_impl = _counted(layer._compiled_call_impl, kind_of(layer), graphs)
     return graphs

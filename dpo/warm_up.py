@@ -35,8 +35,8 @@ def warm_up(policy: Policy, packer: Packer, head_bytes: int, world: World, passe
     for with_gradients in passes:
         for length in LENGTHS:
             _run(policy, _row(packer, length), head_bytes, with_gradients)
+    reshard(policy)  # first: gradients are those of the sharded parameters
     policy.model.zero_grad(set_to_none=True)
-    reshard(policy)
     if world.is_main:
         kinds = f" ({describe_graphs(policy.graphs)})" if policy.graphs else ""
         say(f"compiled {num_graphs() - before} graphs in {time.monotonic() - started:.0f} s{kinds}")

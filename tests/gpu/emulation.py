@@ -35,7 +35,7 @@ def emulated() -> Iterator[None]:
 
 def _compile_with(compile_module: Callable[..., None]) -> Callable[..., None]:
     """Compiles a module as asked, but for inductor and its options."""
-    return lambda module, dynamic, options: compile_module(module, backend="aot_eager", dynamic=dynamic)
+    return lambda module, options: compile_module(module, backend="aot_eager")
 
 
 def _block_layout(spans: Sequence[Span], windows: Sequence[Window], num_tokens: int, device: torch.device) -> Layout:
@@ -44,4 +44,4 @@ def _block_layout(spans: Sequence[Span], windows: Sequence[Window], num_tokens: 
 
 
 def _pack_padded(*args: Any) -> PackedBatch:
-    return pack(*args[:-1], padded_length)
+    return pack(*args[:-1], padded_length if args[-1] is int else args[-1])
