@@ -51,8 +51,9 @@ ANY_ORDER = (16384, 640, 8192, 1280, 8064, 512, 1024)
 
 
 def test_no_length_is_compiled_after_the_second() -> None:
-    """By inductor, forward and backward. Without gradients there is one graph, the length being an unknown by then. Up to
-    4,096 tokens: beyond, inductor's backward on a CPU splits this narrow norm's sum, and guards the length.
+    """By inductor, forward and backward. Without gradients there is one graph, the length being an unknown by then.
+
+    Up to 4,096 tokens: inductor's backward on a CPU guards that length for so narrow a norm.
     """
     torch.compiler.reset()
     layers = [Layer(None), Layer(None)]
