@@ -18,6 +18,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     0  plan.py            pairs -> trees -> balanced StepPlan
     0  losses.py          the losses on the paper's index signature
     0  block_mask.py      FlexAttention's mask of packed trees, made block by block
+    0  flex_options.py    FlexAttention's kernel options by architecture and head size
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
     0  prefetch.py        what comes next is built by a thread
     0  host_copies.py     a sharded state copied to host memory
@@ -37,6 +38,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     2  config_io.py       YAML and command line against the fields
     2  tokens.py          Example -> TokenizedExample; templates, truncation
     2  packing.py         trees -> PackedBatch
+    3  kernels.py         compiled layers counted, their kernels kept between starts
     3  ref_table.py       the rows of a run's data, sorted, in one file of that cache
     3  config.py          load_config, to_yaml
     4  board/             a run in TensorBoard: charts, histograms, texts, answers, HParams
@@ -59,6 +61,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     7  batches.py         trees of a step -> this rank's micro-batches
     7  generation.py      answers from a sharded policy
     7  export.py          final/, and python -m dpo.export
+    8  warm_up.py         what steps run is compiled before the first of them
     8  inputs.py          all input found, checked, hashed
     8  reference_pass.py  rows that the cache lacks are computed
     8  evaluation.py      a pass without gradients over the evaluation set

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 
 from dpo.block_mask import BLOCK, HostMask, Span, Window, host_mask
 from dpo.errors import UserError
+from dpo.flex_options import flex_options
 
 ATTENTION = "dpo_tree"
 """The name under which transformers finds this attention; it is part of the reference cache's key."""
@@ -136,7 +137,19 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, 
     # A compiled layer takes the plain function into its own graph.
     attend: Any = _flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     grouped = query.shape[1] != key.shape[1]
-    return attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped)[..., :width]
+    options = _kernel_options(query)
+    output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
+    return output[..., :width]
+
+
+def _kernel_options(query: Tensor) -> dict[str, Any] | None:
+    """Those of `flex_options` for these queries on CUDA. torch.compile takes the call, and what it gives, for constants
+    of the graph.
+    """
+    if not query.is_cuda:
+        return None
+    properties = torch.cuda.get_device_properties(query.device)
+    return flex_options(query.shape[-1], query.dtype.itemsize, (properties.major, properties.minor))
 
 
 def _flex_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, **options: Any) -> Any:

@@ -153,8 +153,8 @@ class ParallelConfig:
     traffic, but unsharded gradients in between)."""
     cpu_offload: bool = False
     """Keep weights, gradients and optimizer state in the memory of the host; slow, for models that do not fit."""
-    compile: bool = False
-    """torch.compile each layer; minutes at the start, faster steps after."""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile each layer: minutes at the first start, faster steps after; auto: on CUDA."""
     head_memory_mib: int = 256
     """MiB for all that is as wide as the vocabulary; logits that do not fit are computed twice, a chunk at a time."""
     setup_timeout_seconds: int = 7200

@@ -115,7 +115,8 @@ def _value_of_text(text: str, hint: Any, key: str) -> Any:
     kinds = _alternatives(hint)
     if text == "null" and type(None) in kinds:
         return None
-    if str in kinds or any(get_origin(kind) is Literal for kind in kinds):
+    names = any(get_origin(kind) is Literal for kind in kinds)
+    if str in kinds or (names and bool not in kinds):  # of `bool | Literal["auto"]`, true is not a name
         return text
     return parse_yaml(text, lambda line: f"{COMMAND_LINE}: {key}", valid=describe(hint))
 

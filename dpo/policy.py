@@ -4,6 +4,7 @@ trees.
 
 import gc
 import types
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from dpo.attention import ATTENTION, Window, register_attention
 from dpo.config import Config, ParallelConfig
 from dpo.distributed import World, make_mesh
 from dpo.errors import UserError
+from dpo.kernels import Graphs, compile_layers, keep_kernels
 from dpo.log_probs import completion_log_probs
 from dpo.packing import PackedBatch
 from dpo.weights import load_tensors
@@ -47,6 +49,8 @@ class Policy:
     dtype: torch.dtype
     """Of the master weights and the log-probabilities."""
     parallel: ParallelConfig
+    graphs: Graphs
+    """Graphs that its layers have taken so far; empty where they are not compiled."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -66,10 +70,12 @@ def build_policy(
     master = getattr(torch, dtype)
     if on_cuda:
         torch.set_float32_matmul_precision("high" if parallel.tf32 else "highest")  # of the whole process
+    if on_cuda or is_compiled(parallel, device):
+        keep_kernels()
     model = _build_on_meta(config, master, trust_remote_code)
-    parallelize(model, mesh, parallel, compute_dtype(parallel, master, device))
+    graphs = parallelize(model, mesh, parallel, compute_dtype(parallel, master, device))
     _materialize(model, torch.device("cpu") if parallel.cpu_offload else device, device)
-    return Policy(model, attention_windows(config), device, master, parallel)
+    return Policy(model, attention_windows(config), device, master, parallel, graphs)
 
 
 def compute_dtype(parallel: ParallelConfig, master: torch.dtype, device: torch.device) -> torch.dtype:
@@ -77,6 +83,11 @@ def compute_dtype(parallel: ParallelConfig, master: torch.dtype, device: torch.d
     if parallel.compute_dtype != "auto":
         return getattr(torch, parallel.compute_dtype)
     return torch.bfloat16 if device.type == "cuda" and master == torch.float32 else master
+
+
+def is_compiled(parallel: ParallelConfig, device: torch.device) -> bool:
+    """Whether layers go through torch.compile; `auto` is yes on CUDA alone."""
+    return device.type == "cuda" if parallel.compile == "auto" else parallel.compile
 
 
 def attention_windows(config: PretrainedConfig) -> tuple[Window, ...]:
@@ -133,14 +144,15 @@ def _switch_dropout_off(model: nn.Module) -> None:
             setattr(module, name, 0.0)
 
 
-def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConfig, compute: torch.dtype) -> None:
-    """Composes checkpointing, compilation and sharding onto a model, in this order; the model knows of none of them."""
+def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConfig, compute: torch.dtype) -> Graphs:
+    """Composes checkpointing, compilation and sharding onto a model, in this order; the model knows of none of them.
+    Gives the count of the compiled layers' graphs, which goes on while they run.
+    """
     if parallel.activation_checkpointing != "none":
         _enable_checkpointing(model)(_checkpointing_kwargs(parallel.activation_checkpointing))
     layers = decoder_layers(model)
-    if parallel.compile:
-        for layer in layers:
-            layer.compile()
+    compiled = is_compiled(parallel, torch.device(mesh.device_type))
+    graphs = compile_layers(layers) if compiled else Counter()
     shard: Callable[..., Any] = partial(
         fully_shard,
         mesh=mesh,
@@ -156,6 +168,7 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConf
         # the second line gloo refuses the first.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    return graphs
 
 
 def _offload_policy(parallel: ParallelConfig, pinned: bool) -> OffloadPolicy:

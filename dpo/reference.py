@@ -17,11 +17,12 @@ from dpo.errors import UserError
 from dpo.inputs import read_inputs
 from dpo.objective import has_reference
 from dpo.pair_set import PairSet
-from dpo.policy import Policy, compute_dtype, load_policy
+from dpo.policy import Policy, compute_dtype, is_compiled, load_policy
 from dpo.preemption import StopRequest, listen_for_stop
 from dpo.progress import say
 from dpo.ref_table import RefTable
 from dpo.reference_pass import ReferencePass, fill, making, numerics
+from dpo.warm_up import warm_up
 
 
 def fill_cache(
@@ -41,7 +42,7 @@ def fill_cache(
     facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device, config.parallel.tf32)
     root = Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()
     head_bytes = config.parallel.head_memory_mib * 2**20
-    now, folder = making(world.device, bool(config.parallel.compile)), root / reference_key(facts)
+    now, folder = making(world.device, is_compiled(config.parallel, world.device)), root / reference_key(facts)
     rows, done = fill(sets, folder, facts, now, reference, packer, head_bytes, world, stop_requested)
     if world.is_main:
         say(f"reference: {done.rows_computed} log-probabilities computed, {done.rows_reused} from the cache {root}")
@@ -59,7 +60,9 @@ def fill_alone(config: Config) -> None:
         packer = make_packer(config, world, source.config)
 
         def reference() -> Policy:
-            return load_policy(config, world, source.config, source.folder)
+            policy = load_policy(config, world, source.config, source.folder)
+            warm_up(policy, packer, config.parallel.head_memory_mib * 2**20, world, (False,))
+            return policy
 
         sets = [inputs.data.train, inputs.data.eval]
         fill_cache(config, world, source.hash, sets, reference, packer, stop_requested)

@@ -33,6 +33,7 @@ from dpo.preemption import never
 from dpo.progress import say
 from dpo.reference import fill_cache
 from dpo.reference_pass import lookup
+from dpo.warm_up import warm_up
 
 DESCRIPTION = """Scores a model on preference pairs. Beside the keys below: --model DIR (or hub id) is what is scored;
 the config's model.path stays the reference where reference.path is null. --by-source also scores each source alone, in
@@ -97,6 +98,7 @@ def score_model(config: Config, by_source: bool, world: World) -> Scores:
     start_devices(world, config.parallel.timeout_seconds)
     packer = _packer(config, world, inputs, pairs)
     policy = load_policy(config, world, inputs.model.config, inputs.model.folder)
+    warm_up(policy, packer, config.parallel.head_memory_mib * 2**20, world, (False,))
     parts = split_by_source(inputs.data, pairs, len(config.data.train), is_eval) if by_source else {}
     figures = score_pairs(policy, pairs, packer, config, world)
     sources = {key: score_pairs(policy, part, packer, config, world) for key, part in parts.items()}

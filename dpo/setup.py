@@ -24,6 +24,7 @@ from dpo.preemption import StopRequest
 from dpo.reference import fill_cache
 from dpo.reference_pass import ReferencePass, lookup
 from dpo.run_folder import Start
+from dpo.warm_up import warm_up
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,17 @@ def build_run(
     model, reference = inputs.model, inputs.reference
     policy = load_policy(config, world, model.config, model.folder)
     packer = make_packer(config, world, model.config)
-    reference_pass = None
+    reference_pass, head_bytes = None, config.parallel.head_memory_mib * 2**20
+    begins = start.checkpoint is None and has_reference(config.loss)
+    warm_up(policy, packer, head_bytes, world, (True, False) if begins or len(inputs.data.eval) else (True,))
 
     @functools.cache
     def reference_policy() -> Policy:
-        is_own = reference.hash == model.hash
-        return policy if is_own else load_policy(config, world, reference.config, reference.folder)
+        if reference.hash == model.hash:
+            return policy
+        other = load_policy(config, world, reference.config, reference.folder)
+        warm_up(other, packer, head_bytes, world, (False,))
+        return other
 
     if has_reference(config.loss):
         sets = [inputs.data.train, inputs.data.eval]

@@ -24,6 +24,7 @@ from dpo.evaluation import evaluate
 from dpo.export import export
 from dpo.first_step import verify_start
 from dpo.inputs import read_inputs
+from dpo.kernels import describe_graphs, num_graphs
 from dpo.metrics import MetricsWriter, StepMetrics, pair_means, prefixed, train_figures
 from dpo.objective import has_reference, pair_losses
 from dpo.optim import clip_gradient, lr_at, set_lr, square_norm
@@ -87,13 +88,14 @@ def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
     first, last, every = run.start.step + 1, run.inputs.last_step, run.config.train.eval_every
     if is_time(first - 1, every, last) and on_main(run.world, lambda: lacks_evaluation(run.dir, first - 1)):
         _evaluate(run, writer, saver, first - 1)
-    started = time.monotonic()
+    started, compiled = time.monotonic(), num_graphs()
     ahead = prefetch(functools.partial(_batches, run), range(first, last + 1), run.world.device)
     with closing(ahead), _bar(run) as bar, _profiled(run) as (begin, end):
         for step in range(first, last + 1):
             begin(step)
             figures, must_stop = _step(run, step, ahead)
             end(step)
+            compiled = _tell_new_graphs(run, step, compiled)
             bar.advance(1)
             if writer:
                 writer.write(step, figures)
@@ -106,6 +108,15 @@ def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
                 raise Preempted(step)
             if is_time(step, every, last):
                 _evaluate(run, writer, saver, step)
+
+
+def _tell_new_graphs(run: Run, step: int, before: int) -> int:
+    """The graphs compiled so far; a warning where there are more than `before`, for which all ranks have waited."""
+    graphs = num_graphs()
+    if graphs > before and run.world.is_main:
+        kinds = f" ({describe_graphs(run.policy.graphs)} in all)" if run.policy.graphs else ""
+        warn(f"step {step}: {graphs - before} more graphs were compiled, while every rank waited{kinds}")
+    return graphs
 
 
 def is_time(step: int, every: int | None, last_step: int) -> bool:

@@ -249,3 +249,24 @@ def test_a_late_error_is_given_the_place_of_its_key(argv: list[str], named: str)
     """The file, or the command line where it overrode the file; nothing for a program that has neither."""
     assert with_place("model.path: no such folder", argv) == named
     assert with_place("data.jsonl:3: broken", argv) == "data.jsonl:3: broken"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("auto", "auto"), ("true", True), ("false", False), ("True", True), ("'auto'", "auto")]
+)
+def test_compile_is_a_boolean_or_auto(text: str, value: object, tmp_path: Path) -> None:
+    """Alike on the command line and in a file, where files from before `auto` hold booleans, and in config.yaml, which
+    keeps what was given.
+    """
+    file = tmp_path / "config.yaml"
+    file.write_text(f"model: {{path: m}}\ndata: {{train: [{{path: a.jsonl}}]}}\nparallel: {{compile: {text}}}\n")
+    for config in (load("--config", str(file)), load(*REQUIRED, "--parallel.compile", text)):
+        assert config.parallel.compile is value or config.parallel.compile == value == "auto"
+        assert reload(config, tmp_path) == config
+    assert load(*REQUIRED).parallel.compile == "auto"
+
+
+@pytest.mark.parametrize("text", ["yes", "1", "null"])
+def test_compile_is_nothing_else(text: str) -> None:
+    with pytest.raises(UserError, match=r"^command line: parallel\.compile: .*; valid: true or false or auto$"):
+        load(*REQUIRED, "--parallel.compile", text)

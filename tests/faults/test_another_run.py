@@ -105,6 +105,7 @@ def test_the_rest_may_change_and_is_logged(dead: Config, capsys: pytest.CaptureF
         batch__tokens_per_micro_batch=50,
         checkpoint__keep=1,
         parallel__activation_checkpointing="full",
+        parallel__compile=False,
     )
     run(config)
     assert changes_logged(capsys) == [
@@ -114,6 +115,7 @@ def test_the_rest_may_change_and_is_logged(dead: Config, capsys: pytest.CaptureF
         "optim.lr: 0.001 -> 0.002",
         "optim.weight_decay: 0.0 -> 0.5",
         "parallel.activation_checkpointing: none -> full",
+        "parallel.compile: auto -> False",
         "train.eval_every: 3 -> 2",
     ]
     written = load_config(["--config", str(Path(str(dead.train.run_dir)) / "config.yaml")], "dpo.train")

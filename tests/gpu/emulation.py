@@ -3,7 +3,7 @@
 So the tests of this folder are run where there is no GPU, all but what kernels, streams and the allocator do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -27,7 +27,7 @@ def emulated() -> Iterator[None]:
         ("dpo.attention._compiled_flex_attention", lambda: flex),
         ("dpo.packing.make_layout", _block_layout),
         ("dpo.batches.pack", _pack_padded),
-        ("torch.nn.Module.compile", lambda module: compile_module(module, backend="aot_eager")),
+        ("torch.nn.Module.compile", _compile_with(compile_module)),
     ]
     with ExitStack() as stack:
         for name, value in changes:
@@ -47,9 +47,9 @@ KERNEL_KEYS = 64
 """Keys that the kernel takes at a time (BLOCK_N for heads of up to 128, torch/_inductor/kernel/flex_attention)."""
 
 
-def kernel(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float, enable_gqa: bool) -> Tensor:
+def kernel(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, scale: float, **options: Any) -> Tensor:
     """(1, heads, L, D): FlexAttention's forward, but for the order of its sums inside a block of keys. Where a tree
-    lies in the row decides where its blocks end, and so how its probabilities are rounded.
+    lies in the row decides where its blocks end, and so how its probabilities are rounded. `options` change no value.
     """
     groups = query.shape[1] // key.shape[1]
     key, value = (tensor.repeat_interleave(groups, 1) for tensor in (key, value))
@@ -90,10 +90,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, blocks: Sequence[tuple[sl
     return (summed / total[..., None]).to(query.dtype)
 
 
+def _compile_with(compile_module: Callable[..., None]) -> Callable[..., None]:
+    """Compiles a module as asked, but for inductor and its options."""
+    return lambda module, options: compile_module(module, backend="aot_eager")
+
+
 def _block_layout(spans: Sequence[Span], windows: Sequence[Window], num_tokens: int, device: torch.device) -> Layout:
     spans = make_layout(spans, (), num_tokens, device).spans
     return Layout(spans, {window: host_mask(spans, window, pin=False) for window in windows})
 
 
 def _pack_padded(*args: Any) -> PackedBatch:
-    return pack(*args[:-1], padded_length)
+    return pack(*args[:-1], padded_length if args[-1] is int else args[-1])

@@ -1,0 +1,57 @@
+"""All that steps and evaluations run is compiled before the first of them, on a few rows that are thrown away."""
+
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from dpo.batches import Packer
+from dpo.distributed import World
+from dpo.kernels import describe_graphs, num_graphs
+from dpo.packing import PackedBatch
+from dpo.plan import Tree
+from dpo.policy import Policy, announce_backward, completion_logps, is_compiled, reshard
+from dpo.progress import say
+
+LENGTHS = (512, 768)
+"""Tokens of the rows. A length that torch took for a constant in the first row is an unknown from the second on."""
+
+
+def warm_up(policy: Policy, packer: Packer, head_bytes: int, world: World, passes: tuple[bool, ...]) -> None:
+    """Compiles what `passes` ask for: True is a pass with gradients, False one without. Weights do not change, and no
+    gradient is left. Where nothing is compiled, nothing is run.
+
+    Every rank must get here with the same `passes`, or the rest hang.
+    """
+    compiled = is_compiled(policy.parallel, policy.device)
+    if not compiled and policy.device.type != "cuda":
+        return
+    what = "layers and attention" if compiled else "attention"
+    if world.is_main:
+        say(f"compiling {what}: 1 to 3 minutes at the first start, seconds where kernels are kept from another")
+    started, before = time.monotonic(), num_graphs()
+    packer = replace(packer, windows=policy.windows)
+    for with_gradients in passes:
+        for length in LENGTHS:
+            _run(policy, _row(packer, length), head_bytes, with_gradients)
+    reshard(policy)  # first: gradients are those of the sharded parameters
+    policy.model.zero_grad(set_to_none=True)
+    if world.is_main:
+        kinds = f" ({describe_graphs(policy.graphs)})" if policy.graphs else ""
+        say(f"compiled {num_graphs() - before} graphs in {time.monotonic() - started:.0f} s{kinds}")
+
+
+def _row(packer: Packer, length: int) -> PackedBatch:
+    """A tree of two tokens on each rank, the rest of the row padding: no model has too few positions for it."""
+    ids = np.zeros(1, np.int32)
+    plan = packer.plan([Tree(ids, (ids,), ())] * packer.num_ranks)
+    return replace(packer, row_length=lambda _: length).pack(plan)[0]
+
+
+def _run(policy: Policy, batch: PackedBatch, head_bytes: int, with_gradients: bool) -> None:
+    announce_backward(policy, is_last=True)
+    with torch.set_grad_enabled(with_gradients):
+        logps = completion_logps(policy, batch.to(policy.device), head_bytes)
+    if with_gradients:
+        (logps.sum() * 0.0).backward()

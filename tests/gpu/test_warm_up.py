@@ -1,0 +1,52 @@
+"""Before the first step everything is compiled, and nothing of the policy is changed."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from dpo.batches import Packer
+from dpo.config import ParallelConfig
+from dpo.distributed import World
+from dpo.kernels import num_graphs
+from dpo.packing import padded_length
+from dpo.plan import CostModel
+from dpo.policy import completion_logps
+from dpo.warm_up import warm_up
+from tests.gpu.test_step import MIB, random_batches, run_micro_batches
+from tests.models import save_model
+from tests.test_policy import load
+
+
+@pytest.mark.parametrize(("family", "is_gradient_first"), [("mistral", True), ("gpt2", False)])
+def test_nothing_is_compiled_after(
+    family: str, is_gradient_first: bool, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of at least four lengths, the longest first, with and without gradients; gpt2 has few positions."""
+    policy = load(world, save_model(tmp_path, family), compute_dtype="float32", compile=True)
+    packer = Packer(0, 1, 640, CostModel(), policy.windows, policy.device, policy.dtype, padded_length, lambda *_: 0.0)
+    weights = [parameter.full_tensor().clone() for parameter in policy.model.parameters()]
+    warm_up(policy, packer, MIB, world, (True, False))
+    assert all(parameter.grad is None for parameter in policy.model.parameters())
+    assert all(map(torch.equal, weights, [parameter.full_tensor() for parameter in policy.model.parameters()]))
+    told = capsys.readouterr().err
+    assert "compiling layers and attention" in told
+    assert f"compiled {sum(policy.graphs.values())} graphs" in told
+    batches = [batch for budget in (640, 128, 512, 256, 384) for batch in random_batches(policy, 8, budget)]
+    assert len({len(batch.tokens) for batch in batches}) >= 4
+    before = num_graphs()
+    for with_gradients in (is_gradient_first, not is_gradient_first):
+        if with_gradients:
+            run_micro_batches(policy, batches)
+        with torch.no_grad():
+            for batch in () if with_gradients else batches:
+                completion_logps(policy, batch.to(policy.device), MIB)
+    assert num_graphs() == before
+
+
+def test_an_uncompiled_policy_on_a_cpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is run: a CPU's steps are bitwise what they were."""
+    monkeypatch.setattr("dpo.warm_up.completion_logps", lambda *_: pytest.fail("was run"))
+    policy = SimpleNamespace(parallel=ParallelConfig(), device=torch.device("cpu"))
+    warm_up(policy, None, MIB, None, (True, False))  # type: ignore[arg-type]

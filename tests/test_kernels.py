@@ -1,0 +1,142 @@
+"""Compiled layers: counted by kind, none after the second length; where their kernels are kept."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dpo.config import ParallelConfig
+from dpo.kernels import VARIABLES, compile_layers, describe_graphs, keep_kernels, num_graphs
+from dpo.policy import is_compiled
+
+
+@pytest.mark.parametrize(
+    ("compile", "on_cuda", "on_cpu"), [("auto", True, False), (True, True, True), (False, False, False)]
+)
+def test_auto_is_on_cuda(compile: object, on_cuda: bool, on_cpu: bool) -> None:
+    parallel = ParallelConfig(compile=compile)  # type: ignore[arg-type]
+    assert is_compiled(parallel, torch.device("cuda", 3)) is on_cuda
+    assert is_compiled(parallel, torch.device("cpu")) is on_cpu
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """A norm, whose fusion with a reduction over the tokens guards their number on CUDA, and a product."""
+
+    def __init__(self, window: int | None, size: int = 8):
+        super().__init__()
+        self.norm, self.product, self.sliding_window = nn.RMSNorm(size), nn.Linear(size, size), window
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """(1, L, size) to the same shape."""
+        return rows + self.product(self.norm(rows)) * (self.sliding_window or 1)
+
+
+def run_lengths(layers: list[Layer], lengths: tuple[int, ...], with_gradients: bool) -> None:
+    """Rows of these lengths, whose gradient is wanted as that of embeddings is."""
+    for length in lengths:
+        with torch.set_grad_enabled(with_gradients):
+            rows = torch.randn(1, length, layers[0].norm.weight.shape[0], requires_grad=with_gradients)
+            for layer in layers:
+                rows = layer(rows)
+        if with_gradients:
+            rows.sum().backward()
+
+
+ANY_ORDER = (16384, 640, 8192, 1280, 8064, 512, 1024)
+
+
+def test_no_length_is_compiled_after_the_second() -> None:
+    """By inductor, forward and backward. Without gradients there is one graph, the length being an unknown by then.
+
+    Up to 4,096 tokens: inductor's backward on a CPU guards that length for so narrow a norm.
+    """
+    torch.compiler.reset()
+    layers = [Layer(None), Layer(None)]
+    graphs = compile_layers(layers)
+    for with_gradients in (True, False):
+        run_lengths(layers, (512, 768), with_gradients)
+    assert graphs == {("Layer", True): 2, ("Layer", False): 1}
+    before = num_graphs()
+    for with_gradients in (False, True):
+        run_lengths(layers, (4096, 640, 2048, 1280, 512, 1024), with_gradients)
+    assert num_graphs() == before
+    torch.compiler.reset()
+
+
+def test_each_kind_of_layer_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Gemma 3, where five layers with a window are followed by one without. Two references of other sizes in the
+    same process stay under torch's limit of graphs, behind which layers would run uncompiled.
+    """
+    torch.compiler.reset()
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda layer, options: compile_module(layer, backend="aot_eager"))
+    for size in (8, 16, 24):
+        layers = [Layer(4, size), Layer(None, size), Layer(4, size)]
+        graphs = compile_layers(layers)
+        for with_gradients in (True, False):
+            run_lengths(layers, (512, 768, 640), with_gradients)
+        assert set(graphs) == {(kind, way) for kind in ("Layer", "Layer, window 4") for way in (True, False)}
+        before = num_graphs()
+        run_lengths(layers, ANY_ORDER, True)
+        assert num_graphs() == before
+    torch.compiler.reset()
+
+
+def test_graphs_are_told_by_kind() -> None:
+    counts = {("B", True): 1, ("A, window 4", True): 2, ("A, window 4", False): 1}
+    wanted = "A, window 4: 2 graphs with gradients, 1 without; B: 1 graph with gradients, 0 without"
+    assert describe_graphs(counts) == wanted
+
+
+def test_a_compiled_layer_is_the_layer() -> None:
+    torch.compiler.reset()
+    layer, plain = Layer(None), Layer(None)
+    plain.load_state_dict(layer.state_dict())
+    compile_layers([layer])
+    rows = torch.randn(1, 256, 8)
+    torch.testing.assert_close(layer(rows), plain(rows))
+    assert layer.state_dict().keys() == plain.state_dict().keys()
+    torch.compiler.reset()
+
+
+# --- kept ------------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the user names a folder, that one stays."""
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
+    environment = {"TRITON_CACHE_DIR": "/mine"}
+    keep_kernels(environment)
+    assert environment == {"TRITON_CACHE_DIR": "/mine", "TORCHINDUCTOR_CACHE_DIR": f"{tmp_path}/kernels/inductor"}
+    assert all((tmp_path / "kernels" / name).is_dir() for name in VARIABLES.values())
+
+
+def test_inductor_looks_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after torch was imported, as it is when a run sets it."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
+    for variable in VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    keep_kernels(os.environ)
+    try:
+        assert cache_dir() == f"{tmp_path}/kernels/inductor"
+    finally:
+        for variable in VARIABLES:
+            os.environ.pop(variable, None)
+
+
+def test_a_folder_that_cannot_be_made_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "file"))
+    environment: dict[str, str] = {}
+    keep_kernels(environment)
+    assert environment == {}
+    assert "compiled kernels are kept in /tmp, not in" in capsys.readouterr().err
