@@ -20,6 +20,7 @@ from dpo.config import Config, load_config
 from dpo.costs import MODEL_UNITS
 from dpo.distributed import all_gather, exit_program, on_main, open_world
 from dpo.errors import Preempted, RunError
+from dpo.estimate.at_start import decide_parallel
 from dpo.evaluation import evaluate, verify_start
 from dpo.export import export
 from dpo.inputs import read_inputs
@@ -195,6 +196,7 @@ def run_training(config: Config) -> None:
                 steps = max(start.step, inputs.last_step)
                 say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
             return
+        config = decide_parallel(config, world, inputs)
         run = build_run(config, world, inputs, start, identity, stop_requested)
         if run.begins_at_reference:
             verify_start(run.policy, _batches(run, 1), config.loss, run.compute_dtype, run.head_bytes)

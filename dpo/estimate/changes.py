@@ -8,17 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo.config import Config
+from dpo.estimate.needs import Layout
 
 MORE_RANKS = (2, 4, 8)  # times as many that are tried
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is tried: a config and how many ranks run it."""
-
-    config: Config
-    num_ranks: int
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,11 @@ def lines_of(found: Estimate) -> list[str]:
     lines = _assumptions(found)
     lines += [f"a rank's memory at its peak, {found.memory.moment}:", *_parts(found)]
     lines += [verdict(found), *_host_line(found), *_step(found)]
+    return wrapped(lines)
+
+
+def wrapped(lines: Sequence[str]) -> list[str]:
+    """Lines of at most 100 columns."""
     return [part for line in lines for part in (wrap(line, COLUMNS, subsequent_indent="    "))]
 
 
