@@ -138,7 +138,11 @@ def test_attention_on_cuda_keeps_queries_keys_values_and_output() -> None:
     layer's input. On torch's CUDA allocator a Llama 8B kept 56.5 KB a token and layer: 46.2 and these 2 x 5,120."""
     peaks = seen(config_with(parallel__activation_checkpointing="selective"), 4, 4).peaks
     kept = [peaks[Moment(0, "forward", layer)][ACTIVATIONS] for layer in (3, 4)]
-    attention, products, layer_input = 3 * 2 * ROW * HIDDEN + 4 * 4 * ROW, 2 * ROW * (3 * HIDDEN + MLP), 2 * ROW * HIDDEN
+    attention, products, layer_input = (
+        3 * 2 * ROW * HIDDEN + 4 * 4 * ROW,
+        2 * ROW * (3 * HIDDEN + MLP),
+        2 * ROW * HIDDEN,
+    )
     assert kept[1] - kept[0] == attention + products + layer_input
 
 

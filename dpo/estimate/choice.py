@@ -34,7 +34,7 @@ VALUES = {
     "activation_checkpointing": ("none", "selective", "full"),
     "sync_gradients": ("every_micro_batch", "last_micro_batch"),
 }
-"""What auto may become; each key's last value but one, and the first of the second, need the least memory."""
+"""What auto may become, by key of parallel; where options take the same time, the first ones are preferred."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ def _line(tried: Sequence[tuple[Option, float]], options: Sequence[Option], memo
     parts += [f"{option.words} needs {size / GIB:.1f} GiB, {_seconds(option.seconds)}" for option, size in others]
     once = chosen.values | {"sync_gradients": "last_micro_batch"}
     untried = [o for o in options if o.values == once != chosen.values and o not in [one for one, _ in others]]
-    parts += [f"last_micro_batch would save {1 - option.seconds / chosen.seconds:.1%}" for option in untried]
+    saved = [1 - option.seconds / chosen.seconds for option in untried]
+    parts += [f"last_micro_batch would save {share:.1%}" for share in saved if share > 0.0005]
     return "; ".join(parts)
 
 
@@ -181,9 +182,10 @@ def groups_of(case: Case) -> Groups:
 def most_bytes(case: Case, groups: Groups) -> float:
     """Bytes that no combination of the keys exceeds, with what must be on the host where that is the same memory.
 
-    State      the rank's share of weights, gradients, optimizer and the update's room, and a checkpoint's copy
-    Whole      all weights gathered; all gradients as computed, as added up, and twice while they are reduced
-    Layers     of each token and layer so many numbers as all its products give and take, 16 times; the head's logits
+    state      the rank's share of weights, gradients, optimizer and the update's room, and a checkpoint's copy
+    whole      all weights gathered; all gradients as computed, as added up, and twice while they are reduced
+    layers     of each token 16 times the numbers that a layer's products give and take, in all layers
+    logits     twice the budget of the head, or all logits where they take less
     """
     config, device = case.config, case.cluster.device
     master, compute, reduced = (
