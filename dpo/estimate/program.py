@@ -17,12 +17,13 @@ from transformers import PretrainedConfig
 from dpo.config import Config, load_config
 from dpo.distributed import World, check_mesh
 from dpo.errors import RunError, UserError, own_flags, split_words
+from dpo.estimate.advice import advice
 from dpo.estimate.changes import find_changes
 from dpo.estimate.choice import Case, decide, with_values
 from dpo.estimate.devices import DEVICES, Device, this_machine
 from dpo.estimate.lengths import Lengths, find_lengths
 from dpo.estimate.needs import Layout, memory_of, needed_bytes, plans_of, with_dtype
-from dpo.estimate.speed import DEFAULT_MFU, Cluster, step_speed
+from dpo.estimate.speed import DEFAULT_MFU, Cluster, Speed, step_speed
 from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wrapped
 from dpo.inspect.program import find_model_config
 from dpo.progress import is_quiet, say
@@ -109,6 +110,22 @@ def estimate(arguments: Arguments, model_config: PretrainedConfig, lengths: Leng
     return Estimate(config, model_config, cluster, lengths.said, largest, memory, speed)
 
 
+def _advice(arguments: Arguments, model_config: PretrainedConfig, lengths: Lengths, found: Estimate) -> list[str]:
+    """What would help a step that is bound by traffic, of changes that fit."""
+    device = arguments.cluster.device
+
+    def speed(layout: Layout) -> Speed:
+        per_node = min(arguments.cluster.ranks_per_node, layout.num_ranks)
+        cluster = replace(arguments.cluster, num_ranks=layout.num_ranks, ranks_per_node=per_node)
+        plans = plans_of(layout, model_config, lengths.steps)
+        return step_speed(layout.config, model_config, plans, found.memory.groups, cluster)
+
+    def fits(layout: Layout) -> bool:
+        return needed_bytes(layout, model_config, lengths, device) <= device.memory
+
+    return advice(Layout(arguments.config, arguments.cluster.num_ranks), speed, fits)
+
+
 def main() -> None:
     """`python -m dpo.estimate`. Raises RunError where the step does not fit."""
     arguments = read_arguments(sys.argv[1:])
@@ -123,6 +140,8 @@ def main() -> None:
     found = estimate(arguments, model_config, lengths)
     print("\n".join(lines_of(found)), flush=True)
     if found.fits:
+        for line in wrapped(_advice(arguments, model_config, lengths, found)):
+            print(line)
         return
     say("trying what would make it fit")
     device = arguments.cluster.device

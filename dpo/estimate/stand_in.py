@@ -2,8 +2,8 @@
 
 Between forward and backward it keeps queries, keys, values (not repeated for grouped queries), its output and the
 logarithm of each query's sum, in float32; the output lies in memory as the queries do. The compiled region that it is
-returns what it keeps for its backward pass, queries, keys and values themselves among it: selective checkpointing, which
-keeps what the region returns, keeps them too.
+returns what it keeps for its backward pass, queries, keys and values among it: selective checkpointing, which keeps
+what the region returns, keeps them too.
 """
 
 from collections.abc import Iterator
