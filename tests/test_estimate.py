@@ -133,8 +133,8 @@ def test_a_checkpointed_layer_keeps_its_input() -> None:
 
 def test_attention_on_cuda_keeps_queries_keys_values_and_output() -> None:
     """Selective checkpointing keeps what attention's compiled region gives, which is what its backward pass needs: the
-    output, rotated queries and keys, (L, H) in bfloat16 each, the values, which are the product below, and (heads, L) in
-    float32; and every second of a layer's seven products (the 1st, 3rd, 5th and 7th: q, v, gate, down), beside the
+    output, rotated queries and keys, (L, H) in bfloat16 each, the values, which are the product below, and (heads, L)
+    in float32; and every second of a layer's seven products (the 1st, 3rd, 5th and 7th: q, v, gate, down), beside the
     layer's input. On torch's CUDA allocator a Llama 8B kept 56.5 KB a token and layer: 46.2 and these 2 x 5,120."""
     peaks = seen(config_with(parallel__activation_checkpointing="selective"), 4, 4).peaks
     kept = [peaks[Moment(0, "forward", layer)][ACTIVATIONS] for layer in (3, 4)]

@@ -114,9 +114,9 @@ def _step(found: Estimate) -> list[str]:
         rows.append(f"  {part.name:<16}{shown_seconds(part.seconds):>10}   {moved}")
     least, most = speed.least, speed.most
     rows.append(
-        f"{shown_seconds(least)} a step if traffic hides behind the longest part, {shown_seconds(most)} if none does; train/mfu"
-        f" {speed.model_seconds / most:.0%} to {speed.model_seconds / least:.0%}; links {device.link / 1e9:g} GB/s,"
-        f" {device.node_link / 1e9:g} a GPU between nodes"
+        f"{shown_seconds(least)} a step if traffic hides behind the longest part, {shown_seconds(most)} if none does;"
+        f" train/mfu {speed.model_seconds / most:.0%} to {speed.model_seconds / least:.0%};"
+        f" links {device.link / 1e9:g} GB/s, {device.node_link / 1e9:g} a GPU between nodes"
     )
     return rows
 
