@@ -2,9 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from dpo.config_fields import Config, DataConfig, LossConfig
+from dpo.config_fields import Config, DataConfig, LossConfig, ParallelConfig
 from dpo.errors import UserError
 
 
@@ -56,6 +56,15 @@ _BOUNDS = (
     Bound("a number", ">= 0 and < 1", lambda x: 0 <= x < 1, ("optim.alpha", "optim.momentum")),
     Bound("two numbers, each", ">= 0 and < 1", lambda x: 0 <= x < 1, ("optim.betas",)),
 )
+
+
+def decided(parallel: ParallelConfig) -> ParallelConfig:
+    """The layout of a policy that is not trained: what is auto and undecided saves nothing for a backward pass.
+
+    What is trained is decided by `dpo.estimate.choice`.
+    """
+    plain = {"activation_checkpointing": "none", "sync_gradients": "every_micro_batch"}
+    return replace(parallel, **{key: plain[key] for key in parallel.undecided})  # type: ignore[arg-type]
 
 
 def validate(config: Config, places: Mapping[str, str] | None = None, default_place: str = "config") -> None:

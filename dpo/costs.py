@@ -110,10 +110,15 @@ PEAKS = {
 holds. An A10G is no A10, an L40 no L4."""
 
 
+def known_device(name: str) -> str | None:
+    """The words of the table that stand for a GPU, None where it is not there; `name`: as CUDA gives it."""
+    return next((words for words in PEAKS if re.search(rf"\b{words}\b", name, re.IGNORECASE)), None)
+
+
 def device_peak(name: str, precision: str) -> float | None:
     """Peak FLOPs a second of a GPU, None where it is not in the table; `precision`: bfloat16, tf32, float32."""
-    known = (peaks for words, peaks in PEAKS.items() if re.search(rf"\b{words}\b", name, re.IGNORECASE))
-    return next(known, {}).get(precision)
+    words = known_device(name)
+    return PEAKS[words].get(precision) if words else None
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

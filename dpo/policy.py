@@ -30,6 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo.attention import ATTENTION, Window, register_attention
 from dpo.config import Config, ParallelConfig
+from dpo.config_rules import decided
 from dpo.distributed import World, make_mesh
 from dpo.errors import UserError
 from dpo.kernels import Graphs, compile_layers, keep_kernels
@@ -64,7 +65,11 @@ class Policy:
 def build_policy(
     config: PretrainedConfig, parallel: ParallelConfig, dtype: str, mesh: DeviceMesh, trust_remote_code: bool = False
 ) -> Policy:
-    """A model divided over the mesh, its weights not yet read: see `load_weights`. No rank ever holds all of it."""
+    """A model divided over the mesh, its weights not yet read: see `load_weights`. No rank ever holds all of it.
+
+    Where activation_checkpointing or sync_gradients are auto they are `decided`; `dpo.train` decides before it builds.
+    """
+    parallel = decided(parallel)
     on_cuda = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     master = getattr(torch, dtype)
@@ -72,7 +77,7 @@ def build_policy(
         torch.set_float32_matmul_precision("high" if parallel.tf32 else "highest")  # of the whole process
     if on_cuda or is_compiled(parallel, device):
         keep_kernels()
-    model = _build_on_meta(config, master, trust_remote_code)
+    model = build_on_meta(config, master, trust_remote_code)
     graphs = parallelize(model, mesh, parallel, compute_dtype(parallel, master, device))
     _materialize(model, torch.device("cpu") if parallel.cpu_offload else device, device)
     return Policy(model, attention_windows(config), device, master, parallel, graphs)
@@ -99,7 +104,10 @@ def attention_windows(config: PretrainedConfig) -> tuple[Window, ...]:
     return tuple({window if kind == "sliding_attention" else None for kind in kinds})
 
 
-def _build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The whole model without memory, with this trainer's attention and no dropout. Raises UserError where it cannot be
+    trained exactly.
+    """
     register_attention()
     try:
         with torch.device("meta"):

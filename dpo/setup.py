@@ -83,6 +83,7 @@ def build_run(
     """A run at its beginning, or where its checkpoint ends. Raises Preempted where it is asked to stop while the
     reference is computed. Every rank must get here.
     """
+    assert not config.parallel.undecided, config.parallel.undecided
     model, reference = inputs.model, inputs.reference
     policy = load_policy(config, world, model.config, model.folder)
     packer = make_packer(config, world, model.config)

@@ -65,6 +65,7 @@ def step_traffic(
     `compute_itemsize`: bytes of a number of the compute dtype, in which parameters are gathered. Gradients are reduced
     in `parallel.reduce_dtype`.
     """
+    assert not parallel.undecided, "parallel.sync_gradients must be decided before traffic is counted"
     gathers_of_layers, gathers_of_root, reductions = 1, 1, 1
     if parallel.reshard_after_forward:
         gathers_of_layers, gathers_of_root = 2 * num_micro_batches, num_micro_batches

@@ -20,6 +20,7 @@ from dpo.config import Config, load_config
 from dpo.costs import MODEL_UNITS
 from dpo.distributed import all_gather, exit_program, on_main, open_world, start_devices
 from dpo.errors import Preempted, RunError
+from dpo.estimate.at_start import decide_parallel
 from dpo.evaluation import evaluate
 from dpo.export import export
 from dpo.first_step import verify_start
@@ -211,6 +212,7 @@ def run_training(config: Config) -> None:
                 say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
             return
         start_devices(world, config.parallel.timeout_seconds)
+        config = decide_parallel(config, world, inputs)
         run = build_run(config, world, inputs, start, identity, stop_requested)
         deviation = None
         if run.begins_at_reference:

@@ -46,6 +46,7 @@ from tests.runs import changed, error_lines, exit_code_of, make_config
 HIDDEN, MLP, VOCAB, DEPTH = 64, 96, 512, 7
 LAYER = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP + 2 * HIDDEN  # q, k, v, o; gate, up, down; two norms
 ROOT = 2 * VOCAB * HIDDEN + HIDDEN  # embeddings, head, norm
+PLAIN = {"parallel__activation_checkpointing": "none", "parallel__sync_gradients": "last_micro_batch"}
 ROW = 256  # tokens of a row on CUDA at least: two of FlexAttention's blocks
 LLAMA_70B = {
     "model_type": "llama",
@@ -81,7 +82,7 @@ def tree(prompt: int, completion: int) -> Tree:
 def config_with(**keys: Any) -> Any:
     """A config for CUDA, one tree of 96 tokens a micro-batch unless `keys` say otherwise."""
     facts = {"parallel__compute_dtype": "bfloat16", "batch__tokens_per_micro_batch": 96}
-    return make_config("no model", "no data", "no run", **(facts | keys))
+    return make_config("no model", "no data", "no run", **(facts | PLAIN | keys))
 
 
 def step_of(config: Any, num_ranks: int, num_trees: int) -> tuple[StepPlan, tuple[Tree, ...]]:
@@ -132,11 +133,17 @@ def test_a_checkpointed_layer_keeps_its_input() -> None:
 
 
 def test_attention_on_cuda_keeps_queries_keys_values_and_output() -> None:
-    """Selective checkpointing keeps what attention gives, (L, H) in bfloat16 and (heads, L) in float32, and every
-    second of a layer's seven products (the 1st, 3rd, 5th and 7th: q, v, gate, down), beside the layer's input."""
+    """Selective checkpointing keeps what attention's compiled region gives, which is what its backward pass needs: the
+    output, rotated queries and keys, (L, H) in bfloat16 each, the values, which are the product below, and (heads, L)
+    in float32; and every second of a layer's seven products (the 1st, 3rd, 5th and 7th: q, v, gate, down), beside the
+    layer's input. On torch's CUDA allocator a Llama 8B kept 56.5 KB a token and layer: 46.2 and these 2 x 5,120."""
     peaks = seen(config_with(parallel__activation_checkpointing="selective"), 4, 4).peaks
     kept = [peaks[Moment(0, "forward", layer)][ACTIVATIONS] for layer in (3, 4)]
-    attention, products, layer_input = 2 * ROW * HIDDEN + 4 * 4 * ROW, 2 * ROW * (3 * HIDDEN + MLP), 2 * ROW * HIDDEN
+    attention, products, layer_input = (
+        3 * 2 * ROW * HIDDEN + 4 * 4 * ROW,
+        2 * ROW * (3 * HIDDEN + MLP),
+        2 * ROW * HIDDEN,
+    )
     assert kept[1] - kept[0] == attention + products + layer_input
 
 
@@ -461,10 +468,11 @@ def test_llama_3_70b(tmp_path: Path, capsys) -> None:
     path = save_config(tmp_path / "llama", LLAMA_70B)
     assert run(path, "--ranks", "64", "--parallel.activation_checkpointing", "full") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "70.55 billion weights, one copy over 64 H100" in lines[0]
+    assert lines[0].startswith("parallel (auto): sync_gradients ")
+    assert any("70.55 billion weights, one copy over 64 H100" in line for line in lines)
     assert [line.split()[1:] for line in lines if line.split()[0] in ("weights", "optimizer")] == [["4.1", "GiB"]] * 2
     assert any(line.startswith("fits: ") and line.endswith(" of 79.1 GiB") for line in lines)
-    assert len(lines) <= 22 and max(map(len, lines)) <= 100
+    assert len(lines) <= 27 and max(map(len, lines)) <= 100
 
 
 def test_what_does_not_fit_says_so_and_what_would(small: Path, capsys, monkeypatch) -> None:

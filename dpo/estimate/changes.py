@@ -8,17 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo.config import Config
+from dpo.estimate.needs import Layout
 
 MORE_RANKS = (2, 4, 8)  # times as many that are tried
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What is tried: a config and how many ranks run it."""
-
-    config: Config
-    num_ranks: int
 
 
 @dataclass(frozen=True)
@@ -42,9 +34,8 @@ def find_changes(layout: Layout, largest_tree: int, needed: Callable[[Layout], f
     """
 
     def tried(keys: Keys) -> Change:
-        words = " ".join(f"--{key} {_shown(value)}" for key, value in keys.items())
         found = needed(with_keys(layout, keys))
-        return Change(words, found, found <= memory)
+        return Change(words_of(keys), found, found <= memory)
 
     singles = list(single_changes(layout, largest_tree))
     alone = [tried(keys) for keys in singles]
@@ -98,6 +89,11 @@ def with_keys(layout: Layout, keys: Keys) -> Layout:
         if name:
             config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
     return Layout(config, keys.get("ranks", layout.num_ranks))
+
+
+def words_of(keys: Keys) -> str:
+    """Keys and values as on the command line."""
+    return " ".join(f"--{key} {_shown(value)}" for key, value in keys.items())
 
 
 def _shown(value: Any) -> str:

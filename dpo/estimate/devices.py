@@ -1,18 +1,18 @@
 """What a rank's device has and how it is connected; what it can compute stands in `dpo/costs.py`."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from dpo.costs import device_peak, measured_peak
+from dpo.costs import device_peak, known_device, measured_peak
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Device:
-    """A kind of device. Speeds are bytes a second in one direction, of one device, from the makers' data sheets."""
+    """A kind of device. Speeds are bytes a second in one direction, of one device."""
 
     name: str
     """As `costs.device_peak` finds it; cpu is the processor of this machine."""
@@ -24,6 +24,8 @@ class Device:
     """Its share of what a node has to other nodes: one network card of the usual kind a device."""
     host_link: float
     """To the memory of the host."""
+    flops: float | None = None
+    """A second at best in any dtype, where that is not to be looked up or measured."""
 
     @property
     def is_cpu(self) -> bool:
@@ -42,6 +44,8 @@ class Device:
 
     def peak(self, dtype: str) -> float:
         """FLOPs a second at best in a compute dtype; of a CPU measured here, on one thread, torchrun's default."""
+        if self.flops is not None:
+            return self.flops
         if self.is_cpu:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
@@ -54,20 +58,55 @@ class Device:
         return found
 
 
+LINK_SHARE = 0.8
+"""Share of a link's rate in the data sheet that collectives of large tensors are taken to reach."""
+
+
+def _gpu(name: str, memory: float, link: float, node_link: float, host_link: float) -> Device:
+    """A device by its data sheet: memory in GiB, links in GB/s."""
+    return Device(name, memory * GIB, LINK_SHARE * link * 1e9, LINK_SHARE * node_link * 1e9, host_link * 1e9)
+
+
 DEVICES = {
-    "gb200": Device("GB200", 184 * GIB, 900e9, 50e9, 450e9),
-    "b200": Device("B200", 178 * GIB, 900e9, 50e9, 64e9),
-    "h200": Device("H200", 139.8 * GIB, 450e9, 50e9, 64e9),
-    "h100": Device("H100", 79.1 * GIB, 450e9, 50e9, 64e9),
-    "h100-pcie": Device("H100 PCIe", 79.1 * GIB, 64e9, 25e9, 64e9),
-    "a100": Device("A100", 79.2 * GIB, 300e9, 25e9, 32e9),
-    "a100-40gb": Device("A100", 39.4 * GIB, 300e9, 25e9, 32e9),
-    "l40s": Device("L40S", 44.4 * GIB, 32e9, 12.5e9, 32e9),
-    "l4": Device("L4", 22.0 * GIB, 32e9, 12.5e9, 32e9),
-    "a10": Device("A10", 22.0 * GIB, 32e9, 12.5e9, 32e9),
-    "mi300x": Device("MI300X", 191.5 * GIB, 448e9, 50e9, 64e9),
+    "gb200": _gpu("GB200", 184, 900, 50, 450),
+    "b200": _gpu("B200", 178, 900, 50, 64),
+    "h200": _gpu("H200", 139.8, 450, 50, 64),
+    "h100": _gpu("H100", 79.1, 450, 50, 64),
+    "h100-pcie": _gpu("H100 PCIe", 79.1, 64, 25, 64),
+    "a100": _gpu("A100", 79.2, 300, 25, 32),
+    "a100-40gb": _gpu("A100", 39.4, 300, 25, 32),
+    "l40s": _gpu("L40S", 44.4, 32, 12.5, 32),
+    "l4": _gpu("L4", 22.0, 32, 12.5, 32),
+    "a10": _gpu("A10", 22.0, 32, 12.5, 32),
+    "mi300x": _gpu("MI300X", 191.5, 448, 50, 64),
 }
 """By the name that --device takes. Memory is what torch sees, some per cent below the name on the box."""
+
+
+def device_like(name: str, memory: float) -> tuple[Device, bool]:
+    """The device of the table that a GPU is, by CUDA's name for it and by its bytes, and whether its name is there. One
+    that is not there is taken for the one whose memory is nearest.
+    """
+    words = known_device(name)
+    same = [device for device in DEVICES.values() if device.name == words]
+    nearest = min(same or DEVICES.values(), key=lambda device: abs(device.memory - memory))
+    return nearest, bool(same)
+
+
+CPU_FLOPS = 50e9
+"""FLOPs a second of a CPU's rank in `steady`: of the order of what one thread does."""
+
+
+def steady(device: Device, dtype: str) -> Device:
+    """The device with a number of FLOPs a second that is the same at every start.
+
+    That of a CPU would be measured: what is decided by it must not change with what else the machine does. In a dtype
+    that is not in the table (float64) a GPU is taken for half as fast as in float32.
+    """
+    if device.is_cpu:
+        return replace(device, flops=CPU_FLOPS)
+    known = device_peak(device.name, dtype)
+    return device if known else replace(device, flops=0.5 * device.peak("float32"))
 
 
 def this_machine(ranks_per_node: int) -> Device:

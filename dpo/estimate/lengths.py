@@ -14,6 +14,7 @@ from dpo.config import Config
 from dpo.data import prepare_data
 from dpo.errors import UserError
 from dpo.inputs import make_order
+from dpo.order import PairOrder
 from dpo.pair_set import PairSet
 from dpo.plan import StepPlan, Tree, grow_trees
 from dpo.tokens import has_tokenizer
@@ -72,7 +73,12 @@ def _what_is_missing(config: Config) -> str | None:
 def _of_data(config: Config, model_config: PretrainedConfig) -> Lengths:
     config = replace(config, data=replace(config.data, eval=[]))
     data = prepare_data(config, model_config)
-    train, (order, last_step, _) = data.train, make_order(config, data)
+    order, last_step, _ = make_order(config, data)
+    return lengths_of_pairs(config, data.train, order, last_step)
+
+
+def lengths_of_pairs(config: Config, train: PairSet, order: PairOrder, last_step: int) -> Lengths:
+    """The trees of some steps of a run, evenly spread over its first epoch, and of its longest pairs."""
     last = max(1, min(last_step, order.num_pairs // order.pairs_per_step))
     numbers = np.unique(np.linspace(1, last, NUM_STEPS).round().astype(int))
     steps = tuple(tuple(grow_trees(train.pairs(order.items(int(number))))) for number in numbers)

@@ -70,7 +70,7 @@ def step_memory(
     further = depth - depths[-1]
     moments = {m: _drawn_out([p[m] for p in peaks], further) for m in peaks[0]}
     local = numbers[-1] + further * (numbers[-1] - numbers[0])
-    return _at_peak(config, moments, local, max(few[0].local_numbers), on_cuda, _all_groups(few[-1].groups, depth))
+    return _at_peak(config, moments, local, max(few[0].local_numbers), on_cuda, all_groups(few[-1].groups, depth))
 
 
 def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
@@ -101,7 +101,8 @@ def _drawn_out(peaks: Sequence[Bytes], further: int) -> Bytes:
     return Counter({kind: last[kind] + further * (last[kind] - first[kind]) for kind in first.keys() | last.keys()})
 
 
-def _all_groups(groups: Groups, depth: int) -> Groups:
+def all_groups(groups: Groups, depth: int) -> Groups:
+    """The groups of a model of `depth` layers from those of few."""
     return Groups((groups.layers[-1],) * depth, groups.root)
 
 

@@ -15,21 +15,19 @@ from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
 from dpo.config import Config, load_config
-from dpo.costs import cost_model
 from dpo.distributed import World, check_mesh
 from dpo.errors import RunError, UserError, own_flags, split_words
-from dpo.estimate.changes import Layout, find_changes
+from dpo.estimate.advice import advice
+from dpo.estimate.changes import find_changes
+from dpo.estimate.choice import Case, decide, with_values
 from dpo.estimate.devices import DEVICES, Device, this_machine
-from dpo.estimate.lengths import Lengths, MicroBatch, find_lengths, largest_micro_batches
-from dpo.estimate.memory import Memory, step_memory
-from dpo.estimate.speed import Cluster, step_speed
-from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict
+from dpo.estimate.lengths import Lengths, find_lengths
+from dpo.estimate.needs import Layout, memory_of, needed_bytes, plans_of, with_dtype
+from dpo.estimate.speed import DEFAULT_MFU, Cluster, Speed, step_speed
+from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wrapped
 from dpo.inspect.program import find_model_config
-from dpo.plan import StepPlan, Tree, plan_step
-from dpo.policy import compute_dtype
 from dpo.progress import is_quiet, say
 
-DEFAULT_MFU = 0.4
 DEFAULT_RANKS_PER_NODE = 8
 
 DESCRIPTION = f"""Says whether a step fits and what it costs; needs no GPU and no weights, of a model only config.json.
@@ -92,46 +90,40 @@ def _device(own: argparse.Namespace, ranks_per_node: int) -> Device:
 
 
 def _with_dtype(config: Config, device: Device) -> Config:
-    """The config with parallel.compute_dtype auto replaced by what it means on the device."""
-    kind = torch.device("cpu" if device.is_cpu else "cuda")
-    dtype = str(compute_dtype(config.parallel, getattr(torch, config.model.dtype), kind)).removeprefix("torch.")
-    if dtype == "float64" and not device.is_cpu:
+    """As `needs.with_dtype`. Raises UserError where nothing is known of the device in that dtype."""
+    config = with_dtype(config, device)
+    if config.parallel.compute_dtype == "float64" and not device.is_cpu:
         raise UserError(f"model.dtype: no peak of {device.name} in float64 is known; valid: float32, or --device cpu")
-    return replace(config, parallel=replace(config.parallel, compute_dtype=dtype))  # type: ignore[arg-type]
+    return config
 
 
 # --- the estimate ----------------------------------------------------------------------------------------------------
 
 
 def estimate(arguments: Arguments, model_config: PretrainedConfig, lengths: Lengths) -> Estimate:
-    """Memory, traffic and time of the steps."""
+    """Memory, traffic and time of the steps; no key may be undecided."""
     config, cluster = arguments.config, arguments.cluster
     layout = Layout(config, cluster.num_ranks)
-    memory, largest = _memory(layout, model_config, lengths, cluster.device)
-    plans = [_plan(layout, model_config, trees) for trees in lengths.steps]
+    memory, largest = memory_of(layout, model_config, lengths, cluster.device)
+    plans = plans_of(layout, model_config, lengths.steps)
     speed = step_speed(config, model_config, plans, memory.groups, cluster)
     return Estimate(config, model_config, cluster, lengths.said, largest, memory, speed)
 
 
-def _plan(layout: Layout, model_config: PretrainedConfig, trees: Sequence[Tree]) -> StepPlan:
-    return plan_step(trees, layout.num_ranks, layout.config.batch.tokens_per_micro_batch, cost_model(model_config))
+def _advice(arguments: Arguments, model_config: PretrainedConfig, lengths: Lengths, found: Estimate) -> list[str]:
+    """What would help a step that is bound by traffic, of changes that fit."""
+    device = arguments.cluster.device
 
+    def speed(layout: Layout) -> Speed:
+        per_node = min(arguments.cluster.ranks_per_node, layout.num_ranks)
+        cluster = replace(arguments.cluster, num_ranks=layout.num_ranks, ranks_per_node=per_node)
+        plans = plans_of(layout, model_config, lengths.steps)
+        return step_speed(layout.config, model_config, plans, found.memory.groups, cluster)
 
-def _memory(
-    layout: Layout, model_config: PretrainedConfig, lengths: Lengths, device: Device
-) -> tuple[Memory, MicroBatch]:
-    """The memory of the micro-batch that needs the most, and that micro-batch."""
-    plans = [_plan(layout, model_config, trees) for trees in (lengths.longest, *lengths.steps)]
-    found = [
-        (step_memory(layout.config, model_config, layout.num_ranks, *one, on_cuda=not device.is_cpu), one)
-        for one in largest_micro_batches(plans)
-    ]
-    return max(found, key=lambda pair: pair[0].peak)
+    def fits(layout: Layout) -> bool:
+        return needed_bytes(layout, model_config, lengths, device) <= device.memory
 
-
-def needed_bytes(layout: Layout, model_config: PretrainedConfig, lengths: Lengths, device: Device) -> float:
-    """What must fit into the device's memory."""
-    return device.needed(*_memory(layout, model_config, lengths, device)[0].totals)
+    return advice(Layout(arguments.config, arguments.cluster.num_ranks), speed, fits)
 
 
 def main() -> None:
@@ -141,9 +133,15 @@ def main() -> None:
         disable_progress_bars()
     model_config = find_model_config(arguments.config)
     lengths = find_lengths(arguments.config, model_config, arguments.prompt_tokens, arguments.completion_tokens)
+    if arguments.config.parallel.undecided:
+        choice = decide(Case(arguments.config, model_config, lengths, arguments.cluster))
+        arguments = replace(arguments, config=with_values(arguments.config, choice.values))
+        print("\n".join(wrapped([choice.line])), flush=True)
     found = estimate(arguments, model_config, lengths)
     print("\n".join(lines_of(found)), flush=True)
     if found.fits:
+        for line in wrapped(_advice(arguments, model_config, lengths, found)):
+            print(line)
         return
     say("trying what would make it fit")
     device = arguments.cluster.device

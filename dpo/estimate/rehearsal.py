@@ -49,6 +49,7 @@ def rehearse(
     `compile` saves is not seen.
     """
     parallel = replace(config.parallel, compile=False)
+    assert not parallel.undecided, parallel.undecided
     world = World(0, num_ranks, 0, num_ranks, torch.device("cpu"))
     with ExitStack() as stack:
         stack.enter_context(_fake_group(num_ranks))

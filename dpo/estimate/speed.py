@@ -22,6 +22,9 @@ from dpo.log_probs import recomputed_share
 from dpo.plan import StepPlan, Tree
 from dpo.traffic import ITEMSIZES, Groups, step_traffic
 
+DEFAULT_MFU = 0.4
+"""Share of its peak that a device's arithmetic is taken to reach where nobody says better."""
+
 
 @dataclass(frozen=True)
 class Cluster:

@@ -1,7 +1,9 @@
 """What FlexAttention keeps, without FlexAttention: it has no backward pass on a CPU, where the rehearsal runs.
 
 Between forward and backward it keeps queries, keys, values (not repeated for grouped queries), its output and the
-logarithm of each query's sum, in float32; the output lies in memory as the queries do.
+logarithm of each query's sum, in float32; the output lies in memory as the queries do. The compiled region that it is
+returns what it keeps for its backward pass, queries, keys and values among it: selective checkpointing, which keeps
+what the region returns, keeps them too.
 """
 
 from collections.abc import Iterator
@@ -41,7 +43,16 @@ def _gradients(
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
 
+_LIBRARY = torch.library.Library("dpo_estimate", "FRAGMENT")
+_LIBRARY.define("flex_attention_inputs(Tensor(a) q, Tensor(b) k, Tensor(c) v) -> (Tensor(a), Tensor(b), Tensor(c))")
+_LIBRARY.impl("flex_attention_inputs", lambda query, key, value: (query, key, value), "CompositeExplicitAutograd")
+returned_inputs = torch.ops.dpo_estimate.flex_attention_inputs
+"""Gives its very inputs back; the name is one whose results selective checkpointing keeps."""
+
+
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+    with torch.no_grad():
+        returned_inputs(*(tensor.detach() for tensor in inputs))
     ctx.save_for_backward(*inputs, *output)
 
 

@@ -64,7 +64,12 @@ CASES: dict[str, dict[str, Any]] = {
 
 def config_of(case: Mapping[str, Any]) -> Config:
     """Two micro-batches of two trees where the case says nothing else."""
-    facts = {"batch__tokens_per_micro_batch": 384, "parallel__compute_dtype": "float32"}
+    facts = {
+        "batch__tokens_per_micro_batch": 384,
+        "parallel__compute_dtype": "float32",
+        "parallel__activation_checkpointing": "none",
+        "parallel__sync_gradients": "last_micro_batch",
+    }
     return make_config("no model", "no data", "no run", **(facts | case))
 
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 def counted_and_expected(folder: Path, keys: Mapping[str, Any], budget: int) -> tuple[dict[str, int], dict[str, int]]:
     """The bytes of the second of two training steps by kind, as sent and by formula, and its micro-batches."""
-    parallel = ParallelConfig(**keys)
+    parallel = ParallelConfig(**({"activation_checkpointing": "none", "sync_gradients": "last_micro_batch"} | keys))
     with open_world(60) as world:
         policy = build_policy(read_model_config(folder, False), parallel, "float32", make_mesh(world, parallel))
         shard = world.size // parallel.replicate
