@@ -26,6 +26,7 @@ from dpo.distributed import World, exit_program, first_on_each_node, make_mesh, 
 from dpo.errors import UserError, parse_arguments
 from dpo.fields import Message, field, text_or_messages
 from dpo.generation import generate
+from dpo.inputs import check_machines
 from dpo.json_rows import json_rows
 from dpo.policy import Policy, build_policy, free_memory, load_weights
 from dpo.progress import say
@@ -186,6 +187,8 @@ def main() -> None:
             for name, (path, flag) in paths.items()
             if path is not None
         }
+        configs = [reader.config for reader in readers.values()]
+        check_machines(world, ParallelConfig(), "float32", configs)
         rule = (args.max_new_tokens, args.temperature, args.seed)
         answers = {name: answers_of(reader, *rule, world) for name, reader in readers.items()}
         if world.is_main:
