@@ -22,6 +22,8 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
     0  prefetch.py        what comes next is built by a thread
     0  host_copies.py     a sharded state copied to host memory
+    0  machine.py         what a rank's machine has: driver, compiler, GPU
+    1  toolchain.py       driver, compiler and GPU are what a run needs, looked at before weights are read
     1  costs.py           FLOPs of a step by formula; what devices can do
     1  order.py           (seed, step) -> pairs
     1  progress.py        what rank 0 tells while it works
@@ -76,6 +78,7 @@ Beside the trainer, on the same floors:
 
     9  inspect/           python -m dpo.inspect: what the trainer will really see of its data
    10  estimate/          python -m dpo.estimate: what a step needs on devices that are not here
+   11  doctor/            python -m dpo.doctor: will it run here, and how fast
    10  score.py           python -m dpo.score: margins and accuracy of any model on any pairs
    10  sample.py          python -m dpo.sample: answers of models side by side
     6  demo_world.py      the demo's questions, answers and model

@@ -48,8 +48,8 @@ class World:
 def open_world(timeout_seconds: int) -> Iterator[World]:
     """Joins, over gloo, the processes that torchrun's environment describes; without torchrun a group of one.
 
-    It is the first of two phases: no GPU is touched and NCCL does not exist, so that what reads, tokenizes and hashes
-    the input may fork. Before anything is placed on `World.device` every rank must call `start_devices`.
+    It is the first of two phases: NCCL does not exist and nothing lies on a GPU, so that what reads, tokenizes and
+    hashes the input may fork. Before anything is placed on `World.device` every rank must call `start_devices`.
 
     Args:
         timeout_seconds: after which a collective that some rank never joined ends the run, until `start_devices`.

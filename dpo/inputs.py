@@ -1,19 +1,24 @@
 """What the user gave, found, checked and hashed to the last row before any weights are in memory."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
-from dpo.config import Config
+from dpo.config import Config, ParallelConfig
 from dpo.data import PreferenceData, prepare_data
-from dpo.distributed import World, all_gather, check_mesh, first_on_each_node
+from dpo.distributed import World, all_gather, check_mesh, first_on_each_node, together
 from dpo.errors import UserError
+from dpo.machine import gather_facts
 from dpo.objective import has_reference
 from dpo.order import PairOrder
-from dpo.progress import is_quiet, say
+from dpo.policy import compute_dtype
+from dpo.progress import is_quiet, say, warn
+from dpo.toolchain import check_toolchain, find_warnings, needs_of
 from dpo.weights import find_model, hash_model, read_model_config
 
 
@@ -48,6 +53,8 @@ def read_inputs(config: Config, world: World) -> Inputs:
         disable_progress_bars()
     folders = find_models(config, world)
     model_config = read_config(config, world, folders[0])
+    reference_config = read_config(config, world, folders[1])
+    check_machines(world, config.parallel, config.model.dtype, [model_config, reference_config])
     if world.is_main:
         say("data: reading, and tokenizing what is not in the cache")
     data = first_on_each_node(world, lambda: prepare_data(config, model_config))
@@ -71,6 +78,20 @@ def find_models(config: Config, world: World) -> tuple[Path, Path]:
 def read_config(config: Config, world: World, folder: Path) -> PretrainedConfig:
     """A model's config, read by every rank: its class may be code that came with the model, which cannot be sent."""
     return first_on_each_node(world, lambda: read_model_config(folder, config.model.trust_remote_code))
+
+
+def check_machines(world: World, parallel: ParallelConfig, dtype: str, models: Sequence[PretrainedConfig]) -> None:
+    """Raises UserError where the machine of any rank lacks what these models need on its GPU, before weights are read.
+
+    dtype: of the master weights. Every rank must get here.
+    """
+    needs = needs_of(compute_dtype(parallel, getattr(torch, dtype), world.device), models)
+    facts = together(lambda: gather_facts(world.device))
+    together(lambda: check_toolchain(facts, needs))
+    warnings = all_gather(find_warnings(facts))
+    if world.is_main:
+        for line in sorted({line for lines in warnings for line in lines}):
+            warn(line)
 
 
 def check_same_data(data: PreferenceData, world: World) -> None:

@@ -35,6 +35,7 @@ from dpo.distributed import (
 from dpo.errors import UserError, parse_arguments
 from dpo.fields import Message, field, text_or_messages
 from dpo.generation import generate
+from dpo.inputs import check_machines
 from dpo.json_rows import json_rows
 from dpo.policy import Policy, build_policy, free_memory, load_weights
 from dpo.progress import say
@@ -196,6 +197,7 @@ def main() -> None:
             for name, (path, flag) in paths.items()
             if path is not None
         }
+        check_machines(world, parallel, "float32", [reader.config for reader in readers.values()])
         start_devices(world, parallel.timeout_seconds)
         rule = (args.max_new_tokens, args.temperature, args.seed)
         answers = {name: answers_of(reader, *rule, world) for name, reader in readers.items()}

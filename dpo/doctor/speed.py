@@ -1,0 +1,218 @@
+"""Matrix products and collectives: what this machine does, beside what it should."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dpo.costs import device_peak, measured_peak
+from dpo.distributed import World, make_mesh
+from dpo.doctor.parts import Finding, Part, Subject, agreed
+from dpo.doctor.words import counted, flops, rate
+from dpo.estimate.devices import DEVICES, Device, this_machine
+
+SLOW = 0.5
+"""Share of what is expected below which it is said to be slow."""
+
+UNEVEN = 0.8
+"""Share of the fastest rank's speed below which the slowest is told: all ranks wait for it in every step."""
+
+GATHERED = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
+"""Bytes of the whole tensor that is gathered: about what FSDP2 gathers of a layer of 8 billion weights."""
+
+REPEATS = 10
+
+
+# --- matrix products -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Products:
+    """A rank's matrix products, FLOPs a second."""
+
+    precision: str
+    """bfloat16, float32, float64, or tf32."""
+    rate: float
+    peak: float | None
+    """Of the table in `dpo/costs.py`; None where the device does not stand there."""
+
+
+def measure_products(subject: Subject, world: World) -> Products:
+    """The best of some products in the compute dtype, on all ranks at once."""
+    dtype = subject.compute_dtype(world.device)
+    precision = str(dtype).removeprefix("torch.")
+    if world.device.type == "cpu":
+        return Products(precision, measured_peak(dtype), None)
+    if precision == "float32" and subject.parallel.tf32:
+        precision = "tf32"
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    name = torch.cuda.get_device_name(world.device)
+    return Products(precision, cuda_products(world.device, dtype), device_peak(name, precision))
+
+
+def cuda_products(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
+    """FLOPs a second of square products on a GPU, their median; random numbers, since zeros need less power."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(REPEATS + 3):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        torch.mm(a, b)
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return 2.0 * size**3 / statistics.median(seconds[3:])
+
+
+def describe_products(subject: Subject, found: Sequence[Products]) -> Finding:
+    """The slowest rank's, its share of the peak, and the fastest one's."""
+    slow, fast = (pick(found, key=lambda one: one.rate) for pick in (min, max))
+    share = f", {slow.rate / slow.peak:.0%} of the data sheet's {flops(slow.peak)}" if slow.peak else ""
+    spread = f"; the fastest rank {flops(fast.rate)}" if len(found) > 1 else ""
+    advice = []
+    if slow.peak and slow.rate < SLOW * slow.peak:
+        advice.append("products are slow: another process on the GPU, or a clock that is held down (nvidia-smi -q)")
+    if slow.rate < UNEVEN * fast.rate:
+        advice.append(f"rank {found.index(slow)} is the slowest, and all wait for it: look at its node")
+    return Finding(
+        PRODUCTS.name, (f"{slow.precision}: {flops(slow.rate)} a rank{share}{spread}",), advice=tuple(advice)
+    )
+
+
+PRODUCTS = Part(
+    "products",
+    measure_products,
+    describe_products,
+    remedy="a GPU with 1 GiB free that no other process uses (nvidia-smi)",
+)
+
+
+# --- collectives -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A rank's all-gather over one axis of the mesh."""
+
+    name: str
+    size: int
+    """Ranks that gather together."""
+    spans_nodes: bool
+    num_bytes: int
+    """Of the whole tensor."""
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second that a rank receives: (n - 1)/n of the whole tensor."""
+        return (self.size - 1) / self.size * self.num_bytes / self.seconds
+
+
+@dataclass(frozen=True)
+class Links:
+    """The axes of a rank, and what connects it to the others."""
+
+    axes: tuple[Axis, ...]
+    device: Device | None
+    """None where the table does not have it."""
+    ranks_per_node: int
+
+
+def measure_links(subject: Subject, world: World) -> Links:
+    """An all-gather over every axis of the mesh that a run would have. Every rank must get here."""
+    mesh = make_mesh(world, subject.parallel)
+    names = mesh.mesh_dim_names or ()
+    axes = [_measure_axis(name, mesh.get_group(name), world) for name in names if mesh[name].size() > 1]
+    return Links(tuple(axes), device_of(world), world.local_size)
+
+
+def _measure_axis(name: str, group: dist.ProcessGroup, world: World) -> Axis:
+    size, device = dist.get_world_size(group), world.device
+    ranks_here = range(world.rank - world.local_rank, world.rank - world.local_rank + world.local_size)
+    spans_nodes = any(rank not in ranks_here for rank in dist.get_process_group_ranks(group))
+    part_bytes = GATHERED[device.type] // size
+    part = agreed(lambda: torch.ones(part_bytes, dtype=torch.uint8, device=device))
+    whole = agreed(lambda: torch.empty(part_bytes * size, dtype=torch.uint8, device=device))
+    seconds = [_gather(whole, part, group) for _ in range(REPEATS + 3)]
+    return Axis(name, size, spans_nodes, part_bytes * size, statistics.median(seconds[3:]))
+
+
+def _gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> float:
+    """Seconds of one all-gather. Every rank of the group must get here."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the second before torch 2.13
+    if part.is_cuda:
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    gather(whole, part, group=group)
+    if part.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def device_of(world: World) -> Device | None:
+    """This rank's device in the table of `dpo.estimate`; of several with its name the one with the nearest memory."""
+    if world.device.type == "cpu":
+        return this_machine(world.local_size)
+    found = torch.cuda.get_device_properties(world.device)
+    return named_device(found.name, found.total_memory)
+
+
+def named_device(name: str, memory: float) -> Device | None:
+    """The entry of DEVICES for a name that CUDA gives and bytes of memory. Its peaks are found by the same name."""
+    peak = device_peak(name, "bfloat16")
+    same = [one for one in DEVICES.values() if device_peak(one.name, "bfloat16") == peak and _words_in(one.name, name)]
+    return min(same, key=lambda one: abs(one.memory - memory)) if peak and same else None
+
+
+def _words_in(words: str, name: str) -> bool:
+    return set(words.upper().split()) <= set(name.upper().split())
+
+
+def describe_links(subject: Subject, found: Sequence[Links]) -> Finding:
+    """A line an axis: the slowest rank's bytes a second, and their share of the link."""
+    if not found[0].axes:
+        return Finding(LINKS.name, ("one rank: nothing is sent",))
+    lines, advice = [], []
+    for number, axis in enumerate(found[0].axes):
+        slowest = min((links.axes[number] for links in found), key=lambda one: one.rate)
+        link = link_of(axis, found[0])
+        share = f", {slowest.rate / link:.0%} of the link's {rate(link)}" if link else ""
+        formula = f"(n-1)/n x {axis.num_bytes >> 20} MiB / {1e3 * slowest.seconds:.3g} ms"
+        where = "between nodes" if axis.spans_nodes else "within a node"
+        lines.append(
+            f"{axis.name}, {counted(axis.size, 'rank')} {where}: {rate(slowest.rate)} received{share}; {formula}"
+        )
+        if link and slowest.rate < SLOW * link and found[0].device is not None and not found[0].device.is_cpu:
+            advice.append(f"{axis.name} is slow: {SLOW_LINK[axis.spans_nodes]}")
+    return Finding(LINKS.name, tuple(lines), advice=tuple(advice))
+
+
+SLOW_LINK = {
+    False: "nvidia-smi topo -m must show NV between GPUs; NCCL_P2P_DISABLE and NCCL_DEBUG=INFO tell more",
+    True: "NCCL_DEBUG=INFO must name IB or a plugin of the network, not Socket; NCCL_SOCKET_IFNAME, NCCL_IB_HCA",
+}
+"""What helps, by whether the axis spans nodes."""
+
+
+def link_of(axis: Axis, links: Links) -> float | None:
+    """Bytes a second that a rank could receive on an axis by the table: of nodes' network cards the ranks that gather
+    together on a node have all of their shares.
+    """
+    if links.device is None:
+        return None
+    if not axis.spans_nodes:
+        return links.device.link
+    members = min(axis.size, links.ranks_per_node) if axis.name == "shard" else 1
+    return min(links.device.link, links.device.node_link * members)
+
+
+LINKS = Part(
+    "all-gather",
+    measure_links,
+    describe_links,
+    remedy="one network for all nodes; NCCL_DEBUG=INFO says what NCCL tried, GLOO_SOCKET_IFNAME names a card",
+)

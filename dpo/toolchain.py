@@ -1,0 +1,195 @@
+"""Whether a machine has what training on its GPU needs, looked at before any weights are read.
+
+On CUDA attention is compiled at first use: Triton builds a module against `Python.h` with the machine's own C compiler,
+and kernels for the GPU's architecture. What is missing there shows after minutes as a traceback of inductor's; a driver
+that is too old for torch does not show at all, the run trains on the CPU. `machine.gather_facts` looks at a machine;
+here are functions of what it found.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from dpo.errors import UserError
+from dpo.machine import Facts, Gpu
+
+OLDEST_DRIVER = {"11": "450.80", "12": "525.60", "13": "580.65"}
+"""First NVIDIA driver that runs programs of a major version of CUDA, on Linux:
+https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
+
+LOWEST_CAPABILITY = {"bfloat16": (8, 0)}
+"""Compute capability from which tensor cores take a dtype: https://docs.nvidia.com/cuda/cuda-c-programming-guide,
+table of features by capability."""
+
+LOWEST_OF_TRITON = (7, 0)
+"""https://github.com/triton-lang/triton#compatibility"""
+
+SHARED_BYTES: Mapping[tuple[str, tuple[int, int]], Mapping[int, int]] = {
+    ("bfloat16", (8, 0)): {16: 13_568, 64: 51_200, 128: 98_304, 192: 136_448, 256: 151_552},
+    ("bfloat16", (8, 6)): {16: 13_568, 64: 51_200, 128: 98_304, 192: 136_448, 256: 151_552},
+    ("bfloat16", (9, 0)): {16: 18_944, 64: 116_736, 128: 166_912, 192: 229_376, 256: 198_144},
+    ("bfloat16", (10, 0)): {16: 27_200, 64: 117_792, 128: 199_744, 192: 135_168, 256: 133_152},
+    ("bfloat16", (12, 0)): {16: 13_568, 64: 36_096, 128: 90_112, 192: 172_032, 256: 114_688},
+    ("float32", (8, 0)): {128: 133_120, 256: 135_680},
+    ("float32", (8, 6)): {128: 133_120, 256: 135_680},
+    ("float32", (9, 0)): {64: 83_968, 128: 156_160, 256: 168_448},
+    ("float32", (10, 0)): {128: 156_160, 256: 168_448},
+    ("float32", (12, 0)): {128: 100_352, 256: 102_912},
+}
+"""Bytes of shared memory that FlexAttention's kernels take, the larger of forward and backward pass, by compute dtype,
+compute capability and head width: read from the kernels that torch 2.13 and Triton 3.7 compile for `block_attention`
+with their default tiles. (8, 9) has the tiles of (8, 0), a later revision those of its generation's first."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run asks of a GPU."""
+
+    compute_dtype: str
+    """bfloat16, float32 or float64."""
+    head_widths: tuple[int, ...]
+    """Of the models' attention heads."""
+
+
+def needs_of(compute_dtype: torch.dtype, models: Sequence[PretrainedConfig]) -> Needs:
+    """The needs of these models in a compute dtype."""
+    widths = {getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads for model in models}
+    return Needs(str(compute_dtype).removeprefix("torch."), tuple(sorted(widths)))
+
+
+def check_toolchain(facts: Facts, needs: Needs) -> None:
+    """Raises UserError, in one line, for all that would stop a run on this machine."""
+    problems = find_problems(facts, needs)
+    if problems:
+        raise UserError(f"{facts.host}: {'; and '.join(problems)}")
+
+
+def find_problems(facts: Facts, needs: Needs) -> list[str]:
+    """What would stop a run or keep it from the GPU, a line each: what it is, and what helps."""
+    return [problem for check in CHECKS if (problem := check(facts, needs)) is not None]
+
+
+def find_warnings(facts: Facts) -> list[str]:
+    """What the user should know although the run works."""
+    if facts.driver is None or facts.is_hidden or facts.gpu or facts.cuda:
+        return []
+    what = f"{facts.host}: there are NVIDIA GPUs, and torch {facts.torch} is a build without CUDA: it uses the CPU"
+    return [f"{what}; for the GPUs install a CUDA build (https://pytorch.org/get-started/locally)"]
+
+
+# --- what is looked at -----------------------------------------------------------------------------------------------
+
+
+def _check_driver(facts: Facts, needs: Needs) -> str | None:
+    """torch then says only "no GPU", and the run would train on the CPU."""
+    if facts.cuda_error is None or facts.driver is None or facts.is_hidden:
+        return None
+    major = facts.cuda.split(".")[0] if facts.cuda else ""
+    oldest = OLDEST_DRIVER.get(major)
+    newer = f"driver {oldest} or newer, or a torch built for an older CUDA" if oldest else "a newer driver"
+    wanted = (
+        f"{newer} (https://pytorch.org/get-started/locally)"
+        if "too old" in facts.cuda_error
+        else ("a job that asked for GPUs (sbatch --gpus-per-node), `nvidia-smi` without an error")
+    )
+    what = f"CUDA does not start: driver {facts.driver}, torch {facts.torch} for CUDA {facts.cuda}: {facts.cuda_error}"
+    return f"{what}; valid: {wanted}; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
+
+
+def _check_capability(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.gpu.shared_bytes is None:
+        return None
+    lowest = LOWEST_CAPABILITY.get(needs.compute_dtype, LOWEST_OF_TRITON)
+    if facts.gpu.capability >= lowest:
+        return None
+    what = f"{_named(facts.gpu)}; {needs.compute_dtype} attention needs {_dotted(lowest)}"
+    other = ", or parallel.compute_dtype float32" if facts.gpu.capability >= LOWEST_OF_TRITON else ""
+    return f"{what}; valid: a GPU of capability {_dotted(lowest)} or newer{other}"
+
+
+def _check_architecture(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.cuda is None or has_kernels(facts.archs, facts.gpu.capability):
+        return None
+    what = f"{_named(facts.gpu)}; torch {facts.torch} has kernels for {', '.join(facts.archs)} alone"
+    return f"{what}; valid: a torch built for this GPU (https://pytorch.org/get-started/locally)"
+
+
+def has_kernels(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures runs on a GPU: machine code (sm_86) on its own and newer GPUs of the same
+    generation, PTX (compute_86) on all newer ones; what ends in a letter (sm_90a) on its own generation at most. Also
+    true of no architectures at all, where torch does not tell.
+    """
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch) for arch in archs]
+    known = [(m[1], (int(m[2]), int(m[3])), m[4]) for m in found if m]
+    return not known or any(
+        capability == of
+        if letter == "a"
+        else capability >= of and (capability[0] == of[0] or (kind == "compute" and not letter))
+        for kind, of, letter in known
+    )
+
+
+def _check_compiler(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.compiler:
+        return None
+    unset = "neither gcc nor clang is in PATH, and CC is not set"
+    where = unset if facts.cc is None else f"CC is {facts.cc!r}, which is not found"
+    return f"no C compiler, which Triton needs: {where}; valid: apt-get install gcc, or module load gcc"
+
+
+def _check_header(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.has_python_h:
+        return None
+    what = f"no {facts.python_h}, which Triton compiles against"
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    return f"{what}; valid: apt-get install {package} (Debian: python3-dev), or module load python"
+
+
+def _check_compiles(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.compile_error is None:
+        return None
+    what = f"{facts.compiler} cannot compile what Triton needs: {facts.compile_error}"
+    return f"{what}; valid: apt-get install gcc libc6-dev, or module load gcc"
+
+
+def _check_shared_memory(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.gpu.shared_bytes is None:
+        return None
+    for width in needs.head_widths:
+        wanted = shared_bytes(needs.compute_dtype, facts.gpu.capability, width)
+        if wanted is not None and wanted > facts.gpu.shared_bytes:
+            what = f"{facts.gpu.name} has {facts.gpu.shared_bytes:,} bytes of shared memory a block"
+            why = f"FlexAttention takes {wanted:,} for heads of width {width} in {needs.compute_dtype}"
+            return f"{what}; {why}; valid: a GPU of a data centre (A100, H100), or a model with narrower heads"
+    return None
+
+
+def shared_bytes(compute_dtype: str, capability: tuple[int, int], head_width: int) -> int | None:
+    """Bytes of shared memory that attention takes at most, from the table; None where it does not tell. Kernels are
+    compiled for the next power of two.
+    """
+    widths = SHARED_BYTES.get((compute_dtype, capability)) or SHARED_BYTES.get((compute_dtype, (capability[0], 0)), {})
+    return widths.get(head_width) or widths.get(1 << (head_width - 1).bit_length())
+
+
+CHECKS: tuple[Callable[[Facts, Needs], str | None], ...] = (
+    _check_driver,
+    _check_capability,
+    _check_architecture,
+    _check_compiler,
+    _check_header,
+    _check_compiles,
+    _check_shared_memory,
+)
+
+
+def _named(gpu: Gpu) -> str:
+    return f"{gpu.name} has compute capability {_dotted(gpu.capability)}"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,213 @@
+"""What stops a run before weights are read: each fact of a machine made wrong, one at a time."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from dpo import machine, toolchain
+from dpo.errors import UserError
+from dpo.machine import Facts, Gpu, gather_facts
+from dpo.toolchain import Needs, check_toolchain, find_problems, find_warnings, has_kernels
+
+CPU = torch.device("cpu")
+NEEDS = Needs("bfloat16", (128,))
+H100 = Gpu("NVIDIA H100 80GB HBM3", (9, 0), 232_448)
+A10 = Gpu("NVIDIA A10G", (8, 6), 101_376)
+"""Shared memory by capability: CUDA C++ Programming Guide, technical specifications."""
+
+
+def facts(**changes: Any) -> Facts:
+    """A machine with an H100 on which nothing is missing."""
+    whole = Facts(
+        host="n1",
+        torch="2.13.0+cu130",
+        cuda="13.0",
+        archs=("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
+        driver="580.95.05",
+        is_hidden=False,
+        cuda_error=None,
+        gpu=H100,
+        cc=None,
+        compiler="/usr/bin/gcc",
+        python_h="/usr/include/python3.11/Python.h",
+        has_python_h=True,
+        compile_error=None,
+    )
+    return dataclasses.replace(whole, **changes)
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "helps"),
+    [
+        ({"gpu": None, "cuda_error": TOO_OLD, "driver": "550.54"}, "12040", "driver 580.65 or newer"),
+        ({"gpu": None, "cuda_error": "No CUDA GPUs are available"}, "CUDA does not start", "--gpus-per-node"),
+        ({"compiler": None}, "no C compiler", "apt-get install gcc, or module load gcc"),
+        ({"compiler": None, "cc": "icc"}, "CC is 'icc'", "apt-get install gcc"),
+        ({"has_python_h": False}, "python3.11/Python.h", "-dev (Debian: python3-dev), or module load python"),
+        ({"compile_error": "stdlib.h: No such file"}, "stdlib.h", "libc6-dev"),
+        ({"gpu": Gpu("Tesla T4", (7, 5), 65_536)}, "capability 7.5", "parallel.compute_dtype float32"),
+        ({"gpu": Gpu("Tesla P100", (6, 0), 49_152), "archs": ()}, "capability 6.0", "8.0 or newer"),
+        ({"archs": ("sm_80", "sm_100")}, "kernels for sm_80, sm_100 alone", "pytorch.org"),
+    ],
+)
+def test_each_thing_that_is_missing_has_one_line_that_helps(changes: dict[str, Any], what: str, helps: str) -> None:
+    problems = [line for line in find_problems(facts(**changes), NEEDS) if what in line]
+    assert len(problems) == 1 and helps in problems[0] and "\n" not in problems[0], problems
+    with pytest.raises(UserError, match=r"^n1: "):
+        check_toolchain(facts(**changes), NEEDS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cuda": None, "archs": (), "gpu": Gpu("AMD Instinct MI300X", (9, 4), None), "driver": None},
+        {"gpu": None, "driver": None, "compiler": None, "has_python_h": False},  # a machine without a GPU
+        {"gpu": None, "is_hidden": True, "cuda_error": "No CUDA GPUs are available"},  # CUDA_VISIBLE_DEVICES is empty
+    ],
+)
+def test_a_machine_that_has_all_it_needs_passes(changes: dict[str, Any]) -> None:
+    check_toolchain(facts(**changes), NEEDS)
+    assert not find_warnings(facts(**changes))
+
+
+def test_a_build_without_cuda_on_a_machine_with_gpus_is_told() -> None:
+    cpu_build = {"torch": "2.13.0+cpu", "cuda": None, "archs": (), "gpu": None}
+    assert not find_problems(facts(**cpu_build), NEEDS)
+    assert "a build without CUDA" in find_warnings(facts(**cpu_build))[0]
+    assert not find_warnings(facts(**cpu_build, is_hidden=True))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "width", "fits"),
+    [
+        (H100, "bfloat16", 128, True),
+        (H100, "bfloat16", 192, True),
+        (A10, "bfloat16", 128, True),
+        (A10, "bfloat16", 80, True),
+        (A10, "bfloat16", 256, False),  # gemma's heads
+        (A10, "float32", 128, False),
+        (A10, "float32", 64, True),
+        (Gpu("NVIDIA L4", (8, 9), 101_376), "bfloat16", 256, False),
+        (Gpu("NVIDIA A100", (8, 0), 166_912), "bfloat16", 256, True),
+        (Gpu("NVIDIA RTX 5090", (12, 0), 101_376), "bfloat16", 256, False),
+        (Gpu("of a later generation", (15, 0), 1), "bfloat16", 256, True),  # nothing is known of it
+    ],
+)
+def test_shared_memory_must_hold_the_tiles_of_the_head(gpu: Gpu, dtype: str, width: int, fits: bool) -> None:
+    problems = find_problems(facts(gpu=gpu, archs=()), Needs(dtype, (64, width)))
+    assert problems == [] if fits else f"heads of width {width}" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (("sm_80",), (8, 0), True),
+        (("sm_80",), (8, 9), True),
+        (("sm_86",), (8, 0), False),
+        (("sm_80",), (9, 0), False),
+        (("sm_90a",), (9, 0), True),
+        (("sm_100a",), (10, 3), False),
+        (("sm_100f",), (10, 3), True),
+        (("compute_80",), (12, 0), True),
+        ((), (9, 0), True),
+    ],
+)
+def test_which_code_runs_on_which_gpu(archs: tuple[str, ...], capability: tuple[int, int], runs: bool) -> None:
+    """https://docs.nvidia.com/cuda/blackwell-compatibility-guide: cubins within a generation, PTX forward."""
+    assert has_kernels(archs, capability) == runs
+
+
+def test_the_needs_are_those_of_all_models() -> None:
+    models = [LlamaConfig(hidden_size=64, num_attention_heads=4), LlamaConfig(hidden_size=64, head_dim=128)]
+    assert toolchain.needs_of(torch.bfloat16, models) == Needs("bfloat16", (16, 128))
+
+
+# --- what is looked for ----------------------------------------------------------------------------------------------
+
+
+def program(folder: Path, name: str, text: str = "#!/bin/sh\n") -> Path:
+    """An executable file."""
+    path = folder / name
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def test_the_compiler_is_the_one_that_triton_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`triton/runtime/build.py`: CC, else gcc, else clang."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert machine.find_compiler() is None
+    clang = program(tmp_path, "clang")
+    assert machine.find_compiler() == str(clang)
+    gcc = program(tmp_path, "gcc")
+    assert machine.find_compiler() == str(gcc)
+    monkeypatch.setenv("CC", "icc")
+    assert machine.find_compiler() is None and gather_facts(CPU).cc == "icc"
+
+
+def test_the_compiler_is_tried_on_what_triton_compiles(tmp_path: Path) -> None:
+    broken = program(
+        tmp_path, "cc", "#!/bin/sh\necho '/x/module.c:1: fatal error: dlfcn.h: No such file' >&2\nexit 1\n"
+    )
+    assert "dlfcn.h" in str(machine.try_compiler(str(broken), Path("/usr/include/Python.h")))
+    assert "FileNotFoundError" in str(machine.try_compiler(str(tmp_path / "none"), Path("/x/Python.h")))
+
+
+@pytest.mark.skipif(machine.find_compiler() is None, reason="needs a C compiler: apt-get install gcc")
+def test_a_real_compiler_with_and_without_the_header(tmp_path: Path) -> None:
+    compiler = str(machine.find_compiler())
+    if machine.find_header().is_file():
+        assert machine.try_compiler(compiler, machine.find_header()) is None
+    assert "Python.h" in str(machine.try_compiler(compiler, tmp_path / "Python.h"))
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n", "550.54.15"),
+        ("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build  (x@y)\n", "580.95.05"),
+        ("something else\n", "unknown"),
+    ],
+)
+def test_the_driver_is_read_from_the_kernel(text: str, version: str, tmp_path: Path) -> None:
+    (tmp_path / "proc/driver/nvidia").mkdir(parents=True)
+    (tmp_path / "proc/driver/nvidia/version").write_text(text)
+    assert machine.find_driver(tmp_path) == version
+
+
+def test_devices_without_a_version_are_a_driver_too(tmp_path: Path) -> None:
+    assert machine.find_driver(tmp_path) is None
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev" / "nvidiactl").touch()
+    assert machine.find_driver(tmp_path) is None
+    (tmp_path / "dev" / "nvidia0").touch()
+    assert machine.find_driver(tmp_path) == "unknown"
+
+
+def test_torchs_own_words_without_its_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError(f"{TOO_OLD}. Please update your GPU driver by downloading one")
+
+    assert torch.version.cuda is not None or machine.find_cuda_error() is None
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    assert machine.find_cuda_error() == TOO_OLD
+
+
+def test_what_is_gathered_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    found = gather_facts(CPU)
+    assert found.gpu is None and found.is_hidden and found.torch == torch.__version__ and found.compile_error is None
+    assert f"{sys.version_info.major}.{sys.version_info.minor}" in found.python_h
+    assert found.has_python_h == os.path.isfile(found.python_h)  # noqa: PTH113
