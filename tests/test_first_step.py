@@ -16,6 +16,7 @@ from dpo.ref_table import table_makings, write_table
 from dpo.reference_pass import difference
 from dpo.run_files import read_metrics
 from tests.models import save_model, save_pairs
+from tests.ranks import Ranks
 from tests.runs import exit_code, make_config, run, train_lines
 
 NUM_PAIRS = 4
@@ -242,9 +243,24 @@ def test_how_blocks_were_made_survives_the_table(tmp_path: Path) -> None:
     assert makings_of(tmp_path, keys[:3]) == [here]
     write_table(tmp_path, "table-a.json", keys)
     made = table_makings(tmp_path, "table-a.json")
-    assert sorted(map(str, made)) == sorted(map(str, [here, there]))
+    assert made == [there, here]
     assert difference(made, here) == (
         "torch 2.11, device cpu, compile False; this run: torch 2.13, device cpu, compile False"
     )
     assert difference([here], here) is None
     assert difference([None], here) is not None
+
+
+@pytest.mark.xdist_group("ranks")
+def test_two_ranks_measure_what_one_does(folders: Path, tmp_path: Path, ranks: Ranks) -> None:
+    """The sums are over all completions of all ranks, in micro-batches of any size."""
+    cache = str(tmp_path / "cache")
+    run(make(folders, tmp_path / "first", reference__cache_dir=cache))
+    move_rows(Path(cache), 1.0)
+    changes = {"reference__cache_dir": cache, "reference__first_step_check": "warn"}
+    one = run(make(folders, tmp_path / "one", **changes))
+    two = ranks(2, run, make(folders, tmp_path / "two", batch__tokens_per_micro_batch=40, **changes))[0]
+    lines = [next(line for line in read_metrics(folder) if "first_step/spread" in line) for folder in (one, two)]
+    for name in ("spread", "drift"):
+        assert lines[1][f"first_step/{name}"] == pytest.approx(lines[0][f"first_step/{name}"], rel=1e-4)
+    assert max(line["first_step/noise"] for line in lines) < 1e-4
