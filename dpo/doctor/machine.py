@@ -138,7 +138,7 @@ def describe_toolchain(subject: Subject, found: Sequence[Toolchain]) -> Finding:
     """Rank 0's driver and compiler, the problems of all."""
     facts = found[0].facts
     driver = f"NVIDIA driver {facts.driver}" if facts.driver else "no NVIDIA driver"
-    header = facts.python_h if facts.has_python_h else f"no {facts.python_h}"
+    header = "Python.h" if facts.has_python_h else "no Python.h"
     needed = "" if facts.gpu else " (only GPUs need them)"
     line = f"{driver}, C compiler {facts.compiler or 'none'}, {header}{needed}"
     hosts = [one.facts.host for one in found]

@@ -135,10 +135,15 @@ def _measure_axis(name: str, group: dist.ProcessGroup, world: World) -> Axis:
     ranks_here = range(world.rank - world.local_rank, world.rank - world.local_rank + world.local_size)
     spans_nodes = any(rank not in ranks_here for rank in dist.get_process_group_ranks(group))
     part_bytes = GATHERED[device.type] // size
-    part = agreed(lambda: torch.ones(part_bytes, dtype=torch.uint8, device=device))
-    whole = agreed(lambda: torch.empty(part_bytes * size, dtype=torch.uint8, device=device))
+    part, whole = agreed(lambda: make_buffers(part_bytes, size, device))
     seconds = [_gather(whole, part, group) for _ in range(REPEATS + 3)]
     return Axis(name, size, spans_nodes, part_bytes * size, statistics.median(seconds[3:]))
+
+
+def make_buffers(part_bytes: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A rank's part, and the whole of `size` parts."""
+    whole = torch.empty(part_bytes * size, dtype=torch.uint8, device=device)
+    return torch.ones(part_bytes, dtype=torch.uint8, device=device), whole
 
 
 def _gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> float:
