@@ -6,6 +6,7 @@ no generator is involved, so it depends on ranks and on other prompts by the rou
 
 import hashlib
 import itertools
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from dpo.distributed import World, all_gather
-from dpo.policy import Policy, reshard
+from dpo.policy import Policy, compute_dtype, decoder_layers, reshard
 from dpo.progress import say
 from dpo.tokens import Ids, limits_of
 
@@ -42,7 +43,10 @@ def generate(
         num_cut = sum(limit < max_new_tokens for limit in limits)
         say(f"{num_cut} answers end before {max_new_tokens} tokens, where the model's positions do")
     answers: list[Ids] = [[] for _ in prompts]
-    with _generating(policy):
+    cache_bytes = _cache_bytes(policy, max(map(len, prompts), default=0) + max_new_tokens)
+    # Every rank must keep its layers, or none: the rest would hang in gathers that others do not join.
+    keeps = all(all_gather(keeps_layers_whole(_layer_bytes(policy), cache_bytes, _free_bytes(world))))
+    with _generating(policy, keeps):
         for numbers, limit in _waves(limits, world.size * ROWS_PER_RANK):
             mine = numbers[world.rank :: world.size]
             asked = [prompts[i] for i in mine or numbers[:1]]  # a rank without a prompt runs the first one along
@@ -73,8 +77,11 @@ def _waves(limits: Sequence[int], size: int) -> Iterator[tuple[list[int], int]]:
 
 
 @contextmanager
-def _generating(policy: Policy) -> Iterator[None]:
+def _generating(policy: Policy, keeps_layers: bool) -> Iterator[None]:
     """The model as `generate` needs it, and afterwards as training needs it, also after a failure.
+
+    `keeps_layers`: layers are gathered once for all tokens, not once a token. cuDNN's attention is off: it builds a
+    plan for every length, which takes about 0.4 s (https://github.com/sgl-project/sglang/issues/4650).
 
     Our own attention has no KV cache; nor is there one in training mode with activation checkpointing. Compiled layers
     run uncompiled: every new length of the cache would be compiled, and count against the compiler's limit.
@@ -85,14 +92,52 @@ def _generating(policy: Policy) -> Iterator[None]:
     assert model.config._attn_implementation == "sdpa", "transformers only warns where it refuses"
     model.generation_config = GenerationConfig()  # what ours leaves open would be filled in from the model's own
     model.eval()
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    _reshard_layers(policy, policy.parallel.reshard_after_forward and not keeps_layers)
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
+        _reshard_layers(policy, policy.parallel.reshard_after_forward)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         model.train(is_training)
         model.generation_config = defaults
         model.set_attn_implementation(attention)
         reshard(policy)
+
+
+def _reshard_layers(policy: Policy, after_forward: bool) -> None:
+    for layer in decoder_layers(policy.model):
+        layer.set_reshard_after_forward(after_forward, recurse=False)  # type: ignore[operator]
+
+
+def keeps_layers_whole(layer_bytes: int, cache_bytes: int, free_bytes: int) -> bool:
+    """Whether a rank has room for all layers at once beside its KV cache; a fifth of what is free is left alone."""
+    return layer_bytes + cache_bytes <= 0.8 * free_bytes
+
+
+def _layer_bytes(policy: Policy) -> int:
+    """Bytes of all layers, whole, in the dtype that they compute in."""
+    itemsize = compute_dtype(policy.parallel, policy.dtype, policy.device).itemsize
+    return itemsize * sum(p.numel() for layer in decoder_layers(policy.model) for p in layer.parameters())
+
+
+def _cache_bytes(policy: Policy, num_tokens: int) -> int:
+    """Bytes of keys and values of the rows that a rank answers at a time, twice: a cache grows by copying."""
+    config = policy.config
+    itemsize = compute_dtype(policy.parallel, policy.dtype, policy.device).itemsize
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return 2 * 2 * ROWS_PER_RANK * num_tokens * config.num_hidden_layers * heads * width * itemsize
+
+
+def _free_bytes(world: World) -> int:
+    """Bytes that this rank may still take: of its GPU, or its share of the host's memory."""
+    if world.device.type == "cuda":
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + held
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // world.local_size
 
 
 def _answer_rows(

@@ -8,6 +8,7 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,12 @@ from dpo.errors import Preempted, RunError, UserError
 from dpo.files import write_atomically
 from dpo.keys import completion_key
 from dpo.log_probs import has_float32_product
+from dpo.packing import PackedBatch
 from dpo.pair_set import PairSet
-from dpo.plan import Tree
+from dpo.plan import StepPlan, Tree
 from dpo.policy import Policy, completion_logps, free_memory
 from dpo.preemption import StopRequest
+from dpo.prefetch import prefetch
 from dpo.progress import progress
 from dpo.ref_table import RefTable, find_table, open_table, table_makings, table_name, write_table
 
@@ -201,11 +204,12 @@ def _compute(
     packer = replace(packer, windows=policy.windows)
     chunk_tokens = 4 * packer.tokens_per_micro_batch * world.size
     block = _Block(folder, now)
-    with progress("reference", total, "completions", world.is_main) as bar:
-        for chunk in _chunks(items, chunk_tokens):
-            rows = _run(chunk, policy, packer, head_bytes, world)
+    ahead = prefetch(partial(_plan_and_pack, packer), _chunks(items, chunk_tokens), policy.device)
+    with closing(ahead), progress("reference", total, "completions", world.is_main) as bar:
+        for plan, batches in ahead:
+            rows = _run(plan, batches, policy, head_bytes, world)
             on_main(world, partial(block.add, rows))  # a full disk must end every rank
-            bar.advance(len(chunk))
+            bar.advance(len(rows[0]))
             if any(all_gather(stop_requested())):
                 on_main(world, block.flush)
                 raise Preempted(step=0)
@@ -249,14 +253,19 @@ def _chunks(items: Iterator[Completion], num_tokens: int) -> Iterator[list[Compl
         yield chunk
 
 
+def _plan_and_pack(packer: Packer, chunk: list[Completion]) -> tuple[StepPlan, list[PackedBatch]]:
+    """The plan of a chunk and this rank's micro-batches of it; no collective, since a thread runs it ahead."""
+    plan = packer.plan(_trees(chunk))
+    return plan, packer.pack(plan)
+
+
 def _run(
-    chunk: list[Completion], policy: Policy, packer: Packer, head_bytes: int, world: World
+    plan: StepPlan, batches: Sequence[PackedBatch], policy: Policy, head_bytes: int, world: World
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys (N, 2) and log-probabilities (N,) of a chunk, on every rank. Every rank must get here."""
-    plan = packer.plan(_trees(chunk))
     mine: list[torch.Tensor] = []
     with torch.no_grad():
-        for micro, batch in zip(plan.micro_batches[world.rank], packer.pack(plan), strict=True):
+        for micro, batch in zip(plan.micro_batches[world.rank], batches, strict=True):
             logps = completion_logps(policy, batch.to(policy.device), head_bytes)
             mine += [logps.double()] if micro else []  # a filler's log-probability belongs to no completion
     values = torch.cat(mine).cpu().numpy() if mine else np.empty(0)

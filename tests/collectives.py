@@ -4,6 +4,7 @@ from collections import Counter
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 KINDS = {"_allgather_base_": "all_gather", "_reduce_scatter_base_": "reduce_scatter", "allreduce_": "all_reduce"}
 
@@ -21,7 +22,7 @@ class CollectiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::")
-            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            tensors = tree_leaves(args[0])  # of objects that are gathered, a list of lists
             whole = [args[1]] if name == "_reduce_scatter_base_" else tensors
             self.bytes[KINDS.get(name, name)] += sum(tensor.nbytes for tensor in whole)
             self.calls[KINDS.get(name, name)] += 1

@@ -4,6 +4,7 @@ import gc
 import json
 import shutil
 import sys
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,19 @@ def test_another_reference_is_that_models_log_probabilities(config: Config, fold
     expected = np.mean(np.log1p(np.exp(-np.array(margins))))
     assert line["train/loss"] == pytest.approx(expected, rel=1e-4)
     assert abs(line["train/loss"] - np.log(2)) > 1e-3  # the check of the first step rightly did not run
+
+
+def test_packing_runs_ahead_on_another_thread(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in training; the values are those of the test above, whichever thread packs."""
+    packed_by, pack = [], reference_pass._plan_and_pack
+
+    def noted(*args: Any) -> Any:
+        packed_by.append(threading.current_thread().name)
+        return pack(*args)
+
+    monkeypatch.setattr(reference_pass, "_plan_and_pack", noted)
+    assert reference_line(run(config)) == (ALL, 0)
+    assert packed_by and all(name.startswith("prefetch") for name in packed_by)
 
 
 def test_a_copy_of_the_model_as_reference_is_its_own_start(config: Config, folders: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from dpo.distributed import open_world
 from dpo.generation import generate
 from dpo.tokens import load_tokenizer
+from tests.collectives import CollectiveBytes
 from tests.models import plain_model, save_model
 from tests.ranks import Ranks
 from tests.test_generation import NEW, PROMPTS, load, plain_draw, trained
@@ -93,3 +95,20 @@ def test_training_is_bitwise_the_same_with_and_without(ranks: Ranks, folder: Pat
     without, with_answers = (ranks(2, train_on_ranks, folder, answers, **parallel) for answers in (False, True))
     for mine, theirs in zip(without, with_answers, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def gathers_while_answering(folder: Path, count: int, **parallel: Any) -> tuple[int, int, bool]:
+    """On a rank: all-gathers of parameters, layers of the model, and whether cuDNN's attention is on again after it."""
+    with open_world(60) as world:
+        policy = load(world, folder, **parallel)
+        with CollectiveBytes() as sent:
+            generate(policy, PROMPTS, [], count, 0.0, 0, world)
+        return sent.calls["all_gather"], policy.config.num_hidden_layers, torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_layers_are_gathered_once_for_all_tokens(ranks: Ranks, folder: Path, count: int) -> None:
+    """The root and each layer once, however long the answers are."""
+    for gathers, num_layers, cudnn in ranks(2, gathers_while_answering, folder, count):
+        assert gathers == num_layers + 1
+        assert cudnn
