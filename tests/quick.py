@@ -1,6 +1,6 @@
 """The marker `quick`: tests that start no process and do not sleep, for environments at both ends of the range.
 
-All tests in this folder and in launch/ are quick but for those listed here; a quick test that starts a process or
+All tests of this folder are quick but for those listed here; a quick test that starts a process or
 sleeps fails. conftest.py takes the hooks from here.
 """
 
@@ -16,13 +16,41 @@ from unittest.mock import patch
 
 import pytest
 
-FOLDERS = ("tests", "launch")
+FOLDERS = ("tests",)
 """Names of the folders whose tests are quick unless they are listed below."""
 
 FIXTURES = ("ranks",)
 """Fixtures that start processes."""
 
-SLOW: Sequence[str] = ("test_versions.py::test_newer_pythons_compile_every_file",)
+SLOW: Sequence[str] = (
+    "test_answers.py",
+    "test_bad_data.py",
+    "test_bad_inputs.py",
+    "test_cache.py",
+    "test_checkpoint.py",
+    "test_config.py",
+    "test_dashboard.py",
+    "test_data.py",
+    "test_disk_arrays.py",
+    "test_estimate.py",
+    "test_export.py",
+    "test_first_step.py",
+    "test_host_copies.py",
+    "test_inspect.py",
+    "test_metrics.py",
+    "test_plan.py",
+    "test_profiling.py",
+    "test_provenance.py",
+    "test_reference.py",
+    "test_run_folder.py",
+    "test_sample.py",
+    "test_score.py",
+    "test_summary.py",
+    "test_token_rows.py",
+    "test_versions.py",
+    "test_watching.py",
+)
+"""Starts of the names of tests that start processes, run a training (it asks git for the commit) or wait."""
 
 STARTERS: Sequence[tuple[Any, str]] = (
     (subprocess.Popen, "__init__"),
