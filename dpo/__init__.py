@@ -44,6 +44,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     3  ref_table.py       the rows of a run's data, sorted, in one file of that cache
     3  config.py          load_config, to_yaml
     4  board/             a run in TensorBoard: charts, histograms, texts, answers, HParams
+    4  parallelize.py     checkpointing, compilation and sharding, composed onto a model
     4  distributed.py     process group, mesh; one decides, all follow; exit codes
     4  traffic.py         bytes that the ranks send each other in a step, by formula
     4  objective.py       log-probabilities of a batch -> what is minimized
@@ -56,7 +57,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     6  pair_set.py        the kept pairs as files of places in token rows
     6  holdout.py         prompts that are kept from training
     6  report.py          what was read, dropped, cut: the counts
-    6  policy.py          meta build, parallelize, load, completion_logps
+    6  policy.py          meta build, load, completion_logps
     6  saving.py          checkpoints are written by a thread while training goes on
     6  run_folder.py      what lies in a run folder decides how a run starts
     7  data.py            all sources -> training and evaluation pairs

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 
 from dpo.distributed import World, all_gather
-from dpo.policy import Policy, compute_dtype, decoder_layers, reshard
+from dpo.parallelize import compute_dtype, decoder_layers
+from dpo.policy import Policy, reshard
 from dpo.progress import say
 from dpo.tokens import Ids, limits_of
 

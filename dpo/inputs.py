@@ -16,7 +16,7 @@ from dpo.errors import UserError
 from dpo.machine import gather_facts
 from dpo.objective import has_reference
 from dpo.order import PairOrder
-from dpo.policy import compute_dtype
+from dpo.parallelize import compute_dtype
 from dpo.progress import is_quiet, say, warn
 from dpo.toolchain import check_toolchain, find_warnings, needs_of
 from dpo.weights import find_model, hash_model, read_model_config

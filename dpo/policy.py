@@ -4,38 +4,26 @@ trees.
 
 import gc
 import types
-from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from dpo.attention import ATTENTION, Window, register_attention
 from dpo.config import Config, ParallelConfig
 from dpo.config_rules import decided
 from dpo.distributed import World, make_mesh
 from dpo.errors import UserError
-from dpo.kernels import Graphs, compile_layers, keep_kernels
+from dpo.kernels import Graphs, keep_kernels
 from dpo.log_probs import completion_log_probs
 from dpo.packing import PackedBatch
+from dpo.parallelize import compute_dtype, fsdp_modules, is_compiled, parallelize
 from dpo.weights import load_tensors
 
 
@@ -81,18 +69,6 @@ def build_policy(
     graphs = parallelize(model, mesh, parallel, compute_dtype(parallel, master, device))
     _materialize(model, torch.device("cpu") if parallel.cpu_offload else device, device)
     return Policy(model, attention_windows(config), device, master, parallel, graphs)
-
-
-def compute_dtype(parallel: ParallelConfig, master: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the forward and backward pass; `auto` is bfloat16 on CUDA, the master weights' on a CPU."""
-    if parallel.compute_dtype != "auto":
-        return getattr(torch, parallel.compute_dtype)
-    return torch.bfloat16 if device.type == "cuda" and master == torch.float32 else master
-
-
-def is_compiled(parallel: ParallelConfig, device: torch.device) -> bool:
-    """Whether layers go through torch.compile; `auto` is yes on CUDA alone."""
-    return device.type == "cuda" if parallel.compile == "auto" else parallel.compile
 
 
 def attention_windows(config: PretrainedConfig) -> tuple[Window, ...]:
@@ -150,81 +126,6 @@ def _switch_dropout_off(model: nn.Module) -> None:
             module.p = 0.0
         for name in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
             setattr(module, name, 0.0)
-
-
-def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConfig, compute: torch.dtype) -> Graphs:
-    """Composes checkpointing, compilation and sharding onto a model, in this order; the model knows of none of them.
-    Gives the count of the compiled layers' graphs, which goes on while they run.
-    """
-    if parallel.activation_checkpointing != "none":
-        _enable_checkpointing(model)(_checkpointing_kwargs(parallel.activation_checkpointing))
-    layers = decoder_layers(model)
-    compiled = is_compiled(parallel, torch.device(mesh.device_type))
-    graphs = compile_layers(layers) if compiled else Counter()
-    shard: Callable[..., Any] = partial(
-        fully_shard,
-        mesh=mesh,
-        mp_policy=MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=getattr(torch, parallel.reduce_dtype)),
-        offload_policy=_offload_policy(parallel, pinned=mesh.device_type == "cuda"),
-    )
-    for layer in layers:
-        shard(layer, reshard_after_forward=parallel.reshard_after_forward)
-    shard(model, reshard_after_forward=False)  # its backward, the head's, begins where its forward ends
-    register_fsdp_forward_method(model, "logps")
-    for module in fsdp_modules(model):
-        # The loss is divided by the global number of pairs, so gradients are summed over ranks, not averaged. Without
-        # the second line gloo refuses the first.
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    return graphs
-
-
-def _offload_policy(parallel: ParallelConfig, pinned: bool) -> OffloadPolicy:
-    return CPUOffloadPolicy(pin_memory=pinned) if parallel.cpu_offload else OffloadPolicy()
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers, in order: what is sharded, checkpointed and compiled one by one."""
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """The root and the layers."""
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
-
-
-def _enable_checkpointing(model: PreTrainedModel) -> Callable[[dict[str, Any]], None]:
-    """The model's own method; transformers gave it the first name in 5.23, where the second one warns."""
-    return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-
-
-def _checkpointing_kwargs(kind: str) -> dict[str, Any]:
-    kwargs: dict[str, Any] = {"use_reentrant": False}
-    if kind == "selective":
-        kwargs["context_fn"] = _selective_contexts
-    return kwargs
-
-
-_ATTENTION_OPS = ("scaled_dot_product", "inductor_compiled_code", "flex_attention")
-"""Parts of the names of what attention runs: on a CPU; on CUDA, where `attention.block_attention` makes it seen; within
-a compiled layer."""
-
-
-def _selective_contexts() -> Any:
-    """Keeps the results of attention and of every second matrix product of a layer; the rest is computed again."""
-    num_products = {False: 0, True: 0}
-
-    def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        name = str(op)
-        if any(part in name for part in _ATTENTION_OPS):
-            return CheckpointPolicy.MUST_SAVE
-        if name in ("aten.mm.default", "aten.addmm.default"):
-            num_products[context.is_recompute] += 1
-            if num_products[context.is_recompute] % 2:
-                return CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(choose)
 
 
 # --- loaded and exported ---------------------------------------------------------------------------------------------

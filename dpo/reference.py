@@ -17,7 +17,8 @@ from dpo.errors import UserError
 from dpo.inputs import read_inputs
 from dpo.objective import has_reference
 from dpo.pair_set import PairSet
-from dpo.policy import Policy, compute_dtype, is_compiled, load_policy
+from dpo.parallelize import compute_dtype, is_compiled
+from dpo.policy import Policy, load_policy
 from dpo.preemption import StopRequest, listen_for_stop
 from dpo.progress import say
 from dpo.ref_table import RefTable

@@ -19,7 +19,8 @@ from dpo.first_step import Terms
 from dpo.inputs import Inputs
 from dpo.objective import has_reference
 from dpo.optim import make_optimizer
-from dpo.policy import Policy, compute_dtype, free_memory, load_policy, reshard
+from dpo.parallelize import compute_dtype
+from dpo.policy import Policy, free_memory, load_policy, reshard
 from dpo.preemption import StopRequest
 from dpo.reference import fill_cache
 from dpo.reference_pass import ReferencePass, lookup

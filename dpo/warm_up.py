@@ -10,8 +10,9 @@ from dpo.batches import Packer
 from dpo.distributed import World
 from dpo.kernels import describe_graphs, num_graphs
 from dpo.packing import PackedBatch
+from dpo.parallelize import is_compiled
 from dpo.plan import Tree
-from dpo.policy import Policy, announce_backward, completion_logps, is_compiled, reshard
+from dpo.policy import Policy, announce_backward, completion_logps, reshard
 from dpo.progress import say
 
 LENGTHS = (512, 768)

@@ -18,8 +18,9 @@ from dpo.costs import UNGATED, cost_model, device_peak, step_flops, units
 from dpo.distributed import World, make_mesh, open_world
 from dpo.log_probs import recomputed_share
 from dpo.optim import make_optimizer
+from dpo.parallelize import decoder_layers
 from dpo.plan import Pair, Tree, grow_trees
-from dpo.policy import Policy, build_policy, decoder_layers
+from dpo.policy import Policy, build_policy
 from dpo.train import train_step
 from tests.bench.worlds import WORKLOADS
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dpo.config import ParallelConfig
 from dpo.kernels import VARIABLES, compile_layers, describe_graphs, keep_kernels, num_graphs
-from dpo.policy import is_compiled
+from dpo.parallelize import is_compiled
 
 
 @pytest.mark.parametrize(

@@ -26,16 +26,9 @@ from dpo.errors import UserError
 from dpo.log_probs import ChunkedTokenLogProbs
 from dpo.losses import dpo_loss
 from dpo.packing import PackedBatch, pack, padded_length
+from dpo.parallelize import _selective_contexts
 from dpo.plan import Pair, Tree, grow_trees, plan_step
-from dpo.policy import (
-    Policy,
-    _selective_contexts,
-    announce_backward,
-    attention_windows,
-    build_policy,
-    completion_logps,
-    load_weights,
-)
+from dpo.policy import Policy, announce_backward, attention_windows, build_policy, completion_logps, load_weights
 from dpo.weights import read_model_config
 from tests.models import FAMILIES, VOCAB, family_config, plain_logp, plain_model, save_model
 
@@ -252,7 +245,7 @@ def test_tf32_is_asked_for_on_cuda_alone(tf32: bool, monkeypatch: pytest.MonkeyP
     asked: list[Any] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("dpo.policy._build_on_meta", lambda *args: asked.append("model"))
+    monkeypatch.setattr("dpo.policy.build_on_meta", lambda *args: asked.append("model"))
     for work in ("parallelize", "_materialize"):
         monkeypatch.setattr(f"dpo.policy.{work}", lambda *args: None)
     parallel = ParallelConfig(compute_dtype="float32", tf32=tf32)

@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from dpo.config import ParallelConfig
 from dpo.distributed import World, all_gather, first_on_each_node, together
 from dpo.errors import RunError
-from dpo.policy import compute_dtype
+from dpo.parallelize import compute_dtype
 
 T = TypeVar("T")
 

@@ -22,8 +22,9 @@ from dpo.estimate.memory import all_groups, state_numbers, update_numbers, with_
 from dpo.estimate.needs import Layout, needed_bytes, plans_of
 from dpo.estimate.speed import Cluster, step_speed
 from dpo.packing import padded_length
+from dpo.parallelize import decoder_layers
 from dpo.plan import StepPlan
-from dpo.policy import build_on_meta, decoder_layers
+from dpo.policy import build_on_meta
 from dpo.traffic import ITEMSIZES, Groups, parameter_groups
 
 ROOM = 0.08

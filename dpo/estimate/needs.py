@@ -11,8 +11,8 @@ from dpo.costs import cost_model
 from dpo.estimate.devices import Device
 from dpo.estimate.lengths import Lengths, MicroBatch, largest_micro_batches
 from dpo.estimate.memory import Memory, step_memory
+from dpo.parallelize import compute_dtype
 from dpo.plan import StepPlan, Tree, plan_step
-from dpo.policy import compute_dtype
 
 
 @dataclass(frozen=True)

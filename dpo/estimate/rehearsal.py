@@ -23,8 +23,9 @@ from dpo.estimate.stand_in import flex_attention_stood_in_for
 from dpo.estimate.timeline import HEAD, Bytes, Moment, Timeline
 from dpo.objective import pair_losses
 from dpo.packing import PackedBatch, pack, padded_length
+from dpo.parallelize import decoder_layers
 from dpo.plan import StepPlan, Tree
-from dpo.policy import Policy, announce_backward, build_policy, completion_logps, decoder_layers
+from dpo.policy import Policy, announce_backward, build_policy, completion_logps
 from dpo.traffic import Groups, parameter_groups
 
 

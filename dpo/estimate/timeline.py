@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary, ref
 
-from dpo.policy import fsdp_modules
+from dpo.parallelize import fsdp_modules
 
 WEIGHTS = "weights"
 GRADIENTS = "gradients"

@@ -12,8 +12,9 @@ from dpo.distributed import make_mesh, open_world
 from dpo.metrics import MAXIMA, SUMS
 from dpo.optim import make_optimizer
 from dpo.packing import pack
+from dpo.parallelize import decoder_layers
 from dpo.plan import CostModel, grow_trees, plan_step
-from dpo.policy import build_policy, decoder_layers, load_weights
+from dpo.policy import build_policy, load_weights
 from dpo.traffic import parameter_groups, step_traffic
 from dpo.train import train_step
 from dpo.weights import read_model_config
