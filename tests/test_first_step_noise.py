@@ -163,7 +163,7 @@ def reworded(change: Callable[[str], str]) -> Callable[[Seen], np.ndarray]:
 
 
 def one_newline_less(text: str) -> str:
-    return "\nAssistant:".join(text.rsplit("\n\nAssistant:", 1))
+    return text.replace("\n\n", "\n")
 
 
 def other_template(text: str) -> str:
