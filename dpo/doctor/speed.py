@@ -174,7 +174,7 @@ def named_device(name: str, memory: float) -> Device | None:
 
 
 def _words_in(words: str, name: str) -> bool:
-    return set(words.upper().split()) <= set(name.upper().split())
+    return set(words.upper().split()) <= set(name.upper().replace("-", " ").split())
 
 
 def describe_links(subject: Subject, found: Sequence[Links]) -> Finding:
