@@ -13,6 +13,7 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 JUDGED = ("torch", "transformers")
 
 IGNORED: Mapping[str, str] = {
+    "ignore:html5lib's sanitizer:DeprecationWarning": "TensorBoard's own import, through bleach",
     "ignore::ResourceWarning": "files that datasets and numpy map stay open until the arrays on them are collected",
     "ignore::pytest.PytestUnraisableExceptionWarning": "the same, told by a destructor",
 }
