@@ -7,11 +7,12 @@ sleeps fails. conftest.py takes the hooks from here.
 import multiprocessing.process
 import os
 import subprocess
+import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -85,16 +86,22 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @contextmanager
 def nothing_is_started() -> Generator[None]:
-    """Within it, starting a process and sleeping in the main thread fail the test."""
+    """Fails the test inside where its own thread, the main one, starts a process or sleeps: threads of pytest-xdist and
+    of libraries wait as they like.
+    """
     with ExitStack() as stack:
         for owner, name in STARTERS:
-            stack.enter_context(patch.object(owner, name, _refusing(f"starts a process ({name})")))
-        stack.enter_context(patch.object(time, "sleep", _refusing("sleeps")))
+            stack.enter_context(
+                patch.object(owner, name, _refusing(f"starts a process ({name})", getattr(owner, name)))
+            )
+        stack.enter_context(patch.object(time, "sleep", _refusing("sleeps", time.sleep)))
         yield
 
 
-def _refusing(what: str) -> Any:
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
+def _refusing(what: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return real(*args, **kwargs)
         pytest.fail(f"a quick test {what}: {args[1:] or args}; list it in tests/quick.py, SLOW")
 
     return refuse
