@@ -7,7 +7,7 @@ PACKAGES := chromium chromium-driver iproute2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo board test test-oldest test-newest test-gpu test-slurm bench tools check clean
+.PHONY: demo board test test-oldest test-newest test-gpu test-cuda-host test-slurm bench tools check clean
 
 demo: .venv/installed          ## learn a preference on two processes, in minutes
 	$(BIN)/python -m dpo.demo
@@ -23,6 +23,10 @@ test-oldest test-newest: test-%: .venv-%/installed  ## the quick tests with the 
 
 test-gpu: .venv/installed      ## what only a GPU shows, and with two of them NCCL; says what it skips
 	DPO_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu -rs
+
+# Needs torch's CUDA wheel, which pip takes by itself on Linux where no CPU build is pinned or preferred: 5 GB on the disk.
+test-cuda-host: .venv-cuda/installed  ## what the host does for a GPU, on a CUDA that computes nothing (gcc, Python.h; no GPU)
+	.venv-cuda/bin/python -m pytest tests/gpu/test_host_side.py -rs
 
 test-slurm: .venv/installed    ## jobs on a real SLURM of two nodes on this machine (root; apt installs it), in minutes
 	$(BIN)/python -m tests.slurm.cluster $(BIN)/python -m pytest tests/slurm || test $$? = 77  # it says why
@@ -63,10 +67,15 @@ NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
+.venv-cuda/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
 .venv-trl/installed: tests/bench/trl-requirements.txt
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 clean:                         ## what make made
-	rm -rf .venv .venv-oldest .venv-newest .venv-trl runs bench
+	rm -rf .venv .venv-oldest .venv-newest .venv-cuda .venv-trl runs bench
