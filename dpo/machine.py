@@ -1,10 +1,12 @@
 """What a rank's machine has for training on its GPU: driver, C compiler, `Python.h`, the GPU itself."""
 
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from dataclasses import dataclass
@@ -81,9 +83,24 @@ def gather_facts(device: torch.device) -> Facts:
     )
 
 
+_ASK = """
+import json, sys, torch
+found = torch.cuda.get_device_properties(int(sys.argv[1]))
+shared_bytes = getattr(found, "shared_memory_per_block_optin", None)
+print(json.dumps([found.name, found.major, found.minor, shared_bytes]))
+"""
+
+
 def _gpu(device: torch.device) -> Gpu:
-    found = torch.cuda.get_device_properties(device)
-    return Gpu(found.name, (found.major, found.minor), getattr(found, "shared_memory_per_block_optin", None))
+    """Asks another process, which starts CUDA: in this one it must not be started before the input is read, since a
+    process with a live CUDA state may not fork. Raises OSError where CUDA does not start.
+    """
+    done = subprocess.run([sys.executable, "-c", _ASK, str(device.index)], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise OSError(f"{socket.gethostname()}: CUDA does not start on {device}: {reason}")
+    name, major, minor, shared_bytes = json.loads(done.stdout.splitlines()[-1])
+    return Gpu(name, (major, minor), shared_bytes)
 
 
 def find_driver(root: Path = Path("/")) -> str | None:

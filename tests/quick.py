@@ -29,6 +29,7 @@ SLOW: Sequence[str] = (
     "test_bad_inputs.py",
     "test_cache.py",
     "test_checkpoint.py",
+    "test_choice.py::test_a_process",
     "test_config.py",
     "test_dashboard.py",
     "test_data.py",

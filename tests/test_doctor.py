@@ -83,7 +83,7 @@ def test_under_torchrun_two_ranks_measure_their_axis(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("2 ranks on 1 node, gloo") and "shard, 2 ranks within a node" in done.stdout
-    assert "(n-1)/n x 16 MiB" in done.stdout and done.stdout.count("a run works here") == 1
+    assert "(n-1)/n x 16 MiB" in " ".join(done.stdout.split()) and done.stdout.count("a run works here") == 1
 
 
 # --- each part made to fail ------------------------------------------------------------------------------------------
@@ -134,6 +134,16 @@ def test_a_wrong_attention_is_found(
     monkeypatch.setattr(attention, "segment_attention", wrong)
     assert doctor(tmp_path) == 1
     assert "1.0e-03 from plain attention" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_gradient_that_is_not_a_number_is_found() -> None:
+    """Of the values alone: the output is right, its gradient is 0 * inf."""
+    rows = attention.make_rows(64, torch.float32, torch.device("cpu"))
+
+    def broken(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return attention.segment_rows(query, key, value + 0 * torch.sqrt(value * 0))
+
+    assert attention.compare(broken, rows)[0] == float("inf")
 
 
 def test_an_answer_that_sees_its_neighbour_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dpo.config import Config, ParallelConfig, load_config
 from dpo.config_io import split_command_line
-from dpo.distributed import World, all_gather, check_mesh, first_on_each_node, open_world
+from dpo.distributed import World, all_gather, check_mesh, first_on_each_node, open_world, start_devices
 from dpo.doctor.attention import ATTENTION
 from dpo.doctor.machine import DEVICES, TOOLCHAIN, VERSIONS
 from dpo.doctor.parts import Part, Subject, examine
@@ -22,6 +22,7 @@ from dpo.doctor.storage import STORAGE
 from dpo.doctor.words import lines_of, verdict
 from dpo.errors import RunError
 from dpo.inspect.program import find_model_config
+from dpo.kernels import keep_kernels
 
 DESCRIPTION = """Says on one screen whether a run would work here and how fast the machine is: devices, versions,
 compiler, matrix products, all-gathers, the run folder's disk, attention against plain attention. Alone, or under
@@ -57,6 +58,9 @@ def main() -> None:
     with open_world(TIMEOUT_SECONDS) as world:
         subject = subject_of(config, world)
         hosts = all_gather(socket.gethostname())
+        start_devices(world, TIMEOUT_SECONDS)
+        if world.device.type == "cuda":
+            keep_kernels()  # what the attention compiles here, a run need not
         findings = [examine(part, subject, world) for part in PARTS]
         if world.is_main:
             print("\n".join(lines_of(findings, world, len(set(hosts)))), flush=True)

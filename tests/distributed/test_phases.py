@@ -22,6 +22,7 @@ from dpo.distributed import (
     set_allocator,
     start_devices,
 )
+from dpo.machine import Gpu
 from tests.models import save_model, save_pairs
 from tests.ranks import Ranks
 from tests.runs import make_config
@@ -111,6 +112,7 @@ def one_gpu(started: list[str]) -> Iterator[None]:
     with (
         patch.object(torch.cuda, "is_available", lambda: True),
         patch.object(torch.cuda, "set_device", place),
+        patch("dpo.machine._gpu", lambda device: Gpu("NVIDIA H100", (9, 0), 232_448)),  # of another process
         patch.object(dist, "init_process_group", join),
         patch.dict(os.environ),
     ):

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from dpo.config import Config, LossConfig, OptimConfig, ParallelConfig
-from dpo.distributed import make_mesh, open_world
+from dpo.distributed import make_mesh, open_world, start_devices
 from dpo.metrics import MAXIMA, SUMS
 from dpo.optim import make_optimizer
 from dpo.packing import pack, padded_length
+from dpo.parallelize import decoder_layers
 from dpo.plan import CostModel, grow_trees, plan_step
-from dpo.policy import build_policy, decoder_layers
+from dpo.policy import build_policy
 from dpo.run_files import FINAL
 from dpo.traffic import parameter_groups, step_traffic
 from dpo.train import train_step
@@ -75,8 +76,9 @@ def test_a_run_goes_its_way_on_cuda(size: int, idle_ranks: Ranks, tmp_path: Path
 
 def counted_and_expected(folder: Path, keys: dict[str, Any]) -> tuple[dict[str, int], dict[str, int], int]:
     """What the third of three steps did, what it should have done, and its micro-batches."""
-    parallel = ParallelConfig(**keys)
+    parallel = ParallelConfig(**{"activation_checkpointing": "none", "sync_gradients": "last_micro_batch"} | keys)
     with open_world(60) as world:
+        start_devices(world, 60)
         policy = build_policy(read_model_config(folder, False), parallel, "float32", make_mesh(world, parallel))
         shard = world.size // parallel.replicate
         groups = parameter_groups(policy.model, decoder_layers(policy.model), shard)
