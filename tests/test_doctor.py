@@ -231,9 +231,9 @@ def test_the_rate_of_an_all_gather() -> None:
 
 def test_the_link_between_nodes_is_that_of_all_cards_that_the_axis_has_on_a_node() -> None:
     links = speed.Links((), DEVICES["h100"], 8)
-    assert speed.link_of(speed.Axis("shard", 8, False, 1, 1.0), links) == 450e9
-    assert speed.link_of(speed.Axis("shard", 16, True, 1, 1.0), links) == 400e9  # 8 cards of 50
-    assert speed.link_of(speed.Axis("replicate", 2, True, 1, 1.0), links) == 50e9
+    assert speed.link_of(speed.Axis("shard", 8, False, 1, 1.0), links) == 0.8 * 450e9
+    assert speed.link_of(speed.Axis("shard", 16, True, 1, 1.0), links) == 0.8 * 400e9  # 8 cards of 50
+    assert speed.link_of(speed.Axis("replicate", 2, True, 1, 1.0), links) == 0.8 * 50e9
 
 
 def test_slow_is_said_with_what_helps(tmp_path: Path) -> None:

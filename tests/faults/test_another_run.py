@@ -105,6 +105,7 @@ def test_the_rest_may_change_and_is_logged(dead: Config, capsys: pytest.CaptureF
         batch__tokens_per_micro_batch=50,
         checkpoint__keep=1,
         parallel__activation_checkpointing="full",
+        parallel__sync_gradients="every_micro_batch",  # what auto became in the run before
         parallel__compile=False,
     )
     run(config)
