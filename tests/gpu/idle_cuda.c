@@ -136,6 +136,15 @@ const char *cudaGetErrorString(cudaError_t error) { return "an error of the idle
 const char *cudaGetErrorName(cudaError_t error) { return "idle"; }
 int cuGetErrorString(int error, const char **text) { *text = "an error of the idle CUDA"; return 0; }
 
+/* NVML: before expandable segments torch asks whether GPUs of several nodes share memory; what it gave stays 0, no. */
+int nvmlInit_v2(void) { return 0; }
+int nvmlDeviceGetHandleByPciBusId_v2(const char *id, void **device) { *device = (void *)1; return 0; }
+int nvmlDeviceGetGpuFabricInfoV(void *device, void *info) { return 0; }
+int nvmlDeviceGetNvLinkRemoteDeviceType(void *device, unsigned link, int *type) { return 3; } /* not supported */
+int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *device, unsigned link, void *info) { return 3; }
+int nvmlDeviceGetComputeRunningProcesses(void *device, unsigned *count, void *infos) { *count = 0; return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { *version = 13000; return 0; }
+
 /* --- streams and events: always done; the host's waits are counted ------------------------------------------------- */
 
 static void *fresh(void) { static char *next = (char *)4096; return __sync_add_and_fetch(&next, 64); }

@@ -46,7 +46,8 @@ def build(folder: Path) -> dict[str, str]:
     others = sorted(_called() - _functions(library, "--defined-only"))
     rest.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in others))
     _compile(library, folder, own, rest)
-    (folder / "libcuda.so.1").symlink_to(library)
+    for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+        (folder / name).symlink_to(library)
     return {
         "LD_PRELOAD": str(library),
         "LD_LIBRARY_PATH": str(folder),
