@@ -143,7 +143,7 @@ def fit(value: Any, hint: Any, place: str, key: str) -> Any:
     names = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
     if isinstance(value, str) and value in names:
         return value
-    if isinstance(value, str) and names:
+    if isinstance(value, str) and names and bool not in kinds:
         _wrong(place, key, f"{value!r:.60} is not a {key.rpartition('.')[2]}", describe(hint))
     return _wrong(place, key, f"got {_short(value)}", describe(hint))
 

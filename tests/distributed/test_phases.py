@@ -138,7 +138,7 @@ class Placed(Exception):
 
 
 PROGRAMS = {
-    "train": (train, "build_run", train.run_training),
+    "train": (train, "decide_parallel", train.run_training),
     "reference": (reference, "make_packer", reference.fill_alone),
 }
 

@@ -132,4 +132,5 @@ def test_a_broken_config_file_of_the_run_does_not_hinder_it(dead: Config) -> Non
     path = Path(str(dead.train.run_dir)) / "config.yaml"
     path.write_text(path.read_text()[:50])
     run(dead)
-    assert load_config(["--config", str(path)], "dpo.train") == dead
+    decided = {"parallel__activation_checkpointing": "none", "parallel__sync_gradients": "every_micro_batch"}
+    assert load_config(["--config", str(path)], "dpo.train") == changed(dead, **decided)
