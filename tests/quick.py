@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -33,11 +32,12 @@ SLOW: Sequence[str] = (
     "test_config.py",
     "test_dashboard.py",
     "test_data.py",
+    "test_demo.py",
     "test_disk_arrays.py",
     "test_doctor.py",
     "test_estimate.py",
     "test_export.py",
-    "test_first_step.py",
+    "test_first_step",
     "test_host_copies.py",
     "test_inspect.py",
     "test_kernels.py",
@@ -67,7 +67,7 @@ STARTERS: Sequence[tuple[Any, str]] = (
 
 
 def is_quick(folder: str, node: str, fixtures: Sequence[str]) -> bool:
-    """Whether a test has the marker; `node`: `file.py::test[case]`, without folders."""
+    """Whether a test has the marker; `node`: `file.py::test[case]`."""
     return folder in FOLDERS and not set(FIXTURES) & set(fixtures) and not node.startswith(tuple(SLOW))
 
 
@@ -75,8 +75,7 @@ def is_quick(folder: str, node: str, fixtures: Sequence[str]) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the quick tests."""
     for item in items:
-        node = item.nodeid.rpartition("/")[2]
-        if is_quick(Path(item.path).parent.name, node, getattr(item, "fixturenames", ())):
+        if is_quick(item.path.parent.name, f"{item.path.name}::{item.name}", getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.quick)
 
 

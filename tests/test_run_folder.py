@@ -64,7 +64,8 @@ def test_what_lies_in_a_run_folder(folders: Path) -> None:
     names = {path.name for path in (folders / "done").iterdir()}
     assert names == {"config.yaml", "provenance.json", "metrics.jsonl", "tensorboard", "checkpoints", "final"}
     written = load_config(["--config", str(folders / "done" / "config.yaml")], "dpo.train")
-    assert written == six_steps(folders, folders / "done")
+    decided = {"parallel__activation_checkpointing": "none", "parallel__sync_gradients": "every_micro_batch"}
+    assert written == changed(six_steps(folders, folders / "done"), **decided)
     assert list((folders / "done" / "tensorboard").glob("events.out.tfevents.*"))
     assert steps(folders / "done") == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in eval_lines(folders / "done")] == [0, 3, 6]
@@ -93,8 +94,9 @@ def test_files_without_a_checkpoint_are_put_aside(folders: Path, tmp_path: Path)
         run_until(config, step)
     run(config)
     found = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "run").glob("metrics.jsonl*")}
-    # A line of the reference, one of the evaluation at 0, a line a step, from the fourth on those at 3 and 6
-    assert found == {"metrics.jsonl.old": 3, "metrics.jsonl.old-1": 4, "metrics.jsonl.old-2": 6, "metrics.jsonl": 10}
+    # A line of the reference, of the first step's check, of the evaluation at 0, a line a step, from the fourth on
+    # those at 3 and 6.
+    assert found == {"metrics.jsonl.old": 4, "metrics.jsonl.old-1": 5, "metrics.jsonl.old-2": 7, "metrics.jsonl": 11}
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
     assert len(list((tmp_path / "run").glob("tensorboard*"))) == 4
     assert same_weights(folders / "done" / "final", tmp_path / "run" / "final")

@@ -240,10 +240,12 @@ def die_while_writing(config: Config) -> int:
 
 
 def test_a_rank_that_dies_while_it_writes_is_not_waited_for(root: Path, tmp_path: Path) -> None:
-    """Rank 0 ends by itself, with a traceback; the next start begins anew, since nothing was committed."""
+    """Rank 0 ends by itself, which tells in one line that it lost the other; the next start begins anew, since nothing
+    was committed.
+    """
     ranks = Ranks()
     config = six_steps(root, tmp_path / "run")
-    with pytest.raises(AssertionError, match=r"(?s)rank 0:\nTraceback.*rank 1:\nthe process died"):
+    with pytest.raises(AssertionError, match=r"^rank 1:\nthe process died"):
         ranks(2, die_while_writing, config)
     assert newest_checkpoint(tmp_path / "run") is None
     assert [line["step"] for line in train_lines(run(config))] == [1, 2, 3, 4, 5, 6]
