@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -88,7 +89,8 @@ class Timeline(TorchDispatchMode):
         if func.namespace == "prim":  # asks a tensor for its device, and that often
             return func(*args, **kwargs)
         known = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
-        result = func(*args, **kwargs)
+        # torch 2.11's fake tensors take this product's out_dtype for its beta; it makes no tensor.
+        result = kwargs["out"] if func is torch.ops.aten.addmm.dtype_out else func(*args, **kwargs)
         for tensor in _tensors(result):
             if id(tensor.untyped_storage()) not in known:
                 self._kinds[tensor.untyped_storage()] = self._kind(tensor)
