@@ -105,7 +105,6 @@ MODES: dict[str, tuple[int, dict[str, Any]]] = {
     "sharded": (2, {}),
     "parameters kept": (2, {"reshard_after_forward": False}),
     "gradients on every micro-batch": (2, {"sync_gradients": "every_micro_batch"}),
-    "two copies of two": (4, {"replicate": 2}),
 }
 
 
