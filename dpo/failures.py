@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dpo.costs import PEAKS
+from dpo.costs import known_device
 from dpo.errors import RunError
 
 GIB = 2**30
@@ -152,7 +152,7 @@ def _this_device() -> str | None:
 
 def estimate_name(name: str, memory: float) -> str | None:
     """A GPU as `dpo.estimate --device` calls it, by the name that CUDA gives and its bytes; None: it is not known."""
-    words = next((words for words in PEAKS if re.search(rf"\b{words}\b", name, re.IGNORECASE)), None)
+    words = known_device(name)
     if words is None:
         return None
     is_small_a100 = words == "A100" and memory < 48 * GIB

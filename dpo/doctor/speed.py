@@ -13,7 +13,7 @@ from dpo.costs import device_peak, measured_peak
 from dpo.distributed import World, make_mesh
 from dpo.doctor.parts import Finding, Part, Subject, agreed
 from dpo.doctor.words import counted, flops, rate
-from dpo.estimate.devices import DEVICES, Device, this_machine
+from dpo.estimate.devices import Device, device_like, this_machine
 
 SLOW = 0.5
 """Share of what is expected below which it is said to be slow."""
@@ -168,13 +168,8 @@ def device_of(world: World) -> Device | None:
 
 def named_device(name: str, memory: float) -> Device | None:
     """The entry of DEVICES for a name that CUDA gives and bytes of memory. Its peaks are found by the same name."""
-    peak = device_peak(name, "bfloat16")
-    same = [one for one in DEVICES.values() if device_peak(one.name, "bfloat16") == peak and _words_in(one.name, name)]
-    return min(same, key=lambda one: abs(one.memory - memory)) if peak and same else None
-
-
-def _words_in(words: str, name: str) -> bool:
-    return set(words.upper().split()) <= set(name.upper().replace("-", " ").split())
+    device, is_known = device_like(name, memory)
+    return device if is_known else None
 
 
 def describe_links(subject: Subject, found: Sequence[Links]) -> Finding:
