@@ -7,7 +7,7 @@ PACKAGES := chromium chromium-driver iproute2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo board test test-oldest test-newest test-gpu test-cuda-host test-slurm bench tools check clean
+.PHONY: demo board test test-oldest test-newest test-gpu test-cuda-host test-slurm bench bench-gpu tools check clean
 
 demo: .venv/installed          ## learn a preference on two processes, in minutes
 	$(BIN)/python -m dpo.demo
@@ -27,6 +27,9 @@ test-gpu: .venv/installed      ## what only a GPU shows, and with two of them NC
 # Needs torch's CUDA wheel, which pip takes by itself on Linux where no CPU build is pinned or preferred: 5 GB on the disk.
 test-cuda-host: .venv-cuda/installed  ## what the host does for a GPU, on a CUDA that computes nothing (gcc, Python.h; no GPU)
 	.venv-cuda/bin/python -m pytest tests/gpu/test_host_side.py -rs
+
+bench-gpu: .venv/installed     ## the README's row of the GPUs at hand: speed, memory, the first step's check; one node
+	$(BIN)/torchrun --standalone --nproc-per-node gpu -m tests.bench.device
 
 test-slurm: .venv/installed    ## jobs on a real SLURM of two nodes on this machine (root; apt installs it), in minutes
 	$(BIN)/python -m tests.slurm.cluster $(BIN)/python -m pytest tests/slurm || test $$? = 77  # it says why
