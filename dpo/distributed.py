@@ -69,7 +69,7 @@ def start_devices(world: World, timeout_seconds: int) -> None:
     """Replaces the group of `open_world` by that of the steps: NCCL with a GPU a rank where there are GPUs (gloo beside
     it, for what lies in CPU memory), else gloo.
 
-    NCCL connects the ranks here, not at the first step, so that a network that does not work shows at once. Every rank
+    The GPUs are connected here, not at the first step, so that a network that does not work shows at once. Every rank
     must get here, or the rest hang until the timeout of `open_world`; from here on no process may fork. Raises
     ConnectionError, on a rank alone, where it cannot be connected.
 
@@ -82,9 +82,9 @@ def start_devices(world: World, timeout_seconds: int) -> None:
     _wait_for_all(store, world.size)
     dist.destroy_process_group()
     store.set_timeout(timeout)
-    if on_cuda:
-        torch.cuda.set_device(world.device)
     try:
+        if on_cuda:
+            torch.cuda.set_device(world.device)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
             store=store,
@@ -93,9 +93,32 @@ def start_devices(world: World, timeout_seconds: int) -> None:
             timeout=timeout,
             device_id=world.device if on_cuda else None,
         )
-    except dist.DistError as failure:  # of this rank, maybe alone
-        advice = "NCCL_DEBUG=INFO says more; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose the network"
-        raise ConnectionError(f"rank {world.rank}: the GPUs cannot be connected: {failure}; {advice}") from failure
+        if on_cuda:
+            _connect(world)
+    except (dist.DistError, torch.AcceleratorError) as failure:  # of this rank, maybe alone
+        raise ConnectionError(
+            f"rank {world.rank}: the ranks cannot be connected: {failure}; {_ADVICE[on_cuda]}"
+        ) from failure
+
+
+_ADVICE = {
+    True: "NCCL_DEBUG=INFO says more; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose the network",
+    False: f"{VARIABLE} chooses the network",
+}
+
+
+def _connect(world: World) -> None:
+    """Runs each kind of collective of a step once. NCCL joins the ranks over sockets when it is initialized; the links
+    that carry data (NVLink, InfiniBand) are set up by the first collective, and take their memory then.
+
+    Every rank must get here, or the rest hang.
+    """
+    part = torch.zeros(1, device=world.device)
+    whole = torch.zeros(world.size, device=world.device)
+    dist.all_gather_into_tensor(whole, part)
+    dist.reduce_scatter_tensor(part, whole)
+    dist.all_reduce(part)
+    torch.cuda.synchronize(world.device)
 
 
 def _wait_for_all(store: dist.Store, size: int) -> None:
@@ -296,5 +319,5 @@ def _leave_together() -> None:
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         _join(60)
     if dist.is_initialized():
-        dist.barrier()
+        all_gather(None)  # over gloo: a barrier would wait on the GPU for a rank that is lost
         dist.destroy_process_group()

@@ -43,10 +43,14 @@ class Facts:
     """Version of the NVIDIA driver, "unknown" where there is a GPU all the same; None without NVIDIA GPUs."""
     is_hidden: bool
     """CUDA_VISIBLE_DEVICES asks for the CPU."""
+    num_gpus: int
+    """GPUs that the ranks of this machine may use."""
+    gpu_index: int | None
+    """The number of this rank's GPU among them; None where the rank computes on the CPU."""
     cuda_error: str | None
     """Why torch cannot start CUDA; None where it can, or was not built for it."""
     gpu: Gpu | None
-    """None where the rank computes on the CPU."""
+    """None where the rank computes on the CPU, or CUDA does not start."""
     cc: str | None
     """The variable CC."""
     compiler: str | None
@@ -64,7 +68,10 @@ class Facts:
 def gather_facts(device: torch.device) -> Facts:
     """What is found here, for a rank that computes on `device`. On CUDA a module is compiled: a tenth of a second."""
     compiler, python_h = find_compiler(), find_header()
-    on_cuda = device.type == "cuda"
+    on_cuda, num_gpus = device.type == "cuda", torch.cuda.device_count()
+    gpu, cuda_error = (None, None) if on_cuda else (None, find_cuda_error())
+    if on_cuda and device.index < num_gpus:
+        gpu, cuda_error = ask_cuda(device.index)
     complete = on_cuda and compiler is not None and python_h.is_file()
     return Facts(
         host=socket.gethostname(),
@@ -73,8 +80,10 @@ def gather_facts(device: torch.device) -> Facts:
         archs=tuple(torch.cuda.get_arch_list()),
         driver=find_driver(),
         is_hidden=os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN,
-        cuda_error=None if on_cuda else find_cuda_error(),
-        gpu=_gpu(device) if on_cuda else None,
+        num_gpus=num_gpus,
+        gpu_index=device.index if on_cuda else None,
+        cuda_error=cuda_error,
+        gpu=gpu,
         cc=os.environ.get("CC"),
         compiler=compiler,
         python_h=str(python_h),
@@ -82,6 +91,9 @@ def gather_facts(device: torch.device) -> Facts:
         compile_error=try_compiler(str(compiler), python_h) if complete else None,
     )
 
+
+ASK_SECONDS = 120
+"""How long another process may take to start CUDA."""
 
 _ASK = """
 import json, sys, torch
@@ -91,16 +103,26 @@ print(json.dumps([found.name, found.major, found.minor, shared_bytes]))
 """
 
 
-def _gpu(device: torch.device) -> Gpu:
-    """Asks another process, which starts CUDA: in this one it must not be started before the input is read, since a
-    process with a live CUDA state may not fork. Raises OSError where CUDA does not start.
+def ask_cuda(index: int) -> tuple[Gpu | None, str | None]:
+    """(the GPU of this number, None), or (None, why CUDA does not start).
+
+    Asks another process, which starts CUDA: in this one it must not be started before the input is read, since a
+    process with a live CUDA state may not fork.
     """
-    done = subprocess.run([sys.executable, "-c", _ASK, str(device.index)], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", _ASK, str(index)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"the driver did not answer in {ASK_SECONDS} s"
     if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise OSError(f"{socket.gethostname()}: CUDA does not start on {device}: {reason}")
+        return None, _first_sentence((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1])
     name, major, minor, shared_bytes = json.loads(done.stdout.splitlines()[-1])
-    return Gpu(name, (major, minor), shared_bytes)
+    return Gpu(name, (major, minor), shared_bytes), None
+
+
+def _first_sentence(text: str) -> str:
+    """torch's own words, without the exception's class and the advice that follows."""
+    return re.split(r"\. (?=Please|Alternatively)", re.sub(r"^\w+(Error|Exception): ", "", " ".join(text.split())))[0]
 
 
 def find_driver(root: Path = Path("/")) -> str | None:
@@ -113,13 +135,13 @@ def find_driver(root: Path = Path("/")) -> str | None:
 
 
 def find_cuda_error() -> str | None:
-    """torch's own words, the first sentence of them, where it was built for CUDA and cannot start it."""
+    """Why torch, where it was built for CUDA, cannot start it in this process."""
     if torch.version.cuda is None:
         return None
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as failure:
-        return re.split(r"\. (?=Please|Alternatively)", " ".join(str(failure).split()))[0]
+        return _first_sentence(str(failure))
     return None
 
 

@@ -85,7 +85,7 @@ def find_warnings(facts: Facts) -> list[str]:
 
 
 def _check_driver(facts: Facts, needs: Needs) -> str | None:
-    """torch then says only "no GPU", and the run would train on the CPU."""
+    """Where CUDA does not start, torch may say only "no GPU", and the run would train on the CPU."""
     if facts.cuda_error is None or facts.driver is None or facts.is_hidden:
         return None
     major = facts.cuda.split(".")[0] if facts.cuda else ""
@@ -98,6 +98,13 @@ def _check_driver(facts: Facts, needs: Needs) -> str | None:
     )
     what = f"CUDA does not start: driver {facts.driver}, torch {facts.torch} for CUDA {facts.cuda}: {facts.cuda_error}"
     return f"{what}; valid: {wanted}; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
+
+
+def _check_ranks(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu_index is None or facts.gpu_index < facts.num_gpus:
+        return None
+    what = f"rank {facts.gpu_index} of this node has no GPU of its own: there are {facts.num_gpus}"
+    return f"{what}; valid: --nproc-per-node {facts.num_gpus}, or CUDA_VISIBLE_DEVICES with a GPU for each rank"
 
 
 def _check_capability(facts: Facts, needs: Needs) -> str | None:
@@ -178,6 +185,7 @@ def shared_bytes(compute_dtype: str, capability: tuple[int, int], head_width: in
 
 CHECKS: tuple[Callable[[Facts, Needs], str | None], ...] = (
     _check_driver,
+    _check_ranks,
     _check_capability,
     _check_architecture,
     _check_compiler,

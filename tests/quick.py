@@ -19,7 +19,7 @@ import pytest
 FOLDERS = ("tests",)
 """Names of the folders whose tests are quick unless they are listed below."""
 
-FIXTURES = ("ranks",)
+FIXTURES = ("ranks", "another_python")
 """Fixtures that start processes."""
 
 SLOW: Sequence[str] = (

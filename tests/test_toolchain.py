@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ def facts(**changes: Any) -> Facts:
         archs=("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
         driver="580.95.05",
         is_hidden=False,
+        num_gpus=8,
+        gpu_index=0,
         cuda_error=None,
         gpu=H100,
         cc=None,
@@ -42,6 +45,7 @@ def facts(**changes: Any) -> Facts:
     return dataclasses.replace(whole, **changes)
 
 
+NO_GPU = {"gpu": None, "gpu_index": None, "num_gpus": 0}
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040)"
 
 
@@ -49,6 +53,7 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040)"
     ("changes", "what", "helps"),
     [
         ({"gpu": None, "cuda_error": TOO_OLD, "driver": "550.54"}, "12040", "driver 580.65 or newer"),
+        ({"gpu": None, "gpu_index": 5, "num_gpus": 4}, "rank 5 of this node has no GPU", "--nproc-per-node 4"),
         ({"gpu": None, "cuda_error": "No CUDA GPUs are available"}, "CUDA does not start", "--gpus-per-node"),
         ({"compiler": None}, "no C compiler", "apt-get install gcc, or module load gcc"),
         ({"compiler": None, "cc": "icc"}, "CC is 'icc'", "apt-get install gcc"),
@@ -71,8 +76,8 @@ def test_each_thing_that_is_missing_has_one_line_that_helps(changes: dict[str, A
     [
         {},
         {"cuda": None, "archs": (), "gpu": Gpu("AMD Instinct MI300X", (9, 4), None), "driver": None},
-        {"gpu": None, "driver": None, "compiler": None, "has_python_h": False},  # a machine without a GPU
-        {"gpu": None, "is_hidden": True, "cuda_error": "No CUDA GPUs are available"},  # CUDA_VISIBLE_DEVICES is empty
+        {**NO_GPU, "driver": None, "compiler": None, "has_python_h": False},  # a machine without a GPU
+        {**NO_GPU, "is_hidden": True, "cuda_error": "No CUDA GPUs are available"},  # CUDA_VISIBLE_DEVICES is empty
     ],
 )
 def test_a_machine_that_has_all_it_needs_passes(changes: dict[str, Any]) -> None:
@@ -81,7 +86,7 @@ def test_a_machine_that_has_all_it_needs_passes(changes: dict[str, Any]) -> None
 
 
 def test_a_build_without_cuda_on_a_machine_with_gpus_is_told() -> None:
-    cpu_build = {"torch": "2.13.0+cpu", "cuda": None, "archs": (), "gpu": None}
+    cpu_build = {"torch": "2.13.0+cpu", "cuda": None, "archs": (), **NO_GPU}
     assert not find_problems(facts(**cpu_build), NEEDS)
     assert "a build without CUDA" in find_warnings(facts(**cpu_build))[0]
     assert not find_warnings(facts(**cpu_build, is_hidden=True))
@@ -203,6 +208,44 @@ def test_torchs_own_words_without_its_advice(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", init)
     assert machine.find_cuda_error() == TOO_OLD
+
+
+@pytest.fixture
+def another_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes the process that is asked for the GPU a shell script; NVML counts four GPUs."""
+
+    def be(script: str) -> None:
+        monkeypatch.setattr(sys, "executable", str(program(tmp_path, "python", f"#!/bin/sh\n{script}\n")))
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    return be
+
+
+def test_a_gpu_is_what_another_process_says(another_python: Callable[[str], None]) -> None:
+    another_python("""echo 'a warning'; echo '["NVIDIA H100 80GB HBM3", 9, 0, 232448]'""")
+    found = gather_facts(torch.device("cuda", 3))
+    assert (found.gpu, found.gpu_index, found.num_gpus, found.cuda_error) == (H100, 3, 4, None)
+
+
+def test_a_driver_that_is_counted_and_too_old_is_told(another_python: Callable[[str], None]) -> None:
+    """NVML counts GPUs under any driver, so the rank chooses CUDA; starting it fails in the process that is asked."""
+    another_python(f"echo 'RuntimeError: {TOO_OLD}. Please update your GPU driver' >&2; exit 1")
+    found = dataclasses.replace(gather_facts(torch.device("cuda", 0)), driver="535.54", cuda="13.0", is_hidden=False)
+    assert (found.gpu, found.cuda_error) == (None, TOO_OLD)
+    (problem,) = find_problems(found, NEEDS)
+    assert "driver 535.54" in problem and "driver 580.65 or newer" in problem
+
+
+def test_a_driver_that_hangs_is_told(another_python: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "ASK_SECONDS", 0.1)
+    another_python("exec sleep 60")
+    assert gather_facts(torch.device("cuda", 0)).cuda_error == "the driver did not answer in 0.1 s"
+
+
+def test_a_rank_without_a_gpu_asks_nobody(another_python: Callable[[str], None]) -> None:
+    another_python("exit 1")
+    found = gather_facts(torch.device("cuda", 5))
+    assert (found.gpu, found.gpu_index, found.num_gpus, found.cuda_error) == (None, 5, 4, None)
 
 
 def test_what_is_gathered_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

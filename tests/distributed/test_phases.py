@@ -112,7 +112,9 @@ def one_gpu(started: list[str]) -> Iterator[None]:
     with (
         patch.object(torch.cuda, "is_available", lambda: True),
         patch.object(torch.cuda, "set_device", place),
-        patch("dpo.machine._gpu", lambda device: Gpu("NVIDIA H100", (9, 0), 232_448)),  # of another process
+        patch.object(torch.cuda, "device_count", lambda: 1),
+        patch("dpo.machine.ask_cuda", lambda index: (Gpu("NVIDIA H100", (9, 0), 232_448), None)),
+        patch("dpo.distributed._connect", lambda world: started.append("connected")),
         patch.object(dist, "init_process_group", join),
         patch.dict(os.environ),
     ):
@@ -129,7 +131,7 @@ def test_the_first_phase_touches_no_gpu_and_the_second_connects_it_at_once() -> 
         assert os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] == "1"
         assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
         start_devices(world, 60)
-        assert started[1:] == ["set_device cuda:0", "cpu:gloo,cuda:nccl cuda:0"]
+        assert started[1:] == ["set_device cuda:0", "cpu:gloo,cuda:nccl cuda:0", "connected"]
     assert not torch.cuda.is_initialized()
 
 
@@ -167,12 +169,12 @@ def test_input_is_read_before_the_gpu_is_used(tmp_path: Any, name: str) -> None:
         with pytest.raises(Placed):
             program(config)
         dist.destroy_process_group()
-    assert started == ["gloo None", "input read", "set_device cuda:0", "cpu:gloo,cuda:nccl cuda:0"]
+    assert started == ["gloo None", "input read", "set_device cuda:0", "cpu:gloo,cuda:nccl cuda:0", "connected"]
 
 
 def test_gpus_that_cannot_be_connected_are_told_by_the_rank() -> None:
     broken = Mock(side_effect=dist.DistBackendError("NCCL error: unhandled system error"))
-    says = r"^rank 0: the GPUs cannot be connected: NCCL error: .*NCCL_DEBUG"
+    says = r"^rank 0: the ranks cannot be connected: NCCL error: .*GLOO_SOCKET_IFNAME"
     with pytest.raises(ConnectionError, match=says), open_world(60) as world:
         with patch.object(dist, "init_process_group", broken):
             start_devices(world, 60)
