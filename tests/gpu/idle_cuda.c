@@ -13,7 +13,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-/* Read by tests through ctypes, in this order. NCCL: bytes of the whole tensor, as dpo/traffic.py counts them. */
+/* Read by tests through ctypes, in this order. NCCL: bytes that a rank gives, or takes from a reduce-scatter. */
 struct { unsigned long launches, waits, all_gather, reduce_scatter, all_reduce; } idle_counts;
 
 /* --- memory: two ranges, given out from the front and never taken back ------------------------------------------- */
@@ -217,35 +217,31 @@ int cublasLtMatmulAlgoGetHeuristic(void *handle, void *operation, void *a, void 
 
 /* --- NCCL: nobody else is there, and everything has arrived; bytes are counted -------------------------------------- */
 
-struct communicator { int size, rank; };
-typedef struct { char bytes[128]; } unique_id;
 static const int ITEMSIZES[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1}; /* of ncclDataType_t */
+enum { NO_COLOR = -1 };
 
-static int join(struct communicator **made, int size, int rank) {
-  *made = malloc(sizeof **made);
-  **made = (struct communicator){size, rank};
-  return 0;
-}
+static int join(void **made) { *made = fresh(); return 0; }
 int ncclGetVersion(int *version) { *version = 22800; return 0; }
-int ncclCommInitRank(struct communicator **made, int size, unique_id id, int rank) { return join(made, size, rank); }
-int ncclCommInitRankConfig(struct communicator **made, int size, unique_id id, int rank, void *config) {
-  return join(made, size, rank);
+int ncclCommInitRank(void **made) { return join(made); }
+int ncclCommInitRankConfig(void **made) { return join(made); }
+/* Where the default group has a device, torch splits every other group from it: each rank takes part, one that is not
+ * in the new group without a color, and the others wait until they have been given a communicator. */
+int ncclCommSplit(void *whole, int color, int rank, void **made, void *config) {
+  return color == NO_COLOR ? 0 : join(made);
 }
-int ncclCommCount(struct communicator *c, int *size) { *size = c->size; return 0; }
-int ncclCommUserRank(struct communicator *c, int *rank) { *rank = c->rank; return 0; }
-int ncclCommGetAsyncError(struct communicator *c, int *error) { *error = 0; return 0; }
+int ncclCommGetAsyncError(void *communicator, int *error) { *error = 0; return 0; }
 const char *ncclGetErrorString(int error) { return "an error of the idle NCCL"; }
-const char *ncclGetLastError(struct communicator *c) { return "none"; }
+const char *ncclGetLastError(void *communicator) { return "none"; }
 
-int ncclAllGather(const void *from, void *to, size_t count, int type, struct communicator *c, cudaStream_t stream) {
-  idle_counts.all_gather += count * c->size * ITEMSIZES[type];
+int ncclAllGather(const void *from, void *to, size_t count, int type) {
+  idle_counts.all_gather += count * ITEMSIZES[type];
   return 0;
 }
-int ncclReduceScatter(const void *from, void *to, size_t count, int type, int op, struct communicator *c, cudaStream_t s) {
-  idle_counts.reduce_scatter += count * c->size * ITEMSIZES[type];
+int ncclReduceScatter(const void *from, void *to, size_t count, int type) {
+  idle_counts.reduce_scatter += count * ITEMSIZES[type];
   return 0;
 }
-int ncclAllReduce(const void *from, void *to, size_t count, int type, int op, struct communicator *c, cudaStream_t s) {
+int ncclAllReduce(const void *from, void *to, size_t count, int type) {
   idle_counts.all_reduce += count * ITEMSIZES[type];
   return 0;
 }

@@ -94,9 +94,13 @@ def counted_and_expected(folder: Path, keys: dict[str, Any]) -> tuple[dict[str, 
             ctypes.memset(ctypes.byref(counts), 0, ctypes.sizeof(counts))
             train_step(policy, optimizer, batches, config, 2**20, lambda: False)
         found = {name: getattr(counts, name) for name, _ in Counts._fields_}
-        traffic = vars(step_traffic(groups, shard, len(batches), parallel, 2))
-        exchange = 8 * world.size * (len(SUMS) + len(MAXIMA))  # one float64 of each from every rank
-        expected = traffic | {"all_gather": traffic["all_gather"] + exchange, "waits": 1}
+        traffic = step_traffic(groups, shard, len(batches), parallel, 2)
+        expected = {
+            "all_gather": traffic.all_gather // shard + 8 * (len(SUMS) + len(MAXIMA)),  # a float64 of each metric
+            "reduce_scatter": traffic.reduce_scatter // shard,
+            "all_reduce": traffic.all_reduce,
+            "waits": 1,
+        }
         return found, expected, len(batches)
 
 
@@ -105,6 +109,7 @@ MODES: dict[str, tuple[int, dict[str, Any]]] = {
     "sharded": (2, {}),
     "parameters kept": (2, {"reshard_after_forward": False}),
     "gradients on every micro-batch": (2, {"sync_gradients": "every_micro_batch"}),
+    "two copies of two": (4, {"replicate": 2}),
 }
 
 
