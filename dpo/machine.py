@@ -1,4 +1,4 @@
-"""What a rank's machine has for training on its GPU: driver, C compiler, `Python.h`, the GPU itself."""
+"""What a rank's machine has: the host's memory, and for its GPU the driver, C compiler, `Python.h`, the GPU itself."""
 
 import json
 import os
@@ -101,6 +101,12 @@ def _gpu(device: torch.device) -> Gpu:
         raise OSError(f"{socket.gethostname()}: CUDA does not start on {device}: {reason}")
     name, major, minor, shared_bytes = json.loads(done.stdout.splitlines()[-1])
     return Gpu(name, (major, minor), shared_bytes)
+
+
+def host_memory() -> tuple[int, int]:
+    """(free, all) bytes of the host, as the kernel counts what a program could still have."""
+    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
+    return int(sizes["MemAvailable"]) * 1024, int(sizes["MemTotal"]) * 1024
 
 
 def find_driver(root: Path = Path("/")) -> str | None:
