@@ -22,7 +22,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
     0  prefetch.py        what comes next is built by a thread
     0  host_copies.py     a sharded state copied to host memory
-    0  machine.py         what a rank's machine has: driver, compiler, GPU
+    0  machine.py         what a rank's machine has: memory, driver, compiler, GPU
     1  toolchain.py       driver, compiler and GPU are what a run needs, looked at before weights are read
     1  costs.py           FLOPs of a step by formula; what devices can do
     1  order.py           (seed, step) -> pairs

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo.losses import LossConfig, preference_losses
+from dpo.losses import LossConfig, indifferent_loss, preference_losses
 
 FEW_COMPLETIONS = 32
 """Below so many completions the measured noise is itself uncertain."""
@@ -154,20 +154,19 @@ def loss_excess(
 ) -> Tensor:
     """Sum over pairs of how far the preference loss lies outside of what the measured log-ratios explain.
 
-    A pair's loss is convex in its log-ratios, so it lies between its values where both are moved as far as they are
-    off: for and against the winner by |pi - ref|. Evaluated from log-probabilities, not from h, so that a loss need not
-    be a function of h alone.
+    A pair's loss is convex in its log-ratios, and that of an indifferent policy where they are 0. So it lies between
+    its values where both are as far off as they are, |pi - ref|, for and against the winner. These are evaluated from
+    the log-ratios alone, not from h, so that a loss need not be a function of h.
     """
     pi, ref = pi_logps.double(), ref_logps.double()
     found = preference_losses(pi, ref, lengths, yw_idxs, yl_idxs, loss)
     # A completion can win one pair and lose another: here each pair has completions of its own.
     index, winners = torch.cat([yw_idxs, yl_idxs]), torch.arange(len(yw_idxs), device=yw_idxs.device)
-    own = (ref[index], lengths[index], winners, winners + len(winners), loss)
     moved = (pi - ref).abs()[index]
     moved[len(winners) :] *= -1
-    at_zero, *ends = (preference_losses(ref[index] + sign * moved, *own) for sign in (0, 1, -1))
-    highest = torch.maximum(*ends)
-    lowest = 2 * at_zero - highest  # a convex function lies above the line from its higher end through its middle
+    own = (torch.zeros_like(moved), lengths[index], winners, winners + len(winners), loss)
+    highest = torch.maximum(preference_losses(moved, *own), preference_losses(-moved, *own))
+    lowest = 2 * indifferent_loss(loss) - highest  # a convex function lies above the line from there through its middle
     return (torch.maximum(found - highest, lowest - found) - 1e-9).clamp(min=0).sum()
 
 

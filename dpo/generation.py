@@ -6,16 +6,17 @@ no generator is involved, so it depends on ranks and on other prompts by the rou
 
 import hashlib
 import itertools
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig
 
 from dpo.distributed import World, all_gather
+from dpo.machine import host_memory
 from dpo.parallelize import compute_dtype, decoder_layers
 from dpo.policy import Policy, reshard
 from dpo.progress import say
@@ -113,9 +114,11 @@ def _reshard_layers(policy: Policy, after_forward: bool) -> None:
         layer.set_reshard_after_forward(after_forward, recurse=False)  # type: ignore[operator]
 
 
-def keeps_layers_whole(layer_bytes: int, cache_bytes: int, free_bytes: int) -> bool:
-    """Whether a rank has room for all layers at once beside its KV cache; a fifth of what is free is left alone."""
-    return layer_bytes + cache_bytes <= 0.8 * free_bytes
+def keeps_layers_whole(layer_bytes: int, cache_bytes: int | None, free_bytes: int) -> bool:
+    """Whether a rank has room for all layers at once beside its KV cache; a fifth of what is free is left alone. Not
+    where the cache's size is not known.
+    """
+    return cache_bytes is not None and layer_bytes + cache_bytes <= 0.8 * free_bytes
 
 
 def _layer_bytes(policy: Policy) -> int:
@@ -124,13 +127,30 @@ def _layer_bytes(policy: Policy) -> int:
     return itemsize * sum(p.numel() for layer in decoder_layers(policy.model) for p in layer.parameters())
 
 
-def _cache_bytes(policy: Policy, num_tokens: int) -> int:
+def _cache_bytes(policy: Policy, num_tokens: int) -> int | None:
     """Bytes of keys and values of the rows that a rank answers at a time, twice: a cache grows by copying."""
-    config = policy.config
     itemsize = compute_dtype(policy.parallel, policy.dtype, policy.device).itemsize
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return 2 * 2 * ROWS_PER_RANK * num_tokens * config.num_hidden_layers * heads * width * itemsize
+    numbers = cached_numbers(policy.config)
+    return None if numbers is None else 2 * ROWS_PER_RANK * num_tokens * numbers * itemsize
+
+
+def cached_numbers(config: PretrainedConfig) -> int | None:
+    """Numbers of keys and values that a model caches for a token, at most: of heads and widths the largest that the
+    config names, and a window may forget some. None where it does not tell: latent attention, or heads by layer.
+    """
+    told: dict[str, Any] = vars(config)
+    if told.get("kv_lora_rank") or getattr(config, "is_heterogeneous", False):
+        return None
+    usual: list[Any] = [
+        getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    ]
+    depth, heads, hidden = usual
+    key_heads = [value for name, value in told.items() if name.endswith("key_value_heads") and value] or [heads]
+    widths = [value for name, value in told.items() if name.endswith("head_dim") and value]
+    if not widths and isinstance(heads, int) and isinstance(hidden, int):
+        widths = [hidden // heads]
+    is_told = bool(widths) and all(isinstance(size, int) for size in (depth, *key_heads, *widths))
+    return 2 * depth * max(key_heads) * max(widths) if is_told else None
 
 
 def _free_bytes(world: World) -> int:
@@ -138,7 +158,7 @@ def _free_bytes(world: World) -> int:
     if world.device.type == "cuda":
         held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + held
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // world.local_size
+    return host_memory()[0] // world.local_size
 
 
 def _answer_rows(

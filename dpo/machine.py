@@ -1,4 +1,4 @@
-"""What a rank's machine has for training on its GPU: driver, C compiler, `Python.h`, the GPU itself."""
+"""What a rank's machine has: the host's memory, and for its GPU the driver, C compiler, `Python.h`, the GPU itself."""
 
 import json
 import os
@@ -123,6 +123,12 @@ def ask_cuda(index: int) -> tuple[Gpu | None, str | None]:
 def _first_sentence(text: str) -> str:
     """torch's own words, without the exception's class and the advice that follows."""
     return re.split(r"\. (?=Please|Alternatively)", re.sub(r"^\w+(Error|Exception): ", "", " ".join(text.split())))[0]
+
+
+def host_memory() -> tuple[int, int]:
+    """(free, all) bytes of the host, as the kernel counts what a program could still have."""
+    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
+    return int(sizes["MemAvailable"]) * 1024, int(sizes["MemTotal"]) * 1024
 
 
 def find_driver(root: Path = Path("/")) -> str | None:

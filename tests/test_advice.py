@@ -45,5 +45,11 @@ def test_no_advice_where_arithmetic_takes_longer_or_nothing_fits() -> None:
 
 
 def test_what_is_set_already_is_not_advised() -> None:
+    """Kept weights and gradients in bfloat16: 15/16 of 720 and of 720 bytes, 13.5 s. Half the ranks gather and reduce
+    once for their two micro-batches: 7/8 of as many, 12.6 s, 47 % of the GPU time.
+    """
     found = lines(flops=1e30, parallel__reshard_after_forward=False, parallel__reduce_dtype="bfloat16")
-    assert not any("reshard" in line or "reduce_dtype" in line for line in found)
+    assert found == [
+        "bound by traffic: 13.5 s of it beside 0.0 ms of arithmetic",
+        "  --ranks 8: 12.6 s a step; half the GPUs, 47% of the GPU time a step",
+    ]

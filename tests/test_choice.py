@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo.config import load_config
+from dpo.config import Config, load_config
 from dpo.config_rules import decided
 from dpo.errors import RunError, UserError
 from dpo.estimate import at_start, choice
@@ -15,7 +15,7 @@ from dpo.estimate.choice import Case, Option, choose, decide_by_bound, decide_by
 from dpo.estimate.devices import DEVICES, GIB, Device, device_like, steady
 from dpo.estimate.lengths import Lengths
 from dpo.estimate.needs import Layout, needed_bytes
-from dpo.estimate.speed import Cluster
+from dpo.estimate.speed import Cluster, Part, Speed
 from tests.models import family_config
 from tests.ranks import Ranks
 from tests.runs import make_config, run, same_weights, save_six_steps, six_steps
@@ -62,6 +62,19 @@ def test_gradients_are_reduced_once_where_that_saves_3_per_cent(link: float, cho
     case = case_of(device=replace(DEVICE, link=link, node_link=link))
     found = decide_by_bound(case)
     assert found is not None and found.values == {"activation_checkpointing": "none", "sync_gradients": chosen}
+
+
+@pytest.mark.parametrize(("share", "chosen"), [(0.029, "every_micro_batch"), (0.031, "last_micro_batch")])
+def test_3_per_cent_are_the_border(share: float, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 1 s, and of so much less where gradients are reduced once."""
+
+    def speed(config: Config, *others: Any) -> Speed:
+        seconds = 1 - share if config.parallel.sync_gradients == "last_micro_batch" else 1.0
+        return Speed(0.0, (Part("arithmetic", 0, seconds),), 0.0)
+
+    monkeypatch.setattr(choice, "step_speed", speed)
+    found = decide_by_bound(case_of(parallel__activation_checkpointing="none"))
+    assert found is not None and found.values == {"sync_gradients": chosen}
 
 
 def test_nothing_is_saved_where_a_step_is_one_micro_batch_or_one_rank() -> None:

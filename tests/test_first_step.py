@@ -3,6 +3,8 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ import torch
 from dpo.cache import ROW, makings_of, read_rows, write_making, write_rows
 from dpo.config import Config, LossConfig
 from dpo.deviation import Completions, Verdict, caps, exact_bounds, judge, limits, measure, rounding_scale
+from dpo.first_step import Terms
 from dpo.losses import indifferent_loss
 from dpo.ref_table import table_makings, write_table
 from dpo.reference_pass import difference
 from dpo.run_files import read_metrics
+from dpo.setup import Run
 from tests.models import save_model, save_pairs
 from tests.ranks import Ranks
 from tests.runs import exit_code, make_config, run, train_lines
@@ -107,6 +111,20 @@ def test_exact_bounds() -> None:
 def test_what_is_held_to_exact_bounds(compute: torch.dtype, tf32: bool, scale: float | None) -> None:
     """TF32 rounds: it is not held to the bounds of exact float32."""
     assert rounding_scale(compute, tf32) == scale
+
+
+@pytest.mark.parametrize(
+    ("device", "tf32", "scale"), [("cuda", True, 1 / 8), ("cuda", False, None), ("cpu", True, None)]
+)
+def test_tf32_is_of_cuda_alone(device: str, tf32: bool, scale: float | None) -> None:
+    """A run on a CPU computes in exact float32, whatever the key says, and is held to it."""
+    run: Any = SimpleNamespace(
+        config=make_config("model", "pairs", "run", parallel__tf32=tf32, parallel__compute_dtype="float32"),
+        world=SimpleNamespace(device=torch.device(device)),
+        compute_dtype=torch.float32,
+        reference_pass=None,
+    )
+    assert Run.first_step_terms.fget(run) == Terms(scale, "stop", None)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from dpo.attention import ATTENTION
 from dpo.config import Config, LossConfig, OptimConfig, ParallelConfig
 from dpo.distributed import World, make_mesh, open_world
-from dpo.generation import ROWS_PER_RANK, generate, keeps_layers_whole, uniform
+from dpo.generation import ROWS_PER_RANK, generate, uniform
 from dpo.optim import make_optimizer
 from dpo.packing import pack
 from dpo.plan import CostModel, Pair, grow_trees, plan_step
@@ -236,12 +236,6 @@ def test_logits_that_are_not_finite_end_in_an_answer(world: World, folder: Path)
     with torch.no_grad():
         next(policy.model.parameters()).fill_(float("nan"))
     assert [len(answer) for answer in generate(policy, PROMPTS, [], 3, 1.0, 0, world)] == [3] * len(PROMPTS)
-
-
-@pytest.mark.parametrize(("layers", "cache", "free", "keeps"), [(6, 2, 10, True), (6, 3, 10, False), (0, 0, 0, True)])
-def test_layers_are_kept_where_they_fit(layers: int, cache: int, free: int, keeps: bool) -> None:
-    """Beside the KV cache, in four fifths of what is free."""
-    assert keeps_layers_whole(layers, cache, free) == keeps
 
 
 # --- what is left behind ---------------------------------------------------------------------------------------------

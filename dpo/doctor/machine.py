@@ -15,7 +15,7 @@ import torch
 from dpo.distributed import World
 from dpo.doctor.parts import Finding, Part, Subject, by_host
 from dpo.doctor.words import counted, gib
-from dpo.machine import Facts, gather_facts
+from dpo.machine import Facts, gather_facts, host_memory
 from dpo.toolchain import find_problems, find_warnings, needs_of
 
 BUSY = 0.9
@@ -52,12 +52,6 @@ def cpu_name() -> str:
     """The processor's name and the number of cores that this process may use."""
     found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return f"{found[1] if found else platform.machine()}, {counted(len(os.sched_getaffinity(0)), 'core')}"
-
-
-def host_memory() -> tuple[int, int]:
-    """(free, all) bytes of the host, as the kernel counts what a program could still have."""
-    sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
-    return int(sizes["MemAvailable"]) * 1024, int(sizes["MemTotal"]) * 1024
 
 
 def describe_devices(subject: Subject, found: Sequence[Devices]) -> Finding:

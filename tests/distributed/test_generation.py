@@ -1,20 +1,22 @@
 """Answers on 1 to 5 real processes: the same ones, after the same number of forwards on each, nothing of training
 changed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
-import torch
 
+from dpo import generation
 from dpo.distributed import open_world
 from dpo.generation import generate
 from dpo.tokens import load_tokenizer
 from tests.collectives import CollectiveBytes
 from tests.models import plain_model, save_model
 from tests.ranks import Ranks
-from tests.test_generation import NEW, PROMPTS, load, plain_draw, trained
+from tests.test_generation import NEW, PROMPTS, load, plain_draw, plain_greedy, trained
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -97,18 +99,36 @@ def test_training_is_bitwise_the_same_with_and_without(ranks: Ranks, folder: Pat
         assert all(np.array_equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-def gathers_while_answering(folder: Path, count: int, **parallel: Any) -> tuple[int, int, bool]:
-    """On a rank: all-gathers of parameters, layers of the model, and whether cuDNN's attention is on again after it."""
+def gathers_while_answering(
+    folder: Path, count: int, free: Sequence[int], **parallel: Any
+) -> tuple[list[list[int]], int, int]:
+    """On a rank whose machine has so many bytes free: the greedy answers, all-gathers of parameters, and layers of the
+    model.
+    """
     with open_world(60) as world:
         policy = load(world, folder, **parallel)
-        with CollectiveBytes() as sent:
-            generate(policy, PROMPTS, [], count, 0.0, 0, world)
-        return sent.calls["all_gather"], policy.config.num_hidden_layers, torch.backends.cuda.cudnn_sdp_enabled()
+        with patch.object(generation, "_free_bytes", lambda world: free[world.rank]), CollectiveBytes() as sent:
+            found = generate(policy, PROMPTS, [], count, 0.0, 0, world)
+        return found, sent.calls["all_gather"], policy.config.num_hidden_layers
+
+
+PLENTY = 10**12
 
 
 @pytest.mark.parametrize("count", [2, 12])
 def test_layers_are_gathered_once_for_all_tokens(ranks: Ranks, folder: Path, count: int) -> None:
     """The root and each layer once, however long the answers are."""
-    for gathers, num_layers, cudnn in ranks(2, gathers_while_answering, folder, count):
-        assert gathers == num_layers + 1
-        assert cudnn
+    expected = [plain_greedy(plain_model(folder), prompt, count) for prompt in PROMPTS]
+    for found, gathers, num_layers in ranks(2, gathers_while_answering, folder, count, [PLENTY] * 2):
+        assert (found, gathers) == (expected, num_layers + 1)
+
+
+@pytest.mark.parametrize("poor", [(0,), (2,), (0, 1, 2)])
+def test_the_rank_with_the_least_memory_decides_for_all(ranks: Ranks, folder: Path, poor: tuple[int, ...]) -> None:
+    """Where any rank has no room, all gather each layer for every one of the 5 tokens, and the root once; a rank that
+    kept its layers would not join the others' gathers. The answers are the same.
+    """
+    free = [0 if rank in poor else PLENTY for rank in range(3)]
+    expected = [plain_greedy(plain_model(folder), prompt, 5) for prompt in PROMPTS]
+    for found, gathers, num_layers in ranks(3, gathers_while_answering, folder, 5, free):
+        assert (found, gathers) == (expected, 5 * num_layers + 1)
