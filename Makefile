@@ -7,7 +7,7 @@ PACKAGES := chromium chromium-driver iproute2
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo board test test-oldest test-newest test-gpu test-cuda-host test-slurm bench bench-gpu tools check clean
+.PHONY: demo board test test-oldest test-newest test-python test-3.12 test-3.13 test-gpu test-cuda-host test-slurm bench bench-gpu tools check clean
 
 demo: .venv/installed          ## learn a preference on two processes, in minutes
 	$(BIN)/python -m dpo.demo
@@ -19,6 +19,13 @@ test: .venv/installed          ## the whole test suite
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-oldest test-newest: test-%: .venv-%/installed  ## the quick tests with the oldest or newest torch and transformers
+	.venv-$*/bin/python -m pytest -n 2 --dist loadgroup -m quick
+
+test-python: test-3.12 test-3.13  ## the quick tests with newer Pythons, where they are found
+
+test-3.12 test-3.13: test-%:
+	@found=$$($(PYTHON) -m tests.pythons $*) || { echo 'no python$* was found: nothing is tested with it'; exit 0; }; \
+	$(MAKE) --no-print-directory PYTHON="$$found" .venv-$*/installed && \
 	.venv-$*/bin/python -m pytest -n 2 --dist loadgroup -m quick
 
 test-gpu: .venv/installed      ## what only a GPU shows, and with two of them NCCL; says what it skips
@@ -66,13 +73,13 @@ NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-$*.txt -e '.[dev]'
 	touch $@
 
-.venv/installed-bench: .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+.venv-3.12/installed .venv-3.13/installed .venv-cuda/installed: .venv-%/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-.venv-cuda/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-cuda
-	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+.venv/installed-bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
 .venv-trl/installed: tests/bench/trl-requirements.txt
@@ -81,4 +88,4 @@ NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "
 	touch $@
 
 clean:                         ## what make made
-	rm -rf .venv .venv-oldest .venv-newest .venv-cuda .venv-trl runs bench
+	rm -rf .venv .venv-oldest .venv-newest .venv-3.12 .venv-3.13 .venv-cuda .venv-trl runs bench

@@ -10,7 +10,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     0  preemption.py      SIGUSR2 asks a run to save and leave
     0  network.py         which interface leads to the other nodes
     0  provenance.py      versions and git commit
-    0  versions.py        the tested versions of torch and transformers
+    0  versions.py        the tested versions of torch, transformers and Python
     0  config_fields.py   every key with its default and its meaning
     0  keys.py            sixteen bytes that stand for token ids
     0  fields.py          fields of raw rows, typed

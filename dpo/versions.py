@@ -1,15 +1,21 @@
-"""The versions of torch and transformers that are tested, and whether the installed ones are among them.
+"""The versions of torch, transformers and Python that are tested, and whether the installed ones are among them.
 
 Reads the metadata of packages alone: importing neither takes time nor fails.
 """
 
+import platform
 import re
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-TESTED: Mapping[str, tuple[str, str]] = {"torch": ("2.11.0", "2.14.1"), "transformers": ("5.17.0", "5.24.0")}
-"""Of each package the oldest and the newest version that the tests run with: those of constraints-oldest.txt and of
-constraints-newest.txt.
+TESTED: Mapping[str, tuple[str, str]] = {
+    "torch": ("2.11.0", "2.14.1"),
+    "transformers": ("5.17.0", "5.24.0"),
+    "Python": ("3.11", "3.13"),
+}
+"""Of each the oldest and the newest version that the tests run with; of the packages they are those of
+constraints-oldest.txt and of constraints-newest.txt. Only as many numbers count as the newest version names: 3.13.5 is
+tested.
 """
 
 
@@ -27,6 +33,8 @@ def untested_versions(tested: Mapping[str, tuple[str, str]] = TESTED) -> str | N
 
 
 def _installed(name: str) -> str | None:
+    if name == "Python":
+        return platform.python_version()
     try:
         return version(name)
     except PackageNotFoundError:
@@ -34,7 +42,7 @@ def _installed(name: str) -> str | None:
 
 
 def _lies_within(have: str, oldest: str, newest: str) -> bool:
-    return _release(oldest) <= _release(have) <= _release(newest)
+    return _release(oldest) <= _release(have) and _release(have)[: len(newest.split("."))] <= _release(newest)
 
 
 def _release(text: str) -> tuple[int, ...]:

@@ -1,8 +1,6 @@
 """The tested range against the constraints files, installed versions against the range, and newer Pythons."""
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +10,10 @@ import pytest
 from dpo import versions
 from dpo.distributed import run_program
 from dpo.versions import TESTED, untested_versions
+from tests.pythons import interpreter
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("torch", "transformers")
 SOURCES = [*sorted((ROOT / "dpo").rglob("*.py")), *sorted((ROOT / "launch").rglob("*.py"))]
 
 COMPILE = """
@@ -30,16 +30,25 @@ def pinned(file: str) -> dict[str, str]:
 
 @pytest.mark.parametrize(("end", "file"), [(0, "constraints-oldest.txt"), (1, "constraints-newest.txt")])
 def test_the_range_is_that_of_the_constraints(end: int, file: str) -> None:
-    assert {name: ends[end] for name, ends in TESTED.items()} == {name: pinned(file)[name] for name in TESTED}
+    assert {name: TESTED[name][end] for name in PACKAGES} == {name: pinned(file)[name] for name in PACKAGES}
 
 
 def test_the_package_allows_what_is_tested() -> None:
     """pyproject.toml's lower bounds are the oldest versions: neither narrower nor wider than what tests run with."""
     text = (ROOT / "pyproject.toml").read_text()
-    bounds = {name: re.search(rf'"{name}>=([\d.]+),<', text) for name in TESTED}
+    bounds = {name: re.search(rf'"{name}>=([\d.]+),<', text) for name in PACKAGES}
     assert {name: f"{bound[1]}.0" for name, bound in bounds.items() if bound} == {
-        name: oldest for name, (oldest, _) in TESTED.items()
+        name: TESTED[name][0] for name in PACKAGES
     }
+    assert f'requires-python = ">={TESTED["Python"][0]}"' in text
+
+
+def test_make_runs_the_tested_pythons() -> None:
+    """`make test-python` has a target for each of the range after the oldest, which is that of `make test`."""
+    targets = re.search(r"^test-python:((?: test-3\.\d+)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert targets is not None
+    oldest, newest = (int(version.removeprefix("3.")) for version in TESTED["Python"])
+    assert targets[1].split() == [f"test-3.{minor}" for minor in range(oldest + 1, newest + 1)]
 
 
 @pytest.mark.parametrize(
@@ -57,9 +66,20 @@ def test_the_package_allows_what_is_tested() -> None:
     ],
 )
 def test_versions_outside_are_told(torch: str, is_tested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(versions, "_installed", {"torch": torch, "transformers": "5.20.0"}.get)
+    monkeypatch.setattr(versions, "_installed", {"torch": torch, "transformers": "5.20.0", "Python": "3.11.0"}.get)
     wanted = None if is_tested else f"not tested with torch {torch} (tested: 2.11.0 to 2.14.1)"
     assert untested_versions() == wanted
+
+
+@pytest.mark.parametrize(
+    ("python", "is_tested"),
+    [("3.10.14", False), ("3.11.0", True), ("3.13.99", True), ("3.14.0rc1", False), ("3.100.0", False)],
+)
+def test_newer_pythons_are_told(python: str, is_tested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 3.13 is tested: bug fixes of Python change no behaviour."""
+    monkeypatch.setattr(versions.platform, "python_version", lambda: python)
+    wanted = None if is_tested else f"not tested with Python {python} (tested: 3.11 to 3.13)"
+    assert untested_versions({"Python": TESTED["Python"]}) == wanted
 
 
 @pytest.mark.parametrize(("rank", "num_lines"), [("0", 1), ("1", 0)])
@@ -87,14 +107,3 @@ def test_newer_pythons_compile_every_file(version: str) -> None:
     command = [python, "-I", "-W", "error", "-c", COMPILE, *map(str, SOURCES)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-
-
-def interpreter(version: str) -> str | None:
-    """One that runs: on PATH, where pyenv's stands for versions that are not installed too, or one of pyenv's own."""
-    folder = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    found = [*map(str, sorted(folder.glob(f"{version}.*/bin/python"))), shutil.which(f"python{version}")]
-    return next((python for python in found if python and _runs(python)), None)
-
-
-def _runs(python: str) -> bool:
-    return subprocess.run([python, "-c", ""], capture_output=True, check=False).returncode == 0
