@@ -541,6 +541,24 @@ def test_what_does_not_fit_says_so_and_what_would(small: Path, capsys, monkeypat
     assert max(map(len, shown.out.splitlines())) <= 100
 
 
+def test_advice_follows_what_makes_a_step_fit(small: Path, capsys, monkeypatch) -> None:
+    """Two ranks whose link moves 1 MB a second are bound by traffic. What would help is said of the step with the first
+    change that fits, after the changes; where none does, nothing is advised."""
+    for room, is_advised in ((16 * 2**20, True), (0, False)):
+        monkeypatch.setitem(DEVICES, "l4", replace(DEVICES["l4"], memory=2 * GIB + room, link=1e6))
+        words = ("--ranks", "2", "--device", "l4", "--completion-tokens", "64", "--prompt-tokens", "64")
+        assert run(small, *words) == 1
+        lines = capsys.readouterr().out.splitlines()
+        fitting = [line.split("fits ")[1] for line in lines if " fits --" in line]
+        assert bool(fitting) == is_advised
+        if is_advised:
+            place = lines.index(f"with {fitting[0]}:")
+            assert place > lines.index("what to change, and the GiB it would need of 2.0:")
+            assert lines[place + 1].startswith("bound by traffic: ")
+        else:
+            assert not any(line.startswith(("with ", "bound by traffic")) for line in lines)
+
+
 def test_on_this_machine(small: Path, capsys) -> None:
     assert run(small, "--ranks", "2", "--device", "cpu", "--completion-tokens", "8", "--prompt-tokens", "8") == 0
     assert "float32 over float32" in capsys.readouterr().out
