@@ -57,8 +57,8 @@ def find_changes(layout: Layout, largest_tree: int, needed: Callable[[Layout], f
 
 
 def _helpful(changes: Sequence[Change], before: float) -> list[Change]:
-    """Those that save more than a hundredth."""
-    return [change for change in changes if change.bytes < 0.99 * before]
+    """Those that are enough, or save more than a hundredth."""
+    return [change for change in changes if change.fits or change.bytes < 0.99 * before]
 
 
 def single_changes(layout: Layout, largest_tree: int) -> Iterator[Keys]:
