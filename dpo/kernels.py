@@ -55,16 +55,16 @@ def num_graphs() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def compile_layers(layers: Sequence[nn.Module]) -> Graphs:
+def compile_layers(layers: Sequence[nn.Module], **how: Any) -> Graphs:
     """Has each layer compiled when it is called: for the length of the first row, then, at the second length, for any.
-    Gives the count that is kept from now on.
+    Gives the count that is kept from now on. `how`: other arguments for torch.compile than the trainer's own.
     """
     graphs: Graphs = Counter()
     # It asks whether a checkpointed layer works in place, which the exactness tests answer.
     logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_new_to_users)
     dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)  # of the whole process
     for layer in layers:
-        layer.compile(options=_inductor_options())
+        layer.compile(**(how or {"options": _inductor_options()}))
         assert layer._compiled_call_impl is not None
         layer._compiled_call_impl = _counted(layer._compiled_call_impl, kind_of(layer), graphs)
     return graphs

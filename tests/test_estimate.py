@@ -18,6 +18,7 @@ from dpo.costs import cost_model, device_peak
 from dpo.errors import UserError
 from dpo.estimate import program
 from dpo.estimate.changes import Layout, find_changes
+from dpo.estimate.compiled import in_kernels
 from dpo.estimate.devices import DEVICES, GIB, Device
 from dpo.estimate.lengths import find_lengths, largest_micro_batches
 from dpo.estimate.memory import COPY, OPTIMIZER, state_numbers, step_memory, update_numbers
@@ -98,21 +99,24 @@ def seen(config: Any, num_ranks: int, num_trees: int, depth: int = DEPTH, on_cud
 # --- the parts, by hand -----------------------------------------------------------------------------------------------
 
 
-def test_weights_gradients_and_what_is_gathered() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_weights_gradients_and_what_is_gathered(compiled: bool) -> None:
     """Four ranks, bfloat16 over float32, gradients on every micro-batch, in the middle of the last backward pass:
 
     weights, gradients   a quarter of the numbers in float32; gradients of the first micro-batch
     gathered weights     in bfloat16: the root, the layer that works, and the next one, which is gathered already
-    whole gradients      of the layer that works at most, in bfloat16, one of them twice while it is given the layout
-                         of its weight
+    whole gradients      in bfloat16 the head's, which waits for the rest of the root, and at most those of the layer
+                         that works; at the end, when the root's are reduced, no other than the root's
     """
-    config = config_with(parallel__sync_gradients="every_micro_batch")
-    peak = seen(config, 4, 8).peaks[Moment(1, "backward", 3)]
+    config = config_with(parallel__sync_gradients="every_micro_batch", parallel__compile=compiled)
+    peaks = seen(config, 4, 8).peaks
+    peak = peaks[Moment(1, "backward", 3)]
     weights = 4 * (DEPTH * LAYER + ROOT) // 4
     assert peak[WEIGHTS] == pytest.approx(weights, abs=256)  # and the frequencies of the rotary embedding
     assert peak[GRADIENTS] + peak[REDUCED] >= weights - 4 * LAYER
     assert 2 * (ROOT + LAYER) <= peak[GATHERED] <= 2 * (ROOT + 4 * LAYER)
-    assert 0 < peak[WHOLE] <= 2 * (LAYER + HIDDEN * MLP)
+    assert 2 * VOCAB * HIDDEN < peak[WHOLE] <= 2 * (VOCAB * HIDDEN + LAYER)
+    assert peaks[Moment(1, "backward", 0)][WHOLE] <= 2 * ROOT
 
 
 @pytest.mark.parametrize(("num_trees", "has_gradients"), [(8, True), (4, False)])
@@ -137,7 +141,7 @@ def test_attention_on_cuda_keeps_queries_keys_values_and_output() -> None:
     output, rotated queries and keys, (L, H) in bfloat16 each, the values, which are the product below, and (heads, L)
     in float32; and every second of a layer's seven products (the 1st, 3rd, 5th and 7th: q, v, gate, down), beside the
     layer's input. On torch's CUDA allocator a Llama 8B kept 56.5 KB a token and layer: 46.2 and these 2 x 5,120."""
-    peaks = seen(config_with(parallel__activation_checkpointing="selective"), 4, 4).peaks
+    peaks = seen(config_with(parallel__activation_checkpointing="selective", parallel__compile=False), 4, 4).peaks
     kept = [peaks[Moment(0, "forward", layer)][ACTIVATIONS] for layer in (3, 4)]
     attention, products, layer_input = (
         3 * 2 * ROW * HIDDEN + 4 * 4 * ROW,
@@ -145,6 +149,56 @@ def test_attention_on_cuda_keeps_queries_keys_values_and_output() -> None:
         2 * ROW * HIDDEN,
     )
     assert kept[1] - kept[0] == attention + products + layer_input
+
+
+@pytest.mark.parametrize(
+    ("kind", "hidden", "mlp", "heads", "norms"),
+    [("none", 8, 3, 4, 2), ("selective", 4, 1, 4, 0), ("full", 1, 0, 0, 0)],
+)
+def test_a_compiled_layer_keeps_what_the_partitioner_says(
+    kind: str, hidden: int, mlp: int, heads: int, norms: int
+) -> None:
+    """From one layer to the next, of each of a row's tokens: vectors of the hidden size and of the MLP's in bfloat16,
+    attention's logarithm of a head's sum and a norm's 1/rms in float32.
+
+    none       the layer's input, the first norm's result (a factor of the products for q, k, v), rotated queries and
+               keys, values, attention's output, the product of it (the residual sum is computed again), the second
+               norm's result; gate, up and silu(gate) up
+    selective  the layer's input, attention's output, and of the products with an odd number (q, v, gate, down) those
+               that a gradient needs: not down, which is only added. Rotated queries and keys are computed again
+    full       the layer's input
+    """
+    peaks = seen(config_with(parallel__activation_checkpointing=kind), 4, 4).peaks
+    kept = [peaks[Moment(0, "forward", layer)][ACTIVATIONS] for layer in (3, 4, 5)]
+    expected = ROW * (2 * (hidden * HIDDEN + mlp * MLP) + 4 * (heads + norms))
+    assert kept[1] - kept[0] == kept[2] - kept[1] == expected
+
+
+def test_tracing_a_layer_leaves_nothing_in_the_numbers() -> None:
+    """The first rehearsal traces, the second finds what was traced."""
+    torch.compiler.reset()
+    first, second = (seen(config_with(), 4, 4, depth=2).peaks for _ in range(2))
+    assert first == second
+
+
+def test_what_stays_in_a_kernel_is_no_memory() -> None:
+    """relu and its double go from one product to the next: the double is written, since a product reads it, and relu
+    stays inside; the first product is needed until the double is written."""
+    graph = torch.fx.Graph()
+    left = graph.placeholder("left")
+    product = graph.call_function(torch.ops.aten.mm.default, (left, left))
+    relu = graph.call_function(torch.ops.aten.relu.default, (product,))
+    double = graph.call_function(torch.ops.aten.add.Tensor, (relu, relu))
+    view = graph.call_function(torch.ops.aten.permute.default, (double, [1, 0]))
+    last = graph.call_function(torch.ops.aten.mm.default, (view, left))
+    output = graph.output(last)
+    stay, last_uses = in_kernels(list(graph.nodes))
+    assert stay == {relu}
+    assert {node: set(ended) for node, ended in last_uses.items()} == {
+        double: {product, relu},
+        last: {left, double, view},
+        output: {last},
+    }
 
 
 def test_the_stand_in_gives_what_flex_attention_gives() -> None:
@@ -206,6 +260,7 @@ def test_gloo_copies_what_it_gathers_and_scatters() -> None:
     "keys",
     [
         {},
+        {"parallel__compile": False},
         {"parallel__activation_checkpointing": "full", "parallel__sync_gradients": "every_micro_batch"},
         {"parallel__reshard_after_forward": False, "parallel__activation_checkpointing": "selective"},
         {"parallel__replicate": 2, "parallel__sync_gradients": "every_micro_batch"},
@@ -484,6 +539,25 @@ def test_what_does_not_fit_says_so_and_what_would(small: Path, capsys, monkeypat
     assert "does not fit: 2." in shown.out and error_lines(shown.err)[0].startswith("error: does not fit: ")
     assert "fits --" in shown.out and "--batch.tokens_per_micro_batch" in shown.out
     assert max(map(len, shown.out.splitlines())) <= 100
+
+
+def test_advice_follows_what_makes_a_step_fit(small: Path, capsys, monkeypatch) -> None:
+    """Two ranks whose link moves 1 MB a second are bound by traffic. What would help is said of the step with the first
+    change that fits, after the changes; where none does, nothing is advised."""
+    for room, is_advised in ((16 * 2**20, True), (0, False)):
+        monkeypatch.setitem(DEVICES, "l4", replace(DEVICES["l4"], memory=2 * GIB + room, link=1e6))
+        words = ["--ranks", "2", "--device", "l4", "--completion-tokens", "64", "--prompt-tokens", "64"]
+        words += ["--parallel.activation_checkpointing", "full", "--parallel.sync_gradients", "every_micro_batch"]
+        assert run(small, *words, "--parallel.compile", "false") == 1
+        lines = capsys.readouterr().out.splitlines()
+        fitting = [line.split("fits ")[1] for line in lines if " fits --" in line]
+        assert bool(fitting) == is_advised
+        if is_advised:
+            place = lines.index(f"with {fitting[0]}:")
+            assert place > lines.index("what to change, and the GiB it would need of 2.0:")
+            assert lines[place + 1].startswith("bound by traffic: ")
+        else:
+            assert not any(line.startswith(("with ", "bound by traffic")) for line in lines)
 
 
 def test_on_this_machine(small: Path, capsys) -> None:

@@ -13,19 +13,23 @@ from dpo.estimate.needs import Layout
 MORE_RANKS = (2, 4, 8)  # times as many that are tried
 
 
+Keys = dict[str, Any]
+"""Values by key, `parallel.reshard_after_forward`; `ranks` is their number."""
+
+
 @dataclass(frozen=True)
 class Change:
     """A change and the peak it leaves."""
 
-    words: str
-    """The keys as on the command line."""
+    keys: Keys
     bytes: float
     """Of a rank's device, all that must fit."""
     fits: bool
 
-
-Keys = dict[str, Any]
-"""Values by key, `parallel.reshard_after_forward`; `ranks` is their number."""
+    @property
+    def words(self) -> str:
+        """The keys as on the command line."""
+        return words_of(self.keys)
 
 
 def find_changes(layout: Layout, largest_tree: int, needed: Callable[[Layout], float], memory: float) -> list[Change]:
@@ -35,7 +39,7 @@ def find_changes(layout: Layout, largest_tree: int, needed: Callable[[Layout], f
 
     def tried(keys: Keys) -> Change:
         found = needed(with_keys(layout, keys))
-        return Change(words_of(keys), found, found <= memory)
+        return Change(keys, found, found <= memory)
 
     singles = list(single_changes(layout, largest_tree))
     alone = [tried(keys) for keys in singles]
@@ -53,8 +57,8 @@ def find_changes(layout: Layout, largest_tree: int, needed: Callable[[Layout], f
 
 
 def _helpful(changes: Sequence[Change], before: float) -> list[Change]:
-    """Those that save more than a hundredth."""
-    return [change for change in changes if change.bytes < 0.99 * before]
+    """Those that are enough, or save more than a hundredth."""
+    return [change for change in changes if change.fits or change.bytes < 0.99 * before]
 
 
 def single_changes(layout: Layout, largest_tree: int) -> Iterator[Keys]:

@@ -18,7 +18,7 @@ from dpo.config import Config, load_config
 from dpo.distributed import World, check_mesh
 from dpo.errors import RunError, UserError, own_flags, split_words
 from dpo.estimate.advice import advice
-from dpo.estimate.changes import find_changes
+from dpo.estimate.changes import Change, find_changes, with_keys
 from dpo.estimate.choice import Case, decide, with_values
 from dpo.estimate.devices import DEVICES, Device, this_machine
 from dpo.estimate.lengths import Lengths, find_lengths
@@ -27,6 +27,7 @@ from dpo.estimate.speed import DEFAULT_MFU, Cluster, Speed, step_speed
 from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wrapped
 from dpo.inspect.program import find_model_config
 from dpo.progress import is_quiet, say
+from dpo.traffic import Groups
 
 DEFAULT_RANKS_PER_NODE = 8
 
@@ -110,20 +111,31 @@ def estimate(arguments: Arguments, model_config: PretrainedConfig, lengths: Leng
     return Estimate(config, model_config, cluster, lengths.said, largest, memory, speed)
 
 
-def _advice(arguments: Arguments, model_config: PretrainedConfig, lengths: Lengths, found: Estimate) -> list[str]:
-    """What would help a step that is bound by traffic, of changes that fit."""
+def _advice(
+    arguments: Arguments, layout: Layout, model_config: PretrainedConfig, lengths: Lengths, groups: Groups
+) -> list[str]:
+    """What would help a step of a layout that fits, where it is bound by traffic, of changes that fit too."""
     device = arguments.cluster.device
 
     def speed(layout: Layout) -> Speed:
         per_node = min(arguments.cluster.ranks_per_node, layout.num_ranks)
         cluster = replace(arguments.cluster, num_ranks=layout.num_ranks, ranks_per_node=per_node)
         plans = plans_of(layout, model_config, lengths.steps)
-        return step_speed(layout.config, model_config, plans, found.memory.groups, cluster)
+        return step_speed(layout.config, model_config, plans, groups, cluster)
 
     def fits(layout: Layout) -> bool:
         return needed_bytes(layout, model_config, lengths, device) <= device.memory
 
-    return advice(Layout(arguments.config, arguments.cluster.num_ranks), speed, fits)
+    return advice(layout, speed, fits)
+
+
+def _changes(arguments: Arguments, layout: Layout, model_config: PretrainedConfig, lengths: Lengths) -> list[Change]:
+    """What would make a step fit that does not."""
+    device = arguments.cluster.device
+    largest_tree = max(tree.num_tokens for trees in (lengths.longest, *lengths.steps) for tree in trees)
+    return find_changes(
+        layout, largest_tree, lambda tried: needed_bytes(tried, model_config, lengths, device), device.memory
+    )
 
 
 def main() -> None:
@@ -139,18 +151,17 @@ def main() -> None:
         print("\n".join(wrapped([choice.line])), flush=True)
     found = estimate(arguments, model_config, lengths)
     print("\n".join(lines_of(found)), flush=True)
-    if found.fits:
-        for line in wrapped(_advice(arguments, model_config, lengths, found)):
-            print(line)
-        return
-    say("trying what would make it fit")
-    device = arguments.cluster.device
-    largest_tree = max(tree.num_tokens for trees in (lengths.longest, *lengths.steps) for tree in trees)
-    changes = find_changes(
-        Layout(arguments.config, arguments.cluster.num_ranks),
-        largest_tree,
-        lambda layout: needed_bytes(layout, model_config, lengths, device),
-        device.memory,
-    )
-    print("\n".join(lines_of_changes(changes, device)))
-    raise RunError(verdict(found))
+    layout, heading = Layout(arguments.config, arguments.cluster.num_ranks), []
+    if not found.fits:
+        say("trying what would make it fit")
+        changes = _changes(arguments, layout, model_config, lengths)
+        print("\n".join(lines_of_changes(changes, arguments.cluster.device)), flush=True)
+        first = next((change for change in changes if change.fits), None)
+        if first is None:
+            raise RunError(verdict(found))
+        layout, heading = with_keys(layout, first.keys), [f"with {first.words}:"]
+    advised = _advice(arguments, layout, model_config, lengths, found.memory.groups)
+    if advised:
+        print("\n".join(wrapped([*heading, *advised])))
+    if not found.fits:
+        raise RunError(verdict(found))

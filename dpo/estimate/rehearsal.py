@@ -8,22 +8,26 @@ step has several: those between them hold no more.
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
 from dpo.config import Config
 from dpo.distributed import World, make_mesh
+from dpo.estimate.compiled import compiled_backend
 from dpo.estimate.stand_in import flex_attention_stood_in_for
 from dpo.estimate.timeline import HEAD, Bytes, Moment, Timeline
+from dpo.kernels import compile_layers
 from dpo.objective import pair_losses
 from dpo.packing import PackedBatch, pack, padded_length
-from dpo.parallelize import decoder_layers
+from dpo.parallelize import decoder_layers, is_compiled
 from dpo.plan import StepPlan, Tree
 from dpo.policy import Policy, announce_backward, build_policy, completion_logps
 from dpo.traffic import Groups, parameter_groups
@@ -46,10 +50,10 @@ def rehearse(
 ) -> Rehearsal:
     """A step of micro-batches of these trees on rank 0 of `num_ranks`; parallel.compute_dtype must not be auto.
 
-    `on_cuda`: as the step would run there, with FlexAttention, a padded row and the head's float32 product. What
-    `compile` saves is not seen.
+    `on_cuda`: as the step would run there, with FlexAttention, a padded row, the head's float32 product and, unless
+    parallel.compile is false, compiled layers. What those of a CPU save is not seen.
     """
-    parallel = replace(config.parallel, compile=False)
+    with_compile, parallel = is_compiled(config.parallel, torch.device("cuda")), replace(config.parallel, compile=False)
     assert not parallel.undecided, parallel.undecided
     world = World(0, num_ranks, 0, num_ranks, torch.device("cpu"))
     with ExitStack() as stack:
@@ -62,11 +66,20 @@ def rehearse(
         timeline.watch(policy.model)
         if on_cuda:
             stack.enter_context(flex_attention_stood_in_for())
+            if with_compile:
+                stack.enter_context(_NO_LIMIT())
+                compile_layers(decoder_layers(policy.model), backend=compiled_backend(), dynamic=False)
             policy = replace(policy, device=torch.device("cuda"))  # for the head alone; its tensors lie nowhere
         parameters = tuple(parameter.to_local().numel() for parameter in policy.model.parameters())
         groups = parameter_groups(policy.model, decoder_layers(policy.model), num_ranks // parallel.replicate)
         _run(policy, config, _pack(policy, plan, trees, on_cuda), min(plan.num_micro_batches, 2), timeline)
     return Rehearsal(timeline.peaks, parameters, groups)
+
+
+_NO_LIMIT = partial(
+    dynamo.patch, recompile_limit=4096, accumulated_recompile_limit=4096, fail_on_recompile_limit_hit=True
+)
+"""As many lengths and models as are asked for; behind a limit layers would silently not be compiled."""
 
 
 @contextmanager

@@ -51,8 +51,9 @@ returned_inputs = torch.ops.dpo_estimate.flex_attention_inputs
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    with torch.no_grad():
-        returned_inputs(*(tensor.detach() for tensor in inputs))
+    if not torch.compiler.is_compiling():
+        with torch.no_grad():
+            returned_inputs(*(tensor.detach() for tensor in inputs))
     ctx.save_for_backward(*inputs, *output)
 
 

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary, ref
 
+from dpo.estimate.compiled import in_registers
 from dpo.parallelize import fsdp_modules
 
 WEIGHTS = "weights"
@@ -28,6 +29,8 @@ REDUCED = "reduce buffers"
 LOGITS = "logits"
 COPIED = "gloo's own copy"
 ACTIVATIONS = "activations"
+UNWRITTEN = "never written"
+"""What a fused kernel does not write to memory; it is not counted."""
 
 Bytes = Counter[str]
 """Bytes by kind."""
@@ -72,6 +75,11 @@ class Timeline(TorchDispatchMode):
         self._kinds = WeakIdKeyDictionary(ref_type=ref)
         self._greatest: dict[Moment, int] = {}
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Tells torch.compile to trace what runs in this mode; it would else refuse to."""
+        return True
+
     def watch(self, model: nn.Module) -> None:
         """Names the model whose weights have been made."""
         self._model = model
@@ -92,8 +100,8 @@ class Timeline(TorchDispatchMode):
         # torch 2.11's fake tensors take this product's out_dtype for its beta; it makes no tensor.
         result = kwargs["out"] if func is torch.ops.aten.addmm.dtype_out else func(*args, **kwargs)
         for tensor in _tensors(result):
-            if id(tensor.untyped_storage()) not in known:
-                self._kinds[tensor.untyped_storage()] = self._kind(tensor)
+            if id(tensor.untyped_storage()) not in known and (kind := self._kind(tensor)) != UNWRITTEN:
+                self._kinds[tensor.untyped_storage()] = kind
         self._look(_WHOLE_OF[func._schema.name](args).nbytes if self._copies(func) else 0)
         return result
 
@@ -128,9 +136,9 @@ class Timeline(TorchDispatchMode):
     def _kind(self, tensor: Tensor) -> str:
         if self._model is None:
             return WEIGHTS
-        by_sharding = _made_by_sharding()
-        if by_sharding:
-            return by_sharding
+        by_function = _kind_by_function()
+        if by_function:
+            return by_function
         shape = tuple(tensor.shape)
         if shape in self._weight_shapes and self._moment is not None and self._moment.stage == "backward":
             return WHOLE
@@ -143,12 +151,13 @@ _KINDS_BY_FUNCTION = {
     "wait_for_unshard": GATHERED,
     "foreach_reduce": REDUCED,
     "to_accumulated_grad_if_needed": WHOLE,
+    in_registers.__name__: UNWRITTEN,
 }
-"""What functions of FSDP2 make tensors for."""
+"""What functions make tensors for: FSDP2's, and that of `compiled`."""
 
 
-def _made_by_sharding() -> str | None:
-    """The kind of what FSDP2's own code makes; None for what the model makes."""
+def _kind_by_function() -> str | None:
+    """The kind of what these functions make; None for what the model makes."""
     frame = sys._getframe(2)
     while frame is not None:
         kind = _KINDS_BY_FUNCTION.get(frame.f_code.co_name)

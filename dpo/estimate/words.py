@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from textwrap import wrap
 
+import torch
 from transformers import PretrainedConfig
 
 from dpo.config import Config
@@ -12,6 +13,7 @@ from dpo.estimate.devices import GIB, Device
 from dpo.estimate.lengths import MicroBatch
 from dpo.estimate.memory import Memory
 from dpo.estimate.speed import Cluster, Speed
+from dpo.parallelize import is_compiled
 
 COLUMNS = 100
 
@@ -51,7 +53,7 @@ def lines_of(found: Estimate) -> list[str]:
     """What was assumed, the peak and its parts, the verdict, a step's bytes and seconds."""
     lines = _assumptions(found)
     lines += [f"a rank's memory at its peak, {found.memory.moment}:", *_parts(found)]
-    lines += [verdict(found), *_compiled_line(found), *_host_line(found), *_step(found)]
+    lines += [verdict(found), *_host_line(found), *_step(found)]
     return wrapped(lines)
 
 
@@ -67,13 +69,15 @@ def _assumptions(found: Estimate) -> list[str]:
     plan, trees = found.largest
     tokens, scored = sum(t.num_tokens for t in trees), sum(t.num_scored for t in trees)
     attention = "the segment loop" if cluster.device.is_cpu else "FlexAttention keeps it"
+    compiled = not cluster.device.is_cpu and is_compiled(parallel, torch.device("cuda"))
+    layers = ", layers as torch.compile runs them" if compiled else ""
     batches = f"{plan.num_micro_batches} micro-batch" + ("es" if plan.num_micro_batches > 1 else "")
     return [
         f"{found.model_config.model_type}, {_count(weights)} weights, {copies} over {cluster.num_ranks}"
         f" {cluster.device.name}, {cluster.ranks_per_node} a node; {found.config.optim.name},"
         f" {parallel.compute_dtype} over {found.config.model.dtype}",
         f"lengths: {found.lengths}",
-        f"{batches} a rank, the largest {tokens:,} tokens, {scored:,} scored; attention as {attention}",
+        f"{batches} a rank, the largest {tokens:,} tokens, {scored:,} scored; attention as {attention}{layers}",
     ]
 
 
@@ -89,13 +93,6 @@ def verdict(found: Estimate) -> str:
     """One line: whether it fits."""
     what = "fits" if found.fits else "does not fit"
     return f"{what}: {_gib(found.needed)} of {_gib(found.cluster.device.memory)} GiB"
-
-
-def _compiled_line(found: Estimate) -> list[str]:
-    """The rehearsal runs no compiled layers, which need less: measured on CUDA's allocator, of a Llama 8B's layers."""
-    if not found.config.parallel.compile or found.cluster.device.is_cpu:
-        return []
-    return ["this is without parallel.compile, whose fused kernels keep less: of a Llama 8B 5 to 20 % less at the peak"]
 
 
 def _host_line(found: Estimate) -> list[str]:

@@ -18,7 +18,7 @@ from transformers import LlamaConfig
 
 from dpo.config import Config
 from dpo.costs import cost_model
-from dpo.distributed import make_mesh, open_world
+from dpo.distributed import make_mesh, open_world, start_devices
 from dpo.estimate.devices import this_machine
 from dpo.estimate.lengths import largest_micro_batches
 from dpo.estimate.memory import Memory, step_memory
@@ -90,6 +90,7 @@ def estimated(config: Config, num_ranks: int = NUM_RANKS, on_cuda: bool = False)
 def two_steps(config: Config, model: LlamaConfig = MODEL) -> None:
     """Builds the policy and trains it two steps: from the second on the optimizer has its state."""
     with open_world(120) as world:
+        start_devices(world, 120)
         policy = build_policy(model, config.parallel, config.model.dtype, make_mesh(world, config.parallel))
         for parameter in policy.model.parameters():
             assert isinstance(parameter, DTensor)

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from dpo.batches import make_packer
 from dpo.config import BatchConfig, Config, DataConfig, ModelConfig
-from dpo.distributed import open_world
+from dpo.distributed import open_world, start_devices
 from dpo.optim import make_optimizer
 from dpo.policy import load_policy
 from dpo.train import train_step
@@ -51,6 +51,7 @@ def make_step(wish: argparse.Namespace) -> Callable[[], object]:
     config = Config(model=ModelConfig(path=str(folder)), data=DataConfig(train=[]), batch=batch)
     trees = step_trees(WORKLOADS[wish.workload].pairs(PAIRS_PER_STEP), PAIRS_PER_STEP)[0]
     world = open_world(600).__enter__()
+    start_devices(world, 600)
     model_config = llama_config(SIZES[wish.size])
     policy = told("weights", lambda: load_policy(config, world, model_config, folder))
     optimizer = make_optimizer(policy.model.parameters(), replace(config.optim, lr=0.0))

@@ -20,10 +20,11 @@ from transformers import LlamaConfig
 
 from dpo.config import Config, ParallelConfig
 from dpo.costs import cost_model, step_flops, units
-from dpo.distributed import World, make_mesh, open_world
+from dpo.distributed import World, make_mesh, open_world, start_devices
 from dpo.log_probs import recomputed_share
 from dpo.optim import make_optimizer
-from dpo.packing import pack
+from dpo.packing import pack, padded_length
+from dpo.parallelize import compute_dtype
 from dpo.plan import Tree, plan_step
 from dpo.policy import build_policy
 from dpo.train import train_step
@@ -79,17 +80,19 @@ def measure(case: Case, world: World) -> dict[str, float]:
     optimizer = make_optimizer(policy.model.parameters(), config.optim)
     trees, costs = make_trees(case), cost_model(policy.config)
     plan = plan_step(trees, world.size, case.tokens_per_micro_batch, costs)
+    row_length = padded_length if world.device.type == "cuda" else int
     seconds = []
     for _ in range(case.steps + 1):
         batches = [
-            pack(micro, plan, lambda *_: -700.0, policy.windows, world.device)
+            pack(micro, plan, lambda *_: -700.0, policy.windows, world.device, row_length=row_length)
             for micro in plan.micro_batches[world.rank]
         ]
         started = time.perf_counter()
         train_step(policy, optimizer, batches, config, HEAD_BYTES, lambda: False)
         seconds.append(time.perf_counter() - started)
     rows = max(sum(tree.num_scored for tree in micro) for micro in plan.micro_batches[0])
-    paid = units("none", recomputed_share(rows, case.vocabulary, torch.float32, HEAD_BYTES, "cpu"))
+    dtype = compute_dtype(parallel, policy.dtype, policy.device)
+    paid = units("none", recomputed_share(rows, case.vocabulary, dtype, HEAD_BYTES, policy.device.type))
     return {
         "seconds": statistics.median(seconds[1:]),
         "flops": step_flops(trees, costs, paid),
@@ -115,6 +118,7 @@ def main() -> None:
     """Measures the cases of a file."""
     cases, out = (Path(word) for word in sys.argv[1:])
     with open_world(600) as world:
+        start_devices(world, 600)
         results = []
         for facts in json.loads(cases.read_text(encoding="utf-8")):
             case = Case(**facts)
