@@ -49,15 +49,32 @@ def storage_errors(folder: Path) -> Iterator[None]:
         raise RunError(f"{folder}: rank {rank}: {type(reason).__name__}: {reason}; {room}") from failure
 
 
+@contextmanager
+def remembered_need(need: str | None) -> Iterator[None]:
+    """Adds what a step needs by the estimate (`71.2 GiB`; None: it is not known) to what is raised inside for want of
+    memory, as a note that `met_alone` tells.
+    """
+    try:
+        yield
+    except Exception as failure:
+        if need is not None and _without_memory(failure) is not None:
+            failure.add_note(f"{_NOTE} {need}")
+        raise
+
+
+_NOTE = "by the estimate a step needs"
+
+
 def met_alone(failure: Exception) -> str | None:
     """The line that this rank prints where it failed of what other ranks need not meet; None where it is a bug, whose
     traceback is to be seen.
     """
-    for cause in _causes(failure):
-        if isinstance(cause, torch.OutOfMemoryError) or (_is_runtime(cause) and _NO_DEVICE_MEMORY.search(str(cause))):
-            return _named(f"out of GPU memory: {_asked(cause)}; {_device_peak()}; {_what_helps()}")
-        if isinstance(cause, MemoryError) or _has_no_host_memory(cause):
-            return _named(f"out of host memory: {_asked(cause)}; {_host_peak()}; {_what_helps()}")
+    without = _without_memory(failure)
+    if without is not None:
+        kind, cause = without
+        peak = _device_peak() if kind == "GPU" else _host_peak()
+        need = [note for note in getattr(failure, "__notes__", ()) if note.startswith(_NOTE)]
+        return _named(f"out of {kind} memory: {_asked(cause)}; {'; '.join([peak, *need, _what_helps()])}")
     if isinstance(failure, OSError):
         return f"{type(failure).__name__}: {_line(failure)}"
     if _is_runtime(failure) and _LOST.search(str(failure)):
@@ -69,6 +86,16 @@ _NO_DEVICE_MEMORY = re.compile(r"(CUDA|HIP) (error: )?out of memory|CUBLAS_STATU
 _NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
 """What gloo says in its own words; https://github.com/pytorch/gloo/blob/main/gloo/transport/tcp/pair.cc"""
+
+
+def _without_memory(failure: BaseException) -> tuple[str, BaseException] | None:
+    """Which memory there is not enough of, GPU or host, and the failure that says so; None where it is another one."""
+    for cause in _causes(failure):
+        if isinstance(cause, torch.OutOfMemoryError) or (_is_runtime(cause) and _NO_DEVICE_MEMORY.search(str(cause))):
+            return "GPU", cause
+        if isinstance(cause, MemoryError) or _has_no_host_memory(cause):
+            return "host", cause
+    return None
 
 
 def _causes(failure: BaseException | None) -> Iterator[BaseException]:
@@ -120,15 +147,23 @@ def _host_peak() -> str:
 
 
 def _what_helps() -> str:
-    words = _config_words(sys.argv[1:])
-    if not words:
+    command = estimate_command(sys.argv[1:])
+    if command is None:
         return "what helps: more ranks, each of which then holds less of the model"
-    command = shlex.join([*words, "--ranks", os.environ.get("WORLD_SIZE", "1"), "--device", _this_device() or "NAME"])
     return (
         "what helps: a smaller batch.tokens_per_micro_batch, parallel.activation_checkpointing full,"
         " parallel.sync_gradients every_micro_batch (or, on a GPU, parallel.cpu_offload true);"
-        f" what a step needs, and what would fit: python -m dpo.estimate {command}"
+        f" to see what a step needs, and what would fit: {command}"
     )
+
+
+def estimate_command(argv: Sequence[str]) -> str | None:
+    """The command that says what a step of these ranks needs, for a program's command line; None where that has no key
+    of the config.
+    """
+    words = _config_words(argv)
+    here = ["--ranks", os.environ.get("WORLD_SIZE", "1"), "--device", _this_device() or "NAME"]
+    return f"python -m dpo.estimate {shlex.join([*words, *here])}" if words else None
 
 
 def _config_words(argv: Sequence[str]) -> list[str]:

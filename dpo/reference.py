@@ -41,13 +41,18 @@ def fill_cache(
     """
     compute = compute_dtype(config.parallel, packer.dtype, world.device)
     facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device, config.parallel.tf32)
-    root = Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()
+    root = cache_root(config)
     head_bytes = config.parallel.head_memory_mib * 2**20
     now, folder = making(world.device, is_compiled(config.parallel, world.device)), root / reference_key(facts)
     rows, done = fill(sets, folder, facts, now, reference, packer, head_bytes, world, stop_requested)
     if world.is_main:
         say(f"reference: {done.rows_computed} log-probabilities computed, {done.rows_reused} from the cache {root}")
     return rows, done
+
+
+def cache_root(config: Config) -> Path:
+    """The folder of the cached log-probabilities, those of all references."""
+    return Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()
 
 
 def fill_alone(config: Config) -> None:

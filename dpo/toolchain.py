@@ -171,7 +171,7 @@ def _check_shared_memory(facts: Facts, needs: Needs) -> str | None:
         if wanted is not None and wanted > facts.gpu.shared_bytes:
             what = f"{facts.gpu.name} has {facts.gpu.shared_bytes:,} bytes of shared memory a block"
             why = f"FlexAttention takes {wanted:,} for heads of width {width} in {needs.compute_dtype}"
-            return f"{what}; {why}; valid: a GPU of a data centre (A100, H100), or a model with narrower heads"
+            return f"{what}; {why}; valid: a GPU with more of it (A100, H100), or a model with narrower heads"
     return None
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
+from typing import Any
 
 import torch
 
@@ -18,13 +19,14 @@ from dpo.board.dashboard import Answer
 from dpo.checkpoint import RunState
 from dpo.config import Config, load_config
 from dpo.costs import MODEL_UNITS
-from dpo.distributed import all_gather, exit_program, on_main, open_world, start_devices
+from dpo.distributed import World, all_gather, exit_program, on_main, open_world, start_devices
 from dpo.errors import Preempted, RunError
 from dpo.estimate.at_start import decide_parallel
 from dpo.evaluation import evaluate
 from dpo.export import export
+from dpo.failures import remembered_need
 from dpo.first_step import verify_start
-from dpo.inputs import read_inputs
+from dpo.inputs import Inputs, read_inputs
 from dpo.kernels import describe_graphs, num_graphs
 from dpo.metrics import MetricsWriter, StepMetrics, pair_means, prefixed, train_figures
 from dpo.objective import has_reference, pair_losses
@@ -38,7 +40,15 @@ from dpo.profiling import StepHook, profiled
 from dpo.progress import Progress, progress, say, warn
 from dpo.provenance import provenance
 from dpo.run_files import FINAL, PROFILE
-from dpo.run_folder import check_identity, find_start, identity_of, is_finished, lacks_evaluation, open_run_folder
+from dpo.run_folder import (
+    Start,
+    check_identity,
+    find_start,
+    identity_of,
+    is_finished,
+    lacks_evaluation,
+    open_run_folder,
+)
 from dpo.saving import Saver, open_saver
 from dpo.setup import Run, build_run
 from dpo.summary import conclude, introduce, show_evaluation, step_line
@@ -212,26 +222,34 @@ def run_training(config: Config) -> None:
                 say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
             return
         start_devices(world, config.parallel.timeout_seconds)
-        config = decide_parallel(config, world, inputs)
-        run = build_run(config, world, inputs, start, identity, stop_requested)
-        deviation = None
-        if run.begins_at_reference:
-            terms = run.first_step_terms
-            deviation = verify_start(run.policy, run.packer, _trees(run, 1), config.loss, terms, run.head_bytes)
-        hosts = all_gather(socket.gethostname())
-        on_main(world, lambda: open_run_folder(config, start, provenance(hosts, inputs.last_step)))
-        if run.answers:
-            on_main(world, functools.partial(open_answers, run.answers, start.step))
-        writing = closing(MetricsWriter(run.dir, start.step + 1)) if world.is_main else nullcontext()
-        with writing as writer:
-            if writer:
-                introduce(run, writer, deviation)
-            keep, seconds = config.checkpoint.keep, config.parallel.timeout_seconds
-            with open_saver(run.dir, run.policy.model, run.optimizer, keep, world, seconds) as saver:
-                train(run, writer, saver)
-            export(run.policy, inputs.model.folder, run.dir / FINAL, config, world)
-            if writer:
-                conclude(run)
+        config, need = decide_parallel(config, world, inputs)
+        with remembered_need(need):
+            _train_and_export(config, world, inputs, start, identity, stop_requested)
+
+
+def _train_and_export(
+    config: Config, world: World, inputs: Inputs, start: Start, identity: dict[str, Any], stop_requested: StopRequest
+) -> None:
+    """What follows once all is decided: from the weights to the exported model."""
+    run = build_run(config, world, inputs, start, identity, stop_requested)
+    deviation = None
+    if run.begins_at_reference:
+        terms = run.first_step_terms
+        deviation = verify_start(run.policy, run.packer, _trees(run, 1), config.loss, terms, run.head_bytes)
+    hosts = all_gather(socket.gethostname())
+    on_main(world, lambda: open_run_folder(config, start, provenance(hosts, inputs.last_step)))
+    if run.answers:
+        on_main(world, functools.partial(open_answers, run.answers, start.step))
+    writing = closing(MetricsWriter(run.dir, start.step + 1)) if world.is_main else nullcontext()
+    with writing as writer:
+        if writer:
+            introduce(run, writer, deviation)
+        keep, seconds = config.checkpoint.keep, config.parallel.timeout_seconds
+        with open_saver(run.dir, run.policy.model, run.optimizer, keep, world, seconds) as saver:
+            train(run, writer, saver)
+        export(run.policy, inputs.model.folder, run.dir / FINAL, config, world)
+        if writer:
+            conclude(run)
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
 """`python -m dpo.doctor`: alone, on two ranks, and with each part made to fail on one of them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import chdir
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,16 @@ import torch.distributed as dist
 from dpo.attention import segment_attention
 from dpo.config import ParallelConfig
 from dpo.distributed import World, open_world
-from dpo.doctor import attention, machine, program, speed, storage
-from dpo.doctor.parts import Failure, Finding, Part, Subject, examine
-from dpo.doctor.words import COLUMNS, lines_of
+from dpo.doctor import attention, machine, model, program, speed, storage
+from dpo.doctor.model import Memory, describe_memory, measure_memory, num_saves, sizes_of
+from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, examine
+from dpo.doctor.words import COLUMNS, lines_of, verdict
 from dpo.estimate.devices import DEVICES, GIB
-from tests.models import save_model, save_pairs
+from dpo.train import is_time
+from dpo.weights import read_model_config
+from tests.models import family_config, save_model, save_pairs
 from tests.ranks import Ranks
-from tests.runs import exit_code_of
+from tests.runs import changed, exit_code_of, make_config, run, save_six_steps, six_steps
 from tests.test_toolchain import facts
 
 QUICK = "torch.compile of FlexAttention takes a CPU ten seconds; one test does it"
@@ -46,7 +51,7 @@ def world() -> Iterator[World]:
 
 def subject(folder: Path, **changes: Any) -> Subject:
     """The defaults, with the run folder in `folder`."""
-    return replace(Subject(ParallelConfig(), "float32", folder / "run", ()), **changes)
+    return replace(Subject(ParallelConfig(), "float32", folder / "run", folder / "cache"), **changes)
 
 
 def doctor(tmp_path: Path, *words: str) -> int:
@@ -55,7 +60,8 @@ def doctor(tmp_path: Path, *words: str) -> int:
     save_pairs(tmp_path / "pairs.jsonl", 2)
     given = {"model.path": tmp_path / "model", "data.train": f"[{{path: {tmp_path / 'pairs.jsonl'}}}]"}
     keys = [f"--{key}={value}" for key, value in (given | {"train.run_dir": tmp_path / "run"}).items()]
-    return exit_code_of(program.main, "dpo.doctor", *keys, *words)
+    with patch.dict(os.environ):  # it says where kernels are kept
+        return exit_code_of(program.main, "dpo.doctor", *keys, *words)
 
 
 # --- whole -----------------------------------------------------------------------------------------------------------
@@ -67,9 +73,29 @@ def test_alone_it_fits_on_a_screen_and_leaves_nothing(tmp_path: Path, capsys: py
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= COLUMNS
     assert lines[0] == "1 rank on 1 node, gloo" and lines[-1] == "a run works here"
-    for name in ("devices", "versions", "toolchain", "products", "all-gather", "run folder", "attention"):
+    for name in ("devices", "versions", "toolchain", "products", "all-gather", "run folder", "cache", "attention"):
         assert any(line.startswith(name) for line in lines), name
     assert not list(tmp_path.glob("**/*.doctor")) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_what_is_found_is_told_at_once_and_what_takes_long_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+
+    def examined(part: Part, *args: Any) -> Finding:
+        seen.append("".join(capsys.readouterr()))
+        return examine(part, *args)
+
+    monkeypatch.setattr(program, "examine", examined)
+    assert doctor(tmp_path) == 0
+    parts = (*program.BEFORE_DEVICES, *program.ON_DEVICES)
+    assert len(seen) == len(parts)
+    for part, before, after in zip(parts, seen, seen[1:], strict=False):
+        assert after.startswith(part.name), after
+        assert ("compiling" in before) == (part is attention.ATTENTION)
+    assert "attention: compiling FlexAttention, up to a minute at the first time\n" in seen[-1]
 
 
 @pytest.mark.timeout(200)
@@ -82,6 +108,9 @@ def test_under_torchrun_two_ranks_measure_their_axis(tmp_path: Path) -> None:
         [*torchrun, "-m", "dpo.doctor"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert list(
+        (tmp_path / "reference-cache" / "kernels" / "inductor").glob("**/*.so")
+    )  # the next one need not compile
     assert done.stdout.startswith("2 ranks on 1 node, gloo") and "shard, 2 ranks within a node" in done.stdout
     assert "(n-1)/n x 16 MiB" in " ".join(done.stdout.split()) and done.stdout.count("a run works here") == 1
 
@@ -110,6 +139,19 @@ def test_what_the_toolchain_lacks_ends_with_1_and_what_helps(
     out, err = capsys.readouterr()
     assert helps in " ".join(out.split()) and "FAIL" in out
     assert err.splitlines()[-1] == "error: a run would fail here: toolchain"
+
+
+def test_gpus_without_a_toolchain_are_not_started(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """CUDA that does not start would end the program there, with a traceback."""
+    toolchain = Finding("toolchain", problems=("CUDA does not start on cuda:3",))
+    gpu, others = (
+        replace(world, device=torch.device("cuda", 0)),
+        [Finding("versions"), Finding("run folder", (), ("x",))],
+    )
+    assert not program.can_start_devices([*others, toolchain], gpu) and program.can_start_devices(others, gpu)
+    assert program.can_start_devices([toolchain], world)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "what needs the GPUs was not tried" and "shows within 300 s" in told[1]
 
 
 def test_no_compiler_in_path_fails_where_layers_are_compiled(
@@ -173,6 +215,113 @@ def test_a_folder_that_takes_nothing(error: str, tmp_path: Path, world: World) -
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cache_that_is_a_file(tmp_path: Path, world: World) -> None:
+    (tmp_path / "cache").touch()
+    (problem,) = examine(storage.CACHE, subject(tmp_path), world).problems
+    assert "is a file" in problem and "a reference.cache_dir (or DPO_CACHE)" in problem
+    assert examine(storage.CACHE, subject(tmp_path, cache_dir=None), world).lines == (
+        "none: the loss has no reference",
+    )
+
+
+# --- the model of the config -----------------------------------------------------------------------------------------
+
+SIZES = Sizes(num_weights=10, state=120, checkpoint=80, final=40, keep=2, num_saves=None)
+"""10 weights in float32 with RMSprop: 3 and 2 numbers each, 1 of it exported."""
+
+
+@pytest.mark.parametrize(
+    ("keep", "num_saves", "present", "needed"),
+    [
+        (2, None, 0, 240),  # a third is written before the first is removed
+        (2, 9, 0, 240),
+        (2, None, 1, 160),
+        (2, None, 2, 80),
+        (2, None, 5, 80),
+        (2, 2, 0, 200),  # two, and the exported model
+        (2, 1, 0, 120),
+        (None, 3, 0, 280),
+        (None, 3, 2, 120),
+        (None, None, 0, 120),  # at least
+    ],
+)
+def test_the_disk_that_a_run_needs(keep: int | None, num_saves: int | None, present: int, needed: int) -> None:
+    assert replace(SIZES, keep=keep, num_saves=num_saves).disk_bytes(present) == needed
+
+
+def test_the_sizes_are_those_that_a_run_writes(tmp_path: Path) -> None:
+    """Six steps, saved every second one: three checkpoints; torch and safetensors add names to the numbers."""
+    config = six_steps(save_six_steps(tmp_path), tmp_path / "run", checkpoint__save_every=2, checkpoint__keep=None)
+    found = sizes_of(config, read_model_config(tmp_path / "model", False))
+    run(config)
+    written = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert found.num_saves == len(written) == 3
+    assert found.checkpoint <= sum(file.stat().st_size for file in written[0].glob("*.distcp")) < 1.5 * found.checkpoint
+    assert found.final <= (tmp_path / "run" / "final" / "model.safetensors").stat().st_size < 1.1 * found.final
+    assert found.state == found.checkpoint + 4 * found.num_weights
+
+
+def test_the_number_of_checkpoints_is_that_of_the_steps_with_one() -> None:
+    for steps, every in ((6, 2), (7, 2), (1, 100), (6, None)):
+        config = make_config("m", "d", "r", train__steps=steps, checkpoint__save_every=every)
+        assert num_saves(config) == sum(is_time(step, every, steps) for step in range(1, steps + 1))
+    assert num_saves(make_config("m", "d", "r", train__epochs=3)) is None
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints(tmp_path: Path) -> None:
+    here = storage.Storage("/runs", 239, 1000, 0, 1.0, 1.0)
+    (problem,) = storage.describe_storage(subject(tmp_path, sizes=SIZES), [replace(here, free=300), here]).problems
+    assert "what helps: a train.run_dir with more room, a smaller checkpoint.keep" in problem
+    assert not storage.describe_storage(subject(tmp_path, sizes=SIZES), [replace(here, free=240)]).problems
+    assert not storage.describe_storage(subject(tmp_path, sizes=SIZES), [replace(here, num_checkpoints=1)]).problems
+    assert not storage.describe_storage(subject(tmp_path), [here]).problems
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_a_full_disk_ends_with_1_and_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000))
+    assert doctor(tmp_path) == 1
+    out, err = capsys.readouterr()
+    assert "what helps: a train.run_dir with more room, a smaller checkpoint.keep" in " ".join(out.split())
+    assert err.splitlines()[-1] == "error: a run would fail here: run folder"
+
+
+def test_memory_that_weights_gradients_and_optimizer_alone_exceed(tmp_path: Path) -> None:
+    """120 GiB over 4 ranks are 30 each, in two copies 60."""
+    llama = (family_config("llama"),)
+    sizes, free = replace(SIZES, state=120 * GIB), Memory(50 * GIB, False)
+    one = subject(tmp_path, sizes=sizes, models=llama)
+    two = replace(one, parallel=ParallelConfig(replicate=2))
+    assert not describe_memory(one, [free] * 4).problems
+    assert "optimizer 30.0 GiB a rank; 50.0 GiB of GPU memory are free" in describe_memory(one, [free] * 4).lines[0]
+    (problem,) = describe_memory(two, [free] * 4).problems
+    assert "take 60.0 GiB a rank, 50.0 GiB of GPU memory are free" in problem
+    assert "more ranks, parallel.replicate 1, a GPU that no other process uses" in problem
+    (problem,) = describe_memory(one, [*[free] * 3, Memory(29 * GIB, True)]).problems
+    assert problem.endswith("29.0 GiB of host memory are free; what helps: more ranks")
+
+
+def test_the_state_lies_on_the_host_where_it_is_offloaded(world: World, tmp_path: Path) -> None:
+    gpu = replace(world, device=torch.device("cuda", 0), local_size=4)
+    with patch("dpo.doctor.model.host_memory", lambda: (100.0, 200.0)):
+        assert measure_memory(subject(tmp_path, parallel=ParallelConfig(cpu_offload=True)), gpu) == Memory(25.0, True)
+        assert measure_memory(subject(tmp_path), world) == Memory(100.0, True)
+        with patch("torch.cuda.mem_get_info", lambda device: (7, 9)), patch("torch.cuda.memory_reserved", lambda d: 2):
+            assert measure_memory(subject(tmp_path), gpu) == Memory(9, False)
+
+
+def test_another_reference_is_read_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(tmp_path, f"--reference.path={tmp_path / 'other'}") == 2
+    assert f"reference.path: no such folder: {tmp_path / 'other'}" in capsys.readouterr().err
+    save_model(tmp_path / "other", "qwen3")
+    config = make_config(tmp_path / "model", "d", "r", reference__path=str(tmp_path / "other"))
+    assert [found.model_type for found in program.find_model_configs(config)] == ["llama", "qwen3"]
+    alone = changed(config, loss__name="sft")
+    assert [found.model_type for found in program.find_model_configs(alone)] == ["llama"]
+
+
 # --- on one rank alone: the others are not held up -------------------------------------------------------------------
 
 
@@ -182,6 +331,8 @@ def broken_on_rank_1(name: str, folder: str) -> tuple[Finding, int]:
         "products": (speed.PRODUCTS, "dpo.doctor.speed.measured_peak"),
         "all-gather": (speed.LINKS, "dpo.doctor.speed.make_buffers"),
         "run folder": (storage.STORAGE, "dpo.doctor.storage.write_file"),
+        "cache": (storage.CACHE, "dpo.doctor.storage.write_file"),
+        "model": (model.MODEL, "dpo.doctor.model.host_memory"),
         "attention": (attention.ATTENTION, "dpo.doctor.attention.make_rows"),
         "devices": (machine.DEVICES, "dpo.doctor.machine.host_memory"),
         "toolchain": (machine.TOOLCHAIN, "dpo.doctor.machine.gather_facts"),
@@ -201,12 +352,30 @@ def _named(target: str) -> Any:
     return getattr(sys.modules[module], name)
 
 
-@pytest.mark.parametrize("name", ["products", "all-gather", "run folder", "attention", "devices", "toolchain"])
+@pytest.mark.parametrize(
+    "name", ["products", "all-gather", "run folder", "cache", "model", "attention", "devices", "toolchain"]
+)
 def test_what_fails_on_one_rank_is_told_by_all(name: str, ranks: Ranks, tmp_path: Path) -> None:
     for found, total in ranks(2, broken_on_rank_1, name, str(tmp_path)):
         assert total == 2
         assert "this rank alone" in found.problems[0] and "what helps: " in found.problems[0]
     assert not list(tmp_path.iterdir())
+
+
+def folders_of_their_own(root: str) -> tuple[Finding, Finding]:
+    """Rank r writes in folder r, as on nodes whose disks have the same name."""
+    with open_world(60) as world:
+        mine = Path(root, str(world.rank))
+        mine.mkdir()
+        with chdir(mine), patch("dpo.doctor.storage.existing", lambda folder: Path()):
+            return examine(storage.STORAGE, subject(Path()), world), examine(storage.CACHE, subject(Path()), world)
+
+
+def test_folders_that_the_ranks_do_not_share(ranks: Ranks, tmp_path: Path) -> None:
+    for found in ranks(2, folders_of_their_own, str(tmp_path)):
+        for finding, key in zip(found, ("train.run_dir", "reference.cache_dir"), strict=True):
+            assert "is not shared: what rank" in finding.problems[0] and key in finding.problems[0]
+    assert not list(tmp_path.glob("*/*"))
 
 
 def gather_over_two_axes() -> Finding:
@@ -280,8 +449,10 @@ def test_any_exception_of_a_part_is_told(tmp_path: Path, world: World) -> None:
         "every rank: ZeroDivisionError: why; what helps: patience",
     )
     assert isinstance(attention.attempt(lambda: 1 / 0), Failure)
-    lines = lines_of([Finding("part", ("x " * 90,), ("y " * 90,))], world, 1)
-    assert max(map(len, lines)) <= COLUMNS and lines[-1] == "a run would fail here: part"
+    finding = Finding("part", ("x " * 90,), ("y --a-long-flag " * 20,))
+    lines = lines_of(finding)
+    assert max(map(len, lines)) <= COLUMNS and not any(line.endswith("-") for line in lines)
+    assert verdict([finding]) == "a run would fail here: part"
 
 
 def test_a_layout_that_does_not_fit_is_the_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -160,4 +160,5 @@ ATTENTION = Part(
     describe_attention,
     remedy="what toolchain says; TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR in a folder to write in",
     in_turns=True,
+    notice="compiling FlexAttention, up to a minute at the first time",
 )

@@ -133,7 +133,7 @@ def describe_toolchain(subject: Subject, found: Sequence[Toolchain]) -> Finding:
     facts = found[0].facts
     driver = f"NVIDIA driver {facts.driver}" if facts.driver else "no NVIDIA driver"
     header = "Python.h" if facts.has_python_h else "no Python.h"
-    needed = "" if facts.gpu else " (only GPUs need them)"
+    needed = "" if facts.gpu or facts.driver else " (only GPUs need them)"
     line = f"{driver}, C compiler {facts.compiler or 'none'}, {header}{needed}"
     hosts = [one.facts.host for one in found]
     problems = by_host(hosts, [[p.replace("; valid: ", "; what helps: ") for p in one.problems] for one in found])
@@ -141,4 +141,9 @@ def describe_toolchain(subject: Subject, found: Sequence[Toolchain]) -> Finding:
     return Finding(TOOLCHAIN.name, (line,), problems=problems, advice=warnings)
 
 
-TOOLCHAIN = Part("toolchain", measure_toolchain, describe_toolchain, remedy="TMPDIR, a folder to write in")
+TOOLCHAIN = Part(
+    "toolchain",
+    measure_toolchain,
+    describe_toolchain,
+    remedy="GPUs that nvidia-smi lists without an error; TMPDIR, a folder to write in",
+)

@@ -17,15 +17,47 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """What a run keeps, of the model of a config."""
+
+    num_weights: int
+    state: int
+    """Bytes of weights, gradients and optimizer of one copy of the model, on all its ranks together."""
+    checkpoint: int
+    """Bytes of one checkpoint: weights and optimizer."""
+    final: int
+    """Bytes of the exported model."""
+    keep: int | None
+    """Checkpoints that are kept; None: all."""
+    num_saves: int | None
+    """Checkpoints that the run writes; None where that depends on the number of pairs."""
+
+    def disk_bytes(self, present: int) -> int:
+        """Bytes that the run still writes where so many checkpoints lie already: those that are kept, and the one that
+        is written before the oldest of them is removed, or the exported model. Where all of an unknown number are kept,
+        one and the model.
+        """
+        bounds = [number for number in (self.keep, self.num_saves) if number is not None]
+        kept = min(bounds, default=1)
+        is_replaced = self.keep is not None and (self.num_saves is None or self.num_saves > self.keep)
+        last = max(self.checkpoint, self.final) if is_replaced else self.final
+        return max(kept - present, 0) * self.checkpoint + last
+
+
+@dataclass(frozen=True)
 class Subject:
-    """What is examined: the layout, the folder and the models of a run, or the defaults."""
+    """What is examined: the layout, the folders and the models of a run, or the defaults."""
 
     parallel: ParallelConfig
     dtype: str
     """Of the master weights."""
     run_dir: Path
-    models: tuple[PretrainedConfig, ...]
-    """Empty where no config was given."""
+    cache_dir: Path | None
+    """Of the reference; None where there is none."""
+    models: tuple[PretrainedConfig, ...] = ()
+    """The policy, and the reference where it is another model; empty where no config was given."""
+    sizes: Sizes | None = None
+    """Of the policy; None where no config was given."""
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Of the forward and backward pass."""
@@ -56,6 +88,8 @@ class Part:
     """What would help where it fails."""
     in_turns: bool = False
     """The first rank of each node goes before its other ranks, which find what it left in the node's caches."""
+    notice: str = ""
+    """What is told before it where it takes long."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python -m dpo.doctor [--config FILE] [--SECTION.KEY VALUE ...]
     torchrun --standalone --nproc-per-node 8 -m dpo.doctor --config FILE
 
-A config gives the axes of the mesh, the run folder and the width of the model's heads; no weights and no data are read.
+A config gives the axes of the mesh, the folders, and the models' sizes; no weights and no data are read.
 """
 
 import socket
@@ -11,28 +11,38 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from transformers import PretrainedConfig
+
+from dpo.cache import default_cache_dir
 from dpo.config import Config, ParallelConfig, load_config
 from dpo.config_io import split_command_line
-from dpo.distributed import World, all_gather, check_mesh, first_on_each_node, open_world, start_devices
+from dpo.distributed import World, all_gather, check_mesh, first_on_each_node, on_main, open_world, start_devices
 from dpo.doctor.attention import ATTENTION
 from dpo.doctor.machine import DEVICES, TOOLCHAIN, VERSIONS
-from dpo.doctor.parts import Part, Subject, examine
+from dpo.doctor.model import MODEL, sizes_of
+from dpo.doctor.parts import Finding, Part, Subject, examine
 from dpo.doctor.speed import LINKS, PRODUCTS
-from dpo.doctor.storage import STORAGE
-from dpo.doctor.words import lines_of, verdict
+from dpo.doctor.storage import CACHE, STORAGE
+from dpo.doctor.words import header, lines_of, verdict
 from dpo.errors import RunError
-from dpo.inspect.program import find_model_config
+from dpo.inspect.program import find_model_config, read_named_config
 from dpo.kernels import keep_kernels
+from dpo.objective import has_reference
+from dpo.progress import say
+from dpo.reference import cache_root
 
 DESCRIPTION = """Says on one screen whether a run would work here and how fast the machine is: devices, versions,
-compiler, matrix products, all-gathers, the run folder's disk, attention against plain attention. Alone, or under
-torchrun as the run would be; with --config FILE for its mesh, run folder and model, without it for the defaults. The
-exit code is 1 where a run would fail."""
+compiler, matrix products, all-gathers, the run folder's disk and the cache's, the model's share of a rank's memory,
+attention against plain attention. Alone, or under torchrun as the run would be; with --config FILE for its mesh,
+folders and model, without it for the defaults. The exit code is 1 where a run would fail."""
 
 TIMEOUT_SECONDS = 300
 """A collective that takes longer here ends the program: a network that does not work must show."""
 
-PARTS: tuple[Part, ...] = (DEVICES, VERSIONS, TOOLCHAIN, PRODUCTS, LINKS, STORAGE, ATTENTION)
+BEFORE_DEVICES: tuple[Part, ...] = (VERSIONS, TOOLCHAIN, STORAGE, CACHE)
+"""Told over gloo, as a run looks at them: no rank has started CUDA yet, and NCCL does not exist."""
+
+ON_DEVICES: tuple[Part, ...] = (DEVICES, PRODUCTS, LINKS, MODEL, ATTENTION)
 
 
 def read_arguments(argv: Sequence[str]) -> Config | None:
@@ -44,12 +54,25 @@ def read_arguments(argv: Sequence[str]) -> Config | None:
 
 
 def subject_of(config: Config | None, world: World) -> Subject:
-    """What is examined. Raises UserError where the layout does not fit. Every rank must get here."""
+    """What is examined. Raises UserError where the layout does not fit, or a model is not there or cannot be trained.
+    Every rank must get here.
+    """
     if config is None:
-        return Subject(ParallelConfig(), "float32", Path("runs"), ())
+        return Subject(ParallelConfig(), "float32", Path("runs"), default_cache_dir())
     check_mesh(world, config.parallel)
-    model = first_on_each_node(world, lambda: find_model_config(config))
-    return Subject(config.parallel, config.model.dtype, Path(str(config.train.run_dir)), (model,))
+    models = first_on_each_node(world, lambda: find_model_configs(config))
+    sizes = on_main(world, lambda: sizes_of(config, models[0]))
+    cache_dir = cache_root(config) if has_reference(config.loss) else None
+    run_dir = Path(str(config.train.run_dir))
+    return Subject(config.parallel, config.model.dtype, run_dir, cache_dir, models, sizes)
+
+
+def find_model_configs(config: Config) -> tuple[PretrainedConfig, ...]:
+    """The policy's, and the reference's where that is another model."""
+    model, other = find_model_config(config), config.reference.path
+    if other is None or not has_reference(config.loss):
+        return (model,)
+    return model, read_named_config(other, "reference.path", config.model.trust_remote_code)
 
 
 def main() -> None:
@@ -58,11 +81,39 @@ def main() -> None:
     with open_world(TIMEOUT_SECONDS) as world:
         subject = subject_of(config, world)
         hosts = all_gather(socket.gethostname())
-        start_devices(world, TIMEOUT_SECONDS)
-        if world.device.type == "cuda":
-            keep_kernels()  # what the attention compiles here, a run need not
-        findings = [examine(part, subject, world) for part in PARTS]
-        if world.is_main:
-            print("\n".join(lines_of(findings, world, len(set(hosts)))), flush=True)
+        _tell(world, header(world, len(set(hosts))))
+        findings = [_examine(part, subject, world) for part in BEFORE_DEVICES]
+        if can_start_devices(findings, world):
+            keep_kernels()  # what the attention compiles here, a run or the next examination need not
+            start_devices(world, TIMEOUT_SECONDS)
+            findings += [_examine(part, subject, world) for part in ON_DEVICES]
+        _tell(world, [verdict(findings)])
     if any(found.problems for found in findings):
         raise RunError(verdict(findings))
+
+
+def can_start_devices(findings: Sequence[Finding], world: World) -> bool:
+    """Whether to go on: not to GPUs that do not start or for which nothing can be compiled. Tells, on rank 0, what is
+    waited for.
+    """
+    if world.device.type == "cpu":
+        return True
+    broken = any(found.problems for found in findings if found.name == TOOLCHAIN.name)
+    if world.is_main:
+        connecting = f"connecting the GPUs: a network that does not work shows within {TIMEOUT_SECONDS} s"
+        say("what needs the GPUs was not tried" if broken else connecting)
+    return not broken
+
+
+def _examine(part: Part, subject: Subject, world: World) -> Finding:
+    """Examines a part and tells at once what was found. Every rank must get here."""
+    if part.notice and world.is_main:
+        say(f"{part.name}: {part.notice}")
+    found = examine(part, subject, world)
+    _tell(world, lines_of(found))
+    return found
+
+
+def _tell(world: World, lines: Sequence[str]) -> None:
+    if world.is_main:
+        print("\n".join(lines), flush=True)

@@ -11,29 +11,29 @@ NAME = 13
 """Columns of a part's name."""
 
 
-def lines_of(findings: Sequence[Finding], world: World, num_nodes: int) -> list[str]:
-    """All findings, problems marked with FAIL, and the verdict."""
-    ranks = f"{world.size} rank" + ("s" if world.size > 1 else "")
-    nodes = f"{num_nodes} node" + ("s" if num_nodes > 1 else "")
+def header(world: World, num_nodes: int) -> list[str]:
+    """Who is examined."""
     backend = "NCCL" if world.device.type == "cuda" else "gloo"
-    return [
-        f"{ranks} on {nodes}, {backend}",
-        *(line for found in findings for line in _lines(found)),
-        verdict(findings),
-    ]
+    return [f"{counted(world.size, 'rank')} on {counted(num_nodes, 'node')}, {backend}"]
+
+
+def lines_of(found: Finding) -> list[str]:
+    """A part's name and what was found, problems marked with FAIL."""
+    texts = [*found.lines, *(f"note: {t}" for t in found.advice), *(f"FAIL: {t}" for t in found.problems)]
+    indent = " " * NAME
+    lines = [line for text in texts for line in _wrapped(text)]
+    return [(found.name.ljust(NAME) if number == 0 else indent) + line for number, line in enumerate(lines)]
+
+
+def _wrapped(text: str) -> list[str]:
+    """Lines that break at spaces: commands and names of packages stay whole."""
+    return wrap(text, COLUMNS - NAME, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def verdict(findings: Sequence[Finding]) -> str:
     """One line: whether a run would work."""
     failed = [found.name for found in findings if found.problems]
     return f"a run would fail here: {', '.join(failed)}" if failed else "a run works here"
-
-
-def _lines(found: Finding) -> list[str]:
-    texts = [*found.lines, *(f"note: {t}" for t in found.advice), *(f"FAIL: {t}" for t in found.problems)]
-    indent = " " * NAME
-    lines = [line for text in texts for line in wrap(text, COLUMNS - NAME, subsequent_indent="  ")]
-    return [(found.name.ljust(NAME) if number == 0 else indent) + line for number, line in enumerate(lines)]
 
 
 def gib(number: float) -> str:

@@ -1,4 +1,4 @@
-"""A run decides what its config leaves to auto: once, at its start, on rank 0, for all ranks.
+"""A run decides what its config leaves to auto, and what a step will need: once, at its start, on rank 0, for all.
 
 Where a rehearsal is needed it runs in a process of its own: it opens a process group of ranks that are not there, which
 cannot stand beside the run's own, and it must see no GPU. That process is started afresh and not forked, since a fork
@@ -29,18 +29,20 @@ from dpo.progress import say, warn
 from dpo.weights import read_model_config
 
 
-def decide_parallel(config: Config, world: World, inputs: Inputs) -> Config:
-    """The config with no key of parallel undecided. Every rank must get here, or the rest hang.
+def decide_parallel(config: Config, world: World, inputs: Inputs) -> tuple[Config, str | None]:
+    """The config with no key of parallel undecided, and what a step of it needs, like `71.2 GiB`. Every rank must get
+    here, or the rest hang.
 
-    Raises UserError where the model cannot be built, RunError where the process that rehearses is lost.
+    Raises UserError where the model cannot be built, RunError where the process that rehearses is lost. Where nothing
+    is left to decide, the run goes on without the estimate: what it needs is then None.
     """
-    if not config.parallel.undecided:
-        return config
     memory = min(all_gather(_memory_here(world)))
-    choice = on_main(world, lambda: _choice(config, world, inputs, memory))
+    choice = on_main(world, lambda: _choice_if_possible(config, world, inputs, memory))
+    if choice is None:
+        return config, None
     if world.is_main:
         (say if choice.fits else warn)(choice.line)
-    return with_values(config, choice.values)
+    return with_values(config, choice.values), choice.needs
 
 
 def _memory_here(world: World) -> float:
@@ -51,6 +53,17 @@ def _memory_here(world: World) -> float:
     return free + torch.cuda.memory_reserved(world.device)
 
 
+def _choice_if_possible(config: Config, world: World, inputs: Inputs, memory: float) -> Choice | None:
+    """The choice; None, with a line that says why, where the estimate fails and nothing is left to decide."""
+    try:
+        return _choice(config, world, inputs, memory)
+    except Exception as failure:
+        if config.parallel.undecided:
+            raise
+        say(f"what a step needs is not known: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}")
+        return None
+
+
 def _choice(config: Config, world: World, inputs: Inputs, memory: float) -> Choice:
     device = _device_here(world, memory)
     config = with_dtype(config, device)
@@ -59,7 +72,7 @@ def _choice(config: Config, world: World, inputs: Inputs, memory: float) -> Choi
     found = decide_by_bound(Case(config, inputs.model.config, lengths, cluster))
     if found is not None:
         return found
-    say("parallel (auto): rehearsing a step")
+    say("estimate: rehearsing a step")
     return in_own_process(_rehearse, config, inputs.model.folder, lengths, cluster)
 
 

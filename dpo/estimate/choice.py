@@ -16,11 +16,12 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo.config import Config
-from dpo.estimate.devices import GIB, steady
+from dpo.estimate.devices import steady
 from dpo.estimate.lengths import Lengths
 from dpo.estimate.memory import all_groups, state_numbers, update_numbers, with_layers
 from dpo.estimate.needs import Layout, needed_bytes, plans_of
 from dpo.estimate.speed import Cluster, step_speed
+from dpo.estimate.words import gib
 from dpo.packing import padded_length
 from dpo.parallelize import decoder_layers
 from dpo.plan import StepPlan
@@ -71,6 +72,8 @@ class Choice:
     """By key of parallel."""
     fits: bool
     """Whether it leaves the share of memory free that it should; if not, it is what needs the least."""
+    needs: str
+    """What must fit into a rank's memory, for the user: `71.2 GiB`, or `at most 3.1 GiB` by the bound."""
     line: str
     """It and its reasons, for the user."""
 
@@ -142,11 +145,15 @@ def choose(
     for option in options:
         tried.append((option, needed(option.values)))
         if tried[-1][1] <= (1 - ROOM) * memory:
-            return Choice(option.values, True, _line(tried, options, memory, at_most))
+            return Choice(option.values, True, _needs(tried[-1][1], at_most), _line(tried, options, memory, at_most))
     leanest = min(tried, key=lambda one: one[1])
     others = [one for one in tried if one is not leanest]
-    line = f"nothing leaves {ROOM:.0%} of the memory free: {_line([*others, leanest], options, memory, at_most)}"
-    return Choice(leanest[0].values, False, line)
+    line = f"less than {ROOM:.0%} of the memory would stay free: {_line([*others, leanest], options, memory, at_most)}"
+    return Choice(leanest[0].values, False, _needs(leanest[1], at_most), line)
+
+
+def _needs(size: float, at_most: bool) -> str:
+    return f"{'at most ' if at_most else ''}{gib(size)} GiB"
 
 
 def _line(tried: Sequence[tuple[Option, float]], options: Sequence[Option], memory: float, at_most: bool) -> str:
@@ -154,9 +161,11 @@ def _line(tried: Sequence[tuple[Option, float]], options: Sequence[Option], memo
     would save.
     """
     (chosen, found), others = tried[-1], tried[:-1]
-    bytes_ = f"{'at most ' if at_most else ''}{found / GIB:.1f} of {memory / GIB:.1f} GiB"
+    bytes_ = f"{'at most ' if at_most else ''}{gib(found)} of {gib(memory)} GiB"
+    if not chosen.values:
+        return f"a step needs {bytes_} by the estimate"
     parts = [f"parallel (auto): {chosen.words}: {bytes_}, {_seconds(chosen.seconds)} a step by the estimate"]
-    parts += [f"{option.words} needs {size / GIB:.1f} GiB, {_seconds(option.seconds)}" for option, size in others]
+    parts += [f"{option.words} needs {gib(size)} GiB, {_seconds(option.seconds)}" for option, size in others]
     once = chosen.values | {"sync_gradients": "last_micro_batch"}
     untried = [o for o in options if o.values == once != chosen.values and o not in [one for one, _ in others]]
     saved = [1 - option.seconds / chosen.seconds for option in untried]

@@ -73,7 +73,7 @@ def _assumptions(found: Estimate) -> list[str]:
     layers = ", layers as torch.compile runs them" if compiled else ""
     batches = f"{plan.num_micro_batches} micro-batch" + ("es" if plan.num_micro_batches > 1 else "")
     return [
-        f"{found.model_config.model_type}, {_count(weights)} weights, {copies} over {cluster.num_ranks}"
+        f"{found.model_config.model_type}, {shown_count(weights)} weights, {copies} over {cluster.num_ranks}"
         f" {cluster.device.name}, {cluster.ranks_per_node} a node; {found.config.optim.name},"
         f" {parallel.compute_dtype} over {found.config.model.dtype}",
         f"lengths: {found.lengths}",
@@ -92,7 +92,7 @@ def _parts(found: Estimate) -> list[str]:
 def verdict(found: Estimate) -> str:
     """One line: whether it fits."""
     what = "fits" if found.fits else "does not fit"
-    return f"{what}: {_gib(found.needed)} of {_gib(found.cluster.device.memory)} GiB"
+    return f"{what}: {gib(found.needed)} of {gib(found.cluster.device.memory)} GiB"
 
 
 def _host_line(found: Estimate) -> list[str]:
@@ -120,15 +120,16 @@ def _step(found: Estimate) -> list[str]:
 
 def lines_of_changes(changes: Sequence[Change], device: Device) -> list[str]:
     """A line or two a change."""
-    lines = [f"what to change, and the GiB it would need of {_gib(device.memory)}:"]
+    lines = [f"what to change, and the GiB it would need of {gib(device.memory)}:"]
     for change in changes:
-        lines.append(f"  {_gib(change.bytes):>7} {'fits' if change.fits else '    '} {change.words}")
+        lines.append(f"  {gib(change.bytes):>7} {'fits' if change.fits else '    '} {change.words}")
     if not any(change.fits for change in changes):
         lines.append("  nothing that was tried is enough: more ranks, or devices with more memory")
     return [part for line in lines for part in (wrap(line, COLUMNS, subsequent_indent=" " * 15))]
 
 
-def _count(number: float) -> str:
+def shown_count(number: float) -> str:
+    """Billions, or millions below one."""
     return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.2f} million"
 
 
@@ -137,10 +138,11 @@ def _tera(number: float) -> str:
 
 
 def _size(number: float) -> str:
-    return f"{_gib(number)} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.1f} MiB"
+    return f"{gib(number)} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.1f} MiB"
 
 
-def _gib(number: float) -> str:
+def gib(number: float) -> str:
+    """Bytes in GiB, without the unit."""
     return f"{number / GIB:,.1f}" if number >= GIB else f"{number / GIB:.2f}"
 
 

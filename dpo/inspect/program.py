@@ -66,12 +66,17 @@ def inspect(config: Config, num_examples: int) -> Inspection:
 
 def find_model_config(config: Config) -> PretrainedConfig:
     """The config of model.path, a folder or hub id; no weights need to be there, and none are downloaded."""
-    path = Path(config.model.path)
+    return read_named_config(config.model.path, "model.path", config.model.trust_remote_code)
+
+
+def read_named_config(name: str, key: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The config of a model, a folder or hub id, that stands under a key of the config."""
+    path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"model.path: {path} has no config.json; valid: a Hugging Face model folder or hub id")
-    if not path.exists() and not is_hub_id(config.model.path):
-        raise UserError(f"model.path: no such folder: {path}; valid: a Hugging Face model folder or hub id")
-    return read_model_config(path, config.model.trust_remote_code)
+        raise UserError(f"{key}: {path} has no config.json; valid: a Hugging Face model folder or hub id")
+    if not path.exists() and not is_hub_id(name):
+        raise UserError(f"{key}: no such folder: {path}; valid: a Hugging Face model folder or hub id")
+    return read_model_config(path, trust_remote_code)
 
 
 def find_tokenizer(config: Config, data: PreferenceData) -> Any:

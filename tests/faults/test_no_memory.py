@@ -1,6 +1,8 @@
 """Memory that runs out ends a run with one line of the rank that it happened to, which says what would help."""
 
+import copy
 import errno
+import re
 import shlex
 import subprocess
 import sys
@@ -8,14 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.config import to_yaml
 from dpo.distributed import run_program
+from dpo.estimate import program as estimate
 from dpo.estimate.devices import DEVICES
 from dpo.estimate.program import read_arguments
-from dpo.failures import estimate_name
-from tests.models import save_model, save_pairs
-from tests.runs import make_config
+from dpo.failures import estimate_name, remembered_need
+from tests.models import save_pairs
+from tests.runs import exit_code_of, make_config
 
 ON_GPU = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 79.11 GiB of which 1.03 GiB is free."
@@ -61,6 +65,24 @@ def test_no_memory_is_one_line(kind: str, capsys: pytest.CaptureFixture[str], mo
     keys = ("batch.tokens_per_micro_batch", "parallel.activation_checkpointing", "parallel.sync_gradients")
     assert all(key in line for key in (*keys, "parallel.cpu_offload"))
     assert line.endswith(": python -m dpo.estimate --config run.yaml --loss.beta 0.5 --ranks 8 --device cpu")
+
+
+@pytest.mark.parametrize("kind", FAILURES)
+def test_the_line_has_what_the_estimate_said_at_the_start(
+    kind: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "run.yaml"])
+    with pytest.raises(type(FAILURES[kind])) as raised, remembered_need("71.2 GiB"):
+        raise copy.copy(FAILURES[kind])
+    (line,) = failing(raised.value, capsys)
+    assert "; by the estimate a step needs 71.2 GiB; what helps: a smaller batch.tokens_per_micro_batch" in line
+
+
+def test_an_unknown_need_and_other_failures_say_nothing_of_it() -> None:
+    for failure, need in ((ValueError("a bug"), "71.2 GiB"), (MemoryError(), None)):
+        with pytest.raises(type(failure)) as raised, remembered_need(need):
+            raise failure
+        assert not hasattr(raised.value, "__notes__")
 
 
 def test_a_failure_inside_another_is_found(capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,9 +131,11 @@ def test_the_estimate_takes_the_command(
 
 MAIN = """
 import os, sys
+from dataclasses import replace
 import torch
 from dpo import train
 from dpo.distributed import exit_program
+from dpo.estimate import at_start
 
 class Backward(torch.autograd.Function):
     @staticmethod
@@ -132,15 +156,24 @@ def without_memory(*args):
 losses, calls = train.pair_losses, []
 if os.environ["RANK"] == "1":
     train.pair_losses = without_memory
-exit_program(train.main)
+small = replace(at_start.this_machine(2), memory=2**20)
+at_start.this_machine = lambda ranks_per_node: small
+if __name__ == "__main__":  # a rehearsal's process imports this file
+    exit_program(train.main)
 """
-"""Rank 1 has no memory in the backward of the second step, in the middle of which rank 0 waits for it."""
+"""Rank 1 has no memory in the backward of the second step, in the middle of which rank 0 waits for it. At the start
+there is said to be 1 MiB, so that a step is rehearsed."""
 
 
-def test_a_rank_without_memory_says_so_and_leaves(tmp_path: Path) -> None:
-    """torchrun ends the other one, which may tell by then that a connection is lost; no traceback is seen."""
-    folder, pairs = save_model(tmp_path / "model", "llama"), save_pairs(tmp_path / "pairs.jsonl", 8)
-    config = make_config(folder, pairs, tmp_path / "run", batch__pairs_per_step=4, train__steps=3)
+def test_a_rank_without_memory_says_so_and_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torchrun ends the other one, which may tell by then that a connection is lost; no traceback is seen. What a step
+    needs is what the named command says of it: the model is large enough to show in two decimals.
+    """
+    pairs, model = save_pairs(tmp_path / "pairs.jsonl", 8), tmp_path / "model"
+    large = {"vocab_size": 16_384, "hidden_size": 256, "intermediate_size": 256}
+    LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, num_attention_heads=4, **large)).save_pretrained(model)
+    decided = {"parallel__activation_checkpointing": "none", "parallel__sync_gradients": "every_micro_batch"}
+    config = make_config(model, pairs, tmp_path / "run", batch__pairs_per_step=4, train__steps=3, **decided)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     (tmp_path / "main.py").write_text(MAIN)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -151,7 +184,11 @@ def test_a_rank_without_memory_says_so_and_leaves(tmp_path: Path) -> None:
     (line,) = [
         line for line in errors if line.startswith("error: rank 1: out of GPU memory: 2.50 GiB were asked for; ")
     ]
-    assert line.endswith(f"dpo.estimate --config {tmp_path / 'config.yaml'} --ranks 2 --device cpu")
+    command = f"--config {tmp_path / 'config.yaml'} --ranks 2 --device cpu"
+    assert line.endswith(f"dpo.estimate {command}")
+    assert exit_code_of(estimate.main, "dpo.estimate", *shlex.split(command)) == 0
+    (needs,) = re.findall(r"^fits: ([\d.]+) of ", capsys.readouterr().out, re.MULTILINE)
+    assert f"by the estimate a step needs {needs} GiB; " in line and float(needs) > 0.75 + 0.1  # Python, and tensors
     lost = "error: rank 0: the connection to another rank was lost ("
     assert all(other.startswith(lost) for other in errors if other != line)
     assert "run_training" not in done.stderr  # torchrun shows where its own code is, the program nothing of it
