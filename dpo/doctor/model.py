@@ -10,12 +10,12 @@ from transformers import PretrainedConfig
 
 from dpo.config import Config
 from dpo.distributed import World
-from dpo.doctor.machine import host_memory
 from dpo.doctor.parts import Finding, Part, Sizes, Subject
 from dpo.doctor.words import gib
 from dpo.estimate.memory import state_numbers
 from dpo.estimate.words import shown_count
 from dpo.failures import estimate_command
+from dpo.machine import host_memory
 from dpo.policy import build_on_meta
 
 
