@@ -51,9 +51,6 @@ returned_inputs = torch.ops.dpo_estimate.flex_attention_inputs
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
-    if not torch.compiler.is_compiling():
-        with torch.no_grad():
-            returned_inputs(*(tensor.detach() for tensor in inputs))
     ctx.save_for_backward(*inputs, *output)
 
 
@@ -71,6 +68,9 @@ def attend(
     width = query.shape[-1]
     if width < SMALLEST_WIDTH:
         query, key, value = (nn.functional.pad(x, (0, SMALLEST_WIDTH - width)) for x in (query, key, value))
+    if not torch.compiler.is_compiling():  # a compiled layer takes attention into its own graph
+        with torch.no_grad():
+            returned_inputs(*(tensor.detach() for tensor in (query, key, value)))
     output, _ = kept_attention(query, key, value)
     return output[..., :width].transpose(1, 2).contiguous(), None
 

@@ -17,7 +17,7 @@ from dpo.objective import pair_losses
 from dpo.optim import make_optimizer
 from dpo.packing import PackedBatch, pack, padded_length
 from dpo.plan import CostModel, Pair, grow_trees, plan_step
-from dpo.policy import Policy, announce_backward, completion_logps
+from dpo.policy import Policy, announce_backward, completion_logps, free_memory
 from tests.bench.estimate_check import CASES, config_of, estimated, two_steps
 from tests.live_bytes import allocated_peak
 from tests.models import VOCAB, save_model
@@ -139,6 +139,8 @@ def test_the_estimate_is_what_cuda_gives_out(case: str, cuda: torch.device) -> N
     `tests/distributed/test_estimate.py` does the like."""
     config = config_of(CASES[case] | {"parallel__compute_dtype": "bfloat16"})
     said = estimated(config, num_ranks=1, on_cuda=True).peak
+    torch.compiler.reset()
+    free_memory()  # of the test before
     torch.cuda.reset_peak_memory_stats()
     start = torch.cuda.memory_allocated()
     two_steps(config)
