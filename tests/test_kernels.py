@@ -1,12 +1,15 @@
 """Compiled layers: counted by kind, none after the second length; where their kernels are kept."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dpo import kernels
 from dpo.config import ParallelConfig
 from dpo.kernels import VARIABLES, compile_layers, describe_graphs, keep_kernels, num_graphs
 from dpo.parallelize import is_compiled
@@ -129,6 +132,20 @@ def test_inductor_looks_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     finally:
         for variable in VARIABLES:
             os.environ.pop(variable, None)
+
+
+def test_the_folder_that_inductor_sets_itself_is_not_the_users(tmp_path: Path) -> None:
+    """In a process that has imported all of a run: importing inductor sets the variable to a folder in /tmp."""
+    show = "from dpo import train; from dpo.kernels import keep_kernels; import os; keep_kernels()"
+    show += "; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
+    environment = os.environ | {"DPO_CACHE": str(tmp_path), "PYTHONPATH": str(Path(kernels.__file__).parents[1])}
+    found = {}
+    for folder in (None, str(tmp_path / "mine")):
+        own = {"TORCHINDUCTOR_CACHE_DIR": folder} if folder else {}
+        rest = {name: value for name, value in environment.items() if name not in VARIABLES}
+        done = subprocess.run([sys.executable, "-c", show], env=rest | own, capture_output=True, text=True, check=True)
+        found[folder] = done.stdout.strip()
+    assert found == {None: f"{tmp_path}/kernels/inductor", str(tmp_path / "mine"): str(tmp_path / "mine")}
 
 
 def test_a_folder_that_cannot_be_made_is_told(

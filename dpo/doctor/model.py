@@ -3,15 +3,19 @@
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
 from dpo.config import Config
-from dpo.distributed import World
-from dpo.doctor.parts import Finding, Part, Sizes, Subject
+from dpo.distributed import World, all_gather, on_main
+from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, agreed, attempt
 from dpo.doctor.words import gib
+from dpo.estimate.at_start import choice_here
+from dpo.estimate.choice import Choice
+from dpo.estimate.lengths import find_lengths
 from dpo.estimate.memory import state_numbers
 from dpo.estimate.words import shown_count
 from dpo.failures import estimate_command
@@ -49,32 +53,75 @@ class Memory:
 
     free: float
     on_host: bool
+    step: Choice | Failure | None = None
+    """What the estimate says of a step, or why it does not; None where no config was given."""
 
 
 def measure_memory(subject: Subject, world: World) -> Memory:
-    """Free memory of this rank's device; of the host, divided by its ranks, on a CPU and where the state lies there."""
+    """Free memory of this rank, and what a step needs. Every rank must get here."""
+    free = agreed(lambda: free_memory(subject, world))
+    device = agreed(lambda: free_on_device(world))
+    least = min(all_gather(device))
+    return replace(free, step=on_main(world, lambda: attempt(lambda: estimated_step(subject, world, least))))
+
+
+def free_memory(subject: Subject, world: World) -> Memory:
+    """Of this rank's device; of the host, divided by its ranks, on a CPU and where the run's state lies there."""
     if world.device.type == "cpu" or subject.parallel.cpu_offload:
         return Memory(host_memory()[0] / world.local_size, True)
+    return Memory(free_on_device(world), False)
+
+
+def free_on_device(world: World) -> float:
+    """Bytes that are free, or held by this process's allocator; of a CPU those of the host, divided by its ranks."""
+    if world.device.type == "cpu":
+        return host_memory()[0] / world.local_size
     free, _ = torch.cuda.mem_get_info(world.device)
-    return Memory(free + torch.cuda.memory_reserved(world.device), False)
+    return float(free + torch.cuda.memory_reserved(world.device))
+
+
+def estimated_step(subject: Subject, world: World, memory: float) -> Choice | None:
+    """What a step of the longest pairs of the config needs and takes, with so many bytes on every device. Raises
+    UserError where the config does not bound the pairs.
+    """
+    if subject.config is None:
+        return None
+    data, model_config = subject.config.data, subject.models[0]
+    prompt = data.max_prompt_length or (data.max_length or 0) // 2  # given, so that no data is read
+    completion = data.max_length - prompt if data.max_length else None
+    lengths = find_lengths(subject.config, model_config, prompt, completion)
+    return choice_here(subject.config, (Path(subject.config.model.path), model_config), lengths, world, memory)
 
 
 def describe_memory(subject: Subject, found: Sequence[Memory]) -> Finding:
-    """A rank's share of the state beside the least free memory, and how to ask what a step needs in all."""
+    """A rank's share of the state beside the least free memory, and what a step needs and takes by the estimate."""
     if subject.sizes is None:
         return Finding(MODEL.name, ("none was named: --config FILE examines a run's own",))
     least = min(found, key=lambda one: one.free)
     state = subject.sizes.state * subject.parallel.replicate / len(found)
     where = "host memory" if least.on_host else "GPU memory"
-    lines = [
+    line = (
         f"{subject.models[0].model_type}, {shown_count(subject.sizes.num_weights)} weights: with gradients and"
-        f" optimizer {gib(state)} GiB a rank; {gib(least.free)} GiB of {where} are free",
-        f"activations come on top; to see whether a step fits: {estimate_command(sys.argv[1:])}",
-    ]
-    if state <= least.free:
-        return Finding(MODEL.name, tuple(lines))
-    what = f"weights, gradients and optimizer take {gib(state)} GiB a rank, {gib(least.free)} GiB of {where} are free"
-    return Finding(MODEL.name, tuple(lines), problems=(f"{what}; what helps: {_room(subject, least.on_host)}",))
+        f" optimizer {gib(state)} GiB a rank; {gib(least.free)} GiB of {where} are free"
+    )
+    lines, advice = _step(found[0].step)
+    problems = []
+    if state > least.free:
+        what = (
+            f"weights, gradients and optimizer take {gib(state)} GiB a rank, {gib(least.free)} GiB of {where} are free"
+        )
+        problems.append(f"{what}; what helps: {_room(subject, least.on_host)}")
+    return Finding(MODEL.name, (line, *lines), problems=tuple(problems), advice=tuple(advice))
+
+
+def _step(step: Choice | Failure | None) -> tuple[list[str], list[str]]:
+    """What is told of a step, and what is only a note: where it does not fit, the run's own pairs may be shorter."""
+    command = f"for the lengths of the data: {estimate_command(sys.argv[1:])}"
+    if not isinstance(step, Choice):
+        return [f"what a step needs is not known{f' ({step.reason})' if step else ''}; {command}"], []
+    if step.fits:
+        return [f"pairs of the greatest length: {step.line}"], []
+    return [], [f"pairs of the greatest length: {step.line}; {command}"]
 
 
 def _room(subject: Subject, on_host: bool) -> str:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PretrainedConfig
 
-from dpo.config import ParallelConfig
+from dpo.config import Config, ParallelConfig
 from dpo.distributed import World, all_gather, first_on_each_node, together
 from dpo.errors import RunError
 from dpo.parallelize import compute_dtype
@@ -56,6 +56,7 @@ class Subject:
     """Of the reference; None where there is none."""
     models: tuple[PretrainedConfig, ...] = ()
     """The policy, and the reference where it is another model; empty where no config was given."""
+    config: Config | None = None
     sizes: Sizes | None = None
     """Of the policy; None where no config was given."""
 

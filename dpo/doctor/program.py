@@ -64,7 +64,7 @@ def subject_of(config: Config | None, world: World) -> Subject:
     sizes = on_main(world, lambda: sizes_of(config, models[0]))
     cache_dir = cache_root(config) if has_reference(config.loss) else None
     run_dir = Path(str(config.train.run_dir))
-    return Subject(config.parallel, config.model.dtype, run_dir, cache_dir, models, sizes)
+    return Subject(config.parallel, config.model.dtype, run_dir, cache_dir, models, config, sizes)
 
 
 def find_model_configs(config: Config) -> tuple[PretrainedConfig, ...]:

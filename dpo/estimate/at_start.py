@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from dpo.config import Config
 from dpo.distributed import World, all_gather, on_main
@@ -65,15 +66,25 @@ def _choice_if_possible(config: Config, world: World, inputs: Inputs, memory: fl
 
 
 def _choice(config: Config, world: World, inputs: Inputs, memory: float) -> Choice:
+    lengths = lengths_of_pairs(config, inputs.data.train, inputs.order, inputs.last_step)
+    return choice_here(config, (inputs.model.folder, inputs.model.config), lengths, world, memory)
+
+
+def choice_here(
+    config: Config, model: tuple[Path, PretrainedConfig], lengths: Lengths, world: World, memory: float
+) -> Choice:
+    """The choice on this rank's kind of device with so many bytes, for a model by its folder or hub id and its config.
+
+    Raises as `decide_parallel` does.
+    """
     device = _device_here(world, memory)
     config = with_dtype(config, device)
     cluster = Cluster(device, world.size, world.local_size, DEFAULT_MFU)
-    lengths = lengths_of_pairs(config, inputs.data.train, inputs.order, inputs.last_step)
-    found = decide_by_bound(Case(config, inputs.model.config, lengths, cluster))
+    found = decide_by_bound(Case(config, model[1], lengths, cluster))
     if found is not None:
         return found
     say("estimate: rehearsing a step")
-    return in_own_process(_rehearse, config, inputs.model.folder, lengths, cluster)
+    return in_own_process(_rehearse, config, model[0], lengths, cluster)
 
 
 def _device_here(world: World, memory: float) -> Device:

@@ -2,6 +2,7 @@
 
 import copy
 import errno
+import os
 import re
 import shlex
 import subprocess
@@ -178,7 +179,8 @@ def test_a_rank_without_memory_says_so_and_leaves(tmp_path: Path, capsys: pytest
     (tmp_path / "main.py").write_text(MAIN)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [str(tmp_path / "main.py"), "--config", str(tmp_path / "config.yaml")]
-    done = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=240)
+    environment = os.environ | {"PYTHONPATH": str(Path(estimate.__file__).parents[2])}
+    done = subprocess.run([*launcher, *words], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     (line,) = [
