@@ -3,8 +3,8 @@ not grow with them, however much of them it has seen."""
 
 import math
 import os
+import weakref
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,33 @@ READ_WHOLE = 16  # numbers of more than so small a share of the rows are found i
 
 
 @dataclass(frozen=True, eq=False)
+class HeldFile:
+    """A file that several threads read at places of their own, open for as long as something refers to this object."""
+
+    name: str
+    descriptor: int
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return os.fstat(self.descriptor).st_size
+
+
+def hold_file(path: str | Path) -> HeldFile:
+    """Opens a file, which is closed with the last reference to the result."""
+    held = HeldFile(str(path), os.open(path, os.O_RDONLY))
+    # Not at the exit of the program, where threads may still read: the system closes it then.
+    weakref.finalize(held, os.close, held.descriptor).atexit = False
+    return held
+
+
+@dataclass(frozen=True, eq=False)
 class DiskArray:
     """An array in an open file. Indexing reads: `array[a:b]` at once, `array[numbers]` row by row, `array[mask]`;
     `np.asarray(array)` reads all. The file may be removed meanwhile, and several threads may read.
     """
 
-    file: FileIO
+    file: HeldFile
     offset: int
     """Bytes before the first row."""
     dtype: np.dtype
@@ -57,21 +78,22 @@ class DiskArray:
 
 def open_array(path: Path) -> DiskArray:
     """The array that `np.save` wrote. Raises OSError or ValueError where the file is cut off."""
-    file = path.open("rb", buffering=0)
-    np.lib.format.read_magic(file)
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    file = hold_file(path)
+    with os.fdopen(file.descriptor, "rb", closefd=False) as start:
+        np.lib.format.read_magic(start)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(start)
+        offset = start.tell()
     assert not is_fortran
-    offset, size = file.tell(), os.fstat(file.fileno()).st_size
-    if size != offset + dtype.itemsize * math.prod(shape):
-        raise OSError(f"{path}: {size} bytes are not an array of shape {shape}")
+    if file.size != offset + dtype.itemsize * math.prod(shape):
+        raise OSError(f"{path}: {file.size} bytes are not an array of shape {shape}")
     return DiskArray(file, offset, dtype, shape)
 
 
-def read_into(file: FileIO, array: np.ndarray, position: int) -> None:
+def read_into(file: HeldFile, array: np.ndarray, position: int) -> None:
     """Fills a contiguous array from where it stands in a file, in bytes. Raises OSError where the file ends early."""
     left = array.reshape(-1).view(np.uint8)
     while len(left):
-        count = os.preadv(file.fileno(), [left.data], position)
+        count = os.preadv(file.descriptor, [left.data], position)
         if count == 0:
             raise OSError(f"{file.name}: ends at byte {position}, {len(left)} more are needed")
         left, position = left[count:], position + count

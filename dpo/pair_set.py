@@ -6,17 +6,15 @@ else: a million pairs take no more memory than a thousand.
 
 import functools
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from io import FileIO
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
-from dpo.disk_arrays import DiskArray, open_array, read_into
+from dpo.disk_arrays import DiskArray, HeldFile, hold_file, open_array, read_into
 from dpo.plan import Pair
 from dpo.token_rows import keys16, lists, offsets, pairs_of
 
@@ -34,7 +32,7 @@ class PairSet:
     bytes, in the token files one after the other. `keys` (N, 2) of 16 bytes: the `completion_key` of winner and loser.
     """
 
-    token_files: tuple[FileIO, ...]
+    token_files: tuple[HeldFile, ...]
     row_of_pair: Column
     pair_in_row: Column
     prompt_of_pair: Column
@@ -58,12 +56,12 @@ class PairSet:
     @property
     def rows(self) -> datasets.Dataset:
         """The token rows (`token_rows.FEATURES`) in which the pairs stand, mapped into memory."""
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(file.name)) for file in self.token_files])
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(file.name) for file in self.token_files])
 
     def pairs(self, ids: np.ndarray) -> list[Pair]:
         """The pairs of these ids, in their order; their token ids are read from disk."""
         ids = np.asarray(ids, np.int64)
-        begins = np.cumsum([0, *(os.fstat(file.fileno()).st_size for file in self.token_files)])
+        begins = np.cumsum([0, *(file.size for file in self.token_files)])
         read = functools.partial(_read_ids, self.token_files, begins)
         places, sizes = self.places[ids].tolist(), self.sizes[ids].tolist()
         return [Pair(*map(read, at, num)) for at, num in zip(places, sizes, strict=True)]
@@ -77,7 +75,7 @@ class PairSet:
         return replace(self, **{name: getattr(self, name)[mask] for name in NAMES})
 
 
-def _read_ids(files: Sequence[FileIO], begins: np.ndarray, place: int, size: int) -> np.ndarray:
+def _read_ids(files: Sequence[HeldFile], begins: np.ndarray, place: int, size: int) -> np.ndarray:
     """(size,) int32 at a place in files that begin at `begins`, bytes."""
     number = int(np.searchsorted(begins, place, side="right")) - 1
     ids = np.empty(size, np.int32)
@@ -88,7 +86,7 @@ def _read_ids(files: Sequence[FileIO], begins: np.ndarray, place: int, size: int
 def open_pair_set(folder: Path, token_files: Sequence[str]) -> PairSet:
     """The set that `write_pair_set` left. The files are held open: it may be removed from the cache meanwhile."""
     columns = {name: open_array(folder / f"{name}.npy") for name in NAMES}
-    return PairSet(tuple(Path(name).open("rb", buffering=0) for name in token_files), **columns)
+    return PairSet(tuple(hold_file(name) for name in token_files), **columns)
 
 
 # --- made ------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,27 @@ def test_a_file_that_is_cut_off_is_told(tmp_path: Path) -> None:
         open_array(path)
 
 
+def test_the_file_is_open_as_long_as_its_array(tmp_path: Path) -> None:
+    """Also where its name is gone; then it is closed, without the ResourceWarning of a file that was forgotten."""
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(10))
+    array = open_array(path)
+    path.unlink()
+    assert array[9] == 9
+    descriptor = array.file.descriptor
+    assert _name_of(descriptor).startswith(str(path))
+    del array
+    assert not _name_of(descriptor).startswith(str(path))
+
+
+def _name_of(descriptor: int) -> str:
+    """The file that a descriptor of this process belongs to; empty where it is closed."""
+    try:
+        return str(Path(f"/proc/self/fd/{descriptor}").readlink())
+    except FileNotFoundError:
+        return ""
+
+
 def test_nothing_is_mapped_and_threads_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "large.npy"
     np.save(path, np.arange(2**20))
