@@ -1,21 +1,25 @@
 """The check before the first update: the policy is its own reference, whatever the loss, or the run ends."""
 
+import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
+from dpo import reference
 from dpo.cache import ROW, makings_of, read_rows, write_making, write_rows
 from dpo.config import Config, LossConfig
 from dpo.deviation import Completions, Verdict, caps, exact_bounds, judge, limits, measure, rounding_scale
 from dpo.first_step import Terms
 from dpo.ref_table import table_makings, write_table
-from dpo.reference_pass import difference
+from dpo.reference_pass import difference, joined_making
 from dpo.run_files import read_metrics
 from dpo.setup import Run
 from tests.models import save_model, save_pairs
@@ -275,6 +279,31 @@ def test_how_blocks_were_made_survives_the_table(tmp_path: Path) -> None:
     )
     assert difference([here], here) is None
     assert difference([None], here) is not None
+
+
+def test_rows_of_unlike_ranks_are_made_by_all_of_them() -> None:
+    """Two kinds of GPU, once each, whatever the order of the ranks; what is alike stands as one rank says it."""
+    ranks = [{"torch": "2.13", "device": device, "compile": True} for device in ("sm_90", "sm_80", "sm_90")]
+    assert joined_making(ranks) == {"torch": "2.13", "device": "sm_80, sm_90", "compile": True}
+    assert joined_making(ranks[:1]) == ranks[0]
+    assert difference([joined_making(ranks)], joined_making(ranks[::-1])) is None
+    assert difference([ranks[0]], joined_making(ranks)) is not None
+
+
+def fill_as(config: Config, torch_version: str) -> None:
+    """A run on a rank that says it has another torch than rank 0."""
+    rank = int(os.environ["RANK"])
+    real = reference.making
+    with patch.object(reference, "making", lambda *args: real(*args) | {"torch": f"{torch_version}.{rank}"}):
+        run(config)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_block_says_how_every_rank_made_its_rows(folders: Path, tmp_path: Path, ranks: Ranks) -> None:
+    ranks(2, fill_as, make(folders, tmp_path / "run"), "2")
+    (folder,) = (tmp_path / "reference-cache").iterdir()
+    (made,) = folder.glob("made-*")
+    assert json.loads(made.read_text()) == {"torch": "2.0, 2.1", "device": "cpu", "compile": False}
 
 
 @pytest.mark.xdist_group("ranks")
