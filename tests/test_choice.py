@@ -1,5 +1,7 @@
 """What auto becomes: the choice by hand-made numbers, the bound against the rehearsal, and a run's own choice."""
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -137,12 +139,19 @@ def fail(kind: type[Exception]) -> None:
     raise kind("so it is")
 
 
+def die(*_: Any) -> None:
+    """As the kernel ends a process where a machine has no memory left."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_process_of_its_own_gives_results_and_failures() -> None:
     assert in_own_process(max, 3, 7) == 7
     with pytest.raises(UserError, match=r"^so it is$"):
         in_own_process(fail, UserError)
-    with pytest.raises(RunError, match="ValueError: so it is; it is not needed where parallel"):
+    with pytest.raises(RunError, match=r"^ValueError: so it is \(tests/test_choice\.py:\d+ in fail\)$"):
         in_own_process(fail, ValueError)
+    with pytest.raises(RunError, match=r"^its process ended without a result, with exit code -9$"):
+        in_own_process(die)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -179,3 +188,45 @@ def test_two_ranks_train_what_rank_0_chose(tmp_path: Path, ranks: Ranks) -> None
     given = {f"parallel__{key}": value for key, value in values.items()}
     ranks(2, decided_run, root, tmp_path / "given", None, **given)
     assert same_weights(tmp_path / "small" / "final", tmp_path / "given" / "final")
+
+
+def lack_a_kernel(*_: Any) -> None:
+    raise NotImplementedError("aten::odd: no meta kernel")
+
+
+FAILURES = {
+    "no kernel": (lack_a_kernel, "NotImplementedError: aten::odd: no meta kernel (tests/test_choice.py:"),
+    "killed": (die, "its process ended without a result, with exit code -9;"),
+}
+
+
+@pytest.mark.parametrize("where", ["_rehearse", "decide_by_bound"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_run_goes_on_where_the_estimate_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failure: str, where: str
+) -> None:
+    """With what needs the least memory, of which the line has the words to type; a key that the user set stays."""
+    if (failure, where) == ("killed", "decide_by_bound"):
+        pytest.skip("this process")
+    work, what = FAILURES[failure]
+    monkeypatch.setattr(at_start, "decide_by_bound", lambda case: None)
+    monkeypatch.setattr(at_start, where, work)
+    root = save_six_steps(tmp_path)
+    for given, words in (
+        ({}, "--parallel.activation_checkpointing full --parallel.sync_gradients every_micro_batch"),
+        ({"parallel__activation_checkpointing": "none"}, "--parallel.sync_gradients every_micro_batch"),
+    ):
+        folder = run(six_steps(root, tmp_path / f"run-{len(given)}", train__steps=1, **given))
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "the estimate failed" in line]
+        assert line.startswith(f"WARNING: parallel (auto): the estimate failed: {what}")
+        assert line.endswith(f"; what needs the least memory is taken, as by {words}")
+        config = load_config(["--config", str(folder / "config.yaml")], "dpo.train")
+        assert config.parallel.activation_checkpointing == ("none" if given else "full")
+        assert config.parallel.sync_gradients == "every_micro_batch"
+
+
+def test_a_model_that_cannot_be_built_is_a_fault_of_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A UserError of the estimate is no failure of the estimate."""
+    monkeypatch.setattr(at_start, "decide_by_bound", lambda case: fail(UserError))
+    with pytest.raises(UserError, match=r"^so it is$"):
+        run(six_steps(save_six_steps(tmp_path), tmp_path / "run"))
