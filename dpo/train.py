@@ -43,10 +43,12 @@ from dpo.run_files import FINAL, PROFILE
 from dpo.run_folder import (
     Start,
     check_identity,
+    decided_so_far,
     find_start,
     identity_of,
     is_finished,
     lacks_evaluation,
+    layout_of,
     open_run_folder,
 )
 from dpo.saving import Saver, open_saver
@@ -226,7 +228,7 @@ def run_training(config: Config) -> None:
                 say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
             return
         start_devices(world, config.parallel.timeout_seconds)
-        config, need = decide_parallel(config, world, inputs)
+        config, need = decide_parallel(_as_so_far(config, world, start), world, inputs)
         with remembered_need(need):
             _train_and_export(config, world, inputs, start, identity, stop_requested)
 
@@ -240,8 +242,8 @@ def _train_and_export(
     if run.begins_at_reference:
         terms = run.first_step_terms
         deviation = verify_start(run.policy, run.packer, _trees(run, 1), config.loss, terms, run.head_bytes)
-    hosts = all_gather(socket.gethostname())
-    on_main(world, lambda: open_run_folder(config, start, provenance(hosts, inputs.last_step)))
+    origin = provenance(all_gather(socket.gethostname()), inputs.last_step) | {"layout": _layout(config, world)}
+    on_main(world, lambda: open_run_folder(config, start, origin))
     if run.answers:
         on_main(world, functools.partial(open_answers, run.answers, start.step))
     writing = closing(MetricsWriter(run.dir, start.step + 1)) if world.is_main else nullcontext()
@@ -254,6 +256,17 @@ def _train_and_export(
         export(run.policy, inputs.model.folder, run.dir / FINAL, config, world)
         if writer:
             conclude(run)
+
+
+def _as_so_far(config: Config, world: World, start: Start) -> Config:
+    layout = _layout(config, world)
+    return on_main(world, lambda: decided_so_far(config, start, layout))
+
+
+def _layout(config: Config, world: World) -> dict[str, Any]:
+    """The run's layout, with the devices of all ranks. Every rank must get here."""
+    kind = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    return layout_of(config, all_gather(kind))
 
 
 def main() -> None:

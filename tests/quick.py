@@ -30,6 +30,7 @@ SLOW: Sequence[str] = (
     "test_checkpoint.py",
     "test_choice.py::test_a_model_that",
     "test_choice.py::test_a_process",
+    "test_choice.py::test_a_resumed",
     "test_choice.py::test_a_run",
     "test_config.py",
     "test_dashboard.py",
