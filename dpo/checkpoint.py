@@ -60,15 +60,19 @@ def write_checkpoint(
     It is written under another name and renamed when it is whole, after `before_commit` on rank 0: a folder with the
     right name is always complete. Every rank must get here; all exchanges go over `group`, so a thread may do it while
     others use other groups. `plans` names what is kept from one checkpoint to the next (see `save_planner`). Raises
-    RunError, on every rank, where any cannot write.
+    RunError, on every rank and with no plans kept, where any cannot write.
     """
     target = checkpoint_path(run_dir, state.step)
     draft = target.with_suffix(DRAFT)
     on_main(world, lambda: _make_draft(draft), group)
-    with storage_errors(draft):
-        # The tensors are in host memory: nothing is copied ahead from a device, on a stream of which GPU ever.
-        storage = dcp.FileSystemWriter(draft, per_thread_copy_ahead=0)
-        dcp.save(tensors, storage_writer=storage, planner=save_planner(plans), process_group=group)
+    try:
+        with storage_errors(draft):
+            # The tensors are in host memory: nothing is copied ahead from a device, on a stream of which GPU ever.
+            storage = dcp.FileSystemWriter(draft, per_thread_copy_ahead=0)
+            dcp.save(tensors, storage_writer=storage, planner=save_planner(plans), process_group=group)
+    except RunError:
+        forget_plans(plans)  # some may be kept and others not: the next checkpoint would fail of it
+        raise
 
     def commit() -> None:
         try:

@@ -8,18 +8,20 @@ step's log-probabilities are computed twice, in different packings. Over all com
     noise  = rms(|pi - pi'| / sqrt(n))      pi' in the second packing
     spread = rms(|pi - ref| / sqrt(n))      <= min(0.25, max(3 noise, 0.01))
     drift  = |sum(pi - ref)| / sum(n)       <= min(0.02, max(6 noise / sqrt(sum(n)), 0.002))
+
+The loss that is minimized is checked beside it: each pair's must be that of the measured log-ratios of its completions,
+which are near 0.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dpo.losses import LossConfig, indifferent_loss, preference_losses
+from dpo.losses import LossConfig
 
 FEW_COMPLETIONS = 32
 """Below so many completions the measured noise is itself uncertain."""
@@ -149,27 +151,6 @@ def _exceeds(deviation: Deviation, most: Limits) -> bool:
     return deviation.spread > most.spread or deviation.drift > most.drift
 
 
-def loss_excess(
-    pi_logps: Tensor, ref_logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, loss: LossConfig
-) -> Tensor:
-    """Sum over pairs of how far the preference loss lies outside of what the measured log-ratios explain.
-
-    A pair's loss is convex in its log-ratios, and that of an indifferent policy where they are 0. So it lies between
-    its values where both are as far off as they are, |pi - ref|, for and against the winner. These are evaluated from
-    the log-ratios alone, not from h, so that a loss need not be a function of h.
-    """
-    pi, ref = pi_logps.double(), ref_logps.double()
-    found = preference_losses(pi, ref, lengths, yw_idxs, yl_idxs, loss)
-    # A completion can win one pair and lose another: here each pair has completions of its own.
-    index, winners = torch.cat([yw_idxs, yl_idxs]), torch.arange(len(yw_idxs), device=yw_idxs.device)
-    moved = (pi - ref).abs()[index]
-    moved[len(winners) :] *= -1
-    own = (torch.zeros_like(moved), lengths[index], winners, winners + len(winners), loss)
-    highest = torch.maximum(preference_losses(moved, *own), preference_losses(-moved, *own))
-    lowest = 2 * indifferent_loss(loss) - highest  # a convex function lies above the line from there through its middle
-    return (torch.maximum(found - highest, lowest - found) - 1e-9).clamp(min=0).sum()
-
-
 def worst(found: Completions, scale: float | None) -> str:
     """The completion that is furthest from its reference, in words."""
     allowed = exact_bounds(found.ref_logps) if scale is None else np.sqrt(found.lengths)
@@ -178,3 +159,54 @@ def worst(found: Completions, scale: float | None) -> str:
     row = int(np.nan_to_num(ratios, nan=math.inf).argmax())
     what = f"pi_logp {found.pi_logps[row]:.6g}, ref_logp {found.ref_logps[row]:.6g} nats for the completion of"
     return f"{what} {found.lengths[row]} tokens that begins with the ids {list(found.first_ids[row])}"
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """The preference losses of some pairs, (T,) float64 each."""
+
+    found: np.ndarray
+    """What training minimizes, by the indices of the packed batch."""
+    expected: np.ndarray
+    """What they should be (`expected_losses`)."""
+
+
+def _log1p_exp(x: np.ndarray) -> np.ndarray:
+    return np.logaddexp(0, x)
+
+
+LOSS_OF_MARGIN: Mapping[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
+    "dpo": lambda h, beta, eps: (1 - eps) * _log1p_exp(-beta * h) + eps * _log1p_exp(beta * h),
+    "ipo": lambda h, beta, eps: (h - 0.5 / beta) ** 2,
+    "hinge": lambda h, beta, eps: np.maximum(0, 1 - beta * h),
+    "robust": lambda h, beta, eps: ((1 - eps) * _log1p_exp(-beta * h) - eps * _log1p_exp(beta * h)) / (1 - 2 * eps),
+}
+"""loss.name -> the loss at margins h, (T,), with loss.beta and loss.label_smoothing. At h = 0 it is ln 2, 1/(4 beta^2),
+1 and ln 2. Written apart from `losses.py`, whose results it judges."""
+
+_ROUNDING = 1e-9
+"""Part of a loss by which its two computations in float64 may differ."""
+
+
+def expected_losses(winners: np.ndarray, losers: np.ndarray, loss: LossConfig) -> np.ndarray:
+    """(T,) preference losses of pairs by the log-ratios pi_logp - ref_logp of their winners and losers, (T,) nats, a
+    token where `loss.length_normalized`.
+
+    |h| <= |winner's| + |loser's|: a loss that is right lies within its values there. Losses of an exchanged pair would
+    too, so a loss is compared with its value at h itself.
+    """
+    with np.errstate(invalid="ignore"):  # a log-ratio that is no number
+        return LOSS_OF_MARGIN[loss.name](winners - losers, loss.beta, loss.label_smoothing)
+
+
+def wrong_loss(losses: PairLosses) -> tuple[float, float] | None:
+    """The loss that is furthest from what it should be, and what it should be; None where all are right."""
+    with np.errstate(invalid="ignore"):
+        excess = np.abs(losses.found - losses.expected) - _ROUNDING * (1 + np.abs(losses.expected))
+    if not (excess > 0).any():
+        return None
+    pair = int(excess.argmax())
+    return float(losses.found[pair]), float(losses.expected[pair])

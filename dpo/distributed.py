@@ -70,8 +70,8 @@ def start_devices(world: World, timeout_seconds: int) -> None:
     it, for what lies in CPU memory), else gloo.
 
     The GPUs are connected here, not at the first step, so that a network that does not work shows at once. Every rank
-    must get here, or the rest hang until the timeout of `open_world`; from here on no process may fork. Raises
-    ConnectionError, on a rank alone, where it cannot be connected.
+    must get here, or the rest hang until the timeout of `open_world`; from here on no process may fork and run on: one
+    that is needed is started afresh (spawn). Raises ConnectionError, on a rank alone, where it cannot be connected.
 
     Args:
         timeout_seconds: after which a collective that some rank never joined ends the run, from here on.

@@ -13,10 +13,23 @@ import torch
 
 from dpo.batches import Packer
 from dpo.config import LossConfig
-from dpo.deviation import Completions, Deviation, Verdict, judge, limits, loss_excess, measure, worst
+from dpo.deviation import (
+    Completions,
+    Deviation,
+    PairLosses,
+    Verdict,
+    expected_losses,
+    judge,
+    limits,
+    measure,
+    worst,
+    wrong_loss,
+)
 from dpo.distributed import all_gather
 from dpo.errors import RunError
 from dpo.keys import completion_key
+from dpo.objective import pair_losses
+from dpo.packing import PackedBatch
 from dpo.plan import StepPlan, Tree
 from dpo.policy import Policy, completion_logps, reshard
 from dpo.progress import warn
@@ -46,27 +59,28 @@ def verify_start(
     The verdict is the same on every rank: it is over all completions of all of them. Every rank must get here, or the
     rest hang.
     """
-    found, excess = _compute(policy, packer, trees, loss, head_bytes)
-    verdict = judge(found, terms.scale)
-    if excess > 0 and verdict < Verdict.BEYOND_BOUNDS:
-        verdict, what = Verdict.BEYOND_BOUNDS, "the preference loss is not that of an indifferent policy"
-    else:
-        what = "the policy is not its own reference"
-    if verdict == Verdict.PASSES:
+    found, losses = _compute(policy, packer, trees, loss, head_bytes)
+    verdict, wrong = judge(found, terms.scale), wrong_loss(losses)
+    if verdict == Verdict.PASSES and wrong is None:
         return measure(found)
-    message = f"step 1: {what}: {worst(found, terms.scale)}; {_explain(found, terms)}"
+    message = f"step 1: {_explain(found, terms)}"
+    if wrong is not None and verdict < Verdict.BEYOND_BOUNDS:
+        verdict, message = Verdict.BEYOND_BOUNDS, f"step 1: {_explain_loss(*wrong)}"
     is_excused = verdict == Verdict.BEYOND_NOISE and terms.made_otherwise is not None
-    if verdict == Verdict.NOT_FINITE or not (is_excused or terms.on_failure == "warn"):
+    if verdict == Verdict.NOT_FINITE:
         raise RunError(message)
+    if not is_excused and terms.on_failure == "stop":
+        raise RunError(f"{message}; to train all the same: --{KEY} warn")
     if packer.rank == 0:
         warn(message)
     return measure(found)
 
 
 def _explain(found: Completions, terms: Terms) -> str:
-    """The measured values, what they may be, and what can be done."""
+    """The measured values, what they may be, and what is at fault."""
     deviation = measure(found)
-    text = f"{deviation} over {len(found.lengths)} completions"
+    text = f"the policy is not its own reference: {worst(found, terms.scale)}"
+    text += f"; {deviation} over {len(found.lengths)} completions"
     if terms.scale is None:
         text += ", of which each may differ by 1e-4 + 1e-5 |ref_logp|"
     else:
@@ -74,26 +88,32 @@ def _explain(found: Completions, terms: Terms) -> str:
         text += f", at most spread {most.spread:.3g}, drift {most.drift:.3g}"
     if terms.made_otherwise:
         text += f"; the reference's rows were made otherwise: {terms.made_otherwise}"
-    return f"{text}; the reference cache or the forward is at fault, or the model's rounding: {KEY}: stop | warn"
+    return f"{text}; the reference cache, the forward or the model's rounding is at fault"
+
+
+def _explain_loss(found: float, expected: float) -> str:
+    what = f"a pair's loss is {found:.9g}, but {expected:.9g} by the log-ratios of its completions"
+    return f"the preference loss is not that of an indifferent policy: {what}; the packed batch or the loss is at fault"
 
 
 def _compute(
     policy: Policy, packer: Packer, trees: Sequence[Tree], loss: LossConfig, head_bytes: int
-) -> tuple[Completions, float]:
-    """The step's completions in two packings, and the excess of the loss, on every rank. Every rank must get here."""
+) -> tuple[Completions, PairLosses]:
+    """The step's completions in two packings, and the losses of its pairs, on every rank. Every rank must get here."""
     other = replace(packer, tokens_per_micro_batch=max(1, packer.tokens_per_micro_batch // 2))
     with torch.no_grad():
-        rows, excess = _run(policy, packer, packer.plan(trees), loss, head_bytes)
-        again, _ = _run(policy, other, moved_plan(other.plan(trees)), loss, head_bytes)
+        mine = _run(policy, packer, packer.plan(trees), loss, head_bytes)
+        again = _run(policy, other, moved_plan(other.plan(trees)), loss, head_bytes)
     reshard(policy)
-    parts = all_gather((rows, again, excess))
-    first = {key: row for rows, _, _ in parts for key, row in rows.items()}
-    second = {key: row for _, rows, _ in parts for key, row in rows.items()}
+    parts = all_gather((mine, again))
+    first = {key: row for (rows, _), _ in parts for key, row in rows.items()}
+    second = {key: row for _, (rows, _) in parts for key, row in rows.items()}
     keys = sorted(first)  # the order of sums, so that they do not depend on the layout
     pi_logps, ref_logps, lengths, first_ids = zip(*(first[key] for key in keys), strict=True)
     moved = np.array([second[key][0] for key in keys])
     completions = Completions(np.array(pi_logps), moved, np.array(ref_logps), np.array(lengths), first_ids)
-    return completions, sum(excess for *_, excess in parts)
+    pairs = [pair for packing in parts for _, losses in packing for pair in losses]
+    return completions, PairLosses(*np.array(pairs).reshape(-1, 2).T)
 
 
 _Row = tuple[float, float, int, list[int]]
@@ -102,21 +122,39 @@ _Row = tuple[float, float, int, list[int]]
 
 def _run(
     policy: Policy, packer: Packer, plan: StepPlan, loss: LossConfig, head_bytes: int
-) -> tuple[dict[bytes, _Row], float]:
-    """This rank's completions by key, fillers left out, and the excess of its pairs' losses."""
+) -> tuple[dict[bytes, _Row], list[tuple[float, float]]]:
+    """This rank's completions by key, fillers left out, and the losses of its pairs: found and expected."""
     rows: dict[bytes, _Row] = {}
-    excess = 0.0
+    losses: list[tuple[float, float]] = []
     for trees, batch in zip(plan.micro_batches[packer.rank], packer.pack(plan), strict=True):
         batch = batch.to(policy.device)
         pi_logps = completion_logps(policy, batch, head_bytes)
         if not trees:
             continue
-        indices = (batch.lengths, batch.yw_idxs, batch.yl_idxs)
-        excess += loss_excess(pi_logps, batch.ref_logps, *indices, loss).item()
+        measured = list(zip(pi_logps.tolist(), batch.ref_logps.tolist(), strict=True))
         ids = [(tree.prompt_ids, ids) for tree in trees for ids in tree.completion_ids]
-        for (prompt, own), pi, ref in zip(ids, pi_logps.tolist(), batch.ref_logps.tolist(), strict=True):
+        for (prompt, own), (pi, ref) in zip(ids, measured, strict=True):
             rows[completion_key(prompt, own)] = (pi, ref, len(own), own[:8].tolist())
-    return rows, excess
+        losses += zip(_found_losses(pi_logps, batch, loss), _right_losses(trees, measured, loss), strict=True)
+    return rows, losses
+
+
+def _found_losses(pi_logps: torch.Tensor, batch: PackedBatch, loss: LossConfig) -> list[float]:
+    """What training minimizes of each pair, but for the SFT term, in float64: no loss is told apart by rounding."""
+    batch = replace(batch, ref_logps=batch.ref_logps.double())
+    losses, _ = pair_losses(pi_logps.double(), batch, replace(loss, sft_weight=0.0))
+    return losses.tolist()
+
+
+def _right_losses(trees: Sequence[Tree], measured: Sequence[tuple[float, float]], loss: LossConfig) -> list[float]:
+    """The losses of the trees' pairs by (pi_logp, ref_logp) of their completions, in the order of the trees."""
+    left, pairs = iter(measured), []
+    for tree in trees:
+        own = [(next(left), len(ids) if loss.length_normalized else 1) for ids in tree.completion_ids]
+        ratios = [(pi - ref) / divisor for (pi, ref), divisor in own]
+        pairs += [(ratios[winner], ratios[loser]) for winner, loser in tree.pairs]
+    winners, losers = np.array(pairs).reshape(-1, 2).T
+    return expected_losses(winners, losers, loss).tolist()
 
 
 def moved_plan(plan: StepPlan) -> StepPlan:

@@ -127,10 +127,3 @@ def total_losses(preference: Tensor | None, sft: Tensor, config: LossConfig) -> 
     if preference is None:
         return sft
     return preference + config.sft_weight * sft if config.sft_weight else preference
-
-
-def indifferent_loss(config: LossConfig) -> float:
-    """The preference loss of a pair where h = 0, so of every pair while the policy is its own reference."""
-    zero = torch.zeros(2, dtype=torch.float64)
-    winner, loser = torch.tensor([0]), torch.tensor([1])
-    return preference_losses(zero, zero, torch.ones_like(zero), winner, loser, config).item()

@@ -12,7 +12,7 @@ from pathlib import Path
 from dpo.batches import Packer, make_packer
 from dpo.cache import default_cache_dir, reference_key
 from dpo.config import Config, load_config
-from dpo.distributed import World, exit_program, open_world, start_devices
+from dpo.distributed import World, all_gather, exit_program, open_world, start_devices
 from dpo.errors import UserError
 from dpo.inputs import read_inputs
 from dpo.objective import has_reference
@@ -22,7 +22,7 @@ from dpo.policy import Policy, load_policy
 from dpo.preemption import StopRequest, listen_for_stop
 from dpo.progress import say
 from dpo.ref_table import RefTable
-from dpo.reference_pass import ReferencePass, fill, making, numerics
+from dpo.reference_pass import ReferencePass, fill, joined_making, making, numerics
 from dpo.warm_up import warm_up
 
 
@@ -43,8 +43,10 @@ def fill_cache(
     facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device, config.parallel.tf32)
     root = cache_root(config)
     head_bytes = config.parallel.head_memory_mib * 2**20
-    now, folder = making(world.device, is_compiled(config.parallel, world.device)), root / reference_key(facts)
-    rows, done = fill(sets, folder, facts, now, reference, packer, head_bytes, world, stop_requested)
+    now = joined_making(all_gather(making(world.device, is_compiled(config.parallel, world.device))))
+    rows, done = fill(
+        sets, root / reference_key(facts), facts, now, reference, packer, head_bytes, world, stop_requested
+    )
     if world.is_main:
         say(f"reference: {done.rows_computed} log-probabilities computed, {done.rows_reused} from the cache {root}")
     return rows, done

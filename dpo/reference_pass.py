@@ -82,6 +82,12 @@ def making(device: torch.device, compiled: bool) -> Making:
     return {"torch": str(torch.__version__), "device": capability, "compile": compiled}
 
 
+def joined_making(makings: Sequence[Making]) -> Making:
+    """How several ranks together make rows: where they differ, all that they say."""
+    values = {name: sorted({str(making[name]) for making in makings}) for name in makings[0]}
+    return {name: ", ".join(found) if len(found) > 1 else makings[0][name] for name, found in values.items()}
+
+
 def difference(made: Sequence[Making | None], now: Making) -> str | None:
     """What differs between how rows were made and how this run would make them, in a few words; None: nothing."""
     others = [

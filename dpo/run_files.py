@@ -1,7 +1,7 @@
 """What lies in a run folder, by name, and how its metrics are read; without torch, so that a laptop can.
 
 config.yaml       the resolved config of the last start
-provenance.json   code and hosts of every start, a list
+provenance.json   code, hosts and layout of every start, a list
 metrics.jsonl     every step and evaluation
 tensorboard/      the same as charts, and more
 answers/          to a few evaluation prompts, by reference and policy

@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -43,10 +43,12 @@ from dpo.run_files import FINAL, PROFILE
 from dpo.run_folder import (
     Start,
     check_identity,
+    decided_so_far,
     find_start,
     identity_of,
     is_finished,
     lacks_evaluation,
+    layout_of,
     open_run_folder,
 )
 from dpo.saving import Saver, open_saver
@@ -99,14 +101,14 @@ def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
     first, last, every = run.start.step + 1, run.inputs.last_step, run.config.train.eval_every
     if is_time(first - 1, every, last) and on_main(run.world, lambda: lacks_evaluation(run.dir, first - 1)):
         _evaluate(run, writer, saver, first - 1)
-    started, compiled = time.monotonic(), num_graphs()
+    started = time.monotonic()
     ahead = prefetch(functools.partial(_batches, run), range(first, last + 1), run.world.device)
     with closing(ahead), _bar(run) as bar, _profiled(run) as (begin, end):
         for step in range(first, last + 1):
             begin(step)
-            figures, must_stop = _step(run, step, ahead)
+            with _telling_new_graphs(run, f"step {step}"):
+                figures, must_stop = _step(run, step, ahead)
             end(step)
-            compiled = _tell_new_graphs(run, step, compiled)
             bar.advance(1)
             if writer:
                 writer.write(step, figures)
@@ -121,13 +123,15 @@ def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
                 _evaluate(run, writer, saver, step)
 
 
-def _tell_new_graphs(run: Run, step: int, before: int) -> int:
-    """The graphs compiled so far; a warning where there are more than `before`, for which all ranks have waited."""
-    graphs = num_graphs()
-    if graphs > before and run.world.is_main:
+@contextmanager
+def _telling_new_graphs(run: Run, what: str) -> Iterator[None]:
+    """Warns where `what`, done inside, compiled graphs, for which all ranks have waited."""
+    before = num_graphs()
+    yield
+    new = num_graphs() - before
+    if new and run.world.is_main:
         kinds = f" ({describe_graphs(run.policy.graphs)} in all)" if run.policy.graphs else ""
-        warn(f"step {step}: {graphs - before} more graphs were compiled, while every rank waited{kinds}")
-    return graphs
+        warn(f"{what}: {new} more graphs were compiled, while every rank waited{kinds}")
 
 
 def is_time(step: int, every: int | None, last_step: int) -> bool:
@@ -187,14 +191,16 @@ def _evaluate(run: Run, writer: MetricsWriter | None, saver: Saver, step: int) -
     if not len(run.inputs.data.eval):
         return
     pairs, loss = run.inputs.data.eval, run.config.loss
-    result = evaluate(run.policy, pairs, run.packer, loss, run.head_bytes, run.stop_requested)
+    with _telling_new_graphs(run, f"evaluation after step {step}"):
+        result = evaluate(run.policy, pairs, run.packer, loss, run.head_bytes, run.stop_requested)
     if result is None:  # who goes on makes it anew
         if step > run.start.step and not is_time(step, run.config.checkpoint.save_every, run.inputs.last_step):
             _save(run, writer, saver, step)
         raise Preempted(step)
     if not math.isfinite(result.figures["loss"]):
         raise RunError(f"evaluation after step {step}: the loss is {result.figures['loss']}")
-    answers = _answers(run, run.answers, step) if run.answers else []
+    with _telling_new_graphs(run, f"answers after step {step}"):
+        answers = _answers(run, run.answers, step) if run.answers else []
     if writer:
         show_evaluation(run, writer, step, result, answers)
 
@@ -222,7 +228,7 @@ def run_training(config: Config) -> None:
                 say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
             return
         start_devices(world, config.parallel.timeout_seconds)
-        config, need = decide_parallel(config, world, inputs)
+        config, need = decide_parallel(_as_so_far(config, world, start), world, inputs)
         with remembered_need(need):
             _train_and_export(config, world, inputs, start, identity, stop_requested)
 
@@ -236,8 +242,8 @@ def _train_and_export(
     if run.begins_at_reference:
         terms = run.first_step_terms
         deviation = verify_start(run.policy, run.packer, _trees(run, 1), config.loss, terms, run.head_bytes)
-    hosts = all_gather(socket.gethostname())
-    on_main(world, lambda: open_run_folder(config, start, provenance(hosts, inputs.last_step)))
+    origin = provenance(all_gather(socket.gethostname()), inputs.last_step) | {"layout": _layout(config, world)}
+    on_main(world, lambda: open_run_folder(config, start, origin))
     if run.answers:
         on_main(world, functools.partial(open_answers, run.answers, start.step))
     writing = closing(MetricsWriter(run.dir, start.step + 1)) if world.is_main else nullcontext()
@@ -250,6 +256,17 @@ def _train_and_export(
         export(run.policy, inputs.model.folder, run.dir / FINAL, config, world)
         if writer:
             conclude(run)
+
+
+def _as_so_far(config: Config, world: World, start: Start) -> Config:
+    layout = _layout(config, world)
+    return on_main(world, lambda: decided_so_far(config, start, layout))
+
+
+def _layout(config: Config, world: World) -> dict[str, Any]:
+    """The run's layout, with the devices of all ranks. Every rank must get here."""
+    kind = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    return layout_of(config, all_gather(kind))
 
 
 def main() -> None:

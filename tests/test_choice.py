@@ -1,11 +1,15 @@
 """What auto becomes: the choice by hand-made numbers, the bound against the rehearsal, and a run's own choice."""
 
+import json
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpo.checkpoint import RunState, checkpoint_path
 from dpo.config import Config, load_config
 from dpo.config_rules import decided
 from dpo.errors import RunError, UserError
@@ -16,9 +20,10 @@ from dpo.estimate.devices import DEVICES, GIB, Device, device_like, steady
 from dpo.estimate.lengths import Lengths
 from dpo.estimate.needs import Layout, needed_bytes
 from dpo.estimate.speed import Cluster, Part, Speed
+from dpo.run_folder import Start, decided_so_far, layout_of
 from tests.models import family_config
 from tests.ranks import Ranks
-from tests.runs import make_config, run, same_weights, save_six_steps, six_steps
+from tests.runs import changed, make_config, run, run_until, same_weights, save_six_steps, six_steps
 from tests.test_estimate import PLAIN, tree
 
 KINDS = ("none", "selective", "full")
@@ -137,12 +142,19 @@ def fail(kind: type[Exception]) -> None:
     raise kind("so it is")
 
 
+def die(*_: Any) -> None:
+    """As the kernel ends a process where a machine has no memory left."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_process_of_its_own_gives_results_and_failures() -> None:
     assert in_own_process(max, 3, 7) == 7
     with pytest.raises(UserError, match=r"^so it is$"):
         in_own_process(fail, UserError)
-    with pytest.raises(RunError, match="ValueError: so it is; it is not needed where parallel"):
+    with pytest.raises(RunError, match=r"^ValueError: so it is \(tests/test_choice\.py:\d+ in fail\)$"):
         in_own_process(fail, ValueError)
+    with pytest.raises(RunError, match=r"^its process ended without a result, with exit code -9$"):
+        in_own_process(die)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------
@@ -179,3 +191,124 @@ def test_two_ranks_train_what_rank_0_chose(tmp_path: Path, ranks: Ranks) -> None
     given = {f"parallel__{key}": value for key, value in values.items()}
     ranks(2, decided_run, root, tmp_path / "given", None, **given)
     assert same_weights(tmp_path / "small" / "final", tmp_path / "given" / "final")
+
+
+def lack_a_kernel(*_: Any) -> None:
+    raise NotImplementedError("aten::odd: no meta kernel")
+
+
+FAILURES = {
+    "no kernel": (lack_a_kernel, "NotImplementedError: aten::odd: no meta kernel (tests/test_choice.py:"),
+    "killed": (die, "its process ended without a result, with exit code -9;"),
+}
+
+
+@pytest.mark.parametrize("where", ["_rehearse", "decide_by_bound"])
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_run_goes_on_where_the_estimate_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], failure: str, where: str
+) -> None:
+    """With what needs the least memory, of which the line has the words to type; a key that the user set stays."""
+    if (failure, where) == ("killed", "decide_by_bound"):
+        pytest.skip("this process")
+    work, what = FAILURES[failure]
+    monkeypatch.setattr(at_start, "decide_by_bound", lambda case: None)
+    monkeypatch.setattr(at_start, where, work)
+    root = save_six_steps(tmp_path)
+    for given, words in (
+        ({}, "--parallel.activation_checkpointing full --parallel.sync_gradients every_micro_batch"),
+        ({"parallel__activation_checkpointing": "none"}, "--parallel.sync_gradients every_micro_batch"),
+    ):
+        folder = run(six_steps(root, tmp_path / f"run-{len(given)}", train__steps=1, **given))
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "the estimate failed" in line]
+        assert line.startswith(f"WARNING: parallel (auto): the estimate failed: {what}")
+        assert line.endswith(f"; what needs the least memory is taken, as by {words}")
+        config = load_config(["--config", str(folder / "config.yaml")], "dpo.train")
+        assert config.parallel.activation_checkpointing == ("none" if given else "full")
+        assert config.parallel.sync_gradients == "every_micro_batch"
+
+
+def test_a_model_that_cannot_be_built_is_a_fault_of_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A UserError of the estimate is no failure of the estimate."""
+    monkeypatch.setattr(at_start, "decide_by_bound", lambda case: fail(UserError))
+    with pytest.raises(UserError, match=r"^so it is$"):
+        run(six_steps(save_six_steps(tmp_path), tmp_path / "run"))
+
+
+# --- on a resume ------------------------------------------------------------------------------------------------------
+
+
+def values_of(run_dir: Path) -> tuple[str, str]:
+    """What auto became at the last start."""
+    parallel = load_config(["--config", str(run_dir / "config.yaml")], "dpo.train").parallel
+    return parallel.activation_checkpointing, parallel.sync_gradients
+
+
+def test_a_resumed_run_keeps_what_was_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process has taken all but 0.1 GiB when the run goes on; the choice of that memory is the leanest. It is
+    made where the micro-batches are others, and not where the layout is that of the first start again.
+    """
+    config = six_steps(save_six_steps(tmp_path), tmp_path / "run")
+    run_until(config, 3)
+    small = replace(at_start.this_machine(1), memory=0.1 * GIB)
+    monkeypatch.setattr(at_start, "this_machine", lambda ranks_per_node: small)
+    found = []
+    for tokens, stop in ((None, 4), (100, 5), (None, 6)):
+        run_until(config if tokens is None else changed(config, batch__tokens_per_micro_batch=tokens), stop)
+        (line,) = [
+            line
+            for line in capsys.readouterr().err.splitlines()
+            if "as in the run so far" in line or "decided anew" in line
+        ]
+        found.append((line, *values_of(tmp_path / "run")))
+    kept = "parallel (auto): activation_checkpointing none, sync_gradients every_micro_batch: as in the run so far"
+    anew = "parallel (auto): decided anew: tokens_per_micro_batch 8192 -> 100"
+    assert found == [
+        (f"{kept}, on the same devices", "none", "every_micro_batch"),
+        (anew, "full", "every_micro_batch"),
+        (f"{kept}, on the same devices", "none", "every_micro_batch"),
+    ]
+
+
+def resumed(tmp_path: Path, *starts: dict[str, Any]) -> Start:
+    """A resume of a run with these starts in its history."""
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "provenance.json").write_text(json.dumps(starts))
+    return Start(checkpoint_path(tmp_path / "run", 2), RunState(2, {}))
+
+
+def test_other_devices_are_another_layout(tmp_path: Path) -> None:
+    """The number of ranks and the kinds of their devices; a timeout is none of it, nor is a value that the user gives
+    now."""
+    config = make_config("m", "d", tmp_path / "run")
+    before = choice.with_values(config, {"activation_checkpointing": "selective", "sync_gradients": "last_micro_batch"})
+    start = resumed(tmp_path, {"layout": layout_of(before, ["H100"] * 2)})
+    for devices, values in (
+        (["H100"] * 2, ("selective", "last_micro_batch")),
+        (["H100"], ("auto", "auto")),
+        (["H100", "H200"], ("auto", "auto")),
+    ):
+        now = changed(config, parallel__timeout_seconds=7)
+        found = decided_so_far(now, start, layout_of(now, devices)).parallel
+        assert (found.activation_checkpointing, found.sync_gradients) == values
+    given = changed(config, parallel__activation_checkpointing="none")
+    assert decided_so_far(given, start, layout_of(given, ["H100"] * 2)).parallel.undecided == ("sync_gradients",)
+    other = changed(config, parallel__cpu_offload=True)
+    assert decided_so_far(other, start, layout_of(other, ["H100"] * 2)).parallel.undecided
+
+
+@pytest.mark.parametrize("starts", [[], [{}], [{"layout": None}], [{"layout": {}}]])
+def test_a_history_that_says_nothing_decides_nothing(tmp_path: Path, starts: list[dict[str, Any]]) -> None:
+    config = make_config("m", "d", tmp_path / "run")
+    assert decided_so_far(config, resumed(tmp_path, *starts), layout_of(config, ["cpu"])) == config
+    (tmp_path / "run" / "provenance.json").write_text("no JSON")
+    assert decided_so_far(config, Start(checkpoint_path(tmp_path / "run", 2)), layout_of(config, ["cpu"])) == config
+
+
+def test_a_fresh_start_takes_nothing_from_a_history(tmp_path: Path) -> None:
+    config = make_config("m", "d", tmp_path / "run")
+    before = choice.with_values(config, {"activation_checkpointing": "full", "sync_gradients": "last_micro_batch"})
+    resumed(tmp_path, {"layout": layout_of(before, ["cpu"])})
+    assert decided_so_far(config, Start(), layout_of(config, ["cpu"])) == config

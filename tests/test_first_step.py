@@ -1,22 +1,25 @@
 """The check before the first update: the policy is its own reference, whatever the loss, or the run ends."""
 
+import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 
+from dpo import reference
 from dpo.cache import ROW, makings_of, read_rows, write_making, write_rows
 from dpo.config import Config, LossConfig
 from dpo.deviation import Completions, Verdict, caps, exact_bounds, judge, limits, measure, rounding_scale
 from dpo.first_step import Terms
-from dpo.losses import indifferent_loss
 from dpo.ref_table import table_makings, write_table
-from dpo.reference_pass import difference
+from dpo.reference_pass import difference, joined_making
 from dpo.run_files import read_metrics
 from dpo.setup import Run
 from tests.models import save_model, save_pairs
@@ -41,8 +44,10 @@ def make(folders: Path, run_dir: Path, **changes: object) -> Config:
     return make_config(folders / "model", folders / "pairs.jsonl", run_dir, **changes)
 
 
-def shift_rows(cache: Path, shift: float, only: int | None = None) -> None:
-    """Moves the cached log-probabilities (or one of them) by so many allowed differences in float32."""
+def shift_rows(cache: Path, shift: float | np.ndarray, only: int | None = None) -> None:
+    """Moves the cached log-probabilities (or one of them) by so many allowed differences in float32, one number for
+    all rows or one a row.
+    """
     (folder,) = cache.iterdir()
     rows = read_rows(folder)
     allowed = 1e-4 + 1e-5 * np.abs(rows.logps)
@@ -73,7 +78,6 @@ def test_the_first_loss_is_that_of_an_indifferent_policy(folders: Path, tmp_path
     """No false alarm, and train/loss within 1e-5 (relative, for the large ones of ipo)."""
     loss, expected = LOSSES[name]
     config = make(folders, tmp_path / "run", **{f"loss__{key}": value for key, value in vars(loss).items()})
-    assert indifferent_loss(loss) == pytest.approx(expected, rel=1e-12)
     assert train_lines(run(config))[0]["train/loss"] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
@@ -187,8 +191,10 @@ def test_other_losses_are_checked_too(folders: Path, tmp_path: Path, loss: str) 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_value_that_is_no_number_ends_the_run(folders: Path, tmp_path: Path, value: float) -> None:
-    """A block that is whole, and holds nonsense."""
+def test_a_value_that_is_no_number_ends_the_run(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    """A block that is whole, and holds nonsense; no key lets it pass, and none is named."""
     run(make(folders, tmp_path / "first"))
     (folder,) = (tmp_path / "reference-cache").iterdir()
     (block,) = folder.glob("rows-*")
@@ -196,7 +202,11 @@ def test_a_value_that_is_no_number_ends_the_run(folders: Path, tmp_path: Path, v
     block.unlink()
     table["logp"][3] = value
     write_rows(folder, np.stack([table["high"], table["low"]], 1), table["logp"])
-    assert exit_code(make(folders, tmp_path / "second")) == 1
+    for check in ("stop", "warn"):
+        assert exit_code(make(folders, tmp_path / "second", reference__first_step_check=check)) == 1
+    error = capsys.readouterr().err
+    assert error.count("error: step 1: the policy is not its own reference") == 2
+    assert "first_step_check" not in error
 
 
 def test_a_resumed_policy_is_not_its_reference_and_is_not_checked(folders: Path, tmp_path: Path) -> None:
@@ -229,12 +239,14 @@ def test_beyond_the_caps_a_run_stops_and_warn_goes_on(
     move_rows(tmp_path / "reference-cache", 10.0)
     assert exit_code(make(folders, tmp_path / "second", **BFLOAT16)) == 1
     error = capsys.readouterr().err
-    assert "reference.first_step_check: stop | warn" in error
+    assert error.rstrip().endswith("; to train all the same: --reference.first_step_check warn")
     assert all(name in error for name in ("spread", "drift", "noise"))
     assert not (tmp_path / "second").exists()
     config = make(folders, tmp_path / "third", reference__first_step_check="warn", **BFLOAT16)
     assert exit_code(config) == 0
-    assert "WARNING: step 1: the policy is not its own reference" in capsys.readouterr().err
+    warning = capsys.readouterr().err
+    assert "WARNING: step 1: the policy is not its own reference" in warning
+    assert "to train all the same" not in warning
     (line,) = [line for line in read_metrics(tmp_path / "third") if "first_step/spread" in line]
     assert line["step"] == 0
     assert line["first_step/spread"] > 2.5
@@ -267,6 +279,31 @@ def test_how_blocks_were_made_survives_the_table(tmp_path: Path) -> None:
     )
     assert difference([here], here) is None
     assert difference([None], here) is not None
+
+
+def test_rows_of_unlike_ranks_are_made_by_all_of_them() -> None:
+    """Two kinds of GPU, once each, whatever the order of the ranks; what is alike stands as one rank says it."""
+    ranks = [{"torch": "2.13", "device": device, "compile": True} for device in ("sm_90", "sm_80", "sm_90")]
+    assert joined_making(ranks) == {"torch": "2.13", "device": "sm_80, sm_90", "compile": True}
+    assert joined_making(ranks[:1]) == ranks[0]
+    assert difference([joined_making(ranks)], joined_making(ranks[::-1])) is None
+    assert difference([ranks[0]], joined_making(ranks)) is not None
+
+
+def fill_as(config: Config, torch_version: str) -> None:
+    """A run on a rank that says it has another torch than rank 0."""
+    rank = int(os.environ["RANK"])
+    real = reference.making
+    with patch.object(reference, "making", lambda *args: real(*args) | {"torch": f"{torch_version}.{rank}"}):
+        run(config)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_block_says_how_every_rank_made_its_rows(folders: Path, tmp_path: Path, ranks: Ranks) -> None:
+    ranks(2, fill_as, make(folders, tmp_path / "run"), "2")
+    (folder,) = (tmp_path / "reference-cache").iterdir()
+    (made,) = folder.glob("made-*")
+    assert json.loads(made.read_text()) == {"torch": "2.0, 2.1", "device": "cpu", "compile": False}
 
 
 @pytest.mark.xdist_group("ranks")

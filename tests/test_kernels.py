@@ -3,16 +3,21 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from dpo import kernels
+from dpo import train as program
 from dpo.config import ParallelConfig
 from dpo.kernels import VARIABLES, compile_layers, describe_graphs, keep_kernels, num_graphs
 from dpo.parallelize import is_compiled
+from tests.runs import run, save_six_steps, six_steps
 
 
 @pytest.mark.parametrize(
@@ -157,3 +162,35 @@ def test_a_folder_that_cannot_be_made_is_told(
     keep_kernels(environment)
     assert environment == {}
     assert "compiled kernels are kept in /tmp, not in" in capsys.readouterr().err
+
+
+# --- what is told in a run -------------------------------------------------------------------------------------------
+
+
+def test_who_compiled_is_told_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Evaluations run before the first step and after steps 3 and 6: two graphs of each are not those of the step
+    that follows it, which makes one of its own in step 4.
+    """
+
+    def compiling(name: str, graphs: int, is_time: Callable[..., bool]) -> None:
+        work = getattr(program, name)
+
+        def wrapped(*args: Any) -> Any:
+            counters["stats"]["unique_graphs"] += graphs if is_time(*args) else 0
+            return work(*args)
+
+        monkeypatch.setattr(program, name, wrapped)
+
+    compiling("evaluate", 2, lambda *args: True)
+    compiling("_step", 1, lambda run, step, ahead: step == 4)
+    monkeypatch.setitem(counters["stats"], "unique_graphs", 0)
+    run(six_steps(save_six_steps(tmp_path), tmp_path / "run"))
+    told = [line for line in capsys.readouterr().err.splitlines() if "graphs were compiled" in line]
+    assert [line.partition(" more ")[0] for line in told] == [
+        "WARNING: evaluation after step 0: 2",
+        "WARNING: evaluation after step 3: 2",
+        "WARNING: step 4: 1",
+        "WARNING: evaluation after step 6: 2",
+    ]

@@ -15,7 +15,6 @@ from dpo.log_probs import completion_log_probs
 from dpo.losses import (
     dpo_loss,
     implicit_rewards,
-    indifferent_loss,
     preference_losses,
     sft_losses,
     total_losses,
@@ -171,13 +170,21 @@ def test_rewards_by_hand() -> None:
     assert dpo_loss(pi_logps, doubles(-3, -1, -9), WINNERS[:1], LOSERS[:1] - 2, 0.1)[1].equal(rewards)
 
 
-def test_loss_of_an_indifferent_policy() -> None:
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LossConfig(), math.log(2)),
+        (LossConfig(label_smoothing=0.3), math.log(2)),
+        (LossConfig(name="robust", label_smoothing=0.3), math.log(2)),
+        (LossConfig(name="ipo", beta=0.2), 1 / (4 * 0.04)),
+        (LossConfig(name="hinge"), 1.0),
+    ],
+)
+def test_loss_of_an_indifferent_policy(config: LossConfig, expected: float) -> None:
     """h = 0: ln 2 for dpo with any smoothing, and for robust: (1 - 2 eps) ln 2 / (1 - 2 eps); 1 / (4 beta^2); 1."""
-    assert indifferent_loss(LossConfig()) == pytest.approx(math.log(2))
-    assert indifferent_loss(LossConfig(label_smoothing=0.3)) == pytest.approx(math.log(2))
-    assert indifferent_loss(LossConfig(name="robust", label_smoothing=0.3)) == pytest.approx(math.log(2))
-    assert indifferent_loss(LossConfig(name="ipo", beta=0.2)) == pytest.approx(1 / (4 * 0.04))
-    assert indifferent_loss(LossConfig(name="hinge")) == 1
+    logps = doubles(-1, -2, -3, -4, -5, -6)
+    found = preference_losses(logps, logps, torch.ones_like(logps), WINNERS, LOSERS, config)
+    assert found.tolist() == pytest.approx([expected] * 3)
 
 
 # --- gradients and extremes ------------------------------------------------------------------------------------------

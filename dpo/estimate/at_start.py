@@ -7,6 +7,7 @@ of a process with a live CUDA or NCCL state may abort.
 
 import os
 import signal
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from multiprocessing import get_context
@@ -20,7 +21,7 @@ from transformers import PretrainedConfig
 from dpo.config import Config
 from dpo.distributed import World, all_gather, on_main
 from dpo.errors import RunError, UserError
-from dpo.estimate.choice import Case, Choice, decide_by_bound, decide_by_rehearsal, with_values
+from dpo.estimate.choice import Case, Choice, decide_by_bound, decide_by_rehearsal, with_values, without_estimate
 from dpo.estimate.devices import Device, device_like, this_machine
 from dpo.estimate.lengths import Lengths, lengths_of_pairs
 from dpo.estimate.needs import with_dtype
@@ -34,13 +35,11 @@ def decide_parallel(config: Config, world: World, inputs: Inputs) -> tuple[Confi
     """The config with no key of parallel undecided, and what a step of it needs, like `71.2 GiB`. Every rank must get
     here, or the rest hang.
 
-    Raises UserError where the model cannot be built, RunError where the process that rehearses is lost. Where nothing
-    is left to decide, the run goes on without the estimate: what it needs is then None.
+    Raises UserError where the model cannot be built and something is undecided. Where the estimate fails otherwise, the
+    run goes on with what needs the least memory; what that is, is then None.
     """
     memory = min(all_gather(_memory_here(world)))
     choice = on_main(world, lambda: _choice_if_possible(config, world, inputs, memory))
-    if choice is None:
-        return config, None
     if world.is_main:
         (say if choice.fits else warn)(choice.line)
     return with_values(config, choice.values), choice.needs
@@ -54,15 +53,15 @@ def _memory_here(world: World) -> float:
     return free + torch.cuda.memory_reserved(world.device)
 
 
-def _choice_if_possible(config: Config, world: World, inputs: Inputs, memory: float) -> Choice | None:
-    """The choice; None, with a line that says why, where the estimate fails and nothing is left to decide."""
+def _choice_if_possible(config: Config, world: World, inputs: Inputs, memory: float) -> Choice:
+    """The choice; where the estimate fails, what needs the least memory, with a line that says why."""
     try:
         return _choice(config, world, inputs, memory)
     except Exception as failure:
-        if config.parallel.undecided:
+        if isinstance(failure, UserError) and config.parallel.undecided:
             raise
-        say(f"what a step needs is not known: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}")
-        return None
+        is_line = isinstance(failure, (UserError, RunError))
+        return without_estimate(config.parallel.undecided, str(failure) if is_line else _named(failure))
 
 
 def _choice(config: Config, world: World, inputs: Inputs, memory: float) -> Choice:
@@ -108,16 +107,19 @@ def _rehearse(config: Config, folder: Path, lengths: Lengths, cluster: Cluster) 
 
 
 def in_own_process(work: Callable[..., Any], *args: Any) -> Any:
-    """The result of `work`, importable by name, in a process that is started for it; its UserError is raised here."""
+    """The result of `work`, importable by name, in a process that is started for it; its UserError is raised here, and
+    RunError, with a line that names it, for any other failure.
+    """
     ours, theirs = get_context("spawn").Pipe(duplex=False)
     process = get_context("spawn").Process(target=_serve, args=(theirs, work, args), daemon=True)
     process.start()
     theirs.close()
     try:
         result, failure = ours.recv()
+        process.join()
     except EOFError:
-        result, failure = None, RunError(_lost("ended without a result"))
-    process.join()
+        process.join()
+        result, failure = None, RunError(f"its process ended without a result, with exit code {process.exitcode}")
     if failure is not None:
         raise failure
     return result
@@ -134,11 +136,11 @@ def _serve(pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...]) ->
     except UserError as failure:
         pipe.send((None, failure))
     except Exception as failure:
-        pipe.send((None, RunError(_lost(f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]}"))))
+        pipe.send((None, RunError(_named(failure))))
 
 
-def _lost(what: str) -> str:
-    return (
-        f"the process that estimates the memory of a step: {what}; it is not needed where"
-        " parallel.activation_checkpointing and parallel.sync_gradients are not auto"
-    )
+def _named(failure: Exception) -> str:
+    """A failure in one line, with the place that raised it."""
+    frame = traceback.extract_tb(failure.__traceback__)[-1]
+    place = f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} in {frame.name}"
+    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]} ({place})"

@@ -37,6 +37,8 @@ VALUES = {
     "sync_gradients": ("every_micro_batch", "last_micro_batch"),
 }
 """What auto may become, by key of parallel; where options take the same time, the first ones are preferred."""
+LEANEST = {"activation_checkpointing": "full", "sync_gradients": "every_micro_batch"}
+"""What needs the least memory, by key."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class Choice:
     """By key of parallel."""
     fits: bool
     """Whether it leaves the share of memory free that it should; if not, it is what needs the least."""
-    needs: str
-    """What must fit into a rank's memory, for the user: `71.2 GiB`, or `at most 3.1 GiB` by the bound."""
+    needs: str | None
+    """What must fit into a rank's memory, for the user: `71.2 GiB`, `at most 3.1 GiB` by the bound; None: not known."""
     line: str
     """It and its reasons, for the user."""
 
@@ -81,6 +83,16 @@ class Choice:
 def with_values(config: Config, values: dict[str, Any]) -> Config:
     """The config with some keys of parallel changed."""
     return replace(config, parallel=replace(config.parallel, **values))
+
+
+def without_estimate(keys: Sequence[str], failure: str) -> Choice:
+    """What needs the least memory, where the estimate fails, for the keys on auto."""
+    if not keys:
+        return Choice(values={}, fits=True, needs=None, line=f"what a step needs is not known: {failure}")
+    values = {key: LEANEST[key] for key in keys}
+    words = " ".join(f"--parallel.{key} {value}" for key, value in values.items())
+    line = f"parallel (auto): the estimate failed: {failure}; what needs the least memory is taken, as by {words}"
+    return Choice(values=values, fits=False, needs=None, line=line)
 
 
 def decide(case: Case) -> Choice:

@@ -25,6 +25,7 @@ from dpo.distributed import open_world
 from tests.models import save_model, save_pairs
 from tests.ranks import Ranks
 from tests.runs import make_config, run
+from tests.test_failed_checkpoint import fail_once, save
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -178,3 +179,31 @@ def save_what_grows(folder: Path) -> list[int]:
 
 def test_what_changes_is_planned_anew(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks(2, save_what_grows, tmp_path) == [[1, 1, 1, 0], [0, 0, 0, 0]]
+
+
+# --- a checkpoint that fails -----------------------------------------------------------------------------------------
+
+
+def save_after_a_failure(folder: Path, name: str, rank: int) -> list[str]:
+    """What three checkpoints in a row say where the disk of one rank is full the first time that its writer is asked
+    for `name`; nothing of one that is read back bit for bit.
+    """
+    with open_world(60) as world, pytest.MonkeyPatch.context() as monkeypatch:
+        if world.rank == rank:
+            fail_once(monkeypatch, name)
+        said = [save(folder, step, world) for step in (1, 2, 3)]
+        assert any(getattr(SavePlanner, cache) for cache in CACHES)
+        forget_plans("failing")
+        return said
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"), [("prepare_local_plan", 0), ("prepare_local_plan", 1), ("prepare_global_plan", 0), ("finish", 0)]
+)
+def test_a_failure_on_one_rank_leaves_the_next_checkpoints_whole(
+    ranks: Ranks, tmp_path: Path, name: str, rank: int
+) -> None:
+    """All ranks tell the same failure, and none keeps a plan that the others lack."""
+    for first, *later in ranks(2, save_after_a_failure, tmp_path, name, rank):
+        assert f"rank {rank}: OSError: [Errno 28] No space left on device" in first
+        assert later == ["", ""]
