@@ -45,11 +45,12 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     3  config.py          load_config, to_yaml
     4  board/             a run in TensorBoard: charts, histograms, texts, answers, HParams
     4  parallelize.py     checkpointing, compilation and sharding, composed onto a model
-    4  distributed.py     process group, mesh; one decides, all follow; exit codes
+    4  distributed.py     process group, mesh; one decides, all follow
     4  traffic.py         bytes that the ranks send each other in a step, by formula
     4  objective.py       log-probabilities of a batch -> what is minimized
     4  optim.py           optimizers, lr_at(step), the norm of a sharded gradient
     4  sources.py         a source of the config -> its raw rows
+    5  program.py         how a program ends: its exit code, its error in one line
     5  metrics.py         sums on the device -> one exchange a step -> metrics.jsonl, TensorBoard
     5  token_rows.py      the tokenized rows of a source, cached on disk
     5  weights.py         model folders: found, hashed, read and written a shard a rank

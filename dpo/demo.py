@@ -45,8 +45,8 @@ from dpo.config import (
     to_yaml,
 )
 from dpo.demo_world import Question, grade_of, preference_row, questions, sample_answers, save_model, save_rows
-from dpo.distributed import run_program
 from dpo.errors import UserError, parse_arguments
+from dpo.program import run_program
 from dpo.run_files import read_metrics
 
 MARKER = ".dpo-demo"

@@ -1,27 +1,19 @@
-"""The processes of a run: their group and mesh, what one of them decides for all, and how they end together."""
+"""The processes of a run: their group and mesh, and what one of them decides for all."""
 
-import atexit
 import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from dpo.config import ParallelConfig, with_place
-from dpo.errors import Preempted, RunError, UserError
-from dpo.failures import met_alone, record_failure
+from dpo.config import ParallelConfig
+from dpo.errors import RunError, UserError
 from dpo.network import VARIABLE, gloo_interface
-from dpo.progress import say, set_quiet, warn
-from dpo.run_files import write_status
-from dpo.versions import untested_versions
-from dpo.visible import harmless
 
 T = TypeVar("T")
 
@@ -60,7 +52,7 @@ def open_world(timeout_seconds: int) -> Iterator[World]:
     device = torch.device("cuda", env["LOCAL_RANK"]) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         set_allocator(os.environ)
-    store = _join(timeout_seconds)
+    store = join(timeout_seconds)
     yield World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], device, store)
     dist.destroy_process_group()  # not after a failure: `run_program` still needs the group, to end all ranks together
 
@@ -144,7 +136,8 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
-def _join(timeout_seconds: int) -> dist.Store:
+def join(timeout_seconds: int) -> dist.Store:
+    """Makes the first group, over gloo, and gives the store that it was made with."""
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" not in os.environ:
         store: dist.Store = dist.HashStore()
@@ -250,74 +243,3 @@ def all_gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-# --- how a program ends ----------------------------------------------------------------------------------------------
-
-
-def exit_program(main: Callable[[], None]) -> NoReturn:
-    """Ends this process with the exit code of `run_program`, past the interpreter's own way down.
-
-    Seen twice in some sixty runs of two ranks on gloo: a thread of torch's that still runs while Python takes the
-    process down aborts it ("terminate called without an active exception"), and what is done looks like a crash.
-    """
-    code = run_program(main)
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # who read it has gone
-            stream.flush()
-    os._exit(code)
-
-
-def run_program(main: Callable[[], None]) -> int:
-    """The exit code of a program: 0 done (also where it was asked to stop, and saved), 2 the user's input is wrong,
-    1 something found while running, 130 Ctrl-C.
-
-    Rank 0 alone prints the error, in one line, but for what one rank meets alone (see `met_alone`): that rank prints it
-    and ends at once, so that torchrun ends the others, which may wait for it in a collective. Any other exception is a
-    bug, and its traceback is shown. Why a rank failed stands in the file that torchrun asks for.
-    """
-    is_main = int(os.environ.get("RANK", "0")) == 0
-    set_quiet("--quiet" in sys.argv)
-    untested = untested_versions()
-    if untested and is_main:
-        warn(untested)
-    try:
-        main()
-    except Preempted as stop:
-        if is_main:  # torchrun ends with 0 both when a run is done and when it was stopped: the launcher reads which
-            write_status({"state": "preempted", "step": stop.step})
-            say(str(stop))
-        _leave_together()
-        return 0
-    except (UserError, RunError) as failure:
-        record_failure(failure, str(failure))
-        if is_main:
-            message = harmless(" ".join(str(failure).split()))
-            print(f"error: {with_place(message, sys.argv[1:])}", file=sys.stderr, flush=True)
-        _leave_together()
-        return 2 if isinstance(failure, UserError) else 1
-    except KeyboardInterrupt:
-        if is_main:
-            what = "the same command goes on from the newest checkpoint, or starts again where there is none yet"
-            print(f"stopped; {what}", file=sys.stderr, flush=True)
-        return 130
-    except Exception as failure:
-        line = met_alone(failure)
-        record_failure(failure, line or traceback.format_exc())
-        if line is None:
-            raise
-        print(f"error: {harmless(line)}", file=sys.stderr, flush=True)  # it does not wait for the others
-        return 1
-    if is_main:
-        write_status({"state": "done"})
-    return 0
-
-
-def _leave_together() -> None:
-    """Lets rank 0 print before any rank ends: torchrun ends all others as soon as it sees the first."""
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _join(60)
-    if dist.is_initialized():
-        all_gather(None)  # over gloo: a barrier would wait on the GPU for a rank that is lost
-        dist.destroy_process_group()

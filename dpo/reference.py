@@ -12,7 +12,7 @@ from pathlib import Path
 from dpo.batches import Packer, make_packer
 from dpo.cache import default_cache_dir, reference_key
 from dpo.config import Config, load_config
-from dpo.distributed import World, all_gather, exit_program, open_world, start_devices
+from dpo.distributed import World, all_gather, open_world, start_devices
 from dpo.errors import UserError
 from dpo.inputs import read_inputs
 from dpo.objective import has_reference
@@ -20,6 +20,7 @@ from dpo.pair_set import PairSet
 from dpo.parallelize import compute_dtype, is_compiled
 from dpo.policy import Policy, load_policy
 from dpo.preemption import StopRequest, listen_for_stop
+from dpo.program import exit_program
 from dpo.progress import say
 from dpo.ref_table import RefTable
 from dpo.reference_pass import ReferencePass, fill, joined_making, making, numerics

@@ -24,7 +24,6 @@ from dpo.answers import answer_text, stop_ids
 from dpo.config import ParallelConfig
 from dpo.distributed import (
     World,
-    exit_program,
     first_on_each_node,
     make_mesh,
     on_main,
@@ -38,6 +37,7 @@ from dpo.generation import generate
 from dpo.inputs import check_machines
 from dpo.json_rows import json_rows
 from dpo.policy import Policy, build_policy, free_memory, load_weights
+from dpo.program import exit_program
 from dpo.progress import say
 from dpo.records import Example
 from dpo.tokens import Encoder, Ids, Limits, check_vocabulary, encode, limits_of, load_tokenizer, text_encoder

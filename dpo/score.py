@@ -22,7 +22,7 @@ from rich.text import Text
 from dpo.batches import Packer, make_packer
 from dpo.config import Config, load_config, with_place
 from dpo.data import PreferenceData
-from dpo.distributed import World, exit_program, open_world, start_devices
+from dpo.distributed import World, open_world, start_devices
 from dpo.errors import RunError, UserError, own_flags, split_words
 from dpo.evaluation import Evaluation, evaluate
 from dpo.inputs import Inputs, read_inputs
@@ -30,6 +30,7 @@ from dpo.objective import has_reference
 from dpo.pair_set import PairSet
 from dpo.policy import Policy, load_policy
 from dpo.preemption import never
+from dpo.program import exit_program
 from dpo.progress import say
 from dpo.reference import fill_cache
 from dpo.reference_pass import lookup

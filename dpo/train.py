@@ -19,7 +19,7 @@ from dpo.board.dashboard import Answer
 from dpo.checkpoint import RunState
 from dpo.config import Config, load_config
 from dpo.costs import MODEL_UNITS
-from dpo.distributed import World, all_gather, exit_program, on_main, open_world, start_devices
+from dpo.distributed import World, all_gather, on_main, open_world, start_devices
 from dpo.errors import Preempted, RunError
 from dpo.estimate.at_start import decide_parallel
 from dpo.evaluation import evaluate
@@ -37,6 +37,7 @@ from dpo.policy import Policy, announce_backward, completion_logps
 from dpo.preemption import StopRequest, listen_for_stop
 from dpo.prefetch import prefetch
 from dpo.profiling import StepHook, profiled
+from dpo.program import exit_program
 from dpo.progress import Progress, progress, say, warn
 from dpo.provenance import provenance
 from dpo.run_files import FINAL, PROFILE

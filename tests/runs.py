@@ -29,8 +29,8 @@ from dpo.config import (
     TrainConfig,
     to_yaml,
 )
-from dpo.distributed import run_program
 from dpo.errors import RunError
+from dpo.program import run_program
 from dpo.run_files import read_metrics
 from tests.models import save_model, save_pairs
 

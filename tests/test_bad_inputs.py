@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BloomConfig, MixtralConfig, PreTrainedTokenizerFast
 
-from dpo.distributed import run_program
+from dpo.program import run_program
 from dpo.train import main
 from tests.models import VOCAB, save_model, save_pairs
 

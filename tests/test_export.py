@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from dpo import export
 from dpo.checkpoint import checkpoint_path
 from dpo.config import Config, SourceConfig
-from dpo.distributed import run_program
+from dpo.program import run_program
 from dpo.run_files import read_metrics
 from tests.data_fixtures import CHAT_TEMPLATE, make_tokenizer
 from tests.models import FAMILIES, plain_logp, plain_model, save_model, save_pairs

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 from dpo import reference, reference_pass, setup
 from dpo.cache import read_rows, split_keys
 from dpo.config import Config, SourceConfig
-from dpo.distributed import run_program
 from dpo.keys import completion_key
 from dpo.optim import make_optimizer
 from dpo.policy import load_policy
+from dpo.program import run_program
 from dpo.reference_pass import numerics
 from tests.models import plain_logp, plain_model, save_model, save_pairs
 from tests.runs import (

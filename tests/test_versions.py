@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dpo import versions
-from dpo.distributed import run_program
+from dpo.program import run_program
 from dpo.versions import TESTED, untested_versions
 from tests.pythons import interpreter
 

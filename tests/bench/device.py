@@ -25,7 +25,7 @@ from dpo.batches import Packer, make_packer
 from dpo.config import Config, load_config
 from dpo.costs import MODEL_UNITS, peak_flops
 from dpo.deviation import Deviation, rounding_scale
-from dpo.distributed import World, all_gather, exit_program, make_mesh, open_world, start_devices
+from dpo.distributed import World, all_gather, make_mesh, open_world, start_devices
 from dpo.estimate.at_start import in_own_process
 from dpo.estimate.lengths import largest_micro_batches
 from dpo.estimate.memory import step_memory
@@ -37,6 +37,7 @@ from dpo.parallelize import compute_dtype
 from dpo.plan import Pair, StepPlan, Tree, grow_trees
 from dpo.policy import Policy, announce_backward, build_policy, completion_logps
 from dpo.preemption import never
+from dpo.program import exit_program
 from dpo.train import train_step
 from dpo.warm_up import warm_up
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from dpo import reference, reference_pass
 from dpo.cache import write_rows
-from dpo.distributed import exit_program
 from dpo.pair_set import PairSet
+from dpo.program import exit_program
 
 
 def keys_of(sets: Sequence[PairSet], numbers: np.ndarray) -> np.ndarray:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo.distributed import all_gather, first_on_each_node, open_world, run_program
+from dpo.distributed import all_gather, first_on_each_node, open_world
+from dpo.program import run_program
 from dpo.train import run_training
 from tests.models import save_model, save_pairs
 from tests.ranks import Ranks

@@ -46,7 +46,7 @@ saving.write_checkpoint = write_or_hold
 """The thread that writes the checkpoint of step 4 comes to a function and goes no further."""
 MAIN = """
 import sys
-from dpo.distributed import run_program
+from dpo.program import run_program
 from dpo.train import main
 sys.exit(run_program(main))
 """

@@ -14,11 +14,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.config import to_yaml
-from dpo.distributed import run_program
 from dpo.estimate import program as estimate
 from dpo.estimate.devices import DEVICES
 from dpo.estimate.program import read_arguments
 from dpo.failures import estimate_name, remembered_need
+from dpo.program import run_program
 from tests.models import save_pairs
 from tests.runs import exit_code_of, make_config
 
@@ -135,7 +135,7 @@ import os, sys
 from dataclasses import replace
 import torch
 from dpo import train
-from dpo.distributed import exit_program
+from dpo.program import exit_program
 from dpo.estimate import at_start
 
 class Backward(torch.autograd.Function):

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from dpo import train
 from dpo.checkpoint import newest_checkpoint
 from dpo.config import Config
-from dpo.distributed import run_program
+from dpo.program import run_program
 from tests.models import save_model, save_pairs
 from tests.ranks import Ranks
 from tests.runs import changed, exit_code, make_config, run, train_lines

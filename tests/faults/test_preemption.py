@@ -14,8 +14,8 @@ import pytest
 from dpo import train
 from dpo.checkpoint import newest_checkpoint
 from dpo.config import Config
-from dpo.distributed import run_program
 from dpo.evaluation import Evaluation
+from dpo.program import run_program
 from dpo.run_files import STATUS_FILE, read_metrics
 from tests.ranks import Ranks
 from tests.runs import (

@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from dpo import saving, train
 from dpo.checkpoint import checkpoint_path, newest_checkpoint
 from dpo.config import Config
-from dpo.distributed import run_program
+from dpo.program import run_program
 from tests.faults.late import written_late
 from tests.faults.test_one_rank_fails import fail_as_rank, infinite_loss
 from tests.faults.test_preemption import preempted

@@ -59,8 +59,8 @@ def stops_once(folder: Path) -> None:
 
 def tells(folder: Path) -> None:
     """Finds something, as a program of this package does."""
-    from dpo.distributed import run_program
     from dpo.errors import RunError
+    from dpo.program import run_program
 
     def main() -> None:
         raise RunError("step 3: the gradient norm is nan")
