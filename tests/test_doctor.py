@@ -255,7 +255,8 @@ def test_the_disk_that_a_run_needs(keep: int | None, num_saves: int | None, pres
 def test_the_sizes_are_those_that_a_run_writes(tmp_path: Path) -> None:
     """Six steps, saved every second one: three checkpoints; torch and safetensors add names to the numbers."""
     config = six_steps(save_six_steps(tmp_path), tmp_path / "run", checkpoint__save_every=2, checkpoint__keep=None)
-    LlamaForCausalLM(LlamaConfig(16_384, 64, 64, 2, 4)).save_pretrained(tmp_path / "model")  # 2 million weights
+    large = LlamaConfig(vocab_size=16_384, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    LlamaForCausalLM(large).save_pretrained(tmp_path / "model")  # 2 million weights
     found = sizes_of(config, read_model_config(tmp_path / "model", False))
     run(config)
     written = sorted((tmp_path / "run" / "checkpoints").iterdir())
@@ -328,7 +329,9 @@ def test_a_step_of_the_longest_pairs_is_estimated_without_data(
     words += ["--parallel.sync_gradients", "every_micro_batch"]
     assert doctor(tmp_path, *words) == 0
     told = " ".join(capsys.readouterr().out.split())
-    (needs,) = re.findall(r"note: pairs of the greatest length: .* a step needs ([\d.]+) of 0.50 GiB by the", told)
+    (needs,) = re.findall(
+        r"note: pairs of data.max_length tokens: does not fit: a step needs ([\d.]+) of 0.50 GiB by the", told
+    )
     model_words = ["--model.path", str(tmp_path / "model"), "--data.train", "[{path: not-here.jsonl}]"]
     assert exit_code_of(estimate.main, "dpo.estimate", *model_words, *words, "--ranks", "1", "--device", "cpu") == 0
     assert f"fits: {needs} of " in capsys.readouterr().out
@@ -338,7 +341,10 @@ def test_a_step_of_the_longest_pairs_is_estimated_without_data(
 def test_pairs_without_a_bound_are_left_to_the_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor(tmp_path, "--data.max_length", "null", "--data.max_prompt_length", "null") == 0
     told = " ".join(capsys.readouterr().out.split())
-    assert "what a step needs is not known (" in told and "for the lengths of the data: python -m dpo.estimate" in told
+    assert (
+        "what a step needs is not known (data.max_length is null); for" in told
+        and "for the lengths of the data: python -m dpo.estimate" in told
+    )
 
 
 def test_another_reference_is_read_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

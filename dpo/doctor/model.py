@@ -80,16 +80,15 @@ def free_on_device(world: World) -> float:
     return float(free + torch.cuda.memory_reserved(world.device))
 
 
-def estimated_step(subject: Subject, world: World, memory: float) -> Choice | None:
-    """What a step of the longest pairs of the config needs and takes, with so many bytes on every device. Raises
-    UserError where the config does not bound the pairs.
-    """
+def estimated_step(subject: Subject, world: World, memory: float) -> Choice | Failure | None:
+    """What a step of the longest pairs of the config needs and takes, with so many bytes on every device."""
     if subject.config is None:
         return None
     data, model_config = subject.config.data, subject.models[0]
-    prompt = data.max_prompt_length or (data.max_length or 0) // 2  # given, so that no data is read
-    completion = data.max_length - prompt if data.max_length else None
-    lengths = find_lengths(subject.config, model_config, prompt, completion)
+    if data.max_length is None:
+        return Failure("data.max_length is null")
+    prompt = data.max_prompt_length or data.max_length // 2
+    lengths = find_lengths(subject.config, model_config, prompt, data.max_length - prompt)  # given: no data is read
     return choice_here(subject.config, (Path(subject.config.model.path), model_config), lengths, world, memory)
 
 
@@ -120,8 +119,8 @@ def _step(step: Choice | Failure | None) -> tuple[list[str], list[str]]:
     if not isinstance(step, Choice):
         return [f"what a step needs is not known{f' ({step.reason})' if step else ''}; {command}"], []
     if step.fits:
-        return [f"pairs of the greatest length: {step.line}"], []
-    return [], [f"pairs of the greatest length: {step.line}; {command}"]
+        return [f"pairs of data.max_length tokens: {step.line}"], []
+    return [], [f"pairs of data.max_length tokens: {step.line}; {command}"]
 
 
 def _room(subject: Subject, on_host: bool) -> str:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from dpo.config import Config, ParallelConfig
 from dpo.distributed import World, all_gather, first_on_each_node, together
-from dpo.errors import RunError
+from dpo.errors import RunError, UserError
 from dpo.parallelize import compute_dtype
 
 T = TypeVar("T")
@@ -122,7 +122,8 @@ def attempt(work: Callable[[], T]) -> T | Failure:
         return work()
     except Exception as failure:
         first = next((line.strip() for line in str(failure).splitlines() if line.strip()), "")
-        return Failure(f"{type(failure).__name__}: {first}"[:200] if not isinstance(failure, RunError) else first)
+        is_told = isinstance(failure, (RunError, UserError))
+        return Failure(first if is_told else f"{type(failure).__name__}: {first}"[:200])
 
 
 def agreed(work: Callable[[], T]) -> T:

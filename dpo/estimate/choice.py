@@ -160,7 +160,8 @@ def choose(
             return Choice(option.values, True, _needs(tried[-1][1], at_most), _line(tried, options, memory, at_most))
     leanest = min(tried, key=lambda one: one[1])
     others = [one for one in tried if one is not leanest]
-    line = f"less than {ROOM:.0%} of the memory would stay free: {_line([*others, leanest], options, memory, at_most)}"
+    what = "does not fit" if leanest[1] > memory else f"less than {ROOM:.0%} of the memory would stay free"
+    line = f"{what}: {_line([*others, leanest], options, memory, at_most)}"
     return Choice(leanest[0].values, False, _needs(leanest[1], at_most), line)
 
 

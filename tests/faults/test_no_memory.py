@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo.config import to_yaml
+from dpo.config import SourceConfig, to_yaml
 from dpo.estimate import program as estimate
 from dpo.estimate.devices import DEVICES
 from dpo.estimate.program import read_arguments
@@ -174,7 +174,9 @@ def test_a_rank_without_memory_says_so_and_leaves(tmp_path: Path, capsys: pytest
     large = {"vocab_size": 16_384, "hidden_size": 256, "intermediate_size": 256}
     LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, num_attention_heads=4, **large)).save_pretrained(model)
     decided = {"parallel__activation_checkpointing": "none", "parallel__sync_gradients": "every_micro_batch"}
-    config = make_config(model, pairs, tmp_path / "run", batch__pairs_per_step=4, train__steps=3, **decided)
+    data = {"data__train": [SourceConfig(path=str(pairs), format="tokens")]}  # read by the estimate without a tokenizer
+    facts = {"batch__pairs_per_step": 4, "train__steps": 3} | decided | data
+    config = make_config(model, pairs, tmp_path / "run", **facts)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     (tmp_path / "main.py").write_text(MAIN)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
