@@ -3,11 +3,11 @@
 There is no queue and no limit of time: a run that saved and ended (SIGUSR2), or lost a rank, starts again at once.
 """
 
+import os
 import pickle
 import shlex
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,15 +73,17 @@ def start_in_background(work: RunsHere, log: Path, python: str, setup: Sequence[
     file.write_bytes(pickle.dumps(work))
     script = "\n".join(["set -e", *setup, f"exec {shlex.quote(python)} -u -m launch.here {shlex.quote(str(file))}"])
     with log.open("ab") as stream:
-        process = subprocess.Popen(
-            ["bash", "-c", script],
-            stdin=subprocess.DEVNULL,
-            stdout=stream,
-            stderr=stream,
-            start_new_session=True,
+        actions = [
+            (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+            *((os.POSIX_SPAWN_DUP2, stream.fileno(), number) for number in (1, 2)),
+        ]
+        defaults = (signal.SIGPIPE, signal.SIGXFSZ)  # which Python ignores
+        # Not a Popen, which expects to be waited for.
+        process = os.posix_spawnp(
+            "bash", ["bash", "-c", script], os.environ, file_actions=actions, setsid=True, setsigdef=defaults
         )
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a child that has ended would look alive until somebody waits for it
-    return process.pid
+    return process
 
 
 def main() -> None:

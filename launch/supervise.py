@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -96,7 +96,7 @@ def run(
         words, env=dict(env), stderr=stderr, text=True, errors="replace", preexec_fn=_ignore_stop
     )
     kept: deque[str] = deque(maxlen=_KEPT_LINES)
-    copier = threading.Thread(target=_copy, args=(process.stderr or (), kept), daemon=True)
+    copier = threading.Thread(target=_copy, args=(process.stderr or nullcontext(()), kept), daemon=True)
     copier.start()
     try:
         _wait(process, noted, grace, peer_failed)
@@ -111,13 +111,14 @@ def _ignore_stop() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
-def _copy(source: Iterable[str], kept: deque[str]) -> None:
+def _copy(source: AbstractContextManager[Iterable[str]], kept: deque[str]) -> None:
     """Shows and keeps lines until the last; what stops reading stops the ranks, which wait for a pipe that is full."""
-    for line in source:
-        kept.append(line)
-        with suppress(OSError):  # the disk of the log is full, for one
-            sys.stderr.write(line)
-            sys.stderr.flush()
+    with source as lines:
+        for line in lines:
+            kept.append(line)
+            with suppress(OSError):  # the disk of the log is full, for one
+                sys.stderr.write(line)
+                sys.stderr.flush()
 
 
 def _wait(process: subprocess.Popen[str], noted: Signals, grace: float, peer_failed: Callable[[], bool]) -> None:
