@@ -77,8 +77,11 @@ def start_in_background(work: RunsHere, log: Path, python: str, setup: Sequence[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             *((os.POSIX_SPAWN_DUP2, stream.fileno(), number) for number in (1, 2)),
         ]
+        defaults = (signal.SIGPIPE, signal.SIGXFSZ)  # which Python ignores
         # Not a Popen, which expects to be waited for.
-        process = os.posix_spawnp("bash", ["bash", "-c", script], os.environ, file_actions=actions, setsid=True)
+        process = os.posix_spawnp(
+            "bash", ["bash", "-c", script], os.environ, file_actions=actions, setsid=True, setsigdef=defaults
+        )
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a child that has ended would look alive until somebody waits for it
     return process
 
