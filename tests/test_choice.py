@@ -238,38 +238,30 @@ def test_a_model_that_cannot_be_built_is_a_fault_of_the_input(tmp_path: Path, mo
 # --- on a resume ------------------------------------------------------------------------------------------------------
 
 
-def values_of(run_dir: Path) -> tuple[str, str]:
-    """What auto became at the last start."""
-    parallel = load_config(["--config", str(run_dir / "config.yaml")], "dpo.train").parallel
-    return parallel.activation_checkpointing, parallel.sync_gradients
-
-
 def test_a_resumed_run_keeps_what_was_chosen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Another process has taken all but 0.1 GiB when the run goes on; the choice of that memory is the leanest. It is
-    made where the micro-batches are others, and not where the layout is that of the first start again.
+    """By the memory of the later starts all would be checkpointed. So it is where the micro-batches are others, and not
+    where the layout is that of the first start again.
     """
-    config = six_steps(save_six_steps(tmp_path), tmp_path / "run")
+
+    def full(config: Config, *_: Any) -> choice.Choice:
+        return choice.Choice(dict.fromkeys(config.parallel.undecided, "full"), True, None, "the estimate's line")
+
+    facts = {"parallel__sync_gradients": "every_micro_batch", "batch__tokens_per_micro_batch": 64}
+    config = six_steps(save_six_steps(tmp_path), tmp_path / "run", **facts)
     run_until(config, 3)
-    small = replace(at_start.this_machine(1), memory=0.1 * GIB)
-    monkeypatch.setattr(at_start, "this_machine", lambda ranks_per_node: small)
+    monkeypatch.setattr(at_start, "_choice", full)
     found = []
-    for tokens, stop in ((None, 4), (100, 5), (None, 6)):
-        run_until(config if tokens is None else changed(config, batch__tokens_per_micro_batch=tokens), stop)
-        (line,) = [
-            line
-            for line in capsys.readouterr().err.splitlines()
-            if "as in the run so far" in line or "decided anew" in line
-        ]
-        found.append((line, *values_of(tmp_path / "run")))
-    kept = "parallel (auto): activation_checkpointing none, sync_gradients every_micro_batch: as in the run so far"
-    anew = "parallel (auto): decided anew: tokens_per_micro_batch 8192 -> 100"
-    assert found == [
-        (f"{kept}, on the same devices", "none", "every_micro_batch"),
-        (anew, "full", "every_micro_batch"),
-        (f"{kept}, on the same devices", "none", "every_micro_batch"),
-    ]
+    for tokens, stop in ((64, 4), (100, 5), (64, 6)):
+        capsys.readouterr()
+        run_until(changed(config, batch__tokens_per_micro_batch=tokens), stop)
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("parallel (auto): ")]
+        written = load_config(["--config", str(tmp_path / "run" / "config.yaml")], "dpo.train")
+        found.append((line, written.parallel.activation_checkpointing))
+    kept = ("parallel (auto): activation_checkpointing none: as in the run so far, on the same devices", "none")
+    anew = ("parallel (auto): decided anew: tokens_per_micro_batch 64 -> 100", "full")
+    assert found == [kept, anew, kept]
 
 
 def resumed(tmp_path: Path, *starts: dict[str, Any]) -> Start:

@@ -74,7 +74,7 @@ def choice_here(
 ) -> Choice:
     """The choice on this rank's kind of device with so many bytes, for a model by its folder or hub id and its config.
 
-    Raises as `decide_parallel` does.
+    Raises UserError where the model cannot be built, anything else where the estimate fails otherwise.
     """
     device = _device_here(world, memory)
     config = with_dtype(config, device)
