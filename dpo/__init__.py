@@ -18,6 +18,7 @@ imports from lower floors only (`tests/test_structure.py` holds it to that):
     0  plan.py            pairs -> trees -> balanced StepPlan
     0  losses.py          the losses on the paper's index signature
     0  block_mask.py      FlexAttention's mask of packed trees, made block by block
+    0  data_sheets.py     what GPUs have by their makers' data sheets
     0  flex_options.py    FlexAttention's kernel options by architecture and head size
     0  log_probs.py       hidden states -> log-probabilities, the vocabulary in chunks
     0  prefetch.py        what comes next is built by a thread

@@ -86,8 +86,8 @@ def write_checkpoint(
 
 def save_planner(plans: str) -> dcp.DefaultSavePlanner:
     """A planner that keeps, under the name `plans`, what the ranks agreed on at the first checkpoint: at the next ones
-    each rank says that its tensors lie as they did, and rank 0 gathers, deduplicates and validates nothing. At 70B on
-    512 ranks that is 21 s of Python, in which rank 0's training thread would hardly run.
+    each rank says that its tensors lie as they did, and rank 0 gathers, deduplicates and validates nothing: Python
+    that takes longer the more ranks and tensors there are, and beside which rank 0's training thread would hardly run.
 
     torch keeps plans for all planners of a class, in the process, by the class's name, whatever the ranks and the run:
     `plans` must belong to one group and one run. Where tensors do change, all is planned anew.

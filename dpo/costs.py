@@ -13,7 +13,6 @@ optimizer are left out: they are no matrix products, and no `FlopCounterMode` co
 is counted as if it saw everything: an upper bound, exact where no tree is longer than the window.
 """
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from dpo.data_sheets import find_sheet
 from dpo.plan import CostModel, Tree
 
 UNGATED = ("phi", "starcoder2", "nemotron", "gpt_bigcode")
@@ -93,32 +93,13 @@ def step_flops(trees: Sequence[Tree], costs: CostModel, units: Units) -> float:
 
 # --- devices ---------------------------------------------------------------------------------------------------------
 
-PEAKS = {
-    "GB200": {"bfloat16": 2500e12, "tf32": 1250e12, "float32": 80e12},
-    "B200": {"bfloat16": 2250e12, "tf32": 1125e12, "float32": 75e12},
-    "GH200": {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12},
-    "H200": {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12},
-    "H100 PCIe": {"bfloat16": 756e12, "tf32": 378e12, "float32": 51e12},
-    "H100": {"bfloat16": 989e12, "tf32": 494e12, "float32": 67e12},
-    "A100": {"bfloat16": 312e12, "tf32": 156e12, "float32": 19.5e12},
-    "L40S": {"bfloat16": 362e12, "tf32": 183e12, "float32": 91.6e12},
-    "L4": {"bfloat16": 121e12, "tf32": 60e12, "float32": 30.3e12},
-    "A10": {"bfloat16": 125e12, "tf32": 62.5e12, "float32": 31.2e12},
-    "MI300X": {"bfloat16": 1307e12, "tf32": 654e12, "float32": 163e12},
-}
-"""Dense peak FLOPs a second from the makers' data sheets, by words of the name that CUDA gives; the first that fits
-holds. An A10G is no A10, an L40 no L4."""
-
-
-def known_device(name: str) -> str | None:
-    """The words of the table that stand for a GPU, None where it is not there; `name`: as CUDA gives it."""
-    return next((words for words in PEAKS if re.search(rf"\b{words}\b", name, re.IGNORECASE)), None)
-
 
 def device_peak(name: str, precision: str) -> float | None:
-    """Peak FLOPs a second of a GPU, None where it is not in the table; `precision`: bfloat16, tf32, float32."""
-    words = known_device(name)
-    return PEAKS[words].get(precision) if words else None
+    """Peak FLOPs a second of a GPU by the name that CUDA gives, None where it is not in the table of `data_sheets`;
+    `precision`: bfloat16, tf32, float32.
+    """
+    sheet = find_sheet(name)
+    return sheet.peak(precision) if sheet else None
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

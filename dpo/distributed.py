@@ -123,8 +123,8 @@ def _wait_for_all(store: dist.Store, size: int) -> None:
 
 
 def set_allocator(environment: MutableMapping[str, str]) -> None:
-    """Lets torch's allocator grow its segments of device memory in place, unless the user has chosen settings: what is
-    reserved and not used is then half (6.3 GiB for 12 at 8 ranks of an 8B model). To be called before CUDA starts.
+    """Lets torch's allocator grow its segments of device memory in place, unless the user has chosen settings: less is
+    then reserved and not used. To be called before CUDA starts.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf
     """

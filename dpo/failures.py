@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dpo.costs import known_device
+from dpo.data_sheets import find_sheet
 from dpo.errors import RunError
 
 GIB = 2**30
@@ -82,7 +82,10 @@ def met_alone(failure: Exception) -> str | None:
     return None
 
 
-_NO_DEVICE_MEMORY = re.compile(r"(CUDA|HIP) (error: )?out of memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_NO_DEVICE_MEMORY = re.compile(
+    r"(CUDA|HIP) (error: )?out of memory|(CUDA|HIP) failure 2\b|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+"""In the words of the allocator, the runtime, NCCL (`Cuda failure 2 'out of memory'`, src/include/checks.h), cuBLAS."""
 _NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
 """What gloo says in its own words; https://github.com/pytorch/gloo/blob/main/gloo/transport/tcp/pair.cc"""
@@ -150,10 +153,11 @@ def _what_helps() -> str:
     command = estimate_command(sys.argv[1:])
     if command is None:
         return "what helps: more ranks, each of which then holds less of the model"
+    unknown = "" if _this_device() else " (NAME: the nearest of python -m dpo.estimate --help)"
     return (
         "what helps: a smaller batch.tokens_per_micro_batch, parallel.activation_checkpointing full,"
         " parallel.sync_gradients every_micro_batch (or, on a GPU, parallel.cpu_offload true);"
-        f" to see what a step needs, and what would fit: {command}"
+        f" to see what a step needs, and what would fit: {command}{unknown}"
     )
 
 
@@ -187,8 +191,5 @@ def _this_device() -> str | None:
 
 def estimate_name(name: str, memory: float) -> str | None:
     """A GPU as `dpo.estimate --device` calls it, by the name that CUDA gives and its bytes; None: it is not known."""
-    words = known_device(name)
-    if words is None:
-        return None
-    is_small_a100 = words == "A100" and memory < 48 * GIB
-    return words.lower().replace(" ", "-") + ("-40gb" if is_small_a100 else "")
+    sheet = find_sheet(name, memory)
+    return sheet.key if sheet else None

@@ -85,8 +85,8 @@ def _generating(policy: Policy, keeps_layers: bool) -> Iterator[None]:
     `keeps_layers`: layers are gathered once for all tokens, not once a token. cuDNN's attention is off: it builds a
     plan for every length, which takes about 0.4 s (https://github.com/sgl-project/sglang/issues/4650).
 
-    Our own attention has no KV cache; nor is there one in training mode with activation checkpointing. Compiled layers
-    run uncompiled: every new length of the cache would be compiled, and count against the compiler's limit.
+    Our own attention has no KV cache. Compiled layers run uncompiled: every new length of the cache would be compiled,
+    and count against the compiler's limit.
     """
     model = policy.model
     attention, defaults, is_training = model.config._attn_implementation, model.generation_config, model.training

@@ -80,15 +80,17 @@ def read_config(config: Config, world: World, folder: Path) -> PretrainedConfig:
     return first_on_each_node(world, lambda: read_model_config(folder, config.model.trust_remote_code))
 
 
-def check_machines(world: World, parallel: ParallelConfig, dtype: str, models: Sequence[PretrainedConfig]) -> None:
+def check_machines(
+    world: World, parallel: ParallelConfig, dtype: str, models: Sequence[PretrainedConfig], compiles: bool = True
+) -> None:
     """Raises UserError where the machine of any rank lacks what these models need on its GPU, before weights are read.
 
-    dtype: of the master weights. Every rank must get here.
+    dtype: of the master weights; compiles: whether kernels will be, as for training. Every rank must get here.
     """
-    needs = needs_of(compute_dtype(parallel, getattr(torch, dtype), world.device), models)
+    needs = needs_of(compute_dtype(parallel, getattr(torch, dtype), world.device), models, compiles)
     facts = together(lambda: gather_facts(world.device))
     together(lambda: check_toolchain(facts, needs))
-    warnings = all_gather(find_warnings(facts))
+    warnings = all_gather(find_warnings(facts, needs))
     if world.is_main:
         for line in sorted({line for lines in warnings for line in lines}):
             warn(line)

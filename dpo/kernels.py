@@ -2,13 +2,18 @@
 
 Kernels lie in `$DPO_CACHE/kernels`, or `~/.cache/dpo/kernels`, unless TORCHINDUCTOR_CACHE_DIR or TRITON_CACHE_DIR name
 other folders. Files there are named by what they were made of, hardware and versions included, and are written under
-another name and renamed, so that the ranks of several jobs and nodes may share them.
+another name and renamed, so that the ranks of several jobs and nodes may share them. inductor takes locks there: where
+a file system has none, as some NFS, kernels lie in torch's own folder on the node.
 """
 
+import fcntl
 import logging
 import os
+import socket
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +21,7 @@ import torch._inductor
 from torch import nn
 from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir as inductors_own
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir as torch_folder
 
 from dpo.cache import default_cache_dir
 from dpo.progress import warn
@@ -35,21 +40,46 @@ https://docs.pytorch.org/tutorials/recipes/torch_compile_caching_configuration_t
 """
 
 
-def keep_kernels(environment: dict[str, str] | os._Environ[str] = os.environ) -> None:
+def keep_kernels(environment: MutableMapping[str, str] = os.environ) -> None:
     """Sets the folders of compiled kernels, before anything is compiled; what the user has set stays.
 
-    Where the folder cannot be written to, torch's own stay (in /tmp), and a warning says so.
+    Where the folder cannot be written to or locked, it is torch's own (in /tmp), and the first rank of the node says
+    so, once.
     """
     folder = default_cache_dir() / "kernels"
+    own = {variable: str(folder / name) for variable, name in VARIABLES.items() if _is_open(variable, environment)}
     try:
-        for name in VARIABLES.values():
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        for path in own.values():
+            _try_folder(Path(path))
     except OSError as failure:
-        warn(f"compiled kernels are kept in /tmp, not in {folder}: {failure}; DPO_CACHE names another folder")
-        return
-    for variable, name in VARIABLES.items():
-        if environment.get(variable) in (None, inductors_own()):  # inductor sets its variable when it is imported
-            environment[variable] = str(folder / name)
+        kept = kernel_folder(environment)
+        own = {"TORCHINDUCTOR_CACHE_DIR": kept, "TRITON_CACHE_DIR": f"{kept}/triton"}
+        if environment.get("LOCAL_RANK", "0") == "0":
+            what = f"compiled kernels are kept in {kept}, not in {folder}: {failure}"
+            warn(f"{socket.gethostname()}: {what}; DPO_CACHE names another folder")
+    for variable, path in own.items():
+        if _is_open(variable, environment):
+            environment[variable] = path
+
+
+def _is_open(variable: str, environment: Mapping[str, str]) -> bool:
+    """Whether a folder is still to be chosen. Importing inductor sets its variable to its own default; where that was
+    chosen here, Triton's was set with it.
+    """
+    value = environment.get(variable)
+    return value is None or (value == torch_folder() and environment.get("TRITON_CACHE_DIR") != f"{value}/triton")
+
+
+def _try_folder(folder: Path) -> None:
+    """Makes a folder, and locks a file there as inductor does. Raises OSError where that cannot be done."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".lock-") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def kernel_folder(environment: Mapping[str, str] = os.environ) -> str:
+    """Where inductor keeps the kernels that it compiles."""
+    return environment.get("TORCHINDUCTOR_CACHE_DIR", torch_folder())
 
 
 def num_graphs() -> int:

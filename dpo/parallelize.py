@@ -1,7 +1,8 @@
 """How a model is divided over the ranks: activation checkpointing, compilation and sharding, composed onto it."""
 
+import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -28,9 +33,9 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConf
     """Composes checkpointing, compilation and sharding onto a model, in this order; the model knows of none of them.
     Gives the count of the compiled layers' graphs, which goes on while they run.
     """
-    if parallel.activation_checkpointing != "none":
-        _enable_checkpointing(model)(_checkpointing_kwargs(parallel.activation_checkpointing))
     layers = decoder_layers(model)
+    if parallel.activation_checkpointing != "none":
+        checkpoint_layers(layers, _CHECKPOINTS[parallel.activation_checkpointing])
     compiled = is_compiled(parallel, torch.device(mesh.device_type))
     graphs = compile_layers(layers) if compiled else Counter()
     shard: Callable[..., Any] = partial(
@@ -65,16 +70,22 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def _enable_checkpointing(model: PreTrainedModel) -> Callable[[dict[str, Any]], None]:
-    """The model's own method; transformers gave it the first name in 5.23, where the second one warns."""
-    return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+def checkpoint_layers(layers: Sequence[nn.Module], run: Callable[..., Any]) -> None:
+    """Has each layer's forward run by `run`, a `torch.utils.checkpoint.checkpoint`, where there are gradients.
 
+    It is the layer's forward that is wrapped, not its call: FSDP's hooks then run once, and torch.compile, which takes
+    the call, sees what is to be kept. transformers wraps the forward since 5.23; before, it wraps the call, and under
+    torch.compile nothing is kept.
+    """
 
-def _checkpointing_kwargs(kind: str) -> dict[str, Any]:
-    kwargs: dict[str, Any] = {"use_reentrant": False}
-    if kind == "selective":
-        kwargs["context_fn"] = _selective_contexts
-    return kwargs
+    def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        plain = partial(type(layer).forward, layer, **kwargs)
+        if not torch.is_grad_enabled():
+            return plain(*args)
+        return run(plain, *args)
+
+    for layer in layers:
+        layer.forward = types.MethodType(forward, layer)
 
 
 _ATTENTION_OPS = ("scaled_dot_product", "inductor_compiled_code", "flex_attention")
@@ -97,6 +108,13 @@ def _selective_contexts() -> Any:
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     return create_selective_checkpoint_contexts(choose)
+
+
+_CHECKPOINTS: Mapping[str, Callable[..., Any]] = {
+    "selective": partial(checkpoint, use_reentrant=False, context_fn=_selective_contexts),
+    "full": partial(checkpoint, use_reentrant=False),
+}
+"""By parallel.activation_checkpointing."""
 
 
 def compute_dtype(parallel: ParallelConfig, master: torch.dtype, device: torch.device) -> torch.dtype:

@@ -18,13 +18,13 @@ from dpo.inputs import read_inputs
 from dpo.objective import has_reference
 from dpo.pair_set import PairSet
 from dpo.parallelize import compute_dtype, is_compiled
-from dpo.policy import Policy, load_policy
+from dpo.policy import Policy
 from dpo.preemption import StopRequest, listen_for_stop
 from dpo.program import exit_program
 from dpo.progress import say
 from dpo.ref_table import RefTable
 from dpo.reference_pass import ReferencePass, fill, joined_making, making, numerics
-from dpo.warm_up import warm_up
+from dpo.warm_up import load_and_warm
 
 
 def fill_cache(
@@ -69,9 +69,7 @@ def fill_alone(config: Config) -> None:
         packer = make_packer(config, world, source.config)
 
         def reference() -> Policy:
-            policy = load_policy(config, world, source.config, source.folder)
-            warm_up(policy, packer, config.parallel.head_memory_mib * 2**20, world, (False,))
-            return policy
+            return load_and_warm(config, world, source.config, source.folder, packer, (False,))
 
         sets = [inputs.data.train, inputs.data.eval]
         fill_cache(config, world, source.hash, sets, reference, packer, stop_requested)

@@ -197,7 +197,8 @@ def main() -> None:
             for name, (path, flag) in paths.items()
             if path is not None
         }
-        check_machines(world, parallel, "float32", [reader.config for reader in readers.values()])
+        configs = [reader.config for reader in readers.values()]
+        check_machines(world, parallel, "float32", configs, compiles=False)
         start_devices(world, parallel.timeout_seconds)
         rule = (args.max_new_tokens, args.temperature, args.seed)
         answers = {name: answers_of(reader, *rule, world) for name, reader in readers.items()}

@@ -28,13 +28,13 @@ from dpo.evaluation import Evaluation, evaluate
 from dpo.inputs import Inputs, read_inputs
 from dpo.objective import has_reference
 from dpo.pair_set import PairSet
-from dpo.policy import Policy, load_policy
+from dpo.policy import Policy
 from dpo.preemption import never
 from dpo.program import exit_program
 from dpo.progress import say
 from dpo.reference import fill_cache
 from dpo.reference_pass import lookup
-from dpo.warm_up import warm_up
+from dpo.warm_up import load_and_warm
 
 DESCRIPTION = """Scores a model on preference pairs. Beside the keys below: --model DIR (or hub id) is what is scored;
 the config's model.path stays the reference where reference.path is null. --by-source also scores each source alone, in
@@ -98,8 +98,7 @@ def score_model(config: Config, by_source: bool, world: World) -> Scores:
         say(f"scores {config.model.path} on the {len(pairs):,} {pairs_of} pairs")
     start_devices(world, config.parallel.timeout_seconds)
     packer = _packer(config, world, inputs, pairs)
-    policy = load_policy(config, world, inputs.model.config, inputs.model.folder)
-    warm_up(policy, packer, config.parallel.head_memory_mib * 2**20, world, (False,))
+    policy = load_and_warm(config, world, inputs.model.config, inputs.model.folder, packer, (False,))
     parts = split_by_source(inputs.data, pairs, len(config.data.train), is_eval) if by_source else {}
     figures = score_pairs(policy, pairs, packer, config, world)
     sources = {key: score_pairs(policy, part, packer, config, world) for key, part in parts.items()}
@@ -114,7 +113,7 @@ def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Pac
         return packer
 
     def reference() -> Policy:
-        return load_policy(config, world, inputs.reference.config, inputs.reference.folder)
+        return load_and_warm(config, world, inputs.reference.config, inputs.reference.folder, packer, (False,))
 
     rows, _ = fill_cache(config, world, inputs.reference.hash, [pairs], reference, packer, never)
     return replace(packer, ref_logps=lookup(rows))

@@ -20,12 +20,12 @@ from dpo.inputs import Inputs
 from dpo.objective import has_reference
 from dpo.optim import make_optimizer
 from dpo.parallelize import compute_dtype
-from dpo.policy import Policy, free_memory, load_policy, reshard
+from dpo.policy import Policy, free_memory, reshard
 from dpo.preemption import StopRequest
 from dpo.reference import fill_cache
 from dpo.reference_pass import ReferencePass, lookup
 from dpo.run_folder import Start
-from dpo.warm_up import warm_up
+from dpo.warm_up import load_and_warm
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,16 @@ def build_run(
     """
     assert not config.parallel.undecided, config.parallel.undecided
     model, reference = inputs.model, inputs.reference
-    policy = load_policy(config, world, model.config, model.folder)
-    packer = make_packer(config, world, model.config)
-    reference_pass, head_bytes = None, config.parallel.head_memory_mib * 2**20
+    packer, reference_pass = make_packer(config, world, model.config), None
     begins = start.checkpoint is None and has_reference(config.loss)
-    warm_up(policy, packer, head_bytes, world, (True, False) if begins or len(inputs.data.eval) else (True,))
+    passes = (True, False) if begins or len(inputs.data.eval) else (True,)
+    policy = load_and_warm(config, world, model.config, model.folder, packer, passes)
 
     @functools.cache
     def reference_policy() -> Policy:
         if reference.hash == model.hash:
             return policy
-        other = load_policy(config, world, reference.config, reference.folder)
-        warm_up(other, packer, head_bytes, world, (False,))
-        return other
+        return load_and_warm(config, world, reference.config, reference.folder, packer, (False,))
 
     if has_reference(config.loss):
         sets = [inputs.data.train, inputs.data.eval]

@@ -28,21 +28,24 @@ table of features by capability."""
 LOWEST_OF_TRITON = (7, 0)
 """https://github.com/triton-lang/triton#compatibility"""
 
+_AMPERE_BFLOAT16 = {16: 13_568, 64: 51_200, 128: 98_304, 192: 136_448, 256: 151_552}
+_AMPERE_FLOAT32 = {128: 133_120, 256: 135_680}
 SHARED_BYTES: Mapping[tuple[str, tuple[int, int]], Mapping[int, int]] = {
-    ("bfloat16", (8, 0)): {16: 13_568, 64: 51_200, 128: 98_304, 192: 136_448, 256: 151_552},
-    ("bfloat16", (8, 6)): {16: 13_568, 64: 51_200, 128: 98_304, 192: 136_448, 256: 151_552},
-    ("bfloat16", (9, 0)): {16: 18_944, 64: 116_736, 128: 166_912, 192: 229_376, 256: 198_144},
-    ("bfloat16", (10, 0)): {16: 27_200, 64: 117_792, 128: 199_744, 192: 135_168, 256: 133_152},
+    ("bfloat16", (8, 6)): _AMPERE_BFLOAT16,
+    ("bfloat16", (8, 9)): _AMPERE_BFLOAT16,
     ("bfloat16", (12, 0)): {16: 13_568, 64: 36_096, 128: 90_112, 192: 172_032, 256: 114_688},
-    ("float32", (8, 0)): {128: 133_120, 256: 135_680},
-    ("float32", (8, 6)): {128: 133_120, 256: 135_680},
-    ("float32", (9, 0)): {64: 83_968, 128: 156_160, 256: 168_448},
-    ("float32", (10, 0)): {128: 156_160, 256: 168_448},
+    ("float32", (8, 6)): _AMPERE_FLOAT32,
+    ("float32", (8, 9)): _AMPERE_FLOAT32,
     ("float32", (12, 0)): {128: 100_352, 256: 102_912},
 }
 """Bytes of shared memory that FlexAttention's kernels take, the larger of forward and backward pass, by compute dtype,
-compute capability and head width: read from the kernels that torch 2.13 and Triton 3.7 compile for `block_attention`
-with their default tiles. (8, 9) has the tiles of (8, 0), a later revision those of its generation's first."""
+compute capability and head width: read from the kernels that torch 2.13 and Triton 3.7 compile for `block_attention`.
+(8, 9) has the tiles of (8, 6), torch's own: `flex_options` has none for GPUs that stand here. Those of its table (A100,
+H100, B200) have enough for each of its rows.
+"""
+
+TORCH_OF_SHARED_BYTES = "2.13."
+"""Versions of torch whose kernels take these bytes; what others take is not known."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,25 @@ class Needs:
     compute_dtype: str
     """bfloat16, float32 or float64."""
     head_widths: tuple[int, ...]
-    """Of the models' attention heads."""
+    """Of the models' attention heads, where these are known."""
+    compiles: bool = True
+    """Whether kernels are compiled at first use, as those of training are; generation runs torch's own."""
 
 
-def needs_of(compute_dtype: torch.dtype, models: Sequence[PretrainedConfig]) -> Needs:
+def needs_of(compute_dtype: torch.dtype, models: Sequence[PretrainedConfig], compiles: bool = True) -> Needs:
     """The needs of these models in a compute dtype."""
-    widths = {getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads for model in models}
-    return Needs(str(compute_dtype).removeprefix("torch."), tuple(sorted(widths)))
+    widths = {width for model in models if (width := head_width(model)) is not None}
+    return Needs(str(compute_dtype).removeprefix("torch."), tuple(sorted(widths)), compiles)
+
+
+def head_width(model: PretrainedConfig) -> int | None:
+    """The width of a model's queries; None where its config does not tell, as that of a model without attention."""
+    text = model.get_text_config(decoder=True)
+    for name in ("qk_head_dim", "head_dim"):
+        if isinstance(width := getattr(text, name, None), int):
+            return width
+    hidden, heads = (getattr(text, name, None) for name in ("hidden_size", "num_attention_heads"))
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
 
 
 def check_toolchain(facts: Facts, needs: Needs) -> None:
@@ -70,15 +85,21 @@ def check_toolchain(facts: Facts, needs: Needs) -> None:
 
 def find_problems(facts: Facts, needs: Needs) -> list[str]:
     """What would stop a run or keep it from the GPU, a line each: what it is, and what helps."""
-    return [problem for check in CHECKS if (problem := check(facts, needs)) is not None]
+    checks = (*CHECKS, *CHECKS_OF_COMPILING) if needs.compiles else CHECKS
+    return [problem for check in checks if (problem := check(facts, needs)) is not None]
 
 
-def find_warnings(facts: Facts) -> list[str]:
-    """What the user should know although the run works."""
+def find_warnings(facts: Facts, needs: Needs) -> list[str]:
+    """What the user should know although the run works, or may work."""
+    found = (_unused_gpus(facts), _shared_memory_in_doubt(facts, needs))
+    return [f"{facts.host}: {warning}" for warning in found if warning is not None]
+
+
+def _unused_gpus(facts: Facts) -> str | None:
     if facts.driver is None or facts.is_hidden or facts.gpu or facts.cuda:
-        return []
-    what = f"{facts.host}: there are NVIDIA GPUs, and torch {facts.torch} is a build without CUDA: it uses the CPU"
-    return [f"{what}; for the GPUs install a CUDA build (https://pytorch.org/get-started/locally)"]
+        return None
+    what = f"there are NVIDIA GPUs, and torch {facts.torch} is a build without CUDA: it uses the CPU"
+    return f"{what}; for the GPUs install a CUDA build (https://pytorch.org/get-started/locally)"
 
 
 # --- what is looked at -----------------------------------------------------------------------------------------------
@@ -164,6 +185,17 @@ def _check_compiles(facts: Facts, needs: Needs) -> str | None:
 
 
 def _check_shared_memory(facts: Facts, needs: Needs) -> str | None:
+    return _little_shared_memory(facts, needs) if facts.torch.startswith(TORCH_OF_SHARED_BYTES) else None
+
+
+def _shared_memory_in_doubt(facts: Facts, needs: Needs) -> str | None:
+    if facts.torch.startswith(TORCH_OF_SHARED_BYTES) or not needs.compiles:
+        return None
+    little = _little_shared_memory(facts, needs)
+    return little and f"with the kernels of torch {TORCH_OF_SHARED_BYTES}x this run would not start: {little}"
+
+
+def _little_shared_memory(facts: Facts, needs: Needs) -> str | None:
     if facts.gpu is None or facts.gpu.shared_bytes is None:
         return None
     for width in needs.head_widths:
@@ -179,7 +211,7 @@ def shared_bytes(compute_dtype: str, capability: tuple[int, int], head_width: in
     """Bytes of shared memory that attention takes at most, from the table; None where it does not tell. Kernels are
     compiled for the next power of two.
     """
-    widths = SHARED_BYTES.get((compute_dtype, capability)) or SHARED_BYTES.get((compute_dtype, (capability[0], 0)), {})
+    widths = SHARED_BYTES.get((compute_dtype, capability), {})
     return widths.get(head_width) or widths.get(1 << (head_width - 1).bit_length())
 
 
@@ -188,6 +220,8 @@ CHECKS: tuple[Callable[[Facts, Needs], str | None], ...] = (
     _check_ranks,
     _check_capability,
     _check_architecture,
+)
+CHECKS_OF_COMPILING: tuple[Callable[[Facts, Needs], str | None], ...] = (
     _check_compiler,
     _check_header,
     _check_compiles,

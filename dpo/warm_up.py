@@ -2,17 +2,20 @@
 
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PretrainedConfig
 
 from dpo.batches import Packer
+from dpo.config import Config
 from dpo.distributed import World
-from dpo.kernels import describe_graphs, num_graphs
+from dpo.kernels import describe_graphs, kernel_folder, num_graphs
 from dpo.packing import PackedBatch
 from dpo.parallelize import is_compiled
 from dpo.plan import Tree
-from dpo.policy import Policy, announce_backward, completion_logps, reshard
+from dpo.policy import Policy, announce_backward, completion_logps, load_policy, reshard
 from dpo.progress import say
 
 LENGTHS = (512, 768)
@@ -30,7 +33,8 @@ def warm_up(policy: Policy, packer: Packer, head_bytes: int, world: World, passe
         return
     what = "layers and attention" if compiled else "attention"
     if world.is_main:
-        say(f"compiling {what}: 1 to 3 minutes at the first start, seconds where kernels are kept from another")
+        how_long = "1 to 3 minutes at the first start, seconds where kernels are kept from another"
+        say(f"compiling {what}: {how_long}; they are kept in {kernel_folder()}")
     started, before = time.monotonic(), num_graphs()
     packer = replace(packer, windows=policy.windows)
     for with_gradients in passes:
@@ -41,6 +45,17 @@ def warm_up(policy: Policy, packer: Packer, head_bytes: int, world: World, passe
     if world.is_main:
         kinds = f" ({describe_graphs(policy.graphs)})" if policy.graphs else ""
         say(f"compiled {num_graphs() - before} graphs in {time.monotonic() - started:.0f} s{kinds}")
+
+
+def load_and_warm(
+    config: Config, world: World, model_config: PretrainedConfig, folder: Path, packer: Packer, passes: tuple[bool, ...]
+) -> Policy:
+    """A sharded policy with the weights of a folder, and all compiled that `passes` ask for (see `warm_up`). Every rank
+    must get here.
+    """
+    policy = load_policy(config, world, model_config, folder)
+    warm_up(policy, packer, config.parallel.head_memory_mib * 2**20, world, passes)
+    return policy
 
 
 def _row(packer: Packer, length: int) -> PackedBatch:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from dpo import setup
 from dpo.answers import AnswerBook, Questions, answer, choose_prompts, open_answers, prepare_answers, stop_ids
 from dpo.board.dashboard import Answer
 from dpo.config import Config, SourceConfig
@@ -280,7 +279,7 @@ def test_another_reference_is_loaded_once_and_only_where_it_is_needed(
         loaded.append(folder.name)
         return load_policy(config, world, model_config, folder)
 
-    monkeypatch.setattr(setup, "load_policy", count)
+    monkeypatch.setattr("dpo.warm_up.load_policy", count)
     short = changed(short, reference__path=str(folders / "other"))
     run_until(short, 3)
     assert loaded == ["model", "other"]

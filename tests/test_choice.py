@@ -16,7 +16,7 @@ from dpo.errors import RunError, UserError
 from dpo.estimate import at_start, choice
 from dpo.estimate.at_start import in_own_process
 from dpo.estimate.choice import Case, Option, choose, decide_by_bound, decide_by_rehearsal, groups_of, most_bytes
-from dpo.estimate.devices import DEVICES, GIB, Device, device_like, steady
+from dpo.estimate.devices import DEVICES, GIB, Device, steady
 from dpo.estimate.lengths import Lengths
 from dpo.estimate.needs import Layout, needed_bytes
 from dpo.estimate.speed import Cluster, Part, Speed
@@ -119,13 +119,6 @@ def test_no_layout_exceeds_the_bound(family: str, is_cpu: bool) -> None:
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_device_is_that_of_the_table_or_the_nearest() -> None:
-    assert device_like("NVIDIA H100 80GB HBM3", 79.1 * GIB) == (DEVICES["h100"], True)
-    assert device_like("NVIDIA H100 PCIe", 79.1 * GIB) == (DEVICES["h100-pcie"], True)
-    assert device_like("NVIDIA A100-SXM4-40GB", 39.4 * GIB) == (DEVICES["a100-40gb"], True)
-    assert device_like("NVIDIA L20", 44.5 * GIB) == (DEVICES["l40s"], False)
 
 
 def test_speeds_that_decide_are_the_same_at_every_start() -> None:

@@ -191,8 +191,9 @@ def test_weights_of_a_layer(kind: str) -> None:
         ("NVIDIA GB200", 2500e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA L40S", 362e12),
-        ("NVIDIA L40", None),
-        ("NVIDIA A10G", None),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA H20", 148e12),
         ("NVIDIA RTX A1000", None),
     ],
 )

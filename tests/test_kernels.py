@@ -1,5 +1,7 @@
 """Compiled layers: counted by kind, none after the second length; where their kernels are kept."""
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -11,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from dpo import kernels
 from dpo import train as program
 from dpo.config import ParallelConfig
-from dpo.kernels import VARIABLES, compile_layers, describe_graphs, keep_kernels, num_graphs
+from dpo.kernels import VARIABLES, compile_layers, describe_graphs, keep_kernels, kernel_folder, num_graphs
 from dpo.parallelize import is_compiled
 from tests.runs import run, save_six_steps, six_steps
 
@@ -153,15 +156,46 @@ def test_the_folder_that_inductor_sets_itself_is_not_the_users(tmp_path: Path) -
     assert found == {None: f"{tmp_path}/kernels/inductor", str(tmp_path / "mine"): str(tmp_path / "mine")}
 
 
-def test_a_folder_that_cannot_be_made_is_told(
+def no_locks(file: object, operation: int) -> None:
+    """What flock does on an NFS without a lock daemon."""
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+@pytest.mark.parametrize("fault", ["not a folder", "no locks"])
+def test_a_folder_that_cannot_be_used_is_told_once_a_node(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kernels then lie in torch's own folder; a second policy's start and the other ranks say nothing."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "file" if fault == "not a folder" else tmp_path))
+    if fault == "no locks":
+        monkeypatch.setattr(fcntl, "flock", no_locks)
+    environment = {"LOCAL_RANK": "0"}
+    keep_kernels(environment)
+    assert environment["TORCHINDUCTOR_CACHE_DIR"] == default_cache_dir() == kernel_folder(environment)
+    assert environment["TRITON_CACHE_DIR"] == f"{default_cache_dir()}/triton"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"compiled kernels are kept in {default_cache_dir()}, not in {tmp_path}" in line
+    keep_kernels(environment)
+    keep_kernels({"LOCAL_RANK": "1"})
+    assert capsys.readouterr().err == ""
+
+
+def test_the_users_own_folder_stays_where_ours_cannot_be_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("DPO_CACHE", str(tmp_path / "file"))
-    environment: dict[str, str] = {}
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    environment = {"TORCHINDUCTOR_CACHE_DIR": "/mine"}
     keep_kernels(environment)
-    assert environment == {}
-    assert "compiled kernels are kept in /tmp, not in" in capsys.readouterr().err
+    assert kernel_folder(environment) == "/mine" and environment["TRITON_CACHE_DIR"] == "/mine/triton"
+    assert "compiled kernels are kept in /mine, not in" in capsys.readouterr().err
+
+
+def test_no_lock_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
+    keep_kernels({})
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 # --- what is told in a run -------------------------------------------------------------------------------------------

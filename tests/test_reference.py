@@ -333,7 +333,7 @@ def test_another_reference_is_freed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return loaded
 
     alive: list[bool] = []
-    monkeypatch.setattr(setup, "load_policy", load)
+    monkeypatch.setattr("dpo.warm_up.load_policy", load)
     monkeypatch.setattr(
         setup, "make_optimizer", lambda *args: (alive.append(models[1]() is not None), make_optimizer(*args))[1]
     )

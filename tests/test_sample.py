@@ -16,6 +16,7 @@ from tests.models import family_config, plain_model, save_model
 from tests.ranks import Ranks
 from tests.runs import exit_code_of
 from tests.test_generation import plain_draw, plain_greedy
+from tests.test_toolchain import facts
 
 NEW = 6
 
@@ -112,6 +113,15 @@ def test_each_model_reads_with_its_own_tokenizer(
         assert rows_of(capsys.readouterr().out) == [
             {"prompt": "ab", "policy": text(plain_draw(model, prompt, 0, 2.0, NEW))}
         ]
+
+
+def test_a_serving_node_needs_no_compiler(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled. A torch without kernels for the GPU is refused all the same."""
+    (tmp_path / "prompts.txt").write_text("ab")
+    argv = ["--model", str(folders / "policy"), "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "1"]
+    for found, code in ((facts(compiler=None, has_python_h=False), 0), (facts(archs=("sm_80",)), 2)):
+        monkeypatch.setattr("dpo.inputs.gather_facts", lambda device, found=found: found)
+        assert run(*argv) == code
 
 
 def test_a_table_for_people(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

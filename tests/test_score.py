@@ -17,6 +17,7 @@ from dpo import score
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.distributed import open_world
 from dpo.evaluation import Evaluation
+from dpo.policy import Policy, load_policy
 from tests.models import plain_logp, plain_model, save_model, save_pairs
 from tests.ranks import Ranks
 from tests.runs import cache_folders, changed, eval_lines, exit_code_of, make_config
@@ -314,15 +315,28 @@ def test_one_model_is_in_memory_at_a_time(config: Config, monkeypatch: pytest.Mo
     """With an empty cache the reference computes first; it is gone when the model that is scored is loaded."""
     models: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    load = score.load_policy
 
     def counted(*args: Any) -> Any:
         alive.append(sum(model() is not None for model in models))
-        policy = load(*args)
+        policy = load_policy(*args)
         models.append(weakref.ref(policy.model))
         return policy
 
-    monkeypatch.setattr(score, "load_policy", counted)
+    monkeypatch.setattr("dpo.warm_up.load_policy", counted)
     with open_world(60) as world:
         score.score_model(score.with_model(config, config.model.path), False, world)
     assert alive == [0, 0]
+
+
+def test_both_models_are_warmed_up(config: Config, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each when it is loaded, the reference first, for passes without gradients alone."""
+    warmed: list[tuple[str, tuple[bool, ...]]] = []
+
+    def record(policy: Policy, packer: Any, head_bytes: int, world: Any, passes: tuple[bool, ...]) -> None:
+        warmed.append((policy.config.model_type, passes))
+
+    monkeypatch.setattr("dpo.warm_up.warm_up", record)
+    other = score.with_model(changed(config, reference__path=str(root / "other")), config.model.path)
+    with open_world(60) as world:
+        score.score_model(other, False, world)
+    assert warmed == [("gpt_neox", (False,)), ("llama", (False,))]

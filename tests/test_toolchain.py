@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
-from dpo import machine, toolchain
+from dpo import flex_options, machine, toolchain
 from dpo.errors import UserError
 from dpo.machine import Facts, Gpu, gather_facts
 from dpo.toolchain import Needs, check_toolchain, find_problems, find_warnings, has_kernels
@@ -82,14 +82,35 @@ def test_each_thing_that_is_missing_has_one_line_that_helps(changes: dict[str, A
 )
 def test_a_machine_that_has_all_it_needs_passes(changes: dict[str, Any]) -> None:
     check_toolchain(facts(**changes), NEEDS)
-    assert not find_warnings(facts(**changes))
+    assert not find_warnings(facts(**changes), NEEDS)
 
 
 def test_a_build_without_cuda_on_a_machine_with_gpus_is_told() -> None:
     cpu_build = {"torch": "2.13.0+cpu", "cuda": None, "archs": (), **NO_GPU}
     assert not find_problems(facts(**cpu_build), NEEDS)
-    assert "a build without CUDA" in find_warnings(facts(**cpu_build))[0]
-    assert not find_warnings(facts(**cpu_build, is_hidden=True))
+    (warning,) = find_warnings(facts(**cpu_build), NEEDS)
+    assert warning.startswith("n1: ") and "a build without CUDA" in warning
+    assert not find_warnings(facts(**cpu_build, is_hidden=True), NEEDS)
+
+
+@pytest.mark.parametrize("changes", [{"compiler": None}, {"has_python_h": False}, {"compile_error": "stdlib.h"}])
+def test_what_compiles_nothing_needs_no_compiler(changes: dict[str, Any]) -> None:
+    """Generation runs torch's own attention, uncompiled: a serving node has no gcc."""
+    assert find_problems(facts(**changes), NEEDS)
+    assert not find_problems(facts(**changes), Needs("bfloat16", (128,), compiles=False))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gpu": None, "cuda_error": "The NVIDIA driver on your system is too old (found version 12040)"},
+        {"gpu": Gpu("Tesla P100", (6, 0), 49_152), "archs": ()},
+        {"archs": ("sm_80", "sm_100")},
+    ],
+)
+def test_what_compiles_nothing_needs_a_gpu_that_runs_it(changes: dict[str, Any]) -> None:
+    """Driver, capability and architecture."""
+    assert len(find_problems(facts(**changes), Needs("bfloat16", (128,), compiles=False))) == 1
 
 
 @pytest.mark.parametrize(
@@ -111,6 +132,24 @@ def test_a_build_without_cuda_on_a_machine_with_gpus_is_told() -> None:
 def test_shared_memory_must_hold_the_tiles_of_the_head(gpu: Gpu, dtype: str, width: int, fits: bool) -> None:
     problems = find_problems(facts(gpu=gpu, archs=()), Needs(dtype, (64, width)))
     assert problems == [] if fits else f"heads of width {width}" in problems[0]
+
+
+@pytest.mark.parametrize(("version", "stops"), [("2.13.0+cu130", True), ("2.13.1", True), ("2.11.0", False)])
+def test_figures_of_one_torch_stop_no_other(version: str, stops: bool) -> None:
+    """The bytes were read from kernels of torch 2.13: under another one the run may work, and is warned."""
+    found, needs = facts(gpu=A10, archs=(), torch=version), Needs("bfloat16", (256,))
+    problems, warnings = find_problems(found, needs), find_warnings(found, needs)
+    assert (len(problems), len(warnings)) == ((1, 0) if stops else (0, 1))
+    assert "FlexAttention takes 151,552 for heads of width 256" in (problems or warnings)[0]
+    assert not find_warnings(found, Needs("bfloat16", (256,), compiles=False))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("capability", [row.capability for row in flex_options.TABLE] + [(10, 3)])
+def test_nothing_is_said_where_other_options_run(capability: tuple[int, int], dtype: str) -> None:
+    """`flex_options` chooses tiles of its own there, of which each fits."""
+    found = facts(gpu=Gpu("a GPU", capability, 1), archs=())
+    assert not find_problems(found, Needs(dtype, (64, 128, 256)))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +174,44 @@ def test_which_code_runs_on_which_gpu(archs: tuple[str, ...], capability: tuple[
 def test_the_needs_are_those_of_all_models() -> None:
     models = [LlamaConfig(hidden_size=64, num_attention_heads=4), LlamaConfig(hidden_size=64, head_dim=128)]
     assert toolchain.needs_of(torch.bfloat16, models) == Needs("bfloat16", (16, 128))
+
+
+WIDTHS = {
+    "llama": 128,
+    "qwen3": 128,
+    "qwen2": 128,
+    "mistral": 128,
+    "gemma": 256,
+    "gemma2": 256,
+    "gemma3": 256,
+    "gemma3_text": 256,
+    "phi3": 96,
+    "gpt2": 64,
+    "gpt_neox": 96,
+    "gpt_neo": 128,
+    "gptj": 256,
+    "opt": 64,
+    "bloom": 8,
+    "falcon": 64,
+    "mpt": 128,
+    "deepseek_v3": 192,
+    "olmo2": 128,
+    "mixtral": 128,
+    "starcoder2": 128,
+    "cohere": 128,
+    "stablelm": 80,
+    "rwkv": None,
+    "mamba": None,
+}
+"""Width of a head in each family's default config, as transformers' documentation of the class gives the sizes."""
+
+
+@pytest.mark.parametrize("family", WIDTHS)
+def test_the_width_of_a_head_in_each_family(family: str) -> None:
+    """None where there is no attention, or the config does not tell: nothing is then asked of the shared memory."""
+    config = AutoConfig.for_model(family)
+    assert toolchain.head_width(config) == WIDTHS[family]
+    assert not find_problems(facts(), toolchain.needs_of(torch.bfloat16, [config]))
 
 
 # --- what is looked for ----------------------------------------------------------------------------------------------

@@ -125,7 +125,7 @@ def measure_toolchain(subject: Subject, world: World) -> Toolchain:
     """What the training program looks at before it reads weights."""
     facts = gather_facts(world.device)
     needs = needs_of(subject.compute_dtype(world.device), subject.models)
-    return Toolchain(facts, find_problems(facts, needs), find_warnings(facts))
+    return Toolchain(facts, find_problems(facts, needs), find_warnings(facts, needs))
 
 
 def describe_toolchain(subject: Subject, found: Sequence[Toolchain]) -> Finding:

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo.costs import device_peak, measured_peak
+from dpo.data_sheets import find_sheet
 from dpo.distributed import World, make_mesh
 from dpo.doctor.parts import Finding, Part, Subject, agreed
 from dpo.doctor.words import counted, flops, rate
-from dpo.estimate.devices import Device, device_like, this_machine
+from dpo.estimate.devices import DEVICES, Device, this_machine
 
 SLOW = 0.5
 """Share of what is expected below which it is said to be slow."""
@@ -168,8 +169,8 @@ def device_of(world: World) -> Device | None:
 
 def named_device(name: str, memory: float) -> Device | None:
     """The entry of DEVICES for a name that CUDA gives and bytes of memory. Its peaks are found by the same name."""
-    device, is_known = device_like(name, memory)
-    return device if is_known else None
+    sheet = find_sheet(name, memory)
+    return DEVICES[sheet.key] if sheet else None
 
 
 def describe_links(subject: Subject, found: Sequence[Links]) -> Finding:

@@ -89,10 +89,11 @@ def choice_here(
 def _device_here(world: World, memory: float) -> Device:
     if world.device.type == "cpu":
         return replace(this_machine(world.local_size), memory=memory)
-    name, total = torch.cuda.get_device_name(world.device), torch.cuda.get_device_properties(world.device).total_memory
-    device, is_known = device_like(name, total)
+    found = torch.cuda.get_device_properties(world.device)
+    device, is_known = device_like(found.name, found.total_memory, (found.major, found.minor))
     if not is_known:
-        say(f"parallel (auto): {name} is not in the estimate's table; its speeds are taken for those of {device.name}")
+        what = f"{found.name} (compute capability {found.major}.{found.minor}) is not in the estimate's table"
+        say(f"parallel (auto): {what}; its speeds are taken for those of {device.name}")
     return replace(device, memory=memory)
 
 

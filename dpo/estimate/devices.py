@@ -1,13 +1,12 @@
-"""What a rank's device has and how it is connected; what it can compute stands in `dpo/costs.py`."""
+"""What a rank's device has and how it is connected, of a GPU by its data sheet (`dpo/data_sheets.py`)."""
 
 import os
 from dataclasses import dataclass, replace
 
 import torch
 
-from dpo.costs import device_peak, known_device, measured_peak
-
-GIB = 2**30
+from dpo.costs import device_peak, measured_peak
+from dpo.data_sheets import GIB, SHEETS, DataSheet, find_sheet, nearest_sheet
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Device:
             finally:
                 torch.set_num_threads(threads)
         found = device_peak(self.name, dtype)
-        assert found is not None, f"{self.name} has no peak for {dtype} in costs.PEAKS"
+        assert found is not None, f"{self.name} has no peak for {dtype} in data_sheets.SHEETS"
         return found
 
 
@@ -62,35 +61,21 @@ LINK_SHARE = 0.8
 """Share of a link's rate in the data sheet that collectives of large tensors are taken to reach."""
 
 
-def _gpu(name: str, memory: float, link: float, node_link: float, host_link: float) -> Device:
-    """A device by its data sheet: memory in GiB, links in GB/s."""
-    return Device(name, memory * GIB, LINK_SHARE * link * 1e9, LINK_SHARE * node_link * 1e9, host_link * 1e9)
+def _device(sheet: DataSheet) -> Device:
+    link, node_link, host_link = (1e9 * rate for rate in sheet.links)
+    return Device(sheet.name, sheet.memory * GIB, LINK_SHARE * link, LINK_SHARE * node_link, host_link)
 
 
-DEVICES = {
-    "gb200": _gpu("GB200", 184, 900, 50, 450),
-    "b200": _gpu("B200", 178, 900, 50, 64),
-    "h200": _gpu("H200", 139.8, 450, 50, 64),
-    "h100": _gpu("H100", 79.1, 450, 50, 64),
-    "h100-pcie": _gpu("H100 PCIe", 79.1, 64, 25, 64),
-    "a100": _gpu("A100", 79.2, 300, 25, 32),
-    "a100-40gb": _gpu("A100", 39.4, 300, 25, 32),
-    "l40s": _gpu("L40S", 44.4, 32, 12.5, 32),
-    "l4": _gpu("L4", 22.0, 32, 12.5, 32),
-    "a10": _gpu("A10", 22.0, 32, 12.5, 32),
-    "mi300x": _gpu("MI300X", 191.5, 448, 50, 64),
-}
-"""By the name that --device takes. Memory is what torch sees, some per cent below the name on the box."""
+DEVICES = {sheet.key: _device(sheet) for sheet in SHEETS}
+"""By the name that --device takes."""
 
 
-def device_like(name: str, memory: float) -> tuple[Device, bool]:
-    """The device of the table that a GPU is, by CUDA's name for it and by its bytes, and whether its name is there. One
-    that is not there is taken for the one whose memory is nearest.
+def device_like(name: str, memory: float, capability: tuple[int, int]) -> tuple[Device, bool]:
+    """The device of the table that a GPU is, by CUDA's name for it, its bytes and its compute capability, and whether
+    its name is there. One that is not there is taken for its like (see `data_sheets.nearest_sheet`).
     """
-    words = known_device(name)
-    same = [device for device in DEVICES.values() if device.name == words]
-    nearest = min(same or DEVICES.values(), key=lambda device: abs(device.memory - memory))
-    return nearest, bool(same)
+    sheet = find_sheet(name, memory)
+    return DEVICES[(sheet or nearest_sheet(memory, capability)).key], sheet is not None
 
 
 CPU_FLOPS = 50e9

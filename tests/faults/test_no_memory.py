@@ -15,9 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.config import SourceConfig, to_yaml
 from dpo.estimate import program as estimate
-from dpo.estimate.devices import DEVICES
 from dpo.estimate.program import read_arguments
-from dpo.failures import estimate_name, remembered_need
+from dpo.failures import remembered_need
 from dpo.program import run_program
 from tests.models import save_pairs
 from tests.runs import exit_code_of, make_config
@@ -29,6 +28,10 @@ FAILURES: dict[str, Exception] = {
     "GPU": torch.OutOfMemoryError(ON_GPU),
     "CUDA's own words": RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`"),
     "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "NCCL": torch.distributed.DistBackendError(
+        "NCCL error in: ProcessGroupNCCL.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details)\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+    ),
     "Python": MemoryError(),
     "torch on the host": RuntimeError(
         "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
@@ -40,6 +43,7 @@ LINES = {
     "GPU": "error: rank 0: out of GPU memory: 2.50 GiB were asked for; ",
     "CUDA's own words": "error: rank 0: out of GPU memory: CUDA error: out of memory Compile with ",
     "cuBLAS": "error: rank 0: out of GPU memory: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when ",
+    "NCCL": "error: rank 0: out of GPU memory: NCCL error in: ",
     "Python": "error: rank 0: out of host memory: its size is not known; the peak of this process was ",
     "torch on the host": "error: rank 0: out of host memory: 3.00 GiB were asked for; the peak of this process was ",
     "the system": "error: rank 0: out of host memory: [Errno 12] Cannot allocate memory; the peak of this process was ",
@@ -94,6 +98,15 @@ def test_a_failure_inside_another_is_found(capsys: pytest.CaptureFixture[str]) -
     assert "out of GPU memory: 2.50 GiB were asked for" in line
 
 
+@pytest.mark.parametrize("number", [1, 201, 719])
+def test_other_failures_of_cuda_in_nccl_are_bugs(number: int) -> None:
+    def main() -> None:
+        raise RuntimeError(f"ncclUnhandledCudaError: Cuda failure {number} 'another one'")
+
+    with pytest.raises(RuntimeError, match="another one"):
+        run_program(main)
+
+
 def test_other_failures_are_bugs_still() -> None:
     def main() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
@@ -110,10 +123,13 @@ def test_programs_without_a_config_name_no_key(
     assert line.endswith("what helps: more ranks, each of which then holds less of the model")
 
 
-@pytest.mark.parametrize("name", DEVICES)
-def test_gpus_are_called_what_the_estimate_calls_them(name: str) -> None:
-    device = DEVICES[name]
-    assert estimate_name(f"NVIDIA {device.name} 80GB HBM3", device.memory) == name
+def test_a_gpu_that_is_not_in_the_table_is_a_name_to_fill_in(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "run.yaml"])
+    monkeypatch.setattr("dpo.failures._this_device", lambda: None)
+    (line,) = failing(MemoryError(), capsys)
+    assert line.endswith(" --device NAME (NAME: the nearest of python -m dpo.estimate --help)")
 
 
 def test_the_estimate_takes_the_command(
