@@ -16,6 +16,7 @@ import torch._inductor
 from torch import nn
 from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir as torch_cache_dir
 
 from dpo.cache import default_cache_dir
 from dpo.progress import warn
@@ -47,7 +48,9 @@ def keep_kernels(environment: dict[str, str] | os._Environ[str] = os.environ) ->
         warn(f"compiled kernels are kept in /tmp, not in {folder}: {failure}; DPO_CACHE names another folder")
         return
     for variable, name in VARIABLES.items():
-        environment.setdefault(variable, str(folder / name))
+        # torch sets its own folder in /tmp when its compiler is imported.
+        if environment.get(variable) in (None, torch_cache_dir()):
+            environment[variable] = str(folder / name)
 
 
 def num_graphs() -> int:

@@ -1,15 +1,21 @@
 """Compiled layers: counted by kind, none after the second length; where their kernels are kept."""
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from dpo.config import ParallelConfig
 from dpo.kernels import VARIABLES, compile_layers, describe_graphs, keep_kernels, num_graphs
 from dpo.parallelize import is_compiled
+
+REPO = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -117,12 +123,13 @@ def test_kernels_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_inductor_looks_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after torch was imported, as it is when a run sets it."""
+    """Also after torch has set its own folder, as it does when its compiler is imported, before a run sets this one."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     monkeypatch.setenv("DPO_CACHE", str(tmp_path))
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
+    assert not cache_dir().startswith(str(tmp_path))
     keep_kernels(os.environ)
     try:
         assert cache_dir() == f"{tmp_path}/kernels/inductor"
@@ -140,3 +147,31 @@ def test_a_folder_that_cannot_be_made_is_told(
     keep_kernels(environment)
     assert environment == {}
     assert "compiled kernels are kept in /tmp, not in" in capsys.readouterr().err
+
+
+def compile_once() -> None:
+    """What a start does, in a process of its own: prints how many graphs it found compiled, and how many not."""
+    keep_kernels()
+    layer = Layer(None)
+    compile_layers([layer])
+    for with_gradients in (True, False):
+        run_lengths([layer], (256, 384), with_gradients)
+    print(json.dumps({name: counters["inductor"]["fxgraph_cache_" + name] for name in ("hit", "miss", "bypass")}))
+
+
+def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
+    """It finds every graph, forward and backward, in the folder of the first, and writes no code there."""
+    environment = os.environ | {"DPO_CACHE": str(tmp_path)}
+    for variable in VARIABLES:
+        environment.pop(variable, None)
+    code = "from tests.test_kernels import compile_once; compile_once()"
+    found, files = [], []
+    for _ in range(2):
+        start = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=REPO, check=True, capture_output=True, text=True
+        )
+        found.append(json.loads(start.stdout))
+        files.append(set((tmp_path / "kernels").rglob("*.so")))
+    # Forward and backward for the first length, the same for any, forward without gradients.
+    assert found == [{"hit": 0, "miss": 5, "bypass": 0}, {"hit": 5, "miss": 0, "bypass": 0}]
+    assert files[0] and files[1] == files[0]
