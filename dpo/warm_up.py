@@ -1,12 +1,16 @@
 """All that steps and evaluations run is compiled before the first of them, on a few rows that are thrown away."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from dpo.batches import Packer
+from dpo.block_mask import BLOCK
 from dpo.distributed import World
 from dpo.kernels import describe_graphs, num_graphs
 from dpo.packing import PackedBatch
@@ -15,8 +19,10 @@ from dpo.plan import Tree
 from dpo.policy import Policy, announce_backward, completion_logps, reshard
 from dpo.progress import say
 
-LENGTHS = (512, 768)
-"""Tokens of the rows. A length that torch took for a constant in the first row is an unknown from the second on."""
+LENGTHS = (17 * BLOCK, 6 * BLOCK)
+"""Tokens of the rows. The first, as a number of tokens or of blocks, is the size of nothing else in a model. A length
+that torch took for a constant in the first row is an unknown from the second on.
+"""
 
 
 def warm_up(policy: Policy, packer: Packer, head_bytes: int, world: World, passes: tuple[bool, ...]) -> None:
@@ -33,14 +39,28 @@ def warm_up(policy: Policy, packer: Packer, head_bytes: int, world: World, passe
         say(f"compiling {what}: 1 to 3 minutes at the first start, seconds where kernels are kept from another")
     started, before = time.monotonic(), num_graphs()
     packer = replace(packer, windows=policy.windows)
-    for with_gradients in passes:
-        for length in LENGTHS:
-            _run(policy, _row(packer, length), head_bytes, with_gradients)
+    with first_length_unknown():
+        for with_gradients in passes:
+            for length in LENGTHS:
+                _run(policy, _row(packer, length), head_bytes, with_gradients)
     reshard(policy)  # first: gradients are those of the sharded parameters
     policy.model.zero_grad(set_to_none=True)
     if world.is_main:
         kinds = f" ({describe_graphs(policy.graphs)})" if policy.graphs else ""
         say(f"compiled {num_graphs() - before} graphs in {time.monotonic() - started:.0f} s{kinds}")
+
+
+@contextmanager
+def first_length_unknown() -> Iterator[None]:
+    """Inside, torch takes the first of `LENGTHS` for an unknown at once, which saves the graph that holds for it alone.
+    Versions that cannot, as 2.11, compile that graph, too.
+    """
+    settings: Any = torch.compiler.config
+    if not hasattr(settings, "dynamic_values"):
+        yield
+        return
+    with settings.patch(dynamic_values=f"{LENGTHS[0]},{LENGTHS[0] // BLOCK}"):
+        yield
 
 
 def _row(packer: Packer, length: int) -> PackedBatch:
