@@ -33,7 +33,7 @@ test-gpu: .venv/installed      ## what only a GPU shows, and with two of them NC
 
 # Needs torch's CUDA wheel, which pip takes by itself on Linux where no CPU build is pinned or preferred: 5 GB on the disk.
 test-cuda-host: .venv-cuda/installed  ## what the host does for a GPU, on a CUDA that computes nothing (gcc, Python.h; no GPU)
-	.venv-cuda/bin/python -m pytest tests/gpu/test_host_side.py -rs
+	.venv-cuda/bin/python -m pytest tests/gpu/test_host_side.py tests/gpu/test_flex_compiles.py -rs
 
 bench-gpu: .venv/installed     ## the README's row of the GPUs at hand: speed, memory, the first step's check; one node
 	$(BIN)/torchrun --standalone --nproc-per-node gpu -m tests.bench.device

@@ -1,14 +1,18 @@
 """All that steps and evaluations run is compiled before the first of them, on a few rows that are thrown away."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import PretrainedConfig
 
 from dpo.batches import Packer
+from dpo.block_mask import BLOCK
 from dpo.config import Config
 from dpo.distributed import World
 from dpo.kernels import describe_graphs, kernel_folder, num_graphs
@@ -18,8 +22,10 @@ from dpo.plan import Tree
 from dpo.policy import Policy, announce_backward, completion_logps, load_policy, reshard
 from dpo.progress import say
 
-LENGTHS = (512, 768)
-"""Tokens of the rows. A length that torch took for a constant in the first row is an unknown from the second on."""
+LENGTHS = (17 * BLOCK, 6 * BLOCK)
+"""Tokens of the rows. The first, as a number of tokens or of blocks, is the size of nothing else in a model. A length
+that torch took for a constant in the first row is an unknown from the second on.
+"""
 
 
 def warm_up(policy: Policy, packer: Packer, head_bytes: int, world: World, passes: tuple[bool, ...]) -> None:
@@ -37,9 +43,10 @@ def warm_up(policy: Policy, packer: Packer, head_bytes: int, world: World, passe
         say(f"compiling {what}: {how_long}; they are kept in {kernel_folder()}")
     started, before = time.monotonic(), num_graphs()
     packer = replace(packer, windows=policy.windows)
-    for with_gradients in passes:
-        for length in LENGTHS:
-            _run(policy, _row(packer, length), head_bytes, with_gradients)
+    with first_length_unknown():
+        for with_gradients in passes:
+            for length in LENGTHS:
+                _run(policy, _row(packer, length), head_bytes, with_gradients)
     reshard(policy)  # first: gradients are those of the sharded parameters
     policy.model.zero_grad(set_to_none=True)
     if world.is_main:
@@ -56,6 +63,19 @@ def load_and_warm(
     policy = load_policy(config, world, model_config, folder)
     warm_up(policy, packer, config.parallel.head_memory_mib * 2**20, world, passes)
     return policy
+
+
+@contextmanager
+def first_length_unknown() -> Iterator[None]:
+    """Inside, torch takes the first of `LENGTHS` for an unknown at once, which saves the graph that holds for it alone.
+    Versions that cannot, as 2.11, compile that graph, too.
+    """
+    settings: Any = torch.compiler.config
+    if not hasattr(settings, "dynamic_values"):
+        yield
+        return
+    with settings.patch(dynamic_values=f"{LENGTHS[0]},{LENGTHS[0] // BLOCK}"):
+        yield
 
 
 def _row(packer: Packer, length: int) -> PackedBatch:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from dpo.config import ParallelConfig
 from dpo.kernels import VARIABLES, compile_layers, describe_graphs, keep_kernels, kernel_folder, num_graphs
 from dpo.parallelize import is_compiled
 from tests.runs import run, save_six_steps, six_steps
+
+REPO = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize(
@@ -124,16 +127,17 @@ def test_kernels_are_kept_in_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
     environment = {"TRITON_CACHE_DIR": "/mine"}
     keep_kernels(environment)
     assert environment == {"TRITON_CACHE_DIR": "/mine", "TORCHINDUCTOR_CACHE_DIR": f"{tmp_path}/kernels/inductor"}
-    assert all((tmp_path / "kernels" / name).is_dir() for name in VARIABLES.values())
+    assert (tmp_path / "kernels" / "inductor").is_dir()
 
 
 def test_inductor_looks_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also after torch was imported, as it is when a run sets it."""
+    """Also after torch has set its own folder, as it does when its compiler is imported, before a run sets this one."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     monkeypatch.setenv("DPO_CACHE", str(tmp_path))
     for variable in VARIABLES:
         monkeypatch.delenv(variable, raising=False)
+    assert not cache_dir().startswith(str(tmp_path))
     keep_kernels(os.environ)
     try:
         assert cache_dir() == f"{tmp_path}/kernels/inductor"
@@ -196,6 +200,34 @@ def test_no_lock_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("DPO_CACHE", str(tmp_path))
     keep_kernels({})
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def compile_once() -> None:
+    """What a start does, in a process of its own: prints how many graphs it found compiled, and how many not."""
+    keep_kernels()
+    layer = Layer(None)
+    compile_layers([layer])
+    for with_gradients in (True, False):
+        run_lengths([layer], (256, 384), with_gradients)
+    print(json.dumps({name: counters["inductor"]["fxgraph_cache_" + name] for name in ("hit", "miss", "bypass")}))
+
+
+def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
+    """It finds every graph, forward and backward, in the folder of the first, and writes no code there."""
+    environment = os.environ | {"DPO_CACHE": str(tmp_path)}
+    for variable in VARIABLES:
+        environment.pop(variable, None)
+    code = "from tests.test_kernels import compile_once; compile_once()"
+    found, files = [], []
+    for _ in range(2):
+        start = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=REPO, check=True, capture_output=True, text=True
+        )
+        found.append(json.loads(start.stdout))
+        files.append(set((tmp_path / "kernels").rglob("*.so")))
+    # Forward and backward for the first length, the same for any, forward without gradients.
+    assert found == [{"hit": 0, "miss": 5, "bypass": 0}, {"hit": 5, "miss": 0, "bypass": 0}]
+    assert files[0] and files[1] == files[0]
 
 
 # --- what is told in a run -------------------------------------------------------------------------------------------

@@ -75,7 +75,10 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMe
 
 /* --- devices: the limits of an H100, which torch and Triton choose kernels by -------------------------------------- */
 
-enum { SHARED_MEMORY = 232448, SMS = 132 };
+enum { SMS = 132 };
+/* IDLE_CUDA_CAPABILITY is their compute capability: 80, 100, or, where it is unset, 90. */
+static int capability(void) { const char *text = getenv("IDLE_CUDA_CAPABILITY"); return text ? atoi(text) : 90; }
+static int shared_memory(void) { return capability() == 80 ? 166912 : 232448; }
 
 cudaError_t cudaGetDeviceCount(int *count) { *count = DEVICES; return cudaSuccess; }
 int cuDeviceGetCount(int *count) { *count = DEVICES; return 0; }
@@ -95,14 +98,15 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
   snprintf(p->name, sizeof p->name, "NVIDIA H100 (idle)");
   p->uuid.bytes[0] = (char)(1 + device); /* NCCL's group counts different ones */
   p->totalGlobalMem = DEVICE_BYTES;
-  p->major = 9;
+  p->major = capability() / 10;
+  p->minor = capability() % 10;
   p->multiProcessorCount = SMS;
   p->warpSize = 32;
   p->maxThreadsPerBlock = 1024;
   p->maxThreadsPerMultiProcessor = 2048;
   p->regsPerBlock = p->regsPerMultiprocessor = 65536;
   p->sharedMemPerBlock = 49152;
-  p->sharedMemPerBlockOptin = p->sharedMemPerMultiprocessor = SHARED_MEMORY;
+  p->sharedMemPerBlockOptin = p->sharedMemPerMultiprocessor = shared_memory();
   p->maxGridSize[0] = p->maxGridSize[1] = p->maxGridSize[2] = 65535;
   p->maxThreadsDim[0] = p->maxThreadsDim[1] = p->maxThreadsDim[2] = 64;
   p->pciBusID = 1 + device;
@@ -115,9 +119,10 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     case cudaDevAttrWarpSize: *value = 32; break;
     case cudaDevAttrMaxRegistersPerBlock: *value = 65536; break;
     case cudaDevAttrMultiProcessorCount: *value = SMS; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = capability() / 10; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = capability() % 10; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = 49152; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = SHARED_MEMORY; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = shared_memory(); break;
     case cudaDevAttrTextureAlignment: *value = 512; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
     case cudaDevAttrMaxGridDimX: *value = 2147483647; break; /* a scan is launched in parts of this many blocks */

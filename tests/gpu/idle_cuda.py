@@ -1,12 +1,17 @@
-"""Builds idle_cuda.c for the torch of this environment, and gives the environment variables that preload it."""
+"""Builds idle_cuda.c for the torch of this environment, and starts processes that have it for their CUDA."""
 
 import re
 import shutil
 import subprocess
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
+
+from tests.ranks import Ranks
 
 LIBRARIES = ("libtorch_cuda", "libc10_cuda", "libtorch_python", "libtorch_cuda_linalg", "libcaffe2_nvrtc")
 NAMES = re.compile(r"(?:__)?cuda[A-Z]\w+|cublas[A-Z]\w+|nccl[A-Z]\w+|cu[A-Z]\w+")
@@ -35,6 +40,21 @@ def missing() -> str | None:
         return "no Python.h, which Triton needs (Debian: python3-dev)"
     absent = [tool for tool in ("gcc", "nm") if shutil.which(tool) is None]
     return f"no {absent[0]}" if absent else None
+
+
+@contextmanager
+def idle_ranks(folder: Path, **environment: str) -> Iterator[Ranks]:
+    """Processes that see GPUs which do nothing; the test's own process does not. Skips where it cannot be built."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    ranks = Ranks()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (build(folder) | environment).items():
+            patch.setenv(name, value)
+        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        yield ranks
+    ranks.close()
 
 
 def build(folder: Path) -> dict[str, str]:

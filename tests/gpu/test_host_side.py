@@ -41,17 +41,8 @@ class Counts(ctypes.Structure):
 
 @pytest.fixture(scope="module")
 def idle_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """Processes that see GPUs which do nothing; the test's own process does not."""
-    reason = idle_cuda.missing()
-    if reason:
-        pytest.skip(reason)
-    ranks = Ranks()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in idle_cuda.build(tmp_path_factory.mktemp("idle") / "cuda").items():
-            patch.setenv(name, value)
-        patch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with idle_cuda.idle_ranks(tmp_path_factory.mktemp("idle") / "cuda") as ranks:
         yield ranks
-    ranks.close()
 
 
 def run_on_cuda(config: Config) -> None:
