@@ -29,6 +29,8 @@ class World:
     device: torch.device
     store: dist.Store | None = field(default=None, repr=False, compare=False)
     """Of `open_world`: kept, since rank 0 may be the server of the others'."""
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
+    """By their ranks, the groups of hybrid sharding's mesh: made once, though several policies are sharded over it."""
 
     @property
     def is_main(self) -> bool:
@@ -165,14 +167,18 @@ def make_mesh(world: World, parallel: ParallelConfig) -> DeviceMesh:
     # NCCL, and would give the parts torch's own timeout.
     ranks = torch.arange(world.size).view(parallel.replicate, shard)
     timeout = timedelta(seconds=parallel.timeout_seconds)
-    mine = [_group_of(world.rank, rows.tolist(), timeout) for rows in (ranks.T, ranks)]
+    mine = [_group_of(world, rows.tolist(), timeout) for rows in (ranks.T, ranks)]
     return DeviceMesh.from_group(mine, device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
-def _group_of(rank: int, groups: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
-    """Makes all groups of a dimension of the mesh, and gives this rank's. Every rank must get here, in one order."""
-    made = [(ranks, dist.new_group(ranks, timeout=timeout)) for ranks in groups]
-    return next(group for ranks, group in made if rank in ranks)
+def _group_of(world: World, dimension: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
+    """Makes the groups of a dimension of the mesh that are not there yet, and gives this rank's. Every rank must get
+    here, in one order.
+    """
+    for ranks in map(tuple, dimension):
+        if ranks not in world.groups:
+            world.groups[ranks] = dist.new_group(ranks, timeout=timeout)
+    return next(world.groups[tuple(ranks)] for ranks in dimension if world.rank in ranks)
 
 
 def check_mesh(world: World, parallel: ParallelConfig) -> int:

@@ -70,6 +70,9 @@ def mesh_of_four() -> dict[str, Any]:
         start_devices(world, 60)
         mesh = make_mesh(world, ParallelConfig(replicate=2, timeout_seconds=50))
         groups = {name: mesh.get_group(name) for name in ("replicate", "shard")}
+        with patch.object(dist, "new_group", side_effect=AssertionError("a second policy needs no groups of its own")):
+            again = make_mesh(world, ParallelConfig(replicate=2, timeout_seconds=50))
+        assert all(again.get_group(name) is group for name, group in groups.items())
         sums = {}
         for name, group in groups.items():
             value = torch.tensor([10.0**world.rank])
@@ -154,7 +157,7 @@ def test_input_is_read_before_the_gpu_is_used(tmp_path: Any, name: str) -> None:
         save_model(tmp_path / "model", "llama"), save_pairs(tmp_path / "pairs.jsonl", 4), tmp_path / "run",
         batch__pairs_per_step=2,
     )  # fmt: skip
-    read = module.read_inputs  # type: ignore[attr-defined]
+    read = module.read_inputs
 
     def reading(*args: Any) -> Any:
         inputs = read(*args)
