@@ -143,9 +143,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, 
 
 
 def _kernel_options(query: Tensor) -> dict[str, Any] | None:
-    """Those of `flex_options` for these queries on CUDA. torch.compile takes the call, and what it gives, for constants
-    of the graph.
-    """
+    """Returns the kernel options for these queries on CUDA, else None. torch.compile evaluates this while it traces."""
     if not query.is_cuda:
         return None
     properties = torch.cuda.get_device_properties(query.device)

@@ -25,8 +25,8 @@ ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("logp", "<f8")])
 """A row on disk: a 16-byte key as two integers, and the log-probability in nats (float64 holds a float32 exactly)."""
 
 Making = Mapping[str, str | bool]
-"""What changes the last digits of a row and is not in its key: `torch` the version, `device` the compute capability of
-a GPU or "cpu", `compile` whether layers were compiled."""
+"""How a block of rows was computed, where this is not part of their key: torch's version, the compute capability (or
+"cpu") as `device`, and whether layers were compiled (`compile`)."""
 
 
 def reference_key(facts: Mapping[str, str]) -> str:

@@ -28,7 +28,7 @@ class World:
     local_size: int
     device: torch.device
     store: dist.Store | None = field(default=None, repr=False, compare=False)
-    """Of `open_world`: kept, since rank 0 may be the server of the others'."""
+    """The store of the process group. Kept alive because rank 0 may serve it."""
     groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
     """By their ranks, the groups of hybrid sharding's mesh: made once, though several policies are sharded over it."""
 
@@ -42,8 +42,8 @@ class World:
 def open_world(timeout_seconds: int) -> Iterator[World]:
     """Joins, over gloo, the processes that torchrun's environment describes; without torchrun a group of one.
 
-    It is the first of two phases: NCCL does not exist and nothing lies on a GPU, so that what reads, tokenizes and
-    hashes the input may fork. Before anything is placed on `World.device` every rank must call `start_devices`.
+    Phase one of two: only gloo exists and no GPU is in use, so the code that reads, tokenizes and hashes the input may
+    fork. Every rank must call `start_devices` before anything is placed on `World.device`.
 
     Args:
         timeout_seconds: after which a collective that some rank never joined ends the run, until `start_devices`.

@@ -66,8 +66,8 @@ _NOTE = "by the estimate a step needs"
 
 
 def met_alone(failure: Exception) -> str | None:
-    """The line that this rank prints where it failed of what other ranks need not meet; None where it is a bug, whose
-    traceback is to be seen.
+    """Returns the one-line message for a failure that this rank may be alone with (memory, disk, connection), or None
+    for a bug, which keeps its traceback.
     """
     without = _without_memory(failure)
     if without is not None:

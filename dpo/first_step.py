@@ -46,8 +46,8 @@ class Terms:
     on_failure: Literal["stop", "warn"]
     """`reference.first_step_check`."""
     made_otherwise: str | None
-    """How the reference's rows were made otherwise than this run would make them; None: not at all. Where they were,
-    only the caps end the run."""
+    """How the cached rows were computed differently from this run, or None. If set, a deviation above the noise only
+    warns; above the caps it still ends the run."""
 
 
 def verify_start(

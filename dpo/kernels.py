@@ -30,8 +30,9 @@ Graphs = Counter[tuple[str, bool]]
 """(kind of layer, whether with gradients) -> graphs compiled so far."""
 
 RECOMPILE_LIMIT = 64
-"""Graphs a piece of code, above torch's 8, behind which it would run uncompiled: all layers of a class count together,
-and 2 windows, a reference of another size and passes with and without gradients take up to 12."""
+"""Graphs that torch.compile may make of one function before it runs it uncompiled; torch's default is 8. All layers of
+a class share one function; two windows, a reference of another size and passes with and without gradients need up to
+12."""
 
 VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """Environment variable of torch or Triton -> folder in that of the kernels.
@@ -88,12 +89,13 @@ def num_graphs() -> int:
 
 
 def compile_layers(layers: Sequence[nn.Module], **how: Any) -> Graphs:
-    """Has each layer compiled when it is called: for the length of the first row, then, at the second length, for any.
-    Gives the count that is kept from now on. `how`: other arguments for torch.compile than the trainer's own.
+    """Wraps each layer in torch.compile, which compiles it when it is called. Returns the counter of its graphs.
+
+    `how`: other arguments for torch.compile than the trainer's own.
     """
     graphs: Graphs = Counter()
-    # It asks whether a checkpointed layer works in place, which the exactness tests answer.
-    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_new_to_users)
+    # Hides torch's warning about in-place operations in checkpointed layers; tests compare the gradients.
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_is_not_in_place_warning)
     dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)  # of the whole process
     for layer in layers:
         layer.compile(**(how or {"options": _inductor_options()}))
@@ -103,15 +105,15 @@ def compile_layers(layers: Sequence[nn.Module], **how: Any) -> Graphs:
 
 
 def _inductor_options() -> dict[str, Any]:
-    """Mix-order reduction, a fusion of norms, guards the length at 8,191 tokens: one graph more in the middle of a run,
-    for which all ranks wait.
+    """Returns inductor's options that differ from its defaults. Mix-order reduction, a fusion of norms, is off: it
+    guards on lengths up to 8,191 tokens and would compile one more graph in the middle of a run.
     """
     wanted = {"triton.mix_order_reduction": False}
     known = torch._inductor.list_options()
     return {name: value for name, value in wanted.items() if name in known}
 
 
-def _is_new_to_users(record: logging.LogRecord) -> bool:
+def _is_not_in_place_warning(record: logging.LogRecord) -> bool:
     return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()
 
 

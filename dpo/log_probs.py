@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-NARROWED_AT_ONCE = 16
-"""The gradient of a chunk's logits is narrowed to bfloat16 by blocks, of which the first is this part of the chunk."""
+NARROW_BLOCKS = 16
+"""A chunk's gradient is converted to bfloat16 in blocks; the first is 1/16 of the chunk and the only one that needs
+memory of its own."""
 
 
 def completion_log_probs(
@@ -65,7 +66,7 @@ def rows_in_chunk(
     wide = _logits_dtype(dtype)
     bytes_each: float = wide.itemsize
     if has_float32_product(device_type, dtype):
-        bytes_each += dtype.itemsize / NARROWED_AT_ONCE if needs_gradient else 0
+        bytes_each += dtype.itemsize / NARROW_BLOCKS if needs_gradient else 0
     elif dtype != wide:
         bytes_each += dtype.itemsize
     return max(1, int(head_bytes // (vocab_size * bytes_each)))
@@ -178,15 +179,15 @@ def _float32_product(left: Tensor, right: Tensor, total: Tensor, keep: bool) -> 
 
 
 def _narrow_in_place(dz: Tensor, dtype: torch.dtype) -> Tensor:
-    """dz (rows, V), contiguous float32, rounded to a dtype of half its width, in the first half of its own memory.
+    """Converts dz (rows, V), contiguous float32, to a dtype of half its width, in the first half of its own memory.
 
-    The numbers move towards the front. A block goes without memory of its own where it ends at most twice as far from
-    the front as it begins, since what it overwrites was narrowed before it. So blocks double, and only the first, 1/16
-    of the whole, needs a copy of its own: 4 + 2/16 bytes a number instead of 4 + 2, with six kernels instead of one.
+    Block [a, b) of the elements is written to the bytes of [a/2, b/2). Where b <= 2a these were read before, so no copy
+    is needed. Blocks therefore double in size, and only the first, 1/16 of the whole, is copied: 4 + 2/16 bytes per
+    element instead of 4 + 2, with six kernels instead of one.
     """
     wide, count = dz.view(-1), dz.numel()
     narrow = wide.view(dtype)[:count]
-    stop = min(count, max(1, count // NARROWED_AT_ONCE))
+    stop = min(count, max(1, count // NARROW_BLOCKS))
     narrow[:stop] = wide[:stop].to(dtype)
     while stop < count:
         start, stop = stop, min(2 * stop, count)

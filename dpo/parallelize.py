@@ -89,8 +89,8 @@ def checkpoint_layers(layers: Sequence[nn.Module], run: Callable[..., Any]) -> N
 
 
 _ATTENTION_OPS = ("scaled_dot_product", "inductor_compiled_code", "flex_attention")
-"""Parts of the names of what attention runs: on a CPU; on CUDA, where `attention.block_attention` makes it seen; within
-a compiled layer."""
+"""Substrings of the names of operations whose results selective checkpointing keeps: attention on a CPU; FlexAttention
+compiled alone; FlexAttention in a compiled layer."""
 
 
 def _selective_contexts() -> Any:

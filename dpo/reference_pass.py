@@ -89,7 +89,7 @@ def joined_making(makings: Sequence[Making]) -> Making:
 
 
 def difference(made: Sequence[Making | None], now: Making) -> str | None:
-    """What differs between how rows were made and how this run would make them, in a few words; None: nothing."""
+    """Describes how cached rows were computed differently from this run; None if they were not."""
     others = [
         "unknown" if making is None else ", ".join(f"{name} {making.get(name, 'unknown')}" for name in now)
         for making in made

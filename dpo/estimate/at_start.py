@@ -46,7 +46,9 @@ def decide_parallel(config: Config, world: World, inputs: Inputs) -> tuple[Confi
 
 
 def _memory_here(world: World) -> float:
-    """Bytes of this rank's device that its tensors may take: not what other processes hold, nor this one's context."""
+    """Returns the bytes that this rank may allocate: of a GPU what is free and what torch has reserved; of a CPU the
+    node's memory divided by its ranks.
+    """
     if world.device.type == "cpu":
         return this_machine(world.local_size).memory
     free, _ = torch.cuda.mem_get_info(world.device)

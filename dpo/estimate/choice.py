@@ -36,9 +36,9 @@ VALUES = {
     "activation_checkpointing": ("none", "selective", "full"),
     "sync_gradients": ("every_micro_batch", "last_micro_batch"),
 }
-"""What auto may become, by key of parallel; where options take the same time, the first ones are preferred."""
+"""The values that may replace auto, by key of parallel. Of options that take equal time the earlier one is chosen."""
 LEANEST = {"activation_checkpointing": "full", "sync_gradients": "every_micro_batch"}
-"""What needs the least memory, by key."""
+"""The values that need the least memory, by key."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class Device:
     host_link: float
     """To the memory of the host."""
     flops: float | None = None
-    """A second at best in any dtype, where that is not to be looked up or measured."""
+    """FLOPs per second in any dtype; None: looked up for a GPU, measured for a CPU."""
 
     @property
     def is_cpu(self) -> bool:

@@ -1,9 +1,9 @@
 """What FlexAttention keeps, without FlexAttention: it has no backward pass on a CPU, where the rehearsal runs.
 
 Between forward and backward it keeps queries, keys, values (not repeated for grouped queries), its output and the
-logarithm of each query's sum, in float32; the output lies in memory as the queries do. The compiled region that it is
-returns what it keeps for its backward pass, queries, keys and values among it: selective checkpointing, which keeps
-what the region returns, keeps them too.
+logarithm of each query's sum, in float32; the output lies in memory as the queries do. FlexAttention compiled alone
+returns queries, keys and values as results of its region, for its backward pass; selective checkpointing keeps the
+results of that region, hence these too.
 """
 
 from collections.abc import Iterator
