@@ -581,7 +581,7 @@ def test_on_this_machine(small: Path, capsys) -> None:
         ([], "error: command line: --ranks: is missing, and parallel.shard is null; valid: --ranks N"),
         (["--ranks", "0"], "error: command line: --ranks: must be > 0, got 0; valid: a number > 0"),
         (["--ranks", "2", "--mfu", "40"], "error: command line: --mfu: must be <= 1, got 40.0; valid: a share"),
-        (["--ranks", "2", "--device", "h1"], "error: command line: --device: no such device: h1; valid: gb200, b200"),
+        (["--ranks", "2", "--device", "h1"], "error: command line: --device: no such device: h1; valid: gb300, gb200"),
         (["--ranks", "2", "--link-gb-s", "fast"], "error: command line: argument --link-gb-s: invalid float"),
         (["--ranks", "3", "--parallel.replicate", "2"], "error: command line: parallel.shard: replicate 2 x shard 1"),
         (["--ranks", "2", "--model.path", "/"], "error: command line: model.path: / has no config.json"),
