@@ -108,9 +108,9 @@ def _connect(world: World) -> None:
     Every rank must get here, or the rest hang.
     """
     part = torch.zeros(1, device=world.device)
-    whole = torch.zeros(world.size, device=world.device)
-    dist.all_gather_into_tensor(whole, part)
-    dist.reduce_scatter_tensor(part, whole)
+    whole = list(torch.zeros(world.size, device=world.device).split(1))
+    dist.all_gather(whole, part)
+    dist.reduce_scatter(part, whole)
     dist.all_reduce(part)
     torch.cuda.synchronize(world.device)
 

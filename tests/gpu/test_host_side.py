@@ -28,7 +28,7 @@ from tests.distributed.test_parallel import make_pairs, reference
 from tests.gpu import idle_cuda
 from tests.models import save_model
 from tests.ranks import Ranks
-from tests.runs import eval_lines, run, save_six_steps, six_steps, train_lines
+from tests.runs import changed, eval_lines, run, save_six_steps, six_steps, train_lines
 
 pytestmark = pytest.mark.xdist_group("idle-cuda")
 
@@ -57,7 +57,8 @@ def test_a_run_goes_its_way_on_cuda(size: int, idle_ranks: Ranks, tmp_path: Path
     checkpoints through pinned memory, export. Without answers: Hugging Face ends them at a value that is read from the
     device.
     """
-    config = six_steps(save_six_steps(tmp_path), tmp_path / "run")
+    # Losses read as zeros, too, which the first step's check finds wrong.
+    config = changed(six_steps(save_six_steps(tmp_path), tmp_path / "run"), reference__first_step_check="warn")
     idle_ranks(size, run_on_cuda, config)
     assert len(train_lines(tmp_path / "run")) == 6
     assert len(eval_lines(tmp_path / "run")) == 3
