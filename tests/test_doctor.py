@@ -495,3 +495,9 @@ def test_any_exception_of_a_part_is_told(tmp_path: Path, world: World) -> None:
 def test_a_layout_that_does_not_fit_is_the_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor(tmp_path, "--parallel.shard", "3") == 2
     assert "parallel.shard: replicate 1 x shard 3" in capsys.readouterr().err
+
+
+def test_commands_break_at_spaces_alone() -> None:
+    """A flag that was cut at one of its hyphens could not be copied."""
+    lines = lines_of(Finding("model", ("x" * (COLUMNS - 20) + " --tokens-per-micro-batch",)))
+    assert lines[1].split() == ["--tokens-per-micro-batch"]
