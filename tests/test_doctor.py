@@ -23,7 +23,7 @@ from dpo.distributed import World, open_world
 from dpo.doctor import attention, machine, model, program, speed, storage
 from dpo.doctor.model import Memory, describe_memory, free_memory, num_saves, sizes_of
 from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, examine
-from dpo.doctor.words import COLUMNS, lines_of, verdict
+from dpo.doctor.words import COLUMNS, NAME, lines_of, verdict
 from dpo.estimate import program as estimate
 from dpo.estimate.devices import DEVICES, GIB
 from dpo.kernels import VARIABLES
@@ -499,5 +499,5 @@ def test_a_layout_that_does_not_fit_is_the_users_error(tmp_path: Path, capsys: p
 
 def test_commands_break_at_spaces_alone() -> None:
     """A flag that was cut at one of its hyphens could not be copied."""
-    lines = lines_of(Finding("model", ("x" * (COLUMNS - 20) + " --tokens-per-micro-batch",)))
+    lines = lines_of(Finding("model", ("x" * (COLUMNS - NAME - 12) + " --tokens-per-micro-batch",)))
     assert lines[1].split() == ["--tokens-per-micro-batch"]
