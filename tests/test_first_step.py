@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from dpo import reference
+from dpo import first_step, reference
+from dpo.batches import Packer
 from dpo.cache import ROW, makings_of, read_rows, write_making, write_rows
 from dpo.config import Config, LossConfig
 from dpo.deviation import Completions, Verdict, caps, exact_bounds, judge, limits, measure, rounding_scale
 from dpo.first_step import Terms
+from dpo.plan import StepPlan
 from dpo.ref_table import table_makings, write_table
 from dpo.reference_pass import difference, joined_making
 from dpo.run_files import read_metrics
@@ -71,6 +73,24 @@ LOSSES = {
     "robust": (LossConfig(name="robust", label_smoothing=0.4), math.log(2)),
 }
 """h = 0: dpo and robust give ln 2 for every eps, ipo 1/(4 beta^2), hinge 1."""
+
+
+def test_the_second_packing_has_half_of_the_tokens_and_other_places(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trees in reverse order, in rows of half the tokens. All four pairs fit one row."""
+    compute, seen = first_step._run, []
+
+    def spy(policy: Any, packer: Packer, plan: StepPlan, *rest: Any) -> Any:
+        prompts = [tree.prompt_ids.tolist() for micro in plan.micro_batches[0] for tree in micro]
+        seen.append((packer.tokens_per_micro_batch, prompts))
+        return compute(policy, packer, plan, *rest)
+
+    monkeypatch.setattr(first_step, "_run", spy)
+    run(make(folders, tmp_path, batch__tokens_per_micro_batch=4096))
+    (whole, prompts), (half, moved) = seen
+    assert (whole, half) == (4096, 2048)
+    assert len(prompts) > 1 and moved == prompts[::-1]
 
 
 @pytest.mark.parametrize("name", LOSSES)
