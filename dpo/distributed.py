@@ -163,8 +163,8 @@ def make_mesh(world: World, parallel: ParallelConfig) -> DeviceMesh:
     device = world.device.type
     if parallel.replicate == 1:
         return init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
-    # `init_device_mesh` would split the group of the steps, which kills the process in torch 2.13 where gloo is beside
-    # NCCL, and would give the parts torch's own timeout.
+    # `init_device_mesh` would split the group of the steps, which kills the process in torch 2.11 and 2.13 where gloo
+    # is beside NCCL, and would give the parts torch's own timeout.
     ranks = torch.arange(world.size).view(parallel.replicate, shard)
     timeout = timedelta(seconds=parallel.timeout_seconds)
     mine = [_group_of(world, rows.tolist(), timeout) for rows in (ranks.T, ranks)]
