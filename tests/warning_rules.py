@@ -17,6 +17,8 @@ IGNORED: Mapping[str, str] = {
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning": "torch's inductor, of torch's own code",
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning": "torch's dynamo looks at every attribute",
     "ignore:DTensor random operators may not have complete support:UserWarning": "none is used",
+    "ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning": "inductor; off on purpose",
+    "ignore:Synchronization debug mode is a prototype:UserWarning": "tests/gpu ask torch to raise where the host waits",
     "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning": "torch's dynamo, on this one bug-fix release",
     "ignore:FSDP2-wrapped module .FSDPOPTDecoderLayer. returned a view:UserWarning": "OPT writes into none",
     "ignore::ResourceWarning": "files that datasets and numpy map stay open until the arrays on them are collected",

@@ -79,9 +79,9 @@ def test_the_host_never_waits(family: str, options: dict[str, object], world: Wo
     policy = load(world, save_model(tmp_path, family), **options)
     batches = random_batches(policy, 12, budget=500)
     run_micro_batches(policy, batches)  # compiles
-    if policy.device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
     try:
+        if policy.device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
         metrics = run_micro_batches(policy, batches)
     finally:
         if policy.device.type == "cuda":
