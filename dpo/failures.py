@@ -16,10 +16,8 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dpo.data_sheets import find_sheet
+from dpo.data_sheets import GIB, find_sheet
 from dpo.errors import RunError
-
-GIB = 2**30
 
 
 def record_failure(failure: Exception, details: str) -> None:
@@ -45,7 +43,7 @@ def storage_errors(folder: Path) -> Iterator[None]:
         yield
     except CheckpointException as failure:
         rank, (reason, _) = next(iter(failure.failures.items()))
-        room = f"{shutil.disk_usage(folder.parent).free / 2**30:.2f} GiB are free there"
+        room = f"{shutil.disk_usage(folder.parent).free / GIB:.2f} GiB are free there"
         raise RunError(f"{folder}: rank {rank}: {type(reason).__name__}: {reason}; {room}") from failure
 
 

@@ -24,6 +24,7 @@ from transformers import LlamaConfig
 from dpo.batches import Packer, make_packer
 from dpo.config import Config, load_config
 from dpo.costs import MODEL_UNITS, peak_flops
+from dpo.data_sheets import GIB
 from dpo.deviation import Deviation, rounding_scale
 from dpo.distributed import World, all_gather, make_mesh, open_world, start_devices
 from dpo.estimate.at_start import in_own_process
@@ -41,7 +42,6 @@ from dpo.program import exit_program
 from dpo.train import train_step
 from dpo.warm_up import warm_up
 
-GIB = 2**30
 PAIRS_PER_STEP = 64
 Facts = dict[str, Any]
 
