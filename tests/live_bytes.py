@@ -1,5 +1,6 @@
 """How many bytes of tensors live at once while something runs."""
 
+import gc
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -18,7 +19,8 @@ class LiveBytes(TorchDispatchMode):
 
     Storages, so that views cost nothing; asked for their size after every operation, so that those which FSDP empties
     and fills again are counted as they are. What a kernel takes and gives back inside of one operation is not seen:
-    see `allocated_peak`.
+    see `allocated_peak`. The garbage collector does not run inside, since what a collection leaves for the next one
+    depends on what ran before.
     """
 
     def __init__(self, apart: Collection[torch.Size] = ()) -> None:
@@ -26,6 +28,17 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.made = 0
         self._apart = {tuple(shape) for shape in apart}
         self._living = WeakIdKeyDictionary(ref_type=ref)
+        self._collects = gc.isenabled()
+
+    def __enter__(self) -> "LiveBytes":
+        gc.disable()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if self._collects:
+            gc.enable()
 
     @property
     def now(self) -> int:

@@ -1,6 +1,7 @@
 """`dpo.estimate`: the parts of the peak against hand-derived bytes, few layers drawn out to many, traffic and time by
 hand, and the program."""
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -286,6 +287,20 @@ def test_drawn_out_layers_are_the_layers_themselves(keys: dict[str, Any], on_cud
     drawn = step_memory(config, llama(), 4, *step_of(config, 4, 8), on_cuda)
     assert drawn.peak == max(sum(n for kind, n in peak.items() if kind not in away) for peak in whole)
     assert drawn.groups == Groups((LAYER,) * DEPTH, ROOT)
+
+
+def test_the_garbage_collector_changes_nothing() -> None:
+    """With layers traced anew, and a collection after every 100 new objects."""
+    thresholds, totals = gc.get_threshold(), []
+    for threshold in (0, 100):
+        torch._dynamo.reset()
+        gc.set_threshold(threshold)
+        try:
+            peaks = seen(config_with(parallel__compute_dtype="bfloat16"), 4, 8).peaks
+        finally:
+            gc.set_threshold(*thresholds)
+        totals.append({moment: peak.total() for moment, peak in peaks.items()})
+    assert totals[0] == totals[1]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt-neox-tied", "qwen3", "mistral"])

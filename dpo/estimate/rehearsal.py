@@ -5,6 +5,7 @@ part of what cannot be divided evenly. The micro-batch is run twice, as the firs
 step has several: those between them hold no more.
 """
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ def rehearse(
     assert not parallel.undecided, parallel.undecided
     world = World(0, num_ranks, 0, num_ranks, torch.device("cpu"))
     with ExitStack() as stack:
+        stack.enter_context(_no_collection())
         stack.enter_context(_fake_group(num_ranks))
         mesh = make_mesh(world, parallel)
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
@@ -80,6 +82,22 @@ _NO_LIMIT = partial(
     dynamo.patch, recompile_limit=4096, accumulated_recompile_limit=4096, fail_on_recompile_limit_hit=True
 )
 """As many lengths and models as are asked for; behind a limit layers would silently not be compiled."""
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keeps the garbage collector from running inside.
+
+    A collection in the middle of a step makes some tensors live until the next full one, and when collections come
+    depends on what ran before: the same step would be estimated at one peak here and another there.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextmanager
