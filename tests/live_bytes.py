@@ -28,9 +28,9 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.made = 0
         self._apart = {tuple(shape) for shape in apart}
         self._living = WeakIdKeyDictionary(ref_type=ref)
-        self._collects = gc.isenabled()
 
     def __enter__(self) -> "LiveBytes":
+        self._collects = gc.isenabled()
         gc.disable()
         super().__enter__()
         return self
@@ -66,8 +66,10 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def allocated_peak(function: Callable[[], object]) -> int:
     """The most bytes that torch's CPU allocator had given out at once while `function` ran, above those before it:
-    temporaries inside of an operation too.
+    temporaries inside of an operation too. Garbage of earlier measurements is freed before: freed meanwhile, it would
+    be counted against what `function` takes.
     """
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
     del result

@@ -1,5 +1,6 @@
 """The memory of one forward and backward pass: bytes that live at once, counted as they are made."""
 
+import gc
 from collections.abc import Callable
 
 import numpy as np
@@ -105,3 +106,24 @@ def test_attention_makes_bytes_by_the_token(window: int | None) -> None:
         return live.made
 
     assert bytes_made(32) <= 4.1 * bytes_made(8)
+
+
+def test_garbage_that_is_freed_meanwhile_hides_no_peak() -> None:
+    """A measurement that leaves 4 MiB in a cycle; then one of 1 MiB, in the middle of which a collection frees them."""
+
+    def leave_garbage() -> None:
+        cycle: list[object] = [torch.ones(MIB)]
+        cycle.append(cycle)
+
+    def work() -> Tensor:
+        gc.collect()
+        return torch.ones(MIB // 4)
+
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        assert allocated_peak(leave_garbage) == 4 * MIB
+        assert allocated_peak(work) == MIB
+    finally:
+        if was_enabled:
+            gc.enable()
