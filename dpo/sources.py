@@ -2,13 +2,13 @@
 
 JSON and JSONL (gzip too) go through our own line reader, because `datasets` neither gives line numbers nor refuses
 wrong types: a row is then kept as its text. Parquet files, saved folders, folders of data files and hub ids go through
-`datasets`. Whatever is cached belongs to the content that was read and to the code that read it, so neither a changed
-file nor changed code meets a stale cache.
+`datasets`. Whatever is cached belongs to the content that was read and to the version of what is kept of it (FORMAT),
+so neither a changed file nor another version of the trainer meets a stale cache.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +23,8 @@ from dpo.errors import UserError
 from dpo.fields import Row
 from dpo.json_rows import json_rows
 
-OWN_MODULES = (
-    "json_rows.py",
-    "fields.py",
-    "records.py",
-    "sources.py",
-    "tokens.py",
-    "keys.py",
-    "token_rows.py",
-)  # what is cached is theirs
+FORMAT = 1
+"""The version of what is cached of a source, its rows and its token rows: whoever changes what they hold raises it."""
 JSON_FEATURES = datasets.Features(
     {"row": datasets.Value("string"), "line": datasets.Value("int64"), "columns": datasets.Value("string")}
 )
@@ -45,7 +38,7 @@ class Source:
 
     `rows` has the columns of JSON_FEATURES where `has_lines` (a row is then named by its line, from 1), else the
     source's own (a row is then named by its number, from 0). `columns` is the union over all rows. `content`: 32 hex
-    digits, equal only for equal content read by equal code.
+    digits, equal only for equal content kept in an equal FORMAT.
     """
 
     path: str
@@ -171,15 +164,9 @@ def _load(path: str, key: str, *args: Any, **options: Any) -> datasets.Dataset:
 # --- content and cache ----------------------------------------------------------------------------------------------
 
 
-def code_hash(modules: Sequence[str] = OWN_MODULES) -> str:
-    """Of the text of the modules that decide what is cached, and of the version of `datasets`."""
-    texts = (Path(__file__).with_name(name).read_text() for name in modules)
-    return hashlib.sha256("\0".join([datasets.__version__, *texts]).encode()).hexdigest()
-
-
 def digest(parts: Iterable[str]) -> str:
-    """32 hex digits of the parts and of our own code: a fingerprint as `datasets` takes them."""
-    return hashlib.sha256("\0".join([code_hash(), *parts]).encode()).hexdigest()[:32]
+    """Returns 32 hex digits of the parts, FORMAT and the version of `datasets`: a fingerprint as it takes them."""
+    return hashlib.sha256("\0".join([str(FORMAT), datasets.__version__, *parts]).encode()).hexdigest()[:32]
 
 
 def file_hashes(paths: Iterable[Path | str]) -> Iterator[str]:

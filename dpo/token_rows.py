@@ -2,7 +2,7 @@
 
 Nothing is raised in the processes that tokenize: what is wrong with a row stands in its `error` column, and the first
 in file order is raised by `raise_first_error`. The cache file's name is a hash of the content of the source, of the
-tokenizer, the limits and this code, so a second start maps nothing.
+tokenizer, the limits and `sources.FORMAT`, so a second start maps nothing.
 """
 
 import functools

@@ -1,6 +1,7 @@
 """How rows are read: every kind of source gives the same rows, every kind of fault one line with its place."""
 
 import gzip
+import hashlib
 import json
 import os
 
@@ -132,12 +133,18 @@ def test_second_reading_comes_from_the_cache_until_the_content_changes(tmp_path,
     assert read_paths == [first, first]
 
 
-def test_changed_code_does_not_meet_the_cache(tmp_path, monkeypatch):
+def test_another_format_does_not_meet_the_cache(tmp_path, monkeypatch):
     config = SourceConfig(path=write_jsonl(tmp_path / "a.jsonl", ROWS))
     before = open_source(config, "k").content
     assert open_source(config, "k").content == before
-    monkeypatch.setattr(sources, "code_hash", lambda: "changed")
+    monkeypatch.setattr(sources, "FORMAT", sources.FORMAT + 1)
     assert open_source(config, "k").content != before
+
+
+def test_a_cache_depends_on_no_source_file():
+    """A changed comment must not make every user's data be tokenized again."""
+    text = f"{sources.FORMAT}\0{datasets.__version__}\0a\0b"
+    assert sources.digest(["a", "b"]) == hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folder"])

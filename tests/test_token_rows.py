@@ -1,8 +1,11 @@
 """The cache of tokenized rows and the processes that fill it."""
 
+import hashlib
+
 import pytest
 
-from dpo import token_rows
+from dpo import data, sources, token_rows
+from dpo.config import SourceConfig
 from dpo.data import prepare_data
 from tests.data_fixtures import (
     ROWS,
@@ -90,3 +93,19 @@ def test_rows_stay_on_disk(tmp_path, tokenizer_folder):
     prepared = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder), MODEL)
     files = {file["filename"] for file in prepared.train.rows.cache_files}
     assert files and all(str(tmp_path) in name and "tokens-" in name for name in files)
+
+
+def test_what_is_cached_is_of_its_formats(tmp_path, tokenizer_folder):
+    """Fails where what is cached has changed and users would go on with what an older version left them: raise
+    `sources.FORMAT` (the rows) or `data.FORMAT` (the pairs), and write the new digests here.
+    """
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    held_out = SourceConfig(path=path, holdout=0.5)
+    prepared = prepare_data(make_config(held_out, tokenizer=tokenizer_folder, max_length=6, max_prompt_length=3), MODEL)
+    rows = hashlib.sha256(repr(prepared.train.rows.to_list()).encode()).hexdigest()[:16]
+    pairs = hashlib.sha256()
+    for pair_set in (prepared.train, prepared.eval):
+        for name in ("row_of_pair", "pair_in_row", "prompt_of_pair", "sizes", "keys"):  # places are of Arrow's layout
+            pairs.update(bytes(getattr(pair_set, name)[:]))
+    assert (sources.FORMAT, rows) == (1, "c4e5952b3620c02c")
+    assert (data.FORMAT, pairs.hexdigest()[:16]) == (1, "18a610913f58bcba")
