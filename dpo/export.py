@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from dpo.checkpoint import load_model, read_state
+from dpo.base.console import say
+from dpo.base.errors import UserError, parse_arguments
+from dpo.checkpoint.store import load_model, read_state
 from dpo.config import Config, load_config
-from dpo.distributed import World, make_mesh, on_main, open_world, start_devices, together
-from dpo.errors import UserError, parse_arguments
-from dpo.policy import Policy, build_policy, stored_tensors
-from dpo.program import exit_program
-from dpo.progress import say
-from dpo.tokens import has_tokenizer, load_tokenizer
-from dpo.weights import find_model, read_model_config, save_tensors
+from dpo.data.tokens import has_tokenizer, load_tokenizer
+from dpo.distributed.program import exit_program
+from dpo.distributed.world import World, make_mesh, on_main, open_world, start_devices, together
+from dpo.model.policy import Policy, build_policy, stored_tensors
+from dpo.model.weights import find_model, read_model_config, save_tensors
 
 
 def export(policy: Policy, model_folder: Path, out: Path, config: Config, world: World) -> None:

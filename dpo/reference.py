@@ -9,22 +9,22 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dpo.batches import Packer, make_packer
-from dpo.cache import default_cache_dir, reference_key
+from dpo.base.console import say
+from dpo.base.errors import UserError
+from dpo.batch.packer import Packer, make_packer
 from dpo.config import Config, load_config
-from dpo.distributed import World, all_gather, open_world, start_devices
-from dpo.errors import UserError
-from dpo.inputs import read_inputs
-from dpo.objective import has_reference
-from dpo.pair_set import PairSet
-from dpo.parallelize import compute_dtype, is_compiled
-from dpo.policy import Policy
-from dpo.preemption import StopRequest, listen_for_stop
-from dpo.program import exit_program
-from dpo.progress import say
-from dpo.ref_table import RefTable
-from dpo.reference_pass import ReferencePass, fill, joined_making, making, numerics
-from dpo.warm_up import load_and_warm
+from dpo.data.pair_set import PairSet
+from dpo.distributed.preemption import StopRequest, listen_for_stop
+from dpo.distributed.program import exit_program
+from dpo.distributed.world import World, all_gather, open_world, start_devices
+from dpo.model.parallelize import compute_dtype, is_compiled
+from dpo.model.policy import Policy
+from dpo.model.warm_up import load_and_warm
+from dpo.ref_logps.blocks import default_cache_dir, reference_key
+from dpo.ref_logps.fill import ReferencePass, fill, joined_making, making, numerics
+from dpo.ref_logps.table import RefTable
+from dpo.run.inputs import read_inputs
+from dpo.step.objective import has_reference
 
 
 def fill_cache(

@@ -20,9 +20,15 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PretrainedConfig
 
-from dpo.answers import answer_text, stop_ids
+from dpo.base.console import say
+from dpo.base.errors import UserError, parse_arguments
 from dpo.config import ParallelConfig
-from dpo.distributed import (
+from dpo.data.formats.examples import Example
+from dpo.data.formats.json_rows import json_rows
+from dpo.data.formats.row_fields import Message, field, text_or_messages
+from dpo.data.tokens import Encoder, Ids, Limits, check_vocabulary, encode, limits_of, load_tokenizer, text_encoder
+from dpo.distributed.program import exit_program
+from dpo.distributed.world import (
     World,
     first_on_each_node,
     make_mesh,
@@ -31,17 +37,11 @@ from dpo.distributed import (
     start_devices,
     together,
 )
-from dpo.errors import UserError, parse_arguments
-from dpo.fields import Message, field, text_or_messages
-from dpo.generation import generate
-from dpo.inputs import check_machines
-from dpo.json_rows import json_rows
-from dpo.policy import Policy, build_policy, free_memory, load_weights
-from dpo.program import exit_program
-from dpo.progress import say
-from dpo.records import Example
-from dpo.tokens import Encoder, Ids, Limits, check_vocabulary, encode, limits_of, load_tokenizer, text_encoder
-from dpo.weights import find_model, read_model_config
+from dpo.model.generation import generate
+from dpo.model.policy import Policy, build_policy, free_memory, load_weights
+from dpo.model.weights import find_model, read_model_config
+from dpo.run.answers import answer_text, stop_ids
+from dpo.run.inputs import check_machines
 
 COLUMNS = 120
 """Width of the table where there is no terminal."""

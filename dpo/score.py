@@ -19,22 +19,22 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo.batches import Packer, make_packer
+from dpo.base.console import say
+from dpo.base.errors import RunError, UserError, own_flags, split_words
+from dpo.batch.packer import Packer, make_packer
 from dpo.config import Config, load_config, with_place
-from dpo.data import PreferenceData
-from dpo.distributed import World, open_world, start_devices
-from dpo.errors import RunError, UserError, own_flags, split_words
-from dpo.evaluation import Evaluation, evaluate
-from dpo.inputs import Inputs, read_inputs
-from dpo.objective import has_reference
-from dpo.pair_set import PairSet
-from dpo.policy import Policy
-from dpo.preemption import never
-from dpo.program import exit_program
-from dpo.progress import say
+from dpo.data.pair_set import PairSet
+from dpo.data.prepare import PreferenceData
+from dpo.distributed.preemption import never
+from dpo.distributed.program import exit_program
+from dpo.distributed.world import World, open_world, start_devices
+from dpo.model.policy import Policy
+from dpo.model.warm_up import load_and_warm
+from dpo.ref_logps.fill import lookup
 from dpo.reference import fill_cache
-from dpo.reference_pass import lookup
-from dpo.warm_up import load_and_warm
+from dpo.run.inputs import Inputs, read_inputs
+from dpo.step.evaluation import Evaluation, evaluate
+from dpo.step.objective import has_reference
 
 DESCRIPTION = """Scores a model on preference pairs. Beside the keys below: --model DIR (or hub id) is what is scored;
 the config's model.path stays the reference where reference.path is null. --by-source also scores each source alone, in

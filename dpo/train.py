@@ -14,34 +14,27 @@ from typing import Any
 
 import torch
 
-from dpo.answers import AnswerBook, answer, keep_answers, open_answers
+from dpo.base.console import Progress, progress, say, warn
+from dpo.base.errors import Preempted, RunError
+from dpo.base.prefetch import prefetch
+from dpo.batch.costs import MODEL_UNITS
+from dpo.batch.packing import PackedBatch
+from dpo.batch.plan import Tree, grow_trees
 from dpo.board.dashboard import Answer
-from dpo.checkpoint import RunState
+from dpo.checkpoint.saver import Saver, open_saver
+from dpo.checkpoint.store import RunState
 from dpo.config import Config, load_config
-from dpo.costs import MODEL_UNITS
-from dpo.distributed import World, all_gather, on_main, open_world, start_devices
-from dpo.errors import Preempted, RunError
+from dpo.distributed.failures import remembered_need
+from dpo.distributed.preemption import StopRequest, listen_for_stop
+from dpo.distributed.program import exit_program
+from dpo.distributed.world import World, all_gather, on_main, open_world, start_devices
 from dpo.estimate.at_start import decide_parallel
-from dpo.evaluation import evaluate
 from dpo.export import export
-from dpo.failures import remembered_need
-from dpo.first_step import verify_start
-from dpo.inputs import Inputs, read_inputs
-from dpo.kernels import describe_graphs, num_graphs
-from dpo.metrics import MetricsWriter, StepMetrics, pair_means, prefixed, train_figures
-from dpo.objective import has_reference, pair_losses
-from dpo.optim import clip_gradient, lr_at, set_lr, square_norm
-from dpo.packing import PackedBatch
-from dpo.plan import Tree, grow_trees
-from dpo.policy import Policy, announce_backward, completion_logps
-from dpo.preemption import StopRequest, listen_for_stop
-from dpo.prefetch import prefetch
-from dpo.profiling import StepHook, profiled
-from dpo.program import exit_program
-from dpo.progress import Progress, progress, say, warn
-from dpo.provenance import provenance
-from dpo.run_files import FINAL, PROFILE
-from dpo.run_folder import (
+from dpo.model.kernels import describe_graphs, num_graphs
+from dpo.model.policy import Policy, announce_backward, completion_logps
+from dpo.run.answers import AnswerBook, answer, keep_answers, open_answers
+from dpo.run.files import FINAL, PROFILE
+from dpo.run.folder import (
     Start,
     check_identity,
     decided_so_far,
@@ -52,9 +45,16 @@ from dpo.run_folder import (
     layout_of,
     open_run_folder,
 )
-from dpo.saving import Saver, open_saver
-from dpo.setup import Run, build_run
-from dpo.summary import conclude, introduce, show_evaluation, step_line
+from dpo.run.inputs import Inputs, read_inputs
+from dpo.run.profiling import StepHook, profiled
+from dpo.run.provenance import provenance
+from dpo.run.setup import Run, build_run
+from dpo.run.summary import conclude, introduce, show_evaluation, step_line
+from dpo.step.evaluation import evaluate
+from dpo.step.first_step import verify_start
+from dpo.step.metrics import MetricsWriter, StepMetrics, pair_means, prefixed, train_figures
+from dpo.step.objective import has_reference, pair_losses
+from dpo.step.optim import clip_gradient, lr_at, set_lr, square_norm
 
 DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node with eight GPUs:
 torchrun --standalone --nproc-per-node 8 -m dpo.train --config FILE; without torchrun, python -m dpo.train is a run on

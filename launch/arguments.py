@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo.errors import UserError, parse_arguments
+from dpo.base.errors import UserError, parse_arguments
 from launch.durations import FORMATS, minutes_of
 
 PROG = "launch.submit"

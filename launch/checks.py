@@ -5,9 +5,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dpo.base.errors import UserError
 from dpo.config import Config, with_place
-from dpo.config_rules import is_hub_id, is_tokenizer_id
-from dpo.errors import UserError
+from dpo.config.rules import is_hub_id, is_tokenizer_id
 from launch import squeue
 from launch.reports import FINAL, Submission, read_outcome, submissions
 

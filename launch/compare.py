@@ -18,11 +18,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dpo.base.console import say, warn
+from dpo.base.errors import UserError, parse_arguments
 from dpo.board.hparams import KEYS, Value, flat, write_entry
-from dpo.errors import UserError, parse_arguments
-from dpo.progress import say, warn
-from dpo.run_files import CONFIG, FINAL, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
-from dpo.strict_yaml import read_yaml_file
+from dpo.config.strict_yaml import read_yaml_file
+from dpo.run.files import CONFIG, FINAL, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
 from launch.program import run_program
 
 DESCRIPTION = """Compares runs: the config keys that differ, how far they came, and their newest figures; the best

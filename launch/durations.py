@@ -2,7 +2,7 @@
 
 import re
 
-from dpo.errors import UserError
+from dpo.base.errors import UserError
 
 FORMATS = "MINUTES, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS"
 _WITH_DAYS = re.compile(r"(?P<d>\d+)-(?P<h>\d+)(:(?P<m>\d+)(:(?P<s>\d+))?)?")

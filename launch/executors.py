@@ -12,7 +12,7 @@ from typing import Any
 import submitit
 from submitit.slurm.slurm import _make_sbatch_string
 
-from dpo.errors import RunError, UserError
+from dpo.base.errors import RunError, UserError
 from launch.arguments import Request
 from launch.reports import Submission
 

@@ -108,8 +108,8 @@ def _error_files(log_dir: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _read_error(path: Path, host: str, rank: int | None) -> Failure:
-    """`dpo.distributed.run_program` writes the time to the fraction of a second, torchelastic to the second: the file's
-    own is finer.
+    """`dpo.distributed.program` writes the time to the fraction of a second, torchelastic to the second: the file's own
+    is finer.
     """
     time = path.stat().st_mtime
     try:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.errors import RunError, UserError
-from dpo.progress import say
+from dpo.base.console import say
+from dpo.base.errors import RunError, UserError
 from launch import squeue
 from launch.checks import is_active
 from launch.reports import FINAL, Outcome, Submission, read_outcome

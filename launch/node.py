@@ -19,9 +19,9 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from dpo.base.console import say, warn
 from dpo.config import with_place
-from dpo.progress import say, warn
-from dpo.run_files import STATUS_FILE
+from dpo.run.files import STATUS_FILE
 from launch import supervise, torchrun
 from launch.decision import End, decide
 from launch.failures import Failure, failures_of_node

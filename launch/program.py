@@ -1,10 +1,10 @@
-"""How a program of the launcher ends: as `dpo.distributed.run_program` says, without torch."""
+"""How a program of the launcher ends: as `dpo.distributed.program.run_program` says, without torch."""
 
 import sys
 from collections.abc import Callable
 
-from dpo.errors import RunError, UserError
-from dpo.progress import set_quiet
+from dpo.base.console import set_quiet
+from dpo.base.errors import RunError, UserError
 
 
 def run_program(main: Callable[[], None]) -> int:

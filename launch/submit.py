@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.errors import RunError
-from dpo.progress import warn
-from dpo.run_files import JOBS
+from dpo.base.console import warn
+from dpo.base.errors import RunError
+from dpo.run.files import JOBS
 from launch import executors, torchrun
 from launch.arguments import Request, parse_request, unused_here
 from launch.checks import check_free, check_paths

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo.base.errors import UserError
 from dpo.config import Config, load_config
-from dpo.errors import UserError
 from launch.arguments import PROG, Request
 
 _LONGEST_NAME = 40

@@ -19,7 +19,7 @@ if not os.environ.get("DPO_TEST_GPU"):
 import torch
 
 from tests.quick import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 from tests.warning_rules import pytest_configure  # noqa: F401
 
 torch.set_num_threads(1)

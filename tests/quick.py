@@ -16,48 +16,65 @@ from unittest.mock import patch
 
 import pytest
 
-FOLDERS = ("tests",)
+FOLDERS = (
+    "tests",
+    "base",
+    "batch",
+    "board",
+    "checkpoint",
+    "commands",
+    "config",
+    "data",
+    "distributed",
+    "estimate",
+    "inspect",
+    "machine",
+    "model",
+    "ref_logps",
+    "run",
+    "step",
+)
 """Names of the folders whose tests are quick unless they are listed below."""
 
 FIXTURES = ("ranks", "another_python")
 """Fixtures that start processes."""
 
 SLOW: Sequence[str] = (
-    "test_answers.py",
-    "test_bad_data.py",
-    "test_bad_inputs.py",
-    "test_cache.py",
-    "test_checkpoint.py",
-    "test_choice.py::test_a_model_that",
-    "test_choice.py::test_a_process",
-    "test_choice.py::test_a_resumed",
-    "test_choice.py::test_a_run",
-    "test_config.py",
-    "test_dashboard.py",
-    "test_data.py",
-    "test_demo.py",
-    "test_disk_arrays.py",
-    "test_doctor.py",
-    "test_estimate.py",
-    "test_export.py",
-    "test_first_step",
-    "test_host_copies.py",
-    "test_inspect.py",
-    "test_kernels.py",
-    "test_metrics.py",
-    "test_plan.py",
-    "test_profiling.py",
-    "test_provenance.py",
-    "test_reference.py",
-    "test_run_folder.py",
-    "test_sample.py",
-    "test_score.py",
-    "test_summary.py",
-    "test_token_rows.py",
-    "test_toolchain.py::test_a_real_compiler",
-    "test_toolchain.py::test_the_compiler",
-    "test_versions.py",
-    "test_watching.py",
+    "base/test_arrays.py",
+    "batch/test_plan.py",
+    "board/test_dashboard.py",
+    "board/test_watching.py",
+    "checkpoint/test_checkpoint.py",
+    "checkpoint/test_export.py",
+    "checkpoint/test_host_copies.py",
+    "commands/test_demo.py",
+    "commands/test_doctor.py",
+    "commands/test_sample.py",
+    "commands/test_score.py",
+    "config/test_bad_inputs.py",
+    "config/test_config.py",
+    "data/test_bad_data.py",
+    "data/test_prepare.py",
+    "data/test_token_rows.py",
+    "estimate/test_choice.py::test_a_model_that",
+    "estimate/test_choice.py::test_a_process",
+    "estimate/test_choice.py::test_a_resumed",
+    "estimate/test_choice.py::test_a_run",
+    "estimate/test_estimate.py",
+    "inspect/test_inspect.py",
+    "machine/test_toolchain.py::test_a_real_compiler",
+    "machine/test_toolchain.py::test_the_compiler",
+    "machine/test_versions.py",
+    "model/test_kernels.py",
+    "ref_logps/test_blocks.py",
+    "ref_logps/test_reference.py",
+    "run/test_answers.py",
+    "run/test_folder.py",
+    "run/test_profiling.py",
+    "run/test_provenance.py",
+    "run/test_summary.py",
+    "step/test_first_step",
+    "step/test_metrics.py",
 )
 """Starts of the names of tests that start processes, run a training (it asks git for the commit) or wait."""
 
@@ -70,7 +87,7 @@ STARTERS: Sequence[tuple[Any, str]] = (
 
 
 def is_quick(folder: str, node: str, fixtures: Sequence[str]) -> bool:
-    """Whether a test has the marker; `node`: `file.py::test[case]`."""
+    """Whether a test has the marker; `node`: `folder/file.py::test[case]`."""
     return folder in FOLDERS and not set(FIXTURES) & set(fixtures) and not node.startswith(tuple(SLOW))
 
 
@@ -78,7 +95,11 @@ def is_quick(folder: str, node: str, fixtures: Sequence[str]) -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks the quick tests."""
     for item in items:
-        if is_quick(item.path.parent.name, f"{item.path.name}::{item.name}", getattr(item, "fixturenames", ())):
+        if is_quick(
+            item.path.parent.name,
+            f"{item.path.parent.name}/{item.path.name}::{item.name}",
+            getattr(item, "fixturenames", ()),
+        ):
             item.add_marker(pytest.mark.quick)
 
 

@@ -1,7 +1,7 @@
 """`python -m dpo.doctor`."""
 
+from dpo.distributed.program import exit_program
 from dpo.doctor.program import main
-from dpo.program import exit_program
 
 if __name__ == "__main__":
     exit_program(main)

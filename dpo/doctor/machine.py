@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from dpo.distributed import World
+from dpo.distributed.world import World
 from dpo.doctor.parts import Finding, Part, Subject, by_host
 from dpo.doctor.words import counted, gib
-from dpo.machine import Facts, gather_facts, host_memory
-from dpo.toolchain import find_problems, find_warnings, needs_of
+from dpo.machine.facts import Facts, gather_facts, host_memory
+from dpo.machine.toolchain import find_problems, find_warnings, needs_of
 
 BUSY = 0.9
 """Share of a GPU's memory that is free at least where no other process uses it."""

@@ -10,7 +10,8 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo.config import Config
-from dpo.distributed import World, all_gather, on_main
+from dpo.distributed.failures import estimate_command
+from dpo.distributed.world import World, all_gather, on_main
 from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, agreed, attempt
 from dpo.doctor.words import gib
 from dpo.estimate.at_start import choice_here
@@ -18,9 +19,8 @@ from dpo.estimate.choice import Choice
 from dpo.estimate.lengths import find_lengths
 from dpo.estimate.memory import state_numbers
 from dpo.estimate.words import shown_count
-from dpo.failures import estimate_command
-from dpo.machine import host_memory
-from dpo.policy import build_on_meta
+from dpo.machine.facts import host_memory
+from dpo.model.policy import build_on_meta
 
 
 def sizes_of(config: Config, model_config: PretrainedConfig) -> Sizes:

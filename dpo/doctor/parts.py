@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import PretrainedConfig
 
+from dpo.base.errors import RunError, UserError
 from dpo.config import Config, ParallelConfig
-from dpo.distributed import World, all_gather, first_on_each_node, together
-from dpo.errors import RunError, UserError
-from dpo.parallelize import compute_dtype
+from dpo.distributed.world import World, all_gather, first_on_each_node, together
+from dpo.model.parallelize import compute_dtype
 
 T = TypeVar("T")
 

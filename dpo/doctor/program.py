@@ -13,10 +13,11 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from dpo.cache import default_cache_dir
+from dpo.base.console import say
+from dpo.base.errors import RunError
 from dpo.config import Config, ParallelConfig, load_config
-from dpo.config_io import split_command_line
-from dpo.distributed import World, all_gather, check_mesh, first_on_each_node, on_main, open_world, start_devices
+from dpo.config.reading import split_command_line
+from dpo.distributed.world import World, all_gather, check_mesh, first_on_each_node, on_main, open_world, start_devices
 from dpo.doctor.attention import ATTENTION
 from dpo.doctor.machine import DEVICES, TOOLCHAIN, VERSIONS
 from dpo.doctor.model import MODEL, sizes_of
@@ -24,12 +25,11 @@ from dpo.doctor.parts import Finding, Part, Subject, examine
 from dpo.doctor.speed import LINKS, PRODUCTS
 from dpo.doctor.storage import CACHE, STORAGE
 from dpo.doctor.words import header, lines_of, verdict
-from dpo.errors import RunError
 from dpo.inspect.program import find_model_config, read_named_config
-from dpo.kernels import keep_kernels
-from dpo.objective import has_reference
-from dpo.progress import say
+from dpo.model.kernels import keep_kernels
+from dpo.ref_logps.blocks import default_cache_dir
 from dpo.reference import cache_root
+from dpo.step.objective import has_reference
 
 DESCRIPTION = """Says on one screen whether a run would work here and how fast the machine is: devices, versions,
 compiler, matrix products, all-gathers, the run folder's disk and the cache's, the model's share of a rank's memory,

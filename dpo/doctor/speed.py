@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo.costs import device_peak, measured_peak
-from dpo.data_sheets import find_sheet
-from dpo.distributed import World, make_mesh
+from dpo.batch.costs import device_peak, measured_peak
+from dpo.distributed.world import World, make_mesh
 from dpo.doctor.parts import Finding, Part, Subject, agreed
 from dpo.doctor.words import counted, flops, rate
 from dpo.estimate.devices import DEVICES, Device, this_machine
+from dpo.machine.data_sheets import find_sheet
 
 SLOW = 0.5
 """Share of what is expected below which it is said to be slow."""
@@ -39,7 +39,7 @@ class Products:
     """bfloat16, float32, float64, or tf32."""
     rate: float
     peak: float | None
-    """Of the table in `dpo/costs.py`; None where the device does not stand there."""
+    """Of the table in `dpo/batch/costs.py`; None where the device does not stand there."""
 
 
 def measure_products(subject: Subject, world: World) -> Products:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.distributed import World, all_gather
+from dpo.base.errors import RunError
+from dpo.distributed.world import World, all_gather
 from dpo.doctor.parts import Finding, Part, Sizes, Subject, agreed
 from dpo.doctor.words import counted, gib, rate
-from dpo.errors import RunError
 from dpo.estimate.words import shown_seconds
 
 FILE_BYTES = 64 * 2**20

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from textwrap import wrap
 
-from dpo.distributed import World
+from dpo.distributed.world import World
 from dpo.doctor.parts import Finding
 
 COLUMNS = 100

@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from dpo.base.console import say, warn
+from dpo.base.errors import RunError, UserError
 from dpo.config import Config
-from dpo.distributed import World, all_gather, on_main
-from dpo.errors import RunError, UserError
+from dpo.distributed.world import World, all_gather, on_main
 from dpo.estimate.choice import Case, Choice, decide_by_bound, decide_by_rehearsal, with_values, without_estimate
 from dpo.estimate.devices import Device, device_like, this_machine
 from dpo.estimate.lengths import Lengths, lengths_of_pairs
 from dpo.estimate.needs import with_dtype
 from dpo.estimate.speed import DEFAULT_MFU, Cluster
-from dpo.inputs import Inputs
-from dpo.progress import say, warn
-from dpo.weights import read_model_config
+from dpo.model.weights import read_model_config
+from dpo.run.inputs import Inputs
 
 
 def decide_parallel(config: Config, world: World, inputs: Inputs) -> tuple[Config, str | None]:

@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from dpo.batch.packing import padded_length
+from dpo.batch.plan import StepPlan
 from dpo.config import Config
 from dpo.estimate.devices import steady
 from dpo.estimate.lengths import Lengths
 from dpo.estimate.memory import all_groups, state_numbers, update_numbers, with_layers
 from dpo.estimate.needs import Layout, needed_bytes, plans_of
 from dpo.estimate.speed import Cluster, step_speed
+from dpo.estimate.traffic import ITEMSIZES, Groups, parameter_groups
 from dpo.estimate.words import gib
-from dpo.packing import padded_length
-from dpo.parallelize import decoder_layers
-from dpo.plan import StepPlan
-from dpo.policy import build_on_meta
-from dpo.traffic import ITEMSIZES, Groups, parameter_groups
+from dpo.model.parallelize import decoder_layers
+from dpo.model.policy import build_on_meta
 
 ROOM = 0.08
 """Share of the device's memory that what is chosen leaves free."""

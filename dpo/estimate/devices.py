@@ -1,12 +1,12 @@
-"""What a rank's device has and how it is connected, of a GPU by its data sheet (`dpo/data_sheets.py`)."""
+"""What a rank's device has and how it is connected, of a GPU by its data sheet (`dpo/machine/data_sheets.py`)."""
 
 import os
 from dataclasses import dataclass, replace
 
 import torch
 
-from dpo.costs import device_peak, measured_peak
-from dpo.data_sheets import GIB, SHEETS, DataSheet, find_sheet, nearest_sheet
+from dpo.batch.costs import device_peak, measured_peak
+from dpo.machine.data_sheets import GIB, SHEETS, DataSheet, find_sheet, nearest_sheet
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 from transformers import PretrainedConfig
 
+from dpo.base.errors import UserError
+from dpo.batch.order import PairOrder
+from dpo.batch.plan import StepPlan, Tree, grow_trees
 from dpo.config import Config
-from dpo.data import prepare_data
-from dpo.errors import UserError
-from dpo.inputs import make_order
-from dpo.order import PairOrder
-from dpo.pair_set import PairSet
-from dpo.plan import StepPlan, Tree, grow_trees
-from dpo.tokens import has_tokenizer
+from dpo.data.pair_set import PairSet
+from dpo.data.prepare import prepare_data
+from dpo.data.tokens import has_tokenizer
+from dpo.run.inputs import make_order
 
 NUM_STEPS = 16  # of the data that are looked at, evenly spread
 

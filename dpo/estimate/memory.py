@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from dpo.batch.plan import StepPlan, Tree
 from dpo.config import Config, OptimConfig
 from dpo.estimate.rehearsal import Rehearsal, rehearse
 from dpo.estimate.timeline import GRADIENTS, HEAD, WEIGHTS, Bytes, Moment
-from dpo.plan import StepPlan, Tree
-from dpo.traffic import ITEMSIZES, Groups
+from dpo.estimate.traffic import ITEMSIZES, Groups
 
 OPTIMIZER = "optimizer"
 UPDATE_MOMENT = "update of the weights"
@@ -41,7 +41,7 @@ class Memory:
     device: Bytes
     host: Bytes
     """A rank's share of the host's memory: what parallel.cpu_offload keeps there, and the copy of weights and optimizer
-    that a checkpoint is written from (`dpo.host_copies`).
+    that a checkpoint is written from (`dpo.checkpoint.host_copies`).
     """
     moment: str
     groups: Groups

@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PretrainedConfig
 
+from dpo.batch.costs import cost_model
+from dpo.batch.plan import StepPlan, Tree, plan_step
 from dpo.config import Config
-from dpo.costs import cost_model
 from dpo.estimate.devices import Device
 from dpo.estimate.lengths import Lengths, MicroBatch, largest_micro_batches
 from dpo.estimate.memory import Memory, step_memory
-from dpo.parallelize import compute_dtype
-from dpo.plan import StepPlan, Tree, plan_step
+from dpo.model.parallelize import compute_dtype
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ import torch
 from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
+from dpo.base.console import is_quiet, say
+from dpo.base.errors import RunError, UserError, own_flags, split_words
 from dpo.config import Config, load_config
-from dpo.distributed import World, check_mesh
-from dpo.errors import RunError, UserError, own_flags, split_words
+from dpo.distributed.world import World, check_mesh
 from dpo.estimate.advice import advice
 from dpo.estimate.changes import Change, find_changes, with_keys
 from dpo.estimate.choice import Case, decide, with_values
@@ -24,10 +25,9 @@ from dpo.estimate.devices import DEVICES, Device, this_machine
 from dpo.estimate.lengths import Lengths, find_lengths
 from dpo.estimate.needs import Layout, memory_of, needed_bytes, plans_of, with_dtype
 from dpo.estimate.speed import DEFAULT_MFU, Cluster, Speed, step_speed
+from dpo.estimate.traffic import Groups
 from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wrapped
 from dpo.inspect.program import find_model_config
-from dpo.progress import is_quiet, say
-from dpo.traffic import Groups
 
 DEFAULT_RANKS_PER_NODE = 8
 

@@ -15,12 +15,12 @@ from statistics import fmean
 import torch
 from transformers import PretrainedConfig
 
+from dpo.batch.costs import MODEL_UNITS, Units, cost_model, step_flops, units
+from dpo.batch.plan import StepPlan, Tree
 from dpo.config import Config, ParallelConfig
-from dpo.costs import MODEL_UNITS, Units, cost_model, step_flops, units
 from dpo.estimate.devices import Device
-from dpo.log_probs import recomputed_share
-from dpo.plan import StepPlan, Tree
-from dpo.traffic import ITEMSIZES, Groups, step_traffic
+from dpo.estimate.traffic import ITEMSIZES, Groups, step_traffic
+from dpo.model.log_probs import recomputed_share
 
 DEFAULT_MFU = 0.4
 """Share of its peak that a device's arithmetic is taken to reach where nobody says better."""

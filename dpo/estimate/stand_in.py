@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from dpo.attention import ATTENTION, SMALLEST_WIDTH, register_attention
+from dpo.model.attention import ATTENTION, SMALLEST_WIDTH, register_attention
 
 
 @torch.library.custom_op("dpo_estimate::flex_attention", mutates_args=())

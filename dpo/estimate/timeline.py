@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary, ref
 
 from dpo.estimate.compiled import in_registers
-from dpo.parallelize import fsdp_modules
+from dpo.model.parallelize import fsdp_modules
 
 WEIGHTS = "weights"
 GRADIENTS = "gradients"

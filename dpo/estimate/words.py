@@ -13,7 +13,7 @@ from dpo.estimate.devices import GIB, Device
 from dpo.estimate.lengths import MicroBatch
 from dpo.estimate.memory import Memory
 from dpo.estimate.speed import Cluster, Speed
-from dpo.parallelize import is_compiled
+from dpo.model.parallelize import is_compiled
 
 COLUMNS = 100
 

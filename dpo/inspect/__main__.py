@@ -2,8 +2,8 @@
 
 import sys
 
+from dpo.distributed.program import run_program
 from dpo.inspect.program import main
-from dpo.program import run_program
 
 if __name__ == "__main__":
     sys.exit(run_program(main))

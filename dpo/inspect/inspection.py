@@ -5,14 +5,14 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from dpo.batch.order import PairOrder
 from dpo.config import Config
-from dpo.data import PreferenceData
+from dpo.data.prepare import PreferenceData
+from dpo.data.report import DataReport
+from dpo.data.tokens import ids_encoder, text_encoder
 from dpo.inspect.shown_pairs import ShownPair, make_speller, show_pairs
 from dpo.inspect.statistics import EndIds, SetStatistics, shared_pairs, summarize
 from dpo.inspect.step_tokens import StepTokens, step_tokens
-from dpo.order import PairOrder
-from dpo.report import DataReport
-from dpo.tokens import ids_encoder, text_encoder
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ from typing import Any
 from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
+from dpo.base.console import is_quiet, say
+from dpo.base.errors import UserError, own_flags, split_words
 from dpo.config import Config, load_config
-from dpo.config_rules import is_hub_id
-from dpo.data import PreferenceData, prepare_data
-from dpo.errors import UserError, own_flags, split_words
-from dpo.inputs import make_order
+from dpo.config.rules import is_hub_id
+from dpo.data.prepare import PreferenceData, prepare_data
+from dpo.data.tokens import has_tokenizer, load_tokenizer
 from dpo.inspect.inspection import Inspection, inspect_data
 from dpo.inspect.page import html_page
 from dpo.inspect.terminal import make_console, print_inspection
-from dpo.progress import is_quiet, say
-from dpo.tokens import has_tokenizer, load_tokenizer
-from dpo.weights import read_model_config
+from dpo.model.weights import read_model_config
+from dpo.run.inputs import make_order
 
 DESCRIPTION = """Shows what the trainer will really see of its data; needs no GPU and no weights. Beside the keys below:
 --html FILE also writes all of it as one page that needs nothing else; --examples N shows the first N pairs of step 1,

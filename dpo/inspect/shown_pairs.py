@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from dpo.pair_set import PairSet
-from dpo.report import SourceReport
-from dpo.visible import visible
+from dpo.base.visible import visible
+from dpo.data.pair_set import PairSet
+from dpo.data.report import SourceReport
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 

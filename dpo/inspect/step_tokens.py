@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo.order import PairOrder
-from dpo.pair_set import PairSet
-from dpo.plan import grow_trees
+from dpo.batch.order import PairOrder
+from dpo.batch.plan import grow_trees
+from dpo.data.pair_set import PairSet
 
 NUM_STEPS = 64  # at most, that are looked at
 

@@ -16,21 +16,21 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
+from dpo.batch.costs import cost_model
+from dpo.batch.packing import pack, padded_length
+from dpo.batch.plan import StepPlan, Tree, plan_step
 from dpo.config import Config
-from dpo.costs import cost_model
-from dpo.distributed import make_mesh, open_world, start_devices
+from dpo.distributed.world import make_mesh, open_world, start_devices
 from dpo.estimate.devices import this_machine
 from dpo.estimate.lengths import largest_micro_batches
 from dpo.estimate.memory import Memory, step_memory
-from dpo.optim import make_optimizer
-from dpo.packing import pack, padded_length
-from dpo.plan import StepPlan, Tree, plan_step
-from dpo.policy import build_policy
+from dpo.model.policy import build_policy
+from dpo.step.optim import make_optimizer
 from dpo.train import train_step
 from tests.bench.memory import peak_bytes, reset_peak
-from tests.live_bytes import allocated_peak
-from tests.ranks import Ranks
-from tests.runs import make_config
+from tests.support.live_bytes import allocated_peak
+from tests.support.ranks import Ranks
+from tests.support.runs import make_config
 
 MODEL = LlamaConfig(
     vocab_size=32768,

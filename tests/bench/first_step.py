@@ -19,7 +19,7 @@ from typing import Any
 STARTED = time.perf_counter()
 
 from dpo import train as program  # noqa: E402  (what importing takes is measured)
-from dpo.program import run_program  # noqa: E402
+from dpo.distributed.program import run_program  # noqa: E402
 
 IMPORTED = time.perf_counter()
 

@@ -15,8 +15,8 @@ import torch
 
 from dpo import train as program
 from dpo.config import load_config
-from dpo.run_files import read_metrics
-from dpo.setup import Run
+from dpo.run.files import read_metrics
+from dpo.run.setup import Run
 from tests.bench.jobs import FILL, Job, Told, digest, read_job, tell
 from tests.bench.memory import peak_bytes, reset_peak, resident_bytes
 

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-from dpo.costs import MODEL_UNITS, cost_model, device_peak
-from dpo.data import PairSet, prepare_data
-from dpo.order import PairOrder
-from dpo.packing import pack
-from dpo.plan import CostModel, StepPlan, grow_trees, plan_step
-from tests.runs import make_config
+from dpo.batch.costs import MODEL_UNITS, cost_model, device_peak
+from dpo.batch.order import PairOrder
+from dpo.batch.packing import pack
+from dpo.batch.plan import CostModel, StepPlan, grow_trees, plan_step
+from dpo.data.prepare import PairSet, prepare_data
+from tests.support.runs import make_config
 
 BUDGET, MFU = 16384, 0.4
 LLAMA_3_8B = LlamaConfig(

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from dpo.batches import make_packer
+from dpo.batch.packer import make_packer
 from dpo.config import BatchConfig, Config, DataConfig, ModelConfig
-from dpo.distributed import open_world, start_devices
-from dpo.optim import make_optimizer
-from dpo.policy import load_policy
+from dpo.distributed.world import open_world, start_devices
+from dpo.model.policy import load_policy
+from dpo.step.optim import make_optimizer
 from dpo.train import train_step
 from tests.bench.memory import peak_bytes, reset_peak, resident_bytes
 from tests.bench.worlds import SIZES, WORKLOADS, llama_config, save_llama, step_trees

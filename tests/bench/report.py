@@ -32,10 +32,10 @@ but without the gradient checkpointing that it comes with; ours 4,096 tokens, 8 
 checkpointing; *small*: TRL one pair, its fastest and its leanest, ours 1,024 tokens. *Pairs a second*: in all steps
 after a first one; what the reference takes before the first step is not in it, but in the column *reference*, pairs a
 second. *Faster* and *memory*: ours of the same setting against that row, with what is wanted in brackets. *Counted*:
-how many times the FLOPs of ours that row has to compute, by `dpo/costs.py`: its padded tokens, the head on each, a live
-reference. *Peak memory*: of the resident set during the steps, in a process of its own, the maximum over the ranks;
-some {imports:.2f} GiB of it are Python and torch after their imports. *Losses*: the greatest difference of a step's
-loss from ours; the loss of the last step is told to show that it left ln 2 = 0.6931."""
+how many times the FLOPs of ours that row has to compute, by `dpo/batch/costs.py`: its padded tokens, the head on each,
+a live reference. *Peak memory*: of the resident set during the steps, in a process of its own, the maximum over the
+ranks; some {imports:.2f} GiB of it are Python and torch after their imports. *Losses*: the greatest difference of a
+step's loss from ours; the loss of the last step is told to show that it left ln 2 = 0.6931."""
 
 
 def pairs_a_second(result: Result) -> float:

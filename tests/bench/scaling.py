@@ -1,4 +1,4 @@
-"""How a step's time grows: `python -m tests.bench.scaling [--out bench]`, read against the formula of `dpo/costs.py`.
+"""How a step's time grows: `python -m tests.bench.scaling [--out bench]`, against the formula of `dpo/batch/costs.py`.
 
 Six series of `tests.bench.steps`, a panel each: a step's time over the length of its completions, their number, the
 vocabulary, the number of micro-batches, and over one and two processes with the same work (strong) and with the same

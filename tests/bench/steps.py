@@ -1,7 +1,7 @@
 """Steps of made-up models on made-up trees, timed: `[torchrun …] python -m tests.bench.steps CASES.json OUT.json`.
 
 Every rank runs the cases of the file in turn; rank 0 writes a result for each. A case is a step of equal trees on a
-Llama with random weights; its FLOPs are those of `dpo/costs.py`.
+Llama with random weights; its FLOPs are those of `dpo/batch/costs.py`.
 """
 
 import json
@@ -18,15 +18,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
+from dpo.batch.costs import cost_model, step_flops, units
+from dpo.batch.packing import pack, padded_length
+from dpo.batch.plan import Tree, plan_step
 from dpo.config import Config, ParallelConfig
-from dpo.costs import cost_model, step_flops, units
-from dpo.distributed import World, make_mesh, open_world, start_devices
-from dpo.log_probs import recomputed_share
-from dpo.optim import make_optimizer
-from dpo.packing import pack, padded_length
-from dpo.parallelize import compute_dtype
-from dpo.plan import Tree, plan_step
-from dpo.policy import build_policy
+from dpo.distributed.world import World, make_mesh, open_world, start_devices
+from dpo.model.log_probs import recomputed_share
+from dpo.model.parallelize import compute_dtype
+from dpo.model.policy import build_policy
+from dpo.step.optim import make_optimizer
 from dpo.train import train_step
 
 HEAD_BYTES = 64 * 2**20

@@ -1,5 +1,5 @@
-"""FLOPs that the steps of a benchmark need by the formula of `dpo/costs.py`, for this trainer and for a padded one, on
-the 50M Llama.
+"""FLOPs that the steps of a benchmark need by the formula of `dpo/batch/costs.py`, for this trainer and for a padded
+one, on the 50M Llama.
 """
 
 import json
@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from dpo.batch.costs import Units, cost_model, step_flops, units
+from dpo.batch.plan import Pair, grow_trees, plan_step
 from dpo.config import ParallelConfig
-from dpo.costs import Units, cost_model, step_flops, units
 from dpo.estimate.speed import units_of
-from dpo.plan import Pair, grow_trees, plan_step
 from tests.bench.jobs import LIVE
 from tests.bench.worlds import SIZES, llama_config
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo.board.dashboard import Answer, Dashboard, fenced
 from dpo.config import Config, SourceConfig, to_yaml
-from tests.runs import make_config
+from tests.support.runs import make_config
 
 NUM_STEPS, EVAL_EVERY = 60, 10
 ANSWERS = [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import run_until, save_six_steps, six_steps
+from tests.support.runs import run_until, save_six_steps, six_steps
 
 
 @pytest.fixture(scope="package")

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from dpo import saving
-from dpo.saving import Saver
+from dpo.checkpoint import saver as saving
+from dpo.checkpoint.saver import Saver
 
 
 @contextmanager

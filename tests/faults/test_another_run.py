@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo.cache import read_rows
-from dpo.checkpoint import checkpoint_path
+from dpo.checkpoint.store import checkpoint_path
 from dpo.config import Config, SourceConfig, load_config
-from tests.models import save_model
-from tests.runs import changed, error_lines, exit_code, run, same_weights, six_steps, snapshot
+from dpo.ref_logps.blocks import read_rows
+from tests.support.models import save_model
+from tests.support.runs import changed, error_lines, exit_code, run, same_weights, six_steps, snapshot
 
 
 @pytest.fixture

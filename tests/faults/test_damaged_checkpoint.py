@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo.checkpoint import checkpoint_path, newer_checkpoints, newest_checkpoint, read_state
-from dpo.errors import UserError
+from dpo.base.errors import UserError
+from dpo.checkpoint.store import checkpoint_path, newer_checkpoints, newest_checkpoint, read_state
 
 
 @pytest.fixture

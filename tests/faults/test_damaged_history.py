@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from dpo.demo_world import preference_row, questions, save_model, save_rows
-from dpo.errors import RunError
-from dpo.run_files import read_metrics
-from dpo.tokens import load_tokenizer
-from tests.boards import points_of
-from tests.models import save_model as save_bare_model
-from tests.runs import changed, exit_code, make_config, run, train_lines
+from dpo.base.errors import RunError
+from dpo.data.tokens import load_tokenizer
+from dpo.demo.world import preference_row, questions, save_model, save_rows
+from dpo.run.files import read_metrics
+from tests.support.boards import points_of
+from tests.support.models import save_model as save_bare_model
+from tests.support.runs import changed, exit_code, make_config, run, train_lines
 
 
 @pytest.fixture

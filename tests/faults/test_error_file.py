@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo.errors import RunError, UserError
-from dpo.program import run_program
+from dpo.base.errors import RunError, UserError
+from dpo.distributed.program import run_program
 
 
 def recorded(failure: Exception, path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int | None, dict]:

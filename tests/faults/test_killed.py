@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from dpo.checkpoint import checkpoint_path, newest_checkpoint
+from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
 from dpo.config import Config, to_yaml
-from tests.models import save_model, save_pairs
-from tests.runs import changed, make_config, reference_line, run, same_weights, train_lines, without_clock
+from tests.support.models import save_model, save_pairs
+from tests.support.runs import changed, make_config, reference_line, run, same_weights, train_lines, without_clock
 
 NUM_PAIRS = 12
 SLOW_REFERENCE = """
 import time
-from dpo import reference_pass
+from dpo.ref_logps import fill as reference_pass
 whole = reference_pass._run
 reference_pass.SECONDS_BETWEEN_BLOCKS = 0
 reference_pass._chunks = lambda items, tokens: ([item] for item in items)
@@ -33,7 +33,8 @@ train._step = lambda *args: (time.sleep(0.3), step(*args))[1]
 """
 HELD_WRITING = """
 import threading
-from dpo import checkpoint, saving
+from dpo.checkpoint import store as checkpoint
+from dpo.checkpoint import saver as saving
 write, held = saving.write_checkpoint, checkpoint.{name}
 def hold(*args):
     (args[0].parent / "held").touch()
@@ -46,7 +47,7 @@ saving.write_checkpoint = write_or_hold
 """The thread that writes the checkpoint of step 4 comes to a function and goes no further."""
 MAIN = """
 import sys
-from dpo.program import run_program
+from dpo.distributed.program import run_program
 from dpo.train import main
 sys.exit(run_program(main))
 """

@@ -14,12 +14,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.config import SourceConfig, to_yaml
+from dpo.distributed.failures import remembered_need
+from dpo.distributed.program import run_program
 from dpo.estimate import program as estimate
 from dpo.estimate.program import read_arguments
-from dpo.failures import remembered_need
-from dpo.program import run_program
-from tests.models import save_pairs
-from tests.runs import exit_code_of, make_config
+from tests.support.models import save_pairs
+from tests.support.runs import exit_code_of, make_config
 
 ON_GPU = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 79.11 GiB of which 1.03 GiB is free."
@@ -127,7 +127,7 @@ def test_a_gpu_that_is_not_in_the_table_is_a_name_to_fill_in(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "run.yaml"])
-    monkeypatch.setattr("dpo.failures._this_device", lambda: None)
+    monkeypatch.setattr("dpo.distributed.failures._this_device", lambda: None)
     (line,) = failing(MemoryError(), capsys)
     assert line.endswith(" --device NAME (NAME: the nearest of python -m dpo.estimate --help)")
 
@@ -151,7 +151,7 @@ import os, sys
 from dataclasses import replace
 import torch
 from dpo import train
-from dpo.program import exit_program
+from dpo.distributed.program import exit_program
 from dpo.estimate import at_start
 
 class Backward(torch.autograd.Function):

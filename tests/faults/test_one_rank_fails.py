@@ -12,12 +12,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dpo import train
-from dpo.checkpoint import newest_checkpoint
+from dpo.checkpoint.store import newest_checkpoint
 from dpo.config import Config
-from dpo.program import run_program
-from tests.models import save_model, save_pairs
-from tests.ranks import Ranks
-from tests.runs import changed, exit_code, make_config, run, train_lines
+from dpo.distributed.program import run_program
+from tests.support.models import save_model, save_pairs
+from tests.support.ranks import Ranks
+from tests.support.runs import changed, exit_code, make_config, run, train_lines
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -63,7 +63,7 @@ def infinite_loss() -> Any:
 def full_cache() -> Any:
     """On the way, not at the end: a block is written after every chunk."""
     write = Mock(side_effect=OSError(28, "No space left on device"))
-    return patch.multiple("dpo.reference_pass", SECONDS_BETWEEN_BLOCKS=-1, write_rows=write)
+    return patch.multiple("dpo.ref_logps.fill", SECONDS_BETWEEN_BLOCKS=-1, write_rows=write)
 
 
 def full_checkpoints() -> Any:
@@ -71,7 +71,7 @@ def full_checkpoints() -> Any:
 
 
 def full_run_folder() -> Any:
-    return patch("dpo.checkpoint._inventory", side_effect=OSError(28, "No space left on device"))
+    return patch("dpo.checkpoint.store._inventory", side_effect=OSError(28, "No space left on device"))
 
 
 FAULTS = {f.__name__: f for f in (infinite_loss, full_cache, full_checkpoints, full_run_folder)}

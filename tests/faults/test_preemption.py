@@ -12,13 +12,13 @@ from unittest.mock import patch
 import pytest
 
 from dpo import train
-from dpo.checkpoint import newest_checkpoint
+from dpo.checkpoint.store import newest_checkpoint
 from dpo.config import Config
-from dpo.evaluation import Evaluation
-from dpo.program import run_program
-from dpo.run_files import STATUS_FILE, read_metrics
-from tests.ranks import Ranks
-from tests.runs import (
+from dpo.distributed.program import run_program
+from dpo.run.files import STATUS_FILE, read_metrics
+from dpo.step.evaluation import Evaluation
+from tests.support.ranks import Ranks
+from tests.support.runs import (
     eval_lines,
     reference_line,
     run,
@@ -119,7 +119,7 @@ def test_a_signal_within_an_evaluation(root: Path, ranks: Ranks, tmp_path: Path,
     the evaluation is made by the part that goes on."""
     whole = undisturbed(root, ranks)
     config = six_steps(root, tmp_path / "run")
-    answers = ranks(2, preempted, config, "dpo.evaluation.evaluation_plans", number, tmp_path / "status.json")
+    answers = ranks(2, preempted, config, "dpo.step.evaluation.evaluation_plans", number, tmp_path / "status.json")
     assert answers == [(0, {"state": "preempted", "step": step})] * 2
     assert [line["step"] for line in eval_lines(tmp_path / "run")] == [0, 3, 6][: number - 1]
     ranks(2, run, config)
@@ -131,7 +131,7 @@ def test_a_signal_within_the_reference_pass(root: Path, ranks: Ranks, tmp_path: 
     """What was computed is kept, and the run has not begun: a budget of 1 token makes every completion a chunk."""
     changes = {"reference__cache_dir": str(tmp_path / "cache"), "batch__tokens_per_micro_batch": 1}
     config = six_steps(root, tmp_path / "run", **changes)
-    answers = ranks(2, preempted, config, "dpo.reference_pass._run", 3, tmp_path / "status.json")
+    answers = ranks(2, preempted, config, "dpo.ref_logps.fill._run", 3, tmp_path / "status.json")
     assert answers == [(0, {"state": "preempted", "step": 0})] * 2
     assert not (tmp_path / "run").exists()
     ranks(2, run, config)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from dpo import reference_pass
+from dpo.base.errors import RunError, UserError
 from dpo.config import Config
-from dpo.errors import RunError, UserError
-from tests.models import save_model, save_pairs
-from tests.ranks import Ranks
-from tests.runs import (
+from dpo.ref_logps import fill as reference_pass
+from tests.support.models import save_model, save_pairs
+from tests.support.ranks import Ranks
+from tests.support.runs import (
     afresh,
     cache_folders,
     error_lines,

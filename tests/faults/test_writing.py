@@ -12,15 +12,16 @@ from unittest.mock import patch
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from dpo import saving, train
-from dpo.checkpoint import checkpoint_path, newest_checkpoint
+from dpo import train
+from dpo.checkpoint import saver as saving
+from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
 from dpo.config import Config
-from dpo.program import run_program
+from dpo.distributed.program import run_program
 from tests.faults.late import written_late
 from tests.faults.test_one_rank_fails import fail_as_rank, infinite_loss
 from tests.faults.test_preemption import preempted
-from tests.ranks import Ranks
-from tests.runs import (
+from tests.support.ranks import Ranks
+from tests.support.runs import (
     changed,
     error_lines,
     exit_code,

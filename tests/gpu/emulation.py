@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from dpo.attention import Layout, _flex_attention, make_layout
-from dpo.block_mask import BLOCK, Span, Window, host_mask
-from dpo.packing import PackedBatch, pack, padded_length
-from tests.float32_product import float32_products
+from dpo.batch.block_mask import BLOCK, Span, Window, host_mask
+from dpo.batch.packing import PackedBatch, pack, padded_length
+from dpo.model.attention import Layout, _flex_attention, make_layout
+from tests.support.float32_product import float32_products
 
 
 @contextmanager
@@ -24,9 +24,9 @@ def emulated() -> Iterator[None]:
     flex, compile_module = torch.compile(_flex_attention, backend="aot_eager"), nn.Module.compile
     changes: list[tuple[str, Any]] = [
         ("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None),  # refuses gradients on a CPU
-        ("dpo.attention._compiled_flex_attention", lambda: flex),
-        ("dpo.packing.make_layout", _block_layout),
-        ("dpo.batches.pack", _pack_padded),
+        ("dpo.model.attention._compiled_flex_attention", lambda: flex),
+        ("dpo.batch.packing.make_layout", _block_layout),
+        ("dpo.batch.packer.pack", _pack_padded),
         ("torch.nn.Module.compile", _compile_with(compile_module)),
     ]
     with ExitStack() as stack:
@@ -39,7 +39,7 @@ def emulated() -> Iterator[None]:
 @contextmanager
 def emulated_kernel() -> Iterator[None]:
     """`emulated`, with attention in the arithmetic of FlexAttention's kernel, which is not compiled."""
-    with emulated(), patch("dpo.attention._compiled_flex_attention", lambda: kernel):
+    with emulated(), patch("dpo.model.attention._compiled_flex_attention", lambda: kernel):
         yield
 
 

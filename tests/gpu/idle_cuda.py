@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 
 LIBRARIES = ("libtorch_cuda", "libc10_cuda", "libtorch_python", "libtorch_cuda_linalg", "libcaffe2_nvrtc")
 NAMES = re.compile(r"(?:__)?cuda[A-Z]\w+|cublas[A-Z]\w+|nccl[A-Z]\w+|cu[A-Z]\w+")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo.attention import block_attention, make_layout, segment_attention
-from dpo.block_mask import Span, Window, host_mask
-from dpo.distributed import World
-from dpo.packing import padded_length
-from tests.models import FAMILIES, VOCAB, save_model
-from tests.test_policy import assert_equal, load, oracle, run
+from dpo.batch.block_mask import Span, Window, host_mask
+from dpo.batch.packing import padded_length
+from dpo.distributed.world import World
+from dpo.model.attention import block_attention, make_layout, segment_attention
+from tests.model.test_policy import assert_equal, load, oracle, run
+from tests.support.models import FAMILIES, VOCAB, save_model
 
 TOLERANCE = 1e-4
 """Of log-probabilities and of each gradient in the L2 norm, float32, other kernels on either side: a wrong mask is off

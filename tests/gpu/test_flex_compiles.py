@@ -1,4 +1,6 @@
-"""FlexAttention's kernels compiled for the architectures of dpo/flex_options.py, without a GPU: `make test-cuda-host`.
+"""FlexAttention's kernels compiled for the architectures of dpo/model/flex_options.py, without a GPU.
+
+Run by `make test-cuda-host`.
 
 What ptxas made says by itself what it spills, and what shared memory it wants.
 """
@@ -12,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo.attention import block_attention
-from dpo.block_mask import Span, host_mask
-from dpo.flex_options import TABLE
-from dpo.warm_up import LENGTHS, first_length_unknown
+from dpo.batch.block_mask import Span, host_mask
+from dpo.model.attention import block_attention
+from dpo.model.flex_options import TABLE
+from dpo.model.warm_up import LENGTHS, first_length_unknown
 from tests.gpu import idle_cuda
-from tests.ranks import Ranks
+from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("idle-cuda")
 

@@ -12,23 +12,23 @@ from typing import Any
 import pytest
 import torch
 
+from dpo.batch.packing import pack, padded_length
+from dpo.batch.plan import CostModel, grow_trees, plan_step
 from dpo.config import Config, LossConfig, OptimConfig, ParallelConfig
-from dpo.distributed import make_mesh, open_world, start_devices
-from dpo.metrics import MAXIMA, SUMS
-from dpo.optim import make_optimizer
-from dpo.packing import pack, padded_length
-from dpo.parallelize import decoder_layers
-from dpo.plan import CostModel, grow_trees, plan_step
-from dpo.policy import build_policy
-from dpo.run_files import FINAL
-from dpo.traffic import parameter_groups, step_traffic
+from dpo.distributed.world import make_mesh, open_world, start_devices
+from dpo.estimate.traffic import parameter_groups, step_traffic
+from dpo.model.parallelize import decoder_layers
+from dpo.model.policy import build_policy
+from dpo.model.weights import read_model_config
+from dpo.run.files import FINAL
+from dpo.step.metrics import MAXIMA, SUMS
+from dpo.step.optim import make_optimizer
 from dpo.train import train_step
-from dpo.weights import read_model_config
-from tests.distributed.test_parallel import make_pairs, reference
 from tests.gpu import idle_cuda
-from tests.models import save_model
-from tests.ranks import Ranks
-from tests.runs import changed, eval_lines, run, save_six_steps, six_steps, train_lines
+from tests.layouts.test_parallel import make_pairs, reference
+from tests.support.models import save_model
+from tests.support.ranks import Ranks
+from tests.support.runs import changed, eval_lines, run, save_six_steps, six_steps, train_lines
 
 pytestmark = pytest.mark.xdist_group("idle-cuda")
 

@@ -11,20 +11,21 @@ import numpy as np
 import pytest
 import torch
 
+from dpo.batch.costs import cost_model
+from dpo.batch.packing import pack, padded_length
+from dpo.batch.plan import grow_trees, plan_step
 from dpo.config import Config, ParallelConfig, to_yaml
-from dpo.costs import cost_model
-from dpo.distributed import make_mesh, open_world, start_devices
-from dpo.losses import dpo_loss
-from dpo.packing import pack, padded_length
-from dpo.plan import grow_trees, plan_step
-from dpo.policy import announce_backward, build_policy, completion_logps, load_weights
-from dpo.run_files import FINAL
-from dpo.weights import read_model_config
-from tests.data_fixtures import make_tokenizer
+from dpo.distributed.world import make_mesh, open_world, start_devices
+from dpo.model.policy import announce_backward, build_policy, completion_logps, load_weights
+from dpo.model.weights import read_model_config
+from dpo.run.files import FINAL
+from dpo.step.losses import dpo_loss
 from tests.gpu.emulation import emulated
-from tests.models import plain_logp, plain_model, save_model
-from tests.ranks import Ranks
-from tests.runs import (
+from tests.model.test_policy import BETA, MIB, oracle, ref_logp, some_pairs
+from tests.support.data_fixtures import make_tokenizer
+from tests.support.models import plain_logp, plain_model, save_model
+from tests.support.ranks import Ranks
+from tests.support.runs import (
     eval_lines,
     reference_line,
     run,
@@ -36,7 +37,6 @@ from tests.runs import (
     without_clock,
     worst_relative,
 )
-from tests.test_policy import BETA, MIB, oracle, ref_logp, some_pairs
 
 LEARNED = ["train/loss", "train/grad_norm", "train/logps/chosen", "train/logps/rejected"]
 
@@ -112,7 +112,7 @@ def test_bfloat16_learns(folders: Path, device: torch.device, tmp_path: Path) ->
 
 
 def gradients(folder: Path, parallel: ParallelConfig, budget: int) -> dict[str, np.ndarray]:
-    """Of `tests.test_policy`'s pairs, whole, on every rank."""
+    """Of `tests.model.test_policy`'s pairs, whole, on every rank."""
     with nullcontext() if torch.cuda.is_available() else emulated(), open_world(60) as world:
         start_devices(world, 60)
         policy = build_policy(read_model_config(folder, False), parallel, "float32", make_mesh(world, parallel))

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from dpo.batch.packing import PackedBatch, pack, padded_length
+from dpo.batch.plan import CostModel, Pair, grow_trees, plan_step
 from dpo.config import LossConfig, OptimConfig
-from dpo.distributed import World
-from dpo.log_probs import completion_log_probs
-from dpo.metrics import StepMetrics
-from dpo.objective import pair_losses
-from dpo.optim import make_optimizer
-from dpo.packing import PackedBatch, pack, padded_length
-from dpo.plan import CostModel, Pair, grow_trees, plan_step
-from dpo.policy import Policy, announce_backward, completion_logps, free_memory
+from dpo.distributed.world import World
+from dpo.model.log_probs import completion_log_probs
+from dpo.model.policy import Policy, announce_backward, completion_logps, free_memory
+from dpo.step.metrics import StepMetrics
+from dpo.step.objective import pair_losses
+from dpo.step.optim import make_optimizer
 from tests.bench.estimate_check import CASES, config_of, estimated, two_steps
-from tests.live_bytes import allocated_peak
-from tests.models import VOCAB, save_model
-from tests.test_policy import load
+from tests.model.test_policy import load
+from tests.support.live_bytes import allocated_peak
+from tests.support.models import VOCAB, save_model
 
 MIB = 2**20
 
@@ -74,7 +74,7 @@ def test_few_graphs(family: str, compile_layers: bool, world: World, tmp_path: P
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_host_never_waits(family: str, options: dict[str, object], world: World, tmp_path: Path) -> None:
     """torch raises where a call waits for the stream, from the copy of the tensors to the sums of the metrics. On a
-    CPU `tests/test_no_wait.py` looks for such calls.
+    CPU `tests/step/test_no_wait.py` looks for such calls.
     """
     policy = load(world, save_model(tmp_path, family), **options)
     batches = random_batches(policy, 12, budget=500)
@@ -136,7 +136,7 @@ def test_the_head_s_memory_is_its_budget(vocab_size: int, device: torch.device) 
 @pytest.mark.parametrize("case", ["defaults", "full checkpointing", "weights kept", "AdamW"])
 def test_the_estimate_is_what_cuda_gives_out(case: str, cuda: torch.device) -> None:
     """`dpo.estimate` of one rank in bfloat16, within 15 % of the allocator's peak over two steps. On a CPU
-    `tests/distributed/test_estimate.py` does the like."""
+    `tests/layouts/test_estimate.py` does the like."""
     config = config_of(CASES[case] | {"parallel__compute_dtype": "bfloat16"})
     said = estimated(config, num_ranks=1, on_cuda=True).peak
     torch.compiler.reset()

@@ -6,17 +6,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpo.batches import Packer
+from dpo.batch.packer import Packer
+from dpo.batch.packing import padded_length
+from dpo.batch.plan import CostModel
 from dpo.config import ParallelConfig
-from dpo.distributed import World
-from dpo.kernels import num_graphs
-from dpo.packing import padded_length
-from dpo.plan import CostModel
-from dpo.policy import completion_logps
-from dpo.warm_up import warm_up
+from dpo.distributed.world import World
+from dpo.model.kernels import num_graphs
+from dpo.model.policy import completion_logps
+from dpo.model.warm_up import warm_up
 from tests.gpu.test_step import MIB, random_batches, run_micro_batches
-from tests.models import save_model
-from tests.test_policy import load
+from tests.model.test_policy import load
+from tests.support.models import save_model
 
 
 @pytest.mark.parametrize(("family", "is_gradient_first"), [("mistral", True), ("gpt2", False)])
@@ -49,6 +49,6 @@ def test_nothing_is_compiled_after(
 
 def test_an_uncompiled_policy_on_a_cpu_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is run: a CPU's steps are bitwise what they were."""
-    monkeypatch.setattr("dpo.warm_up.completion_logps", lambda *_: pytest.fail("was run"))
+    monkeypatch.setattr("dpo.model.warm_up.completion_logps", lambda *_: pytest.fail("was run"))
     policy = SimpleNamespace(parallel=ParallelConfig(), device=torch.device("cpu"))
     warm_up(policy, None, MIB, None, (True, False))  # type: ignore[arg-type]

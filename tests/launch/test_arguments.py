@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo.errors import UserError
+from dpo.base.errors import UserError
 from launch.arguments import Request, parse_request, split_words, unused_here
 from launch.durations import minutes_of
 

@@ -13,8 +13,8 @@ from dpo.board.hparams import ENTRY, KEYS
 from dpo.config import SourceConfig, to_yaml
 from launch import compare
 from launch.program import run_program
-from tests.boards import hparams_entry
-from tests.runs import make_config
+from tests.support.boards import hparams_entry
+from tests.support.runs import make_config
 
 Figures = Sequence[dict[str, float]]
 

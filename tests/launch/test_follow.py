@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.errors import RunError, UserError
+from dpo.base.errors import RunError, UserError
 from launch import follow as following
 from launch.follow import Followed, follow
 from launch.reports import Outcome, Submission, write_outcome

@@ -30,7 +30,7 @@ def test_every_file_has_a_floor_and_imports_from_lower_ones() -> None:
 
 def test_of_dpo_it_imports_what_its_docstring_names() -> None:
     """All of that without torch (`test_submit.test_it_needs_no_torch`)."""
-    (named,) = re.findall(r"of dpo only (.*?)\.\n", str(launch.__doc__).replace(" and ", ", "), re.DOTALL)
+    (named,) = re.findall(r"of dpo only (.*?)\.\n", str(launch.__doc__).replace("\nand ", ", "), re.DOTALL)
     found = set()
     for path in FOLDER.glob("*.py"):
         found |= set(re.findall(r"^from dpo\.([\w.]+) import", path.read_text(), re.MULTILINE))

@@ -14,13 +14,13 @@ from unittest.mock import patch
 import pytest
 
 from dpo import reference, train
-from dpo.errors import RunError
+from dpo.base.errors import RunError
 from launch import submit, supervise
 from launch.follow import Followed, follow
 from launch.reports import history, read_outcome, submissions
 from launch.supervise import Ended
-from tests.models import save_model, save_pairs
-from tests.runs import exit_code_of, reference_line, train_lines
+from tests.support.models import save_model, save_pairs
+from tests.support.runs import exit_code_of, reference_line, train_lines
 
 CONFIG = """
 model: {path: model}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.errors import UserError
+from dpo.base.errors import UserError
 from launch.arguments import parse_request
 from launch.sweep import PlannedRun, parse_choice, planned_runs, reference_passes
 

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from dpo.run_files import write_status
+from dpo.run.files import write_status
 
 RANK = int(os.environ["RANK"])
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [10.0.0.1]:5: Connection reset by peer"
@@ -59,8 +59,8 @@ def stops_once(folder: Path) -> None:
 
 def tells(folder: Path) -> None:
     """Finds something, as a program of this package does."""
-    from dpo.errors import RunError
-    from dpo.program import run_program
+    from dpo.base.errors import RunError
+    from dpo.distributed.program import run_program
 
     def main() -> None:
         raise RunError("step 3: the gradient norm is nan")

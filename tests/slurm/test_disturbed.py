@@ -12,10 +12,10 @@ import pytest
 
 from dpo.board.charts import place
 from dpo.config import Config, SourceConfig, to_yaml
-from tests.boards import points_of
-from tests.models import save_model, save_pairs
-from tests.runs import changed, eval_lines, make_config, run, train_lines, without_clock
 from tests.slurm.jobs import Job, command, endings, last_step, rank_processes, submit, wait_for, wait_for_steps
+from tests.support.boards import points_of
+from tests.support.models import save_model, save_pairs
+from tests.support.runs import changed, eval_lines, make_config, run, train_lines, without_clock
 
 pytestmark = pytest.mark.timeout(900)
 

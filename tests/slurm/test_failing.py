@@ -4,14 +4,14 @@ import subprocess
 from pathlib import Path
 
 from dpo.config import to_yaml
-from tests.models import save_model, save_pairs
-from tests.runs import six_steps
 from tests.slurm.jobs import SECONDS, SUBMIT
+from tests.support.models import save_model, save_pairs
+from tests.support.runs import six_steps
 
 FAULT = """
 import os
 if os.environ.get("RANK") == "3":
-    from dpo import optim
+    from dpo.step import optim
     lr_at = optim.lr_at
     optim.lr_at = lambda step, *rest: lr_at(step // (step < 2), *rest)
 """

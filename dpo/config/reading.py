@@ -1,0 +1,225 @@
+"""Strict reading of config files and command lines against dataclasses; knows nothing of what the keys mean.
+
+jsonargparse prints the help but does not read: it turns the text "null" into None, takes the last of repeated keys, and
+its errors run over many lines. What is wrong raises UserError: one line that says where, what and what is valid.
+"""
+
+import math
+import re
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from dpo.base.errors import UserError
+from dpo.config.strict_yaml import parse_yaml, read_yaml_file
+
+COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """The words of a command line, before anybody looks at their meaning."""
+
+    config: str | None
+    """The file of --config."""
+    texts: dict[str, str]
+    """KEY -> text of --KEY TEXT; of a repeated key the last one, as everywhere."""
+    print_config: bool
+    """--print_config was given."""
+    help: bool
+    """--help or -h was given."""
+    quiet: bool
+    """--quiet was given."""
+
+
+def split_command_line(argv: Sequence[str]) -> CommandLine:
+    """The words as --KEY VALUE or --KEY=VALUE; values may start with one dash, not with two."""
+    words = list(argv)
+    texts: dict[str, str] = {}
+    config: str | None = None
+    switches = set()
+    while words:
+        word = words.pop(0)
+        if word in ("-h", "--help", "--print_config", "--quiet"):
+            switches.add(word)
+            continue
+        key, value = _key_and_value(word, words)
+        if key == "config" and config is not None:
+            _wrong(COMMAND_LINE, "config", f"given twice, {config!r} and {value!r}", "one --config FILE")
+        elif key == "config":
+            config = value
+        else:
+            texts[key] = value
+    is_help = bool(switches & {"-h", "--help"})
+    return CommandLine(config, texts, "--print_config" in switches, is_help, "--quiet" in switches)
+
+
+def _key_and_value(word: str, rest: list[str]) -> tuple[str, str]:
+    if not re.fullmatch(r"--[^-=].*", word, re.DOTALL):
+        raise UserError(f"{COMMAND_LINE}: {word!r}: unexpected word; valid: --config FILE, --SECTION.KEY VALUE")
+    key, equals, value = word[2:].partition("=")
+    if equals:
+        return key, value
+    if not rest or rest[0].startswith("--"):
+        _wrong(COMMAND_LINE, key, "has no value", f"--{key} VALUE, --{key}=VALUE")
+    return key, rest.pop(0)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A value of the right type, and who gave it."""
+
+    value: Any
+    place: str
+    """The YAML file's name, or `command line`."""
+
+
+def options_of_file(path: str, sections: Mapping[str, type]) -> dict[str, Given]:
+    """SECTION.KEY -> its checked value, of the YAML file at `path`; an empty file gives none."""
+    try:
+        tree = read_yaml_file(path)
+    except OSError as error:
+        _wrong(COMMAND_LINE, "config", f"cannot read {path!r} ({error.strerror})", "the path of a YAML file")
+    given = {}
+    for section, keys in _mapping({} if tree is None else tree, path, "", list(sections)).items():
+        hints = get_type_hints(sections[section])
+        for name, value in _mapping(keys, path, section, list(hints)).items():
+            key = f"{section}.{name}"
+            given[key] = Given(fit(value, hints[name], path, key), path)
+    return given
+
+
+def options_of_texts(texts: Mapping[str, str], sections: Mapping[str, type]) -> dict[str, Given]:
+    """SECTION.KEY -> its checked value, of a command line's texts."""
+    given = {}
+    for key, text in texts.items():
+        section, _, name = key.partition(".")
+        if section not in sections:
+            _unknown(COMMAND_LINE, section, ["config", *sections])
+        hints = get_type_hints(sections[section])
+        if not name:
+            _wrong(COMMAND_LINE, key, "is a section, not a key", ", ".join(f"--{key}.{name}" for name in hints))
+        head = re.split(r"[.\[]", name)[0]
+        if head != name and get_origin(hints.get(head)) is list:
+            _wrong(COMMAND_LINE, key, "unknown key", f"the whole list, --{section}.{head} '[{{path: FILE}}, ...]'")
+        if name not in hints:
+            _unknown(COMMAND_LINE, key, list(hints))
+        value = _value_of_text(text, hints[name], key)
+        given[key] = Given(fit(value, hints[name], COMMAND_LINE, key), COMMAND_LINE)
+    return given
+
+
+def _value_of_text(text: str, hint: Any, key: str) -> Any:
+    """A word of the command line: as it is where text is asked for (null is None if allowed), else read as YAML."""
+    kinds = _alternatives(hint)
+    if text == "null" and type(None) in kinds:
+        return None
+    names = any(get_origin(kind) is Literal for kind in kinds)
+    if str in kinds or (names and bool not in kinds):  # of `bool | Literal["auto"]`, true is not a name
+        return text
+    return parse_yaml(text, lambda line: f"{COMMAND_LINE}: {key}", valid=describe(hint))
+
+
+def fit(value: Any, hint: Any, place: str, key: str) -> Any:
+    """`value` as the type `hint`, with nothing coerced but an integer to the number it is.
+
+    hint: bool, int, float, str, Literal of texts, list[dataclass], tuple[X, Y],
+    X | None or a dataclass.
+    """
+    origin = get_origin(hint)
+    if is_dataclass(hint):
+        return _fit_dataclass(value, hint, place, key)
+    if origin is list and isinstance(value, list):
+        return [fit(item, get_args(hint)[0], place, f"{key}[{i}]") for i, item in enumerate(value)]
+    kinds = _alternatives(hint)
+    for kinds_of_items in (get_args(kind) for kind in kinds if get_origin(kind) is tuple):
+        if isinstance(value, list) and len(value) == len(kinds_of_items):
+            return tuple(fit(item, kinds_of_items[i], place, f"{key}[{i}]") for i, item in enumerate(value))
+    if type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value)) and value != "":
+        return value
+    if type(value) is int and float in kinds and math.isfinite(_as_float(value)):
+        return float(value)
+    names = [name for kind in kinds if get_origin(kind) is Literal for name in get_args(kind)]
+    if isinstance(value, str) and value in names:
+        return value
+    if isinstance(value, str) and names and bool not in kinds:
+        _wrong(place, key, f"{value!r:.60} is not a {key.rpartition('.')[2]}", describe(hint))
+    return _wrong(place, key, f"got {_short(value)}", describe(hint))
+
+
+def _as_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def _fit_dataclass(value: Any, cls: Any, place: str, key: str) -> Any:
+    hints = get_type_hints(cls)
+    values = {}
+    for name, item in _mapping(value, place, key, list(hints)).items():
+        values[name] = fit(item, hints[name], place, f"{key}.{name}")
+    for name in required_keys(cls):
+        if name not in values:
+            _wrong(place, f"{key}.{name}", "is missing", describe(hints[name]))
+    return cls(**values)
+
+
+def required_keys(cls: Any) -> list[str]:
+    """The fields of a dataclass that have no default."""
+    return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+
+
+def _mapping(value: Any, place: str, key: str, names: list[str]) -> dict[str, Any]:
+    """`value` if it is a mapping with no key but `names`."""
+    if not isinstance(value, dict):
+        _wrong(place, key, f"got {_short(value)}", f"a mapping of {', '.join(names)}")
+    for name in value:
+        if name not in names:
+            _unknown(place, f"{key}.{name}" if key else f"{name}", names)
+    return value
+
+
+def describe(hint: Any) -> str:
+    """The values of a type, in words for an error."""
+    words = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a finite number",
+        str: "text (not empty)",
+        type(None): "null",
+    }
+    if hint in words:
+        return words[hint]
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return ", ".join(args)
+    if origin is list:
+        return f"a list of {{{', '.join(get_type_hints(args[0]))}}}"
+    if origin is tuple:
+        return f"a list of {len(args)} values, each {describe(args[0])}"
+    joint = ", or " if any(get_origin(kind) is tuple for kind in args) else " or "
+    return joint.join(describe(kind) for kind in args)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _short(value: Any) -> str:
+    """A value as an error shows it: its kind, and at most 60 characters of it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    kinds = {str: "the text", int: "the integer", float: "the number", list: "a list", dict: "a mapping"}
+    text = repr(value)
+    return f"{kinds.get(type(value), 'a value')} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def _unknown(place: str, key: str, names: list[str]) -> NoReturn:
+    _wrong(place, key, "unknown key", ", ".join(names))
+
+
+def _wrong(place: str, key: str, what: str, valid: str) -> NoReturn:
+    line = f"{place}: {key}: {what}; valid: {valid}" if key else f"{place}: {what}; valid: {valid}"
+    raise UserError(re.sub(r"\s+", " ", line))

@@ -1,0 +1,136 @@
+"""The rows of a JSON or JSONL file, each with its line, read strictly: what is broken is named by file and line."""
+
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+from dpo.base.errors import UserError
+
+GZIP, BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
+SPACE = " \t\n\r"  # what JSON counts as white space
+Located = tuple[int, str, Any]  # line from 1, the row's own text, its value
+
+
+def json_rows(path: str, name: str) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON array, or of the lines of a JSONL file, gzipped or not; what it is, its content tells.
+
+    Yields {row: the object's own text, line: where it begins, from 1, columns: its sorted keys as a JSON list}. `name`
+    stands for the file in errors. Raises UserError `name:line: what` for broken JSON (also NaN, a key that comes twice,
+    half a surrogate pair, bytes that are not UTF-8, a broken gzip), for a row that is not an object, and for no rows.
+    """
+    num_rows = 0
+    for line, text, row in _located_rows(path, name):
+        if not isinstance(row, dict):
+            raise UserError(f"{name}:{line}: the row is not an object; valid: {{field: value, …}}")
+        yield {"row": text, "line": line, "columns": json.dumps(sorted(row))}
+        num_rows += 1
+    if num_rows == 0:
+        raise UserError(f"{name}: empty, it has no rows; valid: at least one row")
+
+
+def _located_rows(path: str, name: str) -> Iterator[Located]:
+    with Path(path).open("rb") as raw:
+        is_gzip = raw.read(2) == GZIP
+    with gzip.open(path) if is_gzip else Path(path).open("rb") as file:
+        lines = _text_lines(file, name)
+        first = next(lines, None)
+        if first is None:
+            return
+        is_array = first[1].lstrip(SPACE).startswith("[")
+        yield from _array_rows(first, lines, name) if is_array else _line_rows(first, lines, name)
+
+
+def _text_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """(line from 1, text) of the lines, without the blank ones at the beginning."""
+    line, begun = 0, False
+    try:
+        for raw in file:
+            line += 1
+            text = (raw.removeprefix(BOM) if line == 1 else raw).decode("utf-8")
+            begun = begun or bool(text.strip(SPACE))
+            if begun:
+                yield line, text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}:{line}: not UTF-8 ({error.reason}); valid: JSON in UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{name}:{line + 1}: cannot be read: {error}") from error
+
+
+def _line_rows(first: tuple[int, str], lines: Iterable[tuple[int, str]], name: str) -> Iterator[Located]:
+    """JSONL: one value a line; blank lines are skipped."""
+    yield _line_row(*first, name)
+    for line, text in lines:
+        if text.strip(SPACE):
+            yield _line_row(line, text, name)
+
+
+def _line_row(line: int, text: str, name: str) -> Located:
+    text = text.strip(SPACE)
+    value, end = _decode(text, 0, line, name)
+    if end < len(text):
+        raise UserError(f"{name}:{line}: broken JSON: more after the row, at column {end + 1}; valid: one row a line")
+    return line, text, value
+
+
+def _array_rows(first: tuple[int, str], lines: Iterable[tuple[int, str]], name: str) -> Iterator[Located]:
+    """One JSON array: decoded element by element, so that each knows its line; the text is held in memory."""
+    line, text = first[0], first[1] + "".join(text for _, text in lines)
+    at, ends = text.index("[") + 1, ","
+    while ends == ",":
+        at, line = _skip_space(text, at, line)
+        if text.startswith("]", at) and text[:at].rstrip(SPACE).endswith("["):
+            ends, at = "]", at + 1  # an empty array
+            break
+        value, end = _decode(text, at, line, name)
+        yield line, text[at:end], value
+        line += text.count("\n", at, end)
+        at, line = _skip_space(text, end, line)
+        ends, at = text[at : at + 1], at + 1
+    if ends != "]":
+        raise UserError(f"{name}:{line}: broken JSON: a comma or ] is missing between the rows of the array")
+    at, line = _skip_space(text, at, line)
+    if at < len(text):
+        raise UserError(f"{name}:{line}: broken JSON: something follows the array; valid: one array, or one row a line")
+
+
+def _skip_space(text: str, at: int, line: int) -> tuple[int, int]:
+    """The next position that is not white space, and its line."""
+    while at < len(text) and text[at] in SPACE:
+        line += text[at] == "\n"
+        at += 1
+    return at, line
+
+
+def _decode(text: str, at: int, line: int, name: str) -> tuple[Any, int]:
+    """The value that begins at `at`, which stands on `line`, and where it ends."""
+    try:
+        value, end = DECODER.raw_decode(text, at)
+        if "\\u" in text[at:end]:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, no tokenizer takes it
+        return value, end
+    except json.JSONDecodeError as error:
+        line += text.count("\n", at, error.pos)
+        raise UserError(f"{name}:{line}: broken JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}:{line}: broken JSON: half a surrogate pair; valid: whole characters") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name}:{line}: broken JSON: {error}") from error
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} comes twice in one object")
+    return row
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON; valid: a finite number or null")
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)

@@ -1,0 +1,136 @@
+"""What became of the rows of every source: the counts that a run prints before its first step."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+
+from dpo.data.formats.examples import READS
+from dpo.data.sources import Source
+from dpo.data.token_rows import blocks, lists, pairs_of
+
+NUM_PLACES = 3  # how many places of each reason are named
+COUNTS = ("prompt_truncated", "completions_truncated", "over_positions", "repeated_pairs", "contradicting_pairs",
+          "audited_completions", "boundary_merges")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """Counts of one source. `pairs` are those kept by their content; of them `held_out_pairs` went to evaluation, and
+    `removed_pairs` to neither side, because their prompt was held out of another source (or is one with a held-out
+    prompt after truncation). `dropped`: pairs by reason; `places`: where the first of them
+    stand, `:line` or `:row N`."""
+
+    key: str
+    path: str
+    format: str
+    rows: int
+    pairs: int
+    rows_without_pair: int  # rows in which no pair was listed, kept or dropped
+    dropped: dict[str, int]
+    places: dict[str, tuple[str, ...]]
+    ignored_columns: tuple[str, ...]
+    prompt_truncated: int  # prompts of rows with a kept pair
+    completions_truncated: int  # completions in a kept pair
+    over_positions: int  # completions in a kept pair that end after the model's max_position_embeddings (RoPE)
+    repeated_pairs: int
+    contradicting_pairs: int
+    audited_completions: int  # in the first rows: how many completions, and how many whose ids would differ if
+    boundary_merges: int  # prompt and completion were tokenized as one text
+    held_out_prompts: int = 0
+    held_out_pairs: int = 0
+    removed_pairs: int = 0
+
+    def lines(self) -> list[str]:
+        """Short lines for people; what is zero is left out."""
+        dropped = sum(self.dropped.values())
+        counts = f"{self.rows:,} rows, {self.pairs:,} pairs kept, {dropped:,} dropped"
+        lines = [f"{self.key} {self.path} ({self.format}): {counts}"]
+        for reason, count in self.dropped.items():
+            more = ", …" if count > len(self.places[reason]) else ""
+            lines.append(f"  dropped, {reason}: {count:,} (at {', '.join(self.places[reason])}{more})")
+        facts = (
+            (self.rows_without_pair, "rows without a pair"),
+            (self.repeated_pairs, "pairs that repeat an earlier one of their row"),
+            (self.contradicting_pairs, "pairs whose opposite is listed too"),
+            (self.prompt_truncated, "prompts cut at their beginning"),
+            (self.completions_truncated, "completions cut at their end"),
+            (self.held_out_prompts, f"prompts held out, with {self.held_out_pairs:,} pairs"),
+            (self.removed_pairs, "pairs removed from training: their prompt is held out"),
+            (self.over_positions, "completions end after the model's max_position_embeddings: a WARNING"),
+        )
+        lines += [f"  {count:,} {text}" for count, text in facts if count]
+        if self.boundary_merges:
+            merged = f"{self.boundary_merges:,} of the first {self.audited_completions:,} completions"
+            lines.append(f"  prompt and completion are tokenized apart; as one text {merged} would get other ids")
+        if self.ignored_columns:
+            lines.append(f"  columns not used: {', '.join(self.ignored_columns)}")
+        return lines
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The sources of training, then those of evaluation; `eval_prompts_in_training`: prompts on both sides because a
+    source of `data.eval` has them too."""
+
+    sources: tuple[SourceReport, ...]
+    train_pairs: int
+    eval_pairs: int
+    eval_prompts_in_training: int = 0
+
+    def lines(self) -> list[str]:
+        lines = [line for source in self.sources for line in source.lines()]
+        lines.append(f"{self.train_pairs:,} pairs to train on, {self.eval_pairs:,} to evaluate")
+        if self.eval_prompts_in_training:
+            lines.append(f"WARNING: {self.eval_prompts_in_training:,} prompts of data.eval are in training data too")
+        return lines
+
+
+def to_json(report: DataReport) -> str:
+    """The report as a text, for `from_json`."""
+    return json.dumps(asdict(report))
+
+
+def from_json(text: str, paths: Sequence[str]) -> DataReport:
+    """The report in a text, whose sources now lie at these paths."""
+    fields = json.loads(text)
+    fields["sources"] = tuple(map(_source_of, fields["sources"], paths))
+    return DataReport(**fields)
+
+
+def _source_of(fields: dict[str, Any], path: str) -> SourceReport:
+    tuples = {
+        "places": {reason: tuple(where) for reason, where in fields["places"].items()},
+        "ignored_columns": tuple(fields["ignored_columns"]),
+    }
+    return SourceReport(**fields | tuples | {"path": path})
+
+
+def report_source(key: str, source: Source, format: str, rows: datasets.Dataset) -> SourceReport:
+    """Count what the token rows of a source say."""
+    num_pairs, empty_rows, counts = 0, 0, np.zeros(len(COUNTS), np.int64)
+    dropped: dict[str, int] = {}
+    places: dict[str, tuple[str, ...]] = {}
+    for _, table in blocks(rows, ["pairs", "dropped", *COUNTS]):
+        begins, pairs = pairs_of(table)
+        num_pairs += len(pairs)
+        empty_rows += int(np.sum((np.diff(begins) == 0) & (np.diff(lists(table, "dropped")[0]) == 0)))
+        counts += [int(np.sum(table.column(name).to_numpy())) for name in COUNTS]
+    for reason, where in dropped_pairs(rows):
+        dropped[reason] = dropped.get(reason, 0) + 1
+        if dropped[reason] <= NUM_PLACES:
+            places[reason] = (*places.get(reason, ()), source.place(where).removeprefix(source.path))
+    ignored = tuple(sorted(source.columns - READS[format]))
+    counted = dict(zip(COUNTS, counts.tolist(), strict=True))
+    return SourceReport(key, source.path, format, len(rows), num_pairs, empty_rows, dropped, places, ignored, **counted)
+
+
+def dropped_pairs(rows: datasets.Dataset) -> Iterator[tuple[str, int]]:
+    """(reason, line or row number) of every dropped pair, in file order."""
+    for _, table in blocks(rows, ["dropped", "where"]):
+        begins, reasons = lists(table, "dropped")
+        where = np.repeat(table.column("where").to_numpy(), np.diff(begins))
+        yield from zip(reasons.to_pylist(), where.tolist(), strict=True)

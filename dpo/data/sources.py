@@ -1,0 +1,207 @@
+"""A source of the config becomes a `datasets.Dataset` of raw rows that know where they stand.
+
+JSON and JSONL (gzip too) go through our own line reader, because `datasets` neither gives line numbers nor refuses
+wrong types: a row is then kept as its text. Parquet files, saved folders, folders of data files and hub ids go through
+`datasets`. Whatever is cached belongs to the content that was read and to the version of what is kept of it (FORMAT),
+so neither a changed file nor another version of the trainer meets a stale cache.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.compute as pc
+
+from dpo.base.errors import UserError
+from dpo.config import SourceConfig
+from dpo.config.rules import is_hub_id
+from dpo.data.formats.json_rows import json_rows
+from dpo.data.formats.row_fields import Row
+
+FORMAT = 1
+"""The version of what is cached of a source, its rows and its token rows: whoever changes what they hold raises it."""
+JSON_FEATURES = datasets.Features(
+    {"row": datasets.Value("string"), "line": datasets.Value("int64"), "columns": datasets.Value("string")}
+)
+PARQUET = b"PAR1"
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".csv", ".txt", ".zst", ".zip")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The raw rows of one source.
+
+    `rows` has the columns of JSON_FEATURES where `has_lines` (a row is then named by its line, from 1), else the
+    source's own (a row is then named by its number, from 0). `columns` is the union over all rows. `content`: 32 hex
+    digits, equal only for equal content kept in an equal FORMAT.
+    """
+
+    path: str
+    rows: datasets.Dataset
+    columns: set[str]
+    content: str
+    has_lines: bool
+
+    def place(self, where: int) -> str:
+        """`file:line`, or `path:row N`."""
+        return f"{self.path}:{where}" if self.has_lines else f"{self.path}:row {where}"
+
+    def first_row(self) -> Row:
+        return decode_row(self.rows[0], 0, self.has_lines)[0]
+
+
+def decode_row(record: Row, index: int, has_lines: bool) -> tuple[Row, int]:
+    """A record of `Source.rows` -> the row as the source has it, and its line or its number."""
+    return (json.loads(record["row"]), record["line"]) if has_lines else (record, index)
+
+
+def open_source(config: SourceConfig, key: str) -> Source:
+    """Read, or find in the cache, the rows of the source that stands at `key` of the config, as `data.train[0]`.
+
+    Raises UserError: nothing there, unreadable, broken JSON, a row that is not an object, no such split, no rows.
+    """
+    path = Path(config.path).expanduser()
+    try:
+        if path.is_file():
+            source = _open_file(config, path, key)
+        else:
+            source = _open_folder(config, path, key) if path.is_dir() else _open_hub(config, key)
+    except PermissionError as error:
+        raise UserError(
+            f"{key}.path: {config.path}: cannot be read: {error.strerror}; valid: what you may read"
+        ) from error
+    if len(source.rows) == 0:
+        raise UserError(f"{config.path}: empty, it has no rows; valid: at least one row")
+    return source
+
+
+# --- the kinds of sources -------------------------------------------------------------------------------------------
+
+
+def _open_file(config: SourceConfig, path: Path, key: str) -> Source:
+    if config.split != "train" or config.name is not None:
+        wrong = "split" if config.split != "train" else "name"
+        raise UserError(f"{key}.{wrong}: {config.path} is one file; valid: no {wrong}")
+    content = digest(file_hashes([path]))
+    with path.open("rb") as file:
+        is_parquet = file.read(len(PARQUET)) == PARQUET
+    if not is_parquet:
+        return _open_json(config.path, path, content)
+    with quiet_progress():
+        rows = _load(config.path, key, "parquet", data_files=str(path), split="train", cache_dir=_folder_of(content))
+    return Source(config.path, rows, set(rows.column_names), content, has_lines=False)
+
+
+def _open_json(name: str, path: Path, content: str) -> Source:
+    try:
+        with quiet_progress():
+            rows = datasets.Dataset.from_generator(
+                json_rows, JSON_FEATURES, gen_kwargs={"path": str(path), "name": name}, fingerprint=content
+            )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        raise
+    keys = pc.unique(rows.data.column("columns")).to_pylist()
+    return Source(name, rows, {column for text in keys for column in json.loads(text)}, content, has_lines=True)
+
+
+def _open_folder(config: SourceConfig, path: Path, key: str) -> Source:
+    """A folder of `save_to_disk`, or one of data files, which `load_dataset` reads."""
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        rows = _open_saved(config, path, key)
+        content = digest([*file_hashes(file["filename"] for file in rows.cache_files), str(rows.features)])
+    else:
+        files = digest(file_hashes(file for file in sorted(path.rglob("*")) if file.is_file()))
+        with quiet_progress():
+            rows = _load(config.path, key, str(path), config.name, split=config.split, cache_dir=_folder_of(files))
+        content = digest([files, str(config.name), config.split])
+    return Source(config.path, rows, set(rows.column_names), content, has_lines=False)
+
+
+def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
+    """One set, or one of those that stand in the folder under the names of their splits."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except IndexError as error:  # what `datasets` raises where no file holds a row
+        raise UserError(f"{config.path}: empty, it has no rows; valid: at least one row") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{key}.path: {config.path}: cannot be loaded: {first_line(error)}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if config.split not in saved:
+            raise UserError(f"{key}.split: {config.path} has no split {config.split}; valid: {', '.join(saved)}")
+        return saved[config.split]
+    if config.split not in ("train", str(saved.split)):
+        raise UserError(f"{key}.split: {config.path} holds one set without splits; valid: no split")
+    return saved
+
+
+def _open_hub(config: SourceConfig, key: str) -> Source:
+    if not is_hub_id(config.path) or config.path.endswith(DATA_SUFFIXES):
+        valid = "a file, a folder, a hub id org/name"
+        raise UserError(f"{key}.path: no such file or folder: {config.path}; valid: {valid}")
+    rows = _load(config.path, key, config.path, config.name, split=config.split)
+    return Source(config.path, rows, set(rows.column_names), digest([rows._fingerprint]), has_lines=False)
+
+
+def _load(path: str, key: str, *args: Any, **options: Any) -> datasets.Dataset:
+    """`load_dataset`, whose many ways to fail (network, hub, split, files) all become one UserError."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs some errors that it raises as well
+    try:
+        return datasets.load_dataset(*args, **options)
+    except Exception as error:  # the hub, its http client, fsspec and arrow raise classes without a common base
+        raise UserError(f"{key}.path: {path}: cannot be loaded: {first_line(error)}") from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+
+
+# --- content and cache ----------------------------------------------------------------------------------------------
+
+
+def digest(parts: Iterable[str]) -> str:
+    """Returns 32 hex digits of the parts, FORMAT and the version of `datasets`: a fingerprint as it takes them."""
+    return hashlib.sha256("\0".join([str(FORMAT), datasets.__version__, *parts]).encode()).hexdigest()[:32]
+
+
+def file_hashes(paths: Iterable[Path | str]) -> Iterator[str]:
+    """The sha256 of each file's content."""
+    for path in paths:
+        with Path(path).open("rb") as file:
+            yield hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_path(name: str) -> Path:
+    """A place for `name` in the cache of `datasets` (HF_DATASETS_CACHE, by default under HF_HOME)."""
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
+def _folder_of(content: str) -> str:
+    """A cache folder of this content's own: `datasets` itself trusts a file's time of change."""
+    return str(cache_path(content))
+
+
+@contextmanager
+def quiet_progress() -> Iterator[None]:
+    """Without the bars of `datasets`, for what takes moments."""
+    was_enabled = datasets.utils.is_progress_bar_enabled()
+    datasets.utils.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            datasets.utils.enable_progress_bars()
+
+
+def first_line(error: BaseException) -> str:
+    """The error's first line, or its kind; a wrapper that only says that generating failed gives way to its cause."""
+    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
+        return first_line(error.__cause__)
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

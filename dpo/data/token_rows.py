@@ -1,0 +1,174 @@
+"""The raw rows of a source become a cached, memory-mapped set of token rows: `Dataset.map` over `tokenize`.
+
+Nothing is raised in the processes that tokenize: what is wrong with a row stands in its `error` column, and the first
+in file order is raised by `raise_first_error`. The cache file's name is a hash of the content of the source, of the
+tokenizer, the limits and `sources.FORMAT`, so a second start maps nothing.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from dataclasses import astuple
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+
+from dpo.base.errors import UserError
+from dpo.data.formats.examples import READS, to_example
+from dpo.data.formats.row_fields import Row
+from dpo.data.keys import completion_key, prompt_key
+from dpo.data.sources import Source, cache_path, decode_row, digest
+from dpo.data.tokens import (
+    Encoder,
+    Limits,
+    TokenizedExample,
+    encoder_content,
+    merges_at_boundary,
+    tokenize,
+)
+
+NUM_AUDITED_ROWS = 256  # the first of every source, in which joined tokenizing is compared: it costs as much again
+MAX_NUM_PROC, SMALL_SET = 8, 4000  # below that many rows the processes cost more than they save
+BLOCK = 8192  # rows that are looked at together
+
+_INT, _IDS = datasets.Value("int32"), datasets.List(datasets.Value("int32"))
+FEATURES = datasets.Features(
+    {
+        "prompt_ids": _IDS,
+        "completion_ids": datasets.List(_IDS),
+        "pairs": datasets.List(_IDS),  # the kept ones, [winner, loser]
+        "dropped": datasets.List(datasets.Value("string")),  # one reason a dropped pair
+        "prompt_key": datasets.Value("binary"),  # 16 bytes, of prompt_ids
+        "full_prompt_key": datasets.Value("binary"),  # 16 bytes, of the prompt before truncation
+        "completion_keys": datasets.List(datasets.Value("binary")),
+        "where": datasets.Value("int64"),  # line or row number
+        "error": datasets.Value("string"),
+        "prompt_truncated": datasets.Value("bool"),
+        "completions_truncated": _INT,
+        "over_positions": _INT,
+        "repeated_pairs": _INT,  # the same [winner, loser] again
+        "contradicting_pairs": _INT,  # [a, b] where [b, a] stands too
+        "audited_completions": _INT,
+        "boundary_merges": _INT,
+    }
+)
+
+
+def tokenize_source(
+    source: Source, format: str, encoder: Encoder, limits: Limits, num_proc: int | None
+) -> datasets.Dataset:
+    """The token rows (FEATURES) of a source, in its order."""
+    names = source.rows.column_names
+    rows = source.rows.with_format(None)
+    rows = rows if source.has_lines else rows.select_columns([name for name in names if name in READS[format]])
+    parts = (source.content, format, encoder_content(encoder), str(astuple(limits)))
+    fingerprint = digest(parts)
+    return rows.map(
+        functools.partial(tokenize_row, format=format, has_lines=source.has_lines, encoder=encoder, limits=limits),
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=FEATURES,
+        num_proc=processes(num_proc, len(rows)),
+        new_fingerprint=fingerprint,
+        cache_file_name=str(cache_path(f"tokens-{fingerprint}.arrow")),
+        load_from_cache_file=True,
+        desc=f"Tokenizing {Path(source.path).name}",
+    )
+
+
+def processes(num_proc: int | None, num_rows: int) -> int | None:
+    """What `Dataset.map` takes: null is this process alone."""
+    if num_proc is None:
+        num_proc = 1 if num_rows < SMALL_SET else min(MAX_NUM_PROC, len(os.sched_getaffinity(0)))
+    num_proc = min(num_proc, num_rows)
+    return num_proc if num_proc > 1 else None
+
+
+def tokenize_row(
+    record: Row, index: int, format: str, has_lines: bool, encoder: Encoder, limits: Limits
+) -> dict[str, Any]:
+    """One record of `Source.rows` as a row of FEATURES; a broken one has nothing but `error`."""
+    row, where = decode_row(record, index, has_lines)
+    try:
+        example = to_example(format, row)
+        tokenized = tokenize(example, encoder, limits)
+        merges = merges_at_boundary(example, encoder) if index < NUM_AUDITED_ROWS else None
+    except ValueError as error:
+        return _columns(TokenizedExample([], [], (), (), ()), None) | {"where": where, "error": str(error)}
+    return _columns(tokenized, merges) | {"where": where, "error": None}
+
+
+def _columns(tokenized: TokenizedExample, merges: int | None) -> dict[str, Any]:
+    pairs, prompt = tokenized.pairs, np.asarray(tokenized.prompt_ids, np.int32)
+    return {
+        "prompt_ids": prompt,
+        "completion_ids": [np.asarray(ids, np.int32) for ids in tokenized.completion_ids],
+        "pairs": [list(pair) for pair in pairs],
+        "dropped": list(tokenized.dropped),
+        "prompt_key": prompt_key(prompt),
+        "full_prompt_key": prompt_key(np.asarray(tokenized.full_prompt_ids, np.int32)),
+        "completion_keys": [completion_key(prompt, np.asarray(ids)) for ids in tokenized.completion_ids],
+        "prompt_truncated": tokenized.prompt_truncated,
+        "completions_truncated": tokenized.completions_truncated,
+        "over_positions": tokenized.over_positions,
+        "repeated_pairs": len(pairs) - len(set(pairs)),
+        "contradicting_pairs": sum((loser, winner) in pairs for winner, loser in pairs),
+        "audited_completions": 0 if merges is None else len(tokenized.completion_ids),
+        "boundary_merges": merges or 0,
+    }
+
+
+def raise_first_error(rows: datasets.Dataset, source: Source) -> None:
+    """Raises UserError `file:line: what` for the first bad row of the token rows of a source."""
+    for _, table in blocks(rows, ["error", "where"]):
+        errors = table.column("error")
+        if errors.null_count < len(errors):
+            first = int(np.flatnonzero(errors.is_valid().to_numpy())[0])
+            where = table.column("where")[first].as_py()
+            raise UserError(f"{source.place(where)}: {' '.join(errors[first].as_py().splitlines())}")
+
+
+# --- columns as numpy, a block of rows at a time, so that a large set stays on disk ---------------------------------
+
+
+def blocks(rows: datasets.Dataset, columns: list[str], size: int = BLOCK) -> Iterator[tuple[int, pa.Table]]:
+    """(number of its first row, table of those columns) of every `size` rows."""
+    view = rows.select_columns(columns).with_format("arrow")
+    for first in range(0, len(rows), size):
+        yield first, view[first : first + size]
+
+
+def lists(table: pa.Table | pa.RecordBatch, column: str) -> tuple[np.ndarray, pa.Array]:
+    """A column of lists as (where each row's items begin, and the end of the last, (rows + 1,)) and all items; those of
+    a record batch are not copied.
+    """
+    array = table.column(column)
+    array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
+    return offsets(array), array.flatten()
+
+
+def offsets(array: pa.ListArray) -> np.ndarray:
+    starts = array.offsets.to_numpy()
+    return (starts - starts[0]).astype(np.int64)
+
+
+def pairs_of(table: pa.Table | pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+    """(where each row's pairs begin (rows + 1,), the pairs (P, 2))."""
+    begins, items = lists(table, "pairs")
+    return begins, items.flatten().to_numpy().reshape(-1, 2)
+
+
+def keys16(array: pa.Array) -> np.ndarray:
+    """Keys of 16 bytes as (N,) of dtype S16."""
+    buffers = array.buffers()
+    start = int(np.frombuffer(buffers[1], np.int32)[array.offset]) if len(array) else 0
+    return np.frombuffer(buffers[2], "S16", len(array), start) if len(array) else np.empty(0, "S16")
+
+
+def column_keys(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """A column of keys, (rows,) of dtype S16."""
+    parts = [keys16(table.column(column).combine_chunks()) for _, table in blocks(rows, [column])]
+    return np.concatenate(parts) if parts else np.empty(0, "S16")

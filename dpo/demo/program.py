@@ -1,0 +1,244 @@
+"""The demo: a preference is learnt on two processes, in minutes, from nothing but this repository.
+
+    python -m dpo.demo [--out DIR]
+
+1. writes questions with ranked answers and a small untrained Llama (`demo_world`),
+2. warms the model up on the winners (`loss.name: sft`), so that it answers like its data: now well, now badly,
+3. trains it with DPO to answer like the better half of its data, measured on questions that it never saw,
+4. shows what came of it.
+
+All of it lies in one folder, which the next demo in the same place replaces.
+"""
+
+import argparse
+import math
+import os
+import random
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from dpo.base.errors import UserError, parse_arguments
+from dpo.config import (
+    BatchConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    ReferenceConfig,
+    SourceConfig,
+    TrainConfig,
+    to_yaml,
+)
+from dpo.demo.world import Question, grade_of, preference_row, questions, sample_answers, save_model, save_rows
+from dpo.run.files import read_metrics
+
+MARKER = ".dpo-demo"
+NUM_TRAINING, NUM_HELD_OUT = 600, 100  # questions
+NUM_ANSWERS = 4  # to each question: 6 pairs
+SEED = 0
+TEMPERATURE = 0.7
+NUM_RANKS = 2
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a model says to the held-out questions, and the shares (0 to 1) of it that are right, kind, short."""
+
+    texts: tuple[str, ...]
+    right: float
+    kind: float
+    short: float
+
+
+# --- the folder ------------------------------------------------------------------------------------------------------
+
+
+def start_afresh(out: Path) -> None:
+    """Makes `out` an empty folder with the demo's marker. Raises UserError where that would remove another's files."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"command line: --out: {out} is a file; valid: a folder of an earlier demo, or a free name")
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MARKER).is_file():
+            raise UserError(
+                f"command line: --out: {out} has files and no {MARKER}, so it is not a demo's to replace;"
+                " valid: a folder of an earlier demo, or a free name"
+            )
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).write_text("Made by python -m dpo.demo; its next run in this place removes the whole folder.\n")
+
+
+def write_world(out: Path) -> list[Question]:
+    """Writes data/train.jsonl, data/heldout.jsonl and model/; gives the held-out questions."""
+    asked = questions(NUM_TRAINING + NUM_HELD_OUT, SEED)
+    rng = random.Random(SEED)
+    rows = [preference_row(question, NUM_ANSWERS, rng) for question in asked]
+    save_rows(out / "data" / "train.jsonl", rows[:NUM_TRAINING])
+    save_rows(out / "data" / "heldout.jsonl", rows[NUM_TRAINING:])
+    save_model(out / "model", rows, SEED)
+    return asked[NUM_TRAINING:]
+
+
+# --- the two runs ----------------------------------------------------------------------------------------------------
+
+
+def sft_config(out: Path) -> Config:
+    """The warm-up: cross-entropy of the winners, from the untrained model. A pair's winner can still be a bad answer
+    (its loser is worse), so this gives a model that knows its world and has no manners yet.
+    """
+    optim = OptimConfig(name="adamw", lr=2e-3, warmup_steps=20, schedule="linear")
+    return _config(out, "sft", out / "model", LossConfig(name="sft"), optim, num_steps=250)
+
+
+def dpo_config(out: Path) -> Config:
+    """DPO from the warmed-up model. The paper's learning rate, 1e-6, is for models 10,000 times as large."""
+    optim = OptimConfig(name="rmsprop", lr=1e-4, warmup_steps=10)
+    return _config(out, "dpo", out / "sft" / "final", LossConfig(name="dpo", beta=0.5), optim, num_steps=150)
+
+
+def _config(out: Path, name: str, model: Path, loss: LossConfig, optim: OptimConfig, num_steps: int) -> Config:
+    return Config(
+        model=ModelConfig(path=str(model)),
+        reference=ReferenceConfig(cache_dir=str(out / "cache" / "reference")),
+        data=DataConfig(
+            train=[SourceConfig(path=str(out / "data" / "train.jsonl"))],
+            eval=[SourceConfig(path=str(out / "data" / "heldout.jsonl"))],
+        ),
+        batch=BatchConfig(group_by_prompt=True),  # a question runs once for all its answers: a third of the tokens
+        loss=loss,
+        optim=optim,
+        train=TrainConfig(steps=num_steps, eval_every=50, run_dir=str(out / name)),
+        eval=EvalConfig(max_new_tokens=48),
+        checkpoint=CheckpointConfig(save_every=None),
+    )
+
+
+def run_stage(config: Config, path: Path) -> None:
+    """Writes the config to `path` and trains on all ranks; their output is shown as it comes.
+
+    Raises SystemExit with the exit code where that fails; the trainer's error stands on stderr by then.
+    """
+    path.write_text(to_yaml(config), encoding="utf-8")
+    arguments = ["--standalone", "--nproc-per-node", str(NUM_RANKS), "-m", "dpo.train", "--config", str(path)]
+    print(f"$ {shlex.join(['torchrun', *arguments])}", flush=True)
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    code = subprocess.run(command, env=stage_environment(path.parent), check=False).returncode
+    if code:
+        print(f"demo: {path} ended with exit code {code}; the reason stands above", file=sys.stderr, flush=True)
+        raise SystemExit(code)
+
+
+def stage_environment(out: Path) -> dict[str, str]:
+    """The environment of a run: nothing is looked for on the network, tokenized data is cached in the demo's folder."""
+    defaults = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return defaults | os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str((out / "cache").resolve())}
+
+
+# --- what came of it -------------------------------------------------------------------------------------------------
+
+
+def ask(folder: Path, held_out: Sequence[Question]) -> Answers:
+    """One answer of a model to each held-out question, graded by the rule that made the training data."""
+    texts = sample_answers(folder, [question.prompt for question in held_out], TEMPERATURE, SEED)
+    grades = [grade_of(question, text) for question, text in zip(held_out, texts, strict=True)]
+    return Answers(
+        tuple(texts),
+        right=statistics.fmean(grade.right for grade in grades),
+        kind=statistics.fmean(grade.kind for grade in grades),
+        short=statistics.fmean(grade.short for grade in grades),
+    )
+
+
+def figures_table(lines: Sequence[Mapping[str, float]], before: Answers, after: Answers) -> Table:
+    """The DPO run in a table: `lines` are those of its metrics.jsonl, the answers those of the models around it."""
+    steps = [line for line in lines if "train/loss" in line]
+    evaluations = [line for line in lines if "eval/loss" in line]
+    table = Table(box=box.SIMPLE_HEAD, caption=_caption(steps), caption_justify="left")
+    table.add_column("what DPO changed")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    table.add_row(f"training loss (ln 2 = {math.log(2):.4f})", *_ends(steps, "train/loss", "z.4f"))
+    table.add_row("held-out loss", *_ends(evaluations, "eval/loss", "z.4f"))
+    table.add_row("held-out reward margin", *_ends(evaluations, "eval/rewards/margins", "z.3f"))
+    table.add_row("held-out reward accuracy *", *_ends(evaluations, "eval/rewards/accuracies", "z.1%"))
+    for quality in ("right", "kind", "short"):
+        table.add_row(f"held-out answers that are {quality} **", *_ends([vars(before), vars(after)], quality, "z.0%"))
+    return table
+
+
+def _ends(lines: Sequence[Mapping[str, Any]], name: str, form: str) -> tuple[str, str]:
+    """A figure of the first and of the last line; `form` has the z that makes -0 a 0."""
+    return format(lines[0][name], form), format(lines[-1][name], form)
+
+
+def _caption(steps: Sequence[Mapping[str, float]]) -> str:
+    speed = statistics.median(line["train/pairs_per_second"] for line in steps)
+    return (
+        f"{len(steps)} steps, {speed:,.0f} pairs a second on {NUM_RANKS} ranks\n"
+        "*  before, all rewards are 0, and a tie counts as wrong\n"
+        f"** of {NUM_HELD_OUT} answers, drawn at temperature {TEMPERATURE}"
+    )
+
+
+def answers_table(held_out: Sequence[Question], before: Answers, after: Answers) -> Table:
+    """The first held-out questions with the answers of both models."""
+    table = Table("a new question", "before", "after", box=box.SIMPLE_HEAD)
+    for question, *texts in list(zip(held_out, before.texts, after.texts, strict=True))[:6]:
+        table.add_row(f"{question.name}: {question.text}?", *(text.strip() for text in texts))
+    return table
+
+
+def tensorboard_command(out: Path) -> str:
+    """What to type, from where the demo was started, to see both runs as charts."""
+    script = Path(sys.executable).with_name("tensorboard")
+    if script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
+    return shlex.join([str(script) if script.exists() else "tensorboard", "--logdir", str(out)])
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def run_demo(out: Path) -> None:
+    """All four parts, each under its heading."""
+    console, started = Console(highlight=False), time.perf_counter()
+    disable_progress_bar()
+    start_afresh(out)
+    console.rule("1 of 4: the world", align="left")
+    held_out = write_world(out)
+    about = f"{NUM_TRAINING} questions to learn from, {NUM_HELD_OUT} held out, {NUM_ANSWERS} ranked answers each"
+    console.print(f"{out}: {about}, and an untrained Llama", soft_wrap=True)
+    console.rule("2 of 4: the warm-up, on the winners", align="left")
+    run_stage(sft_config(out), out / "sft.yaml")
+    console.rule("3 of 4: DPO, from the warmed-up model", align="left")
+    run_stage(dpo_config(out), out / "dpo.yaml")
+    console.rule("4 of 4: what came of it", align="left")
+    before, after = (ask(out / name / "final", held_out) for name in ("sft", "dpo"))
+    console.print(answers_table(held_out, before, after), figures_table(read_metrics(out / "dpo"), before, after))
+    console.print(
+        f"{time.perf_counter() - started:.0f} seconds. The charts: {tensorboard_command(out)}", soft_wrap=True
+    )
+
+
+def main() -> None:
+    """`python -m dpo.demo`."""
+    parser = argparse.ArgumentParser("python -m dpo.demo", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="its folder; default: runs/demo")
+    run_demo(parse_arguments(parser).out)

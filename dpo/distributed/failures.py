@@ -1,0 +1,193 @@
+"""How a rank tells what it failed of where the others cannot know it: no memory, a full disk, a lost connection."""
+
+import errno
+import json
+import os
+import re
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dpo.base.errors import RunError
+from dpo.machine.data_sheets import GIB, find_sheet
+
+
+def record_failure(failure: Exception, details: str) -> None:
+    """Writes why and when this rank failed where torchrun, which prints `details`, and `launch/node.py` look for it.
+
+    The form is that of torch's `torch.distributed.elastic.multiprocessing.errors.record`, which knows the time only to
+    the second: too coarse to tell the rank that failed first from those that lost it.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        now = time.time()
+        extra = {"py_callstack": details, "timestamp": str(int(now)), "seconds": now}
+        message = {"message": f"{type(failure).__name__}: {failure}", "extraInfo": extra}
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+@contextmanager
+def storage_errors(folder: Path) -> Iterator[None]:
+    """Makes a RunError of what torch's distributed checkpoint raises, on all ranks alike, when a rank cannot read or
+    write `folder`.
+    """
+    try:
+        yield
+    except CheckpointException as failure:
+        rank, (reason, _) = next(iter(failure.failures.items()))
+        room = f"{shutil.disk_usage(folder.parent).free / GIB:.2f} GiB are free there"
+        raise RunError(f"{folder}: rank {rank}: {type(reason).__name__}: {reason}; {room}") from failure
+
+
+@contextmanager
+def remembered_need(need: str | None) -> Iterator[None]:
+    """Adds what a step needs by the estimate (`71.2 GiB`; None: it is not known) to what is raised inside for want of
+    memory, as a note that `met_alone` tells.
+    """
+    try:
+        yield
+    except Exception as failure:
+        if need is not None and _without_memory(failure) is not None:
+            failure.add_note(f"{_NOTE} {need}")
+        raise
+
+
+_NOTE = "by the estimate a step needs"
+
+
+def met_alone(failure: Exception) -> str | None:
+    """Returns the one-line message for a failure that this rank may be alone with (memory, disk, connection), or None
+    for a bug, which keeps its traceback.
+    """
+    without = _without_memory(failure)
+    if without is not None:
+        kind, cause = without
+        peak = _device_peak() if kind == "GPU" else _host_peak()
+        need = [note for note in getattr(failure, "__notes__", ()) if note.startswith(_NOTE)]
+        return _named(f"out of {kind} memory: {_asked(cause)}; {'; '.join([peak, *need, _what_helps()])}")
+    if isinstance(failure, OSError):
+        return f"{type(failure).__name__}: {_line(failure)}"
+    if _is_runtime(failure) and _LOST.search(str(failure)):
+        return _named(f"the connection to another rank was lost ({_line(failure)}): that rank's own message says why")
+    return None
+
+
+_NO_DEVICE_MEMORY = re.compile(
+    r"(CUDA|HIP) (error: )?out of memory|(CUDA|HIP) failure 2\b|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
+)
+"""In the words of the allocator, the runtime, NCCL (`Cuda failure 2 'out of memory'`, src/include/checks.h), cuBLAS."""
+_NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
+"""What gloo says in its own words; https://github.com/pytorch/gloo/blob/main/gloo/transport/tcp/pair.cc"""
+
+
+def _without_memory(failure: BaseException) -> tuple[str, BaseException] | None:
+    """Which memory there is not enough of, GPU or host, and the failure that says so; None where it is another one."""
+    for cause in _causes(failure):
+        if isinstance(cause, torch.OutOfMemoryError) or (_is_runtime(cause) and _NO_DEVICE_MEMORY.search(str(cause))):
+            return "GPU", cause
+        if isinstance(cause, MemoryError) or _has_no_host_memory(cause):
+            return "host", cause
+    return None
+
+
+def _causes(failure: BaseException | None) -> Iterator[BaseException]:
+    while failure is not None:
+        yield failure
+        failure = failure.__cause__
+
+
+def _is_runtime(failure: BaseException) -> bool:
+    return isinstance(failure, RuntimeError)
+
+
+def _has_no_host_memory(failure: BaseException) -> bool:
+    if isinstance(failure, OSError):
+        return failure.errno == errno.ENOMEM  # of a fork, of a file mapped into memory
+    return _is_runtime(failure) and _NO_HOST_MEMORY in str(failure)
+
+
+def _named(what: str) -> str:
+    return f"rank {os.environ.get('RANK', '0')}: {what}"
+
+
+def _line(failure: BaseException) -> str:
+    return " ".join(str(failure).split())
+
+
+def _asked(failure: BaseException) -> str:
+    """How much was asked for, where the failure says it."""
+    text = str(failure)
+    if size := re.search(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)", text):
+        return f"{size[1]} were asked for"
+    if count := re.search(r"tried to allocate (\d+) bytes", text):
+        return f"{int(count[1]) / GIB:.2f} GiB were asked for"
+    return _line(failure) or "its size is not known"
+
+
+def _device_peak() -> str:
+    if not torch.cuda.is_initialized():
+        return "the GPU was not in use yet"
+    held, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
+    total = torch.cuda.get_device_properties().total_memory / GIB
+    return f"the peak was {held:.2f} GiB of tensors, {reserved:.2f} GiB reserved, of {total:.2f} GiB"
+
+
+def _host_peak() -> str:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # KiB on Linux
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    return f"the peak of this process was {peak:.2f} GiB, of the {total:.2f} GiB that the ranks of a node share"
+
+
+def _what_helps() -> str:
+    command = estimate_command(sys.argv[1:])
+    if command is None:
+        return "what helps: more ranks, each of which then holds less of the model"
+    unknown = "" if _this_device() else " (NAME: the nearest of python -m dpo.estimate --help)"
+    return (
+        "what helps: a smaller batch.tokens_per_micro_batch, parallel.activation_checkpointing full,"
+        " parallel.sync_gradients every_micro_batch (or, on a GPU, parallel.cpu_offload true);"
+        f" to see what a step needs, and what would fit: {command}{unknown}"
+    )
+
+
+def estimate_command(argv: Sequence[str]) -> str | None:
+    """The command that says what a step of these ranks needs, for a program's command line; None where that has no key
+    of the config.
+    """
+    words = _config_words(argv)
+    here = ["--ranks", os.environ.get("WORLD_SIZE", "1"), "--device", _this_device() or "NAME"]
+    return f"python -m dpo.estimate {shlex.join([*words, *here])}" if words else None
+
+
+def _config_words(argv: Sequence[str]) -> list[str]:
+    """The words of a command line that give keys of the config: what `dpo.estimate` takes too."""
+    kept, keep = [], False
+    for word in argv:
+        if word.startswith("--"):
+            flag = word.partition("=")[0]
+            keep = flag == "--config" or "." in flag
+        if keep:
+            kept.append(word)
+    return kept
+
+
+def _this_device() -> str | None:
+    if not torch.cuda.is_initialized():
+        return "cpu"
+    properties = torch.cuda.get_device_properties()
+    return estimate_name(properties.name, properties.total_memory)
+
+
+def estimate_name(name: str, memory: float) -> str | None:
+    """A GPU as `dpo.estimate --device` calls it, by the name that CUDA gives and its bytes; None: it is not known."""
+    sheet = find_sheet(name, memory)
+    return sheet.key if sheet else None

@@ -1,0 +1,237 @@
+"""Whether a machine has what training on its GPU needs, looked at before any weights are read.
+
+On CUDA attention is compiled at first use: Triton builds a module against `Python.h` with the machine's own C compiler,
+and kernels for the GPU's architecture. What is missing there shows after minutes as a traceback of inductor's; a driver
+that is too old for torch does not show at all, the run trains on the CPU. `machine.gather_facts` looks at a machine;
+here are functions of what it found.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PretrainedConfig
+
+from dpo.base.errors import UserError
+from dpo.machine.facts import Facts, Gpu
+
+OLDEST_DRIVER = {"11": "450.80", "12": "525.60", "13": "580.65"}
+"""First NVIDIA driver that runs programs of a major version of CUDA, on Linux:
+https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
+
+LOWEST_CAPABILITY = {"bfloat16": (8, 0)}
+"""Compute capability from which tensor cores take a dtype: https://docs.nvidia.com/cuda/cuda-c-programming-guide,
+table of features by capability."""
+
+LOWEST_OF_TRITON = (7, 0)
+"""https://github.com/triton-lang/triton#compatibility"""
+
+_AMPERE_BFLOAT16 = {16: 13_568, 64: 51_200, 128: 98_304, 192: 136_448, 256: 151_552}
+_AMPERE_FLOAT32 = {128: 133_120, 256: 135_680}
+SHARED_BYTES: Mapping[tuple[str, tuple[int, int]], Mapping[int, int]] = {
+    ("bfloat16", (8, 6)): _AMPERE_BFLOAT16,
+    ("bfloat16", (8, 9)): _AMPERE_BFLOAT16,
+    ("bfloat16", (12, 0)): {16: 13_568, 64: 36_096, 128: 90_112, 192: 172_032, 256: 114_688},
+    ("float32", (8, 6)): _AMPERE_FLOAT32,
+    ("float32", (8, 9)): _AMPERE_FLOAT32,
+    ("float32", (12, 0)): {128: 100_352, 256: 102_912},
+}
+"""Bytes of shared memory that FlexAttention's kernels take, the larger of forward and backward pass, by compute dtype,
+compute capability and head width: read from the kernels that torch 2.13 and Triton 3.7 compile for `block_attention`.
+(8, 9) has the tiles of (8, 6), torch's own: `flex_options` has none for GPUs that stand here. Those of its table (A100,
+H100, B200) have enough for each of its rows.
+"""
+
+TORCH_OF_SHARED_BYTES = "2.13."
+"""Versions of torch whose kernels take these bytes; what others take is not known."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run asks of a GPU."""
+
+    compute_dtype: str
+    """bfloat16, float32 or float64."""
+    head_widths: tuple[int, ...]
+    """Of the models' attention heads, where these are known."""
+    compiles: bool = True
+    """Whether kernels are compiled at first use, as those of training are; generation runs torch's own."""
+
+
+def needs_of(compute_dtype: torch.dtype, models: Sequence[PretrainedConfig], compiles: bool = True) -> Needs:
+    """The needs of these models in a compute dtype."""
+    widths = {width for model in models if (width := head_width(model)) is not None}
+    return Needs(str(compute_dtype).removeprefix("torch."), tuple(sorted(widths)), compiles)
+
+
+def head_width(model: PretrainedConfig) -> int | None:
+    """The width of a model's queries; None where its config does not tell, as that of a model without attention."""
+    text = model.get_text_config(decoder=True)
+    for name in ("qk_head_dim", "head_dim"):
+        if isinstance(width := getattr(text, name, None), int):
+            return width
+    hidden, heads = (getattr(text, name, None) for name in ("hidden_size", "num_attention_heads"))
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
+
+
+def check_toolchain(facts: Facts, needs: Needs) -> None:
+    """Raises UserError, in one line, for all that would stop a run on this machine."""
+    problems = find_problems(facts, needs)
+    if problems:
+        raise UserError(f"{facts.host}: {'; and '.join(problems)}")
+
+
+def find_problems(facts: Facts, needs: Needs) -> list[str]:
+    """What would stop a run or keep it from the GPU, a line each: what it is, and what helps."""
+    checks = (*CHECKS, *CHECKS_OF_COMPILING) if needs.compiles else CHECKS
+    return [problem for check in checks if (problem := check(facts, needs)) is not None]
+
+
+def find_warnings(facts: Facts, needs: Needs) -> list[str]:
+    """What the user should know although the run works, or may work."""
+    found = (_unused_gpus(facts), _shared_memory_in_doubt(facts, needs))
+    return [f"{facts.host}: {warning}" for warning in found if warning is not None]
+
+
+def _unused_gpus(facts: Facts) -> str | None:
+    if facts.driver is None or facts.is_hidden or facts.gpu or facts.cuda:
+        return None
+    what = f"there are NVIDIA GPUs, and torch {facts.torch} is a build without CUDA: it uses the CPU"
+    return f"{what}; for the GPUs install a CUDA build (https://pytorch.org/get-started/locally)"
+
+
+# --- what is looked at -----------------------------------------------------------------------------------------------
+
+
+def _check_driver(facts: Facts, needs: Needs) -> str | None:
+    """Where CUDA does not start, torch may say only "no GPU", and the run would train on the CPU."""
+    if facts.cuda_error is None or facts.driver is None or facts.is_hidden:
+        return None
+    major = facts.cuda.split(".")[0] if facts.cuda else ""
+    oldest = OLDEST_DRIVER.get(major)
+    newer = f"driver {oldest} or newer, or a torch built for an older CUDA" if oldest else "a newer driver"
+    wanted = (
+        f"{newer} (https://pytorch.org/get-started/locally)"
+        if "too old" in facts.cuda_error
+        else ("a job that asked for GPUs (sbatch --gpus-per-node), `nvidia-smi` without an error")
+    )
+    what = f"CUDA does not start: driver {facts.driver}, torch {facts.torch} for CUDA {facts.cuda}: {facts.cuda_error}"
+    return f"{what}; valid: {wanted}; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
+
+
+def _check_ranks(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu_index is None or facts.gpu_index < facts.num_gpus:
+        return None
+    what = f"rank {facts.gpu_index} of this node has no GPU of its own: there are {facts.num_gpus}"
+    return f"{what}; valid: --nproc-per-node {facts.num_gpus}, or CUDA_VISIBLE_DEVICES with a GPU for each rank"
+
+
+def _check_capability(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.gpu.shared_bytes is None:
+        return None
+    lowest = LOWEST_CAPABILITY.get(needs.compute_dtype, LOWEST_OF_TRITON)
+    if facts.gpu.capability >= lowest:
+        return None
+    what = f"{_named(facts.gpu)}; {needs.compute_dtype} attention needs {_dotted(lowest)}"
+    other = ", or parallel.compute_dtype float32" if facts.gpu.capability >= LOWEST_OF_TRITON else ""
+    return f"{what}; valid: a GPU of capability {_dotted(lowest)} or newer{other}"
+
+
+def _check_architecture(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.cuda is None or has_kernels(facts.archs, facts.gpu.capability):
+        return None
+    what = f"{_named(facts.gpu)}; torch {facts.torch} has kernels for {', '.join(facts.archs)} alone"
+    return f"{what}; valid: a torch built for this GPU (https://pytorch.org/get-started/locally)"
+
+
+def has_kernels(archs: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures runs on a GPU: machine code (sm_86) on its own and newer GPUs of the same
+    generation, PTX (compute_86) on all newer ones; what ends in a letter (sm_90a) on its own generation at most. Also
+    true of no architectures at all, where torch does not tell.
+    """
+    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch) for arch in archs]
+    known = [(m[1], (int(m[2]), int(m[3])), m[4]) for m in found if m]
+    return not known or any(
+        capability == of
+        if letter == "a"
+        else capability >= of and (capability[0] == of[0] or (kind == "compute" and not letter))
+        for kind, of, letter in known
+    )
+
+
+def _check_compiler(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.compiler:
+        return None
+    unset = "neither gcc nor clang is in PATH, and CC is not set"
+    where = unset if facts.cc is None else f"CC is {facts.cc!r}, which is not found"
+    return f"no C compiler, which Triton needs: {where}; valid: apt-get install gcc, or module load gcc"
+
+
+def _check_header(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.has_python_h:
+        return None
+    what = f"no {facts.python_h}, which Triton compiles against"
+    package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    return f"{what}; valid: apt-get install {package} (Debian: python3-dev), or module load python"
+
+
+def _check_compiles(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.compile_error is None:
+        return None
+    what = f"{facts.compiler} cannot compile what Triton needs: {facts.compile_error}"
+    return f"{what}; valid: apt-get install gcc libc6-dev, or module load gcc"
+
+
+def _check_shared_memory(facts: Facts, needs: Needs) -> str | None:
+    return _little_shared_memory(facts, needs) if facts.torch.startswith(TORCH_OF_SHARED_BYTES) else None
+
+
+def _shared_memory_in_doubt(facts: Facts, needs: Needs) -> str | None:
+    if facts.torch.startswith(TORCH_OF_SHARED_BYTES) or not needs.compiles:
+        return None
+    little = _little_shared_memory(facts, needs)
+    return little and f"with the kernels of torch {TORCH_OF_SHARED_BYTES}x this run would not start: {little}"
+
+
+def _little_shared_memory(facts: Facts, needs: Needs) -> str | None:
+    if facts.gpu is None or facts.gpu.shared_bytes is None:
+        return None
+    for width in needs.head_widths:
+        wanted = shared_bytes(needs.compute_dtype, facts.gpu.capability, width)
+        if wanted is not None and wanted > facts.gpu.shared_bytes:
+            what = f"{facts.gpu.name} has {facts.gpu.shared_bytes:,} bytes of shared memory a block"
+            why = f"FlexAttention takes {wanted:,} for heads of width {width} in {needs.compute_dtype}"
+            return f"{what}; {why}; valid: a GPU with more of it (A100, H100), or a model with narrower heads"
+    return None
+
+
+def shared_bytes(compute_dtype: str, capability: tuple[int, int], head_width: int) -> int | None:
+    """Bytes of shared memory that attention takes at most, from the table; None where it does not tell. Kernels are
+    compiled for the next power of two.
+    """
+    widths = SHARED_BYTES.get((compute_dtype, capability), {})
+    return widths.get(head_width) or widths.get(1 << (head_width - 1).bit_length())
+
+
+CHECKS: tuple[Callable[[Facts, Needs], str | None], ...] = (
+    _check_driver,
+    _check_ranks,
+    _check_capability,
+    _check_architecture,
+)
+CHECKS_OF_COMPILING: tuple[Callable[[Facts, Needs], str | None], ...] = (
+    _check_compiler,
+    _check_header,
+    _check_compiles,
+    _check_shared_memory,
+)
+
+
+def _named(gpu: Gpu) -> str:
+    return f"{gpu.name} has compute capability {_dotted(gpu.capability)}"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,235 @@
+"""Model folders in Hugging Face's form: found, checked, hashed by content, read and written a shard a rank."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from transformers import AutoConfig, PretrainedConfig
+
+from dpo.base.errors import UserError
+from dpo.config.rules import is_hub_id
+from dpo.distributed.failures import storage_errors
+from dpo.distributed.world import World, all_gather, first_on_each_node, on_main, together
+
+CONFIG_NOISE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+"""Keys of a model's config that change no value the model computes in our dtypes."""
+
+FILE_BYTES = 5 * 2**30
+"""Size at which an exported model goes on in another file, bytes."""
+
+
+# --- found and checked -----------------------------------------------------------------------------------------------
+
+
+def find_model(path: str, key: str, world: World) -> Path:
+    """The local folder of a model: `path` itself, or a hub model downloaded once a node. Every rank must get here.
+
+    Raises UserError, naming the config `key`, where there is none or it has no safetensors.
+    """
+    return first_on_each_node(world, lambda: _find_model(path, key))
+
+
+def _find_model(path: str, key: str) -> Path:
+    folder = Path(path)
+    if not folder.exists():
+        folder = _download(path, key)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{key}: {path} has no config.json; valid: a Hugging Face model folder or hub id")
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f'{key}: {path} has no *.safetensors; convert it with: python -c "from transformers import'
+            f" AutoModelForCausalLM as M, AutoTokenizer as T;"
+            f" [x.from_pretrained('{path}').save_pretrained('{path}-safetensors') for x in (M, T)]\""
+        )
+    return folder
+
+
+def _download(path: str, key: str) -> Path:
+    if not is_hub_id(path):
+        raise UserError(f"{key}: no such folder: {path}; valid: a Hugging Face model folder or hub id")
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+        return Path(snapshot_download(path, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as failure:
+        reason = " ".join(str(failure).split())[:200]
+        raise UserError(
+            f"{key}: {path} is no folder here and the hub did not give it ({reason}); valid: a Hugging Face"
+            " model folder or hub id"
+        ) from failure
+
+
+def read_model_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The model's config, refused (UserError) where this trainer cannot be exact for it."""
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as failure:
+        raise UserError(f"{folder}/config.json: {' '.join(str(failure).split())[:300]}") from failure
+    for applies, reason in _refusals(config):
+        if applies:
+            raise UserError(f"model.path: {config.model_type} models are not supported: {reason}")
+    return config
+
+
+def _refusals(config: PretrainedConfig) -> list[tuple[bool, str]]:
+    """(whether it applies, why the model is refused)."""
+
+    def has(*names: str) -> bool:
+        return any(getattr(config, name, None) not in (None, False, 0, 1, 1.0) for name in names)
+
+    alibi = config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False)
+    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+    other_layers = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    return [
+        (not hasattr(config, "vocab_size"), "they are more than a language model, and only the text of one is trained"),
+        (alibi, "ALiBi biases attention by distance, and attention that shares a prompt has no place for the bias"),
+        (has(*experts), "in a mixture of experts the routing of a token depends on what else is in its micro-batch"),
+        (bool(getattr(config, "is_encoder_decoder", False)), "only decoders have a prompt to share"),
+        (has("attn_logit_softcapping"), "attention that shares a prompt does not cap its logits"),
+        (has("final_logit_softcapping", "logit_scale", "logits_scaling"), "its head scales or caps the logits"),
+        (bool(other_layers), f"layers of type {', '.join(sorted(other_layers))} cannot share a prompt"),
+        (has("quantization_config"), "its weights are quantized, and training needs full-precision master weights"),
+    ]
+
+
+# --- hashed ----------------------------------------------------------------------------------------------------------
+
+
+def hash_model(folder: Path, config: PretrainedConfig, world: World) -> str:
+    """A hash of the model by content: every tensor's name, dtype, shape and bytes, and the config without names.
+
+    It does not depend on how the tensors lie in files. The ranks divide the tensors among them; every rank must get
+    here.
+    """
+    digests = {
+        name: digest for part in all_gather(together(lambda: _hash_tensors(folder, world))) for name, digest in part
+    }
+    described = {k: v for k, v in config.to_dict().items() if k not in CONFIG_NOISE}
+    whole = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    for name in sorted(digests):
+        whole.update(digests[name])
+    return whole.hexdigest()
+
+
+def _hash_tensors(folder: Path, world: World) -> list[tuple[str, bytes]]:
+    files = tensor_files(folder)
+    mine = sorted(files, key=lambda name: (-files[name][1].numel(), name))[world.rank :: world.size]
+    return [(name, _hash_tensor(files[name][0], name)) for name in mine]
+
+
+def tensor_files(folder: Path) -> dict[str, tuple[Path, torch.Size]]:
+    """Name of each tensor in a folder -> (its file, its shape). Raises UserError for a broken file."""
+    found = {}
+    for path in tensor_paths(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    found[name] = (path, torch.Size(file.get_slice(name).get_shape()))
+        except (SafetensorError, OSError) as failure:
+            raise UserError(f"{path}: not a readable safetensors file: {failure}") from failure
+    return found
+
+
+def _hash_tensor(path: Path, name: str) -> bytes:
+    with safe_open(path, framework="pt") as file:
+        tensor = file.get_tensor(name).contiguous()
+    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
+
+
+# --- read and written ------------------------------------------------------------------------------------------------
+
+
+def tensor_paths(folder: Path) -> list[Path]:
+    """The files that hold a model's tensors: those that its index names, or model.safetensors, or else all of them.
+
+    Some repositories have the same weights a second time, in a file of another form.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> None:
+    """Fills tensors (DTensors too: each rank reads only its shard) with those of the same names in the folder.
+
+    Checkpoints of the bare body lack `base_prefix.` in their names, and are understood. Raises UserError where a
+    tensor is missing or has another shape. Every rank must get here.
+    """
+    wanted = together(lambda: _find_tensors(folder, tensors, base_prefix))
+    with storage_errors(folder):
+        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
+
+
+def _find_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> dict[str, torch.Tensor]:
+    """The tensors under the names that they have in the folder."""
+    stored = tensor_files(folder)
+    wanted = {_stored_name(name, stored, base_prefix + "."): tensor for name, tensor in tensors.items()}
+    missing = sorted(set(wanted) - set(stored))
+    if missing:
+        raise UserError(f"{folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
+    for name, tensor in wanted.items():
+        file, shape = stored[name]
+        if tensor.shape != shape:
+            raise UserError(
+                f"{file}: {name} has shape {tuple(shape)} where the model's config.json wants {tuple(tensor.shape)}"
+            )
+    return wanted
+
+
+def _stored_name(name: str, stored: Mapping[str, Any], prefix: str) -> str:
+    bare = name.removeprefix(prefix)
+    return bare if name not in stored and bare in stored else name
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, world: World) -> None:
+    """Writes tensors (DTensors too) as safetensors in `folder`, in files of at most about FILE_BYTES with an index.
+
+    Every rank must get here: each writes its shards, rank 0 then joins them.
+    """
+    cast = {
+        name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    }
+    files = _assign_files({name: tensor.numel() * tensor.element_size() for name, tensor in cast.items()})
+    writer = HuggingFaceStorageWriter(
+        str(folder),
+        fqn_to_index_mapping=files,
+        save_distributed=True,
+        enable_consolidation=True,
+        thread_count_consolidation=8,
+    )
+    with storage_errors(folder):
+        dcp.save(cast, storage_writer=writer)
+    on_main(world, lambda: _tidy(folder))
+
+
+def _assign_files(sizes: Mapping[str, int]) -> dict[str, int]:
+    """Tensor name -> number of its file, from 1, in the order given."""
+    files, number, room = {}, 1, FILE_BYTES
+    for name, size in sizes.items():
+        if size > room and room < FILE_BYTES:
+            number, room = number + 1, FILE_BYTES
+        files[name], room = number, room - size
+    return files
+
+
+def _tidy(folder: Path) -> None:
+    """Removes the shards; a single file gets the plain name that needs no index."""
+    shutil.rmtree(folder / "sharded", ignore_errors=True)
+    files = list(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        files[0].rename(folder / "model.safetensors")
+        for index in folder.glob("*.index.json"):
+            index.unlink()

@@ -1,0 +1,136 @@
+"""What the user gave, found, checked and hashed to the last row before any weights are in memory."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import disable_progress_bars
+from transformers import PretrainedConfig
+
+from dpo.base.console import is_quiet, say, warn
+from dpo.base.errors import UserError
+from dpo.batch.order import PairOrder
+from dpo.config import Config, ParallelConfig
+from dpo.data.prepare import PreferenceData, prepare_data
+from dpo.distributed.world import World, all_gather, check_mesh, first_on_each_node, together
+from dpo.machine.facts import gather_facts
+from dpo.machine.toolchain import check_toolchain, find_warnings, needs_of
+from dpo.model.parallelize import compute_dtype
+from dpo.model.weights import find_model, hash_model, read_model_config
+from dpo.step.objective import has_reference
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model folder, its config, and its hash by content ("" where nothing depends on it)."""
+
+    folder: Path
+    config: PretrainedConfig
+    hash: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before any weights are in memory."""
+
+    model: SourceModel
+    reference: SourceModel
+    data: PreferenceData
+    order: PairOrder
+    last_step: int
+    last_item: int | None
+    """Where the sequence of pairs ends: after `train.epochs` epochs; None where `train.steps` says how long a run
+    is.
+    """
+
+
+def read_inputs(config: Config, world: World) -> Inputs:
+    """Finds and checks all input. Every rank must get here; UserErrors are raised on every rank alike."""
+    check_mesh(world, config.parallel)
+    if is_quiet() or not (world.is_main and sys.stderr.isatty()):
+        disable_progress_bars()
+    folders = find_models(config, world)
+    model_config = read_config(config, world, folders[0])
+    reference_config = read_config(config, world, folders[1])
+    check_machines(world, config.parallel, config.model.dtype, [model_config, reference_config])
+    if world.is_main:
+        say("data: reading, and tokenizing what is not in the cache")
+    data = first_on_each_node(world, lambda: prepare_data(config, model_config))
+    check_same_data(data, world)
+    if world.is_main:
+        for line in data.report.lines():
+            say(line)
+    model, reference = hash_models(config, world, folders)
+    order, last_step, last_item = make_order(config, data)
+    return Inputs(model, reference, data, order, last_step, last_item)
+
+
+def find_models(config: Config, world: World) -> tuple[Path, Path]:
+    """The folders of the policy's start and of the reference; one and the same by default."""
+    model = find_model(config.model.path, "model.path", world)
+    if config.reference.path is None:
+        return model, model
+    return model, find_model(config.reference.path, "reference.path", world)
+
+
+def read_config(config: Config, world: World, folder: Path) -> PretrainedConfig:
+    """A model's config, read by every rank: its class may be code that came with the model, which cannot be sent."""
+    return first_on_each_node(world, lambda: read_model_config(folder, config.model.trust_remote_code))
+
+
+def check_machines(
+    world: World, parallel: ParallelConfig, dtype: str, models: Sequence[PretrainedConfig], compiles: bool = True
+) -> None:
+    """Raises UserError where the machine of any rank lacks what these models need on its GPU, before weights are read.
+
+    dtype: of the master weights; compiles: whether kernels will be, as for training. Every rank must get here.
+    """
+    needs = needs_of(compute_dtype(parallel, getattr(torch, dtype), world.device), models, compiles)
+    facts = together(lambda: gather_facts(world.device))
+    together(lambda: check_toolchain(facts, needs))
+    warnings = all_gather(find_warnings(facts, needs))
+    if world.is_main:
+        for line in sorted({line for lines in warnings for line in lines}):
+            warn(line)
+
+
+def check_same_data(data: PreferenceData, world: World) -> None:
+    """Raises UserError where a rank has other pairs than rank 0: each would compute its share of another step."""
+    hashes = all_gather((data.train.content_hash, data.eval.content_hash))
+    for rank, found in enumerate(hashes):
+        if found != hashes[0]:
+            key = "data.train" if found[0] != hashes[0][0] else "data.eval"
+            what = f"rank {rank} reads other pairs than rank 0 (content {found} and {hashes[0]})"
+            raise UserError(f"{key}: {what}; valid: the same files, tokenizer and versions on every node")
+
+
+def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tuple[SourceModel, SourceModel]:
+    """The policy's start and the reference with their hashes; nothing is hashed for a loss without a reference."""
+
+    def read(folder: Path) -> SourceModel:
+        model_config = read_config(config, world, folder)
+        if not has_reference(config.loss):
+            return SourceModel(folder, model_config, "")
+        if world.is_main:
+            say(f"weights: hashing {folder}")
+        return SourceModel(folder, model_config, hash_model(folder, model_config, world))
+
+    model = read(folders[0])
+    return model, model if folders[1] == folders[0] else read(folders[1])
+
+
+def make_order(config: Config, data: PreferenceData) -> tuple[PairOrder, int, int | None]:
+    """The order of pairs, the number of the last step, and the place in the sequence where the last step ends."""
+    order = PairOrder(
+        data.train.prompt_of_pair,
+        config.batch.pairs_per_step,
+        config.train.seed,
+        shuffled=config.data.order == "shuffled",
+        group_by_prompt=config.batch.group_by_prompt,
+    )
+    if config.train.steps is not None:
+        return order, config.train.steps, None
+    epochs = config.train.epochs or 1
+    return order, order.steps_of(epochs), epochs * order.num_pairs

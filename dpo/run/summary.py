@@ -1,0 +1,238 @@
+"""What the terminal shows of a run: a table at the start, a line a logged step, a table at the end."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dpo.base.console import say, warn
+from dpo.batch.plan import grow_trees
+from dpo.board.dashboard import Answer, fenced
+from dpo.config import Config, OptimConfig, to_yaml
+from dpo.run.files import FINAL, LAST_STEPS, PROVENANCE, read_metrics
+from dpo.run.setup import Run
+from dpo.step.deviation import Deviation
+from dpo.step.evaluation import Evaluation
+from dpo.step.metrics import MetricsWriter, prefixed
+from dpo.step.optim import lr_at
+
+COLUMNS = 100
+STEPS_LOOKED_AT = 4
+"""Steps whose trees are counted for the tokens of a step."""
+
+
+# --- lines while it runs ---------------------------------------------------------------------------------------------
+
+
+def step_line(step: int, last_step: int, figures: Mapping[str, float], seconds_left: float) -> str:
+    """One logged step in at most 100 columns; where figures are so long that not all fit, the last are left out."""
+    digits = len(str(last_step))
+    parts = [f"step {step:>{digits}}/{last_step}", *_outcome(figures, "train"), f"eta {clock(seconds_left)}"]
+    speed = figures["train/pairs_per_second"]
+    parts.append(f"{speed:,.0f} pairs/s" if speed >= 100 else f"{speed:.3g} pairs/s")
+    parts += [f"grad {figures['train/grad_norm']:.2g}", f"lr {figures['train/lr']:.2g}"]
+    return fitting(parts)
+
+
+def evaluation_line(step: int, last_step: int, figures: Mapping[str, float]) -> str:
+    """One evaluation in at most 100 columns."""
+    digits = len(str(last_step))
+    pairs = f"{figures['eval/pairs']:,} pairs"
+    return fitting([f"eval {step:>{digits}}/{last_step}", *_outcome(figures, "eval"), pairs])
+
+
+def _outcome(figures: Mapping[str, float], group: str) -> list[str]:
+    """Loss, and where there is a reference accuracy and margin."""
+    parts = [f"loss {figures[f'{group}/loss']:.4f}"]
+    if f"{group}/rewards/margins" in figures:
+        parts.append(f"acc {figures[f'{group}/rewards/accuracies']:z.3f}")
+        parts.append(f"margin {figures[f'{group}/rewards/margins']:z.3f}")
+    return parts
+
+
+def fitting(parts: Sequence[str]) -> str:
+    """The first parts that fit 100 columns, two spaces between them."""
+    line = parts[0]
+    for part in parts[1:]:
+        if len(line) + 2 + len(part) > COLUMNS:
+            break
+        line += f"  {part}"
+    return line
+
+
+def clock(seconds: float) -> str:
+    """h:mm:ss, with days before it from one day on."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    return f"{f'{days}d ' if days else ''}{hour}:{minute:02}:{second:02}"
+
+
+# --- at the start ----------------------------------------------------------------------------------------------------
+
+
+def start_lines(run: Run, deviation: Deviation | None) -> list[str]:
+    """Model, reference, pairs, steps, mesh, memory and folder of a run that is about to take its next step."""
+    first_step = [("first step", f"policy against its cached reference: {deviation}")] if deviation else []
+    return _table(
+        [
+            ("model", _model(run)),
+            ("reference", _reference(run)),
+            *first_step,
+            ("pairs", f"{len(run.inputs.data.train):,} to train on, {len(run.inputs.data.eval):,} to evaluate"),
+            ("steps", _steps(run)),
+            ("ranks", _ranks(run)),
+            ("memory", _memory(run)),
+            ("run", f"{run.dir}; charts: tensorboard --logdir {run.dir}"),
+        ]
+    )
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in rows)
+    return [f"{name:<{width}}  {text}" for name, text in rows]
+
+
+def _model(run: Run) -> str:
+    kind = type(run.policy.model).__name__.removeprefix("FSDP")
+    dtypes = f"{_name(run.policy.dtype)}, computes in {_name(run.compute_dtype)}"
+    return f"{run.config.model.path}: {kind}, {num_parameters(run.policy.model):,} weights in {dtypes}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _reference(run: Run) -> str:
+    if run.reference_pass is None:
+        return "none: the loss has no reference"
+    which = run.config.reference.path or "the model before training"
+    computed, reused = run.reference_pass.rows_computed, run.reference_pass.rows_reused
+    return f"{which}: {computed + reused:,} log-probabilities, {reused:,} of them from the cache"
+
+
+def _steps(run: Run) -> str:
+    first, last = run.start.step + 1, run.inputs.last_step
+    if first > last:
+        return f"none are left of {last:,}"
+    span = f"{last:,}" if first == 1 else f"{first:,} to {last:,}"
+    return f"{span}, each of {run.config.batch.pairs_per_step} pairs in about {tokens_per_step(run):,} tokens"
+
+
+def tokens_per_step(run: Run) -> int:
+    """Tokens that the body runs in a step, over all ranks: the mean of the first steps."""
+    steps = range(1, min(STEPS_LOOKED_AT, run.inputs.last_step) + 1)
+    ids = [run.inputs.order.items(step, run.inputs.last_item) for step in steps]
+    trees = [tree for some in ids for tree in grow_trees(run.inputs.data.train.pairs(some))]
+    return round(sum(tree.num_tokens for tree in trees) / len(steps))
+
+
+def _ranks(run: Run) -> str:
+    nodes = run.world.size // run.world.local_size
+    copies = run.config.parallel.replicate
+    parts = run.world.size // copies
+    layout = f", the model divided over {parts}" if parts > 1 else ""
+    layout += f", in {copies} copies" if copies > 1 else ""
+    return f"{run.world.size} on {nodes} node{'s' * (nodes > 1)} ({run.world.device.type}){layout}"
+
+
+def _memory(run: Run) -> str:
+    size = state_bytes(num_parameters(run.policy.model), run.config, run.world.size)
+    shown = f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{size / 2**20:.1f} MiB"
+    return f"{shown} a rank for weights, gradients and optimizer; activations come on top"
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Weights of the whole model, tied ones once, whatever part of them this rank holds."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def state_bytes(num_parameters: int, config: Config, num_ranks: int) -> float:
+    """Bytes that a rank holds all the time: its share of the weights, of their gradients, of the optimizer's state."""
+    itemsize = getattr(torch, config.model.dtype).itemsize
+    return num_parameters * itemsize * (2 + states_per_weight(config.optim)) * config.parallel.replicate / num_ranks
+
+
+def states_per_weight(optim: OptimConfig) -> int:
+    """Numbers that an optimizer keeps for a weight."""
+    return {"rmsprop": 1, "adamw": 2, "sgd": 0}[optim.name] + (optim.momentum > 0 and optim.name != "adamw")
+
+
+# --- at the end ------------------------------------------------------------------------------------------------------
+
+
+def end_lines(run_dir: Path, lines: Sequence[Mapping[str, float]]) -> list[str]:
+    """What a finished run changed, from the lines of its metrics.jsonl, and where things are.
+
+    One step's pairs say little: of training the first step is compared with the mean of the last LAST_STEPS.
+    """
+    steps = [line for line in lines if "train/loss" in line]
+    evaluations = [line for line in lines if "eval/loss" in line]
+    latest = steps[-LAST_STEPS:]
+    rows = []
+    if len(steps) > 1:
+        what = f"step 1 -> mean of the last {len(latest)}: "
+        rows.append(("trained", what + _change(steps[0], latest, "train")))
+    if len(evaluations) > 1:
+        what = f"step {evaluations[0]['step']} -> step {evaluations[-1]['step']}: "
+        rows.append(("held out", what + _change(evaluations[0], evaluations[-1:], "eval")))
+    return _table([*rows, ("charts", f"tensorboard --logdir {run_dir}")])
+
+
+def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], group: str) -> str:
+    """Loss, accuracy and margin of the first line and their means over the latest."""
+    names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+    keys = {f"{group}/{name}": shown for name, shown in names.items() if f"{group}/{name}" in first}
+    changes = [
+        f"{shown} {first[key]:z.4f} -> {statistics.fmean(line[key] for line in latest):z.4f}"
+        for key, shown in keys.items()
+    ]
+    return "  ".join(changes)
+
+
+# --- shown -----------------------------------------------------------------------------------------------------------
+
+
+def introduce(run: Run, writer: MetricsWriter, deviation: Deviation | None) -> None:
+    """Tells, on rank 0, what is about to run: on the terminal, and as texts and histograms in TensorBoard; with what
+    the check of the first step measured, where there was one.
+    """
+    if run.reference_pass and run.start.step == 0:
+        writer.write(0, prefixed("reference", run.reference_pass.figures))
+    if deviation:
+        writer.write(0, prefixed("first_step", vars(deviation)))
+    table = start_lines(run, deviation)
+    for line in table:
+        say(line)
+    warmup, last = run.config.optim.warmup_steps, run.inputs.last_step
+    if last <= warmup:
+        rates = f"{lr_at(last, last, run.config.optim):.2g}, not {run.config.optim.lr:.2g}"
+        warn(f"optim.warmup_steps {warmup} is not below the run's {last} steps: the learning rate ends at {rates}")
+    writer.board.text("summary", fenced("\n".join(table)))
+    writer.board.text("config", fenced(to_yaml(run.config)))
+    writer.board.text("data", fenced("\n".join(run.inputs.data.report.lines())))
+    writer.board.text("code", fenced((run.dir / PROVENANCE).read_text(encoding="utf-8")))
+    writer.board.hparams(run.config)
+    if run.start.step == 0:
+        for name, tokens in zip(("prompt", "chosen", "rejected"), run.inputs.data.train.lengths().T, strict=True):
+            writer.board.histogram(f"train/lengths/{name}", tokens, 0)
+
+
+def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluation, answers: Sequence[Answer]) -> None:
+    """Tells, on rank 0, how an evaluation went."""
+    figures = prefixed("eval", result.figures)
+    writer.write(step, figures)
+    if len(result.margins):
+        writer.board.histogram("eval/rewards/margins", result.margins, step)
+    if answers:
+        writer.board.answers(step, answers)
+    say(evaluation_line(step, run.inputs.last_step, figures))
+
+
+def conclude(run: Run) -> None:
+    """Tells, on rank 0, what came of it."""
+    say(f"done: {max(run.start.step, run.inputs.last_step)} steps, the model is in {run.dir / FINAL}")
+    for line in end_lines(run.dir, read_metrics(run.dir)):
+        say(line)

@@ -1,0 +1,212 @@
+"""How far a policy is from its reference before its first update, and how far it may be: pure functions.
+
+A log-probability depends, in its last digits, on where its tree lies in the packed row, and reference pass and training
+pack one tree at different places. In exact float32 these digits do not matter, and every completion is held to its
+reference. In bfloat16 and TF32 they do, and how much depends on the model; so the model measures its own rounding: the
+step's log-probabilities are computed twice, in different packings. Over all completions of all ranks, n tokens each,
+
+    noise  = rms(|pi - pi'| / sqrt(n))      pi' in the second packing
+    spread = rms(|pi - ref| / sqrt(n))      <= min(0.25, max(3 noise, 0.01))
+    drift  = |sum(pi - ref)| / sum(n)       <= min(0.02, max(6 noise / sqrt(sum(n)), 0.002))
+
+The loss that is minimized is checked beside it: each pair's must be that of the measured log-ratios of its completions,
+which are near 0.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+from dpo.step.losses import LossConfig
+
+FEW_COMPLETIONS = 32
+"""Below so many completions the measured noise is itself uncertain."""
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Completions:
+    """The N completions of a step, of all ranks, in an order that does not depend on the layout."""
+
+    pi_logps: np.ndarray
+    """(N,) log-probabilities under the policy, nats, float64."""
+    again: np.ndarray
+    """(N,) the same, computed in the second packing."""
+    ref_logps: np.ndarray
+    """(N,) the reference's, from the cache."""
+    lengths: np.ndarray
+    """(N,) tokens of each completion."""
+    first_ids: Sequence[Sequence[int]]
+    """The first token ids of each completion, to name it by."""
+
+    @property
+    def differences(self) -> np.ndarray:
+        """(N,) pi_logp - ref_logp, nats."""
+        return self.pi_logps - self.ref_logps
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far the policy is from its reference, and from itself in another packing: see the head of this file."""
+
+    spread: float
+    """Nats a square root of a token."""
+    drift: float
+    """Nats a token."""
+    noise: float
+    """Nats a square root of a token."""
+
+    def __str__(self) -> str:
+        return f"spread {self.spread:.3g}, drift {self.drift:.3g}, noise {self.noise:.3g}"
+
+
+def measure(found: Completions) -> Deviation:
+    """Spread, drift and noise of some completions."""
+    return Deviation(
+        _spread(found.differences, found.lengths),
+        float(abs(found.differences.sum()) / found.lengths.sum()),
+        _spread(found.pi_logps - found.again, found.lengths),
+    )
+
+
+def _spread(differences: np.ndarray, lengths: np.ndarray) -> float:
+    """rms(|difference| / sqrt(tokens)): independent errors of tokens add up with the square root of their number."""
+    return float(np.sqrt(np.mean(differences**2 / lengths)))
+
+
+# --- how it is judged ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that spread and drift may be."""
+
+    spread: float
+    drift: float
+
+
+_CAPS, _FLOORS = Limits(spread=0.25, drift=0.02), Limits(spread=0.01, drift=0.002)
+"""Fixed bounds in bfloat16: beyond the caps no rounding is accepted, below the floors none is questioned."""
+
+
+def rounding_scale(compute: torch.dtype, tf32: bool) -> float | None:
+    """What the caps and floors are multiplied by: 1 in bfloat16, 1/8 in TF32, whose mantissa has 3 bits more. None in
+    exact float32 and float64, where every completion is held to `exact_bounds`.
+    """
+    if compute == torch.bfloat16:
+        return 1.0
+    return 1 / 8 if tf32 and compute == torch.float32 else None
+
+
+def caps(scale: float) -> Limits:
+    """The limits that hold whatever the noise is."""
+    return Limits(scale * _CAPS.spread, scale * _CAPS.drift)
+
+
+def limits(noise: float, lengths: np.ndarray, scale: float) -> Limits:
+    """The limits for completions of these lengths, from the measured noise."""
+    sigmas = 6 if len(lengths) < FEW_COMPLETIONS else 3
+    return Limits(
+        min(scale * _CAPS.spread, max(sigmas * noise, scale * _FLOORS.spread)),
+        min(scale * _CAPS.drift, max(6 * noise / math.sqrt(lengths.sum()), scale * _FLOORS.drift)),
+    )
+
+
+def exact_bounds(ref_logps: np.ndarray) -> np.ndarray:
+    """(N,) nats by which two exact float32 computations of a log-probability may differ."""
+    return 1e-4 + 1e-5 * np.abs(ref_logps)
+
+
+class Verdict(IntEnum):
+    """How bad it is."""
+
+    PASSES = 0
+    BEYOND_NOISE = 1
+    """More than the model's own rounding explains, within the caps."""
+    BEYOND_BOUNDS = 2
+    """Beyond the caps, the bounds of exact float32, or those of the loss."""
+    NOT_FINITE = 3
+
+
+def judge(found: Completions, scale: float | None) -> Verdict:
+    """The verdict on a step's log-probabilities; `scale` is that of `rounding_scale`."""
+    if not (np.isfinite(found.differences).all() and np.isfinite(found.again).all()):
+        return Verdict.NOT_FINITE
+    if scale is None:
+        is_within = (np.abs(found.differences) <= exact_bounds(found.ref_logps)).all()
+        return Verdict.PASSES if is_within else Verdict.BEYOND_BOUNDS
+    deviation = measure(found)
+    if _exceeds(deviation, caps(scale)):
+        return Verdict.BEYOND_BOUNDS
+    exceeds = _exceeds(deviation, limits(deviation.noise, found.lengths, scale))
+    return Verdict.BEYOND_NOISE if exceeds else Verdict.PASSES
+
+
+def _exceeds(deviation: Deviation, most: Limits) -> bool:
+    return deviation.spread > most.spread or deviation.drift > most.drift
+
+
+def worst(found: Completions, scale: float | None) -> str:
+    """The completion that is furthest from its reference, in words."""
+    allowed = exact_bounds(found.ref_logps) if scale is None else np.sqrt(found.lengths)
+    with np.errstate(invalid="ignore"):  # a reference that is no number
+        ratios = np.abs(found.differences) / allowed
+    row = int(np.nan_to_num(ratios, nan=math.inf).argmax())
+    what = f"pi_logp {found.pi_logps[row]:.6g}, ref_logp {found.ref_logps[row]:.6g} nats for the completion of"
+    return f"{what} {found.lengths[row]} tokens that begins with the ids {list(found.first_ids[row])}"
+
+
+# --- the loss --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PairLosses:
+    """The preference losses of some pairs, (T,) float64 each."""
+
+    found: np.ndarray
+    """What training minimizes, by the indices of the packed batch."""
+    expected: np.ndarray
+    """What they should be (`expected_losses`)."""
+
+
+def _log1p_exp(x: np.ndarray) -> np.ndarray:
+    return np.logaddexp(0, x)
+
+
+LOSS_OF_MARGIN: Mapping[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
+    "dpo": lambda h, beta, eps: (1 - eps) * _log1p_exp(-beta * h) + eps * _log1p_exp(beta * h),
+    "ipo": lambda h, beta, eps: (h - 0.5 / beta) ** 2,
+    "hinge": lambda h, beta, eps: np.maximum(0, 1 - beta * h),
+    "robust": lambda h, beta, eps: ((1 - eps) * _log1p_exp(-beta * h) - eps * _log1p_exp(beta * h)) / (1 - 2 * eps),
+}
+"""loss.name -> the loss at margins h, (T,), with loss.beta and loss.label_smoothing. At h = 0 it is ln 2, 1/(4 beta^2),
+1 and ln 2. Written apart from `losses.py`, whose results it judges."""
+
+_ROUNDING = 1e-9
+"""Part of a loss by which its two computations in float64 may differ."""
+
+
+def expected_losses(winners: np.ndarray, losers: np.ndarray, loss: LossConfig) -> np.ndarray:
+    """(T,) preference losses of pairs by the log-ratios pi_logp - ref_logp of their winners and losers, (T,) nats, a
+    token where `loss.length_normalized`.
+
+    |h| <= |winner's| + |loser's|: a loss that is right lies within its values there. Losses of an exchanged pair would
+    too, so a loss is compared with its value at h itself.
+    """
+    with np.errstate(invalid="ignore"):  # a log-ratio that is no number
+        return LOSS_OF_MARGIN[loss.name](winners - losers, loss.beta, loss.label_smoothing)
+
+
+def wrong_loss(losses: PairLosses) -> tuple[float, float] | None:
+    """The loss that is furthest from what it should be, and what it should be; None where all are right."""
+    with np.errstate(invalid="ignore"):
+        excess = np.abs(losses.found - losses.expected) - _ROUNDING * (1 + np.abs(losses.expected))
+    if not (excess > 0).any():
+        return None
+    pair = int(excess.argmax())
+    return float(losses.found[pair]), float(losses.expected[pair])

@@ -1,0 +1,171 @@
+"""The check of a fresh run's first step: the policy, before its first update, is its own reference.
+
+The step's log-probabilities are computed twice, in different packings, so that the model measures its own rounding;
+`deviation.py` has the bounds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from dpo.base.console import warn
+from dpo.base.errors import RunError
+from dpo.batch.packer import Packer
+from dpo.batch.packing import PackedBatch
+from dpo.batch.plan import StepPlan, Tree
+from dpo.config import LossConfig
+from dpo.data.keys import completion_key
+from dpo.distributed.world import all_gather
+from dpo.model.policy import Policy, completion_logps, reshard
+from dpo.step.deviation import (
+    Completions,
+    Deviation,
+    PairLosses,
+    Verdict,
+    expected_losses,
+    judge,
+    limits,
+    measure,
+    worst,
+    wrong_loss,
+)
+from dpo.step.objective import pair_losses
+
+KEY = "reference.first_step_check"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a run's first step is held to."""
+
+    scale: float | None
+    """See `rounding_scale`."""
+    on_failure: Literal["stop", "warn"]
+    """`reference.first_step_check`."""
+    made_otherwise: str | None
+    """How the cached rows were computed differently from this run, or None. If set, a deviation above the noise only
+    warns; above the caps it still ends the run."""
+
+
+def verify_start(
+    policy: Policy, packer: Packer, trees: Sequence[Tree], loss: LossConfig, terms: Terms, head_bytes: int
+) -> Deviation:
+    """Raises RunError unless the policy, before its first update, is its own reference on the first step's trees; gives
+    how far it is from it. Where `terms` say so, rank 0 warns instead.
+
+    The verdict is the same on every rank: it is over all completions of all of them. Every rank must get here, or the
+    rest hang.
+    """
+    found, losses = _compute(policy, packer, trees, loss, head_bytes)
+    verdict, wrong = judge(found, terms.scale), wrong_loss(losses)
+    if verdict == Verdict.PASSES and wrong is None:
+        return measure(found)
+    message = f"step 1: {_explain(found, terms)}"
+    if wrong is not None and verdict < Verdict.BEYOND_BOUNDS:
+        verdict, message = Verdict.BEYOND_BOUNDS, f"step 1: {_explain_loss(*wrong)}"
+    is_excused = verdict == Verdict.BEYOND_NOISE and terms.made_otherwise is not None
+    if verdict == Verdict.NOT_FINITE:
+        raise RunError(message)
+    if not is_excused and terms.on_failure == "stop":
+        raise RunError(f"{message}; to train all the same: --{KEY} warn")
+    if packer.rank == 0:
+        warn(message)
+    return measure(found)
+
+
+def _explain(found: Completions, terms: Terms) -> str:
+    """The measured values, what they may be, and what is at fault."""
+    deviation = measure(found)
+    text = f"the policy is not its own reference: {worst(found, terms.scale)}"
+    text += f"; {deviation} over {len(found.lengths)} completions"
+    if terms.scale is None:
+        text += ", of which each may differ by 1e-4 + 1e-5 |ref_logp|"
+    else:
+        most = limits(deviation.noise, found.lengths, terms.scale)
+        text += f", at most spread {most.spread:.3g}, drift {most.drift:.3g}"
+    if terms.made_otherwise:
+        text += f"; the reference's rows were made otherwise: {terms.made_otherwise}"
+    return f"{text}; the reference cache, the forward or the model's rounding is at fault"
+
+
+def _explain_loss(found: float, expected: float) -> str:
+    what = f"a pair's loss is {found:.9g}, but {expected:.9g} by the log-ratios of its completions"
+    return f"the preference loss is not that of an indifferent policy: {what}; the packed batch or the loss is at fault"
+
+
+def _compute(
+    policy: Policy, packer: Packer, trees: Sequence[Tree], loss: LossConfig, head_bytes: int
+) -> tuple[Completions, PairLosses]:
+    """The step's completions in two packings, and the losses of its pairs, on every rank. Every rank must get here."""
+    other = replace(packer, tokens_per_micro_batch=max(1, packer.tokens_per_micro_batch // 2))
+    with torch.no_grad():
+        mine = _run(policy, packer, packer.plan(trees), loss, head_bytes)
+        again = _run(policy, other, moved_plan(other.plan(trees)), loss, head_bytes)
+    reshard(policy)
+    parts = all_gather((mine, again))
+    first = {key: row for (rows, _), _ in parts for key, row in rows.items()}
+    second = {key: row for _, (rows, _) in parts for key, row in rows.items()}
+    keys = sorted(first)  # the order of sums, so that they do not depend on the layout
+    pi_logps, ref_logps, lengths, first_ids = zip(*(first[key] for key in keys), strict=True)
+    moved = np.array([second[key][0] for key in keys])
+    completions = Completions(np.array(pi_logps), moved, np.array(ref_logps), np.array(lengths), first_ids)
+    pairs = [pair for packing in parts for _, losses in packing for pair in losses]
+    return completions, PairLosses(*np.array(pairs).reshape(-1, 2).T)
+
+
+_Row = tuple[float, float, int, list[int]]
+"""pi_logp, ref_logp, tokens, first token ids."""
+
+
+def _run(
+    policy: Policy, packer: Packer, plan: StepPlan, loss: LossConfig, head_bytes: int
+) -> tuple[dict[bytes, _Row], list[tuple[float, float]]]:
+    """This rank's completions by key, fillers left out, and the losses of its pairs: found and expected."""
+    rows: dict[bytes, _Row] = {}
+    losses: list[tuple[float, float]] = []
+    for trees, batch in zip(plan.micro_batches[packer.rank], packer.pack(plan), strict=True):
+        batch = batch.to(policy.device)
+        pi_logps = completion_logps(policy, batch, head_bytes)
+        if not trees:
+            continue
+        measured = list(zip(pi_logps.tolist(), batch.ref_logps.tolist(), strict=True))
+        ids = [(tree.prompt_ids, ids) for tree in trees for ids in tree.completion_ids]
+        for (prompt, own), (pi, ref) in zip(ids, measured, strict=True):
+            rows[completion_key(prompt, own)] = (pi, ref, len(own), own[:8].tolist())
+        losses += zip(_found_losses(pi_logps, batch, loss), _right_losses(trees, measured, loss), strict=True)
+    return rows, losses
+
+
+def _found_losses(pi_logps: torch.Tensor, batch: PackedBatch, loss: LossConfig) -> list[float]:
+    """What training minimizes of each pair, but for the SFT term, in float64: no loss is told apart by rounding."""
+    batch = replace(batch, ref_logps=batch.ref_logps.double())
+    losses, _ = pair_losses(pi_logps.double(), batch, replace(loss, sft_weight=0.0))
+    return losses.tolist()
+
+
+def _right_losses(trees: Sequence[Tree], measured: Sequence[tuple[float, float]], loss: LossConfig) -> list[float]:
+    """The losses of the trees' pairs by (pi_logp, ref_logp) of their completions, in the order of the trees."""
+    left, pairs = iter(measured), []
+    for tree in trees:
+        own = [(next(left), len(ids) if loss.length_normalized else 1) for ids in tree.completion_ids]
+        ratios = [(pi - ref) / divisor for (pi, ref), divisor in own]
+        pairs += [(ratios[winner], ratios[loser]) for winner, loser in tree.pairs]
+    winners, losers = np.array(pairs).reshape(-1, 2).T
+    return expected_losses(winners, losers, loss).tolist()
+
+
+def moved_plan(plan: StepPlan) -> StepPlan:
+    """The plan with the trees of each micro-batch, and the completions of each tree, in reverse order: where a tree is
+    alone in its row, its completions still change their places.
+    """
+    moved = [[tuple(_turned(tree) for tree in reversed(micro)) for micro in rank] for rank in plan.micro_batches]
+    return replace(plan, micro_batches=tuple(tuple(rank) for rank in moved))
+
+
+def _turned(tree: Tree) -> Tree:
+    last = len(tree.completion_ids) - 1
+    pairs = tuple((last - winner, last - loser) for winner, loser in tree.pairs)
+    return Tree(tree.prompt_ids, tree.completion_ids[::-1], pairs)

@@ -1,0 +1,313 @@
+"""What TensorBoard shows of a run, as its own reader and its own markdown show it; `tests/browser` looks at it."""
+
+import re
+import socket
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.plugin_util import markdown_to_safe_html
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.util.tensor_util import make_ndarray
+
+from dpo.board import dashboard
+from dpo.board.charts import LAYOUT, OTHER, ROOT, Place, place
+from dpo.board.dashboard import Answer, Dashboard, answers_table, fenced
+from dpo.board.hparams import ENTRY, FIGURES, KEYS
+from dpo.config import Config, SourceConfig, to_yaml
+from dpo.step.metrics import SUMS, pair_means, prefixed, train_figures
+from tests.support.boards import accumulators, hparams_entry, points_of
+from tests.support.runs import make_config
+
+# --- where a figure is shown -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "sub_run", "tag"),
+    [
+        ("train/loss", "train", "1 preference/loss"),
+        ("eval/loss", "eval", "1 preference/loss"),
+        ("eval/rewards/margins", "eval", "1 preference/rewards/margins"),
+        ("train/rewards/chosen", "train-chosen", "2 chosen and rejected/rewards"),
+        ("train/rewards/rejected", "train-rejected", "2 chosen and rejected/rewards"),
+        ("eval/logps/rejected", "eval-rejected", "2 chosen and rejected/logps"),
+        ("train/lr", "train", "3 optimization/lr"),
+        ("train/peak_memory_bytes", "train", "4 speed/peak_memory_bytes"),
+        ("reference/seconds", ".", "5 reference/seconds"),
+        ("train/something/new", "train", "7 other/something/new"),
+        ("train/chosen", "train", "7 other/chosen"),
+        ("train", ".", "7 other/train"),
+        ("reference", ".", "7 other/reference"),
+        ("of/another/kind", ".", "7 other/of/another/kind"),
+    ],
+)
+def test_the_place_of_a_figure(name: str, sub_run: str, tag: str) -> None:
+    assert place(name) == (sub_run, tag)
+
+
+def trainer_figures() -> dict[str, float]:
+    """The names of all figures of a run's metrics.jsonl."""
+    means = pair_means(dict.fromkeys(SUMS, 1.0), has_reference=True)
+    timed = train_figures(dict.fromkeys((*SUMS, "peak_memory_bytes"), 1.0), 1.0, 0.5) | {"grad_norm": 1.0, "lr": 1.0}
+    return prefixed("train", means | timed) | prefixed("eval", means) | {"reference/seconds": 1.0}
+
+
+def test_every_figure_of_a_run_has_a_group_and_a_chart_of_its_own() -> None:
+    places = [place(name) for name in trainer_figures()]
+    assert len(set(places)) == len(places)
+    assert not [found for found in places if found.tag.startswith(OTHER)]
+
+
+def test_the_custom_charts_have_lines_and_chosen_and_rejected_are_two_runs(tmp_path: Path) -> None:
+    """A run has one colour: two lines of one run in a chart could not be told apart."""
+    board = Dashboard(tmp_path, 1)
+    board.figures(1, trainer_figures())
+    board.close()
+    content = accumulators(tmp_path)[ROOT].Tensors("custom_scalars__config__")[0].tensor_proto
+    layout = layout_pb2.Layout.FromString(make_ndarray(content).item())
+    found: dict[str, list[str]] = {}
+    for chart in [chart for category in layout.category for chart in category.chart]:
+        lines = [
+            sub_run for sub_run, tag in points_of(tmp_path) for regex in chart.multiline.tag if re.match(regex, tag)
+        ]
+        found[chart.title.partition(":")[0].partition(" of")[0]] = sorted(lines)
+    sides = ["eval-chosen", "eval-rejected", "train-chosen", "train-rejected"]
+    both = ["eval", "train"]
+    assert found == {"loss": both, "accuracy": both, "margin": both, "rewards": sides, "log-probabilities": sides}
+    assert [category.title for category in layout.category] == list(LAYOUT)
+
+
+# --- a run that was interrupted --------------------------------------------------------------------------------------
+
+
+def write_steps(folder: Path, first: int, last: int) -> None:
+    """The points of steps `first` to `last`, evaluations after 0, 3, 6, ...; values tell who wrote them."""
+    board = Dashboard(folder, first)
+    board.text("config", f"from {first}")
+    for step in range(first if first > 1 else 0, last + 1):
+        if step:
+            board.figures(step, {"train/loss": float(first), "train/rewards/chosen": float(first)})
+        if step % 3 == 0:
+            board.figures(step, {"eval/loss": float(first), "eval/rewards/rejected": float(first)})
+            board.histogram("eval/rewards/margins", np.array([first]), step)
+            board.answers(step, [Answer("", "", str(first))])
+    board.close()
+
+
+@pytest.mark.parametrize("lost_bytes", [0, 1, 30], ids=["all on the disk", "a torn record", "a lost record"])
+def test_a_resumed_run_has_every_point_once(tmp_path: Path, lost_bytes: int) -> None:
+    """Interrupted after step 8 with evaluations at 0, 3 and 6, goes on from the checkpoint of step 4 to step 9: points
+    up to 4 are the first start's, 5 to 9 the second's.
+    """
+    write_steps(tmp_path, 1, 8)
+    for path in tmp_path.rglob("events.out.tfevents.*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size - lost_bytes])
+    write_steps(tmp_path, 5, 9)
+    train = [(step, 1.0 if step < 5 else 5.0) for step in range(1, 10)]
+    evaluations = [(0, 1.0), (3, 1.0), (6, 5.0), (9, 5.0)]
+    assert points_of(tmp_path) == {
+        Place("train", "1 preference/loss"): train,
+        Place("train-chosen", "2 chosen and rejected/rewards"): train,
+        Place("eval", "1 preference/loss"): evaluations,
+        Place("eval-rejected", "2 chosen and rejected/rewards"): evaluations,
+    }
+    boards = accumulators(tmp_path)
+    steps = [step for step, _ in evaluations]
+    assert [event.step for event in boards["eval"].Tensors("6 distributions/rewards/margins")] == steps
+    assert [event.step for event in boards[ROOT].Tensors("run/answers")] == steps
+    assert [event.step for event in boards[ROOT].Tensors("run/config")] == [1, 5]
+
+
+def test_what_is_given_up_disappears_before_there_is_anything_new(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 8)
+    write_steps(tmp_path, 5, 5)  # no evaluation yet
+    assert [step for step, _ in points_of(tmp_path)["eval", "1 preference/loss"]] == [0, 3]
+    assert [step for step, _ in points_of(tmp_path)["train", "1 preference/loss"]] == [1, 2, 3, 4, 5]
+
+
+def test_a_tensorboard_that_is_open_forgets_what_is_given_up(tmp_path: Path) -> None:
+    """It has read the file from which the points are removed, and does not read it again. Its own reader, not the one
+    for scripts.
+    """
+    write_steps(tmp_path, 1, 8)
+    reader = plugin_event_accumulator.EventAccumulator(str(tmp_path / "eval"))
+    reader.Reload()
+    assert [event.step for event in reader.Tensors("1 preference/loss")] == [0, 3, 6]
+    write_steps(tmp_path, 5, 5)
+    reader.Reload()
+    assert [event.step for event in reader.Tensors("1 preference/loss")] == [0, 3]
+
+
+def test_two_starts_from_one_step_leave_the_config_of_the_last(tmp_path: Path) -> None:
+    for _ in range(2):
+        write_steps(tmp_path, 5, 5)
+    assert [event.step for event in accumulators(tmp_path)[ROOT].Tensors("run/config")] == [5]
+
+
+def test_a_point_is_on_the_disk_at_once(tmp_path: Path) -> None:
+    board = Dashboard(tmp_path, 1)
+    for step in range(1, 4):
+        board.figures(step, {"train/loss": 1.0, "train/rewards/chosen": 2.0})
+        assert points_of(tmp_path)["train", "1 preference/loss"][-1] == (step, 1.0)
+        assert points_of(tmp_path)["train-chosen", "2 chosen and rejected/rewards"][-1] == (step, 2.0)
+    board.close()
+
+
+def test_a_host_whose_clock_is_behind_goes_on_where_the_other_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A requeued job may begin on another host: its files come after the first one's all the same."""
+    write_steps(tmp_path, 1, 8)
+    hour_ago = time.time() - 3600
+    monkeypatch.setattr(time, "time", lambda: hour_ago)
+    monkeypatch.setattr(socket, "gethostname", lambda: "a-host")
+    write_steps(tmp_path, 5, 9)
+    assert [step for step, _ in points_of(tmp_path)["eval", "1 preference/loss"]] == [0, 3, 6, 9]
+
+
+# --- distributions ---------------------------------------------------------------------------------------------------
+
+
+def test_a_histogram_counts_every_value_where_it_lies(tmp_path: Path) -> None:
+    """0, 1, 1 and 30 in 30 bins of width 1: one in [0, 1), two in [1, 2), one in the last, [29, 30]."""
+    board = Dashboard(tmp_path, 1)
+    board.histogram("train/lengths/chosen", np.array([[0, 1], [1, 30]]), 1)
+    board.close()
+    (event,) = accumulators(tmp_path)["train-chosen"].Tensors("6 distributions/lengths")
+    bins = {(left, right): count for left, right, count in make_ndarray(event.tensor_proto).tolist() if count}
+    assert bins == {(0, 1): 1, (1, 2): 2, (29, 30): 1}
+
+
+# --- texts -----------------------------------------------------------------------------------------------------------
+
+
+class Shown(HTMLParser):
+    """What a browser shows of the cells of tables, or of blocks of code."""
+
+    def __init__(self, tag: str):
+        super().__init__()
+        self.tag, self.inside, self.texts = tag, False, list[str]()
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag == self.tag:
+            self.inside = True
+            self.texts.append("")
+        elif tag == "br" and self.inside:
+            self.texts[-1] += "\n"
+        elif self.inside:
+            self.texts[-1] += f"(the tag {tag})"
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag != self.tag
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            data = data if self.tag == "code" else re.sub(" +", " ", data)
+            self.texts[-1] += data.replace("\N{NO-BREAK SPACE}", " ")
+
+
+def shown(markdown: str, tag: str) -> list[str]:
+    """The texts of all elements `tag` after TensorBoard's own markdown and sanitizer."""
+    parser = Shown(tag)
+    parser.feed(markdown_to_safe_html(markdown))
+    return parser.texts
+
+
+def visible(text: str) -> str:
+    """The text without what nobody sees: spaces at the ends of lines, newlines at the end."""
+    return "\n".join(line.rstrip() for line in text.expandtabs(4).split("\n")).rstrip("\n")
+
+
+HARD = [
+    "a | b || c\n| d |\n| --- |",
+    "`code` ``` fence\n```\n    indented\n\ttab\n\n\nblank lines",
+    "<b>bold</b> <script>alert(1)</script>\n&amp; &lt; &#124; <br> <!-- no -->",
+    "**bold** _it_ ~~no~~ [a](http://b) ![c](d)\nhttp://e\n# head\n1. one\n- two\n> three\n***",
+    "\\| \\` \\\\ $x^2$ é 中文 🙂  two  spaces ",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", HARD)
+def test_an_answer_is_shown_as_it_is(text: str) -> None:
+    table = answers_table([Answer("prompt", text, "policy"), Answer(text, "reference", text)])
+    cells = [visible(cell) for cell in shown(table, "td")]
+    assert cells == ["prompt", visible(text), "policy", visible(text), "reference", visible(text)]
+    assert shown(table, "th") == ["prompt", "reference", "policy"]
+
+
+@given(st.text(st.sampled_from("a1 \n\t|`*_<>&#[](){}!~\\$-+.:;'\"=/é中"), max_size=40))
+@settings(max_examples=150, deadline=None)
+def test_any_text_is_shown_as_it_is(text: str) -> None:
+    cells = shown(answers_table([Answer("p", text, "q")]), "td")
+    assert [visible(cell) for cell in cells] == ["p", visible(text), "q"]
+
+
+def test_a_long_answer_is_broken_into_lines_and_loses_nothing() -> None:
+    words = "A rather long answer of many words, and a_word_that_is_longer_than_any_line_of_a_table_may_ever_be. " * 5
+    (_, cell, _) = shown(answers_table([Answer("p", words, "q")]), "td")
+    assert cell.replace("\n", "").rstrip() == words.rstrip()
+    assert max(map(len, cell.split("\n"))) == dashboard.COLUMN_WIDTH
+
+
+@pytest.mark.parametrize("text", ["model:\n  path: a/b  # *x*\n\n  <b>: 1", "a\n```\nb\n````\nc"])
+def test_a_block_of_code_is_shown_as_it_is(text: str) -> None:
+    assert shown(fenced(text), "code") == [f"{text}\n"]
+
+
+# --- HParams ---------------------------------------------------------------------------------------------------------
+
+
+def make(tmp_path: Path, **changes: object) -> Config:
+    return make_config("model", "train.jsonl", tmp_path, **({"loss__beta": 0.25, "train__steps": 7} | changes))
+
+
+@pytest.mark.parametrize("part", ["eval", "train"])
+def test_the_entry_has_the_config_and_the_figures_of_its_sub_run(tmp_path: Path, part: str) -> None:
+    """Without evaluation pairs the figures are those of training; they are found in the entry's own sub-run, so that
+    they show whatever folder TensorBoard is started on.
+    """
+    config = make(tmp_path, data__eval=[SourceConfig("eval.jsonl")] if part == "eval" else [])
+    board = Dashboard(tmp_path, 1)
+    board.hparams(config)
+    board.figures(1, trainer_figures())
+    board.close()
+    entry = hparams_entry(tmp_path, part)
+    values = entry.values
+    assert (values["loss.beta"], values["loss.name"], values["loss.length_normalized"]) == (0.25, "dpo", False)
+    assert (values["train.steps"], values["model.path"]) == (7, "model")
+    assert "train.epochs" not in values  # null
+    assert entry.columns == [key for key in KEYS if key != "train.epochs"]
+    assert set(entry.figures) <= points_of(tmp_path).keys()
+    assert len(entry.figures) == len(FIGURES)
+
+
+def test_the_entry_is_written_again_not_twice(tmp_path: Path) -> None:
+    """A resume with another learning rate, then one that no longer evaluates."""
+    board = Dashboard(tmp_path, 1)
+    board.hparams(make(tmp_path, data__eval=[SourceConfig("eval.jsonl")]))
+    board.hparams(make(tmp_path, data__eval=[SourceConfig("eval.jsonl")], optim__lr=1e-3))
+    assert hparams_entry(tmp_path, "eval").values["optim.lr"] == 1e-3
+    board.hparams(make(tmp_path))
+    board.close()
+    assert [path.parent.name for path in tmp_path.rglob(ENTRY)] == ["train"]
+
+
+def test_a_start_keeps_the_entry(tmp_path: Path) -> None:
+    """Points are given up from the first step on; the entry has step 0."""
+    for _ in range(2):
+        board = Dashboard(tmp_path, 1)
+        board.hparams(make(tmp_path))
+        board.figures(1, trainer_figures())
+        board.close()
+    assert hparams_entry(tmp_path, "train").values["loss.beta"] == 0.25
+
+
+def test_every_column_is_a_key_of_a_config(tmp_path: Path) -> None:
+    keys = {match[1] for match in re.finditer(r"^  (\w+):", to_yaml(make(tmp_path)), re.MULTILINE)}
+    assert {key.split(".")[1] for key in KEYS} <= keys

@@ -1,0 +1,105 @@
+"""A run as it is watched: every figure in its chart once, answers, margins and texts, also across an interruption."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from dpo.board.charts import place
+from dpo.config import Config, SourceConfig
+from dpo.demo.world import preference_row, questions, save_model, save_rows
+from dpo.run.files import read_metrics
+from tests.support.boards import accumulators, points_of
+from tests.support.runs import changed, make_config, run, run_until, same_weights, without_clock
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's model with its tokenizer, eight questions to learn from and four to evaluate."""
+    root = tmp_path_factory.mktemp("watching")
+    rng = random.Random(0)
+    rows = [preference_row(question, 2, rng) for question in questions(12, 0)]
+    save_model(root / "model", rows, 0)
+    save_rows(root / "pairs.jsonl", rows[:8])
+    save_rows(root / "eval.jsonl", rows[8:])
+    return root
+
+
+def config(root: Path, name: str) -> Config:
+    return make_config(
+        root / "model",
+        root / "pairs.jsonl",
+        root / name,
+        data__eval=[SourceConfig(str(root / "eval.jsonl"))],
+        batch__pairs_per_step=4,
+        train__steps=6,
+        train__eval_every=3,
+        optim__lr=1e-3,
+        optim__warmup_steps=0,
+        checkpoint__save_every=2,
+        reference__cache_dir=str(root / "cache"),
+        eval__samples=2,
+        eval__max_new_tokens=5,
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(world: Path) -> Path:
+    return run(config(world, "whole"))
+
+
+def test_every_figure_of_every_line_is_a_point(whole: Path) -> None:
+    """And there is no other point."""
+    lines = read_metrics(whole)
+    expected = {place(name): [] for line in lines for name in line if name != "step"}
+    for line in lines:
+        for name in line.keys() - {"step"}:
+            expected[place(name)].append((line["step"], pytest.approx(line[name], rel=1e-6)))
+    assert points_of(whole / "tensorboard") == expected
+
+
+def test_answers_stand_beside_the_references(whole: Path) -> None:
+    """Before training policy and reference are one; two prompts, after 0, 3 and 6 steps, in files and as texts."""
+    files = sorted((whole / "answers").iterdir())
+    assert [path.name for path in files] == [
+        "reference.json",
+        *(f"step-00000{step}.jsonl" for step in (0, 3, 6)),
+    ]
+    first = [json.loads(line) for line in files[1].read_text().splitlines()]
+    assert len(first) == 2 and all(row["reference"] == row["policy"] for row in first)
+    texts = accumulators(whole / "tensorboard")["."]
+    assert [event.step for event in texts.Tensors("run/answers")] == [0, 3, 6]
+
+
+def test_texts_and_histograms(whole: Path) -> None:
+    """What ran on what, and how long it is; the margins of each evaluation."""
+    boards = accumulators(whole / "tensorboard")
+    texts = {tag.removeprefix("run/") for tag in boards["."].Tags()["tensors"]}
+    assert {"summary", "config", "data", "code", "answers"} <= texts
+    margins = boards["eval"].Tensors("6 distributions/rewards/margins")
+    assert [event.step for event in margins] == [0, 3, 6]
+    for sub_run, tag in (("train", "lengths/prompt"), ("train-chosen", "lengths"), ("train-rejected", "lengths")):
+        assert [event.step for event in boards[sub_run].Tensors(f"6 distributions/{tag}")] == [0]
+
+
+def test_an_interruption_leaves_no_trace(world: Path, whole: Path) -> None:
+    """Dies before step 6, after the checkpoint of step 4: step 5 is run twice, and stands once everywhere."""
+    parts = config(world, "parts")
+    run_until(parts, 6)
+    run(parts)
+    mine, theirs = (without_clock(read_metrics(folder))[1:] for folder in (whole, world / "parts"))
+    assert mine == theirs and same_weights(whole / "final", world / "parts" / "final")
+    steps = [{place: [step for step, _ in line] for place, line in points_of(folder / "tensorboard").items()}
+             for folder in (whole, world / "parts")]  # fmt: skip
+    assert steps[0] == steps[1]
+    for path in (whole / "answers").iterdir():
+        assert path.read_bytes() == (world / "parts" / "answers" / path.name).read_bytes()
+
+
+def test_sampling_changes_nothing(world: Path, whole: Path) -> None:
+    """To the last bit, metrics and weights."""
+    silent = run(changed(config(world, "silent"), eval__samples=0))
+    assert not (silent / "answers").exists()
+    mine, theirs = (without_clock(read_metrics(folder))[1:] for folder in (whole, silent))
+    assert mine == theirs and same_weights(whole / "final", silent / "final")

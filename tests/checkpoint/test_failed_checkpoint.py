@@ -1,0 +1,69 @@
+"""A checkpoint that cannot be written leaves nothing behind that harms the next one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.planner import SavePlanner
+
+from dpo.base.errors import RunError
+from dpo.checkpoint.store import RunState, checkpoint_path, forget_plans, write_checkpoint
+from dpo.distributed.world import World, open_world
+
+WRITER = ("prepare_local_plan", "prepare_global_plan", "write_data", "finish")
+"""What a storage writer is asked for, in this order: each rank, rank 0, each rank, rank 0."""
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """This process alone, with no plans left behind."""
+    with open_world(60) as world:
+        yield world
+    forget_plans("failing")
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The disk is full the first time that this process asks its writer for `name`."""
+    method, calls = getattr(dcp.FileSystemWriter, name), []
+
+    def failing(writer: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 1:
+            raise OSError(28, "No space left on device")
+        return method(writer, *args, **kwargs)
+
+    monkeypatch.setattr(dcp.FileSystemWriter, name, failing)
+
+
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    return {"weight": torch.arange(6.0) + 100 * step}
+
+
+def save(folder: Path, step: int, world: World) -> str:
+    """The message of a failed save; empty for one that was written and is read back bit for bit."""
+    assert dist.group.WORLD is not None
+    try:
+        write_checkpoint(
+            folder, RunState(step, {}), tensors(step), None, lambda: None, "failing", world, dist.group.WORLD
+        )
+    except RunError as failure:
+        return str(failure)
+    found = tensors(0)
+    dcp.load(found, checkpoint_id=str(checkpoint_path(folder, step)))
+    assert torch.equal(found["weight"], tensors(step)["weight"])
+    return ""
+
+
+@pytest.mark.parametrize("name", WRITER)
+def test_one_failure_leaves_the_next_checkpoints_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World, name: str
+) -> None:
+    """The first checkpoint of a run fails; the next two, the second of which uses kept plans, are whole."""
+    fail_once(monkeypatch, name)
+    assert "No space left on device" in save(tmp_path, 1, world)
+    assert [save(tmp_path, step, world) for step in (2, 3)] == ["", ""]
+    assert "failing" in SavePlanner._cached_all_plans

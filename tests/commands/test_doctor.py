@@ -1,0 +1,503 @@
+"""`python -m dpo.doctor`: alone, on two ranks, and with each part made to fail on one of them."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import chdir
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dpo.config import ParallelConfig
+from dpo.distributed.world import World, open_world
+from dpo.doctor import attention, machine, model, program, speed, storage
+from dpo.doctor.model import Memory, describe_memory, free_memory, num_saves, sizes_of
+from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, examine
+from dpo.doctor.words import COLUMNS, NAME, lines_of, verdict
+from dpo.estimate import program as estimate
+from dpo.estimate.devices import DEVICES, GIB
+from dpo.model.attention import segment_attention
+from dpo.model.kernels import VARIABLES
+from dpo.model.weights import read_model_config
+from dpo.train import is_time
+from tests.machine.test_toolchain import facts
+from tests.support.models import family_config, save_model, save_pairs
+from tests.support.ranks import Ranks
+from tests.support.runs import changed, exit_code_of, make_config, run, save_six_steps, six_steps
+
+QUICK = "torch.compile of FlexAttention takes a CPU ten seconds; one test does it"
+
+
+def _not_compiled(*rows: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError(QUICK)
+
+
+@pytest.fixture
+def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "block_rows", _not_compiled)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    """A group of one."""
+    with open_world(60) as world:
+        yield world
+
+
+def subject(folder: Path, **changes: Any) -> Subject:
+    """The defaults, with the run folder in `folder`."""
+    return replace(Subject(ParallelConfig(), "float32", folder / "run", folder / "cache"), **changes)
+
+
+def doctor(tmp_path: Path, *words: str) -> int:
+    """The exit code of the program in this process, on a config whose run folder is in `tmp_path`."""
+    save_model(tmp_path / "model", "llama")
+    save_pairs(tmp_path / "pairs.jsonl", 2)
+    given = {"model.path": tmp_path / "model", "data.train": f"[{{path: {tmp_path / 'pairs.jsonl'}}}]"}
+    keys = [f"--{key}={value}" for key, value in (given | {"train.run_dir": tmp_path / "run"}).items()]
+    with patch.dict(os.environ):  # it says where kernels are kept
+        return exit_code_of(program.main, "dpo.doctor", *keys, *words)
+
+
+# --- whole -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_alone_it_fits_on_a_screen_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(tmp_path) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= COLUMNS
+    assert lines[0] == "1 rank on 1 node, gloo" and lines[-1] == "a run works here"
+    for name in ("devices", "versions", "toolchain", "products", "all-gather", "run folder", "cache", "attention"):
+        assert any(line.startswith(name) for line in lines), name
+    assert not list(tmp_path.glob("**/*.doctor")) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_what_is_found_is_told_at_once_and_what_takes_long_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[str] = []
+
+    def examined(part: Part, *args: Any) -> Finding:
+        seen.append("".join(capsys.readouterr()))
+        return examine(part, *args)
+
+    monkeypatch.setattr(program, "examine", examined)
+    assert doctor(tmp_path) == 0
+    parts = (*program.BEFORE_DEVICES, *program.ON_DEVICES)
+    assert len(seen) == len(parts)
+    for part, before, after in zip(parts, seen, seen[1:], strict=False):
+        assert after.startswith(part.name), after
+        assert ("compiling" in before) == (part is attention.ATTENTION)
+    assert "attention: compiling FlexAttention, up to a minute at the first time\n" in seen[-1]
+
+
+@pytest.mark.timeout(200)
+def test_under_torchrun_two_ranks_measure_their_axis(tmp_path: Path) -> None:
+    """Real processes, and FlexAttention compiled where there is a compiler."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    root = Path(program.__file__).parents[2]
+    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    for variable in VARIABLES:  # of another test's run in this process
+        environment.pop(variable, None)
+    done = subprocess.run(
+        [*torchrun, "-m", "dpo.doctor"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    kept = tmp_path / "reference-cache" / "kernels" / "inductor"
+    assert list(kept.glob("**/*.so"))  # the next one need not compile
+    assert done.stdout.startswith("2 ranks on 1 node, gloo") and "shard, 2 ranks within a node" in done.stdout
+    assert "(n-1)/n x 16 MiB" in " ".join(done.stdout.split()) and done.stdout.count("a run works here") == 1
+
+
+# --- each part made to fail ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_uncompiled")
+@pytest.mark.parametrize(
+    ("changes", "helps"),
+    [
+        ({"compiler": None}, "apt-get install gcc, or module load gcc"),
+        ({"has_python_h": False}, "-dev (Debian: python3-dev)"),
+        ({"gpu": None, "cuda_error": "driver on your system is too old"}, "driver 580.65 or newer"),
+    ],
+)
+def test_what_the_toolchain_lacks_ends_with_1_and_what_helps(
+    changes: dict[str, Any],
+    helps: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(machine, "gather_facts", lambda device: facts(**changes))
+    assert doctor(tmp_path) == 1
+    out, err = capsys.readouterr()
+    assert helps in " ".join(out.split()) and "FAIL" in out
+    assert err.splitlines()[-1] == "error: a run would fail here: toolchain"
+
+
+def test_gpus_without_a_toolchain_are_not_started(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    """CUDA that does not start would end the program there, with a traceback."""
+    toolchain = Finding("toolchain", problems=("CUDA does not start on cuda:3",))
+    gpu, others = (
+        replace(world, device=torch.device("cuda", 0)),
+        [Finding("versions"), Finding("run folder", (), ("x",))],
+    )
+    assert not program.can_start_devices([*others, toolchain], gpu) and program.can_start_devices(others, gpu)
+    assert program.can_start_devices([toolchain], world)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "what needs the GPUs was not tried" and "shows within 300 s" in told[1]
+
+
+def test_no_compiler_in_path_fails_where_layers_are_compiled(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "block_rows", _not_compiled)
+    part, compiled = attention.ATTENTION, ParallelConfig(compile=True)
+    found = examine(part, subject(tmp_path, parallel=compiled), world)
+    assert "apt-get install g++, or module load gcc" in found.problems[0]
+    assert not examine(part, subject(tmp_path), world).problems
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_a_wrong_attention_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One part in a thousand, fifty times what float32 rounds."""
+
+    def wrong(*args: Any) -> torch.Tensor:
+        return segment_attention(*args) * 1.001
+
+    monkeypatch.setattr(attention, "segment_attention", wrong)
+    assert doctor(tmp_path) == 1
+    assert "1.0e-03 from plain attention" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_gradient_that_is_not_a_number_is_found() -> None:
+    """Of the values alone: the output is right, its gradient is 0 * inf."""
+    rows = attention.make_rows(64, torch.float32, torch.device("cpu"))
+
+    def broken(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return attention.segment_rows(query, key, value + 0 * torch.sqrt(value * 0))
+
+    assert attention.compare(broken, rows)[0] == float("inf")
+
+
+def test_an_answer_that_sees_its_neighbour_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal attention over each whole tree, which `plain_attention` must not be."""
+    rows = attention.make_rows(64, torch.float32, torch.device("cpu"))
+    assert attention.compare(attention.segment_rows, rows)[0] < attention.BOUNDS["float32"]
+    one = [replace(span, completion_lens=(sum(span.completion_lens),)) for span in attention.SPANS]
+
+    def leaking(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        layout = attention.make_layout(one, [None], attention.NUM_TOKENS, torch.device("cpu"))
+        return segment_attention(query, key, value, layout, None, None)
+
+    assert attention.compare(leaking, rows)[0] > 0.01
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path, world: World) -> None:
+    (tmp_path / "run").touch()
+    found = examine(storage.STORAGE, subject(tmp_path), world)
+    assert "is a file" in found.problems[0] and "train.run_dir" in found.problems[0]
+
+
+@pytest.mark.parametrize("error", ["No space left on device", "Read-only file system"])
+def test_a_folder_that_takes_nothing(error: str, tmp_path: Path, world: World) -> None:
+    with patch("os.fsync", side_effect=OSError(28, error)):
+        found = examine(storage.STORAGE, subject(tmp_path), world)
+    assert error in found.problems[0] and "room for checkpoint.keep + 1" in found.problems[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_cache_that_is_a_file(tmp_path: Path, world: World) -> None:
+    (tmp_path / "cache").touch()
+    (problem,) = examine(storage.CACHE, subject(tmp_path), world).problems
+    assert "is a file" in problem and "a reference.cache_dir (or DPO_CACHE)" in problem
+    assert examine(storage.CACHE, subject(tmp_path, cache_dir=None), world).lines == (
+        "none: the loss has no reference",
+    )
+
+
+# --- the model of the config -----------------------------------------------------------------------------------------
+
+SIZES = Sizes(num_weights=10, state=120, checkpoint=80, final=40, keep=2, num_saves=None)
+"""10 weights in float32 with RMSprop: 3 and 2 numbers each, 1 of it exported."""
+
+
+@pytest.mark.parametrize(
+    ("keep", "num_saves", "present", "needed"),
+    [
+        (2, None, 0, 240),  # a third is written before the first is removed
+        (2, 9, 0, 240),
+        (2, None, 1, 160),
+        (2, None, 2, 80),
+        (2, None, 5, 80),
+        (2, 2, 0, 200),  # two, and the exported model
+        (2, 1, 0, 120),
+        (None, 3, 0, 280),
+        (None, 3, 2, 120),
+        (None, None, 0, 120),  # at least
+    ],
+)
+def test_the_disk_that_a_run_needs(keep: int | None, num_saves: int | None, present: int, needed: int) -> None:
+    assert replace(SIZES, keep=keep, num_saves=num_saves).disk_bytes(present) == needed
+
+
+def test_the_sizes_are_those_that_a_run_writes(tmp_path: Path) -> None:
+    """Six steps, saved every second one: three checkpoints; torch and safetensors add names to the numbers."""
+    config = six_steps(save_six_steps(tmp_path), tmp_path / "run", checkpoint__save_every=2, checkpoint__keep=None)
+    large = LlamaConfig(vocab_size=16_384, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    LlamaForCausalLM(large).save_pretrained(tmp_path / "model")  # 2 million weights
+    found = sizes_of(config, read_model_config(tmp_path / "model", False))
+    run(config)
+    written = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert found.num_saves == len(written) == 3
+    assert (
+        found.checkpoint <= sum(file.stat().st_size for file in written[0].glob("*.distcp")) < 1.02 * found.checkpoint
+    )
+    assert found.final <= (tmp_path / "run" / "final" / "model.safetensors").stat().st_size < 1.02 * found.final
+    assert found.state == found.checkpoint + 4 * found.num_weights
+
+
+def test_the_number_of_checkpoints_is_that_of_the_steps_with_one() -> None:
+    for steps, every in ((6, 2), (7, 2), (1, 100), (6, None)):
+        config = make_config("m", "d", "r", train__steps=steps, checkpoint__save_every=every)
+        assert num_saves(config) == sum(is_time(step, every, steps) for step in range(1, steps + 1))
+    assert num_saves(make_config("m", "d", "r", train__epochs=3)) is None
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints(tmp_path: Path) -> None:
+    here = storage.Storage("/runs", 239, 1000, 0, 1.0, 1.0)
+    (problem,) = storage.describe_storage(subject(tmp_path, sizes=SIZES), [replace(here, free=300), here]).problems
+    assert "what helps: a train.run_dir with more room, a smaller checkpoint.keep" in problem
+    assert not storage.describe_storage(subject(tmp_path, sizes=SIZES), [replace(here, free=240)]).problems
+    assert not storage.describe_storage(subject(tmp_path, sizes=SIZES), [replace(here, num_checkpoints=1)]).problems
+    assert not storage.describe_storage(subject(tmp_path), [here]).problems
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_a_full_disk_ends_with_1_and_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000))
+    assert doctor(tmp_path) == 1
+    out, err = capsys.readouterr()
+    assert "what helps: a train.run_dir with more room, a smaller checkpoint.keep" in " ".join(out.split())
+    assert err.splitlines()[-1] == "error: a run would fail here: run folder"
+
+
+def test_memory_that_weights_gradients_and_optimizer_alone_exceed(tmp_path: Path) -> None:
+    """120 GiB over 4 ranks are 30 each, in two copies 60."""
+    llama = (family_config("llama"),)
+    sizes, free = replace(SIZES, state=120 * GIB), Memory(50 * GIB, False)
+    one = subject(tmp_path, sizes=sizes, models=llama)
+    two = replace(one, parallel=ParallelConfig(replicate=2))
+    assert not describe_memory(one, [free] * 4).problems
+    assert "optimizer 30.0 GiB a rank; 50.0 GiB of GPU memory are free" in describe_memory(one, [free] * 4).lines[0]
+    (problem,) = describe_memory(two, [free] * 4).problems
+    assert "take 60.0 GiB a rank, 50.0 GiB of GPU memory are free" in problem
+    assert "more ranks, parallel.replicate 1, a GPU that no other process uses" in problem
+    (problem,) = describe_memory(one, [*[free] * 3, Memory(29 * GIB, True)]).problems
+    assert problem.endswith("29.0 GiB of host memory are free; what helps: more ranks")
+
+
+def test_the_state_lies_on_the_host_where_it_is_offloaded(world: World, tmp_path: Path) -> None:
+    gpu = replace(world, device=torch.device("cuda", 0), local_size=4)
+    with patch("dpo.doctor.model.host_memory", lambda: (100.0, 200.0)):
+        assert free_memory(subject(tmp_path, parallel=ParallelConfig(cpu_offload=True)), gpu) == Memory(25.0, True)
+        assert free_memory(subject(tmp_path), world) == Memory(100.0, True)
+        with patch("torch.cuda.mem_get_info", lambda device: (7, 9)), patch("torch.cuda.memory_reserved", lambda d: 2):
+            assert free_memory(subject(tmp_path), gpu) == Memory(9, False)
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_a_step_of_the_longest_pairs_is_estimated_without_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts of 24 and completions of 40 tokens: what `dpo.estimate` says of them, in as much memory as is free."""
+    monkeypatch.setattr(model, "host_memory", lambda: (0.5 * GIB, GIB))  # the rehearsal decides, and nothing fits
+    words = ["--data.max_length", "64", "--data.max_prompt_length", "24", "--parallel.activation_checkpointing", "full"]
+    words += ["--parallel.sync_gradients", "every_micro_batch"]
+    assert doctor(tmp_path, *words) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    (needs,) = re.findall(
+        r"note: pairs of data.max_length tokens: does not fit: a step needs ([\d.]+) of 0.50 GiB by the", told
+    )
+    model_words = ["--model.path", str(tmp_path / "model"), "--data.train", "[{path: not-here.jsonl}]"]
+    assert exit_code_of(estimate.main, "dpo.estimate", *model_words, *words, "--ranks", "1", "--device", "cpu") == 0
+    assert f"fits: {needs} of " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("_uncompiled")
+def test_pairs_without_a_bound_are_left_to_the_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(tmp_path, "--data.max_length", "null", "--data.max_prompt_length", "null") == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert (
+        "what a step needs is not known (data.max_length is null); for" in told
+        and "for the lengths of the data: python -m dpo.estimate" in told
+    )
+
+
+def test_another_reference_is_read_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(tmp_path, f"--reference.path={tmp_path / 'other'}") == 2
+    assert f"reference.path: no such folder: {tmp_path / 'other'}" in capsys.readouterr().err
+    save_model(tmp_path / "other", "qwen3")
+    config = make_config(tmp_path / "model", "d", "r", reference__path=str(tmp_path / "other"))
+    assert [found.model_type for found in program.find_model_configs(config)] == ["llama", "qwen3"]
+    alone = changed(config, loss__name="sft")
+    assert [found.model_type for found in program.find_model_configs(alone)] == ["llama"]
+
+
+# --- on one rank alone: the others are not held up -------------------------------------------------------------------
+
+
+def broken_on_rank_1(name: str, folder: str) -> tuple[Finding, int]:
+    """A part whose own work fails on rank 1, then a collective that all must still come to."""
+    parts = {
+        "products": (speed.PRODUCTS, "dpo.doctor.speed.measured_peak"),
+        "all-gather": (speed.LINKS, "dpo.doctor.speed.make_buffers"),
+        "run folder": (storage.STORAGE, "dpo.doctor.storage.write_file"),
+        "cache": (storage.CACHE, "dpo.doctor.storage.write_file"),
+        "model": (model.MODEL, "dpo.doctor.model.host_memory"),
+        "attention": (attention.ATTENTION, "dpo.doctor.attention.make_rows"),
+        "devices": (machine.DEVICES, "dpo.doctor.machine.host_memory"),
+        "toolchain": (machine.TOOLCHAIN, "dpo.doctor.machine.gather_facts"),
+    }
+    part, target = parts[name]
+    with open_world(60) as world:
+        fails = {"side_effect": MemoryError("this rank alone")} if world.rank == 1 else {"wraps": _named(target)}
+        with patch(target, **fails), patch("dpo.doctor.attention.block_rows", _not_compiled):
+            found = examine(part, subject(Path(folder)), world)
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        return found, int(total)
+
+
+def _named(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    return getattr(sys.modules[module], name)
+
+
+@pytest.mark.parametrize(
+    "name", ["products", "all-gather", "run folder", "cache", "model", "attention", "devices", "toolchain"]
+)
+def test_what_fails_on_one_rank_is_told_by_all(name: str, ranks: Ranks, tmp_path: Path) -> None:
+    for found, total in ranks(2, broken_on_rank_1, name, str(tmp_path)):
+        assert total == 2
+        assert "this rank alone" in found.problems[0] and "what helps: " in found.problems[0]
+    assert not list(tmp_path.iterdir())
+
+
+def folders_of_their_own(root: str) -> tuple[Finding, Finding]:
+    """Rank r writes in folder r, as on nodes whose disks have the same name."""
+    with open_world(60) as world:
+        mine = Path(root, str(world.rank))
+        mine.mkdir()
+        with chdir(mine), patch("dpo.doctor.storage.existing", lambda folder: Path()):
+            return examine(storage.STORAGE, subject(Path()), world), examine(storage.CACHE, subject(Path()), world)
+
+
+def test_folders_that_the_ranks_do_not_share(ranks: Ranks, tmp_path: Path) -> None:
+    for found in ranks(2, folders_of_their_own, str(tmp_path)):
+        for finding, key in zip(found, ("train.run_dir", "reference.cache_dir"), strict=True):
+            assert "is not shared: what rank" in finding.problems[0] and key in finding.problems[0]
+    assert not list(tmp_path.glob("*/*"))
+
+
+def gather_over_two_axes() -> Finding:
+    """2 copies over 2 ranks each."""
+    with open_world(60) as world:
+        return examine(speed.LINKS, subject(Path(), parallel=ParallelConfig(replicate=2)), world)
+
+
+def test_every_axis_of_the_mesh_has_its_line(ranks: Ranks) -> None:
+    found = ranks(4, gather_over_two_axes)
+    assert all(one == found[0] for one in found) and not found[0].problems
+    assert [line.split(",")[0] for line in found[0].lines] == ["replicate", "shard"]
+
+
+# --- what is made of numbers -----------------------------------------------------------------------------------------
+
+
+def test_the_rate_of_an_all_gather() -> None:
+    """8 ranks, 256 MiB in 1 ms: a rank receives 7/8 of it, 234.9 GB/s."""
+    assert speed.Axis("shard", 8, False, 256 * 2**20, 1e-3).rate == pytest.approx(7 / 8 * 268_435_456 / 1e-3)
+
+
+def test_the_link_between_nodes_is_that_of_all_cards_that_the_axis_has_on_a_node() -> None:
+    links = speed.Links((), DEVICES["h100"], 8)
+    assert speed.link_of(speed.Axis("shard", 8, False, 1, 1.0), links) == 0.8 * 450e9
+    assert speed.link_of(speed.Axis("shard", 16, True, 1, 1.0), links) == 0.8 * 400e9  # 8 cards of 50
+    assert speed.link_of(speed.Axis("replicate", 2, True, 1, 1.0), links) == 0.8 * 50e9
+
+
+def test_slow_is_said_with_what_helps(tmp_path: Path) -> None:
+    axis = speed.Axis("shard", 16, True, 256 * 2**20, 0.1)
+    found = speed.describe_links(subject(tmp_path), [speed.Links((axis,), DEVICES["h100"], 8)])
+    assert "NCCL_DEBUG=INFO must name IB" in found.advice[0] and not found.problems
+    slow, fast = speed.Products("bfloat16", 300e12, 989e12), speed.Products("bfloat16", 700e12, 989e12)
+    found = speed.describe_products(subject(tmp_path), [fast, slow])
+    assert "30% of the data sheet's 989 TFLOP/s" in found.lines[0]
+    assert len(found.advice) == 2 and "rank 1 is the slowest" in found.advice[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "memory", "key"),
+    [
+        ("NVIDIA H100 80GB HBM3", 79.1, "h100"),
+        ("NVIDIA H100 PCIe", 79.1, "h100-pcie"),
+        ("NVIDIA A100-SXM4-40GB", 39.4, "a100-40gb"),
+        ("NVIDIA A100-SXM4-80GB", 79.2, "a100"),
+        ("NVIDIA L40S", 44.4, "l40s"),
+        ("NVIDIA GeForce RTX 3090", 24, None),
+    ],
+)
+def test_the_device_of_a_name(name: str, memory: float, key: str | None) -> None:
+    assert speed.named_device(name, memory * GIB) == (DEVICES[key] if key else None)
+
+
+def test_a_gpu_in_use_and_different_versions_are_told(tmp_path: Path) -> None:
+    here = machine.Devices("n1", "NVIDIA H100 (capability 9.0)", 20 * GIB, 80 * GIB, None)
+    found = machine.describe_devices(subject(tmp_path), [here, replace(here, free=79 * GIB)])
+    assert found.lines == ("2 x NVIDIA H100 (capability 9.0); 20.0 of 80.0 GiB free",)
+    assert "60.0 GiB of rank 0's GPU are in use" in found.advice[0]
+    versions = [{"torch": "2.13.0", "host": "n1"}, {"torch": "2.11.0", "host": "n2"}]
+    found = machine.describe_versions(subject(tmp_path), versions)
+    assert found.problems == ("torch is 2.11.0 on n2 and 2.13.0 on n1; what helps: the same environment on every node",)
+
+
+def test_any_exception_of_a_part_is_told(tmp_path: Path, world: World) -> None:
+    def measure(subject: Subject, world: World) -> None:
+        raise ZeroDivisionError("\n  why\n  and a long story")
+
+    part = Part("part", measure, lambda subject, found: Finding("part"), remedy="patience")
+    assert examine(part, subject(tmp_path), world).problems == (
+        "every rank: ZeroDivisionError: why; what helps: patience",
+    )
+    assert isinstance(attention.attempt(lambda: 1 / 0), Failure)
+    finding = Finding("part", ("x " * 90,), ("y --a-long-flag " * 20,))
+    lines = lines_of(finding)
+    assert max(map(len, lines)) <= COLUMNS and not any(line.endswith("-") for line in lines)
+    assert verdict([finding]) == "a run would fail here: part"
+
+
+def test_a_layout_that_does_not_fit_is_the_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor(tmp_path, "--parallel.shard", "3") == 2
+    assert "parallel.shard: replicate 1 x shard 3" in capsys.readouterr().err
+
+
+def test_commands_break_at_spaces_alone() -> None:
+    """A flag that was cut at one of its hyphens could not be copied."""
+    lines = lines_of(Finding("model", ("x" * (COLUMNS - NAME - 12) + " --tokens-per-micro-batch",)))
+    assert lines[1].split() == ["--tokens-per-micro-batch"]

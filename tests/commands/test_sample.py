@@ -1,0 +1,244 @@
+"""`python -m dpo.sample`: answers as the plain model gives them to prompts encoded by hand, and what is refused."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo import sample
+from tests.machine.test_toolchain import facts
+from tests.model.test_generation import plain_draw, plain_greedy
+from tests.support.data_fixtures import BOS, EOS, VOCAB_SIZE, ids, make_tokenizer, write_jsonl
+from tests.support.models import family_config, plain_model, save_model
+from tests.support.ranks import Ranks
+from tests.support.runs import exit_code_of
+
+NEW = 6
+
+
+def save_talker(folder: Path, family: str, seed: int, **tokenizer: Any) -> Path:
+    """A model with the tokenizer of one character a token, which adds BOS unless it is told otherwise."""
+    config = family_config(family)
+    config.vocab_size = VOCAB_SIZE
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    make_tokenizer(**({"bos": True} | tokenizer)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """policy/ and reference/, of two families; gpt2/ with 256 positions."""
+    root = tmp_path_factory.mktemp("sample")
+    save_talker(root / "policy", "llama", 0)
+    save_talker(root / "reference", "gpt-neox", 1)
+    save_talker(root / "gpt2", "gpt2", 2)
+    return root
+
+
+def run(*argv: str) -> int:
+    return exit_code_of(sample.main, "dpo.sample", *argv)
+
+
+def text(answer: list[int]) -> str:
+    """An answer by hand: up to EOS, a space between the characters, since that tokenizer has no other decoder."""
+    answer = answer[: answer.index(EOS)] if EOS in answer else answer
+    return " ".join(chr(token + 29) for token in answer if token > 2)
+
+
+def rows_of(stdout: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stdout.splitlines()]
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_text(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is BOS and its characters; blank lines are passed over, blanks within are kept; both models answer."""
+    (tmp_path / "prompts.txt").write_text("ab\n\n  \nWhy? \r\nno [bold]end")
+    given = ["ab", "Why? ", "no [bold]end"]
+    argv = ["--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", str(NEW), "--json"]
+    assert run("--model", str(folders / "policy"), "--reference", str(folders / "reference"), *argv) == 0
+    models = {name: plain_model(folders / name) for name in ("policy", "reference")}
+    expected = [
+        {"prompt": prompt}
+        | {name: text(plain_greedy(model, [BOS, *ids(prompt)], NEW)) for name, model in models.items()}
+        for prompt in given
+    ]
+    assert rows_of(capsys.readouterr().out) == expected
+    assert len({row["policy"] for row in expected} | {row["reference"] for row in expected}) > 3
+
+
+def test_rows_of_texts_and_messages_are_drawn(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Messages as the chat template writes them, up to where the assistant begins, and without a BOS of the tokenizer;
+    other columns of a preference file do not matter.
+    """
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "b"},
+    ]
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "ab\n", "chosen": "x"}, {"prompt": messages}])
+    argv = ["--prompts", path, "--max-new-tokens", str(NEW), "--temperature", "2", "--seed", "4", "--json"]
+    assert run("--model", str(folders / "policy"), *argv) == 0
+    chat = [*ids("[user]hi"), EOS, *ids("[assistant]a"), EOS, *ids("[user]b"), EOS, *ids("[assistant]")]
+    model = plain_model(folders / "policy")
+    says = [text(plain_draw(model, prompt, 4, 2.0, NEW)) for prompt in ([BOS, *ids("ab\n")], chat)]
+    expected = [{"prompt": "ab\n", "policy": says[0]}, {"prompt": messages, "policy": says[1]}]
+    assert rows_of(capsys.readouterr().out) == expected
+
+
+def test_each_model_reads_with_its_own_tokenizer(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless --tokenizer names one for both."""
+    save_talker(tmp_path / "model", "llama", 0, bos=False)
+    (tmp_path / "prompts.txt").write_text("ab\n")
+    model = plain_model(tmp_path / "model")
+    argv = ["--model", str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.txt"), "--json"]
+    argv += ["--temperature", "2", "--max-new-tokens", str(NEW)]
+    for more, prompt in (([], ids("ab")), (["--tokenizer", str(folders / "policy")], [BOS, *ids("ab")])):
+        assert run(*argv, *more) == 0
+        assert rows_of(capsys.readouterr().out) == [
+            {"prompt": "ab", "policy": text(plain_draw(model, prompt, 0, 2.0, NEW))}
+        ]
+
+
+def test_a_serving_node_needs_no_compiler(folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is compiled. A torch without kernels for the GPU is refused all the same."""
+    (tmp_path / "prompts.txt").write_text("ab")
+    argv = ["--model", str(folders / "policy"), "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "1"]
+    for found, code in ((facts(compiler=None, has_python_h=False), 0), (facts(archs=("sm_80",)), 2)):
+        monkeypatch.setattr("dpo.run.inputs.gather_facts", lambda device, found=found: found)
+        assert run(*argv) == code
+
+
+def test_a_table_for_people(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prompts and answers stand side by side, marks and all; who answers is told beside it."""
+    path = write_jsonl(
+        tmp_path / "prompts.jsonl", [{"prompt": "x [red]y[/red]"}, {"prompt": [{"role": "user", "content": "hi"}]}]
+    )
+    argv = ["--prompts", path, "--max-new-tokens", "2", "--temperature", "1"]
+    assert run("--model", str(folders / "policy"), "--reference", str(folders / "reference"), *argv) == 0
+    captured = capsys.readouterr()
+    assert max(len(line) for line in captured.out.splitlines()) <= sample.COLUMNS
+    header, first, second = (
+        line for line in captured.out.splitlines() if any(w in line for w in ("prompt", "red", "hi"))
+    )
+    assert header.split("┃")[1].strip() == "prompt"
+    assert [part.strip() for part in header.split("┃")[2:4]] == ["policy", "reference"]
+    assert first.split("│")[1].strip() == "x [red]y[/red]"
+    assert second.split("│")[1].strip() == "user: hi"
+    assert f"{folders / 'policy'} answers 2 prompts" in captured.err
+
+
+def test_a_model_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    sample.show_table(
+        [sample.Question("x:1", "a\tb\nc\x1b[31m")],
+        {
+            "policy": [
+                "\x07\x9b2J",
+            ]
+        },
+    )
+    out = capsys.readouterr().out
+    assert "\\x1b[31m" in out and "\\x07\\x9b2J" in out
+    assert not any(character in out for character in "\x1b\x07\x9b")
+
+
+# --- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def output_of(*argv: str) -> tuple[int, str]:
+    """On a rank: the exit code, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as stdout:
+        return run(*argv), stdout.getvalue()
+
+
+@pytest.mark.xdist_group("ranks")
+def test_on_ranks(ranks: Ranks, folders: Path, tmp_path: Path) -> None:
+    """Three ranks print the same once, and all know when a file is refused."""
+    (tmp_path / "prompts.txt").write_text("ab\nWhy?\n")
+    argv = [
+        "--model",
+        str(folders / "policy"),
+        "--max-new-tokens",
+        str(NEW),
+        "--temperature",
+        "2",
+        "--json",
+        "--prompts",
+    ]
+    ((code, alone),) = ranks(1, output_of, *argv, str(tmp_path / "prompts.txt"))
+    assert code == 0 and len(rows_of(alone)) == 2
+    assert ranks(3, output_of, *argv, str(tmp_path / "prompts.txt")) == [(0, alone), (0, ""), (0, "")]
+    assert ranks(3, output_of, *argv, str(tmp_path / "none.txt")) == [(2, "")] * 3
+
+
+# --- refused ---------------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[str, str, list[str], str]] = {
+    # file name (IT in the error), its content, further words, the error
+    "no file": ("", "", [], "command line: --prompts: no such file: IT; valid: "),
+    "no prompts": ("p.txt", "\n \n", [], "command line: --prompts: IT has no prompts; valid: "),
+    "no rows": ("p.jsonl", "", [], "IT: empty, it has no rows; valid: "),
+    "broken": ("p.jsonl", '{"prompt": "a"}\n{"prompt"', [], "IT:2: broken JSON: "),
+    "no field": ("p.jsonl", '\n{"text": "a"}', [], "IT:2: missing field prompt; the row has: text"),
+    "a number": ("p.jsonl", '{"prompt": 3}', [], "IT:1: prompt is a number (3); valid: a text or a list of messages"),
+    "no role": ("p.jsonl", '{"prompt": [{"content": "a"}]}', [], "IT:1: missing field prompt[0].role; the row has: "),
+    "too long": ("p.txt", "a\n" + "x" * 256, [], "IT:2: the prompt has 257 tokens, the model's positions end at 256; "),
+    "no tokens": ("p.txt", "a", ["--max-new-tokens", "0"], "command line: --max-new-tokens: must be >= 1, got 0; "),
+    "negative": ("p.txt", "a", ["--temperature", "-1"], "command line: --temperature: must be >= 0, got -1.0; "),
+    "not finite": ("p.txt", "a", ["--temperature", "nan"], "command line: --temperature: must be >= 0, got nan; "),
+    "no number": ("p.txt", "a", ["--seed", "x"], "command line: argument --seed: invalid int value: 'x'; valid: "),
+    "no reference": ("p.txt", "a", ["--reference", "/no"], "command line: --reference: no such folder: /no; valid: "),
+    "no tokenizer": ("p.txt", "a", ["--tokenizer", "/no"], "model.tokenizer: /no: no such folder; valid: "),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refused(what: str, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one line, exit code 2, before anything is printed."""
+    name, content, more, error = REFUSED[what]
+    if name:
+        (tmp_path / name).write_text(content)
+    capsys.readouterr()
+    assert run("--model", str(folders / "gpt2"), "--prompts", str(tmp_path / name), *more) == 2
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert line.startswith("error: " + error.replace("IT", str(tmp_path / name))), line
+    assert not captured.out
+
+
+def test_models_and_templates_that_cannot_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Messages without a template, an empty text without BOS, a vocabulary that is too small, a folder of nothing."""
+    save_talker(tmp_path / "plain", "llama", 0, bos=False, chat_template=None)
+    make_tokenizer().save_pretrained(save_model(tmp_path / "small", "llama"))
+    path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": [{"role": "user", "content": "hi"}]}])
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": ""}])
+    cases = [
+        ("plain", path, f"{path}:1: messages need a chat template, which the tokenizer lacks; valid: "),
+        ("plain", empty, f"{empty}:1: the prompt has no token; valid: at least one"),
+        (
+            "small",
+            path,
+            f"model.tokenizer: {tmp_path / 'small'}: the tokenizer has 100 tokens, the model's vocabulary 97",
+        ),
+        ("nothing", path, f"command line: --model: no such folder: {tmp_path / 'nothing'}; valid: "),
+    ]
+    for model, prompts, error in cases:
+        capsys.readouterr()
+        assert run("--model", str(tmp_path / model), "--prompts", prompts) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert line.startswith(f"error: {error}"), line

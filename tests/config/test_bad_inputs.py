@@ -1,0 +1,165 @@
+"""Bad input from the command line to the exit code: one line on stderr that names the place, 2, and nothing written.
+
+The corpora of bad configs and bad data files are in `test_config.py` and `test_bad_data.py`; here are the inputs that
+meet only in a run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BloomConfig, MixtralConfig, PreTrainedTokenizerFast
+
+from dpo.distributed.program import run_program
+from dpo.train import main
+from tests.support.models import VOCAB, save_model, save_pairs
+
+
+def save_tokenizer(folder: Path, num_tokens: int = VOCAB, eos: str | None = "</s>") -> None:
+    """A tokenizer of whole words w3, w4, ..."""
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, num_tokens)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token=eos).save_pretrained(folder)
+
+
+def save_texts(path: Path, num_rows: int = 70) -> Path:
+    rows = [{"prompt": f"w{i % 90 + 3}", "chosen": "w5 w6", "rejected": "w7"} for i in range(num_rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def good(folder: Path) -> None:
+    save_model(folder / "model", "llama")
+    save_tokenizer(folder / "model")
+    save_texts(folder / "data.jsonl")
+
+
+def no_model(folder: Path) -> None:
+    good(folder)
+    (folder / "model").rename(folder / "elsewhere")
+
+
+def no_safetensors(folder: Path) -> None:
+    good(folder)
+    (folder / "model" / "model.safetensors").rename(folder / "model" / "pytorch_model.bin")
+
+
+def broken_safetensors(folder: Path) -> None:
+    good(folder)
+    (folder / "model" / "model.safetensors").write_bytes(b"not weights")
+
+
+def alibi(folder: Path) -> None:
+    good(folder)
+    BloomConfig(vocab_size=VOCAB).save_pretrained(folder / "model")
+
+
+def mixture(folder: Path) -> None:
+    good(folder)
+    MixtralConfig(vocab_size=VOCAB).save_pretrained(folder / "model")
+
+
+def no_eos(folder: Path) -> None:
+    good(folder)
+    save_tokenizer(folder / "model", eos=None)
+
+
+def large_vocabulary(folder: Path) -> None:
+    good(folder)
+    save_tokenizer(folder / "model", num_tokens=VOCAB + 3)
+
+
+def few_pairs(folder: Path) -> None:
+    good(folder)
+    save_texts(folder / "data.jsonl", num_rows=63)
+
+
+def broken_row(folder: Path) -> None:
+    good(folder)
+    with (folder / "data.jsonl").open("a") as file:
+        file.write('{"prompt": "w3", "chosen": "w4"\n')
+
+
+def run_folder_is_a_file(folder: Path) -> None:
+    good(folder)
+    (folder / "runs").mkdir()
+    (folder / "runs" / "c").write_text("")
+
+
+def other_shapes(folder: Path) -> None:
+    good(folder)
+    path = folder / "model" / "config.json"
+    path.write_text(path.read_text().replace('"intermediate_size": 48', '"intermediate_size": 40'))
+
+
+CASES: list[tuple[Callable[[Path], None], str]] = [
+    (no_model, "model.path: no such folder: ./model; valid: a Hugging Face model folder or hub id"),
+    (no_safetensors, "model.path: ./model has no *.safetensors; convert it with: python -c "),
+    (broken_safetensors, "model/model.safetensors: not a readable safetensors file"),
+    (alibi, "model.path: bloom models are not supported: ALiBi biases attention by distance"),
+    (mixture, "model.path: mixtral models are not supported: in a mixture of experts"),
+    (no_eos, "model.tokenizer: ./model: the tokenizer has no EOS token; valid: "),
+    (large_vocabulary, "model.tokenizer: ./model: the tokenizer has 100 tokens, the model's vocabulary 97; valid: "),
+    (few_pairs, "data.train: 63 pairs to train on, fewer than batch.pairs_per_step 64; valid: "),
+    (broken_row, "data.jsonl:71: "),
+    (run_folder_is_a_file, "train.run_dir: runs/c"),
+    (other_shapes, "model/model.safetensors: model.layers.0.mlp."),
+]
+
+
+@pytest.mark.parametrize(("spoil", "line"), CASES, ids=[case[0].__name__ for case in CASES])
+def test_bad_input_is_one_line_and_exit_code_2(
+    spoil: Callable[[Path], None],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The line is the last thing on stderr, only counts of the data may stand before it; no run folder is made."""
+    spoil(tmp_path)
+    (tmp_path / "c.yaml").write_text("model: {path: ./model}\ndata: {train: [{path: data.jsonl}]}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dpo.train", "--config", "c.yaml", "--train.steps", "1"])
+    assert run_program(main) == 2
+    errors = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1
+    assert line in errors[0]
+    assert not (tmp_path / "runs" / "c").is_dir()
+    assert not list(tmp_path.rglob("final"))
+
+
+def test_a_good_input_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files unspoilt: the cases above fail for their own reason alone."""
+    good(tmp_path)
+    (tmp_path / "c.yaml").write_text("model: {path: ./model}\ndata: {train: [{path: data.jsonl}]}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dpo.train", "--config", "c.yaml", "--train.steps", "1"])
+    assert run_program(main) == 0
+    assert (tmp_path / "runs" / "c" / "final" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("argument", ["--loss.beta=-1", "--data.train=[{path: missing.jsonl}]"])
+def test_under_torchrun_the_line_appears_exactly_once(argument: str, tmp_path: Path) -> None:
+    """Two ranks; an error of the config, before there is a process group, and one of the data, after."""
+    save_pairs(tmp_path / "data.jsonl", 64)
+    save_model(tmp_path / "model", "llama")
+    save_tokenizer(tmp_path / "model")
+    (tmp_path / "c.yaml").write_text("model: {path: ./model}\ndata: {train: [{path: data.jsonl}]}\n")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "dpo.train", "--config", "c.yaml", argument]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 1  # torchrun's own, whatever the ranks' is
+    assert sum(line.startswith("error: ") for line in result.stderr.splitlines()) == 1
+    assert (
+        f'File "{Path(run_program.__code__.co_filename).parent}' not in result.stderr
+    )  # no traceback but torchrun's own
+    assert "exitcode  : 2" in result.stderr

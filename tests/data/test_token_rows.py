@@ -1,0 +1,112 @@
+"""The cache of tokenized rows and the processes that fill it."""
+
+import hashlib
+
+import pytest
+
+from dpo.config import SourceConfig
+from dpo.data import prepare as data
+from dpo.data import sources, token_rows
+from dpo.data.prepare import prepare_data
+from tests.support.data_fixtures import (
+    ROWS,
+    TinyModelConfig,
+    all_pairs,
+    make_config,
+    make_tokenizer,
+    plain_pairs,
+    write_jsonl,
+)
+
+pytest_plugins = ["tests.support.data_plugin"]
+pytestmark = pytest.mark.usefixtures("hf_cache")
+MODEL = TinyModelConfig()
+
+
+@pytest.fixture
+def tokenized_rows(monkeypatch):
+    """The numbers of the rows that were tokenized since, as a list that grows."""
+    rows = []
+    tokenize_row = token_rows.tokenize_row
+
+    def counted(record, index, **options):
+        rows.append(index)
+        return tokenize_row(record, index, **options)
+
+    monkeypatch.setattr(token_rows, "tokenize_row", counted)
+    return rows
+
+
+def test_second_start_tokenizes_nothing(tmp_path, tokenizer_folder, tokenized_rows):
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+
+    def run(**changes):
+        tokenized_rows.clear()
+        fields = {"tokenizer": tokenizer_folder, "max_length": 8, "max_prompt_length": 4} | changes
+        prepared = prepare_data(make_config(fields.pop("path", path), **fields), MODEL)
+        return len(tokenized_rows), prepared.train.content_hash
+
+    first = run()
+    assert first[0] == 10
+    assert run() == (0, first[1])
+    for same in ({"seed": 5}, {"pairs_per_step": 2}, {"order": "sequential"}, {"on_bad_row": "stop"}, {"num_proc": 1}):
+        assert run(**same) == (0, first[1])
+    assert run(path=write_jsonl(tmp_path / "copy.jsonl", ROWS)) == (0, first[1]), "equal content under another name"
+    assert run(max_length=9)[0] == run(max_prompt_length=3)[0] == 10
+    write_jsonl(tmp_path / "a.jsonl", ROWS[1:])
+    assert run()[0] == 9
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    assert run() == (0, first[1]), "the first content again"
+
+
+def test_another_tokenizer_at_the_same_path_tokenizes_again(tmp_path, tokenizer_folder, tokenized_rows):
+    config = make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder)
+    without = all_pairs(prepare_data(config, MODEL).train)
+    make_tokenizer(bos=True).save_pretrained(tokenizer_folder)
+    tokenized_rows.clear()
+    assert all_pairs(prepare_data(config, MODEL).train) == [([1, *prompt], *rest) for prompt, *rest in without]
+    assert len(tokenized_rows) == 10
+
+
+def test_processes_give_what_one_gives(tmp_path, tokenizer_folder, hf_cache, capfd):
+    """Also that they say nothing, and that a later start with another number of them takes what they left."""
+    config = make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder, num_proc=3)
+    train = prepare_data(config, MODEL).train
+    assert all_pairs(train) == plain_pairs(ROWS)
+    assert capfd.readouterr() == ("", "")
+    cached = sorted((hf_cache / "datasets" / "dpo").glob("tokens-*"))
+    assert len(cached) == 3
+    alone = make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder, num_proc=1)
+    assert prepare_data(alone, MODEL).train.content_hash == train.content_hash
+    assert sorted((hf_cache / "datasets" / "dpo").glob("tokens-*")) == cached
+
+
+def test_number_of_processes(monkeypatch):
+    monkeypatch.setattr(token_rows.os, "sched_getaffinity", lambda _: set(range(64)))
+    assert token_rows.processes(None, 100) is None, "a small set"
+    assert token_rows.processes(None, 1_000_000) == 8
+    assert token_rows.processes(3, 100) == 3
+    assert token_rows.processes(3, 2) == 2
+    assert token_rows.processes(1, 1_000_000) is None
+
+
+def test_rows_stay_on_disk(tmp_path, tokenizer_folder):
+    prepared = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder), MODEL)
+    files = {file["filename"] for file in prepared.train.rows.cache_files}
+    assert files and all(str(tmp_path) in name and "tokens-" in name for name in files)
+
+
+def test_what_is_cached_is_of_its_formats(tmp_path, tokenizer_folder):
+    """Fails where what is cached has changed and users would go on with what an older version left them: raise
+    `sources.FORMAT` (the rows) or `data.FORMAT` (the pairs), and write the new digests here.
+    """
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    held_out = SourceConfig(path=path, holdout=0.5)
+    prepared = prepare_data(make_config(held_out, tokenizer=tokenizer_folder, max_length=6, max_prompt_length=3), MODEL)
+    rows = hashlib.sha256(repr(prepared.train.rows.to_list()).encode()).hexdigest()[:16]
+    pairs = hashlib.sha256()
+    for pair_set in (prepared.train, prepared.eval):
+        for name in ("row_of_pair", "pair_in_row", "prompt_of_pair", "sizes", "keys"):  # places are of Arrow's layout
+            pairs.update(bytes(getattr(pair_set, name)[:]))
+    assert (sources.FORMAT, rows) == (1, "c4e5952b3620c02c")
+    assert (data.FORMAT, pairs.hexdigest()[:16]) == (1, "18a610913f58bcba")

@@ -1,0 +1,91 @@
+"""The bytes of a step's collectives, counted on real processes, against the formula."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo.batch.packing import pack
+from dpo.batch.plan import CostModel, grow_trees, plan_step
+from dpo.config import Config, LossConfig, OptimConfig, ParallelConfig
+from dpo.distributed.world import make_mesh, open_world
+from dpo.estimate.traffic import parameter_groups, step_traffic
+from dpo.model.parallelize import decoder_layers
+from dpo.model.policy import build_policy, load_weights
+from dpo.model.weights import read_model_config
+from dpo.step.metrics import MAXIMA, SUMS
+from dpo.step.optim import make_optimizer
+from dpo.train import train_step
+from tests.layouts.test_parallel import make_pairs, reference
+from tests.support.collectives import CollectiveBytes
+from tests.support.models import save_model
+from tests.support.ranks import Ranks
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+
+def counted_and_expected(folder: Path, keys: Mapping[str, Any], budget: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The bytes of the second of two training steps by kind, as sent and by formula, and its micro-batches."""
+    parallel = ParallelConfig(**({"activation_checkpointing": "none", "sync_gradients": "last_micro_batch"} | keys))
+    with open_world(60) as world:
+        policy = build_policy(read_model_config(folder, False), parallel, "float32", make_mesh(world, parallel))
+        shard = world.size // parallel.replicate
+        groups = parameter_groups(policy.model, decoder_layers(policy.model), shard)
+        load_weights(policy, folder)
+        optimizer = make_optimizer(policy.model.parameters(), OptimConfig(lr=1e-3))
+        config = Config(model=None, data=None, parallel=parallel, loss=LossConfig())  # type: ignore[arg-type]
+        plan = plan_step(grow_trees(make_pairs()), world.size, budget, CostModel())
+        for _ in range(2):
+            batches = [
+                pack(trees, plan, reference, policy.windows, world.device) for trees in plan.micro_batches[world.rank]
+            ]
+            with CollectiveBytes() as sent:
+                train_step(policy, optimizer, batches, config, 2**20, lambda: False)
+        itemsize = getattr(torch, keys.get("compute_dtype", "float32")).itemsize
+        traffic = vars(step_traffic(groups, shard, len(batches), parallel, itemsize))
+        exchange = 8 * world.size * (len(SUMS) + len(MAXIMA))  # one float64 of each from every rank
+        # The metrics are gathered into views of one tensor, another call than FSDP2's.
+        expected = traffic | {"allgather_": exchange, "micro_batches": plan.num_micro_batches}
+        return dict(sent.bytes) | {"micro_batches": len(batches)}, {k: v for k, v in expected.items() if v}
+
+
+MODES: dict[str, tuple[int, dict[str, Any]]] = {
+    "defaults": (2, {}),
+    "three ranks, which do not divide the shapes": (3, {}),
+    "parameters kept": (2, {"reshard_after_forward": False}),
+    "gradients on every micro-batch": (2, {"sync_gradients": "every_micro_batch"}),
+    "parameters kept, gradients on every micro-batch": (
+        2,
+        {"reshard_after_forward": False, "sync_gradients": "every_micro_batch"},
+    ),
+    "checkpointed": (2, {"activation_checkpointing": "full"}),
+    "gathered in bfloat16, reduced in float32": (2, {"compute_dtype": "bfloat16"}),
+    "reduced in bfloat16": (2, {"reduce_dtype": "bfloat16"}),
+    "two copies of two": (4, {"replicate": 2}),
+    "two copies, every micro-batch": (4, {"replicate": 2, "sync_gradients": "every_micro_batch"}),
+}
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A model with an untied head and one with a tied one; 97 tokens are divided by no number of ranks."""
+    return save_model(tmp_path_factory.mktemp("traffic"), request.param)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_sends_what_the_formula_says(folder: Path, ranks: Ranks, mode: str) -> None:
+    """To the byte, on every rank, with several micro-batches; nothing else is sent."""
+    size, keys = MODES[mode]
+    for counted, expected in ranks(size, counted_and_expected, folder, keys, 40):
+        assert counted["micro_batches"] >= 2
+        assert counted == expected
+
+
+def test_the_leanest_mode_does_not_grow_with_the_micro_batches(folder: Path, ranks: Ranks) -> None:
+    """Parameters kept, gradients reduced once: one gather and one reduction of everything, whatever the budget."""
+    keys = {"reshard_after_forward": False}
+    few, many = (ranks(2, counted_and_expected, folder, keys, budget)[0][0] for budget in (10_000, 40))
+    assert few.pop("micro_batches") == 1 < many.pop("micro_batches")
+    assert few == many

@@ -1,0 +1,100 @@
+"""The table of a run's reference rows: right for every key, made anew where its blocks or itself are not whole."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dpo.base.errors import RunError
+from dpo.ref_logps import table as ref_table
+from dpo.ref_logps.blocks import first_of_each, write_rows
+from dpo.ref_logps.table import find_table, open_table, table_name, write_table
+
+NAME = table_name(["a" * 32, "b" * 32])
+
+
+def random_rows(seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Keys (number, 2), sorted, and log-probabilities (number,)."""
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(0, 2**64, (number, 2), dtype=np.uint64)
+    return keys[first_of_each(keys)], -100 * rng.random(number)
+
+
+@pytest.mark.parametrize("number", [0, 1, 255, 256, 257, 2000])
+def test_every_key_is_found(tmp_path: Path, number: int) -> None:
+    keys, logps = random_rows(0, number)
+    write_rows(tmp_path, keys[::2], logps[::2])
+    write_rows(tmp_path, keys[1::2], logps[1::2])
+    table = open_table(write_table(tmp_path, NAME, keys))
+    assert [table.logp(key.tobytes()) for key in keys] == logps.tolist()
+    assert len(table) == number
+    for other in random_rows(1, 20)[0]:
+        with pytest.raises(KeyError):
+            table.logp(other.tobytes())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 30)), min_size=1), st.integers(1, 5))
+def test_keys_that_share_their_first_half(
+    tmp_path_factory: pytest.TempPathFactory, have: set[tuple[int, int]], rows_a_page: int
+) -> None:
+    """Many pages begin with the same half; the oracle is a dict."""
+    folder = tmp_path_factory.mktemp("table")
+    keys = np.array(sorted(have), np.uint64)
+    write_rows(folder, keys, np.array([-31.0 * high - low for high, low in sorted(have)]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ref_table, "ROWS_A_PAGE", rows_a_page)
+        table = open_table(write_table(folder, NAME, keys))
+        for high in range(5):
+            for low in range(31):
+                key = np.array([high, low], np.uint64).tobytes()
+                if (high, low) in have:
+                    assert table.logp(key) == -31.0 * high - low
+                else:
+                    with pytest.raises(KeyError):
+                        table.logp(key)
+
+
+def test_a_table_is_found_as_long_as_its_blocks_are_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More blocks change nothing; a damaged one of its own, or a lost one, and the table does not hold."""
+    keys, logps = random_rows(2, 10)
+    blocks = [write_rows(tmp_path, keys[:5], logps[:5]), write_rows(tmp_path, keys[5:], logps[5:])]
+    path = write_table(tmp_path, NAME, keys)
+    write_rows(tmp_path, *random_rows(3, 4))
+    assert find_table(tmp_path, NAME) == path
+    assert find_table(tmp_path, table_name(["b" * 32, "a" * 32])) is None
+    content = blocks[0].read_bytes()
+    blocks[0].write_bytes(content[:-1] + b"?")
+    assert find_table(tmp_path, NAME) is None
+    blocks[0].write_bytes(content)
+    assert find_table(tmp_path, NAME) == path
+    blocks[1].unlink()
+    assert find_table(tmp_path, NAME) is None
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["npy", "json"])
+def test_a_damaged_table_is_removed_and_told(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    keys, logps = random_rows(4, 10)
+    write_rows(tmp_path, keys, logps)
+    path = write_table(tmp_path, NAME, keys)
+    (file,) = tmp_path.glob(f"table-*.{suffix}")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert find_table(tmp_path, NAME) is None
+    assert f"{file} is damaged" in capsys.readouterr().err
+    assert not file.exists()
+    assert write_table(tmp_path, NAME, keys) == path == find_table(tmp_path, NAME)
+
+
+def test_a_key_without_a_row_is_an_error(tmp_path: Path) -> None:
+    keys, logps = random_rows(5, 10)
+    write_rows(tmp_path, keys[1:], logps[1:])
+    with pytest.raises(RunError, match="1 rows are gone"):
+        write_table(tmp_path, NAME, keys)
+
+
+def test_a_rank_that_does_not_see_the_table_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not seen by every rank"):
+        open_table(tmp_path / "table-0.npy")

@@ -1,0 +1,290 @@
+"""What lies in a run folder decides how a start begins: fresh, where a checkpoint ends, or not at all."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dpo.checkpoint.store import checkpoint_path
+from dpo.config import Config, load_config
+from dpo.run.files import read_metrics
+from dpo.run.folder import find_start
+from dpo.step.metrics import MetricsWriter
+from tests.support.runs import (
+    changed,
+    error_lines,
+    eval_lines,
+    exit_code,
+    run,
+    run_until,
+    same_weights,
+    save_six_steps,
+    six_steps,
+    snapshot,
+    train_lines,
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, pairs.jsonl, eval.jsonl, and done/ with dead/: a finished run and one that died before step 6."""
+    root = tmp_path_factory.mktemp("run-folder")
+    save_six_steps(root)
+    run(six_steps(root, root / "done"))
+    run_until(six_steps(root, root / "dead"), 6)
+    return root
+
+
+@pytest.fixture
+def dead(folders: Path, tmp_path: Path) -> Config:
+    """The dead run, copied: metrics up to step 5, checkpoints of 2 and 4."""
+    shutil.copytree(folders / "dead", tmp_path / "run")
+    return six_steps(folders, tmp_path / "run")
+
+
+@pytest.fixture
+def done(folders: Path, tmp_path: Path) -> Config:
+    """The finished run, copied."""
+    shutil.copytree(folders / "done", tmp_path / "run")
+    return six_steps(folders, tmp_path / "run")
+
+
+def steps(run_dir: Path) -> list[float]:
+    return [line["step"] for line in train_lines(run_dir)]
+
+
+# --- fresh -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_lies_in_a_run_folder(folders: Path) -> None:
+    """The names of the contract, where the code came from, and nothing else; config.yaml says the same when it is read
+    again."""
+    names = {path.name for path in (folders / "done").iterdir()}
+    assert names == {"config.yaml", "provenance.json", "metrics.jsonl", "tensorboard", "checkpoints", "final"}
+    written = load_config(["--config", str(folders / "done" / "config.yaml")], "dpo.train")
+    decided = {"parallel__activation_checkpointing": "none", "parallel__sync_gradients": "every_micro_batch"}
+    assert written == changed(six_steps(folders, folders / "done"), **decided)
+    assert list((folders / "done" / "tensorboard").glob("events.out.tfevents.*"))
+    assert steps(folders / "done") == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in eval_lines(folders / "done")] == [0, 3, 6]
+    assert [line["step"] for line in read_metrics(folders / "done") if "reference/seconds" in line] == [0]
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_an_empty_folder_is_a_fresh_start(folders: Path, tmp_path: Path, resume: str) -> None:
+    (tmp_path / "run").mkdir()
+    run(six_steps(folders, tmp_path / "run", train__steps=1, checkpoint__resume=resume))
+    assert steps(tmp_path / "run") == [1]
+
+
+def test_never_in_a_used_folder_is_refused(done: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(Path(str(done.train.run_dir)))
+    assert exit_code(changed(done, checkpoint__resume="never")) == 2
+    (error,) = error_lines(capsys.readouterr().err)
+    assert error.startswith(f"error: CONFIG: train.run_dir: {done.train.run_dir} is not empty; valid: ")
+    assert snapshot(Path(str(done.train.run_dir))) == before
+
+
+def test_files_without_a_checkpoint_are_put_aside(folders: Path, tmp_path: Path) -> None:
+    """Three deaths before the first checkpoint: metrics.jsonl.old, .old-1, .old-2, and each step once in the fourth."""
+    config = six_steps(folders, tmp_path / "run", checkpoint__save_every=None)
+    for step in (2, 3, 4):
+        run_until(config, step)
+    run(config)
+    found = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "run").glob("metrics.jsonl*")}
+    # A line of the reference, of the first step's check, of the evaluation at 0, a line a step, from the fourth on
+    # those at 3 and 6.
+    assert found == {"metrics.jsonl.old": 4, "metrics.jsonl.old-1": 5, "metrics.jsonl.old-2": 7, "metrics.jsonl": 11}
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    assert len(list((tmp_path / "run").glob("tensorboard*"))) == 4
+    assert same_weights(folders / "done" / "final", tmp_path / "run" / "final")
+
+
+def test_somebody_elses_files_stay(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    run(six_steps(folders, tmp_path / "run", train__steps=1))
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+# --- on the disk -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_run_folder_that_cannot_be_is_found_before_any_work(
+    folders: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    config = six_steps(folders, tmp_path / name, reference__cache_dir=str(tmp_path / "cache"))
+    assert exit_code(config) == 2
+    (error,) = error_lines(capsys.readouterr().err)
+    assert error.startswith(f"error: CONFIG: train.run_dir: {tmp_path / name}: {tmp_path / 'file'} is a file; valid: ")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_run_folder_without_permission(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The permission is taken away by hand: root, who may run this test, has all of them."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert exit_code(six_steps(folders, tmp_path / "run")) == 2
+    assert (
+        f"train.run_dir: {tmp_path / 'run'}: cannot write to {tmp_path}; valid: "
+        in error_lines(capsys.readouterr().err)[0]
+    )
+
+
+def test_metrics_that_cannot_be_written_end_the_run(
+    dead: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that is full at step 6: one line, exit code 1, and after room was made the run goes on."""
+    write = MetricsWriter.write
+
+    def full(self: MetricsWriter, step: int, figures: dict[str, float]) -> None:
+        if step == 6:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        write(self, step, figures)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "write", full)
+        assert exit_code(dead) == 1
+    assert error_lines(capsys.readouterr().err) == [
+        "error: OSError: [Errno 28] No space left on device: 'metrics.jsonl'"
+    ]
+    assert steps(run(dead)) == [1, 2, 3, 4, 5, 6]
+
+
+# --- finished --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("resume", ["auto", "itself"])
+def test_a_finished_run_says_so_and_touches_nothing(
+    done: Config, capsys: pytest.CaptureFixture[str], resume: str
+) -> None:
+    run_dir = Path(str(done.train.run_dir))
+    before = snapshot(run_dir)
+    assert exit_code(changed(done, checkpoint__resume=resume if resume == "auto" else str(run_dir))) == 0
+    assert f"{run_dir} is finished: its 6 steps are done" in capsys.readouterr().err
+    assert snapshot(run_dir) == before
+
+
+def test_a_finished_run_may_be_made_longer(done: Config, folders: Path, tmp_path: Path) -> None:
+    """8 steps instead of 6, at a constant rate: as if they had been asked for at once."""
+    longer = changed(done, train__steps=8)
+    whole = run(changed(longer, train__run_dir=str(tmp_path / "whole")))
+    parts = run(longer)
+    assert steps(parts) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert same_weights(whole / "final", parts / "final")
+    assert not same_weights(folders / "done" / "final", parts / "final")
+
+
+def test_the_model_of_a_shorter_run_does_not_look_like_the_end(done: Config, tmp_path: Path) -> None:
+    """A longer run dies between its last checkpoint and the export: the old final/ is not its result."""
+    longer = changed(done, train__steps=8)
+    whole = run(changed(longer, train__run_dir=str(tmp_path / "whole")))
+    parts = run(longer)
+    shutil.rmtree(parts / "final")  # as if the export had not come about
+    assert (parts / "final.old" / "config.json").is_file()
+    run(longer)
+    assert same_weights(whole / "final", parts / "final")
+
+
+def test_fewer_steps_than_are_done_export_what_there_is(
+    dead: Config, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoint 4, and train.steps is now 3: nothing is trained or undone, final/ is step 4 and is called so."""
+    run_dir = run(changed(dead, train__steps=3))
+    assert f"done: 4 steps, the model is in {run_dir / 'final'}" in capsys.readouterr().err
+    four = run(six_steps(folders, tmp_path / "four", train__steps=4))
+    assert same_weights(run_dir / "final", four / "final")
+    assert exit_code(changed(dead, train__steps=3)) == 0
+    assert f"{run_dir} is finished: its 4 steps are done" in capsys.readouterr().err
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_lines_after_the_checkpoint_are_cut(dead: Config) -> None:
+    run_dir = Path(str(dead.train.run_dir))
+    assert steps(run_dir) == [1, 2, 3, 4, 5]
+    assert find_start(dead).step == 4
+    assert steps(run_dir) == [1, 2, 3, 4, 5]  # looking changes nothing
+    run(dead)
+    assert steps(run_dir) == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in eval_lines(run_dir)] == [0, 3, 6]
+    assert [line["step"] for line in read_metrics(run_dir) if "reference/seconds" in line] == [0]  # it computed nothing
+
+
+@pytest.mark.parametrize("rest", ['{"step": 5, "train/lo', '{"step": 5', "{", '{"step": 5, "train/loss": 0.69}'])
+def test_a_half_written_last_line_is_cut(dead: Config, rest: str) -> None:
+    """Whatever follows the last line's end was being written when the machine failed."""
+    run_dir = Path(str(dead.train.run_dir))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write(rest)
+    assert steps(run(dead)) == [1, 2, 3, 4, 5, 6]
+    assert all(json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+
+
+# --- FOLDER ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["absolute", "relative", "through .."])
+def test_back_to_an_earlier_checkpoint_of_the_same_run(
+    done: Config, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str
+) -> None:
+    """The steps after it are done again and stand once; its newer checkpoints are put aside, not believed."""
+    monkeypatch.chdir(tmp_path)
+    two = checkpoint_path(tmp_path / "run", 2)
+    named = {
+        "absolute": two,
+        "relative": two.relative_to(tmp_path),
+        "through ..": two.parent / ".." / "checkpoints" / two.name,
+    }
+    back = changed(done, train__run_dir="run", checkpoint__resume=str(named[spelling]))
+    run_until(back, 4)
+    assert steps(tmp_path / "run") == [1, 2, 3]
+    assert find_start(done).step == 2
+    assert checkpoint_path(tmp_path / "run", 6).with_name("step-000006.old").is_dir()
+    run(done)
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    assert same_weights(folders / "done" / "final", tmp_path / "run" / "final")
+
+
+@pytest.mark.parametrize("whole_run", [False, True])
+def test_on_from_another_run(done: Config, folders: Path, tmp_path: Path, whole_run: bool) -> None:
+    """A checkpoint, or the newest one of a run folder; the other run stays as it is."""
+    other = tmp_path / "run"
+    before = snapshot(other)
+    named = other if whole_run else checkpoint_path(other, 4)
+    config = changed(done, train__run_dir=str(tmp_path / "new"), train__steps=8, checkpoint__resume=str(named))
+    run(config)
+    assert steps(tmp_path / "new") == ([7, 8] if whole_run else [5, 6, 7, 8])
+    assert snapshot(other) == before
+
+
+def test_the_same_command_again_after_an_interruption(done: Config, tmp_path: Path) -> None:
+    """A job that began at another run's checkpoint and is started again goes on from its own; done, it is done."""
+    named = str(checkpoint_path(tmp_path / "run", 2))
+    config = changed(done, train__run_dir=str(tmp_path / "new"), checkpoint__resume=named)
+    run_until(config, 4)  # before its first own checkpoint
+    run_until(config, 6)
+    assert steps(tmp_path / "new") == [3, 4, 5]
+    assert find_start(config).step == 4
+    run(config)
+    assert steps(tmp_path / "new") == [3, 4, 5, 6]
+    before = snapshot(tmp_path / "new")
+    assert exit_code(config) == 0
+    assert snapshot(tmp_path / "new") == before
+
+
+def test_a_named_folder_that_is_no_checkpoint(done: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    for folder, what in ((tmp_path / "absent", "no such folder"), (tmp_path / "empty", "it is not complete")):
+        config = changed(done, train__run_dir=str(tmp_path / "new"), checkpoint__resume=str(folder))
+        assert exit_code(config) == 2
+        (error,) = error_lines(capsys.readouterr().err)
+        assert error.startswith("error: CONFIG: checkpoint.resume: ")
+        assert what in error
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,60 @@
+"""A profiled run: the trace holds the asked steps and no others, and changes nothing."""
+
+import json
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from dpo.run.files import read_metrics
+from dpo.run.profiling import MEMORY_EVENTS, profiled
+from tests.support.runs import run, save_six_steps, six_steps, without_clock
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("profiling")
+    save_six_steps(root)
+    run(six_steps(root, root / "plain"))
+    return root
+
+
+def optimizer_steps(trace: Path) -> int:
+    """How many updates a trace saw; Perfetto and TensorBoard's plugin read this form of JSON."""
+    events = json.loads(trace.read_text())["traceEvents"]
+    return sum(event.get("name", "").startswith("Optimizer.step#") and event.get("ph") == "X" for event in events)
+
+
+@pytest.mark.parametrize(("steps", "count"), [((2, 4), 3), ((5, 9), 2), ((3, 3), 1)])
+def test_the_trace_holds_the_asked_steps(root: Path, tmp_path: Path, steps: tuple[int, int], count: int) -> None:
+    """Steps 5 to 9 of a run of 6 are two steps. The figures stay what they are, to the last bit."""
+    folder = run(six_steps(root, tmp_path / "run", train__profile_steps=steps))
+    [trace] = (folder / "profile").iterdir()
+    assert trace.name == f"steps-{steps[0]}-{min(steps[1], 6)}.pt.trace.json"
+    assert optimizer_steps(trace) == count
+    lines = [without_clock(read_metrics(each))[1:] for each in (folder, root / "plain")]
+    assert lines[0] == lines[1]
+
+
+def test_steps_that_never_come_leave_no_trace(root: Path, tmp_path: Path) -> None:
+    folder = run(six_steps(root, tmp_path / "run", train__profile_steps=(10, 12)))
+    assert not (folder / "profile").exists()
+
+
+def test_on_cuda_the_memory_is_recorded_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that no machine without a GPU can make, in their order; `end` after the last step writes both files."""
+    calls: list[tuple[str, dict[str, object]]] = []
+    memory = "torch.cuda.memory."
+    monkeypatch.setattr(memory + "_record_memory_history", lambda **facts: calls.append(("record", facts)))
+    monkeypatch.setattr(memory + "_dump_snapshot", lambda path: calls.append(("dump", {"path": path})))
+    monkeypatch.setattr("dpo.run.profiling.profile", Mock())
+    with profiled((2, 3), tmp_path, torch.device("cuda")) as (begin, end):
+        for step in (1, 2, 3, 4):
+            begin(step)
+            end(step)
+    assert calls == [
+        ("record", {"max_entries": MEMORY_EVENTS, "stacks": "python"}),
+        ("dump", {"path": str(tmp_path / "steps-2-3.memory.pickle")}),
+        ("record", {"enabled": None}),
+    ]

@@ -1,0 +1,128 @@
+"""What the terminal shows: lines that fit, numbers worked out by hand."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo.config import Config, OptimConfig
+from dpo.run.summary import COLUMNS, clock, end_lines, evaluation_line, fitting, state_bytes, step_line
+from tests.support.runs import changed, exit_code, make_config, run, save_six_steps, six_steps, train_lines
+
+FIGURES = {
+    "train/loss": 0.65124,
+    "train/rewards/accuracies": 0.640625,
+    "train/rewards/margins": 0.1317,
+    "train/pairs_per_second": 412.3,
+    "train/grad_norm": 3.412,
+    "train/lr": 7.947e-07,
+}
+
+
+def test_a_step_in_one_line() -> None:
+    """With four digits of steps all of it fits."""
+    shown = "step  120/2514  loss 0.6512  acc 0.641  margin 0.132  eta 0:12:33  412 pairs/s  grad 3.4  lr 7.9e-07"
+    assert step_line(120, 2514, FIGURES, 753.4) == shown
+    assert "  1,094 pairs/s" in step_line(120, 2514, FIGURES | {"train/pairs_per_second": 1093.7}, 753.4)
+    assert "  8.78 pairs/s" in step_line(120, 2514, FIGURES | {"train/pairs_per_second": 8.777}, 753.4)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e3, 1e9, -1e9])
+def test_every_line_fits_100_columns(scale: float) -> None:
+    """The step stays, whatever the figures are."""
+    figures = {name: scale * figure for name, figure in FIGURES.items()}
+    line = step_line(1_000_000, 1_000_000, figures, 1e7)
+    assert len(line) <= COLUMNS and line.startswith("step 1000000/1000000  loss ")
+    evaluation = {name.replace("train", "eval"): figure for name, figure in figures.items()} | {"eval/pairs": 10**9}
+    assert len(evaluation_line(10**6, 10**6, evaluation)) <= COLUMNS
+
+
+def test_a_loss_without_a_reference_has_no_margin() -> None:
+    figures = {name: figure for name, figure in FIGURES.items() if "rewards" not in name}
+    assert "margin" not in step_line(1, 2, figures, 0) and "loss 0.6512" in step_line(1, 2, figures, 0)
+
+
+def test_the_last_parts_go_first() -> None:
+    """Two spaces between parts: 40 + 2 + 58 = 100 columns fit, one more does not."""
+    assert fitting(["a" * 40, "b" * 58, "c"]) == "a" * 40 + "  " + "b" * 58
+    assert fitting(["a" * 40, "b" * 59, "c"]) == "a" * 40
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3725, "1:02:05"), (2 * 86400 + 3600, "2d 1:00:00")]
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("optim", "numbers"),
+    [
+        (OptimConfig(), 3),
+        (OptimConfig(momentum=0.9), 4),
+        (OptimConfig(name="adamw"), 4),
+        (OptimConfig(name="sgd"), 2),
+        (OptimConfig(name="sgd", momentum=0.9), 3),
+    ],
+)
+def test_state_bytes(optim: OptimConfig, numbers: int) -> None:
+    """A weight, its gradient, and the optimizer's numbers, 4 bytes each: 1000 weights in 2 copies over 8 ranks are
+    1000 * numbers * 4 / 4 bytes a rank."""
+    config = dataclasses.replace(make_config("m", "t", "r", parallel__replicate=2), optim=optim)
+    assert state_bytes(1000, config, 8) == 1000 * numbers
+
+
+def test_what_improved() -> None:
+    """Training: step 1 against the mean of the last ten (losses 0.59, 0.58, ... 0.50: 0.545); evaluation: the first
+    against the last."""
+    lines = [
+        {"step": 0, "eval/loss": 0.69314, "eval/rewards/accuracies": 0.0, "eval/rewards/margins": -0.00001},
+        {"step": 1, "train/loss": 0.7},
+        *({"step": step, "train/loss": 0.61 - 0.01 * step} for step in range(2, 12)),
+        {"step": 11, "eval/loss": 0.61, "eval/rewards/accuracies": 0.64, "eval/rewards/margins": 0.25},
+    ]
+    trained, held_out, charts = end_lines(Path("runs/x"), lines)
+    assert trained == "trained   step 1 -> mean of the last 10: loss 0.7000 -> 0.5450"
+    figures = "loss 0.6931 -> 0.6100  accuracy 0.0000 -> 0.6400  margin 0.0000 -> 0.2500"
+    assert held_out == f"held out  step 0 -> step 11: {figures}"
+    assert charts == "charts    tensorboard --logdir runs/x"
+
+
+# --- of real runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("summary")
+    save_six_steps(root)
+    return root
+
+
+@pytest.fixture
+def config(root: Path, tmp_path: Path) -> Config:
+    return six_steps(root, tmp_path / "run")
+
+
+def test_a_run_tells_what_it_is(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """21,728 weights (counted by Hugging Face), 3 numbers of 4 bytes each: 0.25 MiB; 8 and 2 pairs of 2 completions,
+    in 6 steps of 4."""
+    run(changed(config, train__log_every=4))
+    lines = capsys.readouterr().err.splitlines()
+    table = dict(line.split(maxsplit=1) for line in lines if not line.startswith(("step", "eval", "  ")))
+    assert "21,728 weights in float32, computes in float32" in table["model"]
+    assert table["memory"].startswith("0.2 MiB a rank")
+    assert "20 log-probabilities" in table["reference"]
+    assert any(re.match(r"steps +6, each of 4 pairs in about ", line) for line in lines)
+    shown = [line.split()[1] for line in lines if line.startswith(("step ", "eval "))]
+    assert shown == ["0/6", "1/6", "3/6", "4/6", "6/6", "6/6"]
+    assert any(line.startswith("held out  step 0 -> step 6: loss 0.6931 -> ") for line in lines)
+
+
+def test_quiet_is_quiet(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing at all of a good run, every figure in metrics.jsonl; what is wrong is still said."""
+    assert exit_code(config, "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+    assert len(train_lines(str(config.train.run_dir))) == 6
+    assert exit_code(config, "--quiet", "--optim.lr", "0") == 2
+    assert capsys.readouterr().err.startswith("error: command line: optim.lr: ")

@@ -1,0 +1,86 @@
+"""Reference rows that were made otherwise, by another torch or on another GPU: what the first step's check excuses."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo.ref_logps.blocks import makings_of, read_rows, write_making, write_rows
+from dpo.run.files import read_metrics
+from tests.support.runs import exit_code, run, save_six_steps, six_steps, train_lines
+
+BFLOAT16 = {"parallel__compute_dtype": "bfloat16"}
+WITHIN, BEYOND = 0.1, 2.0
+"""Nats by which each row is moved. Completions have 2 to 16 tokens: the spread is between 0.1 / 4 and 0.1 / sqrt(2),
+0.025 and 0.071, below the cap of 0.25; or at least 2 / 4.
+"""
+
+
+@pytest.fixture
+def filled(tmp_path: Path) -> Path:
+    """The folder of a run in bfloat16 whose cache has all rows."""
+    save_six_steps(tmp_path)
+    run(six_steps(tmp_path, tmp_path / "first", **BFLOAT16))
+    (line,) = [line for line in read_metrics(tmp_path / "first") if "first_step/noise" in line]
+    assert 6 * line["first_step/noise"] < 0.025, "few completions may be 6 noises off"
+    return tmp_path
+
+
+def move_rows(cache: Path, nats: float, **made: Any) -> None:
+    """Moves all rows, in a block that was made as they were but for what `made` says."""
+    (folder,) = cache.iterdir()
+    rows = read_rows(folder)
+    keys = np.stack([rows.high, rows.low], 1)
+    (making,) = makings_of(folder, keys)
+    assert making is not None
+    for old in (*folder.glob("rows-*"), *folder.glob("made-*")):
+        old.unlink()
+    write_making(write_rows(folder, keys, rows.logps + nats), {**making, **made})
+
+
+@pytest.mark.parametrize(
+    "made", [{"torch": "2.11.0"}, {"device": "sm_90"}, {"compile": True}], ids=lambda made: next(iter(made))
+)
+def test_rows_made_otherwise_are_beyond_their_noise_with_a_warning(
+    filled: Path, made: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run goes on to its end; the warning says what differs and how far the rows are off."""
+    move_rows(filled / "cache", WITHIN, **made)
+    assert exit_code(six_steps(filled, filled / "second", **BFLOAT16)) == 0
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING: step 1:")]
+    ((name, value),) = made.items()
+    assert warning.startswith("WARNING: step 1: the policy is not its own reference: pi_logp -")
+    otherwise, now = warning.partition("the reference's rows were made otherwise: ")[2].split("; this run: ")
+    assert f"{name} {value}" in otherwise
+    assert f"{name} {value}" not in now
+    assert len(train_lines(filled / "second")) == 6
+    (line,) = [line for line in read_metrics(filled / "second") if "first_step/spread" in line]
+    assert 0.02 < line["first_step/spread"] < 0.08
+    assert 0.005 < line["first_step/drift"] < 0.02
+
+
+def test_rows_made_alike_are_not_excused(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same rows, with the record that the run itself would write: something found while running, exit code 1."""
+    move_rows(filled / "cache", WITHIN)
+    assert exit_code(six_steps(filled, filled / "second", **BFLOAT16)) == 1
+    error = capsys.readouterr().err
+    assert "error: step 1: the policy is not its own reference: pi_logp -" in error
+    assert "made otherwise" not in error
+    assert not (filled / "second").exists()
+
+
+def test_beyond_the_caps_nothing_is_excused(filled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    move_rows(filled / "cache", BEYOND, torch="2.11.0")
+    assert exit_code(six_steps(filled, filled / "second", **BFLOAT16)) == 1
+    error = capsys.readouterr().err
+    assert "error: step 1: the policy is not its own reference: pi_logp -" in error
+    assert "made otherwise: torch 2.11.0" in error
+
+
+def test_exact_float32_excuses_nothing(tmp_path: Path) -> None:
+    """It has no noise to be beyond of: each row is held to 1e-4 + 1e-5 |ref|, whoever made it."""
+    save_six_steps(tmp_path)
+    run(six_steps(tmp_path, tmp_path / "first"))
+    move_rows(tmp_path / "cache", WITHIN, torch="2.11.0")
+    assert exit_code(six_steps(tmp_path, tmp_path / "second")) == 1

@@ -1,0 +1,101 @@
+"""The objective of a step: sums over micro-batches, whichever way the step is cut."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dpo.batch.packing import PackedBatch, pack
+from dpo.batch.plan import CostModel, StepPlan, Tree, plan_step
+from dpo.config import LossConfig
+from dpo.step.objective import has_reference, pair_losses
+from tests.batch.test_packing import CPU, TREES
+
+CONFIGS = [
+    LossConfig(),
+    LossConfig(label_smoothing=0.2),
+    LossConfig("ipo", 0.4),
+    LossConfig("hinge", length_normalized=True),
+    LossConfig("robust", label_smoothing=0.1, sft_weight=0.5),
+    LossConfig("sft"),
+]
+
+
+def reference(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> float:
+    return -1.5 * len(completion_ids)
+
+
+def policy_logp(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> float:
+    """Some number that depends on prompt and completion."""
+    return -float(np.sin(prompt_ids).sum()) - float(np.cos(completion_ids).sum()) - len(completion_ids)
+
+
+def packed(trees: tuple[Tree, ...], plan: StepPlan) -> tuple[PackedBatch, Tensor]:
+    batch = pack(trees, plan, reference, [None], CPU, torch.float64)
+    logps = [policy_logp(tree.prompt_ids, c) for tree in trees for c in tree.completion_ids] or [-5.0]
+    return batch, torch.tensor(logps, dtype=torch.float64).requires_grad_()
+
+
+def step_loss(num_ranks: int, budget: int, config: LossConfig) -> float:
+    """train/loss of the step of TREES on so many ranks, the sum over all ranks and micro-batches."""
+    plan = plan_step(TREES, num_ranks, budget, CostModel())
+    parts = [packed(trees, plan) for rank in plan.micro_batches for trees in rank]
+    return sum(pair_losses(logps, batch, config)[0].sum().item() / batch.pairs_in_step for batch, logps in parts)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_the_step_s_loss_does_not_depend_on_its_cut(config: LossConfig) -> None:
+    """1 rank and one micro-batch; 1 rank and two; 2 ranks; 5 ranks, of which three run fillers."""
+    losses = [step_loss(*cut, config) for cut in ((1, 100), (1, 9), (2, 100), (5, 100))]
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-14)
+
+
+def test_sft_by_hand() -> None:
+    """Winners of the four pairs: completions of 2, 1, 2 and 2 tokens; a winner that stands twice counts twice. The mean
+    over pairs is sum(-logp) / 7.
+    """
+    (first, second), logp = TREES, policy_logp
+    winners = [(first, 0), (first, 2), (second, 1), (second, 1)]
+    total = -sum(logp(tree.prompt_ids, tree.completion_ids[i]) for tree, i in winners)
+    assert step_loss(2, 100, LossConfig("sft")) == pytest.approx(total / 7, rel=1e-14)
+
+
+def test_dpo_with_sft_by_hand() -> None:
+    """The mean of -log sigmoid(beta h) over four pairs, plus 0.3 times the SFT term."""
+    margins = []
+    for tree in TREES:
+        ratio = [policy_logp(tree.prompt_ids, c) - reference(tree.prompt_ids, c) for c in tree.completion_ids]
+        margins += [ratio[w] - ratio[lo] for w, lo in tree.pairs]
+    dpo = np.mean([np.log1p(np.exp(-0.7 * h)) for h in margins])
+    wanted = dpo + 0.3 * step_loss(1, 100, LossConfig("sft"))
+    assert step_loss(1, 100, LossConfig("dpo", 0.7, sft_weight=0.3)) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_a_filler_adds_exactly_nothing(config: LossConfig) -> None:
+    """Its loss is 0 and so is its gradient, but there is one: without it the rank would miss its reduce-scatter."""
+    plan = plan_step(TREES, 5, 100, CostModel())
+    batch, logps = packed((), plan)
+    losses, rewards = pair_losses(logps, batch, config)
+    (losses.sum() / batch.pairs_in_step).backward()
+    assert (losses.shape, rewards.shape) == ((0,), (1,))
+    assert logps.grad.tolist() == [0]
+
+
+def test_rewards_are_summed_over_tokens_even_if_the_loss_is_normalized() -> None:
+    plan = plan_step(TREES, 1, 100, CostModel())
+    batch, logps = packed(TREES, plan)
+    rewards = pair_losses(logps, batch, LossConfig(beta=0.3, length_normalized=True))[1]
+    assert torch.equal(rewards, 0.3 * (logps - batch.ref_logps).detach())
+    assert not rewards.requires_grad
+
+
+def test_only_sft_needs_no_reference() -> None:
+    """Its loss is the same whatever stands in the reference's place."""
+    assert [config.name for config in CONFIGS if not has_reference(config)] == ["sft"]
+    batch, logps = packed(TREES, plan_step(TREES, 1, 100, CostModel()))
+    losses = pair_losses(logps, batch, LossConfig("sft"))[0]
+    other = dataclasses.replace(batch, ref_logps=batch.ref_logps * float("nan"))
+    assert torch.equal(losses, pair_losses(logps, other, LossConfig("sft"))[0])
