@@ -54,10 +54,12 @@ tools:                         ## Debian packages that some tests use, by apt; w
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(PACKAGES) > /dev/null; } || \
 	echo 'no apt-get, or not root: tests that need a browser or network namespaces are skipped'
 
-check: .venv/installed         ## style and types
+check: .venv/installed         ## style, spelling, types, and which room may import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 

@@ -20,25 +20,22 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PretrainedConfig
 
+from dpo.base.command import parse_arguments
 from dpo.base.console import say
-from dpo.base.errors import UserError, parse_arguments
+from dpo.base.errors import UserError
 from dpo.config import ParallelConfig
 from dpo.data.formats.examples import Example
 from dpo.data.formats.json_rows import json_rows
 from dpo.data.formats.row_fields import Message, field, text_or_messages
-from dpo.data.tokens import Encoder, Ids, Limits, check_vocabulary, encode, limits_of, load_tokenizer, text_encoder
+from dpo.data.tokenizer import Encoder, Ids, check_vocabulary, encode, load_tokenizer, text_encoder
+from dpo.data.tokens import Limits, limits_of
+from dpo.distributed.collectives import first_on_each_node, on_main, together
 from dpo.distributed.program import exit_program
-from dpo.distributed.world import (
-    World,
-    first_on_each_node,
-    make_mesh,
-    on_main,
-    open_world,
-    start_devices,
-    together,
-)
+from dpo.distributed.startup import open_world, start_devices
+from dpo.distributed.world import World, make_mesh
+from dpo.model.build import build_policy, load_weights
 from dpo.model.generation import generate
-from dpo.model.policy import Policy, build_policy, free_memory, load_weights
+from dpo.model.policy import Policy, free_memory
 from dpo.model.weights import find_model, read_model_config
 from dpo.run.answers import answer_text, stop_ids
 from dpo.run.inputs import check_machines

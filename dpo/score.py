@@ -19,19 +19,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo.base.command import own_flags, split_words
 from dpo.base.console import say
-from dpo.base.errors import RunError, UserError, own_flags, split_words
+from dpo.base.errors import RunError, UserError
 from dpo.batch.packer import Packer, make_packer
 from dpo.config import Config, load_config, with_place
 from dpo.data.pair_set import PairSet
 from dpo.data.prepare import PreferenceData
 from dpo.distributed.preemption import never
 from dpo.distributed.program import exit_program
-from dpo.distributed.world import World, open_world, start_devices
+from dpo.distributed.startup import open_world, start_devices
+from dpo.distributed.world import World
 from dpo.model.policy import Policy
 from dpo.model.warm_up import load_and_warm
-from dpo.ref_logps.fill import lookup
-from dpo.reference import fill_cache
+from dpo.ref_logps.fill import fill_cache, lookup
 from dpo.run.inputs import Inputs, read_inputs
 from dpo.step.evaluation import Evaluation, evaluate
 from dpo.step.objective import has_reference

@@ -2,8 +2,8 @@
 
 `python -m launch.submit` validates a config, submits it and says how to follow it. Each node runs one torchrun, the
 same that a person would type. `python -m launch.compare RUN...` reads run folders. Nothing here
-imports torch: of dpo only base.console, base.errors, base.files, board.hparams, config, config.rules, config.strict_yaml
-and run.files.
+imports torch: of dpo only base.console, base.errors, base.files, board.hparams, config, config.rules,
+config.strict_yaml and run.files.
 
     0  durations.py   SLURM's ways to write a duration
     0  failures.py    who failed first, of all ranks

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo.base.errors import UserError, parse_arguments
+from dpo.base.command import parse_arguments
+from dpo.base.errors import UserError
 from launch.durations import FORMATS, minutes_of
 
 PROG = "launch.submit"

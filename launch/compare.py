@@ -18,8 +18,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from dpo.base.command import parse_arguments
 from dpo.base.console import say, warn
-from dpo.base.errors import UserError, parse_arguments
+from dpo.base.errors import UserError
 from dpo.board.hparams import KEYS, Value, flat, write_entry
 from dpo.config.strict_yaml import read_yaml_file
 from dpo.run.files import CONFIG, FINAL, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics

@@ -21,7 +21,7 @@ class End:
     was_ended: bool
     """SIGTERM came, and the job is not meant to go on."""
     status: Mapping[str, Any]
-    """What rank 0 wrote (`dpo.run.files.write_status`); empty: nothing."""
+    """What rank 0 wrote (`dpo.base.status.write_status`); empty: nothing."""
     failures: Sequence[Failure] = ()
     """Of all nodes."""
     crashes_before: int = 0

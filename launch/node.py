@@ -20,8 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpo.base.console import say, warn
+from dpo.base.status import STATUS_FILE
 from dpo.config import with_place
-from dpo.run.files import STATUS_FILE
 from launch import supervise, torchrun
 from launch.decision import End, decide
 from launch.failures import Failure, failures_of_node

@@ -4,7 +4,7 @@ RUN/jobs/2026-01-31_10.15.00_4f1a/   one submission; beside it lie scripts, pick
     submitted.json                   cluster and job id, for whoever submits or follows
     outcome.json                     how it stands: written by the first node alone
     history.jsonl                    one line for each time the job ended
-    status.json                      how the ranks ended, written by rank 0 (`dpo.run.files.write_status`)
+    status.json                      how the ranks ended, written by rank 0 (`dpo.base.status.write_status`)
     attempt-0/node-1.json            how a node's torchrun ended: written by that node; `failed` beside it if badly
     attempt-0/node-1/                torchrun's log folder: the exception of each rank that raised one
 """

@@ -3,12 +3,11 @@
 import logging
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from tqdm import tqdm
-
-from dpo.base.visible import harmless
 
 SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal, a bar becomes a line at most this often."""
@@ -84,3 +83,26 @@ def progress(
         yield bar
     finally:
         bar.bar.close()
+
+
+CONTROL_PICTURES = 0x2400  # ␀, ␁, …
+
+
+UNSEEN = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats, private, separators of lines
+
+
+def visible(text: str) -> str:
+    """A line feed as ↵ before the line's end, a tab as ⇥, other characters that are not seen by picture or number."""
+    return harmless(text.replace("\n", "↵\n").replace("\t", "⇥"))
+
+
+def harmless(text: str) -> str:
+    """Line feeds and tabs as they are, other characters that are not seen by picture or number."""
+    return "".join(character if character in "\n\t" else _shown(character) for character in text)
+
+
+def _shown(character: str) -> str:
+    code = ord(character)
+    if code < 0x20:
+        return chr(CONTROL_PICTURES + code)
+    return f"<U+{code:04X}>" if unicodedata.category(character) in UNSEEN else character

@@ -45,3 +45,8 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def default_cache_dir() -> Path:
+    """$DPO_CACHE, or ~/.cache/dpo."""
+    return Path(os.environ.get("DPO_CACHE") or "~/.cache/dpo").expanduser()

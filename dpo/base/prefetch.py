@@ -4,22 +4,20 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-import torch
-
 Item = TypeVar("Item")
 Built = TypeVar("Built")
 
 
 def prefetch(
-    build: Callable[[Item], Built], items: Iterable[Item], device: torch.device
+    build: Callable[[Item], Built], items: Iterable[Item], prepare: Callable[[], None]
 ) -> Generator[Built, None, None]:
     """`build(item)` of each item in order, always one ahead of the one that is asked for; what it raises is raised
     where its result would have come.
 
-    `device` is the caller's: a thread that pins memory would else do so on the node's first GPU. Close it when it is
-    left early (`contextlib.closing`), so that no thread goes on unseen.
+    The thread calls `prepare` once, before the first item. Close the generator where it is left early
+    (`contextlib.closing`), so that no thread goes on unseen.
     """
-    with ThreadPoolExecutor(1, "prefetch", _choose, (device,)) as pool:
+    with ThreadPoolExecutor(1, "prefetch", prepare) as pool:
         ahead: Future[Built] | None = None
         for item in items:
             following = pool.submit(build, item)
@@ -28,8 +26,3 @@ def prefetch(
             ahead = following
         if ahead is not None:
             yield ahead.result()
-
-
-def _choose(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_device(device)

@@ -13,15 +13,30 @@ optimizer are left out: they are no matrix products, and no `FlopCounterMode` co
 is counted as if it saw everything: an upper bound, exact where no tree is longer than the window.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PretrainedConfig
 
-from dpo.batch.plan import CostModel, Tree
-from dpo.machine.data_sheets import find_sheet
+from dpo.batch.trees import Tree
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """FLOPs of a forward pass: of one token in the body, one attended (query, key) pair, one row of the head."""
+
+    per_token: float = 1.0
+    per_attended: float = 0.0
+    per_scored: float = 0.0
+    per_token_last: float = 0.0
+    """Of `per_token`: the last product of every layer, which activation checkpointing need not compute again."""
+
+    def cost(self, tree: Tree) -> float:
+        """FLOPs of the forward pass of one tree."""
+        return (
+            self.per_token * tree.num_tokens + self.per_attended * tree.num_attended + self.per_scored * tree.num_scored
+        )
+
 
 UNGATED = ("phi", "starcoder2", "nemotron", "gpt_bigcode")
 """Model types with grouped heads whose MLP has two products, up and down, and no gate."""
@@ -92,34 +107,3 @@ def step_flops(trees: Sequence[Tree], costs: CostModel, units: Units) -> float:
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------
-
-
-def device_peak(name: str, precision: str) -> float | None:
-    """Peak FLOPs a second of a GPU by the name that CUDA gives, None where it is not in the table of `data_sheets`;
-    `precision`: bfloat16, tf32, float32.
-    """
-    sheet = find_sheet(name)
-    return sheet.peak(precision) if sheet else None
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOPs a second that this rank could do at best in a dtype: of a GPU from the table (None: it does not stand
-    there), of a CPU measured, with the threads that torch has here, in a tenth of a second.
-    """
-    if device.type == "cpu":
-        return measured_peak(dtype)
-    precision = str(dtype).removeprefix("torch.")
-    if precision == "float32" and torch.backends.cuda.matmul.allow_tf32:
-        precision = "tf32"
-    return device_peak(torch.cuda.get_device_name(device), precision)
-
-
-def measured_peak(dtype: torch.dtype, size: int = 768, repeats: int = 12) -> float:
-    """The best of some square matrix products on this CPU."""
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        torch.mm(a, b)
-        seconds.append(time.perf_counter() - started)
-    return 2.0 * size**3 / min(seconds)

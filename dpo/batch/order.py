@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo.base.arrays import DiskArray
+from dpo.config import Config
+from dpo.data.prepare import PreferenceData
 
 WINDOW = 2**16
 """Places of an epoch that are worked out together: memory holds so many pair ids, not all."""
@@ -111,3 +113,18 @@ class PairOrder:
             items = self.prompt_of_pair[start:stop] if self.group_by_prompt else np.arange(start, stop)
             keys = _hashed(self.seed, epoch, items) if self.shuffled else items.astype(np.uint64)
             yield start, keys, (keys >> np.uint64(shift)).astype(np.int64)
+
+
+def make_order(config: Config, data: PreferenceData) -> tuple[PairOrder, int, int | None]:
+    """The order of pairs, the number of the last step, and the place in the sequence where the last step ends."""
+    order = PairOrder(
+        data.train.prompt_of_pair,
+        config.batch.pairs_per_step,
+        config.train.seed,
+        shuffled=config.data.order == "shuffled",
+        group_by_prompt=config.batch.group_by_prompt,
+    )
+    if config.train.steps is not None:
+        return order, config.train.steps, None
+    epochs = config.train.epochs or 1
+    return order, order.steps_of(epochs), epochs * order.num_pairs

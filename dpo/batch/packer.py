@@ -9,13 +9,14 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo.batch.block_mask import Window
-from dpo.batch.costs import cost_model
+from dpo.batch.costs import CostModel, cost_model
+from dpo.batch.layout import attention_windows
 from dpo.batch.packing import PackedBatch, RefLogps, pack, padded_length
-from dpo.batch.plan import CostModel, StepPlan, Tree, grow_trees, plan_step
+from dpo.batch.plan import StepPlan, plan_step
+from dpo.batch.trees import Tree, grow_trees
 from dpo.config import Config
 from dpo.data.pair_set import PairSet
 from dpo.distributed.world import World
-from dpo.model.policy import attention_windows
 
 PAIRS_PER_EVALUATION_PLAN = 1024
 """An evaluation set is planned in parts of so many pairs: planning grows faster than linearly."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from dpo.batch.block_mask import BLOCK, Span, Window
-from dpo.batch.plan import StepPlan, Tree
-from dpo.model.attention import Layout, make_layout
+from dpo.batch.layout import Layout, make_layout
+from dpo.batch.plan import StepPlan
+from dpo.batch.trees import Tree
 
 RefLogps = Callable[[np.ndarray, np.ndarray], float]
 """(prompt_ids, completion_ids) -> the completion's reference log-probability, nats."""

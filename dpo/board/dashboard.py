@@ -19,7 +19,7 @@ from tensorboard.plugins.histogram.summary_v2 import histogram_pb
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from dpo.base.visible import harmless
+from dpo.base.console import harmless
 from dpo.board.charts import LAYOUT, ROOT, Chart, histogram_place, place, text_place
 from dpo.board.event_files import drop_points, event_files, open_events, write_event
 from dpo.board.hparams import flat, write_entry

@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from dpo.base.console import say
 from dpo.base.errors import RunError, UserError
+from dpo.distributed.collectives import on_main
 from dpo.distributed.failures import storage_errors
-from dpo.distributed.world import World, on_main
+from dpo.distributed.world import World
 
 MARKER = "COMPLETE"
 DRAFT = ".tmp"

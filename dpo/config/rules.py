@@ -1,21 +1,10 @@
 """What values a config may hold beyond their types: bounds of single keys, and keys that must fit each other."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dpo.base.errors import UserError
 from dpo.config.fields import Config, DataConfig, LossConfig, ParallelConfig
-
-
-def is_hub_id(path: str) -> bool:
-    """Whether a path that is not there may be one of the hub's, org/name; any other must be a file or folder."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path))
-
-
-def is_tokenizer_id(path: str) -> bool:
-    """The same for tokenizers, of which old ones have no organization: gpt2."""
-    return is_hub_id(path) or is_hub_id(f"org/{path}")
 
 
 @dataclass(frozen=True)

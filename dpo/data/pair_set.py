@@ -15,11 +15,19 @@ import numpy as np
 import pyarrow as pa
 
 from dpo.base.arrays import DiskArray, HeldFile, hold_file, open_array, read_into
-from dpo.batch.plan import Pair
 from dpo.data.token_rows import keys16, lists, offsets, pairs_of
 
 Column = DiskArray | np.ndarray
 NAMES = ("row_of_pair", "pair_in_row", "prompt_of_pair", "sizes", "places", "keys")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference as token ids, each a 1-D int32 array; the completions end as the model should end them."""
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)

@@ -28,7 +28,8 @@ from dpo.data.pair_set import PairSet, open_pair_set, write_pair_set
 from dpo.data.report import DataReport, SourceReport, dropped_pairs, from_json, report_source, to_json
 from dpo.data.sources import Source, cache_path, digest, open_source
 from dpo.data.token_rows import raise_first_error, tokenize_source
-from dpo.data.tokens import Encoder, check_vocabulary, ids_encoder, limits_of, load_tokenizer, text_encoder
+from dpo.data.tokenizer import Encoder, check_vocabulary, ids_encoder, load_tokenizer, text_encoder
+from dpo.data.tokens import limits_of
 
 __all__ = ["DataReport", "PairSet", "PreferenceData", "prepare_data"]
 

@@ -18,8 +18,8 @@ import datasets
 import pyarrow.compute as pc
 
 from dpo.base.errors import UserError
+from dpo.base.hub import is_hub_id
 from dpo.config import SourceConfig
-from dpo.config.rules import is_hub_id
 from dpo.data.formats.json_rows import json_rows
 from dpo.data.formats.row_fields import Row
 

@@ -19,16 +19,9 @@ import pyarrow as pa
 from dpo.base.errors import UserError
 from dpo.data.formats.examples import READS, to_example
 from dpo.data.formats.row_fields import Row
-from dpo.data.keys import completion_key, prompt_key
 from dpo.data.sources import Source, cache_path, decode_row, digest
-from dpo.data.tokens import (
-    Encoder,
-    Limits,
-    TokenizedExample,
-    encoder_content,
-    merges_at_boundary,
-    tokenize,
-)
+from dpo.data.tokenizer import Encoder, encoder_content, merges_at_boundary
+from dpo.data.tokens import Limits, TokenizedExample, completion_key, prompt_key, tokenize
 
 NUM_AUDITED_ROWS = 256  # the first of every source, in which joined tokenizing is compared: it costs as much again
 MAX_NUM_PROC, SMALL_SET = 8, 4000  # below that many rows the processes cost more than they save

@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from dpo.base.errors import UserError, parse_arguments
+from dpo.base.command import parse_arguments
+from dpo.base.errors import UserError
 from dpo.config import (
     BatchConfig,
     CheckpointConfig,

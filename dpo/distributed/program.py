@@ -10,14 +10,14 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from dpo.base.console import say, set_quiet, warn
+from dpo.base.console import harmless, say, set_quiet, warn
 from dpo.base.errors import Preempted, RunError, UserError
-from dpo.base.visible import harmless
+from dpo.base.status import write_status
 from dpo.config import with_place
+from dpo.distributed.collectives import all_gather
 from dpo.distributed.failures import met_alone, record_failure
-from dpo.distributed.world import all_gather, join
+from dpo.distributed.startup import join
 from dpo.machine.versions import untested_versions
-from dpo.run.files import write_status
 
 
 def exit_program(main: Callable[[], None]) -> NoReturn:

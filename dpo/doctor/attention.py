@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from dpo.batch.block_mask import Span, host_mask
+from dpo.batch.layout import make_layout
 from dpo.distributed.world import World
 from dpo.doctor.parts import Failure, Finding, Part, Subject, attempt
 from dpo.machine.toolchain import needs_of
-from dpo.model.attention import block_attention, make_layout, segment_attention
+from dpo.model.attention import block_attention, segment_attention
 
 SPANS = (Span(0, 150, (70, 40)), Span(260, 90, (100,)))
 """Two trees, the first with a completion that stands apart from its prompt."""

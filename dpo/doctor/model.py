@@ -10,8 +10,9 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo.config import Config
+from dpo.distributed.collectives import all_gather, on_main
 from dpo.distributed.failures import estimate_command
-from dpo.distributed.world import World, all_gather, on_main
+from dpo.distributed.world import World
 from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, agreed, attempt
 from dpo.doctor.words import gib
 from dpo.estimate.at_start import choice_here
@@ -20,7 +21,7 @@ from dpo.estimate.lengths import find_lengths
 from dpo.estimate.memory import state_numbers
 from dpo.estimate.words import shown_count
 from dpo.machine.facts import host_memory
-from dpo.model.policy import build_on_meta
+from dpo.model.build import build_on_meta
 
 
 def sizes_of(config: Config, model_config: PretrainedConfig) -> Sizes:

@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 
 from dpo.base.errors import RunError, UserError
 from dpo.config import Config, ParallelConfig
-from dpo.distributed.world import World, all_gather, first_on_each_node, together
+from dpo.distributed.collectives import all_gather, first_on_each_node, together
+from dpo.distributed.world import World
 from dpo.model.parallelize import compute_dtype
 
 T = TypeVar("T")

@@ -15,9 +15,12 @@ from transformers import PretrainedConfig
 
 from dpo.base.console import say
 from dpo.base.errors import RunError
+from dpo.base.files import default_cache_dir
 from dpo.config import Config, ParallelConfig, load_config
 from dpo.config.reading import split_command_line
-from dpo.distributed.world import World, all_gather, check_mesh, first_on_each_node, on_main, open_world, start_devices
+from dpo.distributed.collectives import all_gather, first_on_each_node, on_main
+from dpo.distributed.startup import open_world, start_devices
+from dpo.distributed.world import World, check_mesh
 from dpo.doctor.attention import ATTENTION
 from dpo.doctor.machine import DEVICES, TOOLCHAIN, VERSIONS
 from dpo.doctor.model import MODEL, sizes_of
@@ -25,10 +28,9 @@ from dpo.doctor.parts import Finding, Part, Subject, examine
 from dpo.doctor.speed import LINKS, PRODUCTS
 from dpo.doctor.storage import CACHE, STORAGE
 from dpo.doctor.words import header, lines_of, verdict
-from dpo.inspect.program import find_model_config, read_named_config
 from dpo.model.kernels import keep_kernels
-from dpo.ref_logps.blocks import default_cache_dir
-from dpo.reference import cache_root
+from dpo.model.weights import find_model_config, read_named_config
+from dpo.ref_logps.fill import cache_root
 from dpo.step.objective import has_reference
 
 DESCRIPTION = """Says on one screen whether a run would work here and how fast the machine is: devices, versions,

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo.batch.costs import device_peak, measured_peak
 from dpo.distributed.world import World, make_mesh
 from dpo.doctor.parts import Finding, Part, Subject, agreed
 from dpo.doctor.words import counted, flops, rate
 from dpo.estimate.devices import DEVICES, Device, this_machine
 from dpo.machine.data_sheets import find_sheet
+from dpo.machine.peaks import device_peak, measured_peak
 
 SLOW = 0.5
 """Share of what is expected below which it is said to be slow."""

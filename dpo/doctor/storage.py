@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.base.errors import RunError
-from dpo.distributed.world import World, all_gather
+from dpo.distributed.collectives import all_gather
+from dpo.distributed.world import World
 from dpo.doctor.parts import Finding, Part, Sizes, Subject, agreed
 from dpo.doctor.words import counted, gib, rate
 from dpo.estimate.words import shown_seconds

@@ -21,7 +21,8 @@ from transformers import PretrainedConfig
 from dpo.base.console import say, warn
 from dpo.base.errors import RunError, UserError
 from dpo.config import Config
-from dpo.distributed.world import World, all_gather, on_main
+from dpo.distributed.collectives import all_gather, on_main
+from dpo.distributed.world import World
 from dpo.estimate.choice import Case, Choice, decide_by_bound, decide_by_rehearsal, with_values, without_estimate
 from dpo.estimate.devices import Device, device_like, this_machine
 from dpo.estimate.lengths import Lengths, lengths_of_pairs

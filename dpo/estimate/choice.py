@@ -25,8 +25,8 @@ from dpo.estimate.needs import Layout, needed_bytes, plans_of
 from dpo.estimate.speed import Cluster, step_speed
 from dpo.estimate.traffic import ITEMSIZES, Groups, parameter_groups
 from dpo.estimate.words import gib
+from dpo.model.build import build_on_meta
 from dpo.model.parallelize import decoder_layers
-from dpo.model.policy import build_on_meta
 
 ROOM = 0.08
 """Share of the device's memory that what is chosen leaves free."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from dpo.batch.costs import device_peak, measured_peak
 from dpo.machine.data_sheets import GIB, SHEETS, DataSheet, find_sheet, nearest_sheet
+from dpo.machine.peaks import device_peak, measured_peak
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from dpo.base.errors import UserError
-from dpo.batch.order import PairOrder
-from dpo.batch.plan import StepPlan, Tree, grow_trees
+from dpo.batch.order import PairOrder, make_order
+from dpo.batch.plan import StepPlan
+from dpo.batch.trees import Tree, grow_trees
 from dpo.config import Config
 from dpo.data.pair_set import PairSet
 from dpo.data.prepare import prepare_data
-from dpo.data.tokens import has_tokenizer
-from dpo.run.inputs import make_order
+from dpo.data.tokenizer import has_tokenizer
 
 NUM_STEPS = 16  # of the data that are looked at, evenly spread
 

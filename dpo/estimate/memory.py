@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from dpo.batch.plan import StepPlan, Tree
+from dpo.batch.plan import StepPlan
+from dpo.batch.trees import Tree
 from dpo.config import Config, OptimConfig
 from dpo.estimate.rehearsal import Rehearsal, rehearse
 from dpo.estimate.timeline import GRADIENTS, HEAD, WEIGHTS, Bytes, Moment

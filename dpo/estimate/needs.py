@@ -7,7 +7,8 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo.batch.costs import cost_model
-from dpo.batch.plan import StepPlan, Tree, plan_step
+from dpo.batch.plan import StepPlan, plan_step
+from dpo.batch.trees import Tree
 from dpo.config import Config
 from dpo.estimate.devices import Device
 from dpo.estimate.lengths import Lengths, MicroBatch, largest_micro_batches

@@ -14,8 +14,9 @@ import torch
 from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
+from dpo.base.command import own_flags, split_words
 from dpo.base.console import is_quiet, say
-from dpo.base.errors import RunError, UserError, own_flags, split_words
+from dpo.base.errors import RunError, UserError
 from dpo.config import Config, load_config
 from dpo.distributed.world import World, check_mesh
 from dpo.estimate.advice import advice
@@ -27,7 +28,7 @@ from dpo.estimate.needs import Layout, memory_of, needed_bytes, plans_of, with_d
 from dpo.estimate.speed import DEFAULT_MFU, Cluster, Speed, step_speed
 from dpo.estimate.traffic import Groups
 from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wrapped
-from dpo.inspect.program import find_model_config
+from dpo.model.weights import find_model_config
 
 DEFAULT_RANKS_PER_NODE = 8
 

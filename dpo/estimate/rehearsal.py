@@ -21,16 +21,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
 from dpo.batch.packing import PackedBatch, pack, padded_length
-from dpo.batch.plan import StepPlan, Tree
+from dpo.batch.plan import StepPlan
+from dpo.batch.trees import Tree
 from dpo.config import Config
 from dpo.distributed.world import World, make_mesh
 from dpo.estimate.compiled import compiled_backend
 from dpo.estimate.stand_in import flex_attention_stood_in_for
 from dpo.estimate.timeline import HEAD, Bytes, Moment, Timeline
 from dpo.estimate.traffic import Groups, parameter_groups
+from dpo.model.build import build_policy
 from dpo.model.kernels import compile_layers
 from dpo.model.parallelize import decoder_layers, is_compiled
-from dpo.model.policy import Policy, announce_backward, build_policy, completion_logps
+from dpo.model.policy import Policy, announce_backward, completion_logps
 from dpo.step.objective import pair_losses
 
 

@@ -16,7 +16,8 @@ import torch
 from transformers import PretrainedConfig
 
 from dpo.batch.costs import MODEL_UNITS, Units, cost_model, step_flops, units
-from dpo.batch.plan import StepPlan, Tree
+from dpo.batch.plan import StepPlan
+from dpo.batch.trees import Tree
 from dpo.config import Config, ParallelConfig
 from dpo.estimate.devices import Device
 from dpo.estimate.traffic import ITEMSIZES, Groups, step_traffic

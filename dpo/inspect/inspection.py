@@ -9,7 +9,7 @@ from dpo.batch.order import PairOrder
 from dpo.config import Config
 from dpo.data.prepare import PreferenceData
 from dpo.data.report import DataReport
-from dpo.data.tokens import ids_encoder, text_encoder
+from dpo.data.tokenizer import ids_encoder, text_encoder
 from dpo.inspect.shown_pairs import ShownPair, make_speller, show_pairs
 from dpo.inspect.statistics import EndIds, SetStatistics, shared_pairs, summarize
 from dpo.inspect.step_tokens import StepTokens, step_tokens

@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 from datasets import disable_progress_bars
-from transformers import PretrainedConfig
 
+from dpo.base.command import own_flags, split_words
 from dpo.base.console import is_quiet, say
-from dpo.base.errors import UserError, own_flags, split_words
+from dpo.base.errors import UserError
+from dpo.batch.order import make_order
 from dpo.config import Config, load_config
-from dpo.config.rules import is_hub_id
 from dpo.data.prepare import PreferenceData, prepare_data
-from dpo.data.tokens import has_tokenizer, load_tokenizer
+from dpo.data.tokenizer import has_tokenizer, load_tokenizer
 from dpo.inspect.inspection import Inspection, inspect_data
 from dpo.inspect.page import html_page
 from dpo.inspect.terminal import make_console, print_inspection
-from dpo.model.weights import read_model_config
-from dpo.run.inputs import make_order
+from dpo.model.weights import find_model_config
 
 DESCRIPTION = """Shows what the trainer will really see of its data; needs no GPU and no weights. Beside the keys below:
 --html FILE also writes all of it as one page that needs nothing else; --examples N shows the first N pairs of step 1,
@@ -62,21 +61,6 @@ def inspect(config: Config, num_examples: int) -> Inspection:
     data = prepare_data(config, model_config)
     order, last_step, _ = make_order(config, data)
     return inspect_data(config, model_config, find_tokenizer(config, data), data, order, last_step, num_examples)
-
-
-def find_model_config(config: Config) -> PretrainedConfig:
-    """The config of model.path, a folder or hub id; no weights need to be there, and none are downloaded."""
-    return read_named_config(config.model.path, "model.path", config.model.trust_remote_code)
-
-
-def read_named_config(name: str, key: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The config of a model, a folder or hub id, that stands under a key of the config."""
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"{key}: {path} has no config.json; valid: a Hugging Face model folder or hub id")
-    if not path.exists() and not is_hub_id(name):
-        raise UserError(f"{key}: no such folder: {path}; valid: a Hugging Face model folder or hub id")
-    return read_model_config(path, trust_remote_code)
 
 
 def find_tokenizer(config: Config, data: PreferenceData) -> Any:

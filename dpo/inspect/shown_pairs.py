@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo.base.visible import visible
+from dpo.base.console import visible
 from dpo.data.pair_set import PairSet
 from dpo.data.report import SourceReport
 

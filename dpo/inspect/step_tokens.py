@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpo.batch.order import PairOrder
-from dpo.batch.plan import grow_trees
+from dpo.batch.trees import grow_trees
 from dpo.data.pair_set import PairSet
 
 NUM_STEPS = 64  # at most, that are looked at

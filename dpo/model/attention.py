@@ -6,8 +6,7 @@ attention; on CUDA the same layout is one FlexAttention call with a block mask.
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,66 +16,15 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 
 from dpo.base.errors import UserError
-from dpo.batch.block_mask import BLOCK, HostMask, Span, Window, host_mask
+from dpo.batch.block_mask import BLOCK, Window
+from dpo.batch.layout import Layout, segments
 from dpo.model.flex_options import flex_options
 
 ATTENTION = "dpo_tree"
 """The name under which transformers finds this attention; it is part of the reference cache's key."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What attention must know of a packed row: its trees, and the masks of each window, made once a micro-batch.
-
-    Meant for CUDA, `masks[window]` is a HostMask, and once there a BlockMask. On a CPU it holds, for each tree, the
-    mask of each segment (see `segments`), None where plain causal attention is right.
-    """
-
-    spans: tuple[Span, ...]
-    masks: Mapping[Window, Any]
-
-    def to(self, device: torch.device) -> "Layout":
-        """The layout with its masks on a device; the host does not wait for the copies."""
-        moved = {w: mask.to(device) if isinstance(mask, HostMask) else mask for w, mask in self.masks.items()}
-        return replace(self, masks=moved)
-
-
-def make_layout(spans: Sequence[Span], windows: Sequence[Window], num_tokens: int, device: torch.device) -> Layout:
-    """The layout of a row of `num_tokens` tokens that is meant for `device`, made on the host.
-
-    The tokens behind the last tree are padding: a tree of their own, so that no row of the softmax is empty.
-    """
-    used = sum(span.num_tokens for span in spans)
-    spans = (*spans, *([Span(used, num_tokens - used, ())] if num_tokens > used else []))
-    if device.type == "cuda":
-        masks: dict[Window, Any] = {w: host_mask(spans, w, pin=True) for w in windows}
-    else:
-        masks = {w: [[segment_mask(*segment, w) for segment in segments(span)] for span in spans] for w in windows}
-    return Layout(spans, masks)
-
-
 # --- on a CPU: segment by segment ------------------------------------------------------------------------------------
-
-
-def segments(span: Span) -> list[tuple[int, int, bool]]:
-    """The attention calls of a tree as (queries, keys, whether they are causal from the first key on).
-
-    The prompt and the first completion are one causal run; each further completion looks at the prompt's keys and its
-    own, the queries standing at the end.
-    """
-    first = span.prompt_len + (span.completion_lens[0] if span.completion_lens else 0)
-    return [(first, first, True)] + [(n, span.prompt_len + n, False) for n in span.completion_lens[1:]]
-
-
-def segment_mask(num_queries: int, num_keys: int, causal: bool, window: Window) -> Tensor | None:
-    """A float mask (num_queries, num_keys), 0 or -inf, the last query at the last key; None for plain causal
-    attention.
-    """
-    if causal and (window is None or num_keys <= window):
-        return None
-    distance = torch.arange(num_keys - num_queries, num_keys)[:, None] - torch.arange(num_keys)
-    seen = (distance >= 0) & (distance < (window or num_keys))
-    return torch.zeros(num_queries, num_keys).masked_fill_(~seen, float("-inf"))
 
 
 def segment_attention(

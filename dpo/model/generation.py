@@ -16,8 +16,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig
 
 from dpo.base.console import say
-from dpo.data.tokens import Ids, limits_of
-from dpo.distributed.world import World, all_gather
+from dpo.data.tokenizer import Ids
+from dpo.data.tokens import limits_of
+from dpo.distributed.collectives import all_gather
+from dpo.distributed.world import World
 from dpo.machine.facts import host_memory
 from dpo.model.parallelize import compute_dtype, decoder_layers
 from dpo.model.policy import Policy, reshard

@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir as torch_folder
 
 from dpo.base.console import warn
-from dpo.ref_logps.blocks import default_cache_dir
+from dpo.base.files import default_cache_dir
 
 Graphs = Counter[tuple[str, bool]]
 """(kind of layer, whether with gradients) -> graphs compiled so far."""

@@ -15,12 +15,13 @@ from dpo.base.console import say
 from dpo.batch.block_mask import BLOCK
 from dpo.batch.packer import Packer
 from dpo.batch.packing import PackedBatch
-from dpo.batch.plan import Tree
+from dpo.batch.trees import Tree
 from dpo.config import Config
 from dpo.distributed.world import World
+from dpo.model.build import load_policy
 from dpo.model.kernels import describe_graphs, kernel_folder, num_graphs
 from dpo.model.parallelize import is_compiled
-from dpo.model.policy import Policy, announce_backward, completion_logps, load_policy, reshard
+from dpo.model.policy import Policy, announce_backward, completion_logps, reshard
 
 LENGTHS = (17 * BLOCK, 6 * BLOCK)
 """Tokens of the rows. The first, as a number of tokens or of blocks, is the size of nothing else in a model. A length

@@ -16,9 +16,11 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from transformers import AutoConfig, PretrainedConfig
 
 from dpo.base.errors import UserError
-from dpo.config.rules import is_hub_id
+from dpo.base.hub import is_hub_id
+from dpo.config import Config
+from dpo.distributed.collectives import all_gather, first_on_each_node, on_main, together
 from dpo.distributed.failures import storage_errors
-from dpo.distributed.world import World, all_gather, first_on_each_node, on_main, together
+from dpo.distributed.world import World
 
 CONFIG_NOISE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 """Keys of a model's config that change no value the model computes in our dtypes."""
@@ -233,3 +235,18 @@ def _tidy(folder: Path) -> None:
         files[0].rename(folder / "model.safetensors")
         for index in folder.glob("*.index.json"):
             index.unlink()
+
+
+def find_model_config(config: Config) -> PretrainedConfig:
+    """The config of model.path, a folder or hub id; no weights need to be there, and none are downloaded."""
+    return read_named_config(config.model.path, "model.path", config.model.trust_remote_code)
+
+
+def read_named_config(name: str, key: str, trust_remote_code: bool) -> PretrainedConfig:
+    """The config of a model, a folder or hub id, that stands under a key of the config."""
+    path = Path(name)
+    if path.exists() and not (path / "config.json").is_file():
+        raise UserError(f"{key}: {path} has no config.json; valid: a Hugging Face model folder or hub id")
+    if not path.exists() and not is_hub_id(name):
+        raise UserError(f"{key}: no such folder: {path}; valid: a Hugging Face model folder or hub id")
+    return read_model_config(path, trust_remote_code)

@@ -11,7 +11,6 @@ killed one leaves whole blocks. Which rows belong together is said by the folder
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,6 @@ Making = Mapping[str, str | bool]
 def reference_key(facts: Mapping[str, str]) -> str:
     """The folder name for the facts that decide a row's value: the model by content, and the numerics."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def default_cache_dir() -> Path:
-    """$DPO_CACHE, or ~/.cache/dpo."""
-    return Path(os.environ.get("DPO_CACHE") or "~/.cache/dpo").expanduser()
 
 
 def split_keys(keys: Sequence[bytes]) -> np.ndarray:

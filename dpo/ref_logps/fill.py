@@ -16,21 +16,24 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpo.base.console import progress
+from dpo.base.console import progress, say
 from dpo.base.errors import Preempted, RunError, UserError
-from dpo.base.files import write_atomically
+from dpo.base.files import default_cache_dir, write_atomically
 from dpo.base.prefetch import prefetch
 from dpo.batch.packer import Packer
 from dpo.batch.packing import PackedBatch
-from dpo.batch.plan import StepPlan, Tree
-from dpo.data.keys import completion_key
+from dpo.batch.plan import StepPlan
+from dpo.batch.trees import Tree
+from dpo.config import Config
 from dpo.data.pair_set import PairSet
+from dpo.data.tokens import completion_key
+from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.preemption import StopRequest
-from dpo.distributed.world import World, all_gather, on_main, together
-from dpo.model.attention import ATTENTION
-from dpo.model.log_probs import has_float32_product
+from dpo.distributed.world import World, use_device
+from dpo.model.parallelize import compute_dtype, is_compiled
 from dpo.model.policy import Policy, completion_logps, free_memory
-from dpo.ref_logps.blocks import Making, first_of_each, read_rows, split_keys, write_making, write_rows
+from dpo.ref_logps.blocks import Making, first_of_each, read_rows, reference_key, split_keys, write_making, write_rows
+from dpo.ref_logps.making import difference, joined_making, making, numerics
 from dpo.ref_logps.table import RefTable, find_table, open_table, table_makings, table_name, write_table
 
 SECONDS_BETWEEN_BLOCKS = 30.0
@@ -57,45 +60,6 @@ class ReferencePass:
     def figures(self) -> dict[str, float]:
         """What metrics.jsonl has of it."""
         return {"rows_computed": self.rows_computed, "rows_reused": self.rows_reused, "seconds": self.seconds}
-
-
-def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device, tf32: bool) -> dict[str, str]:
-    """The facts beside the model that change a log-probability's bits enough to matter.
-
-    A fact that some numerics lack is left out of theirs: rows that were computed before it was known keep their key.
-    """
-    head = {"head": "float32 product"} if has_float32_product(device.type, compute) else {}
-    path = "flex" if device.type == "cuda" else "segments"
-    return {
-        "dtype": policy_dtype,
-        "compute_dtype": f"{compute}/tf32" if tf32 and device.type == "cuda" else str(compute),
-        "device": device.type,
-        "attention": f"{ATTENTION}/{path}",
-    } | head
-
-
-def making(device: torch.device, compiled: bool) -> Making:
-    """How this process makes rows: what changes their last digits and is not in their key."""
-    capability = "cpu"
-    if device.type == "cuda":
-        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-    return {"torch": str(torch.__version__), "device": capability, "compile": compiled}
-
-
-def joined_making(makings: Sequence[Making]) -> Making:
-    """How several ranks together make rows: where they differ, all that they say."""
-    values = {name: sorted({str(making[name]) for making in makings}) for name in makings[0]}
-    return {name: ", ".join(found) if len(found) > 1 else makings[0][name] for name, found in values.items()}
-
-
-def difference(made: Sequence[Making | None], now: Making) -> str | None:
-    """Describes how cached rows were computed differently from this run; None if they were not."""
-    others = [
-        "unknown" if making is None else ", ".join(f"{name} {making.get(name, 'unknown')}" for name in now)
-        for making in made
-        if making is None or any(making.get(name) != now[name] for name in now)
-    ]
-    return f"{'; '.join(others)}; this run: {', '.join(f'{name} {now[name]}' for name in now)}" if others else None
 
 
 def lookup(rows: RefTable) -> Callable[[np.ndarray, np.ndarray], float]:
@@ -210,7 +174,7 @@ def _compute(
     packer = replace(packer, windows=policy.windows)
     chunk_tokens = 4 * packer.tokens_per_micro_batch * world.size
     block = _Block(folder, now)
-    ahead = prefetch(partial(_plan_and_pack, packer), _chunks(items, chunk_tokens), policy.device)
+    ahead = prefetch(partial(_plan_and_pack, packer), _chunks(items, chunk_tokens), partial(use_device, policy.device))
     with closing(ahead), progress("reference", total, "completions", world.is_main) as bar:
         for plan, batches in ahead:
             rows = _run(plan, batches, policy, head_bytes, world)
@@ -294,3 +258,34 @@ def _trees(chunk: list[Completion]) -> list[Tree]:
         trunks.setdefault(prompt_ids.tobytes(), prompt_ids)
         branches.setdefault(prompt_ids.tobytes(), []).append(completion_ids)
     return [Tree(prompt_ids, tuple(branches[name]), ()) for name, prompt_ids in trunks.items()]
+
+
+def fill_cache(
+    config: Config,
+    world: World,
+    reference_hash: str,
+    sets: Sequence[PairSet],
+    reference: Callable[[], Policy],
+    packer: Packer,
+    stop_requested: StopRequest,
+) -> tuple[RefTable, ReferencePass]:
+    """The rows of all pairs of `sets`, and what it took to have them. Every rank must get here.
+
+    `reference()` gives the model, whose hash by content is `reference_hash`; it is called only where a row is missing.
+    """
+    compute = compute_dtype(config.parallel, packer.dtype, world.device)
+    facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device, config.parallel.tf32)
+    root = cache_root(config)
+    head_bytes = config.parallel.head_memory_mib * 2**20
+    now = joined_making(all_gather(making(world.device, is_compiled(config.parallel, world.device))))
+    rows, done = fill(
+        sets, root / reference_key(facts), facts, now, reference, packer, head_bytes, world, stop_requested
+    )
+    if world.is_main:
+        say(f"reference: {done.rows_computed} log-probabilities computed, {done.rows_reused} from the cache {root}")
+    return rows, done
+
+
+def cache_root(config: Config) -> Path:
+    """The folder of the cached log-probabilities, those of all references."""
+    return Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()

@@ -22,8 +22,9 @@ from dpo.base.files import write_atomically
 from dpo.board.dashboard import Answer
 from dpo.config import Config, EvalConfig
 from dpo.data.pair_set import PairSet
-from dpo.data.tokens import Ids, ids_encoder, load_tokenizer
-from dpo.distributed.world import World, first_on_each_node, on_main
+from dpo.data.tokenizer import Ids, ids_encoder, load_tokenizer
+from dpo.distributed.collectives import first_on_each_node, on_main
+from dpo.distributed.world import World
 from dpo.model.generation import generate
 from dpo.model.policy import Policy
 from dpo.run.files import ANSWERS

@@ -12,10 +12,7 @@ jobs/             what `python -m launch.submit` and its jobs wrote: scripts, lo
 """
 
 import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from dpo.base.errors import RunError
 from dpo.base.files import write_atomically
@@ -25,9 +22,6 @@ ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
 
 LAST_STEPS = 10
 """A figure of training is shown as its mean over so many last steps: one step's pairs say little."""
-
-STATUS_FILE = "DPO_STATUS_FILE"
-"""The environment variable in which a launcher names the file that `write_status` fills."""
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -56,13 +50,3 @@ def drop_metrics_after(run_dir: Path, step: int) -> None:
     """Rewrites metrics.jsonl without the lines of steps after `step`, in one atomic replacement."""
     kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
     write_atomically(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-
-def write_status(status: Mapping[str, Any]) -> None:
-    """Tells the launcher, if there is one, how a program ended well: {"state": "done" or "preempted", "step": s}.
-
-    For rank 0 alone. torchrun's exit code does not say it: 0 is both.
-    """
-    path = os.environ.get(STATUS_FILE)
-    if path:
-        write_atomically(Path(path), json.dumps(status).encode())

@@ -11,10 +11,11 @@ from transformers import PretrainedConfig
 
 from dpo.base.console import is_quiet, say, warn
 from dpo.base.errors import UserError
-from dpo.batch.order import PairOrder
+from dpo.batch.order import PairOrder, make_order
 from dpo.config import Config, ParallelConfig
 from dpo.data.prepare import PreferenceData, prepare_data
-from dpo.distributed.world import World, all_gather, check_mesh, first_on_each_node, together
+from dpo.distributed.collectives import all_gather, first_on_each_node, together
+from dpo.distributed.world import World, check_mesh
 from dpo.machine.facts import gather_facts
 from dpo.machine.toolchain import check_toolchain, find_warnings, needs_of
 from dpo.model.parallelize import compute_dtype
@@ -119,18 +120,3 @@ def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tup
 
     model = read(folders[0])
     return model, model if folders[1] == folders[0] else read(folders[1])
-
-
-def make_order(config: Config, data: PreferenceData) -> tuple[PairOrder, int, int | None]:
-    """The order of pairs, the number of the last step, and the place in the sequence where the last step ends."""
-    order = PairOrder(
-        data.train.prompt_of_pair,
-        config.batch.pairs_per_step,
-        config.train.seed,
-        shuffled=config.data.order == "shuffled",
-        group_by_prompt=config.batch.group_by_prompt,
-    )
-    if config.train.steps is not None:
-        return order, config.train.steps, None
-    epochs = config.train.epochs or 1
-    return order, order.steps_of(epochs), epochs * order.num_pairs

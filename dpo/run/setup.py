@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from dpo.base.errors import Preempted
-from dpo.batch.costs import peak_flops
 from dpo.batch.packer import Packer, make_packer
 from dpo.checkpoint.store import load_checkpoint
 from dpo.config import Config
+from dpo.distributed.collectives import all_gather
 from dpo.distributed.preemption import StopRequest
-from dpo.distributed.world import World, all_gather
+from dpo.distributed.world import World
+from dpo.machine.peaks import peak_flops
 from dpo.model.parallelize import compute_dtype
 from dpo.model.policy import Policy, free_memory, reshard
 from dpo.model.warm_up import load_and_warm
-from dpo.ref_logps.fill import ReferencePass, lookup
-from dpo.reference import fill_cache
+from dpo.ref_logps.fill import ReferencePass, fill_cache, lookup
 from dpo.run.answers import AnswerBook, prepare_answers
 from dpo.run.folder import Start
 from dpo.run.inputs import Inputs

@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from dpo.base.console import say, warn
-from dpo.batch.plan import grow_trees
+from dpo.batch.trees import grow_trees
 from dpo.board.dashboard import Answer, fenced
+from dpo.board.writer import MetricsWriter
 from dpo.config import Config, OptimConfig, to_yaml
 from dpo.run.files import FINAL, LAST_STEPS, PROVENANCE, read_metrics
 from dpo.run.setup import Run
 from dpo.step.deviation import Deviation
 from dpo.step.evaluation import Evaluation
-from dpo.step.metrics import MetricsWriter, prefixed
+from dpo.step.metrics import prefixed
 from dpo.step.optim import lr_at
 
 COLUMNS = 100

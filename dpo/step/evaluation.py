@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,8 +11,9 @@ from dpo.base.prefetch import prefetch
 from dpo.batch.packer import Packer, evaluation_plans
 from dpo.config import LossConfig
 from dpo.data.pair_set import PairSet
+from dpo.distributed.collectives import all_gather
 from dpo.distributed.preemption import StopRequest
-from dpo.distributed.world import all_gather
+from dpo.distributed.world import use_device
 from dpo.model.policy import Policy, completion_logps, reshard
 from dpo.step.metrics import StepMetrics, pair_means
 from dpo.step.objective import has_reference, pair_losses
@@ -34,7 +36,7 @@ def evaluate(
     metrics, margins = StepMetrics(policy.device), [torch.zeros(0, device=policy.device)]
     must_stop = False
     plans = evaluation_plans(pairs, packer)
-    with torch.no_grad(), closing(prefetch(packer.pack, plans, policy.device)) as parts:
+    with torch.no_grad(), closing(prefetch(packer.pack, plans, partial(use_device, policy.device))) as parts:
         for batches in parts:
             for batch in (batch.to(policy.device) for batch in batches):
                 pi_logps = completion_logps(policy, batch, head_bytes)

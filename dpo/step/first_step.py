@@ -15,10 +15,11 @@ from dpo.base.console import warn
 from dpo.base.errors import RunError
 from dpo.batch.packer import Packer
 from dpo.batch.packing import PackedBatch
-from dpo.batch.plan import StepPlan, Tree
+from dpo.batch.plan import StepPlan
+from dpo.batch.trees import Tree
 from dpo.config import LossConfig
-from dpo.data.keys import completion_key
-from dpo.distributed.world import all_gather
+from dpo.data.tokens import completion_key
+from dpo.distributed.collectives import all_gather
 from dpo.model.policy import Policy, completion_logps, reshard
 from dpo.step.deviation import (
     Completions,

@@ -1,18 +1,14 @@
 """What a run measures: sums on the device, one exchange a step, then metrics.jsonl and TensorBoard on rank 0."""
 
-import json
-import os
 import resource
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dpo.batch.packing import PackedBatch
-from dpo.board.dashboard import Dashboard
 
 MEASURED = (
     "losses",
@@ -141,25 +137,3 @@ def prefixed(group: str, figures: Mapping[str, float]) -> dict[str, float]:
 
 
 # --- written ---------------------------------------------------------------------------------------------------------
-
-
-class MetricsWriter:
-    """Appends to a run's metrics.jsonl and TensorBoard events; made on rank 0 alone."""
-
-    def __init__(self, run_dir: Path, first_step: int):
-        self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
-        self.board = Dashboard(run_dir / "tensorboard", first_step)
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, `{"step": step, name: figure, ...}`, and a point in each figure's chart."""
-        print(json.dumps({"step": step, **figures}, allow_nan=False), file=self.file, flush=True)
-        self.board.figures(step, figures)
-
-    def sync(self) -> None:
-        """Waits until every line is on the disk."""
-        os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        """Flushes both."""
-        self.file.close()
-        self.board.close()

@@ -4,16 +4,17 @@ import threading
 from contextlib import closing
 
 import pytest
-import torch
 
 from dpo.base.prefetch import prefetch
 
-CPU = torch.device("cpu")
+
+def nothing() -> None:
+    """Prepares nothing."""
 
 
 def test_in_order_and_nothing_is_left_out() -> None:
-    assert list(prefetch(str, range(5), CPU)) == ["0", "1", "2", "3", "4"]
-    assert list(prefetch(str, [], CPU)) == []
+    assert list(prefetch(str, range(5), nothing)) == ["0", "1", "2", "3", "4"]
+    assert list(prefetch(str, [], nothing)) == []
 
 
 def test_the_next_is_built_while_this_one_is_used() -> None:
@@ -28,7 +29,7 @@ def test_the_next_is_built_while_this_one_is_used() -> None:
         built[item].set()
         return item
 
-    with closing(prefetch(build, range(3), CPU)) as results:
+    with closing(prefetch(build, range(3), nothing)) as results:
         assert next(results) == 0
         assert built[1].wait(30)
         assert not built[2].is_set()
@@ -40,13 +41,13 @@ def test_the_next_is_built_while_this_one_is_used() -> None:
 
 def test_a_failure_comes_in_its_place() -> None:
     """Items 0 and 1 are good, 2 is not."""
-    results = prefetch(lambda item: 1 // (2 - item), range(4), CPU)
+    results = prefetch(lambda item: 1 // (2 - item), range(4), nothing)
     assert [next(results), next(results)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(results)
 
 
 def test_no_thread_is_left_behind() -> None:
-    with closing(prefetch(str, range(9), CPU)) as results:
+    with closing(prefetch(str, range(9), nothing)) as results:
         next(results)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]

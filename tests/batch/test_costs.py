@@ -12,16 +12,20 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from dpo.batch.costs import UNGATED, cost_model, device_peak, step_flops, units
+from dpo.batch.costs import UNGATED, cost_model, step_flops, units
 from dpo.batch.packer import Packer, make_packer
-from dpo.batch.plan import Pair, Tree, grow_trees
+from dpo.batch.trees import Tree, grow_trees
 from dpo.config import BatchConfig, Config, DataConfig, ModelConfig, ParallelConfig
-from dpo.distributed.world import World, make_mesh, open_world
+from dpo.data.pair_set import Pair
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import World, make_mesh
+from dpo.machine.peaks import device_peak
+from dpo.model.build import build_policy
 from dpo.model.log_probs import recomputed_share
 from dpo.model.parallelize import decoder_layers
-from dpo.model.policy import Policy, build_policy
+from dpo.model.policy import Policy
 from dpo.step.optim import make_optimizer
-from dpo.train import train_step
+from dpo.step.update import train_step
 from tests.bench.worlds import WORKLOADS
 
 VOCAB, MIB = 3000, 2**20

@@ -5,8 +5,11 @@ import pytest
 import torch
 
 from dpo.batch.block_mask import BLOCK, Span
+from dpo.batch.costs import CostModel
 from dpo.batch.packing import FILLER, PackedBatch, pack, padded_length
-from dpo.batch.plan import CostModel, Pair, StepPlan, Tree, grow_trees, plan_step
+from dpo.batch.plan import StepPlan, plan_step
+from dpo.batch.trees import Tree, grow_trees
+from dpo.data.pair_set import Pair
 
 CPU = torch.device("cpu")
 

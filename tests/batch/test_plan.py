@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from dpo.batch.costs import cost_model
+from dpo.batch.costs import CostModel, cost_model
 from dpo.batch.order import PairOrder
-from dpo.batch.plan import CostModel, Pair, StepPlan, Tree, balance, grow_trees, plan_step
+from dpo.batch.plan import StepPlan, balance, plan_step
+from dpo.batch.trees import Tree, grow_trees
+from dpo.data.pair_set import Pair
 from dpo.data.prepare import prepare_data
 from tests.support.runs import make_config
 

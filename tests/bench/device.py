@@ -21,26 +21,32 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
-from dpo.batch.costs import MODEL_UNITS, peak_flops
+from dpo.batch.costs import MODEL_UNITS
 from dpo.batch.packer import Packer, make_packer
-from dpo.batch.plan import Pair, StepPlan, Tree, grow_trees
+from dpo.batch.plan import StepPlan
+from dpo.batch.trees import Tree, grow_trees
 from dpo.config import Config, load_config
-from dpo.data.keys import completion_key
+from dpo.data.pair_set import Pair
+from dpo.data.tokens import completion_key
+from dpo.distributed.collectives import all_gather
 from dpo.distributed.preemption import never
 from dpo.distributed.program import exit_program
-from dpo.distributed.world import World, all_gather, make_mesh, open_world, start_devices
+from dpo.distributed.startup import open_world, start_devices
+from dpo.distributed.world import World, make_mesh
 from dpo.estimate.at_start import in_own_process
 from dpo.estimate.lengths import largest_micro_batches
 from dpo.estimate.memory import step_memory
 from dpo.machine.data_sheets import GIB
+from dpo.machine.peaks import peak_flops
+from dpo.model.build import build_policy
 from dpo.model.parallelize import compute_dtype
-from dpo.model.policy import Policy, announce_backward, build_policy, completion_logps
+from dpo.model.policy import Policy, announce_backward, completion_logps
 from dpo.model.warm_up import warm_up
 from dpo.step.deviation import Deviation, rounding_scale
 from dpo.step.first_step import Terms, verify_start
 from dpo.step.objective import pair_losses
 from dpo.step.optim import make_optimizer, set_lr
-from dpo.train import train_step
+from dpo.step.update import train_step
 
 PAIRS_PER_STEP = 64
 Facts = dict[str, Any]

@@ -18,15 +18,17 @@ from transformers import LlamaConfig
 
 from dpo.batch.costs import cost_model
 from dpo.batch.packing import pack, padded_length
-from dpo.batch.plan import StepPlan, Tree, plan_step
+from dpo.batch.plan import StepPlan, plan_step
+from dpo.batch.trees import Tree
 from dpo.config import Config
-from dpo.distributed.world import make_mesh, open_world, start_devices
+from dpo.distributed.startup import open_world, start_devices
+from dpo.distributed.world import make_mesh
 from dpo.estimate.devices import this_machine
 from dpo.estimate.lengths import largest_micro_batches
 from dpo.estimate.memory import Memory, step_memory
-from dpo.model.policy import build_policy
+from dpo.model.build import build_policy
 from dpo.step.optim import make_optimizer
-from dpo.train import train_step
+from dpo.step.update import train_step
 from tests.bench.memory import peak_bytes, reset_peak
 from tests.support.live_bytes import allocated_peak
 from tests.support.ranks import Ranks

@@ -20,6 +20,7 @@ STARTED = time.perf_counter()
 
 from dpo import train as program  # noqa: E402  (what importing takes is measured)
 from dpo.distributed.program import run_program  # noqa: E402
+from dpo.run import loop  # noqa: E402
 
 IMPORTED = time.perf_counter()
 
@@ -44,7 +45,7 @@ def private_bytes() -> int:
 def measured(profile: cProfile.Profile | None) -> FirstStep | None:
     """Trains as the command line says; None where the run came to no step."""
     found: list[FirstStep] = []
-    step_of_a_run = program._step
+    step_of_a_run = loop._step
 
     def step(*args: Any) -> Any:
         result = step_of_a_run(*args)
@@ -55,7 +56,7 @@ def measured(profile: cProfile.Profile | None) -> FirstStep | None:
         found[:] = [replace(first, private_bytes_at_end=memory)]
         return result
 
-    program._step = step
+    loop._step = step
     entered, cpu_before = time.perf_counter(), time.process_time()
     if profile:
         profile.enable()

@@ -17,11 +17,13 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, LlamaConfig
 
-from dpo.batch.costs import MODEL_UNITS, cost_model, device_peak
+from dpo.batch.costs import MODEL_UNITS, CostModel, cost_model
 from dpo.batch.order import PairOrder
 from dpo.batch.packing import pack
-from dpo.batch.plan import CostModel, StepPlan, grow_trees, plan_step
+from dpo.batch.plan import StepPlan, plan_step
+from dpo.batch.trees import grow_trees
 from dpo.data.prepare import PairSet, prepare_data
+from dpo.machine.peaks import device_peak
 from tests.support.runs import make_config
 
 BUDGET, MFU = 16384, 0.4

@@ -14,10 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from dpo.batch.packer import make_packer
 from dpo.config import BatchConfig, Config, DataConfig, ModelConfig
-from dpo.distributed.world import open_world, start_devices
-from dpo.model.policy import load_policy
+from dpo.distributed.startup import open_world, start_devices
+from dpo.model.build import load_policy
 from dpo.step.optim import make_optimizer
-from dpo.train import train_step
+from dpo.step.update import train_step
 from tests.bench.memory import peak_bytes, reset_peak, resident_bytes
 from tests.bench.worlds import SIZES, WORKLOADS, llama_config, save_llama, step_trees
 

@@ -20,14 +20,16 @@ from transformers import LlamaConfig
 
 from dpo.batch.costs import cost_model, step_flops, units
 from dpo.batch.packing import pack, padded_length
-from dpo.batch.plan import Tree, plan_step
+from dpo.batch.plan import plan_step
+from dpo.batch.trees import Tree
 from dpo.config import Config, ParallelConfig
-from dpo.distributed.world import World, make_mesh, open_world, start_devices
+from dpo.distributed.startup import open_world, start_devices
+from dpo.distributed.world import World, make_mesh
+from dpo.model.build import build_policy
 from dpo.model.log_probs import recomputed_share
 from dpo.model.parallelize import compute_dtype
-from dpo.model.policy import build_policy
 from dpo.step.optim import make_optimizer
-from dpo.train import train_step
+from dpo.step.update import train_step
 
 HEAD_BYTES = 64 * 2**20
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dpo.batch.plan import Pair, Tree, grow_trees
+from dpo.batch.trees import Tree, grow_trees
 from dpo.config import Config, DataConfig, ModelConfig, SourceConfig
+from dpo.data.pair_set import Pair
 from dpo.data.prepare import prepare_data
 
 SHARED_DATA = Path(os.environ.get("DPO_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")).resolve()

@@ -11,10 +11,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo.board.writer import MetricsWriter
 from dpo.checkpoint import saver as saving
 from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
 from dpo.config import Config, SourceConfig
-from dpo.step.metrics import MetricsWriter
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import (

@@ -209,7 +209,12 @@ def test_ranks_write_what_one_writes(config: Config, ranks: Ranks, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "place", ["dpo.export.save_tensors", "dpo.export.shutil.copyfile", "dpo.export._save_tokenizer"]
+    "place",
+    [
+        "dpo.checkpoint.export.save_tensors",
+        "dpo.checkpoint.export.shutil.copyfile",
+        "dpo.checkpoint.export._save_tokenizer",
+    ],
 )
 def test_an_interrupted_export_leaves_no_half_folder(
     config: Config, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from dpo.base.errors import RunError
 from dpo.checkpoint.store import RunState, checkpoint_path, forget_plans, write_checkpoint
-from dpo.distributed.world import World, open_world
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import World
 
 WRITER = ("prepare_local_plan", "prepare_global_plan", "write_data", "finish")
 """What a storage writer is asked for, in this order: each rank, rank 0, each rank, rank 0."""

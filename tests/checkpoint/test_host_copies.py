@@ -10,7 +10,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dpo.checkpoint.host_copies import HostCopies
 from dpo.config import ParallelConfig
-from dpo.distributed.world import World, make_mesh, open_world
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import World, make_mesh
 from tests.support.ranks import Ranks
 
 

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo.base.errors import UserError
 from dpo.config import Config, load_config
 from dpo.data.formats.examples import to_example
-from dpo.data.tokens import limits_of, merges_at_boundary, text_encoder, tokenize
+from dpo.data.tokenizer import merges_at_boundary, text_encoder
+from dpo.data.tokens import limits_of, tokenize
 from dpo.demo import program as demo
 from dpo.demo.world import GRADES, SOUNDS, Grade, answer, grade_of, questions
 from dpo.run.files import read_metrics

@@ -18,7 +18,8 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.config import ParallelConfig
-from dpo.distributed.world import World, open_world
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import World
 from dpo.doctor import attention, machine, model, program, speed, storage
 from dpo.doctor.model import Memory, describe_memory, free_memory, num_saves, sizes_of
 from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, examine
@@ -28,7 +29,7 @@ from dpo.estimate.devices import DEVICES, GIB
 from dpo.model.attention import segment_attention
 from dpo.model.kernels import VARIABLES
 from dpo.model.weights import read_model_config
-from dpo.train import is_time
+from dpo.run.loop import is_time
 from tests.machine.test_toolchain import facts
 from tests.support.models import family_config, save_model, save_pairs
 from tests.support.ranks import Ranks

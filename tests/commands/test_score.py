@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from dpo import score
 from dpo.config import Config, SourceConfig, to_yaml
-from dpo.distributed.world import open_world
-from dpo.model.policy import Policy, load_policy
+from dpo.distributed.startup import open_world
+from dpo.model.build import load_policy
+from dpo.model.policy import Policy
 from dpo.step.evaluation import Evaluation
 from tests.support.models import plain_logp, plain_model, save_model, save_pairs
 from tests.support.ranks import Ranks

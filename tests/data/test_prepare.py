@@ -14,8 +14,8 @@ import pytest
 
 from dpo.config import SourceConfig
 from dpo.data import prepare as data
-from dpo.data.keys import completion_key
 from dpo.data.prepare import prepare_data
+from dpo.data.tokens import completion_key
 from tests.support.data_fixtures import (
     FIXTURES,
     ROWS,

@@ -13,15 +13,8 @@ import tokenizers
 
 from dpo.base.errors import UserError
 from dpo.data.formats.examples import to_example
-from dpo.data.keys import completion_key, prompt_key
-from dpo.data.tokens import (
-    Limits,
-    check_vocabulary,
-    encoder_content,
-    load_tokenizer,
-    text_encoder,
-    tokenize,
-)
+from dpo.data.tokenizer import check_vocabulary, encoder_content, load_tokenizer, text_encoder
+from dpo.data.tokens import Limits, completion_key, prompt_key, tokenize
 from tests.support.data_fixtures import VOCAB_SIZE, make_tokenizer
 
 

@@ -5,16 +5,8 @@ import itertools
 import pytest
 
 from dpo.data.formats.examples import Example
-from dpo.data.tokens import (
-    Limits,
-    cut_prompt,
-    encode,
-    ids_encoder,
-    limits_of,
-    merges_at_boundary,
-    text_encoder,
-    tokenize,
-)
+from dpo.data.tokenizer import encode, ids_encoder, merges_at_boundary, text_encoder
+from dpo.data.tokens import Limits, cut_prompt, limits_of, tokenize
 from tests.support.data_fixtures import BOS, EOS, QZ, VOCAB_SIZE, TinyModelConfig, ids, make_tokenizer
 
 NO_LIMITS = Limits(None, None, VOCAB_SIZE, None, False)

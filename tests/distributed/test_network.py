@@ -6,7 +6,7 @@ import pytest
 
 from dpo.distributed import network
 from dpo.distributed.network import KEY, VARIABLE, address_towards, gloo_interface, interface_of
-from dpo.distributed.world import open_world
+from dpo.distributed.startup import open_world
 
 TWO_NODES = {"RANK": "1", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "first"}
 FIRST_OF_TWO = TWO_NODES | {"RANK": "0"}

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import LlamaConfig, PretrainedConfig
 
 from dpo.base.errors import UserError
-from dpo.batch.costs import cost_model, device_peak
-from dpo.batch.plan import CostModel, StepPlan, Tree, plan_step
+from dpo.batch.costs import CostModel, cost_model
+from dpo.batch.plan import StepPlan, plan_step
+from dpo.batch.trees import Tree
 from dpo.config import OptimConfig
 from dpo.estimate import program
 from dpo.estimate.changes import Layout, find_changes
@@ -39,6 +40,7 @@ from dpo.estimate.timeline import (
     Moment,
 )
 from dpo.estimate.traffic import Groups
+from dpo.machine.peaks import device_peak
 from dpo.model.attention import ATTENTION, tree_attention
 from dpo.step.optim import make_optimizer
 from tests.support.live_bytes import LiveBytes

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo.base.errors import RunError
-from dpo.data.tokens import load_tokenizer
+from dpo.data.tokenizer import load_tokenizer
 from dpo.demo.world import preference_row, questions, save_model, save_rows
 from dpo.run.files import read_metrics
 from tests.support.boards import points_of

@@ -28,8 +28,9 @@ reference_pass._run = lambda *args: (whole(*args), time.sleep(0.2))[0]
 SLOW_TRAINING = """
 import time
 from dpo import train
-step = train._step
-train._step = lambda *args: (time.sleep(0.3), step(*args))[1]
+from dpo.run import loop
+step = loop._step
+loop._step = lambda *args: (time.sleep(0.3), step(*args))[1]
 """
 HELD_WRITING = """
 import threading

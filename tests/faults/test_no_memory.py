@@ -151,6 +151,7 @@ import os, sys
 from dataclasses import replace
 import torch
 from dpo import train
+from dpo.step import update
 from dpo.distributed.program import exit_program
 from dpo.estimate import at_start
 
@@ -170,9 +171,9 @@ def without_memory(*args):
     values, rewards = losses(*args)
     return Backward.apply(values), rewards
 
-losses, calls = train.pair_losses, []
+losses, calls = update.pair_losses, []
 if os.environ["RANK"] == "1":
-    train.pair_losses = without_memory
+    update.pair_losses = without_memory
 small = replace(at_start.this_machine(2), memory=2**20)
 at_start.this_machine = lambda ranks_per_node: small
 if __name__ == "__main__":  # a rehearsal's process imports this file

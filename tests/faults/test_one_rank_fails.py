@@ -15,6 +15,7 @@ from dpo import train
 from dpo.checkpoint.store import newest_checkpoint
 from dpo.config import Config
 from dpo.distributed.program import run_program
+from dpo.step import update
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import changed, exit_code, make_config, run, train_lines
@@ -50,14 +51,14 @@ def fail_as_rank(config: Config, fault: str, rank: int) -> tuple[int, str, int]:
 
 def infinite_loss() -> Any:
     """The second step's losses are infinite: its gradient is not finite."""
-    losses, calls = train.pair_losses, []
+    losses, calls = update.pair_losses, []
 
     def infinite(*args: Any) -> Any:
         calls.append(1)
         values, rewards = losses(*args)
         return (values * torch.inf if len(calls) == 2 else values), rewards
 
-    return patch.object(train, "pair_losses", infinite)
+    return patch.object(update, "pair_losses", infinite)
 
 
 def full_cache() -> Any:

@@ -12,10 +12,12 @@ from unittest.mock import patch
 import pytest
 
 from dpo import train
+from dpo.base.status import STATUS_FILE
 from dpo.checkpoint.store import newest_checkpoint
 from dpo.config import Config
 from dpo.distributed.program import run_program
-from dpo.run.files import STATUS_FILE, read_metrics
+from dpo.run import loop
+from dpo.run.files import read_metrics
 from dpo.step.evaluation import Evaluation
 from tests.support.ranks import Ranks
 from tests.support.runs import (
@@ -90,7 +92,7 @@ def test_all_ranks_stop_after_the_step_of_the_signal(root: Path, ranks: Ranks, t
     the part that goes on."""
     whole = undisturbed(root, ranks)
     config = six_steps(root, tmp_path / "run")
-    answers = ranks(2, preempted, config, "dpo.train.train_step", step, tmp_path / "status.json")
+    answers = ranks(2, preempted, config, "dpo.step.update.train_step", step, tmp_path / "status.json")
     assert answers == [(0, {"state": "preempted", "step": step})] * 2
     assert [line["step"] for line in train_lines(tmp_path / "run")] == list(range(1, step + 1))
     checkpoint = newest_checkpoint(tmp_path / "run")
@@ -107,7 +109,7 @@ def test_twice(root: Path, ranks: Ranks, tmp_path: Path) -> None:
     config = six_steps(root, tmp_path / "run")
     for step in (2, 4):
         number = step if step == 2 else 2  # of the second part's own steps
-        answers = ranks(2, preempted, config, "dpo.train.train_step", number, tmp_path / "status.json")
+        answers = ranks(2, preempted, config, "dpo.step.update.train_step", number, tmp_path / "status.json")
         assert answers[0] == (0, {"state": "preempted", "step": step})
     ranks(2, run, config)
     assert same_lines(whole, tmp_path / "run")
@@ -153,12 +155,12 @@ def test_an_evaluation_is_made_once(root: Path, tmp_path: Path) -> None:
     with patch.object(train, "export", side_effect=OSError("the disk is gone")), pytest.raises(OSError):
         run(config)
     evaluations: list[int] = []
-    whole = train.evaluate
+    whole = loop.evaluate
 
     def counted(*args: Any) -> Evaluation:
         evaluations.append(1)
         return whole(*args)
 
-    with patch.object(train, "evaluate", counted):
+    with patch.object(loop, "evaluate", counted):
         run(config)
     assert not evaluations

@@ -17,6 +17,7 @@ from dpo.checkpoint import saver as saving
 from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
 from dpo.config import Config
 from dpo.distributed.program import run_program
+from dpo.run import loop
 from tests.faults.late import written_late
 from tests.faults.test_one_rank_fails import fail_as_rank, infinite_loss
 from tests.faults.test_preemption import preempted
@@ -53,13 +54,13 @@ def names(run_dir: Path) -> list[str]:
 def train_and_look(config: Config) -> list[list[str]]:
     """A run whose checkpoints are written late; the checkpoints that each step finds."""
     found: list[list[str]] = []
-    step = train._step
+    step = loop._step
 
     def looking(*args: Any) -> Any:
         found.append(names(Path(str(config.train.run_dir))))
         return step(*args)
 
-    with written_late(), patch.object(train, "_step", looking):
+    with written_late(), patch.object(loop, "_step", looking):
         run(config)
     return found
 
@@ -181,7 +182,7 @@ def test_a_run_that_fails_does_not_wait_for_ever(
 
 def preempted_late(config: Config, status: Path) -> tuple[int, dict[str, Any]]:
     with written_late():
-        return preempted(config, "dpo.train.train_step", 3, status)
+        return preempted(config, "dpo.step.update.train_step", 3, status)
 
 
 def test_preemption_waits_for_both_checkpoints(root: Path, ranks: Ranks, tmp_path: Path) -> None:
@@ -196,7 +197,7 @@ def test_preemption_waits_for_both_checkpoints(root: Path, ranks: Ranks, tmp_pat
 def preempted_full_once(config: Config, status: Path) -> tuple[int, dict[str, Any]]:
     disk = full_once() if os.environ["RANK"] == "1" else contextlib.nullcontext()
     with disk:
-        return preempted(config, "dpo.train.train_step", 3, status)
+        return preempted(config, "dpo.step.update.train_step", 3, status)
 
 
 def test_a_preempted_run_saves_though_the_write_before_failed(root: Path, ranks: Ranks, tmp_path: Path) -> None:
@@ -217,7 +218,7 @@ def full_when_preempted(config: Config, status: Path) -> tuple[int, str]:
     stderr = io.StringIO()
     status.write_text("{}")
     with disk, contextlib.redirect_stderr(stderr):
-        code, _ = preempted(config, "dpo.train.train_step", 1, status)
+        code, _ = preempted(config, "dpo.step.update.train_step", 1, status)
     return code, stderr.getvalue()
 
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dpo.distributed.world import World, open_world, start_devices
+from dpo.distributed.startup import open_world, start_devices
+from dpo.distributed.world import World
 from tests.gpu.emulation import emulated
 
 NO_GPU = "needs a GPU: make test-gpu"

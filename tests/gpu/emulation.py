@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from dpo.batch.block_mask import BLOCK, Span, Window, host_mask
+from dpo.batch.layout import Layout, make_layout
 from dpo.batch.packing import PackedBatch, pack, padded_length
-from dpo.model.attention import Layout, _flex_attention, make_layout
+from dpo.model.attention import _flex_attention
 from tests.support.float32_product import float32_products
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo.batch.block_mask import Span, Window, host_mask
+from dpo.batch.layout import make_layout
 from dpo.batch.packing import padded_length
 from dpo.distributed.world import World
-from dpo.model.attention import block_attention, make_layout, segment_attention
+from dpo.model.attention import block_attention, segment_attention
 from tests.model.test_policy import assert_equal, load, oracle, run
 from tests.support.models import FAMILIES, VOCAB, save_model
 

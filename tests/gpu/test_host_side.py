@@ -12,18 +12,21 @@ from typing import Any
 import pytest
 import torch
 
+from dpo.batch.costs import CostModel
 from dpo.batch.packing import pack, padded_length
-from dpo.batch.plan import CostModel, grow_trees, plan_step
+from dpo.batch.plan import plan_step
+from dpo.batch.trees import grow_trees
 from dpo.config import Config, LossConfig, OptimConfig, ParallelConfig
-from dpo.distributed.world import make_mesh, open_world, start_devices
+from dpo.distributed.startup import open_world, start_devices
+from dpo.distributed.world import make_mesh
 from dpo.estimate.traffic import parameter_groups, step_traffic
+from dpo.model.build import build_policy
 from dpo.model.parallelize import decoder_layers
-from dpo.model.policy import build_policy
 from dpo.model.weights import read_model_config
 from dpo.run.files import FINAL
 from dpo.step.metrics import MAXIMA, SUMS
 from dpo.step.optim import make_optimizer
-from dpo.train import train_step
+from dpo.step.update import train_step
 from tests.gpu import idle_cuda
 from tests.layouts.test_parallel import make_pairs, reference
 from tests.support.models import save_model

@@ -13,10 +13,13 @@ import torch
 
 from dpo.batch.costs import cost_model
 from dpo.batch.packing import pack, padded_length
-from dpo.batch.plan import grow_trees, plan_step
+from dpo.batch.plan import plan_step
+from dpo.batch.trees import grow_trees
 from dpo.config import Config, ParallelConfig, to_yaml
-from dpo.distributed.world import make_mesh, open_world, start_devices
-from dpo.model.policy import announce_backward, build_policy, completion_logps, load_weights
+from dpo.distributed.startup import open_world, start_devices
+from dpo.distributed.world import make_mesh
+from dpo.model.build import build_policy, load_weights
+from dpo.model.policy import announce_backward, completion_logps
 from dpo.model.weights import read_model_config
 from dpo.run.files import FINAL
 from dpo.step.losses import dpo_loss

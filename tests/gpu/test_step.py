@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from dpo.batch.costs import CostModel
 from dpo.batch.packing import PackedBatch, pack, padded_length
-from dpo.batch.plan import CostModel, Pair, grow_trees, plan_step
+from dpo.batch.plan import plan_step
+from dpo.batch.trees import grow_trees
 from dpo.config import LossConfig, OptimConfig
+from dpo.data.pair_set import Pair
 from dpo.distributed.world import World
 from dpo.model.log_probs import completion_log_probs
 from dpo.model.policy import Policy, announce_backward, completion_logps, free_memory

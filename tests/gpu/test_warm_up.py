@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dpo.batch.costs import CostModel
 from dpo.batch.packer import Packer
 from dpo.batch.packing import padded_length
-from dpo.batch.plan import CostModel
 from dpo.config import ParallelConfig
 from dpo.distributed.world import World
 from dpo.model.kernels import num_graphs

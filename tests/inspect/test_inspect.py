@@ -11,12 +11,13 @@ from rich.console import Console
 from tokenizers import decoders
 from transformers import LlamaConfig
 
-from dpo.base.visible import visible
-from dpo.data.tokens import load_tokenizer
+from dpo.base.console import visible
+from dpo.data.tokenizer import load_tokenizer
 from dpo.inspect import program as inspect
 from dpo.inspect.shown_pairs import INCOMPLETE, token_texts
 from dpo.inspect.terminal import bars, print_inspection
 from dpo.inspect.words import count_rows, findings
+from dpo.model.weights import find_model_config
 from tests.support.data_fixtures import BOS, EOS, VOCAB_SIZE, make_config, make_tokenizer, write_jsonl
 from tests.support.runs import changed, error_lines, exit_code_of
 
@@ -194,7 +195,7 @@ def test_a_hub_model_needs_its_config_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     config = make_config("absent.jsonl")
-    assert inspect.find_model_config(changed(config, model__path="org/name")).vocab_size == VOCAB_SIZE
+    assert find_model_config(changed(config, model__path="org/name")).vocab_size == VOCAB_SIZE
 
 
 @pytest.mark.parametrize(

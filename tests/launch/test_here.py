@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpo.run.files import STATUS_FILE
+from dpo.base.status import STATUS_FILE
 from launch import supervise
 from launch.here import RunsHere, run_here
 from launch.node import NodeJob

@@ -21,7 +21,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dpo.checkpoint import saver as saving
 from dpo.checkpoint.store import forget_plans, save_planner
 from dpo.config import Config
-from dpo.distributed.world import open_world
+from dpo.distributed.startup import open_world
 from tests.checkpoint.test_failed_checkpoint import fail_once, save
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo.distributed.collectives import all_gather, first_on_each_node
 from dpo.distributed.program import run_program
-from dpo.distributed.world import all_gather, first_on_each_node, open_world
+from dpo.distributed.startup import open_world
 from dpo.train import run_training
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks

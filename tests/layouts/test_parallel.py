@@ -9,11 +9,16 @@ import torch
 from torch import Tensor
 
 from dpo.base.errors import UserError
+from dpo.batch.costs import CostModel
 from dpo.batch.packing import pack
-from dpo.batch.plan import CostModel, Pair, grow_trees, plan_step
+from dpo.batch.plan import plan_step
+from dpo.batch.trees import grow_trees
 from dpo.config import LossConfig, ParallelConfig
-from dpo.distributed.world import make_mesh, open_world
-from dpo.model.policy import announce_backward, build_policy, completion_logps, load_weights
+from dpo.data.pair_set import Pair
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import make_mesh
+from dpo.model.build import build_policy, load_weights
+from dpo.model.policy import announce_backward, completion_logps
 from dpo.model.weights import read_model_config
 from dpo.step.losses import dpo_loss
 from dpo.step.objective import pair_losses

@@ -13,15 +13,9 @@ import torch.distributed as dist
 
 from dpo import reference, train
 from dpo.config import Config, ParallelConfig
-from dpo.distributed.world import (
-    ALLOCATOR_VARIABLES,
-    all_gather,
-    make_mesh,
-    on_main,
-    open_world,
-    set_allocator,
-    start_devices,
-)
+from dpo.distributed.collectives import all_gather, on_main
+from dpo.distributed.startup import ALLOCATOR_VARIABLES, open_world, set_allocator, start_devices
+from dpo.distributed.world import make_mesh
 from dpo.machine.facts import Gpu
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
@@ -117,7 +111,7 @@ def one_gpu(started: list[str]) -> Iterator[None]:
         patch.object(torch.cuda, "set_device", place),
         patch.object(torch.cuda, "device_count", lambda: 1),
         patch("dpo.machine.facts.ask_cuda", lambda index: (Gpu("NVIDIA H100", (9, 0), 232_448), None)),
-        patch("dpo.distributed.world._connect", lambda world: started.append("connected")),
+        patch("dpo.distributed.startup._connect", lambda world: started.append("connected")),
         patch.object(dist, "init_process_group", join),
         patch.dict(os.environ),
     ):

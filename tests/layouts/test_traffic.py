@@ -7,17 +7,20 @@ from typing import Any
 import pytest
 import torch
 
+from dpo.batch.costs import CostModel
 from dpo.batch.packing import pack
-from dpo.batch.plan import CostModel, grow_trees, plan_step
+from dpo.batch.plan import plan_step
+from dpo.batch.trees import grow_trees
 from dpo.config import Config, LossConfig, OptimConfig, ParallelConfig
-from dpo.distributed.world import make_mesh, open_world
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import make_mesh
 from dpo.estimate.traffic import parameter_groups, step_traffic
+from dpo.model.build import build_policy, load_weights
 from dpo.model.parallelize import decoder_layers
-from dpo.model.policy import build_policy, load_weights
 from dpo.model.weights import read_model_config
 from dpo.step.metrics import MAXIMA, SUMS
 from dpo.step.optim import make_optimizer
-from dpo.train import train_step
+from dpo.step.update import train_step
 from tests.layouts.test_parallel import make_pairs, reference
 from tests.support.collectives import CollectiveBytes
 from tests.support.models import save_model

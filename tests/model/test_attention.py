@@ -13,15 +13,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from dpo.base.errors import UserError
 from dpo.batch.block_mask import Span, Window, host_mask
-from dpo.model.attention import (
-    Layout,
-    _flex_attention,
-    block_attention,
-    make_layout,
-    register_attention,
-    segment_attention,
-    tree_attention,
-)
+from dpo.batch.layout import Layout, make_layout
+from dpo.model.attention import _flex_attention, block_attention, register_attention, segment_attention, tree_attention
 from tests.support.trees import TREES, dense_mask, spans_of, tokens_of
 
 CPU = torch.device("cpu")

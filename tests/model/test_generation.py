@@ -11,16 +11,21 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from dpo.batch.costs import CostModel
 from dpo.batch.packing import pack
-from dpo.batch.plan import CostModel, Pair, grow_trees, plan_step
+from dpo.batch.plan import plan_step
+from dpo.batch.trees import grow_trees
 from dpo.config import Config, LossConfig, OptimConfig, ParallelConfig
-from dpo.distributed.world import World, make_mesh, open_world
+from dpo.data.pair_set import Pair
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import World, make_mesh
 from dpo.model.attention import ATTENTION
+from dpo.model.build import build_policy, load_weights
 from dpo.model.generation import ROWS_PER_RANK, generate, uniform
-from dpo.model.policy import Policy, build_policy, load_weights
+from dpo.model.policy import Policy
 from dpo.model.weights import read_model_config
 from dpo.step.optim import make_optimizer
-from dpo.train import train_step
+from dpo.step.update import train_step
 from tests.support.models import FAMILIES, VOCAB, plain_model, save_model
 
 PROMPTS = [[1, 5, 6], [1, *range(40, 57)], [4], [1, 90, 7, 7, 7, 23]]

@@ -12,9 +12,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+from dpo.batch.costs import CostModel
 from dpo.batch.packing import PackedBatch, pack
-from dpo.batch.plan import CostModel, grow_trees, plan_step
-from dpo.distributed.world import World, open_world
+from dpo.batch.plan import plan_step
+from dpo.batch.trees import grow_trees
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import World
 from dpo.machine.facts import host_memory
 from dpo.model import generation
 from dpo.model.generation import _free_bytes, cached_numbers, generate, keeps_layers_whole

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from dpo.batch.costs import CostModel
+from dpo.batch.layout import make_layout
 from dpo.batch.packing import PackedBatch, pack
-from dpo.batch.plan import CostModel, Pair, grow_trees, plan_step
-from dpo.model.attention import ATTENTION, make_layout, register_attention, segment_attention
+from dpo.batch.plan import plan_step
+from dpo.batch.trees import grow_trees
+from dpo.data.pair_set import Pair
+from dpo.model.attention import ATTENTION, register_attention, segment_attention
 from dpo.model.policy import _forward_logps
 from tests.support.live_bytes import LiveBytes, allocated_peak
 

@@ -20,14 +20,18 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from dpo.base.errors import UserError
 from dpo.batch.block_mask import host_mask
 from dpo.batch.costs import cost_model
+from dpo.batch.layout import Layout, attention_windows
 from dpo.batch.packing import PackedBatch, pack, padded_length
-from dpo.batch.plan import Pair, Tree, grow_trees, plan_step
+from dpo.batch.plan import plan_step
+from dpo.batch.trees import Tree, grow_trees
 from dpo.config import ParallelConfig
-from dpo.distributed.world import World, make_mesh, open_world
-from dpo.model.attention import Layout
+from dpo.data.pair_set import Pair
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import World, make_mesh
+from dpo.model.build import build_policy, load_weights
 from dpo.model.log_probs import ChunkedTokenLogProbs
 from dpo.model.parallelize import _selective_contexts
-from dpo.model.policy import Policy, announce_backward, attention_windows, build_policy, completion_logps, load_weights
+from dpo.model.policy import Policy, announce_backward, completion_logps
 from dpo.model.weights import read_model_config
 from dpo.step.losses import dpo_loss
 from tests.support.models import FAMILIES, VOCAB, family_config, plain_logp, plain_model, save_model
@@ -245,7 +249,7 @@ def test_tf32_is_asked_for_on_cuda_alone(tf32: bool, monkeypatch: pytest.MonkeyP
     asked: list[Any] = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", asked.append)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("dpo.model.policy.build_on_meta", lambda *args: asked.append("model"))
+    monkeypatch.setattr("dpo.model.build.build_on_meta", lambda *args: asked.append("model"))
     for work in ("parallelize", "_materialize"):
         monkeypatch.setattr(f"dpo.model.policy.{work}", lambda *args: None)
     parallel = ParallelConfig(compute_dtype="float32", tf32=tf32)

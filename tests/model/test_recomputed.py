@@ -14,7 +14,8 @@ from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo.distributed.world import World, open_world
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import World
 from dpo.model.policy import announce_backward, completion_logps
 from tests.gpu.emulation import emulated
 from tests.gpu.test_step import MIB, random_batches

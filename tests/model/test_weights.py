@@ -13,8 +13,10 @@ from transformers import Gemma3Config
 
 from dpo.base.errors import UserError
 from dpo.config import ParallelConfig
-from dpo.distributed.world import World, make_mesh, open_world
-from dpo.model.policy import Policy, build_policy, load_weights
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import World, make_mesh
+from dpo.model.build import build_policy, load_weights
+from dpo.model.policy import Policy
 from dpo.model.weights import find_model, hash_model, read_model_config, tensor_files
 from tests.support.models import FAMILIES, plain_model, save_model
 

@@ -9,18 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo.base.files import write_atomically
-from dpo.data.keys import completion_key
-from dpo.ref_logps.blocks import (
-    ROW,
-    RefRows,
-    default_cache_dir,
-    make_rows,
-    read_rows,
-    reference_key,
-    split_keys,
-    write_rows,
-)
+from dpo.base.files import default_cache_dir, write_atomically
+from dpo.data.tokens import completion_key
+from dpo.ref_logps.blocks import ROW, RefRows, make_rows, read_rows, reference_key, split_keys, write_rows
 from tests.support.ranks import Ranks
 
 FACTS = {"model": "0" * 64, "dtype": "float32", "compute_dtype": "torch.float32", "device": "cpu", "attention": "a"}

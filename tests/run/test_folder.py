@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.store import checkpoint_path
 from dpo.config import Config, load_config
 from dpo.run.files import read_metrics
 from dpo.run.folder import find_start
-from dpo.step.metrics import MetricsWriter
 from tests.support.runs import (
     changed,
     error_lines,

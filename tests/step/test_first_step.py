@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from dpo import reference
 from dpo.batch.packer import Packer
 from dpo.batch.plan import StepPlan
 from dpo.config import Config, LossConfig
+from dpo.ref_logps import fill as reference
 from dpo.ref_logps.blocks import ROW, makings_of, read_rows, write_making, write_rows
-from dpo.ref_logps.fill import difference, joined_making
+from dpo.ref_logps.making import difference, joined_making
 from dpo.ref_logps.table import table_makings, write_table
 from dpo.run.files import read_metrics
 from dpo.run.setup import Run

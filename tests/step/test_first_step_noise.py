@@ -17,7 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dpo.data.keys import completion_key
+from dpo.data.tokens import completion_key
 from dpo.run.files import read_metrics
 from dpo.step import first_step
 from dpo.step.deviation import Completions, Verdict, judge, measure

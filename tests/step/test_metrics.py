@@ -11,17 +11,11 @@ import torch
 from dpo.batch import packer as batches
 from dpo.batch.packing import PackedBatch
 from dpo.board.charts import place
+from dpo.board.writer import MetricsWriter
 from dpo.config import Config, LossConfig, SourceConfig
-from dpo.distributed.world import open_world
+from dpo.distributed.startup import open_world
 from dpo.run.files import read_metrics
-from dpo.step.metrics import (
-    MEASURED,
-    MetricsWriter,
-    StepMetrics,
-    pair_means,
-    prefixed,
-    train_figures,
-)
+from dpo.step.metrics import MEASURED, StepMetrics, pair_means, prefixed, train_figures
 from dpo.step.objective import pair_losses
 from tests.support.boards import points_of
 from tests.support.models import plain_logp, plain_model, save_model, save_pairs

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.config import LossConfig
-from dpo.distributed.world import World, open_world
+from dpo.distributed.startup import open_world
+from dpo.distributed.world import World
 from dpo.model.policy import announce_backward, completion_logps
 from dpo.step.metrics import StepMetrics
 from dpo.step.objective import pair_losses

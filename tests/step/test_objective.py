@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo.batch.costs import CostModel
 from dpo.batch.packing import PackedBatch, pack
-from dpo.batch.plan import CostModel, StepPlan, Tree, plan_step
+from dpo.batch.plan import StepPlan, plan_step
+from dpo.batch.trees import Tree
 from dpo.config import LossConfig
 from dpo.step.objective import has_reference, pair_losses
 from tests.batch.test_packing import CPU, TREES

@@ -31,6 +31,7 @@ from dpo.config import (
     to_yaml,
 )
 from dpo.distributed.program import run_program
+from dpo.run import loop
 from dpo.run.files import read_metrics
 from tests.support.models import save_model, save_pairs
 
@@ -144,7 +145,7 @@ def run(config: Config) -> Path:
 
 def run_until(config: Config, step: int) -> Path:
     """A run whose machine fails before this step; on ranks of a pool too. The run folder."""
-    step_of_a_run = program._step
+    step_of_a_run = loop._step
 
     def fail(run: Any, number: int, *others: Any) -> Any:
         if number == step:
@@ -152,7 +153,7 @@ def run_until(config: Config, step: int) -> Path:
         return step_of_a_run(run, number, *others)
 
     try:
-        with patch.object(program, "_step", fail):
+        with patch.object(loop, "_step", fail):
             run(config)
     except RunError as failure:
         assert str(failure) == "the power is gone", failure

@@ -1,0 +1,30 @@
+"""The metrics of a run, written to metrics.jsonl and TensorBoard."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from dpo.board.dashboard import Dashboard
+
+
+class MetricsWriter:
+    """Appends to a run's metrics.jsonl and TensorBoard events; made on rank 0 alone."""
+
+    def __init__(self, run_dir: Path, first_step: int):
+        self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self.board = Dashboard(run_dir / "tensorboard", first_step)
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, `{"step": step, name: figure, ...}`, and a point in each figure's chart."""
+        print(json.dumps({"step": step, **figures}, allow_nan=False), file=self.file, flush=True)
+        self.board.figures(step, figures)
+
+    def sync(self) -> None:
+        """Waits until every line is on the disk."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Flushes both."""
+        self.file.close()
+        self.board.close()

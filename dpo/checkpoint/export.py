@@ -1,0 +1,55 @@
+"""A trained policy -> a model folder that transformers loads."""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from dpo.base.console import say
+from dpo.base.errors import UserError
+from dpo.config import Config
+from dpo.data.tokenizer import has_tokenizer, load_tokenizer
+from dpo.distributed.collectives import on_main
+from dpo.distributed.world import World
+from dpo.model.build import stored_tensors
+from dpo.model.policy import Policy
+from dpo.model.weights import read_model_config, save_tensors
+
+
+def export(policy: Policy, model_folder: Path, out: Path, config: Config, world: World) -> None:
+    """Writes weights, config, tokenizer, chat template and generation config to `out`, which appears when it is whole.
+
+    `model_folder` is where the policy started from. Every rank must get here.
+    """
+    dtype = getattr(torch, config.checkpoint.export_dtype)
+    draft = out.with_name(f".{out.name}.draft")
+    on_main(world, lambda: _make_empty(draft))
+    save_tensors(draft, stored_tensors(policy), dtype, world)
+    on_main(world, lambda: _complete(draft, out, model_folder, config, dtype))
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _complete(draft: Path, out: Path, model_folder: Path, config: Config, dtype: torch.dtype) -> None:
+    model_config = read_model_config(model_folder, config.model.trust_remote_code)
+    model_config.dtype = dtype
+    model_config.save_pretrained(draft)
+    generation = model_folder / "generation_config.json"
+    if generation.is_file():  # copied: some that are in use would not pass transformers' check on saving
+        shutil.copyfile(generation, draft / generation.name)
+    _save_tokenizer(config.model.tokenizer or str(model_folder), draft, config.model.trust_remote_code)
+    shutil.rmtree(out, ignore_errors=True)
+    draft.replace(out)
+
+
+def _save_tokenizer(path: str, draft: Path, trust_remote_code: bool) -> None:
+    """None for a local model without one, which data in `format: tokens` does not need."""
+    if Path(path).is_dir() and not has_tokenizer(Path(path)):
+        return
+    try:
+        load_tokenizer(path, trust_remote_code).save_pretrained(draft)
+    except UserError as failure:  # the run did without: it must not lose its model for it
+        say(f"the exported model has no tokenizer: {failure}")

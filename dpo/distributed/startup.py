@@ -1,0 +1,130 @@
+"""The process group of a run: over gloo while input is read, then over the devices."""
+
+import os
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dpo.distributed.network import VARIABLE, gloo_interface
+from dpo.distributed.world import World
+
+
+@contextmanager
+def open_world(timeout_seconds: int) -> Iterator[World]:
+    """Joins, over gloo, the processes that torchrun's environment describes; without torchrun a group of one.
+
+    Phase one of two: only gloo exists and no GPU is in use, so the code that reads, tokenizes and hashes the input may
+    fork. Every rank must call `start_devices` before anything is placed on `World.device`.
+
+    Args:
+        timeout_seconds: after which a collective that some rank never joined ends the run, until `start_devices`.
+    """
+    env = {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}
+    # Without it torch asks the CUDA runtime whether there is a GPU, which starts the driver in this process.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    device = torch.device("cuda", env["LOCAL_RANK"]) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        set_allocator(os.environ)
+    store = join(timeout_seconds)
+    yield World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], device, store)
+    dist.destroy_process_group()  # not after a failure: `run_program` still needs the group, to end all ranks together
+
+
+def start_devices(world: World, timeout_seconds: int) -> None:
+    """Replaces the group of `open_world` by that of the steps: NCCL with a GPU a rank where there are GPUs (gloo beside
+    it, for what lies in CPU memory), else gloo.
+
+    The GPUs are connected here, not at the first step, so that a network that does not work shows at once. Every rank
+    must get here, or the rest hang until the timeout of `open_world`; from here on no process may fork and run on: one
+    that is needed is started afresh (spawn). Raises ConnectionError, on a rank alone, where it cannot be connected.
+
+    Args:
+        timeout_seconds: after which a collective that some rank never joined ends the run, from here on.
+    """
+    assert world.store is not None, "only a world that open_world made has a second phase"
+    on_cuda, timeout = world.device.type == "cuda", timedelta(seconds=timeout_seconds)
+    store = dist.PrefixStore("steps", world.store)
+    _wait_for_all(store, world.size)
+    dist.destroy_process_group()
+    store.set_timeout(timeout)
+    try:
+        if on_cuda:
+            torch.cuda.set_device(world.device)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            store=store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=world.device if on_cuda else None,
+        )
+        if on_cuda:
+            _connect(world)
+    except (dist.DistError, torch.AcceleratorError) as failure:  # of this rank, maybe alone
+        raise ConnectionError(
+            f"rank {world.rank}: the ranks cannot be connected: {failure}; {_ADVICE[on_cuda]}"
+        ) from failure
+
+
+_ADVICE = {
+    True: "NCCL_DEBUG=INFO says more; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose the network",
+    False: f"{VARIABLE} chooses the network",
+}
+
+
+def _connect(world: World) -> None:
+    """Runs each kind of collective of a step once. NCCL joins the ranks over sockets when it is initialized; the links
+    that carry data (NVLink, InfiniBand) are set up by the first collective, and take their memory then.
+
+    Every rank must get here, or the rest hang.
+    """
+    part = torch.zeros(1, device=world.device)
+    whole = list(torch.zeros(world.size, device=world.device).split(1))
+    dist.all_gather(whole, part)
+    dist.reduce_scatter(part, whole)
+    dist.all_reduce(part)
+    torch.cuda.synchronize(world.device)
+
+
+def _wait_for_all(store: dist.Store, size: int) -> None:
+    """Waits until all ranks are here. A barrier of the group would not do before the group is destroyed: a rank that
+    leaves it closes its connections, which another one may still be reading.
+    """
+    if store.add("arrived", 1) == size:
+        store.set("all", "")
+    store.wait(["all"])
+
+
+def set_allocator(environment: MutableMapping[str, str]) -> None:
+    """Lets torch's allocator grow its segments of device memory in place, unless the user has chosen settings: less is
+    then reserved and not used. To be called before CUDA starts.
+
+    Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf
+    """
+    if not any(name in environment for name in ALLOCATOR_VARIABLES):
+        environment[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
+
+
+ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+
+
+_ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+
+
+def join(timeout_seconds: int) -> dist.Store:
+    """Makes the first group, over gloo, and gives the store that it was made with."""
+    timeout = timedelta(seconds=timeout_seconds)
+    if "RANK" not in os.environ:
+        store: dist.Store = dist.HashStore()
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timeout)
+        return store
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    interface = gloo_interface(_ENVIRONMENT | os.environ, store)
+    if interface is not None:
+        os.environ[VARIABLE] = interface
+    store = dist.PrefixStore("dpo", store)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    return store
