@@ -15,7 +15,8 @@ from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.model.policy import Policy
 from dpo.model.warm_up import load_and_warm
-from dpo.ref_logps.fill import fill_cache
+from dpo.ref_logps.cache import open_cache
+from dpo.ref_logps.fill import fill
 from dpo.run.inputs import read_inputs
 from dpo.step.objective import has_reference
 
@@ -34,7 +35,7 @@ def fill_alone(config: Config) -> None:
             return load_and_warm(config, world, source.config, source.folder, packer, (False,))
 
         sets = [inputs.data.train, inputs.data.eval]
-        fill_cache(config, world, source.hash, sets, reference, packer, stop_requested)
+        fill(open_cache(config, source.hash, world), sets, reference, packer, world, stop_requested)
 
 
 def main() -> None:

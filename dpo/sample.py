@@ -34,7 +34,7 @@ from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World, make_mesh
 from dpo.model.build import build_policy, load_weights
-from dpo.model.generation import generate
+from dpo.model.generation import AnswerRule, generate
 from dpo.model.policy import Policy, free_memory
 from dpo.model.weights import find_model, read_model_config
 from dpo.run.answers import answer_text, stop_ids
@@ -137,7 +137,8 @@ def answers_of(reader: Reader, max_new_tokens: int, temperature: float, seed: in
     if world.is_main:
         say(f"{reader.folder} answers {len(reader.prompts)} prompts")
     eos_ids = stop_ids(reader.tokenizer, reader.config)
-    found = generate(_load(reader, world), reader.prompts, eos_ids, max_new_tokens, temperature, seed, world)
+    rule = AnswerRule(eos_ids, max_new_tokens, temperature, seed)
+    found = generate(_load(reader, world), reader.prompts, rule, world)
     free_memory()
     return [answer_text(reader.tokenizer, ids) for ids in found]
 

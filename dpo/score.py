@@ -32,7 +32,8 @@ from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World
 from dpo.model.policy import Policy
 from dpo.model.warm_up import load_and_warm
-from dpo.ref_logps.fill import fill_cache, lookup
+from dpo.ref_logps.cache import open_cache
+from dpo.ref_logps.fill import fill, lookup
 from dpo.run.inputs import Inputs, read_inputs
 from dpo.step.evaluation import Evaluation, evaluate
 from dpo.step.objective import has_reference
@@ -116,7 +117,8 @@ def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Pac
     def reference() -> Policy:
         return load_and_warm(config, world, inputs.reference.config, inputs.reference.folder, packer, (False,))
 
-    rows, _ = fill_cache(config, world, inputs.reference.hash, [pairs], reference, packer, never)
+    cache = open_cache(config, inputs.reference.hash, world)
+    rows, _ = fill(cache, [pairs], reference, packer, world, never)
     return replace(packer, ref_logps=lookup(rows))
 
 
@@ -124,11 +126,11 @@ def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, 
     """The figures of `metrics.pair_means` and `further_figures`. Raises RunError where the loss is not finite. Every
     rank must get here.
     """
-    result = evaluate(policy, pairs, packer, config.loss, config.parallel.head_memory_mib * 2**20, never)
+    result = evaluate(policy, pairs, packer, config.loss, never)
     assert result is not None
-    if not math.isfinite(result.figures["loss"]):
-        raise RunError(f"the loss of {config.model.path} is {result.figures['loss']}; its weights are at fault")
-    return result.figures | further_figures(result, pairs.lengths(), config.loss.beta)
+    if not math.isfinite(result.metrics["loss"]):
+        raise RunError(f"the loss of {config.model.path} is {result.metrics['loss']}; its weights are at fault")
+    return result.metrics | further_figures(result, pairs.lengths(), config.loss.beta)
 
 
 def further_figures(result: Evaluation, lengths: np.ndarray, beta: float) -> dict[str, float]:
@@ -144,8 +146,8 @@ def further_figures(result: Evaluation, lengths: np.ndarray, beta: float) -> dic
     """
     _, chosen, rejected = lengths.mean(0).tolist()
     figures: dict[str, float] = {"tokens/chosen": chosen, "tokens/rejected": rejected}
-    if "rewards/margins" in result.figures:
-        h = result.figures["rewards/margins"] / beta
+    if "rewards/margins" in result.metrics:
+        h = result.metrics["rewards/margins"] / beta
         signs = np.sign(result.margins)
         wins, ties, losses = (int((signs == sign).sum()) for sign in (1, 0, -1))
         figures |= {"nats/margins": h, "nats/margins_per_token": h / ((chosen + rejected) / 2)}

@@ -1,17 +1,16 @@
-"""The micro-batches of one rank: from the pairs of a step to packed tensors. The same path for training, evaluation and
+"""The micro-batches of one lane: from the pairs of a step to packed tensors. The same path for training, evaluation and
 the reference pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from dpo.batch.block_mask import Window
 from dpo.batch.costs import CostModel, cost_model
 from dpo.batch.layout import attention_windows
-from dpo.batch.packing import PackedBatch, RefLogps, pack, padded_length
+from dpo.batch.packing import PackedBatch, RefLogps, RowFormat, pack, padded_length
 from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import Tree, grow_trees
 from dpo.config import Config
@@ -24,43 +23,39 @@ PAIRS_PER_EVALUATION_PLAN = 1024
 
 @dataclass(frozen=True)
 class Packer:
-    """What turns trees into this rank's tensors; the same all through a run."""
+    """Turns trees into the tensors of a lane; the same all through a run."""
 
-    rank: int
-    num_ranks: int
+    lane: int
+    num_lanes: int
     tokens_per_micro_batch: int
     costs: CostModel
-    windows: tuple[Window, ...]
-    device: torch.device
-    dtype: torch.dtype
-    row_length: Callable[[int], int]
-    """`padded_length` on CUDA: rows of few lengths, which few compiled graphs run; no padding on a CPU."""
-    ref_logps: RefLogps
+    row_format: RowFormat
+    ref_logps: RefLogps | None = None
+    """None until the reference is known, and for a loss without a reference: batches then carry none."""
 
     def plan(self, trees: Sequence[Tree]) -> StepPlan:
-        """The plan of all ranks."""
-        return plan_step(trees, self.num_ranks, self.tokens_per_micro_batch, self.costs)
+        """Returns the plan of all lanes."""
+        return plan_step(trees, self.num_lanes, self.tokens_per_micro_batch, self.costs)
 
     def pack(self, plan: StepPlan) -> list[PackedBatch]:
-        """This rank's micro-batches, in the memory of the host; every rank has the same number of them."""
-        return [
-            pack(trees, plan, self.ref_logps, self.windows, self.device, self.dtype, self.row_length)
-            for trees in plan.micro_batches[self.rank]
-        ]
+        """Returns the micro-batches of this lane, in the memory of the host; every lane has the same number of them."""
+        return [pack(trees, plan, self.ref_logps, self.row_format) for trees in self.trees(plan)]
+
+    def trees(self, plan: StepPlan) -> Sequence[Sequence[Tree]]:
+        """Returns the trees of each micro-batch of this lane."""
+        return plan.micro_batches[self.lane]
 
 
 def make_packer(config: Config, world: World, model_config: PretrainedConfig) -> Packer:
-    """The packer of a rank for a model; all its completions have reference 0 until it is given better."""
+    """Returns the packer of a lane for a model; set `ref_logps` before it packs for a loss with a reference."""
+    row_length = padded_length if world.device.type == "cuda" else int
+    dtype = getattr(torch, config.model.dtype)
     return Packer(
-        rank=world.rank,
-        num_ranks=world.size,
+        lane=world.lane,
+        num_lanes=world.num_lanes,
         tokens_per_micro_batch=config.batch.tokens_per_micro_batch,
         costs=cost_model(model_config),
-        windows=attention_windows(model_config),
-        device=world.device,
-        dtype=getattr(torch, config.model.dtype),
-        row_length=padded_length if world.device.type == "cuda" else int,
-        ref_logps=lambda prompt_ids, completion_ids: 0.0,
+        row_format=RowFormat(attention_windows(model_config), world.device, dtype, row_length),
     )
 
 

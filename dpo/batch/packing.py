@@ -1,5 +1,6 @@
 """A micro-batch of trees to tensors: one packed row of tokens without padding between them; behind them on CUDA."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -16,16 +17,31 @@ RefLogps = Callable[[np.ndarray, np.ndarray], float]
 """(prompt_ids, completion_ids) -> the completion's reference log-probability, nats."""
 
 FILLER = Tree(np.zeros(1, np.int32), (np.zeros(1, np.int32),), ())
-"""What a rank runs that has no tree in a micro-batch: a prompt and a completion of one token, and no pair.
+"""The tree of a lane that has none in a micro-batch: a prompt and a completion of one token, and no pair.
 
-Without it the rank would leave the others waiting in their collectives; without pairs it adds exactly 0 to the loss,
-yet every parameter, head included, gets a gradient (of zeros) as on the other ranks.
+Without it the lane would leave the others waiting in their collectives; without pairs it adds exactly 0 to the loss,
+yet every parameter, head included, gets a gradient (of zeros) as on the other lanes.
 """
 
 
 @dataclass(frozen=True)
+class RowFormat:
+    """How packed rows are made for a model on a device."""
+
+    windows: tuple[Window, ...]
+    """The attention windows of the model's layers."""
+    device: torch.device
+    """The device that rows are meant for."""
+    dtype: torch.dtype = torch.float32
+    """Of log-probabilities."""
+    row_length: Callable[[int], int] = int
+    """Tokens of a row -> the length to which it is padded: `padded_length` on CUDA, where few compiled graphs serve few
+    lengths; no padding on a CPU. The head sees no padding."""
+
+
+@dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch of one rank, L tokens, B completions, R scored tokens, T pairs.
+    """One micro-batch of one lane, L tokens, B completions, R scored tokens, T pairs.
 
     Made in the memory of the host, pinned where it is meant for CUDA; `to` brings it to the device.
     """
@@ -36,15 +52,15 @@ class PackedBatch:
     """(L,) positions; each completion's begin at its prompt's length; padding stands at 0."""
     layout: Layout
     """The trees' places, for attention."""
-    rows: Tensor
+    predict_idxs: Tensor
     """(R,) places in `tokens` whose hidden state predicts a completion token: a completion's first is predicted by
     the prompt's last token."""
     targets: Tensor
     """(R,) the predicted token ids, completion after completion."""
     lengths: Tensor
     """(B,) scored tokens of each completion, EOS included."""
-    ref_logps: Tensor
-    """(B,) log-probabilities under the reference, nats; zeros where the loss has no reference."""
+    ref_logps: Tensor | None
+    """(B,) log-probabilities under the reference, nats, NaN for a filler; None where the packer knows no reference."""
     yw_idxs: Tensor
     """(T,) each pair's winner, an index into the B completions."""
     yl_idxs: Tensor
@@ -65,25 +81,15 @@ class PackedBatch:
         return replace(self, layout=self.layout.to(device), **moved)
 
 
-def pack(
-    trees: Sequence[Tree],
-    plan: StepPlan,
-    ref_logps: RefLogps,
-    windows: Sequence[Window],
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    row_length: Callable[[int], int] = int,
-) -> PackedBatch:
-    """The tensors of one micro-batch, meant for `device`; `dtype` is that of the log-probabilities. No trees: the
-    filler. `row_length` says how long a row of so many tokens is made by padding, which no row of the head sees.
-    """
+def pack(trees: Sequence[Tree], plan: StepPlan, ref_logps: RefLogps | None, row_format: RowFormat) -> PackedBatch:
+    """Makes the tensors of one micro-batch of one lane; without trees, of the filler."""
     trees, num_tokens = trees or (FILLER,), sum(tree.num_tokens for tree in trees)
     spans = make_spans(trees)
     tokens = np.concatenate([ids for tree in trees for ids in (tree.prompt_ids, *tree.completion_ids)])
-    length = row_length(len(tokens))
+    length = row_format.row_length(len(tokens))
     padding = (0, length - len(tokens))
     winners, losers = pair_indices(trees)
-    refs = [ref_logps(t.prompt_ids, ids) if t.pairs else 0.0 for t in trees for ids in t.completion_ids]
+    device = row_format.device
 
     def put(array: np.ndarray | list[float], dtype: torch.dtype = torch.long) -> Tensor:
         tensor = torch.as_tensor(array, dtype=dtype)
@@ -92,11 +98,11 @@ def pack(
     return PackedBatch(
         tokens=put(np.pad(tokens, padding)),
         positions=put(np.pad(make_positions(spans), padding)),
-        layout=make_layout(spans, windows, length, device),
-        rows=put(make_rows(spans)),
+        layout=make_layout(spans, row_format.windows, length, device),
+        predict_idxs=put(predict_places(spans)),
         targets=put(np.concatenate([ids for tree in trees for ids in tree.completion_ids])),
         lengths=put([len(ids) for tree in trees for ids in tree.completion_ids]),
-        ref_logps=put(refs, dtype),
+        ref_logps=None if ref_logps is None else put(_references(trees, ref_logps), row_format.dtype),
         yw_idxs=put(winners),
         yl_idxs=put(losers),
         pairs_in_step=plan.pairs_in_step,
@@ -104,6 +110,11 @@ def pack(
         forward_flops_in_step=plan.forward_flops,
         num_tokens=num_tokens,
     )
+
+
+def _references(trees: Sequence[Tree], ref_logps: RefLogps) -> list[float]:
+    """Returns the reference's log-probability of each completion, nats; NaN where no pair needs it, as in a filler."""
+    return [ref_logps(t.prompt_ids, ids) if t.pairs else math.nan for t in trees for ids in t.completion_ids]
 
 
 def padded_length(num_tokens: int) -> int:
@@ -133,7 +144,7 @@ def make_positions(spans: Sequence[Span]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def make_rows(spans: Sequence[Span]) -> np.ndarray:
+def predict_places(spans: Sequence[Span]) -> np.ndarray:
     """(R,) the place that predicts each completion token: the prompt's last for the first, else the token before it."""
     parts = []
     for span in spans:

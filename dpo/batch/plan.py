@@ -1,10 +1,12 @@
-"""Which rank computes what of a step: pure functions of its pairs and their lengths.
+"""Which lane computes what of a step: a pure function of the step's trees.
 
-The way through this file:
+Trees are balanced over the lanes by cost and packed into the same number of micro-batches on each lane. The gradient
+does not depend on it: it is a scheduling decision. An example: trees of 50, 40, 30, 20 and 10 tokens, at a cost of 1
+FLOP a token, on 2 lanes with 60 tokens per micro-batch:
 
-1. `grow_trees(pairs)`: pairs that share a prompt become one tree, in which shared completions stand once;
-2. `plan_step(trees, ...)`: trees are balanced over the ranks by cost and packed into the same number of micro-batches
-   on each of them. The gradient does not depend on this second stage: it is a scheduling decision.
+    balanced                lane 0: 50 + 20 + 10 = 80     lane 1: 40 + 30 = 70
+    micro-batches needed    2: (50, 10), (20)             2: (40), (30)
+    balanced once more      (50), (20, 10)                (40), (30): costs 50, 30 beside 40, 30
 """
 
 from collections.abc import Sequence
@@ -16,9 +18,9 @@ from dpo.batch.trees import Tree
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The trees of one step by rank and micro-batch, `micro_batches[rank][micro]`, and the step's denominators.
+    """The trees of one step by lane and micro-batch, `micro_batches[lane][micro]`, and the step's denominators.
 
-    Every rank has the same number of micro-batches; an empty one is filled by one tree without pairs when it is packed.
+    Every lane has the same number of micro-batches; an empty one is filled by one tree without pairs when it is packed.
     """
 
     micro_batches: tuple[tuple[tuple[Tree, ...], ...], ...]
@@ -30,26 +32,20 @@ class StepPlan:
 
     @property
     def num_micro_batches(self) -> int:
-        """Micro-batches of each rank."""
+        """Returns the number of micro-batches of each lane."""
         return len(self.micro_batches[0])
 
 
-# --- 1. trees --------------------------------------------------------------------------------------------------------
-
-
-# --- 2. the plan -----------------------------------------------------------------------------------------------------
-
-
-def plan_step(trees: Sequence[Tree], num_ranks: int, tokens_per_micro_batch: int, costs: CostModel) -> StepPlan:
-    """Balances trees over ranks by cost and packs them into micro-batches of at most `tokens_per_micro_batch` tokens.
+def plan_step(trees: Sequence[Tree], num_lanes: int, tokens_per_micro_batch: int, costs: CostModel) -> StepPlan:
+    """Balances trees over lanes by cost and packs them into micro-batches of at most `tokens_per_micro_batch` tokens.
 
     A tree with more tokens than that has a micro-batch of its own. Every tree stands in exactly one place.
     """
     budget = tokens_per_micro_batch
-    by_rank = [[trees[i] for i in part] for part in balance([costs.cost(tree) for tree in trees], num_ranks)]
-    num_micro_batches = max(1, *(len(_first_fit(part, budget)) for part in by_rank))
+    by_lane = [[trees[i] for i in part] for part in balance([costs.cost(tree) for tree in trees], num_lanes)]
+    num_micro_batches = max(1, *(len(_first_fit(part, budget)) for part in by_lane))
     return StepPlan(
-        micro_batches=tuple(_micro_batches(part, num_micro_batches, budget, costs) for part in by_rank),
+        micro_batches=tuple(_micro_batches(part, num_micro_batches, budget, costs) for part in by_lane),
         pairs_in_step=sum(len(tree.pairs) for tree in trees),
         winner_tokens_in_step=sum(len(tree.completion_ids[w]) for tree in trees for w, _ in tree.pairs),
         forward_flops=sum(costs.cost(tree) for tree in trees),
@@ -122,7 +118,7 @@ def _first_fit(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
 def _micro_batches(
     trees: Sequence[Tree], num_micro_batches: int, budget: int, costs: CostModel
 ) -> tuple[tuple[Tree, ...], ...]:
-    """One rank's trees in exactly `num_micro_batches`, the dearest first: the ranks wait for each other in each one."""
+    """Packs a lane's trees into exactly `num_micro_batches`, the dearest first: lanes wait for each other in each."""
     parts = [[trees[i] for i in part] for part in balance([costs.cost(tree) for tree in trees], num_micro_batches)]
     if any(len(part) > 1 and sum(tree.num_tokens for tree in part) > budget for part in parts):
         parts = _first_fit(trees, budget)

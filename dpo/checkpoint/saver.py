@@ -15,8 +15,8 @@ from torch import nn
 from dpo.base.console import warn
 from dpo.base.errors import Preempted, RunError
 from dpo.checkpoint.host_copies import HostCopies
-from dpo.checkpoint.store import RunState, checkpoint_path, forget_plans, state_tensors, write_checkpoint
-from dpo.distributed.world import World
+from dpo.checkpoint.store import RunState, Shelf, checkpoint_path, forget_plans, state_tensors, write_checkpoint
+from dpo.distributed.world import World, use_device
 
 
 class Saver:
@@ -27,21 +27,10 @@ class Saver:
     with momentum 2; AdamW 2; SGD with momentum 1), divided by `parallel.shard` ranks.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        keep: int | None,
-        world: World,
-        group: dist.ProcessGroup,
-    ):
-        self.run_dir, self.model, self.optimizer, self.keep, self.world = run_dir, model, optimizer, keep, world
-        self.group = group
-        """Of the writing threads alone: the main threads' collectives go on meanwhile, in any order beside theirs."""
-        self.plans = uuid.uuid4().hex
-        """The name of what one checkpoint leaves for the next (`save_planner`): of this run and group, on this rank."""
-        self.copies = HostCopies(world.device)
+    def __init__(self, shelf: Shelf, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.shelf, self.model, self.optimizer = shelf, model, optimizer
+        self.world = shelf.world
+        self.copies = HostCopies(self.world.device)
         self.writing: Future[None] | None = None
         self.has_failed = False
         """Whether the last checkpoint that ended could not be written."""
@@ -60,19 +49,16 @@ class Saver:
         tensors = self.copies.take(state_tensors(self.model, self.optimizer))
 
         def write() -> None:
-            if self.world.device.type == "cuda":
-                torch.cuda.set_device(self.world.device)  # else the node's first GPU is a thread's
+            use_device(self.world.device)
             self.copies.wait()
             try:
-                write_checkpoint(
-                    self.run_dir, state, tensors, self.keep, before_commit, self.plans, self.world, self.group
-                )
+                write_checkpoint(self.shelf, state, tensors, before_commit)
             except RunError as failure:
                 if self.world.is_main:
                     warn(f"a checkpoint was not written: {failure}")
                 raise
 
-        self.writing = _start(write, checkpoint_path(self.run_dir, state.step).name)
+        self.writing = _start(write, checkpoint_path(self.shelf.run_dir, state.step).name)
 
     def finish(self) -> None:
         """Waits until the checkpoint is committed. Raises RunError, on every rank, where that failed."""
@@ -111,7 +97,8 @@ def open_saver(
     here, and to its end.
     """
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-    saver = Saver(run_dir, model, optimizer, keep, world, group)
+    shelf = Shelf(run_dir, keep, uuid.uuid4().hex, world, group)
+    saver = Saver(shelf, model, optimizer)
     hook = optimizer.register_step_pre_hook(lambda *_: saver.copies.hold())
     try:
         yield saver
@@ -125,7 +112,7 @@ def open_saver(
     finally:
         hook.remove()
         saver.copies.buffers.clear()
-        forget_plans(saver.plans)
+        forget_plans(shelf.plans)
     dist.destroy_process_group(group)
 
 

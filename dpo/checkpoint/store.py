@@ -46,24 +46,29 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
-def write_checkpoint(
-    run_dir: Path,
-    state: RunState,
-    tensors: dict[str, Any],
-    keep: int | None,
-    before_commit: Callable[[], None],
-    plans: str,
-    world: World,
-    group: dist.ProcessGroup,
-) -> None:
+@dataclass(frozen=True)
+class Shelf:
+    """Where the checkpoints of a run go, and the ranks that write them."""
+
+    run_dir: Path
+    keep: int | None
+    """How many are kept, the newest ones; None: all."""
+    plans: str
+    """Names what is kept in memory from one checkpoint to the next (see `save_planner`)."""
+    world: World
+    group: dist.ProcessGroup
+    """All exchanges go over it, so that a thread may write while others use other groups."""
+
+
+def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], before_commit: Callable[[], None]) -> None:
     """Writes a checkpoint of `state_tensors` in host memory, then removes all but the newest `keep`.
 
     It is written under another name and renamed when it is whole, after `before_commit` on rank 0: a folder with the
-    right name is always complete. Every rank must get here; all exchanges go over `group`, so a thread may do it while
-    others use other groups. `plans` names what is kept from one checkpoint to the next (see `save_planner`). Raises
-    RunError, on every rank and with no plans kept, where any cannot write.
+    right name is always complete. Every rank must get here, or the rest hang. Raises RunError, on every rank and with
+    no plans kept, where any cannot write.
     """
-    target = checkpoint_path(run_dir, state.step)
+    world, group, plans = shelf.world, shelf.group, shelf.plans
+    target = checkpoint_path(shelf.run_dir, state.step)
     draft = target.with_suffix(DRAFT)
     on_main(world, lambda: _make_draft(draft), group)
     try:
@@ -78,7 +83,7 @@ def write_checkpoint(
     def commit() -> None:
         try:
             before_commit()
-            _commit(draft, target, state, keep)
+            _commit(draft, target, state, shelf.keep)
         except OSError as failure:  # told when the run is many steps further
             raise RunError(f"{target}: {type(failure).__name__}: {failure}") from failure
 

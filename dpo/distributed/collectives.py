@@ -65,3 +65,10 @@ def all_gather(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_lanes(value: T) -> list[T]:
+    """Returns the values of all lanes, by lane: data that a lane holds counts once, however many ranks share it. Every
+    rank must get here, or the rest hang.
+    """
+    return all_gather(value)  # each lane is one rank

@@ -26,6 +26,18 @@ class World:
     """By their ranks, the groups of hybrid sharding's mesh: made once, though several policies are sharded over it."""
 
     @property
+    def lane(self) -> int:
+        """Returns the lane of this rank: its index into the entries of a plan, its part of the data. Each lane is one
+        rank, until blocks of ranks share a row.
+        """
+        return self.rank
+
+    @property
+    def num_lanes(self) -> int:
+        """Returns the number of lanes, which share the trees of a step."""
+        return self.size
+
+    @property
     def is_main(self) -> bool:
         """Rank 0: it alone prints, decides on files and writes metrics."""
         return self.rank == 0

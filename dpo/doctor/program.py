@@ -30,7 +30,7 @@ from dpo.doctor.storage import CACHE, STORAGE
 from dpo.doctor.words import header, lines_of, verdict
 from dpo.model.kernels import keep_kernels
 from dpo.model.weights import find_model_config, read_named_config
-from dpo.ref_logps.fill import cache_root
+from dpo.ref_logps.cache import cache_root
 from dpo.step.objective import has_reference
 
 DESCRIPTION = """Says on one screen whether a run would work here and how fast the machine is: devices, versions,

@@ -29,16 +29,19 @@ from dpo.estimate.lengths import Lengths, lengths_of_pairs
 from dpo.estimate.needs import with_dtype
 from dpo.estimate.speed import DEFAULT_MFU, Cluster
 from dpo.model.weights import read_model_config
+from dpo.run.folder import Start
 from dpo.run.inputs import Inputs
+from dpo.run.layout import as_so_far
 
 
-def decide_parallel(config: Config, world: World, inputs: Inputs) -> tuple[Config, str | None]:
+def decide_parallel(config: Config, start: Start, inputs: Inputs, world: World) -> tuple[Config, str | None]:
     """The config with no key of parallel undecided, and what a step of it needs, like `71.2 GiB`. Every rank must get
     here, or the rest hang.
 
     Raises UserError where the model cannot be built and something is undecided. Where the estimate fails otherwise, the
     run goes on with what needs the least memory; what that is, is then None.
     """
+    config = as_so_far(config, start, world)
     memory = min(all_gather(_memory_here(world)))
     choice = on_main(world, lambda: _choice_if_possible(config, world, inputs, memory))
     if world.is_main:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
-from dpo.batch.packing import PackedBatch, pack, padded_length
+from dpo.batch.packing import PackedBatch, RowFormat, pack, padded_length
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree
 from dpo.config import Config
@@ -113,7 +113,7 @@ def _fake_group(num_ranks: int) -> Iterator[None]:
 
 def _pack(policy: Policy, plan: StepPlan, trees: Sequence[Tree], on_cuda: bool) -> PackedBatch:
     windows, row_length = ((), padded_length) if on_cuda else (policy.windows, int)
-    return pack(trees, plan, lambda *_: 0.0, windows, torch.device("cpu"), policy.dtype, row_length)
+    return pack(trees, plan, lambda *_: 0.0, RowFormat(windows, torch.device("cpu"), policy.dtype, row_length))
 
 
 def _run(policy: Policy, config: Config, batch: PackedBatch, num_micro_batches: int, timeline: Timeline) -> None:
@@ -122,7 +122,7 @@ def _run(policy: Policy, config: Config, batch: PackedBatch, num_micro_batches: 
         announce_backward(policy, is_last=number == num_micro_batches - 1)
         timeline.enter(Moment(number, "forward", 0))
         with _announced_layers(policy, number, timeline):
-            pi_logps = completion_logps(policy, batch, config.parallel.head_memory_mib * 2**20)
+            pi_logps = completion_logps(policy, batch)
         losses, _ = pair_losses(pi_logps, batch, config.loss)
         timeline.enter(Moment(number, "backward", HEAD))
         (losses.sum() / batch.pairs_in_step).backward()

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from dpo.batch.order import PairOrder
+from dpo.batch.order import make_order
 from dpo.config import Config
 from dpo.data.prepare import PreferenceData
 from dpo.data.report import DataReport
@@ -51,15 +51,10 @@ class Inspection:
 
 
 def inspect_data(
-    config: Config,
-    model_config: PretrainedConfig,
-    tokenizer: Any,
-    data: PreferenceData,
-    order: PairOrder,
-    last_step: int,
-    num_examples: int,
+    config: Config, model_config: PretrainedConfig, tokenizer: Any, data: PreferenceData, num_examples: int
 ) -> Inspection:
-    """All of it. `tokenizer`: None where all data came as tokens and the model has none."""
+    """Counts everything. `tokenizer`: None where all data came as tokens and the model has none."""
+    order, last_step, _ = make_order(config, data)
     formats = {source.format for source in data.report.sources}
     ends = end_ids(formats, tokenizer, model_config)
     speller = make_speller(tokenizer, (*ends.bos, *ends.eos))

@@ -17,7 +17,6 @@ from datasets import disable_progress_bars
 from dpo.base.command import own_flags, split_words
 from dpo.base.console import is_quiet, say
 from dpo.base.errors import UserError
-from dpo.batch.order import make_order
 from dpo.config import Config, load_config
 from dpo.data.prepare import PreferenceData, prepare_data
 from dpo.data.tokenizer import has_tokenizer, load_tokenizer
@@ -59,8 +58,7 @@ def inspect(config: Config, num_examples: int) -> Inspection:
     model_config = find_model_config(config)
     say("data: reading, and tokenizing what is not in the cache")
     data = prepare_data(config, model_config)
-    order, last_step, _ = make_order(config, data)
-    return inspect_data(config, model_config, find_tokenizer(config, data), data, order, last_step, num_examples)
+    return inspect_data(config, model_config, find_tokenizer(config, data), data, num_examples)
 
 
 def find_tokenizer(config: Config, data: PreferenceData) -> Any:

@@ -40,7 +40,8 @@ def build_policy(
     model = build_on_meta(config, master, trust_remote_code)
     graphs = parallelize(model, mesh, parallel, compute_dtype(parallel, master, device))
     _materialize(model, torch.device("cpu") if parallel.cpu_offload else device, device)
-    return Policy(model, attention_windows(config), device, master, parallel, graphs)
+    head_bytes = parallel.head_memory_mib * 2**20
+    return Policy(model, attention_windows(config), device, master, parallel, head_bytes, graphs)
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:

@@ -9,6 +9,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,30 +19,35 @@ from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig
 from dpo.base.console import say
 from dpo.data.tokenizer import Ids
 from dpo.data.tokens import limits_of
-from dpo.distributed.collectives import all_gather
+from dpo.distributed.collectives import all_gather, gather_lanes
 from dpo.distributed.world import World
 from dpo.machine.facts import host_memory
 from dpo.model.parallelize import compute_dtype, decoder_layers
 from dpo.model.policy import Policy, reshard
 
-ROWS_PER_RANK = 8
-"""Prompts that a rank answers at a time: each needs a KV cache."""
+ROWS_PER_LANE = 8
+"""Prompts that a lane answers at a time: each needs a KV cache."""
 
 
-def generate(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    eos_ids: Sequence[int],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    world: World,
-) -> list[Ids]:
-    """The answer to each of `prompts` (token ids, at least one each): ids after the prompt, up to and without EOS.
+@dataclass(frozen=True)
+class AnswerRule:
+    """How prompts are answered."""
 
-    temperature 0: the likeliest token every time. An answer ends early, and rank 0 says so, where learned positions
-    do. Every rank must get here with the same prompts, and gets all answers. Nothing of training is changed.
+    eos_ids: tuple[int, ...]
+    """Tokens that end an answer."""
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0: the likeliest token at each place; above 0, tokens are drawn from the softmax at this temperature."""
+    seed: int = 0
+
+
+def generate(policy: Policy, prompts: Sequence[Sequence[int]], rule: AnswerRule, world: World) -> list[Ids]:
+    """Returns the answer to each of `prompts` (token ids, at least one each): ids after the prompt, without EOS.
+
+    An answer ends early, and rank 0 says so, where learned positions do. Every rank must get here with the same
+    prompts, or the rest hang, and gets all answers. Nothing of training is changed.
     """
+    max_new_tokens = rule.max_new_tokens
     limits = [_room(policy, len(prompt), max_new_tokens) for prompt in prompts]
     if world.is_main and min(limits, default=max_new_tokens) < max_new_tokens:
         num_cut = sum(limit < max_new_tokens for limit in limits)
@@ -51,11 +57,11 @@ def generate(
     # Every rank must keep its layers, or none: the rest would hang in gathers that others do not join.
     keeps = all(all_gather(keeps_layers_whole(_layer_bytes(policy), cache_bytes, _free_bytes(world))))
     with _generating(policy, keeps):
-        for numbers, limit in _waves(limits, world.size * ROWS_PER_RANK):
-            mine = numbers[world.rank :: world.size]
-            asked = [prompts[i] for i in mine or numbers[:1]]  # a rank without a prompt runs the first one along
-            rows = _answer_rows(policy, asked, eos_ids, limit, temperature, seed, world)[: len(mine)]
-            for number, answer in itertools.chain(*all_gather(list(zip(mine, rows, strict=True)))):
+        for numbers, limit in _waves(limits, world.num_lanes * ROWS_PER_LANE):
+            mine = numbers[world.lane :: world.num_lanes]
+            asked = [prompts[i] for i in mine or numbers[:1]]  # a lane without a prompt runs the first one along
+            rows = _answer_rows(policy, asked, rule, limit, world)[: len(mine)]
+            for number, answer in itertools.chain(*gather_lanes(list(zip(mine, rows, strict=True)))):
                 answers[number] = answer
     return answers
 
@@ -133,7 +139,7 @@ def _cache_bytes(policy: Policy, num_tokens: int) -> int | None:
     """Bytes of keys and values of the rows that a rank answers at a time, twice: a cache grows by copying."""
     itemsize = compute_dtype(policy.parallel, policy.dtype, policy.device).itemsize
     numbers = cached_numbers(policy.config)
-    return None if numbers is None else 2 * ROWS_PER_RANK * num_tokens * numbers * itemsize
+    return None if numbers is None else 2 * ROWS_PER_LANE * num_tokens * numbers * itemsize
 
 
 def cached_numbers(config: PretrainedConfig) -> int | None:
@@ -164,21 +170,20 @@ def _free_bytes(world: World) -> int:
 
 
 def _answer_rows(
-    policy: Policy,
-    prompts: Sequence[Sequence[int]],
-    eos_ids: Sequence[int],
-    limit: int,
-    temperature: float,
-    seed: int,
-    world: World,
+    policy: Policy, prompts: Sequence[Sequence[int]], rule: AnswerRule, limit: int, world: World
 ) -> list[Ids]:
-    """One wave of one rank. Every rank must get here: `synced_gpus` goes on until the last of them is done."""
+    """Answers one wave of one lane with at most `limit` tokens each. Every rank must get here, or the rest hang:
+    `synced_gpus` goes on until the last of them is done.
+    """
+    eos_ids = rule.eos_ids
     pad = eos_ids[0] if eos_ids else 0
     ids, mask = _left_padded(prompts, pad, policy.device)
     choose = []
-    if temperature > 0:
-        uniforms = [[uniform(seed, prompt, place) for place in range(limit)] for prompt in prompts]
-        choose = [_Draw(torch.tensor(uniforms, device=policy.device, dtype=torch.float64), ids.shape[1], temperature)]
+    if rule.temperature > 0:
+        uniforms = [[uniform(rule.seed, prompt, place) for place in range(limit)] for prompt in prompts]
+        choose = [
+            _Draw(torch.tensor(uniforms, device=policy.device, dtype=torch.float64), ids.shape[1], rule.temperature)
+        ]
     config = GenerationConfig(
         max_new_tokens=limit, do_sample=False, use_cache=True, eos_token_id=list(eos_ids) or None, pad_token_id=pad
     )

@@ -8,7 +8,7 @@ Logits are never rounded to less than float32 on CUDA: the product of narrower f
 A CPU has no such product. There the logits are computed in the dtype of the head's weights, then widened.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,28 +19,46 @@ NARROW_BLOCKS = 16
 memory of its own."""
 
 
-def completion_log_probs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    lengths: Tensor,
-    head_bytes: int,
-    device_type: str | None = None,
-) -> Tensor:
-    """Log-probability of each completion given its prompt, summed over its tokens: (B,) nats.
+class Head(NamedTuple):
+    """The linear layer from hidden states to logits, and how it is run."""
 
-    hidden (R, H), weight (V, H) and bias (V,) of the head, targets (R,) token ids. The rows of a completion follow one
-    another, lengths (B,) counts them; one without rows gets 0. Log-probabilities are float32 (float64 where the weights
-    are). All that is as wide as the vocabulary and lives at once, in either pass, takes at most `head_bytes`, or a
-    single row. `device_type`: where the head is computed, by default where the weight lies; `dpo.estimate` runs what
-    CUDA runs on tensors without memory.
+    weight: Tensor
+    """(V, H)."""
+    bias: Tensor | None
+    """(V,)."""
+    max_bytes: int
+    """The most bytes that everything as wide as the vocabulary takes at once, in either pass; at least one row."""
+    device_type: str | None = None
+    """Where it is computed; None: where the weight lies. `dpo.estimate` runs what CUDA runs on tensors without
+    memory."""
+
+
+class Chunking(NamedTuple):
+    """How rows are run through the head."""
+
+    is_wide: bool
+    """See `has_float32_product`."""
+    num_rows: int
+    """Rows whose logits are in memory at a time."""
+
+
+def completion_log_probs(hidden: Tensor, head: Head, targets: Tensor, lengths: Tensor) -> Tensor:
+    """Returns the log-probability of each completion given its prompt, summed over its tokens: (B,) nats.
+
+    Args:
+        hidden: (R, H), the rows of a completion one after another.
+        targets: (R,) token ids.
+        lengths: (B,) rows of each completion; one without rows gets 0.
+
+    Returns:
+        (B,) float32, float64 where the weights are.
     """
-    device_type = device_type or weight.device.type
+    weight, bias = head.weight, head.bias
+    device_type = head.device_type or weight.device.type
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
-    chunk = rows_in_chunk(weight.shape[0], weight.dtype, head_bytes, device_type, needs_gradient)
-    is_wide = has_float32_product(device_type, weight.dtype)
-    token_logps = ChunkedTokenLogProbs.apply(hidden, weight, bias, targets, is_wide, chunk)
+    chunk = rows_in_chunk(weight.shape[0], weight.dtype, head.max_bytes, device_type, needs_gradient)
+    chunking = Chunking(has_float32_product(device_type, weight.dtype), chunk)
+    token_logps = ChunkedTokenLogProbs.apply(hidden, weight, bias, targets, chunking)
     # In float64, and not by index_add, whose order of addition on CUDA changes from run to run.
     sums = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True)
     return sums.to(token_logps.dtype)
@@ -82,23 +100,21 @@ def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class ChunkedTokenLogProbs(Function):
-    """log softmax(hidden weight^T + bias)[targets], (R,) nats, with the logits of `chunk` rows in memory at a time.
+    """log softmax(hidden weight^T + bias)[targets], (R,) nats, with the logits of a chunk of rows in memory at a time.
 
     For a row with logits z, target t and output gradient g:  dz = g (onehot(t) - softmax(z)).
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, is_wide: bool, chunk: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunking: Chunking
     ) -> Tensor:
-        """(R,) log-probabilities of the targets; keeps the inputs, and the log softmax of the last chunk. `is_wide`:
-        see `has_float32_product`.
-        """
-        ctx.chunks, ctx.is_wide = _chunks(hidden.shape[0], chunk), is_wide
+        """Returns the targets' log-probabilities (R,); keeps the inputs, and the log softmax of the last chunk."""
+        ctx.chunks, ctx.is_wide = _chunks(hidden.shape[0], chunking.num_rows), chunking.is_wide
         out = torch.empty(hidden.shape[0], dtype=_logits_dtype(weight.dtype), device=hidden.device)
         buffer = _buffer(ctx.chunks, weight)
         for rows in ctx.chunks:
-            logps = _log_softmax(hidden[rows], weight, bias, buffer, is_wide)
+            logps = _log_softmax(hidden[rows], weight, bias, buffer, chunking.is_wide)
             out[rows] = logps.gather(1, targets[rows, None])[:, 0]
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.last_chunk = buffer
@@ -131,7 +147,7 @@ class ChunkedTokenLogProbs(Function):
             if grad_weight is not None:
                 _add_product(grad_weight, None if ctx.is_wide else dz, narrow, hidden[rows] * scale, keep=not is_last)
             del narrow  # the next chunk's logits take its place in the budget
-        return grad_hidden, _like(grad_weight, weight), _like(grad_bias, bias), None, None, None
+        return grad_hidden, _like(grad_weight, weight), _like(grad_bias, bias), None, None
 
 
 def _chunks(num_rows: int, chunk: int) -> list[slice]:

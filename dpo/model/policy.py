@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from dpo.batch.packing import PackedBatch
+from dpo.batch.block_mask import Window
+from dpo.batch.packing import PackedBatch, RowFormat, padded_length
 from dpo.config import ParallelConfig
-from dpo.model.attention import Window
 from dpo.model.kernels import Graphs
-from dpo.model.log_probs import completion_log_probs
+from dpo.model.log_probs import Head, completion_log_probs
 from dpo.model.parallelize import fsdp_modules
 
 
@@ -29,19 +29,20 @@ class Policy:
     dtype: torch.dtype
     """Of the master weights and the log-probabilities."""
     parallel: ParallelConfig
+    head_bytes: int
+    """The most bytes that everything as wide as the vocabulary takes at once."""
     graphs: Graphs
     """Graphs that its layers have taken so far; empty where they are not compiled."""
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's config."""
+        """Returns the model's config."""
         return self.model.config
 
-
-# --- built -----------------------------------------------------------------------------------------------------------
-
-
-# --- loaded and exported ---------------------------------------------------------------------------------------------
+    @property
+    def row_format(self) -> RowFormat:
+        """Returns how rows are packed for this model on its device."""
+        return RowFormat(self.windows, self.device, self.dtype, padded_length if self.device.type == "cuda" else int)
 
 
 def free_memory() -> None:
@@ -51,15 +52,12 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-# --- run -------------------------------------------------------------------------------------------------------------
+def completion_logps(policy: Policy, batch: PackedBatch) -> Tensor:
+    """Returns the log-probability of each completion given its prompt, (B,) nats, with gradient where enabled.
 
-
-def completion_logps(policy: Policy, batch: PackedBatch, head_bytes: int) -> Tensor:
-    """Log-probability of each completion of the batch given its prompt, (B,) nats, with gradient where enabled.
-
-    Every rank must get here the same number of times: the parameters are gathered on the way.
+    Every rank must get here the same number of times, or the rest hang: FSDP all-gathers the parameters on the way.
     """
-    return policy.model.logps(batch, head_bytes, policy.device.type)
+    return policy.model.logps(batch, policy.head_bytes, policy.device.type)
 
 
 def _forward_logps(
@@ -72,10 +70,9 @@ def _forward_logps(
         layout=batch.layout,
         use_cache=False,
     ).last_hidden_state[0]
-    head = model.get_output_embeddings()
-    return completion_log_probs(
-        hidden[batch.rows], head.weight, head.bias, batch.targets, batch.lengths, head_bytes, device_type
-    )
+    linear = model.get_output_embeddings()
+    head = Head(linear.weight, linear.bias, head_bytes, device_type)
+    return completion_log_probs(hidden[batch.predict_idxs], head, batch.targets, batch.lengths)
 
 
 def announce_backward(policy: Policy, is_last: bool) -> None:

@@ -29,7 +29,7 @@ that torch took for a constant in the first row is an unknown from the second on
 """
 
 
-def warm_up(policy: Policy, packer: Packer, head_bytes: int, world: World, passes: tuple[bool, ...]) -> None:
+def warm_up(policy: Policy, packer: Packer, world: World, passes: tuple[bool, ...]) -> None:
     """Compiles what `passes` ask for: True is a pass with gradients, False one without. Weights do not change, and no
     gradient is left. Where nothing is compiled, nothing is run.
 
@@ -43,11 +43,11 @@ def warm_up(policy: Policy, packer: Packer, head_bytes: int, world: World, passe
         how_long = "1 to 3 minutes at the first start, seconds where kernels are kept from another"
         say(f"compiling {what}: {how_long}; they are kept in {kernel_folder()}")
     started, before = time.monotonic(), num_graphs()
-    packer = replace(packer, windows=policy.windows)
+    packer = replace(packer, row_format=policy.row_format)
     with first_length_unknown():
         for with_gradients in passes:
             for length in LENGTHS:
-                _run(policy, _row(packer, length), head_bytes, with_gradients)
+                _run(policy, _row(packer, length), with_gradients)
     reshard(policy)  # first: gradients are those of the sharded parameters
     policy.model.zero_grad(set_to_none=True)
     if world.is_main:
@@ -62,7 +62,7 @@ def load_and_warm(
     must get here.
     """
     policy = load_policy(config, world, model_config, folder)
-    warm_up(policy, packer, config.parallel.head_memory_mib * 2**20, world, passes)
+    warm_up(policy, packer, world, passes)
     return policy
 
 
@@ -80,15 +80,16 @@ def first_length_unknown() -> Iterator[None]:
 
 
 def _row(packer: Packer, length: int) -> PackedBatch:
-    """A tree of two tokens on each rank, the rest of the row padding: no model has too few positions for it."""
+    """A tree of two tokens on each lane, the rest of the row padding: no model has too few positions for it."""
     ids = np.zeros(1, np.int32)
-    plan = packer.plan([Tree(ids, (ids,), ())] * packer.num_ranks)
-    return replace(packer, row_length=lambda _: length).pack(plan)[0]
+    plan = packer.plan([Tree(ids, (ids,), ())] * packer.num_lanes)
+    row_format = replace(packer.row_format, row_length=lambda _: length)
+    return replace(packer, row_format=row_format, ref_logps=None).pack(plan)[0]
 
 
-def _run(policy: Policy, batch: PackedBatch, head_bytes: int, with_gradients: bool) -> None:
+def _run(policy: Policy, batch: PackedBatch, with_gradients: bool) -> None:
     announce_backward(policy, is_last=True)
     with torch.set_grad_enabled(with_gradients):
-        logps = completion_logps(policy, batch.to(policy.device), head_bytes)
+        logps = completion_logps(policy, batch.to(policy.device))
     if with_gradients:
         (logps.sum() * 0.0).backward()

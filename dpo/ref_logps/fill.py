@@ -1,13 +1,7 @@
-"""Reference log-probabilities: computed once by the policy's own forward, kept by content, never stale.
+"""Reference log-probabilities: computed once by the policy's own forward pass, kept by content, never stale."""
 
-A row belongs to the reference by content, to the numerics that change the value, and to the tokens of prompt and
-completion; nothing else is in its key.
-"""
-
-import json
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,23 +11,20 @@ import numpy as np
 import torch
 
 from dpo.base.console import progress, say
-from dpo.base.errors import Preempted, RunError, UserError
-from dpo.base.files import default_cache_dir, write_atomically
+from dpo.base.errors import Preempted, RunError
 from dpo.base.prefetch import prefetch
 from dpo.batch.packer import Packer
 from dpo.batch.packing import PackedBatch
-from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree
-from dpo.config import Config
 from dpo.data.pair_set import PairSet
 from dpo.data.tokens import completion_key
-from dpo.distributed.collectives import all_gather, on_main, together
+from dpo.distributed.collectives import all_gather, gather_lanes, on_main, together
 from dpo.distributed.preemption import StopRequest
 from dpo.distributed.world import World, use_device
-from dpo.model.parallelize import compute_dtype, is_compiled
 from dpo.model.policy import Policy, completion_logps, free_memory
-from dpo.ref_logps.blocks import Making, first_of_each, read_rows, reference_key, split_keys, write_making, write_rows
-from dpo.ref_logps.making import difference, joined_making, making, numerics
+from dpo.ref_logps.blocks import first_of_each, read_rows, split_keys, write_making, write_rows
+from dpo.ref_logps.cache import RefCache, check_shared
+from dpo.ref_logps.making import difference
 from dpo.ref_logps.table import RefTable, find_table, open_table, table_makings, table_name, write_table
 
 SECONDS_BETWEEN_BLOCKS = 30.0
@@ -43,6 +34,14 @@ PAIRS_READ_TOGETHER = 1024
 
 Completion = tuple[np.ndarray, np.ndarray]
 """(prompt_ids, completion_ids)."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Completions whose rows are not in the cache."""
+
+    completions: Iterator[Completion]
+    count: int
 
 
 @dataclass(frozen=True)
@@ -67,69 +66,39 @@ def lookup(rows: RefTable) -> Callable[[np.ndarray, np.ndarray], float]:
     return lambda prompt_ids, completion_ids: rows.logp(completion_key(prompt_ids, completion_ids))
 
 
-def check_shared(folder: Path, world: World) -> None:
-    """Raises UserError where a file that rank 0 writes into the cache is not seen by every rank. Every rank must get
-    here.
-    """
-    probe = on_main(world, lambda: _write_probe(folder))
-
-    def look() -> None:
-        if not probe.is_file():
-            raise UserError(
-                f"reference.cache_dir: rank {world.rank} does not see what rank 0 writes to {folder};"
-                " valid: a folder that all nodes share"
-            )
-
-    together(look)
-    on_main(world, lambda: probe.unlink(missing_ok=True))
-
-
-def _write_probe(folder: Path) -> Path:
-    """A file under a name that no other job uses, and that no node has looked for before."""
-    probe = folder / f".probe-{uuid.uuid4().hex}"
-    try:
-        write_atomically(probe, b"")
-    except OSError as failure:
-        raise UserError(
-            f"reference.cache_dir: cannot write to {folder}: {failure}; valid: a folder to write in"
-        ) from failure
-    return probe
-
-
 def fill(
+    cache: RefCache,
     sets: Sequence[PairSet],
-    folder: Path,
-    facts: Mapping[str, str],
-    now: Making,
     reference: Callable[[], Policy],
     packer: Packer,
-    head_bytes: int,
     world: World,
     stop_requested: StopRequest,
 ) -> tuple[RefTable, ReferencePass]:
-    """The rows of every completion of `sets`: those in the cache `folder`, and the missing ones, computed and added to
-    it.
+    """Returns the rows of every completion of `sets`, and what the work was: rows in the cache are read, missing ones
+    computed and added to it.
 
-    `facts` are those of the folder's key, `now` is how this run makes rows. `reference()` gives the model, and is
-    called only where a row is missing. Raises Preempted, on every rank and with what was computed in the cache, where a
-    rank is asked to stop. Every rank must get here.
+    `reference()` gives the model, and is called only where a row is missing. Raises Preempted, on every rank and with
+    the rows so far in the cache, where a rank is asked to stop. Every rank must get here, or the rest hang.
     """
     started = time.monotonic()
-    check_shared(folder, world)
+    check_shared(cache.folder, world)
     name = table_name([pairs.content_hash for pairs in sets])
-    table = on_main(world, lambda: find_table(folder, name))
+    table = on_main(world, lambda: find_table(cache.folder, name))
     num_missing = 0
     if table is None:
-        missing = on_main(world, lambda: _missing(sets, folder))
+        missing = on_main(world, lambda: _missing(sets, cache.folder))
         num_missing = len(missing)
         if num_missing:
-            on_main(world, lambda: write_atomically(folder / "about.json", json.dumps(facts, indent=1).encode()))
-            todo = _select(sets, missing)
-            _compute(todo, num_missing, folder, reference(), packer, head_bytes, world, stop_requested, now)
+            on_main(world, cache.write_facts)
+            todo = Missing(_select(sets, missing), num_missing)
+            _compute(cache, todo, reference(), packer, world, stop_requested)
             free_memory()
-        table = on_main(world, lambda: write_table(folder, name, _wanted(sets)[0]))
+        table = on_main(world, lambda: write_table(cache.folder, name, _wanted(sets)[0]))
     rows = together(lambda: open_table(table))
-    other = on_main(world, lambda: difference(table_makings(folder, name), now))
+    other = on_main(world, lambda: difference(table_makings(cache.folder, name), cache.making))
+    if world.is_main:
+        num_reused = len(rows) - num_missing
+        say(f"reference: {num_missing} log-probabilities computed, {num_reused} from the cache {cache.root}")
     return rows, ReferencePass(num_missing, len(rows) - num_missing, time.monotonic() - started, other)
 
 
@@ -160,24 +129,17 @@ def _select(sets: Sequence[PairSet], numbers: np.ndarray) -> Iterator[Completion
 
 
 def _compute(
-    items: Iterator[Completion],
-    total: int,
-    folder: Path,
-    policy: Policy,
-    packer: Packer,
-    head_bytes: int,
-    world: World,
-    stop_requested: StopRequest,
-    now: Making,
+    cache: RefCache, missing: Missing, policy: Policy, packer: Packer, world: World, stop_requested: StopRequest
 ) -> None:
     """Runs the reference over completions, many at a time, and adds blocks of rows to the cache as it goes."""
-    packer = replace(packer, windows=policy.windows)
-    chunk_tokens = 4 * packer.tokens_per_micro_batch * world.size
-    block = _Block(folder, now)
-    ahead = prefetch(partial(_plan_and_pack, packer), _chunks(items, chunk_tokens), partial(use_device, policy.device))
-    with closing(ahead), progress("reference", total, "completions", world.is_main) as bar:
-        for plan, batches in ahead:
-            rows = _run(plan, batches, policy, head_bytes, world)
+    packer = replace(packer, row_format=policy.row_format, ref_logps=None)
+    chunk_tokens = 4 * packer.tokens_per_micro_batch * packer.num_lanes
+    block = _Block(cache)
+    chunks = _chunks(missing.completions, chunk_tokens)
+    ahead = prefetch(partial(_plan_and_pack, packer), chunks, partial(use_device, policy.device))
+    with closing(ahead), progress("reference", missing.count, "completions", world.is_main) as bar:
+        for trees, batches in ahead:
+            rows = _run(policy, trees, batches)
             on_main(world, partial(block.add, rows))  # a full disk must end every rank
             bar.advance(len(rows[0]))
             if any(all_gather(stop_requested())):
@@ -189,8 +151,8 @@ def _compute(
 class _Block:
     """Rows on rank 0 that are not in the cache yet."""
 
-    def __init__(self, folder: Path, now: Making):
-        self.folder, self.making = folder, now
+    def __init__(self, cache: RefCache):
+        self.cache = cache
         self.rows: list[tuple[np.ndarray, np.ndarray]] = []
         self.flushed = time.monotonic()
 
@@ -204,7 +166,7 @@ class _Block:
         """Writes what it holds as one block of the cache."""
         if self.rows:
             keys, logps = (np.concatenate(column) for column in zip(*self.rows, strict=True))
-            write_making(write_rows(self.folder, keys, logps), self.making)
+            write_making(write_rows(self.cache.folder, keys, logps), self.cache.making)
         self.rows.clear()
         self.flushed = time.monotonic()
 
@@ -223,25 +185,27 @@ def _chunks(items: Iterator[Completion], num_tokens: int) -> Iterator[list[Compl
         yield chunk
 
 
-def _plan_and_pack(packer: Packer, chunk: list[Completion]) -> tuple[StepPlan, list[PackedBatch]]:
-    """The plan of a chunk and this rank's micro-batches of it; no collective, since a thread runs it ahead."""
+def _plan_and_pack(packer: Packer, chunk: list[Completion]) -> tuple[Sequence[Sequence[Tree]], list[PackedBatch]]:
+    """Returns this lane's trees and micro-batches of a chunk; no collective, since a thread runs it ahead."""
     plan = packer.plan(_trees(chunk))
-    return plan, packer.pack(plan)
+    return packer.trees(plan), packer.pack(plan)
 
 
 def _run(
-    plan: StepPlan, batches: Sequence[PackedBatch], policy: Policy, head_bytes: int, world: World
+    policy: Policy, micro_batches: Sequence[Sequence[Tree]], batches: Sequence[PackedBatch]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keys (N, 2) and log-probabilities (N,) of a chunk, on every rank. Every rank must get here."""
+    """Returns keys (N, 2) and log-probabilities (N,) of a chunk, on every rank. Every rank must get here, or the rest
+    hang.
+    """
     mine: list[torch.Tensor] = []
     with torch.no_grad():
-        for micro, batch in zip(plan.micro_batches[world.rank], batches, strict=True):
-            logps = completion_logps(policy, batch.to(policy.device), head_bytes)
-            mine += [logps.double()] if micro else []  # a filler's log-probability belongs to no completion
+        for trees, batch in zip(micro_batches, batches, strict=True):
+            logps = completion_logps(policy, batch.to(policy.device))
+            mine += [logps.double()] if trees else []  # a filler's log-probability belongs to no completion
     values = torch.cat(mine).cpu().numpy() if mine else np.empty(0)
-    trees = [tree for micro in plan.micro_batches[world.rank] for tree in micro]
-    keys = split_keys([completion_key(tree.prompt_ids, ids) for tree in trees for ids in tree.completion_ids])
-    parts = all_gather((keys, values))
+    own = [tree for trees in micro_batches for tree in trees]
+    keys = split_keys([completion_key(tree.prompt_ids, ids) for tree in own for ids in tree.completion_ids])
+    parts = gather_lanes((keys, values))
     logps_of_chunk = np.concatenate([values for _, values in parts])
     if not np.isfinite(logps_of_chunk).all():
         raise RunError(
@@ -258,34 +222,3 @@ def _trees(chunk: list[Completion]) -> list[Tree]:
         trunks.setdefault(prompt_ids.tobytes(), prompt_ids)
         branches.setdefault(prompt_ids.tobytes(), []).append(completion_ids)
     return [Tree(prompt_ids, tuple(branches[name]), ()) for name, prompt_ids in trunks.items()]
-
-
-def fill_cache(
-    config: Config,
-    world: World,
-    reference_hash: str,
-    sets: Sequence[PairSet],
-    reference: Callable[[], Policy],
-    packer: Packer,
-    stop_requested: StopRequest,
-) -> tuple[RefTable, ReferencePass]:
-    """The rows of all pairs of `sets`, and what it took to have them. Every rank must get here.
-
-    `reference()` gives the model, whose hash by content is `reference_hash`; it is called only where a row is missing.
-    """
-    compute = compute_dtype(config.parallel, packer.dtype, world.device)
-    facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device, config.parallel.tf32)
-    root = cache_root(config)
-    head_bytes = config.parallel.head_memory_mib * 2**20
-    now = joined_making(all_gather(making(world.device, is_compiled(config.parallel, world.device))))
-    rows, done = fill(
-        sets, root / reference_key(facts), facts, now, reference, packer, head_bytes, world, stop_requested
-    )
-    if world.is_main:
-        say(f"reference: {done.rows_computed} log-probabilities computed, {done.rows_reused} from the cache {root}")
-    return rows, done
-
-
-def cache_root(config: Config) -> Path:
-    """The folder of the cached log-probabilities, those of all references."""
-    return Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()

@@ -20,12 +20,12 @@ from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.files import write_atomically
 from dpo.board.dashboard import Answer
-from dpo.config import Config, EvalConfig
+from dpo.config import Config
 from dpo.data.pair_set import PairSet
 from dpo.data.tokenizer import Ids, ids_encoder, load_tokenizer
 from dpo.distributed.collectives import first_on_each_node, on_main
 from dpo.distributed.world import World
-from dpo.model.generation import generate
+from dpo.model.generation import AnswerRule, generate
 from dpo.model.policy import Policy
 from dpo.run.files import ANSWERS
 from dpo.run.inputs import Inputs
@@ -40,14 +40,11 @@ class Questions:
     prompts: tuple[Ids, ...]
     texts: tuple[str, ...]
     tokenizer: Any
-    eos_ids: tuple[int, ...]
-    rule: EvalConfig
-    seed: int
+    rule: AnswerRule
 
     def ask(self, policy: Policy, world: World) -> list[str]:
         """The policy's answers as texts. Every rank must get here."""
-        rule = self.rule
-        found = generate(policy, self.prompts, self.eos_ids, rule.max_new_tokens, rule.temperature, self.seed, world)
+        found = generate(policy, self.prompts, self.rule, world)
         return [answer_text(self.tokenizer, ids) for ids in found]
 
 
@@ -135,7 +132,8 @@ def _find_questions(config: Config, world: World, inputs: Inputs) -> Questions |
         return None
     texts = tuple(prompt_text(tokenizer, prompt) for prompt in prompts)
     eos_ids = stop_ids(tokenizer, inputs.model.config)
-    return Questions(tuple(prompts), texts, tokenizer, eos_ids, config.eval, config.train.seed)
+    rule = AnswerRule(eos_ids, config.eval.max_new_tokens, config.eval.temperature, config.train.seed)
+    return Questions(tuple(prompts), texts, tokenizer, rule)
 
 
 def choose_prompts(pairs: PairSet, count: int) -> list[Ids]:
@@ -168,13 +166,13 @@ def answer_text(tokenizer: Any, ids: Ids) -> str:
 
 def _belongs_to(questions: Questions, reference: str) -> dict[str, Any]:
     """The facts that the reference's answers depend on."""
-    asked = json.dumps([questions.prompts, questions.texts, questions.eos_ids])
+    asked = json.dumps([questions.prompts, questions.texts, questions.rule.eos_ids])
     return {
         "reference": reference,
         "questions": hashlib.sha256(asked.encode()).hexdigest(),
         "max_new_tokens": questions.rule.max_new_tokens,
         "temperature": questions.rule.temperature,
-        "seed": questions.seed if questions.rule.temperature else None,
+        "seed": questions.rule.seed if questions.rule.temperature else None,
     }
 
 

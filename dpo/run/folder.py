@@ -7,9 +7,8 @@ Every function here is for rank 0 alone, which tells the others (`distributed.on
 
 import json
 import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,78 +93,6 @@ def _lies_in(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def identity_of(config: Config, data_hash: str, reference_hash: str) -> dict[str, Any]:
-    """What may not change between the parts of one run, by config key; the rest may, and is logged."""
-    plain = {
-        "data.order": config.data.order,
-        "train.seed": config.train.seed,
-        "batch.group_by_prompt": config.batch.group_by_prompt,
-        "batch.pairs_per_step": config.batch.pairs_per_step,
-        "optim.name": config.optim.name,
-    } | {f"loss.{name}": value for name, value in asdict(config.loss).items()}
-    # Last, since they change with others: a seed with the hold-out.
-    return plain | {"data.train": data_hash, "reference.path": reference_hash}
-
-
-CONTENT_OF = {
-    "data.train": "the pairs (of data.train, its holdout, data.max_length, data.max_prompt_length, model.tokenizer)",
-    "reference.path": "the reference (of model.path where reference.path is null)",
-}
-"""What a hash in the identity is of."""
-
-
-def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
-    """Raises UserError, naming the key, where a resumed run would not be the same run."""
-    if start.state is None:
-        return
-    for key, value in identity.items():
-        before = start.state.identity.get(key)
-        if before != value:
-            what = f"{before!r} when the checkpoint was written, {value!r} now"
-            if key in CONTENT_OF:
-                was = f"is not what it was when the checkpoint was written (hash {str(before)[:8]}, now {value[:8]})"
-                what = f"the content of {CONTENT_OF[key]} {was}"
-            raise UserError(
-                f"{key}: cannot go on from {start.checkpoint}: {what};"
-                " valid: the same as before, or another train.run_dir"
-            )
-
-
-def layout_of(config: Config, devices: Sequence[str]) -> dict[str, Any]:
-    """What decides on which devices and how a step is computed: a run that goes on with the same goes on to the last
-    bit. `devices`: the kind of device of each rank.
-    """
-    parallel = {key: value for key, value in asdict(config.parallel).items() if not key.endswith("timeout_seconds")}
-    tokens = {"tokens_per_micro_batch": config.batch.tokens_per_micro_batch}
-    return {"devices": dict(sorted(Counter(devices).items()))} | tokens | parallel
-
-
-def decided_so_far(config: Config, start: Start, layout: Mapping[str, Any]) -> Config:
-    """The config with the values that auto became when this run was last started with the same `layout`; where it never
-    was, keys stay auto, to be decided anew. One line says which. Without a checkpoint nothing changes.
-
-    Free memory changes from start to start: without this a run would go on otherwise than it was interrupted.
-    """
-    undecided = config.parallel.undecided
-    if start.checkpoint is None or not undecided:
-        return config
-    starts = _read_starts(start.checkpoint.parent.parent / PROVENANCE) or []
-    layouts = [each["layout"] for each in reversed(starts) if isinstance(each.get("layout"), dict)]
-    fixed = {key: value for key, value in layout.items() if key not in undecided}
-    same = next((was for was in layouts if fixed.items() <= was.items()), None)
-    if same is None:
-        say(f"parallel (auto): decided anew: {_changes(layouts[0], fixed) if layouts else 'the layout was not kept'}")
-        return config
-    values = {key: same[key] for key in undecided}
-    words = ", ".join(f"{key} {value}" for key, value in values.items())
-    say(f"parallel (auto): {words}: as in the run so far, on the same devices")
-    return replace(config, parallel=replace(config.parallel, **values))
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value)
-
-
 def lacks_evaluation(run_dir: Path, step: int) -> bool:
     """Whether the evaluation after `step` steps is still to be made: a run may have been stopped just before it."""
     return not any("eval/loss" in line and line["step"] == step for line in read_metrics(run_dir))
@@ -195,7 +122,7 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
 
 def _add_origin(path: Path, origin: Mapping[str, Any]) -> None:
     """One start more, with a word where the code is not that of the start before."""
-    starts = _read_starts(path)
+    starts = read_starts(path)
     if starts is None:
         _put_aside(path)
         starts = []
@@ -205,7 +132,7 @@ def _add_origin(path: Path, origin: Mapping[str, Any]) -> None:
     write_atomically(path, json.dumps([*starts, origin], indent=1).encode())
 
 
-def _read_starts(path: Path) -> list[dict[str, Any]] | None:
+def read_starts(path: Path) -> list[dict[str, Any]] | None:
     """The starts of a run, oldest first; None where the file is broken: a run does not need its history."""
     try:
         return [dict(start) for start in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []

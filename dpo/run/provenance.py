@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers")
 
 
@@ -18,7 +19,7 @@ def provenance(hosts: Sequence[str], last_step: int) -> dict[str, Any]:
     """
     return {
         "version": _version("dpo"),
-        **git_state(Path(__file__).parent),
+        **git_state(PACKAGE),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
         "hosts": sorted(set(hosts)),
@@ -32,7 +33,7 @@ def git_state(folder: Path) -> dict[str, Any]:
     """`commit` of the checkout that the package lies in, and whether it has changes (`dirty`); else, of a package that
     pip built from a repository, the commit that pip noted.
     """
-    if _git(folder, "ls-files", "--error-unmatch", Path(__file__).name) is not None:
+    if _git(folder, "ls-files", "--error-unmatch", str(Path(__file__).relative_to(PACKAGE))) is not None:
         changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".")
         return {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(changes)}
     return {"commit": _installed_commit(), "dirty": False}

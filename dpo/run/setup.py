@@ -1,14 +1,20 @@
 """From checked input to everything that a run needs: policy, reference log-probabilities, optimizer."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dpo.base.console import say
 from dpo.base.errors import Preempted
+from dpo.batch.costs import MODEL_UNITS
 from dpo.batch.packer import Packer, make_packer
+from dpo.batch.packing import PackedBatch
+from dpo.batch.trees import Tree, grow_trees
+from dpo.board.dashboard import Answer
 from dpo.checkpoint.store import load_checkpoint
 from dpo.config import Config
 from dpo.distributed.collectives import all_gather
@@ -18,26 +24,25 @@ from dpo.machine.peaks import peak_flops
 from dpo.model.parallelize import compute_dtype
 from dpo.model.policy import Policy, free_memory, reshard
 from dpo.model.warm_up import load_and_warm
-from dpo.ref_logps.fill import ReferencePass, fill_cache, lookup
-from dpo.run.answers import AnswerBook, prepare_answers
+from dpo.ref_logps.cache import open_cache
+from dpo.ref_logps.fill import ReferencePass, fill, lookup
+from dpo.ref_logps.table import RefTable
+from dpo.run.answers import AnswerBook, answer, keep_answers, prepare_answers
 from dpo.run.folder import Start
+from dpo.run.identity import identity_of
 from dpo.run.inputs import Inputs
-from dpo.step.deviation import rounding_scale
-from dpo.step.first_step import Terms
 from dpo.step.objective import has_reference
 from dpo.step.optim import make_optimizer
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything of a run."""
+    """Everything of a run, ready for its next step."""
 
     config: Config
     world: World
     inputs: Inputs
     start: Start
-    identity: dict[str, Any]
-    """What a checkpoint records so that only the same run goes on from it."""
     policy: Policy
     optimizer: torch.optim.Optimizer
     packer: Packer
@@ -46,85 +51,130 @@ class Run:
     answers: AnswerBook | None
     """None where no sampled answers are asked for, or can be given."""
     peak_flops: float | None
-    """FLOPs a second of all ranks at best; None where the device is not in the table of `costs.py`."""
+    """FLOPs per second of all ranks at best; None where the device is not in the table of data sheets."""
     stop_requested: StopRequest
 
     @property
     def dir(self) -> Path:
-        """The run folder."""
+        """Returns the run folder."""
         return Path(str(self.config.train.run_dir))
 
-    @property
-    def head_bytes(self) -> int:
-        """The most memory that the head's logits may take at a time, bytes."""
-        return self.config.parallel.head_memory_mib * 2**20
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint records so that only the same run goes on from it."""
+        return identity_of(self.config, self.inputs)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype of the forward and backward pass."""
+        """Returns the dtype of the forward and backward pass."""
         return compute_dtype(self.config.parallel, self.policy.dtype, self.world.device)
 
     @property
     def begins_at_reference(self) -> bool:
-        """Whether the next step's policy is the reference: a fresh run from it. Its first step is then checked."""
+        """Returns whether the next step's policy is the reference: a fresh run from it. Its first step is checked."""
         same = self.inputs.model.hash == self.inputs.reference.hash
         return self.start.step == 0 and self.reference_pass is not None and same
 
-    @property
-    def first_step_terms(self) -> Terms:
-        """What the check of the first step holds this run to."""
-        scale = rounding_scale(self.compute_dtype, self.config.parallel.tf32 and self.world.device.type == "cuda")
-        otherwise = self.reference_pass.made_otherwise if self.reference_pass else None
-        return Terms(scale, self.config.reference.first_step_check, otherwise)
+    def best_seconds(self, forward_flops: float) -> float | None:
+        """Returns the seconds of a step at the devices' peak, by the FLOPs of its forward pass over all lanes."""
+        return MODEL_UNITS * forward_flops / self.peak_flops if self.peak_flops else None
+
+    def trees(self, step: int) -> list[Tree]:
+        """Returns the trees of a step, of all lanes: a function of (seed, step)."""
+        return grow_trees(self.inputs.data.train.pairs(self.inputs.order.items(step, self.inputs.last_item)))
+
+    def batches(self, step: int) -> list[PackedBatch]:
+        """Returns this lane's micro-batches of a step."""
+        plan = self.packer.plan(self.trees(step))
+        if plan.num_oversized and self.world.is_main:
+            say(f"step {step}: {plan.num_oversized} trees are over batch.tokens_per_micro_batch; each runs alone")
+        return self.packer.pack(plan)
+
+    def answers_after(self, step: int) -> list[Answer]:
+        """Returns the policy's answers to the evaluation prompts after `step` steps, written to the run folder; before
+        the first step of a policy that is the reference, the reference's. Every rank must get here, or the rest hang.
+        """
+        if self.answers is None:
+            return []
+        if step == 0 and self.begins_at_reference:
+            return keep_answers(self.answers, step, self.answers.references)
+        return answer(self.policy, self.answers, step)
 
 
-def build_run(
-    config: Config, world: World, inputs: Inputs, start: Start, identity: dict[str, Any], stop_requested: StopRequest
-) -> Run:
-    """A run at its beginning, or where its checkpoint ends. Raises Preempted where it is asked to stop while the
-    reference is computed. Every rank must get here.
+def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_requested: StopRequest) -> Run:
+    """Builds a run at its beginning, or where its checkpoint ends. Raises Preempted where a rank is asked to stop while
+    the reference is computed. Every rank must get here, or the rest hang.
     """
     assert not config.parallel.undecided, config.parallel.undecided
-    model, reference = inputs.model, inputs.reference
-    packer, reference_pass = make_packer(config, world, model.config), None
-    begins = start.checkpoint is None and has_reference(config.loss)
-    passes = (True, False) if begins or len(inputs.data.eval) else (True,)
-    policy = load_and_warm(config, world, model.config, model.folder, packer, passes)
-
-    @functools.cache
-    def reference_policy() -> Policy:
-        if reference.hash == model.hash:
-            return policy
-        return load_and_warm(config, world, reference.config, reference.folder, packer, (False,))
-
+    packer, reference_pass = make_packer(config, world, inputs.model.config), None
+    passes = _passes(config, inputs, start)
+    policy = load_and_warm(config, world, inputs.model.config, inputs.model.folder, packer, passes)
+    reference = _reference_loader(config, world, inputs, policy, packer)
     if has_reference(config.loss):
-        sets = [inputs.data.train, inputs.data.eval]
         try:
-            rows, reference_pass = fill_cache(
-                config, world, reference.hash, sets, reference_policy, packer, stop_requested
-            )
+            rows, reference_pass = _fill(config, inputs, reference, packer, world, stop_requested)
         except Preempted:
             raise Preempted(start.step) from None
         packer = replace(packer, ref_logps=lookup(rows))
-    answers = prepare_answers(config, world, inputs, reference_policy)
-    reference_policy.cache_clear()
+    answers = prepare_answers(config, world, inputs, reference)
+    reference.cache_clear()
     free_memory()
     reshard(policy)
     optimizer = make_optimizer(policy.model.parameters(), config.optim)
     if start.checkpoint:
         load_checkpoint(start.checkpoint, policy.model, optimizer)
-    peaks = all_gather(peak_flops(world.device, compute_dtype(config.parallel, policy.dtype, world.device)))
     return Run(
-        config,
-        world,
-        inputs,
-        start,
-        identity,
-        policy,
-        optimizer,
-        packer,
-        reference_pass,
-        answers,
-        sum(known) if len(known := [peak for peak in peaks if peak]) == world.size else None,
-        stop_requested,
+        config=config,
+        world=world,
+        inputs=inputs,
+        start=start,
+        policy=policy,
+        optimizer=optimizer,
+        packer=packer,
+        reference_pass=reference_pass,
+        answers=answers,
+        peak_flops=_peak_flops(config, policy, world),
+        stop_requested=stop_requested,
     )
+
+
+def _passes(config: Config, inputs: Inputs, start: Start) -> tuple[bool, ...]:
+    """Returns the passes that the policy will run: with gradients, and where something is computed without, without."""
+    fills = start.checkpoint is None and has_reference(config.loss)
+    return (True, False) if fills or len(inputs.data.eval) else (True,)
+
+
+def _reference_loader(config: Config, world: World, inputs: Inputs, policy: Policy, packer: Packer) -> Any:
+    """Returns a cached function that gives the reference: the policy itself before its first update, where the two
+    have the same weights; else another model, loaded at the first call.
+    """
+    source = inputs.reference
+
+    @functools.cache
+    def load() -> Policy:
+        if source.hash == inputs.model.hash:
+            return policy
+        return load_and_warm(config, world, source.config, source.folder, packer, (False,))
+
+    return load
+
+
+def _fill(
+    config: Config,
+    inputs: Inputs,
+    reference: Callable[[], Policy],
+    packer: Packer,
+    world: World,
+    stop_requested: StopRequest,
+) -> tuple[RefTable, ReferencePass]:
+    cache = open_cache(config, inputs.reference.hash, world)
+    return fill(cache, [inputs.data.train, inputs.data.eval], reference, packer, world, stop_requested)
+
+
+def _peak_flops(config: Config, policy: Policy, world: World) -> float | None:
+    """Returns the FLOPs per second of all ranks at best; None where any device is unknown. Every rank must get here, or
+    the rest hang.
+    """
+    peaks = all_gather(peak_flops(world.device, compute_dtype(config.parallel, policy.dtype, world.device)))
+    known = [peak for peak in peaks if peak]
+    return sum(known) if len(known) == world.size else None

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from dpo.base.console import say, warn
-from dpo.batch.trees import grow_trees
 from dpo.board.dashboard import Answer, fenced
 from dpo.board.writer import MetricsWriter
 from dpo.config import Config, OptimConfig, to_yaml
@@ -125,9 +124,7 @@ def _steps(run: Run) -> str:
 def tokens_per_step(run: Run) -> int:
     """Tokens that the body runs in a step, over all ranks: the mean of the first steps."""
     steps = range(1, min(STEPS_LOOKED_AT, run.inputs.last_step) + 1)
-    ids = [run.inputs.order.items(step, run.inputs.last_item) for step in steps]
-    trees = [tree for some in ids for tree in grow_trees(run.inputs.data.train.pairs(some))]
-    return round(sum(tree.num_tokens for tree in trees) / len(steps))
+    return round(sum(tree.num_tokens for step in steps for tree in run.trees(step)) / len(steps))
 
 
 def _ranks(run: Run) -> str:
@@ -196,10 +193,12 @@ def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], g
 # --- shown -----------------------------------------------------------------------------------------------------------
 
 
-def introduce(run: Run, writer: MetricsWriter, deviation: Deviation | None) -> None:
+def introduce(run: Run, writer: MetricsWriter | None, deviation: Deviation | None) -> None:
     """Tells, on rank 0, what is about to run: on the terminal, and as texts and histograms in TensorBoard; with what
     the check of the first step measured, where there was one.
     """
+    if writer is None:
+        return
     if run.reference_pass and run.start.step == 0:
         writer.write(0, prefixed("reference", run.reference_pass.figures))
     if deviation:
@@ -223,7 +222,7 @@ def introduce(run: Run, writer: MetricsWriter, deviation: Deviation | None) -> N
 
 def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluation, answers: Sequence[Answer]) -> None:
     """Tells, on rank 0, how an evaluation went."""
-    figures = prefixed("eval", result.figures)
+    figures = prefixed("eval", result.metrics)
     writer.write(step, figures)
     if len(result.margins):
         writer.board.histogram("eval/rewards/margins", result.margins, step)
@@ -233,7 +232,9 @@ def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluati
 
 
 def conclude(run: Run) -> None:
-    """Tells, on rank 0, what came of it."""
+    """Tells, on rank 0, how the run ended: its steps, its model, how its metrics changed."""
+    if not run.world.is_main:
+        return
     say(f"done: {max(run.start.step, run.inputs.last_step)} steps, the model is in {run.dir / FINAL}")
     for line in end_lines(run.dir, read_metrics(run.dir)):
         say(line)

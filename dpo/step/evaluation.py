@@ -11,7 +11,7 @@ from dpo.base.prefetch import prefetch
 from dpo.batch.packer import Packer, evaluation_plans
 from dpo.config import LossConfig
 from dpo.data.pair_set import PairSet
-from dpo.distributed.collectives import all_gather
+from dpo.distributed.collectives import all_gather, gather_lanes
 from dpo.distributed.preemption import StopRequest
 from dpo.distributed.world import use_device
 from dpo.model.policy import Policy, completion_logps, reshard
@@ -25,30 +25,31 @@ class Evaluation:
     pair, (pairs,), in no order (none where the loss has no reference).
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     margins: np.ndarray
 
 
 def evaluate(
-    policy: Policy, pairs: PairSet, packer: Packer, loss: LossConfig, head_bytes: int, stop_requested: StopRequest
+    policy: Policy, pairs: PairSet, packer: Packer, loss: LossConfig, stop_requested: StopRequest
 ) -> Evaluation | None:
     """An evaluation without gradients; None where a rank was asked to stop on the way. Every rank must get here."""
-    metrics, margins = StepMetrics(policy.device), [torch.zeros(0, device=policy.device)]
+    sums, margins = StepMetrics(policy.device), [torch.zeros(0, device=policy.device)]
     must_stop = False
     plans = evaluation_plans(pairs, packer)
     with torch.no_grad(), closing(prefetch(packer.pack, plans, partial(use_device, policy.device))) as parts:
         for batches in parts:
             for batch in (batch.to(policy.device) for batch in batches):
-                pi_logps = completion_logps(policy, batch, head_bytes)
+                pi_logps = completion_logps(policy, batch)
                 losses, rewards = pair_losses(pi_logps, batch, loss)
-                metrics.add(losses, rewards, pi_logps, batch)
-                margins.append(rewards[batch.yw_idxs] - rewards[batch.yl_idxs])
+                sums.add(losses, rewards, pi_logps, batch)
+                if rewards is not None:
+                    margins.append(rewards[batch.yw_idxs] - rewards[batch.yl_idxs])
             must_stop = any(all_gather(stop_requested()))
             if must_stop:
                 break
     reshard(policy)
     if must_stop:
         return None
-    figures = pair_means(metrics.reduce(), has_reference(loss))
-    everywhere = all_gather(torch.cat(margins).float().cpu().numpy()) if has_reference(loss) else [np.zeros(0)]
-    return Evaluation(figures, np.concatenate(everywhere))
+    metrics = pair_means(sums.reduce(), has_reference(loss))
+    everywhere = gather_lanes(torch.cat(margins).float().cpu().numpy()) if has_reference(loss) else [np.zeros(0)]
+    return Evaluation(metrics, np.concatenate(everywhere))

@@ -19,7 +19,7 @@ from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree
 from dpo.config import LossConfig
 from dpo.data.tokens import completion_key
-from dpo.distributed.collectives import all_gather
+from dpo.distributed.collectives import gather_lanes
 from dpo.model.policy import Policy, completion_logps, reshard
 from dpo.step.deviation import (
     Completions,
@@ -51,16 +51,14 @@ class Terms:
     warns; above the caps it still ends the run."""
 
 
-def verify_start(
-    policy: Policy, packer: Packer, trees: Sequence[Tree], loss: LossConfig, terms: Terms, head_bytes: int
-) -> Deviation:
+def verify_start(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: LossConfig, terms: Terms) -> Deviation:
     """Raises RunError unless the policy, before its first update, is its own reference on the first step's trees; gives
     how far it is from it. Where `terms` say so, rank 0 warns instead.
 
     The verdict is the same on every rank: it is over all completions of all of them. Every rank must get here, or the
     rest hang.
     """
-    found, losses = _compute(policy, packer, trees, loss, head_bytes)
+    found, losses = _compute(policy, packer, trees, loss)
     verdict, wrong = judge(found, terms.scale), wrong_loss(losses)
     if verdict == Verdict.PASSES and wrong is None:
         return measure(found)
@@ -72,7 +70,7 @@ def verify_start(
         raise RunError(message)
     if not is_excused and terms.on_failure == "stop":
         raise RunError(f"{message}; to train all the same: --{KEY} warn")
-    if packer.rank == 0:
+    if packer.lane == 0:  # rank 0 is in the first lane
         warn(message)
     return measure(found)
 
@@ -97,16 +95,14 @@ def _explain_loss(found: float, expected: float) -> str:
     return f"the preference loss is not that of an indifferent policy: {what}; the packed batch or the loss is at fault"
 
 
-def _compute(
-    policy: Policy, packer: Packer, trees: Sequence[Tree], loss: LossConfig, head_bytes: int
-) -> tuple[Completions, PairLosses]:
+def _compute(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: LossConfig) -> tuple[Completions, PairLosses]:
     """The step's completions in two packings, and the losses of its pairs, on every rank. Every rank must get here."""
     other = replace(packer, tokens_per_micro_batch=max(1, packer.tokens_per_micro_batch // 2))
     with torch.no_grad():
-        mine = _run(policy, packer, packer.plan(trees), loss, head_bytes)
-        again = _run(policy, other, moved_plan(other.plan(trees)), loss, head_bytes)
+        mine = _run(policy, packer, packer.plan(trees), loss)
+        again = _run(policy, other, moved_plan(other.plan(trees)), loss)
     reshard(policy)
-    parts = all_gather((mine, again))
+    parts = gather_lanes((mine, again))
     first = {key: row for (rows, _), _ in parts for key, row in rows.items()}
     second = {key: row for _, (rows, _) in parts for key, row in rows.items()}
     keys = sorted(first)  # the order of sums, so that they do not depend on the layout
@@ -122,16 +118,17 @@ _Row = tuple[float, float, int, list[int]]
 
 
 def _run(
-    policy: Policy, packer: Packer, plan: StepPlan, loss: LossConfig, head_bytes: int
+    policy: Policy, packer: Packer, plan: StepPlan, loss: LossConfig
 ) -> tuple[dict[bytes, _Row], list[tuple[float, float]]]:
-    """This rank's completions by key, fillers left out, and the losses of its pairs: found and expected."""
+    """Returns this lane's completions by key, fillers left out, and the losses of its pairs: found and expected."""
     rows: dict[bytes, _Row] = {}
     losses: list[tuple[float, float]] = []
-    for trees, batch in zip(plan.micro_batches[packer.rank], packer.pack(plan), strict=True):
+    for trees, batch in zip(packer.trees(plan), packer.pack(plan), strict=True):
         batch = batch.to(policy.device)
-        pi_logps = completion_logps(policy, batch, head_bytes)
+        pi_logps = completion_logps(policy, batch)
         if not trees:
             continue
+        assert batch.ref_logps is not None, "the first step is checked against a reference"
         measured = list(zip(pi_logps.tolist(), batch.ref_logps.tolist(), strict=True))
         ids = [(tree.prompt_ids, ids) for tree in trees for ids in tree.completion_ids]
         for (prompt, own), (pi, ref) in zip(ids, measured, strict=True):
@@ -142,6 +139,7 @@ def _run(
 
 def _found_losses(pi_logps: torch.Tensor, batch: PackedBatch, loss: LossConfig) -> list[float]:
     """What training minimizes of each pair, but for the SFT term, in float64: no loss is told apart by rounding."""
+    assert batch.ref_logps is not None, "the first step is checked against a reference"
     batch = replace(batch, ref_logps=batch.ref_logps.double())
     losses, _ = pair_losses(pi_logps.double(), batch, replace(loss, sft_weight=0.0))
     return losses.tolist()
@@ -162,8 +160,8 @@ def moved_plan(plan: StepPlan) -> StepPlan:
     """The plan with the trees of each micro-batch, and the completions of each tree, in reverse order: where a tree is
     alone in its row, its completions still change their places.
     """
-    moved = [[tuple(_turned(tree) for tree in reversed(micro)) for micro in rank] for rank in plan.micro_batches]
-    return replace(plan, micro_batches=tuple(tuple(rank) for rank in moved))
+    moved = [[tuple(_turned(tree) for tree in reversed(micro)) for micro in lane] for lane in plan.micro_batches]
+    return replace(plan, micro_batches=tuple(tuple(lane) for lane in moved))
 
 
 def _turned(tree: Tree) -> Tree:

@@ -34,9 +34,10 @@ class StepMetrics:
         self.measured = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)
         self.counted = dict.fromkeys(COUNTED, 0)
 
-    def add(self, losses: Tensor, rewards: Tensor, pi_logps: Tensor, batch: PackedBatch) -> None:
-        """Adds one micro-batch: losses (T,), rewards (B,), pi_logps (B,)."""
-        chosen, rejected = rewards[batch.yw_idxs], rewards[batch.yl_idxs]
+    def add(self, losses: Tensor, rewards: Tensor | None, pi_logps: Tensor, batch: PackedBatch) -> None:
+        """Adds one micro-batch: losses (T,), rewards (B,) or None without a reference, pi_logps (B,)."""
+        known = pi_logps.new_zeros(len(pi_logps)) if rewards is None else rewards
+        chosen, rejected = known[batch.yw_idxs], known[batch.yl_idxs]
         sums = [
             losses.sum(),
             -pi_logps[batch.yw_idxs].sum(),
@@ -108,7 +109,7 @@ def pair_means(sums: Mapping[str, float], has_reference: bool) -> dict[str, floa
     return means | {"pairs": int(sums["pairs"])}
 
 
-def train_figures(sums: Mapping[str, float], seconds: float, best_seconds: float | None = None) -> dict[str, float]:
+def step_metrics(sums: Mapping[str, float], seconds: float, best_seconds: float | None = None) -> dict[str, float]:
     """The metrics of a training step beside `pair_means`.
 
     tokens             prompt and completion tokens that the body ran, all ranks, without padding and fillers
@@ -120,7 +121,7 @@ def train_figures(sums: Mapping[str, float], seconds: float, best_seconds: float
                        step_seconds / what the ranks could do at best (`costs.peak_flops`); `best_seconds` is the step
                        at that best; left out where it is None: a device that is not in the table
     """
-    figures = {
+    metrics = {
         "tokens": int(sums["tokens"]),
         "padding_fraction": 1 - sums["tokens"] / max(sums["body_tokens"], 1),
         "step_seconds": seconds,
@@ -128,12 +129,9 @@ def train_figures(sums: Mapping[str, float], seconds: float, best_seconds: float
         "tokens_per_second": sums["tokens"] / seconds,
         "peak_memory_bytes": int(sums["peak_memory_bytes"]),
     }
-    return figures if best_seconds is None else figures | {"mfu": best_seconds / seconds}
+    return metrics if best_seconds is None else metrics | {"mfu": best_seconds / seconds}
 
 
-def prefixed(group: str, figures: Mapping[str, float]) -> dict[str, float]:
-    """The figures under `group/`."""
-    return {f"{group}/{name}": figure for name, figure in figures.items()}
-
-
-# --- written ---------------------------------------------------------------------------------------------------------
+def prefixed(group: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Returns the metrics under `group/`."""
+    return {f"{group}/{name}": value for name, value in metrics.items()}

@@ -7,17 +7,18 @@ from dpo.config import LossConfig
 from dpo.step.losses import implicit_rewards, preference_losses, sft_losses, total_losses
 
 
-def pair_losses(pi_logps: Tensor, batch: PackedBatch, config: LossConfig) -> tuple[Tensor, Tensor]:
-    """(losses (T,), rewards (B,)) of one micro-batch.
+def pair_losses(pi_logps: Tensor, batch: PackedBatch, config: LossConfig) -> tuple[Tensor, Tensor | None]:
+    """Returns the losses (T,) and the rewards (B,) of one micro-batch; None as rewards without a reference.
 
     The sum of the losses of all micro-batches of all ranks, divided by `batch.pairs_in_step`, is the step's
     `train/loss`. Rewards are beta (pi_logp - ref_logp), summed over tokens also where the loss is length-normalized;
     no gradient.
     """
-    preference = None
-    if has_reference(config):
-        preference = preference_losses(pi_logps, batch.ref_logps, batch.lengths, batch.yw_idxs, batch.yl_idxs, config)
     sft = sft_losses(pi_logps, batch.yw_idxs, batch.pairs_in_step, batch.winner_tokens_in_step)
+    if not has_reference(config):
+        return total_losses(None, sft, config), None
+    assert batch.ref_logps is not None, "packed before the reference's log-probabilities were known"
+    preference = preference_losses(pi_logps, batch.ref_logps, batch.lengths, batch.yw_idxs, batch.yl_idxs, config)
     return total_losses(preference, sft, config), implicit_rewards(pi_logps, batch.ref_logps, config.beta)
 
 

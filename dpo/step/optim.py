@@ -57,12 +57,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def square_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Sum of the squares of this rank's part of the gradient, a float64 scalar on its device; no rank waits for it.
-
-    Summed over the ranks that one copy of the model is divided over it is the square of the gradient's L2 norm.
+def square_norm(parameters: Iterable[nn.Parameter], num_copies: int = 1) -> Tensor:
+    """Returns this rank's part of the square of the gradient's L2 norm, a float64 scalar on its device; no rank waits
+    for it. The sum over all ranks is the whole: each of the model's copies (HSDP) has the whole gradient.
     """
-    return get_total_norm([_local(p.grad) for p in parameters if p.grad is not None]).double().square()
+    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
+    return get_total_norm(gradients).double().square() / num_copies
 
 
 def _local(tensor: Tensor) -> Tensor:

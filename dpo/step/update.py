@@ -1,4 +1,7 @@
-"""One update of the weights."""
+"""One update of the weights: the whole of it on one screen.
+
+batches -> pi_logps -> losses -> backward -> one exchange: metrics, gradient norm, stop request -> clip -> update
+"""
 
 import math
 from collections.abc import Sequence
@@ -12,7 +15,7 @@ from dpo.distributed.preemption import StopRequest
 from dpo.model.policy import Policy, announce_backward, completion_logps
 from dpo.step.metrics import StepMetrics
 from dpo.step.objective import pair_losses
-from dpo.step.optim import clip_gradient, square_norm
+from dpo.step.optim import clip_gradient, set_lr, square_norm
 
 
 def train_step(
@@ -20,26 +23,33 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batches: Sequence[PackedBatch],
     config: Config,
-    head_bytes: int,
+    lr: float,
     stop_requested: StopRequest,
 ) -> dict[str, float]:
-    """One update on the global batch; its gradient is that of the mean loss over its pairs, on any number of ranks.
+    """Makes one update on the global batch; the gradient is that of the mean loss over its pairs, on any layout.
 
-    Gives the step's sums over all ranks (`StepMetrics.reduce`) and `grad_norm`, L2, before clipping. Raises RunError,
-    on every rank and before the update, where the gradient is not finite. Every rank must get here with the same
-    number of micro-batches.
+    Args:
+        batches: this lane's micro-batches; every lane has the same number of them, or the ranks hang.
+        lr: the learning rate of this update.
+
+    Returns:
+        The step's sums over all ranks (`StepMetrics.reduce`), and `grad_norm`, L2, before clipping.
+
+    Raises:
+        RunError: on every rank and before the update, where the gradient is not finite.
     """
+    set_lr(optimizer, lr)
     metrics = StepMetrics(policy.device)
     for number, batch in enumerate((batch.to(policy.device) for batch in batches), start=1):
         announce_backward(policy, is_last=number == len(batches))
-        pi_logps = completion_logps(policy, batch, head_bytes)  # (B,)
+        pi_logps = completion_logps(policy, batch)  # (B,)
         losses, rewards = pair_losses(pi_logps, batch, config.loss)  # (T,), (B,)
         (losses.sum() / batch.pairs_in_step).backward()  # FSDP sums over ranks
         metrics.add(losses, rewards, pi_logps, batch)
     # The step's one exchange, and the one time that the host waits for the device: the update and the next step's work
     # are queued behind each other. No rank may update before all know that the gradient is finite.
-    sums = metrics.reduce(square_norm(policy.model.parameters()), stop_requested())
-    grad_norm = math.sqrt(sums["square_norm"] / config.parallel.replicate)  # every copy has the whole gradient
+    sums = metrics.reduce(square_norm(policy.model.parameters(), policy.parallel.replicate), stop_requested())
+    grad_norm = math.sqrt(sums["square_norm"])
     if not math.isfinite(grad_norm):
         raise RunError(f"the gradient norm is {grad_norm}; the weights were not updated")
     clip_gradient(policy.model.parameters(), grad_norm, config.optim.max_grad_norm)

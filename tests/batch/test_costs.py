@@ -3,6 +3,7 @@ the body is given.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -64,8 +65,7 @@ def random_policy(model_config: PretrainedConfig, parallel: ParallelConfig, worl
 def one_step(policy: Policy, packer: Packer, trees: Sequence[Tree], config: Config) -> None:
     """As the trainer runs it, from the plan to the update."""
     optimizer = make_optimizer(policy.model.parameters(), config.optim)
-    head_bytes = config.parallel.head_memory_mib * MIB
-    train_step(policy, optimizer, packer.pack(packer.plan(trees)), config, head_bytes, lambda: False)
+    train_step(policy, optimizer, packer.pack(packer.plan(trees)), config, config.optim.lr, lambda: False)
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -150,7 +150,10 @@ def counted_over_formula(family: str, parallel: ParallelConfig, world: World) ->
     """FLOPs of forward, backward and update of three micro-batches, by those of the formula."""
     model_config = AutoConfig.for_model(family, vocab_size=VOCAB, **FAMILIES[family])
     config = make_config(parallel, tokens_per_micro_batch=1200)
-    policy, packer = random_policy(model_config, parallel, world), make_packer(config, world, model_config)
+    policy, packer = (
+        random_policy(model_config, parallel, world),
+        replace(make_packer(config, world, model_config), ref_logps=lambda *_: 0.0),
+    )
     trees = grow_trees(mixed_pairs(16, VOCAB))
     formula = 0.0
     for micro_batch in packer.plan(trees).micro_batches[0]:
@@ -233,7 +236,10 @@ def test_the_body_is_given_no_token_twice(workload: str, tokens_per_micro_batch:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model_config = AutoConfig.for_model("llama", vocab_size=49152, **sizes)
     config = make_config(ParallelConfig(), tokens_per_micro_batch)
-    policy, packer = random_policy(model_config, config.parallel, world), make_packer(config, world, model_config)
+    policy, packer = (
+        random_policy(model_config, config.parallel, world),
+        replace(make_packer(config, world, model_config), ref_logps=lambda *_: 0.0),
+    )
     given: list[int] = []
     policy.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: given.append(kwargs["input_ids"].numel()), with_kwargs=True

@@ -6,7 +6,7 @@ import torch
 
 from dpo.batch.block_mask import BLOCK, Span
 from dpo.batch.costs import CostModel
-from dpo.batch.packing import FILLER, PackedBatch, pack, padded_length
+from dpo.batch.packing import FILLER, PackedBatch, RowFormat, pack, padded_length
 from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import Tree, grow_trees
 from dpo.data.pair_set import Pair
@@ -29,7 +29,7 @@ def packed(trees: tuple[Tree, ...], dtype: torch.dtype = torch.float32) -> Packe
     """With reference log-probabilities -(sum of prompt ids) - (sum of completion ids) / 1000, which tell who was
     asked.
     """
-    return pack(trees, PLAN, lambda p, c: -float(p.sum()) - float(c.sum()) / 1000, [None, 2], CPU, dtype)
+    return pack(trees, PLAN, lambda p, c: -float(p.sum()) - float(c.sum()) / 1000, RowFormat((None, 2), CPU, dtype))
 
 
 def test_the_row_by_hand() -> None:
@@ -49,7 +49,7 @@ def test_the_scored_rows_by_hand() -> None:
     before it.
     """
     batch = packed(TREES)
-    assert batch.rows.tolist() == [2, 3, 2, 5, 6, 2, 9, 10, 9, 12]
+    assert batch.predict_idxs.tolist() == [2, 3, 2, 5, 6, 2, 9, 10, 9, 12]
     assert batch.targets.tolist() == [20, 2, 21, 22, 2, 2, 23, 2, 24, 25]
     assert batch.lengths.tolist() == [2, 3, 1, 2, 2]
 
@@ -78,13 +78,13 @@ def test_the_filler_runs_body_and_head_and_counts_nowhere() -> None:
     def refuse(*others: object) -> float:
         raise AssertionError("no reference exists for the filler")
 
-    batch = pack((), PLAN, refuse, [None], CPU)
+    batch = pack((), PLAN, refuse, RowFormat((None,), CPU))
     assert batch.tokens.tolist() == [0, 0]
     assert batch.positions.tolist() == [0, 1]
-    assert (batch.rows.tolist(), batch.targets.tolist(), batch.lengths.tolist()) == ([0], [0], [1])
+    assert (batch.predict_idxs.tolist(), batch.targets.tolist(), batch.lengths.tolist()) == ([0], [0], [1])
     assert batch.yw_idxs.shape == batch.yl_idxs.shape == (0,)
     assert batch.yw_idxs.dtype == torch.long
-    assert batch.ref_logps.tolist() == [0]
+    assert batch.ref_logps is not None and batch.ref_logps.isnan().tolist() == [True]
     assert batch.num_tokens == 0
     assert not FILLER.pairs
 
@@ -92,12 +92,14 @@ def test_the_filler_runs_body_and_head_and_counts_nowhere() -> None:
 def test_padding_stands_behind_the_trees() -> None:
     """14 tokens in a row of 20: six zeros at position 0, a tree of their own for attention; nothing else changes."""
     bare = packed(TREES)
-    padded = pack(TREES, PLAN, lambda p, c: 0.0, [None, 2], CPU, row_length=lambda num_tokens: num_tokens + 6)
+    padded = pack(
+        TREES, PLAN, lambda p, c: 0.0, RowFormat((None, 2), CPU, row_length=lambda num_tokens: num_tokens + 6)
+    )
     assert padded.tokens.tolist() == bare.tokens.tolist() + [0] * 6
     assert padded.positions.tolist() == bare.positions.tolist() + [0] * 6
     assert padded.layout.spans == (*bare.layout.spans, Span(14, 6, ()))
     assert padded.num_tokens == 14
-    for name in ("rows", "targets", "lengths", "yw_idxs", "yl_idxs"):
+    for name in ("predict_idxs", "targets", "lengths", "yw_idxs", "yl_idxs"):
         assert torch.equal(getattr(padded, name), getattr(bare, name))
 
 
@@ -129,14 +131,16 @@ def test_all_micro_batches_hold_every_scored_token_once() -> None:
     ]
     trees = grow_trees(pairs)
     plan = plan_step(trees, 3, 60, CostModel())
-    batches = [pack(micro, plan, lambda p, c: 0.0, [None], CPU) for rank in plan.micro_batches for micro in rank]
+    batches = [
+        pack(micro, plan, lambda p, c: 0.0, RowFormat((None,), CPU)) for rank in plan.micro_batches for micro in rank
+    ]
     assert sum(batch.num_tokens for batch in batches) == sum(tree.num_tokens for tree in trees)
     assert sum(len(batch.yw_idxs) for batch in batches) == 12
     real = [batch for batch in batches if batch.num_tokens]
     wanted = sorted(token for tree in trees for c in tree.completion_ids for token in c.tolist())
     assert sorted(token for batch in real for token in batch.targets.tolist()) == wanted
     for batch in real:  # the place before a target holds what stands before it in its completion
-        assert (batch.positions[batch.rows] + 1 < 30).all()
+        assert (batch.positions[batch.predict_idxs] + 1 < 30).all()
         firsts = (batch.lengths.cumsum(0) - batch.lengths).tolist()
-        inner = [i for i in range(len(batch.rows)) if i not in firsts]
-        assert torch.equal(batch.tokens[batch.rows[inner]], batch.targets[[i - 1 for i in inner]])
+        inner = [i for i in range(len(batch.predict_idxs)) if i not in firsts]
+        assert torch.equal(batch.tokens[batch.predict_idxs[inner]], batch.targets[[i - 1 for i in inner]])

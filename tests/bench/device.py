@@ -129,8 +129,8 @@ def main() -> None:
         start_devices(world, 600)
         sizes = model_config(size, wish.layers or layers_that_fit(size, world))
         policy = random_policy(config, sizes, world)
-        packer = make_packer(config, world, policy.config)
-        warm_up(policy, packer, head_bytes(config), world, (True, False))
+        packer = replace(make_packer(config, world, policy.config), ref_logps=lambda *_: 0.0)
+        warm_up(policy, packer, world, (True, False))
         checked = check_first_step(policy, packer, steps[0], config)
         plans = [packer.plan(trees) for trees in steps]
         bench = Bench(config, world, policy, packer, plans)
@@ -158,11 +158,6 @@ class Bench:
         return facts
 
 
-def head_bytes(config: Config) -> int:
-    """The most memory that the head's logits may take at a time, bytes."""
-    return config.parallel.head_memory_mib * 2**20
-
-
 def random_policy(config: Config, sizes: LlamaConfig, world: World) -> Policy:
     """Weights as a Llama is made with: products of 0.02, norms of 1."""
     policy = build_policy(sizes, config.parallel, config.model.dtype, make_mesh(world, config.parallel))
@@ -188,15 +183,15 @@ def check_first_step(policy: Policy, packer: Packer, trees: Sequence[Tree], conf
     smaller = replace(packer, tokens_per_micro_batch=max(1, packer.tokens_per_micro_batch // 3))
     plan = smaller.plan(trees)
     with torch.no_grad():
-        for some, batch in zip(plan.micro_batches[packer.rank], smaller.pack(plan), strict=True):
-            logps = completion_logps(policy, batch.to(policy.device), head_bytes(config)).tolist()
+        for some, batch in zip(smaller.trees(plan), smaller.pack(plan), strict=True):
+            logps = completion_logps(policy, batch.to(policy.device)).tolist()
             keys = [completion_key(tree.prompt_ids, ids) for tree in some for ids in tree.completion_ids]
             rows |= dict(zip(keys, logps, strict=False))  # a row without trees holds a filler
     of_all = {key: logp for part in all_gather(rows) for key, logp in part.items()}
     checked = replace(packer, ref_logps=lambda prompt, ids: of_all[completion_key(prompt, ids)])
     compute = compute_dtype(config.parallel, policy.dtype, policy.device)
     scale = rounding_scale(compute, config.parallel.tf32 and policy.device.type == "cuda")
-    return verify_start(policy, checked, trees, config.loss, Terms(scale, "warn", None), head_bytes(config))
+    return verify_start(policy, checked, trees, config.loss, Terms(scale, "warn", None))
 
 
 def compare_twice(bench: Bench) -> Facts:
@@ -210,7 +205,7 @@ def _logps_and_bits(bench: Bench) -> tuple[Tensor, dict[str, int]]:
     """Log-probabilities of the first micro-batch, and of each gradient the sum of its bits as integers."""
     policy, batch = bench.policy, bench.packer.pack(bench.plans[0])[0].to(bench.policy.device)
     announce_backward(policy, is_last=True)
-    logps = completion_logps(policy, batch, head_bytes(bench.config))
+    logps = completion_logps(policy, batch)
     losses, _ = pair_losses(logps, batch, bench.config.loss)
     (losses.sum() / batch.pairs_in_step).backward()
     bits = {
@@ -235,7 +230,7 @@ def measure_steps(bench: Bench) -> Iterator[Facts]:
     for step, plan in enumerate(bench.plans):
         batches = bench.packer.pack(plan)
         started = time.perf_counter()
-        train_step(bench.policy, optimizer, batches, bench.config, head_bytes(bench.config), never)
+        train_step(bench.policy, optimizer, batches, bench.config, bench.config.optim.lr, never)
         if on_cuda:
             torch.cuda.synchronize()
         seconds = max(all_gather(time.perf_counter() - started))

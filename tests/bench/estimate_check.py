@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
 from dpo.batch.costs import cost_model
-from dpo.batch.packing import pack, padded_length
+from dpo.batch.packing import pack
 from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import Tree
 from dpo.config import Config
@@ -99,13 +99,11 @@ def two_steps(config: Config, model: LlamaConfig = MODEL) -> None:
             parameter.to_local().detach().normal_(0.0, 0.02)
         optimizer = make_optimizer(policy.model.parameters(), config.optim)
         plan = plan_of(config, world.size)
-        row_length = padded_length if world.device.type == "cuda" else int
         for _ in range(2):
             batches = [
-                pack(trees, plan, lambda *_: -700.0, policy.windows, world.device, row_length=row_length)
-                for trees in plan.micro_batches[world.rank]
+                pack(trees, plan, lambda *_: -700.0, policy.row_format) for trees in plan.micro_batches[world.lane]
             ]
-            train_step(policy, optimizer, batches, config, config.parallel.head_memory_mib * 2**20, lambda: False)
+            train_step(policy, optimizer, batches, config, config.optim.lr, lambda: False)
 
 
 def given_out(config: Config) -> int:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from dpo.batch.costs import MODEL_UNITS, CostModel, cost_model
 from dpo.batch.order import PairOrder
-from dpo.batch.packing import pack
+from dpo.batch.packing import RowFormat, pack
 from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import grow_trees
 from dpo.data.prepare import PairSet, prepare_data
@@ -47,15 +47,15 @@ class Measured(NamedTuple):
     imbalance: float
 
 
-def measure(data: PairSet, order: PairOrder, step: int, num_ranks: int, costs: CostModel) -> Measured:
-    """One step of the order, planned for `num_ranks` and packed for rank 0."""
+def measure(data: PairSet, order: PairOrder, step: int, num_lanes: int, costs: CostModel) -> Measured:
+    """One step of the order, planned for `num_lanes` and packed for lane 0."""
     times = [time.perf_counter()]
     pairs = data.pairs(order.items(step))
     times.append(time.perf_counter())
-    plan = plan_step(grow_trees(pairs), num_ranks, BUDGET, costs)
+    plan = plan_step(grow_trees(pairs), num_lanes, BUDGET, costs)
     times.append(time.perf_counter())
     for micro in plan.micro_batches[0]:
-        pack(micro, plan, lambda *_: 0.0, [None], torch.device("cpu"))
+        pack(micro, plan, None, RowFormat((None,), torch.device("cpu")))
     times.append(time.perf_counter())
     read, planned, packed = (after - before for before, after in itertools.pairwise(times))
     return Measured(read, planned, packed, imbalance(plan, costs))

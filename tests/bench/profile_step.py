@@ -55,14 +55,13 @@ def make_step(wish: argparse.Namespace) -> Callable[[], object]:
     model_config = llama_config(SIZES[wish.size])
     policy = told("weights", lambda: load_policy(config, world, model_config, folder))
     optimizer = make_optimizer(policy.model.parameters(), replace(config.optim, lr=0.0))
-    packer = make_packer(config, world, model_config)
+    packer = replace(make_packer(config, world, model_config), ref_logps=lambda *_: 0.0)
     plan = packer.plan(trees)
     batches = packer.pack(plan)
     tokens, rows = sum(tree.num_tokens for tree in trees), sum(tree.num_scored for tree in trees)
     print(f"{len(trees)} trees, {tokens} tokens, {rows} rows of the head, {len(batches)} micro-batches")
     print(f"{3 * plan.forward_flops / 1e9:.0f} GFLOP in a step of three units")
-    head_bytes = config.parallel.head_memory_mib * 2**20
-    return lambda: train_step(policy, optimizer, batches, config, head_bytes, lambda: False)
+    return lambda: train_step(policy, optimizer, batches, config, 0.0, lambda: False)
 
 
 def told(name: str, work: Callable[[], object]) -> object:

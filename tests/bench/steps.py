@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
 from dpo.batch.costs import cost_model, step_flops, units
-from dpo.batch.packing import pack, padded_length
+from dpo.batch.packing import pack
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import Tree
 from dpo.config import Config, ParallelConfig
@@ -82,15 +82,11 @@ def measure(case: Case, world: World) -> dict[str, float]:
     optimizer = make_optimizer(policy.model.parameters(), config.optim)
     trees, costs = make_trees(case), cost_model(policy.config)
     plan = plan_step(trees, world.size, case.tokens_per_micro_batch, costs)
-    row_length = padded_length if world.device.type == "cuda" else int
     seconds = []
     for _ in range(case.steps + 1):
-        batches = [
-            pack(micro, plan, lambda *_: -700.0, policy.windows, world.device, row_length=row_length)
-            for micro in plan.micro_batches[world.rank]
-        ]
+        batches = [pack(micro, plan, lambda *_: -700.0, policy.row_format) for micro in plan.micro_batches[world.lane]]
         started = time.perf_counter()
-        train_step(policy, optimizer, batches, config, HEAD_BYTES, lambda: False)
+        train_step(policy, optimizer, batches, config, config.optim.lr, lambda: False)
         seconds.append(time.perf_counter() - started)
     rows = max(sum(tree.num_scored for tree in micro) for micro in plan.micro_batches[0])
     dtype = compute_dtype(parallel, policy.dtype, policy.device)

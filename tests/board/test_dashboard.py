@@ -20,7 +20,7 @@ from dpo.board.charts import LAYOUT, OTHER, ROOT, Place, place
 from dpo.board.dashboard import Answer, Dashboard, answers_table, fenced
 from dpo.board.hparams import ENTRY, FIGURES, KEYS
 from dpo.config import Config, SourceConfig, to_yaml
-from dpo.step.metrics import SUMS, pair_means, prefixed, train_figures
+from dpo.step.metrics import SUMS, pair_means, prefixed, step_metrics
 from tests.support.boards import accumulators, hparams_entry, points_of
 from tests.support.runs import make_config
 
@@ -53,7 +53,7 @@ def test_the_place_of_a_figure(name: str, sub_run: str, tag: str) -> None:
 def trainer_figures() -> dict[str, float]:
     """The names of all figures of a run's metrics.jsonl."""
     means = pair_means(dict.fromkeys(SUMS, 1.0), has_reference=True)
-    timed = train_figures(dict.fromkeys((*SUMS, "peak_memory_bytes"), 1.0), 1.0, 0.5) | {"grad_norm": 1.0, "lr": 1.0}
+    timed = step_metrics(dict.fromkeys((*SUMS, "peak_memory_bytes"), 1.0), 1.0, 0.5) | {"grad_norm": 1.0, "lr": 1.0}
     return prefixed("train", means | timed) | prefixed("eval", means) | {"reference/seconds": 1.0}
 
 

@@ -80,7 +80,7 @@ def preference(part: str, beta: float, step: int, rng: np.random.Generator, nois
 
 
 def speed(step: int, rng: np.random.Generator) -> dict[str, float]:
-    """What `train_figures` measures."""
+    """What `step_metrics` measures."""
     seconds = 0.5 + 0.05 * rng.random()
     figures = {
         "grad_norm": 3 + rng.random(),

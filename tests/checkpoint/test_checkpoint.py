@@ -305,7 +305,7 @@ def groups_of_writing(config: Config) -> tuple[set[str], set[str]]:
         with Groups() as groups:
             write(*args)
         used.update(groups.names)
-        given.add(args[-1].group_name)
+        given.add(args[0].group.group_name)
 
     with patch.object(saving, "write_checkpoint", noted):
         run(config)

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dpo.base.errors import RunError
-from dpo.checkpoint.store import RunState, checkpoint_path, forget_plans, write_checkpoint
+from dpo.checkpoint.store import RunState, Shelf, checkpoint_path, forget_plans, write_checkpoint
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 
@@ -48,9 +48,8 @@ def save(folder: Path, step: int, world: World) -> str:
     """The message of a failed save; empty for one that was written and is read back bit for bit."""
     assert dist.group.WORLD is not None
     try:
-        write_checkpoint(
-            folder, RunState(step, {}), tensors(step), None, lambda: None, "failing", world, dist.group.WORLD
-        )
+        shelf = Shelf(folder, None, "failing", world, dist.group.WORLD)
+        write_checkpoint(shelf, RunState(step, {}), tensors(step), lambda: None)
     except RunError as failure:
         return str(failure)
     found = tensors(0)

@@ -333,7 +333,7 @@ def test_both_models_are_warmed_up(config: Config, root: Path, monkeypatch: pyte
     """Each when it is loaded, the reference first, for passes without gradients alone."""
     warmed: list[tuple[str, tuple[bool, ...]]] = []
 
-    def record(policy: Policy, packer: Any, head_bytes: int, world: Any, passes: tuple[bool, ...]) -> None:
+    def record(policy: Policy, packer: Any, world: Any, passes: tuple[bool, ...]) -> None:
         warmed.append((policy.config.model_type, passes))
 
     monkeypatch.setattr("dpo.model.warm_up.warm_up", record)

@@ -20,7 +20,8 @@ from dpo.estimate.devices import DEVICES, GIB, Device, steady
 from dpo.estimate.lengths import Lengths
 from dpo.estimate.needs import Layout, needed_bytes
 from dpo.estimate.speed import Cluster, Part, Speed
-from dpo.run.folder import Start, decided_so_far, layout_of
+from dpo.run.folder import Start
+from dpo.run.layout import decided_so_far, layout_of
 from tests.estimate.test_estimate import PLAIN, tree
 from tests.support.models import family_config
 from tests.support.ranks import Ranks

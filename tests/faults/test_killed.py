@@ -40,9 +40,9 @@ write, held = saving.write_checkpoint, checkpoint.{name}
 def hold(*args):
     (args[0].parent / "held").touch()
     threading.Event().wait()
-def write_or_hold(run_dir, state, *others):
+def write_or_hold(shelf, state, *others):
     checkpoint.{name} = hold if state.step == 4 else held
-    write(run_dir, state, *others)
+    write(shelf, state, *others)
 saving.write_checkpoint = write_or_hold
 """
 """The thread that writes the checkpoint of step 4 comes to a function and goes no further."""

@@ -7,6 +7,7 @@ import pytest
 
 from dpo.base.errors import RunError, UserError
 from dpo.config import Config
+from dpo.ref_logps import cache as reference_cache
 from dpo.ref_logps import fill as reference_pass
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
@@ -100,21 +101,21 @@ def test_a_cache_that_cannot_be_written_is_one_line(
 
 def test_a_cache_that_another_node_does_not_see_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The probe vanishes before the ranks look for it, as if it lay on another machine."""
-    written = reference_pass._write_probe
+    written = reference_cache._write_probe
 
     def lost(folder: Path) -> Path:
         probe = written(folder)
         probe.unlink()
         return probe
 
-    monkeypatch.setattr(reference_pass, "_write_probe", lost)
+    monkeypatch.setattr(reference_cache, "_write_probe", lost)
     with pytest.raises(UserError, match=r"reference\.cache_dir: rank 0 does not see .* valid: a folder that all"):
         run(config)
 
 
 def test_two_jobs_may_probe_at_the_same_time(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another job probes between this one's writing and looking: its probe must not be taken for ours."""
-    written = reference_pass._write_probe
+    written = reference_cache._write_probe
 
     def with_company(folder: Path) -> Path:
         probe = written(folder)
@@ -123,7 +124,7 @@ def test_two_jobs_may_probe_at_the_same_time(config: Config, monkeypatch: pytest
         other.join()
         return probe
 
-    monkeypatch.setattr(reference_pass, "_write_probe", with_company)
+    monkeypatch.setattr(reference_cache, "_write_probe", with_company)
     assert reference_line(run(config)) == (ALL, 0)
     assert len(list(cache_folders(tmp_path)[0].glob(".probe-*"))) == 1  # the other's; ours is gone
 

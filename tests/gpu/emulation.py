@@ -5,6 +5,7 @@ So the tests of this folder are run where there is no GPU, all but what kernels,
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -102,4 +103,6 @@ def _block_layout(spans: Sequence[Span], windows: Sequence[Window], num_tokens: 
 
 
 def _pack_padded(*args: Any) -> PackedBatch:
-    return pack(*args[:-1], padded_length if args[-1] is int else args[-1])
+    *others, row_format = args
+    is_plain = row_format.row_length is int
+    return pack(*others, replace(row_format, row_length=padded_length) if is_plain else row_format)

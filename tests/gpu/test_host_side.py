@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dpo.batch.costs import CostModel
-from dpo.batch.packing import pack, padded_length
+from dpo.batch.packing import pack
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
 from dpo.config import Config, LossConfig, OptimConfig, ParallelConfig
@@ -82,12 +82,9 @@ def counted_and_expected(folder: Path, keys: dict[str, Any]) -> tuple[dict[str, 
         plan = plan_step(grow_trees(make_pairs()), world.size, 40, CostModel())
         counts = Counts.in_dll(ctypes.CDLL(None), "idle_counts")
         for _ in range(3):
-            batches = [
-                pack(trees, plan, reference, policy.windows, world.device, row_length=padded_length)
-                for trees in plan.micro_batches[world.rank]
-            ]
+            batches = [pack(trees, plan, reference, policy.row_format) for trees in plan.micro_batches[world.lane]]
             ctypes.memset(ctypes.byref(counts), 0, ctypes.sizeof(counts))
-            train_step(policy, optimizer, batches, config, 2**20, lambda: False)
+            train_step(policy, optimizer, batches, config, 1e-3, lambda: False)
         found = {name: getattr(counts, name) for name, _ in Counts._fields_}
         traffic = step_traffic(groups, shard, len(batches), parallel, 2)
         expected = {

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dpo.batch.costs import cost_model
-from dpo.batch.packing import pack, padded_length
+from dpo.batch.packing import RowFormat, pack, padded_length
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
 from dpo.config import Config, ParallelConfig, to_yaml
@@ -24,7 +24,7 @@ from dpo.model.weights import read_model_config
 from dpo.run.files import FINAL
 from dpo.step.losses import dpo_loss
 from tests.gpu.emulation import emulated
-from tests.model.test_policy import BETA, MIB, oracle, ref_logp, some_pairs
+from tests.model.test_policy import BETA, oracle, ref_logp, some_pairs
 from tests.support.data_fixtures import make_tokenizer
 from tests.support.models import plain_logp, plain_model, save_model
 from tests.support.ranks import Ranks
@@ -123,10 +123,10 @@ def gradients(folder: Path, parallel: ParallelConfig, budget: int) -> dict[str, 
         plan = plan_step(grow_trees(some_pairs()), world.size, budget, cost_model(policy.config))
         micro_batches = plan.micro_batches[world.rank]
         for number, trees in enumerate(micro_batches, start=1):
-            batch = pack(trees, plan, ref_logp, policy.windows, world.device, row_length=padded_length)
+            batch = pack(trees, plan, ref_logp, RowFormat(policy.windows, world.device, row_length=padded_length))
             batch = batch.to(world.device)
             announce_backward(policy, number == len(micro_batches))
-            pi_logps = completion_logps(policy, batch, MIB)
+            pi_logps = completion_logps(policy, batch)
             losses, _ = dpo_loss(pi_logps, batch.ref_logps, batch.yw_idxs, batch.yl_idxs, BETA)
             (losses.sum() / batch.pairs_in_step).backward()
         return {name: p.grad.full_tensor().cpu().numpy() for name, p in policy.model.named_parameters()}

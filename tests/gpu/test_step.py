@@ -10,13 +10,13 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from dpo.batch.costs import CostModel
-from dpo.batch.packing import PackedBatch, pack, padded_length
+from dpo.batch.packing import PackedBatch, RowFormat, pack, padded_length
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
 from dpo.config import LossConfig, OptimConfig
 from dpo.data.pair_set import Pair
 from dpo.distributed.world import World
-from dpo.model.log_probs import completion_log_probs
+from dpo.model.log_probs import Head, completion_log_probs
 from dpo.model.policy import Policy, announce_backward, completion_logps, free_memory
 from dpo.step.metrics import StepMetrics
 from dpo.step.objective import pair_losses
@@ -38,7 +38,12 @@ def random_batches(policy: Policy, num_pairs: int, budget: int) -> list[PackedBa
 
     plan = plan_step(grow_trees([Pair(ids(), ids(), ids()) for _ in range(num_pairs)]), 1, budget, CostModel())
     return [
-        pack(trees, plan, lambda p, c: -4.0 * len(c), policy.windows, policy.device, policy.dtype, padded_length)
+        pack(
+            trees,
+            plan,
+            lambda p, c: -4.0 * len(c),
+            RowFormat(policy.windows, policy.device, policy.dtype, padded_length),
+        )
         for trees in plan.micro_batches[0]
     ]
 
@@ -48,7 +53,7 @@ def run_micro_batches(policy: Policy, batches: list[PackedBatch]) -> StepMetrics
     metrics = StepMetrics(policy.device)
     for number, batch in enumerate((batch.to(policy.device) for batch in batches), start=1):
         announce_backward(policy, number == len(batches))
-        pi_logps = completion_logps(policy, batch, MIB)
+        pi_logps = completion_logps(policy, batch)
         losses, rewards = pair_losses(pi_logps, batch, LossConfig())
         (losses.sum() / batch.pairs_in_step).backward()
         metrics.add(losses, rewards, pi_logps, batch)
@@ -68,7 +73,7 @@ def test_few_graphs(family: str, compile_layers: bool, world: World, tmp_path: P
     run_micro_batches(policy, batches)
     with torch.no_grad():
         for batch in batches:
-            completion_logps(policy, batch.to(policy.device), MIB)
+            completion_logps(policy, batch.to(policy.device))
     assert 1 <= counters["stats"]["unique_graphs"] <= 3
     assert not counters["graph_break"]
 
@@ -95,10 +100,10 @@ def test_the_host_never_waits(family: str, options: dict[str, object], world: Wo
 def test_tensors_for_cuda_are_pinned(cuda: torch.device, tmp_path: Path) -> None:
     """Those of the mask too: a copy from pageable memory would wait."""
     plan = plan_step(grow_trees([Pair(*(np.arange(3, 9, dtype=np.int32) + i for i in range(3)))]), 1, 99, CostModel())
-    batch = pack(plan.micro_batches[0][0], plan, lambda p, c: 0.0, [None, 4], cuda, row_length=padded_length)
+    batch = pack(plan.micro_batches[0][0], plan, lambda p, c: 0.0, RowFormat((None, 4), cuda, row_length=padded_length))
     masks = [mask.key_runs for mask in batch.layout.masks.values()]
     blocks = [tensor for mask in batch.layout.masks.values() for tensor in mask.blocks.values()]
-    for tensor in [batch.tokens, batch.positions, batch.rows, batch.targets, batch.ref_logps, *masks, *blocks]:
+    for tensor in [batch.tokens, batch.positions, batch.predict_idxs, batch.targets, batch.ref_logps, *masks, *blocks]:
         assert tensor.is_pinned()
     assert batch.to(cuda).tokens.device.type == "cuda"
 
@@ -129,7 +134,7 @@ def test_the_head_s_memory_is_its_budget(vocab_size: int, device: torch.device) 
     lengths = torch.full((8,), rows // 8, device=device)
 
     def work() -> tuple[Tensor, ...]:
-        logps = completion_log_probs(hidden, weight, None, targets, lengths, budget)
+        logps = completion_log_probs(hidden, Head(weight, None, budget), targets, lengths)
         return torch.autograd.grad(logps.sum(), (hidden, weight))
 
     bound = 1.1 * budget + 6 * vocab_size * hidden_size + 64 * rows * hidden_size

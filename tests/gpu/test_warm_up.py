@@ -1,5 +1,6 @@
 """Before the first step everything is compiled, and nothing of the policy is changed."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from dpo.distributed.world import World
 from dpo.model.kernels import num_graphs
 from dpo.model.policy import completion_logps
 from dpo.model.warm_up import warm_up
-from tests.gpu.test_step import MIB, random_batches, run_micro_batches
+from tests.gpu.test_step import random_batches, run_micro_batches
 from tests.model.test_policy import load
 from tests.support.models import save_model
 
@@ -25,9 +26,9 @@ def test_nothing_is_compiled_after(
 ) -> None:
     """Rows of at least four lengths, the longest first, with and without gradients; gpt2 has few positions."""
     policy = load(world, save_model(tmp_path, family), compute_dtype="float32", compile=True)
-    packer = Packer(0, 1, 640, CostModel(), policy.windows, policy.device, policy.dtype, padded_length, lambda *_: 0.0)
+    packer = Packer(0, 1, 640, CostModel(), replace(policy.row_format, row_length=padded_length))
     weights = [parameter.full_tensor().clone() for parameter in policy.model.parameters()]
-    warm_up(policy, packer, MIB, world, (True, False))
+    warm_up(policy, packer, world, (True, False))
     assert all(parameter.grad is None for parameter in policy.model.parameters())
     assert all(map(torch.equal, weights, [parameter.full_tensor() for parameter in policy.model.parameters()]))
     told = capsys.readouterr().err
@@ -43,7 +44,7 @@ def test_nothing_is_compiled_after(
             run_micro_batches(policy, batches)
         with torch.no_grad():
             for batch in () if with_gradients else batches:
-                completion_logps(policy, batch.to(policy.device), MIB)
+                completion_logps(policy, batch.to(policy.device))
     assert num_graphs() == before
 
 
@@ -51,4 +52,4 @@ def test_an_uncompiled_policy_on_a_cpu_is_left_alone(monkeypatch: pytest.MonkeyP
     """Nothing is run: a CPU's steps are bitwise what they were."""
     monkeypatch.setattr("dpo.model.warm_up.completion_logps", lambda *_: pytest.fail("was run"))
     policy = SimpleNamespace(parallel=ParallelConfig(), device=torch.device("cpu"))
-    warm_up(policy, None, MIB, None, (True, False))  # type: ignore[arg-type]
+    warm_up(policy, None, None, (True, False))  # type: ignore[arg-type]

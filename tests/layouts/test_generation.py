@@ -12,7 +12,7 @@ import pytest
 from dpo.data.tokenizer import load_tokenizer
 from dpo.distributed.startup import open_world
 from dpo.model import generation
-from dpo.model.generation import generate
+from dpo.model.generation import AnswerRule, generate
 from tests.model.test_generation import NEW, PROMPTS, load, plain_draw, plain_greedy, trained
 from tests.support.collectives import CollectiveBytes
 from tests.support.models import plain_model, save_model
@@ -29,7 +29,7 @@ def answers(
         policy = load(world, folder, **parallel)
         forwards: list[Any] = []
         policy.model.register_forward_pre_hook(lambda module, args: forwards.append(None))
-        return generate(policy, prompts, eos_ids, count, temperature, 3, world), len(forwards)
+        return generate(policy, prompts, AnswerRule(tuple(eos_ids), count, temperature, 3), world), len(forwards)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def gathers_while_answering(
     with open_world(60) as world:
         policy = load(world, folder, **parallel)
         with patch.object(generation, "_free_bytes", lambda world: free[world.rank]), CollectiveBytes() as sent:
-            found = generate(policy, PROMPTS, [], count, 0.0, 0, world)
+            found = generate(policy, PROMPTS, AnswerRule((), count, 0.0, 0), world)
         return found, sent.calls["all_gather"], policy.config.num_hidden_layers
 
 

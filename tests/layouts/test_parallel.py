@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo.base.errors import UserError
 from dpo.batch.costs import CostModel
-from dpo.batch.packing import pack
+from dpo.batch.packing import RowFormat, pack
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
 from dpo.config import LossConfig, ParallelConfig
@@ -67,9 +67,9 @@ def sharded_gradients(model_folder: Path, parallel: ParallelConfig, budget: int)
         plan = plan_step(grow_trees(make_pairs()), world.size, budget, CostModel())
         micro_batches = plan.micro_batches[world.rank]
         for number, trees in enumerate(micro_batches, start=1):
-            batch = pack(trees, plan, reference, policy.windows, world.device)
+            batch = pack(trees, plan, reference, RowFormat(policy.windows, world.device))
             announce_backward(policy, number == len(micro_batches))
-            losses, _ = pair_losses(completion_logps(policy, batch, 2**20), batch, LossConfig())
+            losses, _ = pair_losses(completion_logps(policy, batch), batch, LossConfig())
             (losses.sum() / batch.pairs_in_step).backward()
         return {name: p.grad.full_tensor().numpy() for name, p in policy.model.named_parameters()}
 

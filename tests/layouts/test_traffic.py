@@ -41,11 +41,9 @@ def counted_and_expected(folder: Path, keys: Mapping[str, Any], budget: int) -> 
         config = Config(model=None, data=None, parallel=parallel, loss=LossConfig())  # type: ignore[arg-type]
         plan = plan_step(grow_trees(make_pairs()), world.size, budget, CostModel())
         for _ in range(2):
-            batches = [
-                pack(trees, plan, reference, policy.windows, world.device) for trees in plan.micro_batches[world.rank]
-            ]
+            batches = [pack(trees, plan, reference, policy.row_format) for trees in plan.micro_batches[world.lane]]
             with CollectiveBytes() as sent:
-                train_step(policy, optimizer, batches, config, 2**20, lambda: False)
+                train_step(policy, optimizer, batches, config, 1e-3, lambda: False)
         itemsize = getattr(torch, keys.get("compute_dtype", "float32")).itemsize
         traffic = vars(step_traffic(groups, shard, len(batches), parallel, itemsize))
         exchange = 8 * world.size * (len(SUMS) + len(MAXIMA))  # one float64 of each from every rank

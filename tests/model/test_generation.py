@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from dpo.batch.costs import CostModel
-from dpo.batch.packing import pack
+from dpo.batch.packing import RowFormat, pack
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
 from dpo.config import Config, LossConfig, OptimConfig, ParallelConfig
@@ -21,7 +21,7 @@ from dpo.distributed.startup import open_world
 from dpo.distributed.world import World, make_mesh
 from dpo.model.attention import ATTENTION
 from dpo.model.build import build_policy, load_weights
-from dpo.model.generation import ROWS_PER_RANK, generate, uniform
+from dpo.model.generation import ROWS_PER_LANE, AnswerRule, generate, uniform
 from dpo.model.policy import Policy
 from dpo.model.weights import read_model_config
 from dpo.step.optim import make_optimizer
@@ -90,15 +90,15 @@ def test_families_answer_like_the_plain_model(family: str, world: World, tmp_pat
     model, policy = plain_model(save_model(tmp_path, family)), load(world, tmp_path)
     greedy = [plain_greedy(model, prompt, NEW) for prompt in PROMPTS]
     drawn = [plain_draw(model, prompt, 3, 2.0, NEW) for prompt in PROMPTS]
-    assert generate(policy, PROMPTS, [], NEW, 0.0, 0, world) == greedy
-    assert generate(policy, PROMPTS, [], NEW, 2.0, 3, world) == drawn
+    assert generate(policy, PROMPTS, AnswerRule((), NEW, 0.0, 0), world) == greedy
+    assert generate(policy, PROMPTS, AnswerRule((), NEW, 2.0, 3), world) == drawn
     assert min(len(set(answer)) for answer in drawn) > 4
 
 
 def test_in_float64(world: World, folder: Path) -> None:
     model = plain_model(folder, torch.float64)
     expected = [plain_greedy(model, prompt, NEW) for prompt in PROMPTS]
-    assert generate(load(world, folder, "float64"), PROMPTS, [], NEW, 0.0, 0, world) == expected
+    assert generate(load(world, folder, "float64"), PROMPTS, AnswerRule((), NEW, 0.0, 0), world) == expected
 
 
 def test_in_bfloat16_every_token_is_nearly_the_likeliest(world: World, folder: Path) -> None:
@@ -106,7 +106,7 @@ def test_in_bfloat16_every_token_is_nearly_the_likeliest(world: World, folder: P
     less likely than another may only be so by that much.
     """
     policy, model = load(world, folder, compute_dtype="bfloat16"), plain_model(folder)
-    for prompt, answer in zip(PROMPTS, generate(policy, PROMPTS, [], NEW, 0.0, 0, world), strict=True):
+    for prompt, answer in zip(PROMPTS, generate(policy, PROMPTS, AnswerRule((), NEW, 0.0, 0), world), strict=True):
         assert len(answer) == NEW
         for place, token in enumerate(answer):
             logits = next_logits(model, [*prompt, *answer[:place]])
@@ -121,15 +121,15 @@ def test_an_answer_ends_before_any_of_the_eos_tokens(world: World, folder: Path,
     eos_ids = [unending[0][5], unending[1][2], unending[2][0]]
     lengths = [next((i for i, token in enumerate(answer) if token in eos_ids), NEW) for answer in unending]
     expected = [answer[:length] for answer, length in zip(unending, lengths, strict=True)]
-    assert generate(policy, PROMPTS, eos_ids, NEW, 2.0, 3, world) == expected
+    assert generate(policy, PROMPTS, AnswerRule(tuple(eos_ids), NEW, 2.0, 3), world) == expected
     assert len(set(lengths)) == 4 and {0, NEW} < set(lengths), lengths
 
 
 def test_more_prompts_than_are_answered_at_a_time(world: World, folder: Path, policy: Policy) -> None:
-    prompts = [[1, 3 + number] for number in range(2 * ROWS_PER_RANK + 1)]
+    prompts = [[1, 3 + number] for number in range(2 * ROWS_PER_LANE + 1)]
     model = plain_model(folder)
-    assert generate(policy, prompts, [], 3, 0.0, 0, world) == [plain_greedy(model, p, 3) for p in prompts]
-    assert generate(policy, [], [], 3, 0.0, 0, world) == []
+    assert generate(policy, prompts, AnswerRule((), 3, 0.0, 0), world) == [plain_greedy(model, p, 3) for p in prompts]
+    assert generate(policy, [], AnswerRule((), 3, 0.0, 0), world) == []
 
 
 def test_nothing_of_the_folders_own_generation_config_leaks(
@@ -148,7 +148,7 @@ def test_nothing_of_the_folders_own_generation_config_leaks(
     )
     monkeypatch.setattr(policy.model, "generation_config", wild)
     expected = [plain_greedy(plain_model(folder), prompt, NEW) for prompt in PROMPTS]
-    assert generate(policy, PROMPTS, [], NEW, 0.0, 0, world) == expected
+    assert generate(policy, PROMPTS, AnswerRule((), NEW, 0.0, 0), world) == expected
     assert policy.model.generation_config is wild
 
 
@@ -166,7 +166,7 @@ def test_checkpointing_and_compilation_do_not_stand_in_the_way(
     )
     torch._dynamo.utils.counters.clear()
     expected = [plain_greedy(plain_model(folder), prompt, NEW) for prompt in PROMPTS]
-    assert generate(policy, PROMPTS, [], NEW, 0.0, 0, world) == expected
+    assert generate(policy, PROMPTS, AnswerRule((), NEW, 0.0, 0), world) == expected
     assert widths == [max(map(len, PROMPTS))] + [1] * (NEW - 1)
     assert not torch._dynamo.utils.counters["stats"]
 
@@ -186,13 +186,13 @@ def test_learned_positions_end_an_answer_early(
     limits = [NEW, 6, 2, 1, 0, NEW, 6]
     expected = [plain_greedy(model, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     capsys.readouterr()
-    assert generate(policy, prompts, [], NEW, 0.0, 0, world) == expected
+    assert generate(policy, prompts, AnswerRule((), NEW, 0.0, 0), world) == expected
     assert f"5 answers end before {NEW} tokens, where the model's positions do" in capsys.readouterr().err
 
 
 def test_rotary_positions_do_not_end(world: World, policy: Policy, capsys: pytest.CaptureFixture[str]) -> None:
     limit = policy.config.max_position_embeddings
-    (answer,) = generate(policy, [[1] * (limit - 1)], [], 3, 0.0, 0, world)
+    (answer,) = generate(policy, [[1] * (limit - 1)], AnswerRule((), 3, 0.0, 0), world)
     assert len(answer) == 3
     assert "positions" not in capsys.readouterr().err
 
@@ -204,16 +204,16 @@ def test_rotary_positions_do_not_end(world: World, policy: Policy, capsys: pytes
 def test_draws_are_those_of_the_softmax_by_hand(temperature: float, world: World, folder: Path, policy: Policy) -> None:
     model = plain_model(folder)
     expected = [plain_draw(model, prompt, 11, temperature, 12) for prompt in PROMPTS]
-    assert generate(policy, PROMPTS, [], 12, temperature, 11, world) == expected
+    assert generate(policy, PROMPTS, AnswerRule((), 12, temperature, 11), world) == expected
 
 
 def test_a_draw_depends_on_seed_and_prompt_alone(world: World, policy: Policy) -> None:
     """Not on what else is asked, nor where it stands; another seed gives other answers."""
-    together = generate(policy, PROMPTS, [], 12, 1.0, 11, world)
+    together = generate(policy, PROMPTS, AnswerRule((), 12, 1.0, 11), world)
     for number in (2, 0, 3, 1):
-        assert generate(policy, [PROMPTS[number]], [], 12, 1.0, 11, world) == [together[number]]
-    assert generate(policy, PROMPTS[::-1], [], 12, 1.0, 11, world) == together[::-1]
-    other = generate(policy, PROMPTS, [], 12, 1.0, 12, world)
+        assert generate(policy, [PROMPTS[number]], AnswerRule((), 12, 1.0, 11), world) == [together[number]]
+    assert generate(policy, PROMPTS[::-1], AnswerRule((), 12, 1.0, 11), world) == together[::-1]
+    other = generate(policy, PROMPTS, AnswerRule((), 12, 1.0, 12), world)
     assert all(mine != theirs for mine, theirs in zip(together, other, strict=True))
 
 
@@ -231,8 +231,8 @@ def test_the_numbers_are_uniform() -> None:
 
 
 def test_temperature_near_0_is_greedy(world: World, policy: Policy) -> None:
-    greedy = generate(policy, PROMPTS, [], NEW, 0.0, 0, world)
-    assert generate(policy, PROMPTS, [], NEW, 1e-6, 5, world) == greedy
+    greedy = generate(policy, PROMPTS, AnswerRule((), NEW, 0.0, 0), world)
+    assert generate(policy, PROMPTS, AnswerRule((), NEW, 1e-6, 5), world) == greedy
 
 
 def test_logits_that_are_not_finite_end_in_an_answer(world: World, folder: Path) -> None:
@@ -240,7 +240,7 @@ def test_logits_that_are_not_finite_end_in_an_answer(world: World, folder: Path)
     policy = load(world, folder)
     with torch.no_grad():
         next(policy.model.parameters()).fill_(float("nan"))
-    assert [len(answer) for answer in generate(policy, PROMPTS, [], 3, 1.0, 0, world)] == [3] * len(PROMPTS)
+    assert [len(answer) for answer in generate(policy, PROMPTS, AnswerRule((), 3, 1.0, 0), world)] == [3] * len(PROMPTS)
 
 
 # --- what is left behind ---------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ def states() -> list[Any]:
 
 def test_the_random_generators_are_left_as_they_were(world: World, policy: Policy) -> None:
     before = states()
-    generate(policy, PROMPTS, [], 5, 1.0, 11, world)
+    generate(policy, PROMPTS, AnswerRule((), 5, 1.0, 11), world)
     assert states() == before
 
 
@@ -268,7 +268,7 @@ def assert_modes_of_training(policy: Policy) -> None:
 
 def test_the_model_is_ready_to_train_again(world: World, folder: Path) -> None:
     policy = load(world, folder)
-    generate(policy, PROMPTS, [], 5, 1.0, 11, world)
+    generate(policy, PROMPTS, AnswerRule((), 5, 1.0, 11), world)
     assert_modes_of_training(policy)
     assert all(isinstance(parameter, DTensor) for parameter in policy.model.parameters())
     assert all(parameter.grad is None for parameter in policy.model.parameters())
@@ -282,7 +282,7 @@ def test_its_modes_are_those_of_training_after_a_failure_too(world: World, folde
 
     handle = policy.model.base_model.layers[-1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        generate(policy, PROMPTS, [], 5, 1.0, 11, world)
+        generate(policy, PROMPTS, AnswerRule((), 5, 1.0, 11), world)
     handle.remove()
     assert_modes_of_training(policy)
 
@@ -302,9 +302,11 @@ def trained(policy: Policy, world: World, with_answers: bool) -> list[np.ndarray
     config = Config(model=None, data=None, optim=optim, loss=LossConfig())  # type: ignore[arg-type]
     for _ in range(3):
         if with_answers:
-            generate(policy, PROMPTS, [2], 6, 1.0, 0, world)
-        batches = [pack(trees, plan, lambda *_: -5.0, policy.windows, policy.device) for trees in micro_batches]
-        train_step(policy, optimizer, batches, config, 2**20, lambda: False)
+            generate(policy, PROMPTS, AnswerRule((2,), 6, 1.0, 0), world)
+        batches = [
+            pack(trees, plan, lambda *_: -5.0, RowFormat(policy.windows, policy.device)) for trees in micro_batches
+        ]
+        train_step(policy, optimizer, batches, config, config.optim.lr, lambda: False)
     return [parameter.full_tensor().detach().numpy().copy() for parameter in policy.model.parameters()]
 
 
@@ -320,11 +322,11 @@ def test_training_is_bitwise_the_same_with_and_without(keys: dict[str, Any], wor
 def test_answers_are_those_of_the_weights_of_now(world: World, folder: Path) -> None:
     """Whole parameters that an earlier pass left behind would answer as before the update."""
     policy = load(world, folder)
-    before = generate(policy, PROMPTS, [], NEW, 2.0, 3, world)
+    before = generate(policy, PROMPTS, AnswerRule((), NEW, 2.0, 3), world)
     trained(policy, world, False)
     model = plain_model(folder)
     with torch.no_grad():
         for mine, theirs in zip(model.parameters(), policy.model.parameters(), strict=True):
             mine.copy_(theirs.full_tensor())
     expected = [plain_draw(model, prompt, 3, 2.0, NEW) for prompt in PROMPTS]
-    assert generate(policy, PROMPTS, [], NEW, 2.0, 3, world) == expected != before
+    assert generate(policy, PROMPTS, AnswerRule((), NEW, 2.0, 3), world) == expected != before

@@ -13,14 +13,14 @@ from torch.distributed.tensor import DTensor
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from dpo.batch.costs import CostModel
-from dpo.batch.packing import PackedBatch, pack
+from dpo.batch.packing import PackedBatch, RowFormat, pack
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from dpo.machine.facts import host_memory
 from dpo.model import generation
-from dpo.model.generation import _free_bytes, cached_numbers, generate, keeps_layers_whole
+from dpo.model.generation import AnswerRule, _free_bytes, cached_numbers, generate, keeps_layers_whole
 from dpo.model.parallelize import decoder_layers
 from dpo.model.policy import Policy, completion_logps
 from tests.model.test_generation import PROMPTS, load, plain_greedy, some_pairs
@@ -126,7 +126,7 @@ def layers_are_whole(policy: Policy) -> bool:
 
 def batch_of(policy: Policy) -> PackedBatch:
     plan = plan_step(grow_trees(some_pairs()), 1, 1000, CostModel())
-    return pack(plan.micro_batches[0][0], plan, lambda *_: -5.0, policy.windows, policy.device)
+    return pack(plan.micro_batches[0][0], plan, lambda *_: -5.0, RowFormat(policy.windows, policy.device))
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -144,11 +144,11 @@ def test_layers_are_whole_for_all_tokens_and_then_as_before(
         if fails:
             answers_with_failure(policy, world)
         else:
-            assert generate(policy, PROMPTS, [], 3, 0.0, 0, world) == expected
+            assert generate(policy, PROMPTS, AnswerRule((), 3, 0.0, 0), world) == expected
     assert {whole for whole, _ in seen} == {free > 0 or not reshard}
     assert not layers_are_whole(policy)
     with torch.no_grad():
-        completion_logps(policy, batch_of(policy), 2**20)
+        completion_logps(policy, batch_of(policy))
     assert layers_are_whole(policy) != reshard
 
 
@@ -163,7 +163,7 @@ def answers_with_failure(policy: Policy, world: World) -> None:
 
     handle = policy.model.get_output_embeddings().register_forward_pre_hook(second)
     with pytest.raises(RuntimeError, match="out of memory"):
-        generate(policy, PROMPTS, [], 5, 1.0, 11, world)
+        generate(policy, PROMPTS, AnswerRule((), 5, 1.0, 11), world)
     handle.remove()
 
 
@@ -178,7 +178,7 @@ def test_cudnn_is_off_for_all_tokens_and_then_as_before(is_on: bool, fails: bool
             if fails:
                 answers_with_failure(policy, world)
             else:
-                generate(policy, PROMPTS, [], 3, 0.0, 0, world)
+                generate(policy, PROMPTS, AnswerRule((), 3, 0.0, 0), world)
         assert {cudnn for _, cudnn in seen} == {False}
         assert torch.backends.cuda.cudnn_sdp_enabled() == is_on
     finally:

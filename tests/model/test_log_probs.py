@@ -11,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo.model.log_probs import (
     ChunkedTokenLogProbs,
+    Chunking,
+    Head,
     _narrow_in_place,
     completion_log_probs,
     has_float32_product,
@@ -55,7 +57,11 @@ def budget_of(chunk: int, itemsize: float = 4) -> int:
 
 
 def at_chunk(chunk: int, itemsize: float = 4) -> Any:
-    return lambda *inputs: completion_log_probs(*inputs, LENGTHS, budget_of(chunk, itemsize))
+
+    def log_probs(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        return completion_log_probs(hidden, Head(weight, bias, budget_of(chunk, itemsize)), targets, LENGTHS)
+
+    return log_probs
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -85,7 +91,7 @@ def test_gradcheck(chunk: int) -> None:
     *inputs, targets = head_inputs(torch.float64)
 
     def logps(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return completion_log_probs(hidden, weight, bias, targets, LENGTHS, budget_of(chunk, 8))
+        return completion_log_probs(hidden, Head(weight, bias, budget_of(chunk, 8)), targets, LENGTHS)
 
     assert torch.autograd.gradcheck(logps, tuple(inputs))
 
@@ -174,7 +180,7 @@ def test_bfloat16_weight_gradient_is_summed_in_float32(is_wide: bool) -> None:
     ones = torch.ones(512, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     with float32_products():
-        logps = ChunkedTokenLogProbs.apply(ones, weight, None, torch.zeros(512, dtype=torch.long), is_wide, 1)
+        logps = ChunkedTokenLogProbs.apply(ones, weight, None, torch.zeros(512, dtype=torch.long), Chunking(is_wide, 1))
         logps.sum().backward()
     assert weight.grad.tolist() == [[256], [-256]]
 
@@ -237,14 +243,15 @@ def test_rows_in_a_chunk() -> None:
 
 def test_completion_without_tokens_is_0_and_has_no_gradient() -> None:
     *inputs, targets = head_inputs()
-    logps = completion_log_probs(*inputs, targets, LENGTHS, MIB)
+    hidden, weight, bias = inputs
+    logps = completion_log_probs(hidden, Head(weight, bias, MIB), targets, LENGTHS)
     assert logps[1] == 0
     assert all((grad == 0).all() for grad in torch.autograd.grad(logps[1], inputs))
 
 
 def test_only_what_needs_a_gradient_gets_one() -> None:
     hidden, weight, bias, targets = head_inputs()
-    logps = completion_log_probs(hidden.detach(), weight, bias.detach(), targets, LENGTHS, budget_of(3))
+    logps = completion_log_probs(hidden.detach(), Head(weight, bias.detach(), budget_of(3)), targets, LENGTHS)
     logps.sum().backward()
     assert hidden.grad is None
     assert bias.grad is None
@@ -257,7 +264,7 @@ def test_extreme_logits_stay_finite() -> None:
     hidden = torch.tensor([[1e4], [1e4]]).requires_grad_()
     weight, targets = torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1])
     for head_bytes in (8, MIB):
-        logps = completion_log_probs(hidden, weight, None, targets, torch.tensor([1, 1]), head_bytes)
+        logps = completion_log_probs(hidden, Head(weight, None, head_bytes), targets, torch.tensor([1, 1]))
         assert logps.tolist() == [0, -2e4]
         assert torch.autograd.grad(logps.sum(), hidden)[0].flatten().tolist() == [0, -2]
 
@@ -283,7 +290,7 @@ def small_change(dtype: torch.dtype) -> int:
 
 def both_passes(dtype: torch.dtype, budget: int) -> None:
     hidden, weight, targets, lengths = wide_head(dtype)
-    completion_log_probs(hidden, weight, None, targets, lengths, budget).sum().backward()
+    completion_log_probs(hidden, Head(weight, None, budget), targets, lengths).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -321,7 +328,7 @@ def test_the_budget_of_the_float32_product(chunk: int) -> None:
     assert wanted - 1 <= live.peak <= wanted + small_change(torch.bfloat16) + (MANY + WIDE) * 2 * 2
     with float32_products(), torch.no_grad(), LiveBytes() as live:
         hidden, weight, targets, lengths = wide_head(torch.bfloat16)
-        completion_log_probs(hidden, weight, None, targets, lengths, budget)
+        completion_log_probs(hidden, Head(weight, None, budget), targets, lengths)
     wanted = min(math.floor(chunk * 4.125 / 4), MANY) * WIDE * 4
     assert wanted <= live.peak <= wanted + small_change(torch.bfloat16) + (MANY + WIDE) * 2 * 2
 
@@ -329,7 +336,7 @@ def test_the_budget_of_the_float32_product(chunk: int) -> None:
 def test_without_gradients_nothing_is_kept() -> None:
     hidden, weight, targets, lengths = wide_head(torch.float32)
     with torch.no_grad(), LiveBytes() as live:
-        logps = completion_log_probs(hidden, weight, None, targets, lengths, 5 * WIDE * 4)
+        logps = completion_log_probs(hidden, Head(weight, None, 5 * WIDE * 4), targets, lengths)
         assert live.now <= logps.nbytes
     assert 5 * WIDE * 4 <= live.peak <= 5 * WIDE * 4 + small_change(torch.float32)
 
@@ -338,7 +345,7 @@ def test_after_the_backward_pass_nothing_is_kept() -> None:
     """Though the results still hold the graph, as the last micro-batch's do while the next one runs."""
     hidden, weight, targets, lengths = wide_head(torch.float32)
     with LiveBytes() as live:
-        logps = completion_log_probs(hidden, weight, None, targets, lengths, MIB)
+        logps = completion_log_probs(hidden, Head(weight, None, MIB), targets, lengths)
         assert live.now >= MANY * WIDE * 4
         logps.sum().backward()
         assert live.now < small_change(torch.float32)
@@ -346,7 +353,7 @@ def test_after_the_backward_pass_nothing_is_kept() -> None:
 
 def test_a_second_backward_pass_computes_anew_what_the_first_used_up() -> None:
     inputs = head_inputs(torch.float64)
-    logps = ChunkedTokenLogProbs.apply(*inputs, False, 5).sum()
+    logps = ChunkedTokenLogProbs.apply(*inputs, Chunking(False, 5)).sum()
     first = torch.autograd.grad(logps, inputs[:3], retain_graph=True)
     for one, other in zip(first, torch.autograd.grad(logps, inputs[:3]), strict=True):
         assert (one - other).norm() <= 1e-13 * other.norm()
@@ -360,7 +367,6 @@ def test_all_but_one_chunk_is_computed_again(rows: int, share: float) -> None:
     hidden, weight, targets, _ = wide_head(torch.float32)
     assert recomputed_share(rows, WIDE, torch.float32, 5 * WIDE * 4, "cpu") == pytest.approx(share)
     with FlopCounterMode(display=False) as counter:
-        completion_log_probs(
-            hidden[:rows], weight, None, targets[:rows], torch.tensor([rows]), 5 * WIDE * 4
-        ).sum().backward()
+        head = Head(weight, None, 5 * WIDE * 4)
+        completion_log_probs(hidden[:rows], head, targets[:rows], torch.tensor([rows])).sum().backward()
     assert counter.get_total_flops() == pytest.approx(2 * 2 * WIDE * rows * (3 + share))

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from dpo.batch.costs import CostModel
 from dpo.batch.layout import make_layout
-from dpo.batch.packing import PackedBatch, pack
+from dpo.batch.packing import PackedBatch, RowFormat, pack
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
 from dpo.data.pair_set import Pair
@@ -44,7 +44,7 @@ def packed_batch(num_pairs: int = 8) -> PackedBatch:
     rng = np.random.default_rng(0)
     pairs = [Pair(*(rng.integers(3, 1000, n).astype(np.int32) for n in (60, 20, 30))) for _ in range(num_pairs)]
     plan = plan_step(grow_trees(pairs), 1, 10**6, CostModel())
-    return pack(plan.micro_batches[0][0], plan, lambda *_: -100.0, [None], CPU)
+    return pack(plan.micro_batches[0][0], plan, lambda *_: -100.0, RowFormat((None,), CPU))
 
 
 def peak_of(model: PreTrainedModel, work: Callable[[], Tensor]) -> int:
@@ -81,7 +81,7 @@ def test_the_head_takes_its_budget_and_no_more(tied: bool) -> None:
             ).last_hidden_state
         ),
     )
-    assert policy_peak(vocab_size, tied=tied) <= body + HEAD_BYTES + 10 * len(batch.rows) * HIDDEN * 4
+    assert policy_peak(vocab_size, tied=tied) <= body + HEAD_BYTES + 10 * len(batch.predict_idxs) * HIDDEN * 4
 
 
 @pytest.mark.parametrize("tied", [True, False])

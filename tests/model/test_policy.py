@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from dpo.base.errors import UserError
 from dpo.batch.block_mask import host_mask
 from dpo.batch.costs import cost_model
 from dpo.batch.layout import Layout, attention_windows
-from dpo.batch.packing import PackedBatch, pack, padded_length
+from dpo.batch.packing import PackedBatch, RowFormat, pack, padded_length
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import Tree, grow_trees
 from dpo.config import ParallelConfig
@@ -78,10 +79,8 @@ def batches_of(
     policy: Policy, budget: int = 1000, row_length: Callable[[int], int] = int
 ) -> list[tuple[PackedBatch, tuple[Tree, ...]]]:
     plan = plan_step(grow_trees(some_pairs()), 1, budget, cost_model(policy.config))
-    return [
-        (pack(trees, plan, ref_logp, policy.windows, policy.device, policy.dtype, row_length).to(policy.device), trees)
-        for trees in plan.micro_batches[0]
-    ]
+    row_format = replace(policy.row_format, row_length=row_length)
+    return [(pack(trees, plan, ref_logp, row_format).to(policy.device), trees) for trees in plan.micro_batches[0]]
 
 
 def run(
@@ -90,10 +89,11 @@ def run(
     """What the trainer computes: the log-probability of each (prompt, completion), and the gradient of the mean DPO
     loss.
     """
+    policy = replace(policy, head_bytes=head_bytes)
     logps, batches = {}, batches_of(policy, budget, row_length)
     for number, (batch, trees) in enumerate(batches, start=1):
         announce_backward(policy, number == len(batches))
-        found = completion_logps(policy, batch, head_bytes)
+        found = completion_logps(policy, batch)
         losses, _ = dpo_loss(found, batch.ref_logps, batch.yw_idxs, batch.yl_idxs, BETA)
         (losses.sum() / batch.pairs_in_step).backward()
         names = [tree.prompt_ids.tobytes() + b"|" + c.tobytes() for tree in trees for c in tree.completion_ids]
@@ -153,7 +153,7 @@ def test_the_path_of_cuda_forward(family: str, world: World, tmp_path: Path, mon
     masks = {window: host_mask(batch.layout.spans, window, pin=False) for window in policy.windows}
     batch = dataclasses.replace(batch, layout=Layout(batch.layout.spans, masks)).to(policy.device)
     with torch.no_grad():
-        found = completion_logps(policy, batch, MIB)
+        found = completion_logps(policy, batch)
     names = [tree.prompt_ids.tobytes() + b"|" + c.tobytes() for tree in trees for c in tree.completion_ids]
     torch.testing.assert_close(found, torch.stack([wanted[name] for name in names]), rtol=1e-5, atol=1e-4)
 
@@ -211,7 +211,7 @@ def test_the_chunked_head_is_exact(family: str, world: World, tmp_path: Path, mo
     calls = []
     forward = ChunkedTokenLogProbs.forward
     monkeypatch.setattr(
-        ChunkedTokenLogProbs, "forward", lambda ctx, *args: calls.append(args[-1]) or forward(ctx, *args)
+        ChunkedTokenLogProbs, "forward", lambda ctx, *args: calls.append(args[-1].num_rows) or forward(ctx, *args)
     )
     folder = save_model(tmp_path, family)
     assert_equal(run(load(world, folder), head_bytes=3 * VOCAB * 4), oracle(folder), 1e-5)
@@ -227,7 +227,7 @@ def test_dropout_is_off(world: World, tmp_path: Path) -> None:
     assert policy.model.training
     assert policy.config.attn_pdrop == 0.5
     (batch, _), *_ = batches_of(policy)
-    first, second = (completion_logps(policy, batch, MIB) for _ in range(2))
+    first, second = (completion_logps(policy, batch) for _ in range(2))
     assert torch.equal(first, second)
     assert_equal(run(policy), oracle(folder), 1e-5)
 
@@ -251,7 +251,7 @@ def test_tf32_is_asked_for_on_cuda_alone(tf32: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("dpo.model.build.build_on_meta", lambda *args: asked.append("model"))
     for work in ("parallelize", "_materialize"):
-        monkeypatch.setattr(f"dpo.model.policy.{work}", lambda *args: None)
+        monkeypatch.setattr(f"dpo.model.build.{work}", lambda *args: None)
     parallel = ParallelConfig(compute_dtype="float32", tf32=tf32)
     for device_type in ("cuda", "cpu"):
         build_policy(family_config("llama"), parallel, "float32", SimpleNamespace(device_type=device_type))
@@ -279,8 +279,8 @@ def test_a_filler_gives_every_parameter_a_gradient_of_zero(world: World, tmp_pat
     for family in ("llama", "llama-tied"):
         policy = load(world, save_model(tmp_path / family, family))
         plan = plan_step(grow_trees(some_pairs()), 3, 1000, cost_model(policy.config))
-        batch = pack((), plan, ref_logp, policy.windows, policy.device)
-        logps = completion_logps(policy, batch, MIB)
+        batch = pack((), plan, ref_logp, RowFormat(policy.windows, policy.device))
+        logps = completion_logps(policy, batch)
         losses, _ = dpo_loss(logps, batch.ref_logps, batch.yw_idxs, batch.yl_idxs, BETA)
         losses.sum().backward()
         assert all(p.grad is not None and not p.grad.full_tensor().any() for p in policy.model.parameters())

@@ -18,7 +18,7 @@ from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from dpo.model.policy import announce_backward, completion_logps
 from tests.gpu.emulation import emulated
-from tests.gpu.test_step import MIB, random_batches
+from tests.gpu.test_step import random_batches
 from tests.model.test_policy import batches_of, load
 from tests.support.models import save_model
 
@@ -85,7 +85,7 @@ def counted(world: World, folder: Path, kind: str, is_compiled: bool) -> dict[st
         counts.ran["forward"].clear()
         batch = random_batches(policy, 2, 640)[0] if is_compiled else batches_of(policy)[0][0]
         announce_backward(policy, is_last=True)
-        loss = completion_logps(policy, batch.to(policy.device), MIB).sum()
+        loss = completion_logps(policy, batch.to(policy.device)).sum()
         counts.phase = "backward"
         loss.backward()
         assert sum(policy.graphs.values()) == is_compiled, "layers of one kind share their graph"

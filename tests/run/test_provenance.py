@@ -26,8 +26,8 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
     package = tmp_path / "repository" / "dpo"
-    package.mkdir(parents=True)
-    shutil.copy(module.__file__, package)
+    (package / "run").mkdir(parents=True)
+    shutil.copy(module.__file__, package / "run")
     git(tmp_path / "repository", "init", "-q")
     git(package, "add", ".")
     git(package, "commit", "-qm", "first")
@@ -40,7 +40,7 @@ def test_a_checkout_has_its_commit(checkout: Path) -> None:
     assert git_state(checkout) == {"commit": head, "dirty": False}
     (checkout / "other.py").write_text("")
     assert git_state(checkout) == {"commit": head, "dirty": False}
-    (checkout / "provenance.py").write_text("# changed")
+    (checkout / "run" / "provenance.py").write_text("# changed")
     assert git_state(checkout) == {"commit": head, "dirty": True}
 
 

@@ -16,12 +16,12 @@ import torch
 from dpo.batch.packer import Packer
 from dpo.batch.plan import StepPlan
 from dpo.config import Config, LossConfig
-from dpo.ref_logps import fill as reference
+from dpo.ref_logps import cache
 from dpo.ref_logps.blocks import ROW, makings_of, read_rows, write_making, write_rows
 from dpo.ref_logps.making import difference, joined_making
 from dpo.ref_logps.table import table_makings, write_table
 from dpo.run.files import read_metrics
-from dpo.run.setup import Run
+from dpo.run.start import first_step_terms
 from dpo.step import first_step
 from dpo.step.deviation import Completions, Verdict, caps, exact_bounds, judge, limits, measure, rounding_scale
 from dpo.step.first_step import Terms
@@ -149,7 +149,7 @@ def test_tf32_is_of_cuda_alone(device: str, tf32: bool, scale: float | None) -> 
         compute_dtype=torch.float32,
         reference_pass=None,
     )
-    assert Run.first_step_terms.fget(run) == Terms(scale, "stop", None)  # type: ignore[attr-defined]
+    assert first_step_terms(run) == Terms(scale, "stop", None)
 
 
 @pytest.mark.parametrize(
@@ -314,8 +314,8 @@ def test_rows_of_unlike_ranks_are_made_by_all_of_them() -> None:
 def fill_as(config: Config, torch_version: str) -> None:
     """A run on a rank that says it has another torch than rank 0."""
     rank = int(os.environ["RANK"])
-    real = reference.making
-    with patch.object(reference, "making", lambda *args: real(*args) | {"torch": f"{torch_version}.{rank}"}):
+    real = cache.making
+    with patch.object(cache, "making", lambda *args: real(*args) | {"torch": f"{torch_version}.{rank}"}):
         run(config)
 
 

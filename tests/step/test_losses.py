@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo.config import LossConfig
-from dpo.model.log_probs import completion_log_probs
+from dpo.model.log_probs import Head, completion_log_probs
 from dpo.step.losses import (
     dpo_loss,
     implicit_rewards,
@@ -81,7 +81,9 @@ def test_open_instruct_a_completion_without_tokens_is_0_not_nan(published: dict[
     values = [-v for v in case["per_token_logps"][0][:3]]
     hidden = doubles(*(-math.log(math.expm1(v)) for v in values))[:, None]
     lengths = torch.tensor([3, 0])
-    logps = completion_log_probs(hidden, doubles(1, 0)[:, None], None, torch.zeros(3, dtype=torch.long), lengths, 1)
+    logps = completion_log_probs(
+        hidden, Head(doubles(1, 0)[:, None], None, 1), torch.zeros(3, dtype=torch.long), lengths
+    )
     assert (logps / lengths.clamp(min=1)).tolist() == [pytest.approx(v) for v in case["expected"]]
 
 

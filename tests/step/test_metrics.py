@@ -15,7 +15,7 @@ from dpo.board.writer import MetricsWriter
 from dpo.config import Config, LossConfig, SourceConfig
 from dpo.distributed.startup import open_world
 from dpo.run.files import read_metrics
-from dpo.step.metrics import MEASURED, StepMetrics, pair_means, prefixed, train_figures
+from dpo.step.metrics import MEASURED, StepMetrics, pair_means, prefixed, step_metrics
 from dpo.step.objective import pair_losses
 from tests.support.boards import points_of
 from tests.support.models import plain_logp, plain_model, save_model, save_pairs
@@ -37,7 +37,7 @@ def make_batch(
         tokens=torch.zeros(3 * count + 1, dtype=torch.long),
         positions=torch.zeros(0),
         layout=None,  # type: ignore[arg-type]  (no attention runs here)
-        rows=torch.zeros(0),
+        predict_idxs=torch.zeros(0),
         targets=torch.zeros(0),
         lengths=torch.full((count,), 2),
         ref_logps=torch.tensor(ref),
@@ -129,7 +129,7 @@ def test_a_filler_counts_for_nothing_but_padding() -> None:
     filler = (type(filler[0])(**{**vars(filler[0]), "num_tokens": 0, "tokens": torch.zeros(2)}), filler[1])
     sums = sums_of(real, filler, loss=LossConfig())
     assert pair_means(sums, True) == pair_means(sums_of(real, loss=LossConfig()), True)
-    figures = train_figures(sums | {"peak_memory_bytes": 5.0}, seconds=2.0, best_seconds=0.5)
+    figures = step_metrics(sums | {"peak_memory_bytes": 5.0}, seconds=2.0, best_seconds=0.5)
     assert figures == {
         "mfu": 0.25,
         "tokens": 6,

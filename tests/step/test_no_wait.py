@@ -1,6 +1,7 @@
 """A step asks the device nothing before its one exchange: on CUDA the host would wait until all is computed."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,13 @@ def test_micro_batches_ask_nothing(
 ) -> None:
     """Forward, loss, backward and metrics of two micro-batches, with full logits and with the chunked head."""
     policy = load(world, save_model(tmp_path, family), activation_checkpointing="selective")
+    policy = replace(policy, head_bytes=head_bytes)
     batches = [batch for batch, _ in batches_of(policy, budget=1)]
     metrics = StepMetrics(policy.device)
     mode = request.getfixturevalue("asked")
     for number, batch in enumerate(batches, start=1):
         announce_backward(policy, number == len(batches))
-        pi_logps = completion_logps(policy, batch, head_bytes)
+        pi_logps = completion_logps(policy, batch)
         losses, rewards = pair_losses(pi_logps, batch, loss)
         (losses.sum() / batch.pairs_in_step).backward()
         metrics.add(losses, rewards, pi_logps, batch)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpo.batch.costs import CostModel
-from dpo.batch.packing import PackedBatch, pack
+from dpo.batch.packing import PackedBatch, RowFormat, pack
 from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import Tree
 from dpo.config import LossConfig
@@ -35,7 +35,7 @@ def policy_logp(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> float:
 
 
 def packed(trees: tuple[Tree, ...], plan: StepPlan) -> tuple[PackedBatch, Tensor]:
-    batch = pack(trees, plan, reference, [None], CPU, torch.float64)
+    batch = pack(trees, plan, reference, RowFormat((None,), CPU, torch.float64))
     logps = [policy_logp(tree.prompt_ids, c) for tree in trees for c in tree.completion_ids] or [-5.0]
     return batch, torch.tensor(logps, dtype=torch.float64).requires_grad_()
 
@@ -82,7 +82,8 @@ def test_a_filler_adds_exactly_nothing(config: LossConfig) -> None:
     batch, logps = packed((), plan)
     losses, rewards = pair_losses(logps, batch, config)
     (losses.sum() / batch.pairs_in_step).backward()
-    assert (losses.shape, rewards.shape) == ((0,), (1,))
+    assert losses.shape == (0,)
+    assert (rewards is None) == (config.name == "sft")
     assert logps.grad.tolist() == [0]
 
 
@@ -95,9 +96,17 @@ def test_rewards_are_summed_over_tokens_even_if_the_loss_is_normalized() -> None
 
 
 def test_only_sft_needs_no_reference() -> None:
-    """Its loss is the same whatever stands in the reference's place."""
+    """Its loss is the same where no reference is known."""
     assert [config.name for config in CONFIGS if not has_reference(config)] == ["sft"]
     batch, logps = packed(TREES, plan_step(TREES, 1, 100, CostModel()))
     losses = pair_losses(logps, batch, LossConfig("sft"))[0]
-    other = dataclasses.replace(batch, ref_logps=batch.ref_logps * float("nan"))
-    assert torch.equal(losses, pair_losses(logps, other, LossConfig("sft"))[0])
+    without = dataclasses.replace(batch, ref_logps=None)
+    assert torch.equal(losses, pair_losses(logps, without, LossConfig("sft"))[0])
+
+
+def test_a_packer_without_a_reference_is_no_packer_of_zeros() -> None:
+    """What was packed too early ends the run; it would else train against a reference of log-probability 0."""
+    batch, logps = packed(TREES, plan_step(TREES, 1, 100, CostModel()))
+    assert pack(TREES, plan_step(TREES, 1, 100, CostModel()), None, RowFormat((None,), CPU)).ref_logps is None
+    with pytest.raises(AssertionError, match="before the reference"):
+        pair_losses(logps, dataclasses.replace(batch, ref_logps=None), LossConfig())

@@ -1,0 +1,91 @@
+"""The cache of one reference: which folder it is, which facts its rows belong to, and how this run makes rows.
+
+A row belongs to the reference by content, to the numerics that change its value, and to the tokens of prompt and
+completion, and to nothing else. The first two name the folder:
+
+    ROOT/3f9a.../about.json        the facts: {"model": hash by content, "dtype": ..., "attention": ...}
+                 rows-51c2....bin  rows by the key of their tokens (`blocks`)
+                 table-....npy     the rows of a run's data, sorted (`table`)
+"""
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dpo.base.errors import UserError
+from dpo.base.files import default_cache_dir, write_atomically
+from dpo.config import Config
+from dpo.distributed.collectives import all_gather, on_main, together
+from dpo.distributed.world import World
+from dpo.model.parallelize import compute_dtype, is_compiled
+from dpo.ref_logps.blocks import Making, reference_key
+from dpo.ref_logps.making import joined_making, making, numerics
+
+
+@dataclass(frozen=True)
+class RefCache:
+    """The part of the cache that holds the rows of one reference under the numerics of one run."""
+
+    root: Path
+    """`reference.cache_dir`."""
+    facts: Mapping[str, str]
+    """The reference by content and the numerics of its rows."""
+    making: Making
+    """How this run makes rows; not in their key."""
+
+    @property
+    def folder(self) -> Path:
+        """Returns the folder of the rows."""
+        return self.root / reference_key(self.facts)
+
+    def write_facts(self) -> None:
+        """Writes the facts beside the rows, for people."""
+        write_atomically(self.folder / "about.json", json.dumps(self.facts, indent=1).encode())
+
+
+def open_cache(config: Config, reference_hash: str, world: World) -> RefCache:
+    """Returns the cache of a reference by its hash by content, for the run of a config. Every rank must get here, or
+    the rest hang.
+    """
+    compute = compute_dtype(config.parallel, getattr(torch, config.model.dtype), world.device)
+    facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device, config.parallel.tf32)
+    now = joined_making(all_gather(making(world.device, is_compiled(config.parallel, world.device))))
+    return RefCache(cache_root(config), facts, now)
+
+
+def cache_root(config: Config) -> Path:
+    """The folder of the cached log-probabilities, those of all references."""
+    return Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()
+
+
+def check_shared(folder: Path, world: World) -> None:
+    """Raises UserError where a file that rank 0 writes into the cache is not seen by every rank. Every rank must get
+    here.
+    """
+    probe = on_main(world, lambda: _write_probe(folder))
+
+    def look() -> None:
+        if not probe.is_file():
+            raise UserError(
+                f"reference.cache_dir: rank {world.rank} does not see what rank 0 writes to {folder};"
+                " valid: a folder that all nodes share"
+            )
+
+    together(look)
+    on_main(world, lambda: probe.unlink(missing_ok=True))
+
+
+def _write_probe(folder: Path) -> Path:
+    """A file under a name that no other job uses, and that no node has looked for before."""
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    try:
+        write_atomically(probe, b"")
+    except OSError as failure:
+        raise UserError(
+            f"reference.cache_dir: cannot write to {folder}: {failure}; valid: a folder to write in"
+        ) from failure
+    return probe

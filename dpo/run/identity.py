@@ -1,0 +1,47 @@
+"""What may not change between the parts of one run."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from dpo.base.errors import UserError
+from dpo.config import Config
+from dpo.run.folder import Start
+from dpo.run.inputs import Inputs
+
+
+def identity_of(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """What may not change between the parts of one run, by config key; the rest may, and is logged."""
+    plain = {
+        "data.order": config.data.order,
+        "train.seed": config.train.seed,
+        "batch.group_by_prompt": config.batch.group_by_prompt,
+        "batch.pairs_per_step": config.batch.pairs_per_step,
+        "optim.name": config.optim.name,
+    } | {f"loss.{name}": value for name, value in asdict(config.loss).items()}
+    # Last, since they change with others: a seed with the hold-out.
+    return plain | {"data.train": inputs.data.train.content_hash, "reference.path": inputs.reference.hash}
+
+
+CONTENT_OF = {
+    "data.train": "the pairs (of data.train, its holdout, data.max_length, data.max_prompt_length, model.tokenizer)",
+    "reference.path": "the reference (of model.path where reference.path is null)",
+}
+"""What a hash in the identity is of."""
+
+
+def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
+    """Raises UserError, naming the key, where a resumed run would not be the same run."""
+    if start.state is None:
+        return
+    for key, value in identity.items():
+        before = start.state.identity.get(key)
+        if before != value:
+            what = f"{before!r} when the checkpoint was written, {value!r} now"
+            if key in CONTENT_OF:
+                was = f"is not what it was when the checkpoint was written (hash {str(before)[:8]}, now {value[:8]})"
+                what = f"the content of {CONTENT_OF[key]} {was}"
+            raise UserError(
+                f"{key}: cannot go on from {start.checkpoint}: {what};"
+                " valid: the same as before, or another train.run_dir"
+            )

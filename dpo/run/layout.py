@@ -1,0 +1,62 @@
+"""On which devices and how the steps of a run are computed."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from dpo.base.console import say
+from dpo.config import Config
+from dpo.distributed.collectives import all_gather, on_main
+from dpo.distributed.world import World
+from dpo.run.files import PROVENANCE
+from dpo.run.folder import Start, read_starts
+
+
+def layout_here(config: Config, world: World) -> dict[str, Any]:
+    """Returns the layout of this start. Every rank must get here, or the rest hang."""
+    kind = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    return layout_of(config, all_gather(kind))
+
+
+def as_so_far(config: Config, start: Start, world: World) -> Config:
+    """Returns the config as `decided_so_far` on rank 0. Every rank must get here, or the rest hang."""
+    layout = layout_here(config, world)
+    return on_main(world, lambda: decided_so_far(config, start, layout))
+
+
+def layout_of(config: Config, devices: Sequence[str]) -> dict[str, Any]:
+    """What decides on which devices and how a step is computed: a run that goes on with the same goes on to the last
+    bit. `devices`: the kind of device of each rank.
+    """
+    parallel = {key: value for key, value in asdict(config.parallel).items() if not key.endswith("timeout_seconds")}
+    tokens = {"tokens_per_micro_batch": config.batch.tokens_per_micro_batch}
+    return {"devices": dict(sorted(Counter(devices).items()))} | tokens | parallel
+
+
+def decided_so_far(config: Config, start: Start, layout: Mapping[str, Any]) -> Config:
+    """The config with the values that auto became when this run was last started with the same `layout`; where it never
+    was, keys stay auto, to be decided anew. One line says which. Without a checkpoint nothing changes.
+
+    Free memory changes from start to start: without this a run would go on otherwise than it was interrupted.
+    """
+    undecided = config.parallel.undecided
+    if start.checkpoint is None or not undecided:
+        return config
+    starts = read_starts(start.checkpoint.parent.parent / PROVENANCE) or []
+    layouts = [each["layout"] for each in reversed(starts) if isinstance(each.get("layout"), dict)]
+    fixed = {key: value for key, value in layout.items() if key not in undecided}
+    same = next((was for was in layouts if fixed.items() <= was.items()), None)
+    if same is None:
+        say(f"parallel (auto): decided anew: {_changes(layouts[0], fixed) if layouts else 'the layout was not kept'}")
+        return config
+    values = {key: same[key] for key in undecided}
+    words = ", ".join(f"{key} {value}" for key, value in values.items())
+    say(f"parallel (auto): {words}: as in the run so far, on the same devices")
+    return replace(config, parallel=replace(config.parallel, **values))
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value)

@@ -1,0 +1,40 @@
+"""What a run writes while it trains: its folder, metrics, answers and checkpoints."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from functools import partial
+
+from dpo.board.writer import MetricsWriter
+from dpo.checkpoint.export import export
+from dpo.checkpoint.saver import Saver, open_saver
+from dpo.distributed.collectives import all_gather, on_main
+from dpo.run.answers import open_answers
+from dpo.run.files import FINAL
+from dpo.run.folder import open_run_folder
+from dpo.run.layout import layout_here
+from dpo.run.provenance import provenance
+from dpo.run.setup import Run
+
+
+@contextmanager
+def open_outputs(run: Run) -> Iterator[tuple[MetricsWriter | None, Saver]]:
+    """Makes the run folder ready for the next step; gives the writer of metrics (None but on rank 0) and the saver of
+    checkpoints, whose last one is committed when this ends. Every rank must get here, and to its end, or the rest hang.
+    """
+    hosts, layout = all_gather(socket.gethostname()), layout_here(run.config, run.world)
+    origin = provenance(hosts, run.inputs.last_step) | {"layout": layout}
+    on_main(run.world, lambda: open_run_folder(run.config, run.start, origin))
+    if run.answers:
+        on_main(run.world, partial(open_answers, run.answers, run.start.step))
+    keep, seconds = run.config.checkpoint.keep, run.config.parallel.timeout_seconds
+    with (
+        closing(MetricsWriter(run.dir, run.start.step + 1)) if run.world.is_main else nullcontext() as writer,
+        open_saver(run.dir, run.policy.model, run.optimizer, keep, run.world, seconds) as saver,
+    ):
+        yield writer, saver
+
+
+def export_run(run: Run) -> None:
+    """Writes the trained model to the run folder. Every rank must get here, or the rest hang."""
+    export(run.policy, run.inputs.model.folder, run.dir / FINAL, run.config, run.world)

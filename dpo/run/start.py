@@ -1,0 +1,47 @@
+"""How a run starts: where it goes on from, whether anything is left to do, the check of a fresh run's first step."""
+
+from dpo.base.console import say
+from dpo.config import Config
+from dpo.distributed.collectives import on_main
+from dpo.distributed.world import World
+from dpo.run.folder import Start, find_start, is_finished
+from dpo.run.identity import check_identity, identity_of
+from dpo.run.inputs import Inputs
+from dpo.run.setup import Run
+from dpo.step.deviation import Deviation, rounding_scale
+from dpo.step.first_step import Terms, verify_start
+
+
+def find_start_together(config: Config, world: World) -> Start:
+    """Returns where rank 0 finds that the run goes on. Every rank must get here, or the rest hang."""
+    return on_main(world, lambda: find_start(config))
+
+
+def is_done(config: Config, start: Start, inputs: Inputs, world: World) -> bool:
+    """Returns whether nothing is left to do, which rank 0 then says. Raises UserError where the checkpoint is one of
+    another run. Every rank must get here, or the rest hang.
+    """
+    identity = identity_of(config, inputs)
+    on_main(world, lambda: check_identity(start, identity))
+    if not on_main(world, lambda: is_finished(config, start, inputs.last_step)):
+        return False
+    if world.is_main:  # a run may be told to end where it has passed already
+        steps = max(start.step, inputs.last_step)
+        say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
+    return True
+
+
+def check_first_step(run: Run) -> Deviation | None:
+    """Holds a fresh run's policy to its reference on the first step's trees (`verify_start`); None where the run does
+    not begin at its reference. Every rank must get here, or the rest hang.
+    """
+    if not run.begins_at_reference:
+        return None
+    return verify_start(run.policy, run.packer, run.trees(1), run.config.loss, first_step_terms(run))
+
+
+def first_step_terms(run: Run) -> Terms:
+    """Returns the bounds that the first step of a run is held to."""
+    scale = rounding_scale(run.compute_dtype, run.config.parallel.tf32 and run.world.device.type == "cuda")
+    otherwise = run.reference_pass.made_otherwise if run.reference_pass else None
+    return Terms(scale, run.config.reference.first_step_check, otherwise)
