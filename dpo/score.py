@@ -57,7 +57,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Scores:
-    """What was scored on what, and the figures (see `score_pairs`)."""
+    """What was scored on what, and the metrics (see `score_pairs`)."""
 
     model: str
     reference: str | None
@@ -66,9 +66,9 @@ class Scores:
     beta: float
     pairs_of: str
     """evaluation or training."""
-    figures: dict[str, float]
+    metrics: dict[str, float]
     sources: dict[str, dict[str, float]]
-    """The figures of each source by its config key; empty where nobody asked."""
+    """The metrics of each source by its config key; empty where nobody asked."""
 
 
 # --- the model in the place of the config's own ----------------------------------------------------------------------
@@ -102,10 +102,10 @@ def score_model(config: Config, by_source: bool, world: World) -> Scores:
     packer = _packer(config, world, inputs, pairs)
     policy = load_and_warm(config, world, inputs.model.config, inputs.model.folder, packer, (False,))
     parts = split_by_source(inputs.data, pairs, len(config.data.train), is_eval) if by_source else {}
-    figures = score_pairs(policy, pairs, packer, config, world)
+    metrics = score_pairs(policy, pairs, packer, config, world)
     sources = {key: score_pairs(policy, part, packer, config, world) for key, part in parts.items()}
     names = (config.model.path, config.reference.path, config.loss.name, config.loss.beta)
-    return Scores(*names, pairs_of, figures, sources)
+    return Scores(*names, pairs_of, metrics, sources)
 
 
 def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Packer:
@@ -123,17 +123,17 @@ def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Pac
 
 
 def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, world: World) -> dict[str, float]:
-    """The figures of `metrics.pair_means` and `further_figures`. Raises RunError where the loss is not finite. Every
+    """The metrics of `metrics.pair_means` and `further_metrics`. Raises RunError where the loss is not finite. Every
     rank must get here.
     """
     result = evaluate(policy, pairs, packer, config.loss, never)
     assert result is not None
     if not math.isfinite(result.metrics["loss"]):
         raise RunError(f"the loss of {config.model.path} is {result.metrics['loss']}; its weights are at fault")
-    return result.metrics | further_figures(result, pairs.lengths(), config.loss.beta)
+    return result.metrics | further_metrics(result, pairs.lengths(), config.loss.beta)
 
 
-def further_figures(result: Evaluation, lengths: np.ndarray, beta: float) -> dict[str, float]:
+def further_metrics(result: Evaluation, lengths: np.ndarray, beta: float) -> dict[str, float]:
     """What a score has beside `metrics.pair_means`; lengths: tokens of prompt, winner and loser of each pair, (N, 3).
 
     tokens/chosen     mean number of the winners' tokens, EOS included; tokens/rejected of the losers'
@@ -145,14 +145,14 @@ def further_figures(result: Evaluation, lengths: np.ndarray, beta: float) -> dic
     Only the first line where the loss has no reference.
     """
     _, chosen, rejected = lengths.mean(0).tolist()
-    figures: dict[str, float] = {"tokens/chosen": chosen, "tokens/rejected": rejected}
+    metrics: dict[str, float] = {"tokens/chosen": chosen, "tokens/rejected": rejected}
     if "rewards/margins" in result.metrics:
         h = result.metrics["rewards/margins"] / beta
         signs = np.sign(result.margins)
         wins, ties, losses = (int((signs == sign).sum()) for sign in (1, 0, -1))
-        figures |= {"nats/margins": h, "nats/margins_per_token": h / ((chosen + rejected) / 2)}
-        figures |= {"wins": wins, "ties": ties, "losses": losses, "shares/ties": ties / max(len(signs), 1)}
-    return figures
+        metrics |= {"nats/margins": h, "nats/margins_per_token": h / ((chosen + rejected) / 2)}
+        metrics |= {"wins": wins, "ties": ties, "losses": losses, "shares/ties": ties / max(len(signs), 1)}
+    return metrics
 
 
 def split_by_source(data: PreferenceData, pairs: PairSet, num_train: int, is_eval: bool) -> dict[str, PairSet]:
@@ -170,21 +170,21 @@ def split_by_source(data: PreferenceData, pairs: PairSet, num_train: int, is_eva
 
 
 def show(scores: Scores) -> None:
-    """A row a figure, a column for all pairs and one for each source."""
+    """A row a metric, a column for all pairs and one for each source."""
     against = f"against {scores.reference}, beta {scores.beta:g}" if scores.reference else "no reference"
     table = Table("")
     for name in ("all", *scores.sources):
         table.add_column(Text(name), justify="right")
-    for name in scores.figures:
-        columns = (scores.figures, *scores.sources.values())
+    for name in scores.metrics:
+        columns = (scores.metrics, *scores.sources.values())
         table.add_row(name, *(_shown(column[name]) for column in columns))
     console = Console(width=None if sys.stdout.isatty() else COLUMNS)
     console.print(Text(f"{scores.model} on {scores.pairs_of} pairs, {scores.loss}: {against}"), soft_wrap=True)
     console.print(table)
 
 
-def _shown(figure: float) -> str:
-    return f"{figure:,}" if isinstance(figure, int) else f"{figure:.4f}"
+def _shown(metric: float) -> str:
+    return f"{metric:,}" if isinstance(metric, int) else f"{metric:.4f}"
 
 
 # --- the program -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from dpo.config.strict_yaml import read_yaml_file
 from dpo.run.files import CONFIG, FINAL, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
 from launch.program import run_program
 
-DESCRIPTION = """Compares runs: the config keys that differ, how far they came, and their newest figures; the best
+DESCRIPTION = """Compares runs: the config keys that differ, how far they came, and their newest metrics; the best
 evaluation stands first. Also writes the runs' entries for TensorBoard's HParams tab, with the keys that differ."""
 
 SHOWN = {
@@ -36,7 +36,7 @@ SHOWN = {
     "rewards/chosen": "chosen",
     "rewards/rejected": "rejected",
 }
-"""The figures of the table, by what follows eval/ or train/ in their names, and how they are headed."""
+"""The metrics of the table, by what follows eval/ or train/ in their names, and how they are headed."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RunFacts:
     """Updates that metrics.jsonl tells of."""
     last_step: int | None
     """Of the whole run; null: nobody wrote it down."""
-    figures: Mapping[str, float]
+    metrics: Mapping[str, float]
     """train/...: means over the last steps; eval/...: of the newest evaluation."""
 
 
@@ -76,7 +76,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunFacts]:
 
 
 def read_run(folder: Path) -> RunFacts:
-    """A run folder's config, state and figures. Raises UserError or RunError where a file in it is broken."""
+    """A run folder's config, state and metrics. Raises UserError or RunError where a file in it is broken."""
     config = read_yaml_file(str(folder / CONFIG))
     if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
         raise UserError(f"{folder / CONFIG}: is no config; valid: what a run writes there")
@@ -84,9 +84,9 @@ def read_run(folder: Path) -> RunFacts:
     lines = read_metrics(folder)
     steps = [line for line in lines if "train/loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
-    figures = {name: figure for name, figure in (evaluations or [{}])[-1].items() if name != "step"} | _means(steps)
+    metrics = {name: metric for name, metric in (evaluations or [{}])[-1].items() if name != "step"} | _means(steps)
     step, is_done = int(steps[-1]["step"]) if steps else 0, (folder / FINAL).is_dir()
-    return RunFacts(folder, values, is_done, step, step if is_done else _last_step(folder, values), figures)
+    return RunFacts(folder, values, is_done, step, step if is_done else _last_step(folder, values), metrics)
 
 
 def _means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -115,27 +115,27 @@ def differing(runs: Sequence[RunFacts]) -> list[str]:
     return [key for key in keys if key != "train.run_dir" and len({run.config.get(key) for run in runs}) > 1]
 
 
-def best_figure(runs: Sequence[RunFacts], keys: Sequence[str]) -> str | None:
+def best_metric(runs: Sequence[RunFacts], keys: Sequence[str]) -> str | None:
     """By what runs are sorted unless told otherwise; losses that are not one and the same do not compare."""
     is_one_loss = not any(key.startswith("loss.") for key in keys)
     wanted = [*(["eval/loss"] if is_one_loss else []), "eval/rewards/accuracies", "eval/loss", "train/loss"]
-    return next((name for name in wanted if any(name in run.figures for run in runs)), None)
+    return next((name for name in wanted if any(name in run.metrics for run in runs)), None)
 
 
 def ordered(runs: Sequence[RunFacts], name: str) -> list[RunFacts]:
-    """By a figure, the best first (losses: the smallest; others: the greatest), or by a config key, the smallest first.
+    """By a metric, the best first (losses: the smallest; others: the greatest), or by a config key, the smallest first.
 
     Runs without it come last. Raises UserError where no run has it.
     """
-    known = [run for run in runs if name in run.figures or name in run.config]
+    known = [run for run in runs if name in run.metrics or name in run.config]
     if not known:
-        figures = dict.fromkeys(figure for run in runs for figure in run.figures)
+        metrics = dict.fromkeys(metric for run in runs for metric in run.metrics)
         raise UserError(
-            f"command line: --sort: no run has {name!r}; valid: a config key, loss.beta, or {', '.join(figures)}"
+            f"command line: --sort: no run has {name!r}; valid: a config key, loss.beta, or {', '.join(metrics)}"
         )
-    if name in known[0].figures:
+    if name in known[0].metrics:
         sign = 1 if name.split("/")[-1].startswith("loss") else -1
-        known.sort(key=lambda run: sign * run.figures.get(name, 0.0))
+        known.sort(key=lambda run: sign * run.metrics.get(name, 0.0))
     else:
         known.sort(key=lambda run: run.config[name])
     return known + [run for run in runs if run not in known]
@@ -169,9 +169,9 @@ def table_of(runs: Sequence[RunFacts], keys: Sequence[str]) -> Table:
     parent = parent_of(runs)
     for run in runs:
         about = [name_of(run, parent), _progress(run), *(_text(run.config.get(key)) for key in keys)]
-        for part in [part for part in ("eval", "train") if f"{part}/loss" in run.figures] or [""]:
-            figures = [_number(run.figures.get(f"{part}/{name}")) for name in (*SHOWN, "pairs_per_second")]
-            table.add_row(*about, part, *figures)
+        for part in [part for part in ("eval", "train") if f"{part}/loss" in run.metrics] or [""]:
+            metrics = [_number(run.metrics.get(f"{part}/{name}")) for name in (*SHOWN, "pairs_per_second")]
+            table.add_row(*about, part, *metrics)
             about = [""] * len(about)
     return table
 
@@ -186,12 +186,12 @@ def _text(value: Value | None) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _number(figure: float | None) -> str:
-    return "" if figure is None else f"{figure:.4g}"
+def _number(metric: float | None) -> str:
+    return "" if metric is None else f"{metric:.4g}"
 
 
 def as_json(runs: Sequence[RunFacts], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The same for programs: every figure, and of the config the keys that differ."""
+    """The same for programs: every metric, and of the config the keys that differ."""
     return [
         {
             "run": str(run.folder),
@@ -199,7 +199,7 @@ def as_json(runs: Sequence[RunFacts], keys: Sequence[str]) -> list[dict[str, Any
             "step": run.step,
             "last_step": run.last_step,
             "config": {key: run.config.get(key) for key in keys},
-            "figures": dict(run.figures),
+            "metrics": dict(run.metrics),
         }
         for run in runs
     ]
@@ -213,7 +213,7 @@ def write_entries(runs: Sequence[RunFacts], keys: Sequence[str]) -> None:
     boards = [run for run in runs if (run.folder / TENSORBOARD).is_dir()]
     written = 0
     for run, values in zip(boards, comparable([run.config for run in boards], keys), strict=True):
-        sub_run = "eval" if "eval/loss" in run.figures else "train"
+        sub_run = "eval" if "eval/loss" in run.metrics else "train"
         try:
             write_entry(run.folder / TENSORBOARD, sub_run, values, keys or KEYS)
             written += 1
@@ -247,17 +247,17 @@ def main() -> None:
     """`python -m launch.compare`."""
     parser = argparse.ArgumentParser("python -m launch.compare", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder; runs/sweep/* names many")
-    parser.add_argument("--sort", metavar="NAME", help="a figure, eval/rewards/margins, or a config key, loss.beta")
-    parser.add_argument("--json", action="store_true", help="print JSON with all figures in place of the table")
+    parser.add_argument("--sort", metavar="NAME", help="a metric, eval/rewards/margins, or a config key, loss.beta")
+    parser.add_argument("--json", action="store_true", help="print JSON with all metrics in place of the table")
     arguments = parse_arguments(parser)
     runs = read_runs(arguments.runs)
     keys = differing(runs)
-    by = arguments.sort or best_figure(runs, keys)
+    by = arguments.sort or best_metric(runs, keys)
     runs = ordered(runs, by) if by else runs
     if arguments.json:
         print(json.dumps(as_json(runs, keys), indent=1))
     else:
-        # As wide as it is: a narrow terminal wraps lines, where a narrower table would cut figures.
+        # As wide as it is: a narrow terminal wraps lines, where a narrower table would cut metrics.
         Console(highlight=False, width=10_000).print(table_of(runs, keys))
         print(f"sorted by {by or 'nothing'}; train: mean of the last {LAST_STEPS} steps")
     write_entries(runs, keys)

@@ -38,7 +38,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real weights, preferences and published figures; tests that need it skip where it is absent."""
+    """The folder of real weights, preferences and published metrics; tests that need it skip where it is absent."""
     folder = Path(os.environ.get("DPO_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}: set DPO_TEST_DATA")

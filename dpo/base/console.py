@@ -58,15 +58,15 @@ class Progress:
         self.lines_elsewhere = lines_elsewhere
         self.spoke = time.monotonic()
 
-    def advance(self, count: int, figures: Mapping[str, str] | None = None) -> None:
-        """Moves on by `count` and shows the figures."""
+    def advance(self, count: int, metrics: Mapping[str, str] | None = None) -> None:
+        """Moves on by `count` and shows the metrics."""
         self.done += count
         if not self.bar.disable:
-            self.bar.set_postfix(figures or {}, refresh=False)
+            self.bar.set_postfix(metrics or {}, refresh=False)
             self.bar.update(count)
         elif self.shown and self.lines_elsewhere and self._is_time_for_a_line():
             self.spoke = time.monotonic()
-            rest = "".join(f"  {name} {figure}" for name, figure in (figures or {}).items())
+            rest = "".join(f"  {name} {metric}" for name, metric in (metrics or {}).items())
             say(f"{self.label}: {self.done}/{self.total} {self.unit}{rest}")
 
     def _is_time_for_a_line(self) -> bool:

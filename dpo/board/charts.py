@@ -1,4 +1,4 @@
-"""Where TensorBoard shows a figure of a run: the one place that knows its names, groups and colours.
+"""Where TensorBoard shows a metric of a run: the one place that knows its names, groups and colours.
 
 TensorBoard groups charts by the first part of their tag, in alphabetical order, draws one line a run in a chart, and
 gives a colour to a run, not to a tag. So the groups are numbered in the order in which a person reads them, and what is
@@ -30,11 +30,11 @@ GROUPS = {
     "peak_memory_bytes": SPEED,
     "mfu": SPEED,
 }
-"""The group of a figure that has no side, by what follows train/ or eval/ in its name."""
+"""The group of a metric that has no side, by what follows train/ or eval/ in its name."""
 
 
 class Place(NamedTuple):
-    """Where a figure is shown."""
+    """Where a metric is shown."""
 
     sub_run: str
     """Folder in RUN/tensorboard."""
@@ -43,9 +43,9 @@ class Place(NamedTuple):
 
 
 def place(name: str) -> Place:
-    """Where the figure of this name in metrics.jsonl is shown; no name is without a place.
+    """Where the metric of this name in metrics.jsonl is shown; no name is without a place.
 
-    | figure                                    | sub-run               | tag                                         |
+    | metric                                    | sub-run               | tag                                         |
     |-------------------------------------------|-----------------------|---------------------------------------------|
     | train/loss, eval/loss                     | train, eval           | 1 preference/loss                           |
     | train/rewards/margins, eval/...           | train, eval           | 1 preference/rewards/margins                |
@@ -55,24 +55,24 @@ def place(name: str) -> Place:
     | train/pairs_per_second                    | train                 | 4 speed/pairs_per_second                    |
     | reference/seconds                         | ROOT                  | 5 reference/seconds                         |
     | first_step/spread                         | ROOT                  | 5 reference/first_step/spread               |
-    | train/new_figure                          | train                 | 7 other/new_figure                          |
+    | train/new_metric                          | train                 | 7 other/new_metric                          |
     | a/name, name                              | ROOT                  | 7 other/a/name, 7 other/name                |
     """
-    part, _, figure = name.partition("/")
-    if part == "reference" and figure:
-        return Place(ROOT, f"{REFERENCE}/{figure}")
-    if part == "first_step" and figure:
+    part, _, metric = name.partition("/")
+    if part == "reference" and metric:
+        return Place(ROOT, f"{REFERENCE}/{metric}")
+    if part == "first_step" and metric:
         return Place(ROOT, f"{REFERENCE}/{name}")
-    if part not in ("train", "eval") or not figure:
+    if part not in ("train", "eval") or not metric:
         return Place(ROOT, f"{OTHER}/{name}")
-    chart, _, side = figure.rpartition("/")
+    chart, _, side = metric.rpartition("/")
     if chart and side in ("chosen", "rejected"):
         return Place(f"{part}-{side}", f"{SIDES}/{chart}")
-    return Place(part, f"{GROUPS.get(figure, OTHER)}/{figure}")
+    return Place(part, f"{GROUPS.get(metric, OTHER)}/{metric}")
 
 
 def histogram_place(name: str) -> Place:
-    """As `place`, for the distribution of what the figure is a mean of: eval/rewards/margins -> 6 distributions/...
+    """As `place`, for the distribution of what the metric is a mean of: eval/rewards/margins -> 6 distributions/...
 
     A tag holds scalars or histograms, never both: so these have a group of their own.
     """

@@ -1,6 +1,6 @@
 """A run in TensorBoard: charts, histograms, texts, answers and the HParams entry; for rank 0 alone, without torch.
 
-`charts` says where a figure is shown. Each sub-run has event files of its own, made when its first point comes.
+`charts` says where a metric is shown. Each sub-run has event files of its own, made when its first point comes.
 """
 
 import re
@@ -55,17 +55,17 @@ class Dashboard:
             self._file(sub_run)  # at once, not with its first point, for a TensorBoard that is open
         self._write(ROOT, layout_summary(LAYOUT), first_step)
 
-    def figures(self, step: int, figures: Mapping[str, float]) -> None:
-        """A point in the chart of each figure, by its name in metrics.jsonl."""
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A point in the chart of each metric, by its name in metrics.jsonl."""
         values: dict[str, list[Summary.Value]] = {}
-        for name, figure in figures.items():
+        for name, metric in metrics.items():
             sub_run, tag = place(name)
-            values.setdefault(sub_run, []).append(Summary.Value(tag=tag, simple_value=figure))
+            values.setdefault(sub_run, []).append(Summary.Value(tag=tag, simple_value=metric))
         for sub_run, points in values.items():
             self._write(sub_run, Summary(value=points), step)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        """The distribution of `values`, any shape, of which the figure `name` is the mean: eval/rewards/margins."""
+        """The distribution of `values`, any shape, of which the metric `name` is the mean: eval/rewards/margins."""
         sub_run, tag = histogram_place(name)
         self._write(sub_run, histogram_pb(tag, values), step)
 
@@ -79,7 +79,7 @@ class Dashboard:
         self.text("answers", answers_table(answers), step)
 
     def hparams(self, config: Config) -> None:
-        """The run's entry in the HParams tab, in place of an earlier one; its figures are always the newest points."""
+        """The run's entry in the HParams tab, in place of an earlier one; its metrics are always the newest points."""
         evaluates = config.data.eval or any(source.holdout for source in config.data.train)
         write_entry(self.folder, "eval" if evaluates else "train", flat(asdict(config)))
 

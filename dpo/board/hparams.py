@@ -1,7 +1,7 @@
-"""What TensorBoard's HParams tab shows of a run: its config in columns, beside its newest figures; without torch.
+"""What TensorBoard's HParams tab shows of a run: its config in columns, beside its newest metrics; without torch.
 
 The entry is an event file of a fixed name, so that it is written again, never twice. It lies in the sub-run whose
-figures it is shown with, `eval` if the run evaluates, else `train`: TensorBoard looks for them in the entry's own
+metrics it is shown with, `eval` if the run evaluates, else `train`: TensorBoard looks for them in the entry's own
 sub-run, whatever folder it was started on. So the columns are filled while a run goes on, and where it was interrupted.
 Which columns there are, TensorBoard takes from the first entry that it finds.
 """
@@ -48,7 +48,7 @@ FIGURES = {
     "rewards/margins": "margin",
     "loss_sft": "loss_sft",
 }
-"""The columns of figures, by what follows eval/ in their names, and how they are headed."""
+"""The columns of metrics, by what follows eval/ in their names, and how they are headed."""
 
 Value = bool | int | float | str
 
@@ -66,7 +66,7 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Value]:
 def write_entry(folder: Path, sub_run: str, values: Mapping[str, Value], columns: Sequence[str] = KEYS) -> None:
     """Writes the run's entry into `folder`, RUN/tensorboard, in place of an earlier one.
 
-    sub_run: whose figures are shown, eval or train; values: of all keys, as `flat` gives them; columns: the keys that
+    sub_run: whose metrics are shown, eval or train; values: of all keys, as `flat` gives them; columns: the keys that
     the tab shows, the most important first. Raises OSError.
     """
     for name in {"eval", "train"} - {sub_run}:

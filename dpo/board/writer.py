@@ -15,10 +15,10 @@ class MetricsWriter:
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.board = Dashboard(run_dir / "tensorboard", first_step)
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, `{"step": step, name: figure, ...}`, and a point in each figure's chart."""
-        print(json.dumps({"step": step, **figures}, allow_nan=False), file=self.file, flush=True)
-        self.board.figures(step, figures)
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl, `{"step": step, name: metric, ...}`, and a point in each metric's chart."""
+        print(json.dumps({"step": step, **metrics}, allow_nan=False), file=self.file, flush=True)
+        self.board.metrics(step, metrics)
 
     def sync(self) -> None:
         """Waits until every line is on the disk."""

@@ -166,7 +166,7 @@ def ask(folder: Path, held_out: Sequence[Question]) -> Answers:
     )
 
 
-def figures_table(lines: Sequence[Mapping[str, float]], before: Answers, after: Answers) -> Table:
+def metrics_table(lines: Sequence[Mapping[str, float]], before: Answers, after: Answers) -> Table:
     """The DPO run in a table: `lines` are those of its metrics.jsonl, the answers those of the models around it."""
     steps = [line for line in lines if "train/loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
@@ -184,7 +184,7 @@ def figures_table(lines: Sequence[Mapping[str, float]], before: Answers, after: 
 
 
 def _ends(lines: Sequence[Mapping[str, Any]], name: str, form: str) -> tuple[str, str]:
-    """A figure of the first and of the last line; `form` has the z that makes -0 a 0."""
+    """A metric of the first and of the last line; `form` has the z that makes -0 a 0."""
     return format(lines[0][name], form), format(lines[-1][name], form)
 
 
@@ -231,7 +231,7 @@ def run_demo(out: Path) -> None:
     run_stage(dpo_config(out), out / "dpo.yaml")
     console.rule("4 of 4: what came of it", align="left")
     before, after = (ask(out / name / "final", held_out) for name in ("sft", "dpo"))
-    console.print(answers_table(held_out, before, after), figures_table(read_metrics(out / "dpo"), before, after))
+    console.print(answers_table(held_out, before, after), metrics_table(read_metrics(out / "dpo"), before, after))
     console.print(
         f"{time.perf_counter() - started:.0f} seconds. The charts: {tensorboard_command(out)}", soft_wrap=True
     )

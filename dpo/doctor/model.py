@@ -18,10 +18,10 @@ from dpo.doctor.words import gib
 from dpo.estimate.at_start import choice_here
 from dpo.estimate.choice import Choice
 from dpo.estimate.lengths import find_lengths
-from dpo.estimate.memory import state_numbers
 from dpo.estimate.words import shown_count
 from dpo.machine.facts import host_memory
 from dpo.model.build import build_on_meta
+from dpo.step.optim import optimizer_elements
 
 
 def sizes_of(config: Config, model_config: PretrainedConfig) -> Sizes:
@@ -29,7 +29,7 @@ def sizes_of(config: Config, model_config: PretrainedConfig) -> Sizes:
     dtype, export_dtype = getattr(torch, config.model.dtype), getattr(torch, config.checkpoint.export_dtype)
     model = build_on_meta(model_config, dtype, config.model.trust_remote_code)
     num_weights = sum(parameter.numel() for parameter in model.parameters())
-    numbers = 1 + state_numbers(config.optim)
+    numbers = 1 + optimizer_elements(config.optim)
     return Sizes(
         num_weights,
         num_weights * dtype.itemsize * (1 + numbers),

@@ -20,13 +20,14 @@ from dpo.batch.plan import StepPlan
 from dpo.config import Config
 from dpo.estimate.devices import steady
 from dpo.estimate.lengths import Lengths
-from dpo.estimate.memory import all_groups, state_numbers, update_numbers, with_layers
+from dpo.estimate.memory import all_groups, update_numbers, with_layers
 from dpo.estimate.needs import Layout, needed_bytes, plans_of
 from dpo.estimate.speed import Cluster, step_speed
 from dpo.estimate.traffic import ITEMSIZES, Groups, parameter_groups
 from dpo.estimate.words import gib
 from dpo.model.build import build_on_meta
 from dpo.model.parallelize import decoder_layers
+from dpo.step.optim import optimizer_elements
 
 ROOM = 0.08
 """Share of the device's memory that what is chosen leaves free."""
@@ -216,7 +217,7 @@ def most_bytes(case: Case, groups: Groups) -> float:
     )
     numbers = sum(groups.layers) + groups.root
     local = numbers * config.parallel.replicate / case.cluster.num_ranks
-    kept = 3 + 2 * state_numbers(config.optim) + update_numbers(config.optim, not device.is_cpu)
+    kept = 3 + 2 * optimizer_elements(config.optim) + update_numbers(config.optim, not device.is_cpu)
     state, whole = local * master * kept, numbers * (2 * compute + 4 * max(reduced, master))
     plans = plans_of(
         Layout(config, case.cluster.num_ranks), case.model_config, (case.lengths.longest, *case.lengths.steps)

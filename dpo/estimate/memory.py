@@ -25,6 +25,7 @@ from dpo.config import Config, OptimConfig
 from dpo.estimate.rehearsal import Rehearsal, rehearse
 from dpo.estimate.timeline import GRADIENTS, HEAD, WEIGHTS, Bytes, Moment
 from dpo.estimate.traffic import ITEMSIZES, Groups
+from dpo.step.optim import optimizer_elements
 
 OPTIMIZER = "optimizer"
 UPDATE_MOMENT = "update of the weights"
@@ -112,7 +113,7 @@ def _at_peak(
 ) -> Memory:
     """`local`: numbers of all parameters that this rank holds; `largest`: of the largest of them."""
     itemsize = ITEMSIZES[config.model.dtype]
-    state = Counter({OPTIMIZER: state_numbers(config.optim) * local * itemsize})
+    state = Counter({OPTIMIZER: optimizer_elements(config.optim) * local * itemsize})
     at_once = local if on_cuda and not config.parallel.cpu_offload else largest
     update = Counter({WEIGHTS: local * itemsize, GRADIENTS: local * itemsize})
     update[UPDATE] = update_numbers(config.optim, on_cuda and not config.parallel.cpu_offload) * at_once * itemsize
@@ -131,11 +132,6 @@ def _name(moment: Moment, several: bool) -> str:
     places = {0: "the first layer", 1: "the second layer", -3: "the last layer but one", -2: "the last layer"}
     batch = f" in the {'first' if moment.micro_batch == 0 else 'last'} micro-batch" if several else ""
     return f"{moment.stage} pass of {places.get(moment.layer, 'the head')}{batch}"
-
-
-def state_numbers(optim: OptimConfig) -> int:
-    """Numbers that the optimizer keeps of each weight."""
-    return {"rmsprop": 1 + (optim.momentum > 0), "adamw": 2, "sgd": int(optim.momentum > 0)}[optim.name]
 
 
 def update_numbers(optim: OptimConfig, on_cuda: bool) -> int:

@@ -120,7 +120,7 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 # --- what transformers calls -----------------------------------------------------------------------------------------
 
 
-def tree_attention(
+def tree_attention(  # noqa: PLR0913  (the signature that transformers calls)
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -56,7 +56,7 @@ class ReferencePass:
     what differs, in a few words."""
 
     @property
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What metrics.jsonl has of it."""
         return {"rows_computed": self.rows_computed, "rows_reused": self.rows_reused, "seconds": self.seconds}
 

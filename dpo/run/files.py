@@ -21,7 +21,7 @@ CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "me
 ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
 
 LAST_STEPS = 10
-"""A figure of training is shown as its mean over so many last steps: one step's pairs say little."""
+"""A metric of training is shown as its mean over so many last steps: one step's pairs say little."""
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -38,9 +38,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def _parsed(line: bytes, place: str) -> dict[str, float]:
     try:
-        figures = json.loads(line)
-        if isinstance(figures["step"], int):
-            return figures
+        metrics = json.loads(line)
+        if isinstance(metrics["step"], int):
+            return metrics
     except (ValueError, KeyError, TypeError):
         pass
     raise RunError(f"{place}: no line of metrics: {line[:60]!r}; valid: mend it, or move the file away")

@@ -10,13 +10,13 @@ from torch import nn
 from dpo.base.console import say, warn
 from dpo.board.dashboard import Answer, fenced
 from dpo.board.writer import MetricsWriter
-from dpo.config import Config, OptimConfig, to_yaml
+from dpo.config import Config, to_yaml
 from dpo.run.files import FINAL, LAST_STEPS, PROVENANCE, read_metrics
 from dpo.run.setup import Run
 from dpo.step.deviation import Deviation
 from dpo.step.evaluation import Evaluation
 from dpo.step.metrics import prefixed
-from dpo.step.optim import lr_at
+from dpo.step.optim import lr_at, optimizer_elements
 
 COLUMNS = 100
 STEPS_LOOKED_AT = 4
@@ -26,29 +26,29 @@ STEPS_LOOKED_AT = 4
 # --- lines while it runs ---------------------------------------------------------------------------------------------
 
 
-def step_line(step: int, last_step: int, figures: Mapping[str, float], seconds_left: float) -> str:
-    """One logged step in at most 100 columns; where figures are so long that not all fit, the last are left out."""
+def step_line(step: int, last_step: int, metrics: Mapping[str, float], seconds_left: float) -> str:
+    """One logged step in at most 100 columns; where metrics are so long that not all fit, the last are left out."""
     digits = len(str(last_step))
-    parts = [f"step {step:>{digits}}/{last_step}", *_outcome(figures, "train"), f"eta {clock(seconds_left)}"]
-    speed = figures["train/pairs_per_second"]
+    parts = [f"step {step:>{digits}}/{last_step}", *_outcome(metrics, "train"), f"eta {clock(seconds_left)}"]
+    speed = metrics["train/pairs_per_second"]
     parts.append(f"{speed:,.0f} pairs/s" if speed >= 100 else f"{speed:.3g} pairs/s")
-    parts += [f"grad {figures['train/grad_norm']:.2g}", f"lr {figures['train/lr']:.2g}"]
+    parts += [f"grad {metrics['train/grad_norm']:.2g}", f"lr {metrics['train/lr']:.2g}"]
     return fitting(parts)
 
 
-def evaluation_line(step: int, last_step: int, figures: Mapping[str, float]) -> str:
+def evaluation_line(step: int, last_step: int, metrics: Mapping[str, float]) -> str:
     """One evaluation in at most 100 columns."""
     digits = len(str(last_step))
-    pairs = f"{figures['eval/pairs']:,} pairs"
-    return fitting([f"eval {step:>{digits}}/{last_step}", *_outcome(figures, "eval"), pairs])
+    pairs = f"{metrics['eval/pairs']:,} pairs"
+    return fitting([f"eval {step:>{digits}}/{last_step}", *_outcome(metrics, "eval"), pairs])
 
 
-def _outcome(figures: Mapping[str, float], group: str) -> list[str]:
+def _outcome(metrics: Mapping[str, float], group: str) -> list[str]:
     """Loss, and where there is a reference accuracy and margin."""
-    parts = [f"loss {figures[f'{group}/loss']:.4f}"]
-    if f"{group}/rewards/margins" in figures:
-        parts.append(f"acc {figures[f'{group}/rewards/accuracies']:z.3f}")
-        parts.append(f"margin {figures[f'{group}/rewards/margins']:z.3f}")
+    parts = [f"loss {metrics[f'{group}/loss']:.4f}"]
+    if f"{group}/rewards/margins" in metrics:
+        parts.append(f"acc {metrics[f'{group}/rewards/accuracies']:z.3f}")
+        parts.append(f"margin {metrics[f'{group}/rewards/margins']:z.3f}")
     return parts
 
 
@@ -150,12 +150,7 @@ def num_parameters(model: nn.Module) -> int:
 def state_bytes(num_parameters: int, config: Config, num_ranks: int) -> float:
     """Bytes that a rank holds all the time: its share of the weights, of their gradients, of the optimizer's state."""
     itemsize = getattr(torch, config.model.dtype).itemsize
-    return num_parameters * itemsize * (2 + states_per_weight(config.optim)) * config.parallel.replicate / num_ranks
-
-
-def states_per_weight(optim: OptimConfig) -> int:
-    """Numbers that an optimizer keeps for a weight."""
-    return {"rmsprop": 1, "adamw": 2, "sgd": 0}[optim.name] + (optim.momentum > 0 and optim.name != "adamw")
+    return num_parameters * itemsize * (2 + optimizer_elements(config.optim)) * config.parallel.replicate / num_ranks
 
 
 # --- at the end ------------------------------------------------------------------------------------------------------
@@ -200,7 +195,7 @@ def introduce(run: Run, writer: MetricsWriter | None, deviation: Deviation | Non
     if writer is None:
         return
     if run.reference_pass and run.start.step == 0:
-        writer.write(0, prefixed("reference", run.reference_pass.figures))
+        writer.write(0, prefixed("reference", run.reference_pass.metrics))
     if deviation:
         writer.write(0, prefixed("first_step", vars(deviation)))
     table = start_lines(run, deviation)
@@ -222,13 +217,13 @@ def introduce(run: Run, writer: MetricsWriter | None, deviation: Deviation | Non
 
 def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluation, answers: Sequence[Answer]) -> None:
     """Tells, on rank 0, how an evaluation went."""
-    figures = prefixed("eval", result.metrics)
-    writer.write(step, figures)
+    metrics = prefixed("eval", result.metrics)
+    writer.write(step, metrics)
     if len(result.margins):
         writer.board.histogram("eval/rewards/margins", result.margins, step)
     if answers:
         writer.board.answers(step, answers)
-    say(evaluation_line(step, run.inputs.last_step, figures))
+    say(evaluation_line(step, run.inputs.last_step, metrics))
 
 
 def conclude(run: Run) -> None:

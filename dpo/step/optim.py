@@ -31,6 +31,11 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
     raise ValueError(f"optim.name: {config.name!r} is no optimizer; valid: rmsprop, adamw, sgd")
 
 
+def optimizer_elements(config: OptimConfig) -> int:
+    """Returns the elements that the optimizer keeps per parameter, beside the parameter and its gradient."""
+    return {"rmsprop": 1 + (config.momentum > 0), "adamw": 2, "sgd": int(config.momentum > 0)}[config.name]
+
+
 def lr_at(step: int, last_step: int, config: OptimConfig) -> float:
     """The learning rate of a step s in 1 .. N = last_step, with W = warmup_steps:
 

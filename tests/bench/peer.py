@@ -2,7 +2,7 @@
 
 Both train from the same weights on the same pairs, given as token ids, with the same optimizer, threads and precision,
 one after the other: four workloads, on one process with two threads and on two with one each. Every result is kept as
-it comes: run it again and it goes on where it stopped. `report.py` says what the figures mean.
+it comes: run it again and it goes on where it stopped. `report.py` says what the metrics mean.
 
 Exit code 1 where the two did not train on the same ids, or their losses differ by more than 1e-4.
 """

@@ -25,7 +25,7 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
     The first line of a panel is what was measured, as points; the others are what was expected.
     """
     num_rows = -(-len(panels) // 3)
-    figure, grid = plt.subplots(num_rows, 3, figsize=(15, 4 * num_rows), squeeze=False, layout="constrained")
+    metric, grid = plt.subplots(num_rows, 3, figsize=(15, 4 * num_rows), squeeze=False, layout="constrained")
     for axes, panel in zip(grid.flat, panels, strict=False):
         for number, (name, values) in enumerate(panel.lines.items()):
             axes.plot(panel.x, values, "o" if number == 0 else "-", label=name)
@@ -36,13 +36,13 @@ def draw(path: Path, panels: Sequence[Panel], label: str) -> None:
         axes.legend()
     for axes in list(grid.flat)[len(panels) :]:
         axes.remove()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    metric.savefig(path, dpi=110)
+    plt.close(metric)
 
 
 def draw_bars(path: Path, labels: Sequence[str], panels: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
     """Panels one above the other; in each, a bar of every series (name -> a value for each label) at every label."""
-    figure, grid = plt.subplots(len(panels), 1, figsize=(12, 4.5 * len(panels)), squeeze=False, layout="constrained")
+    metric, grid = plt.subplots(len(panels), 1, figsize=(12, 4.5 * len(panels)), squeeze=False, layout="constrained")
     for axes, (title, series) in zip(grid.flat, panels.items(), strict=True):
         width = 0.8 / len(series)
         for number, (name, values) in enumerate(series.items()):
@@ -52,5 +52,5 @@ def draw_bars(path: Path, labels: Sequence[str], panels: Mapping[str, Mapping[st
         axes.set_ylabel(title)
         axes.grid(axis="y", alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    metric.savefig(path, dpi=110)
+    plt.close(metric)

@@ -65,7 +65,7 @@ def write_report(folder: Path, results: Sequence[Result]) -> None:
 
 
 def explanation(results: Sequence[Result]) -> str:
-    """What the figures are."""
+    """What the metrics are."""
     return EXPLANATION.format(**results[0], imports=max(result["import_bytes"] for result in results) / GIB)
 
 

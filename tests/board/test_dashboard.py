@@ -24,7 +24,7 @@ from dpo.step.metrics import SUMS, pair_means, prefixed, step_metrics
 from tests.support.boards import accumulators, hparams_entry, points_of
 from tests.support.runs import make_config
 
-# --- where a figure is shown -----------------------------------------------------------------------------------------
+# --- where a metric is shown -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_place_of_a_figure(name: str, sub_run: str, tag: str) -> None:
 
 
 def trainer_figures() -> dict[str, float]:
-    """The names of all figures of a run's metrics.jsonl."""
+    """The names of all metrics of a run's metrics.jsonl."""
     means = pair_means(dict.fromkeys(SUMS, 1.0), has_reference=True)
     timed = step_metrics(dict.fromkeys((*SUMS, "peak_memory_bytes"), 1.0), 1.0, 0.5) | {"grad_norm": 1.0, "lr": 1.0}
     return prefixed("train", means | timed) | prefixed("eval", means) | {"reference/seconds": 1.0}
@@ -66,7 +66,7 @@ def test_every_figure_of_a_run_has_a_group_and_a_chart_of_its_own() -> None:
 def test_the_custom_charts_have_lines_and_chosen_and_rejected_are_two_runs(tmp_path: Path) -> None:
     """A run has one colour: two lines of one run in a chart could not be told apart."""
     board = Dashboard(tmp_path, 1)
-    board.figures(1, trainer_figures())
+    board.metrics(1, trainer_figures())
     board.close()
     content = accumulators(tmp_path)[ROOT].Tensors("custom_scalars__config__")[0].tensor_proto
     layout = layout_pb2.Layout.FromString(make_ndarray(content).item())
@@ -91,9 +91,9 @@ def write_steps(folder: Path, first: int, last: int) -> None:
     board.text("config", f"from {first}")
     for step in range(first if first > 1 else 0, last + 1):
         if step:
-            board.figures(step, {"train/loss": float(first), "train/rewards/chosen": float(first)})
+            board.metrics(step, {"train/loss": float(first), "train/rewards/chosen": float(first)})
         if step % 3 == 0:
-            board.figures(step, {"eval/loss": float(first), "eval/rewards/rejected": float(first)})
+            board.metrics(step, {"eval/loss": float(first), "eval/rewards/rejected": float(first)})
             board.histogram("eval/rewards/margins", np.array([first]), step)
             board.answers(step, [Answer("", "", str(first))])
     board.close()
@@ -152,7 +152,7 @@ def test_two_starts_from_one_step_leave_the_config_of_the_last(tmp_path: Path) -
 def test_a_point_is_on_the_disk_at_once(tmp_path: Path) -> None:
     board = Dashboard(tmp_path, 1)
     for step in range(1, 4):
-        board.figures(step, {"train/loss": 1.0, "train/rewards/chosen": 2.0})
+        board.metrics(step, {"train/loss": 1.0, "train/rewards/chosen": 2.0})
         assert points_of(tmp_path)["train", "1 preference/loss"][-1] == (step, 1.0)
         assert points_of(tmp_path)["train-chosen", "2 chosen and rejected/rewards"][-1] == (step, 2.0)
     board.close()
@@ -269,13 +269,13 @@ def make(tmp_path: Path, **changes: object) -> Config:
 
 @pytest.mark.parametrize("part", ["eval", "train"])
 def test_the_entry_has_the_config_and_the_figures_of_its_sub_run(tmp_path: Path, part: str) -> None:
-    """Without evaluation pairs the figures are those of training; they are found in the entry's own sub-run, so that
+    """Without evaluation pairs the metrics are those of training; they are found in the entry's own sub-run, so that
     they show whatever folder TensorBoard is started on.
     """
     config = make(tmp_path, data__eval=[SourceConfig("eval.jsonl")] if part == "eval" else [])
     board = Dashboard(tmp_path, 1)
     board.hparams(config)
-    board.figures(1, trainer_figures())
+    board.metrics(1, trainer_figures())
     board.close()
     entry = hparams_entry(tmp_path, part)
     values = entry.values
@@ -283,8 +283,8 @@ def test_the_entry_has_the_config_and_the_figures_of_its_sub_run(tmp_path: Path,
     assert (values["train.steps"], values["model.path"]) == (7, "model")
     assert "train.epochs" not in values  # null
     assert entry.columns == [key for key in KEYS if key != "train.epochs"]
-    assert set(entry.figures) <= points_of(tmp_path).keys()
-    assert len(entry.figures) == len(FIGURES)
+    assert set(entry.metrics) <= points_of(tmp_path).keys()
+    assert len(entry.metrics) == len(FIGURES)
 
 
 def test_the_entry_is_written_again_not_twice(tmp_path: Path) -> None:
@@ -303,7 +303,7 @@ def test_a_start_keeps_the_entry(tmp_path: Path) -> None:
     for _ in range(2):
         board = Dashboard(tmp_path, 1)
         board.hparams(make(tmp_path))
-        board.figures(1, trainer_figures())
+        board.metrics(1, trainer_figures())
         board.close()
     assert hparams_entry(tmp_path, "train").values["loss.beta"] == 0.25
 

@@ -1,4 +1,4 @@
-"""A run as it is watched: every figure in its chart once, answers, margins and texts, also across an interruption."""
+"""A run as it is watched: every metric in its chart once, answers, margins and texts, also across an interruption."""
 
 import json
 import random

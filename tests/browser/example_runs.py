@@ -1,4 +1,4 @@
-"""Run folders with plausible figures, written through `Dashboard` as the trainer writes them, in a second."""
+"""Run folders with plausible metrics, written through `Dashboard` as the trainer writes them, in a second."""
 
 import json
 import math
@@ -39,11 +39,11 @@ def save_run(run_dir: Path, beta: float, until: int = NUM_STEPS, seed: int = 0, 
     for side, mean in (("prompt", 80), ("chosen", 60), ("rejected", 50)):
         board.histogram(f"train/lengths/{side}", rng.poisson(mean, 2000), 1)
     with (run_dir / "metrics.jsonl").open("w") as file:
-        for step, figures in lines(beta, until, rng):
-            board.figures(step, figures)
-            print(json.dumps({"step": step, **figures}), file=file)
-            if "eval/loss" in figures:
-                board.histogram("eval/rewards/margins", rng.normal(figures["eval/rewards/margins"], 0.3, 500), step)
+        for step, metrics in lines(beta, until, rng):
+            board.metrics(step, metrics)
+            print(json.dumps({"step": step, **metrics}), file=file)
+            if "eval/loss" in metrics:
+                board.histogram("eval/rewards/margins", rng.normal(metrics["eval/rewards/margins"], 0.3, 500), step)
                 board.answers(step, ANSWERS)
     board.close()
     if until == NUM_STEPS:
@@ -52,7 +52,7 @@ def save_run(run_dir: Path, beta: float, until: int = NUM_STEPS, seed: int = 0, 
 
 
 def lines(beta: float, until: int, rng: np.random.Generator) -> Iterator[tuple[int, dict[str, float]]]:
-    """(step, figures) in the order in which a trainer writes them."""
+    """(step, metrics) in the order in which a trainer writes them."""
     yield 0, {"reference/rows_computed": 3588, "reference/rows_reused": 0, "reference/seconds": 12.5}
     yield 0, preference("eval", beta, 0, rng, noise=0.0)
     for step in range(1, until + 1):
@@ -65,7 +65,7 @@ def preference(part: str, beta: float, step: int, rng: np.random.Generator, nois
     """What `pair_means` measures, of a policy that learns."""
     learnt = 1 - math.exp(-step / 20)
     chosen, rejected = beta * (2 * learnt + noise * rng.normal()), beta * (-6 * learnt + noise * rng.normal())
-    figures = {
+    metrics = {
         "loss": math.log1p(math.exp(rejected - chosen)),
         "loss_sft": 1.9 - 0.1 * learnt,
         "logps/chosen": -110 + chosen / beta,
@@ -76,13 +76,13 @@ def preference(part: str, beta: float, step: int, rng: np.random.Generator, nois
         "rewards/accuracies": min(1.0, 0.5 + 0.4 * learnt + noise * 0.2 * rng.normal()),
         "pairs": 64 if part == "train" else 200,
     }
-    return {f"{part}/{name}": figure for name, figure in figures.items()}
+    return {f"{part}/{name}": metric for name, metric in metrics.items()}
 
 
 def speed(step: int, rng: np.random.Generator) -> dict[str, float]:
     """What `step_metrics` measures."""
     seconds = 0.5 + 0.05 * rng.random()
-    figures = {
+    metrics = {
         "grad_norm": 3 + rng.random(),
         "lr": 1e-6 * min(1, step / 20),
         "tokens": 9000,
@@ -92,4 +92,4 @@ def speed(step: int, rng: np.random.Generator) -> dict[str, float]:
         "tokens_per_second": 9000 / seconds,
         "peak_memory_bytes": 2e9,
     }
-    return {f"train/{name}": figure for name, figure in figures.items()}
+    return {f"train/{name}": metric for name, metric in metrics.items()}

@@ -87,7 +87,7 @@ def test_answers_are_shown_as_they_are_beside_config_and_data(seen: Seen) -> Non
 
 
 def test_hparams_have_keys_and_figures(seen: Seen) -> None:
-    """The figures are those of the last evaluation, as many digits as the tab shows."""
+    """The metrics are those of the last evaluation, as many digits as the tab shows."""
     table = seen["hparams"]["tensorboard/eval"]
     assert (table["loss.beta"], table["loss.name"], table["optim.lr"]) == ("0.10000", "dpo", "0.0000010000")
     for name in ("eval loss", "eval accuracy", "eval margin"):
@@ -104,9 +104,9 @@ def test_a_comparison_has_the_keys_that_differ_also_of_interrupted_runs(
     monkeypatch.setattr(sys, "argv", ["compare", *map(str, runs)])
     compare.main()
     table = look(tmp_path / "runs", tmp_path / "pictures", ["hparams"])["hparams"]
-    figures = ["eval loss", "eval accuracy", "eval margin", "eval loss_sft"]
+    metrics = ["eval loss", "eval accuracy", "eval margin", "eval loss_sft"]
     assert {trial: list(row) for trial, row in table.items()} == {
-        f"{name}/tensorboard/eval": ["loss.beta", "optim.max_grad_norm", *figures] for name in "ab"
+        f"{name}/tensorboard/eval": ["loss.beta", "optim.max_grad_norm", *metrics] for name in "ab"
     }
     keys = {trial[0]: (row["loss.beta"], row["optim.max_grad_norm"]) for trial, row in table.items()}
     assert keys == {"a": ("0.10000", "10.0"), "b": ("0.50000", "null")}

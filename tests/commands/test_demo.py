@@ -111,7 +111,7 @@ def test_the_world_is_the_same_every_time(world: Path, tmp_path: Path) -> None:
 
 
 def test_no_prompt_comes_twice(world: Path) -> None:
-    """Neither within a side nor on both, or held-out figures would be of questions that were trained on."""
+    """Neither within a side nor on both, or held-out metrics would be of questions that were trained on."""
     prompts = [row["prompt"] for name in ("train", "heldout") for row in rows_of(world, name)]
     assert len(prompts) == len(set(prompts)) == demo.NUM_TRAINING + demo.NUM_HELD_OUT
 
@@ -225,7 +225,7 @@ def test_the_stages_fit_together(world: Path) -> None:
     assert len(answers.texts) == demo.NUM_HELD_OUT and 0 <= answers.right <= 1
     before = dataclasses.replace(answers, right=0.25, kind=0.5, short=0.75)
     console = Console(file=StringIO(), width=1000)  # nothing wraps
-    console.print(demo.figures_table(lines, before, answers), demo.answers_table(held_out, before, answers))
+    console.print(demo.metrics_table(lines, before, answers), demo.answers_table(held_out, before, answers))
     shown = re.sub(r"\s+", " ", console.file.getvalue())
     assert f"held-out loss 0.6931 {last['eval/loss']:.4f} " in shown
     assert f"held-out reward margin 0.000 {last['eval/rewards/margins']:.3f} " in shown

@@ -91,7 +91,7 @@ def table_of(path: Path, policy: Path, reference: Path) -> np.ndarray:
 
 
 def figures_of(table: np.ndarray) -> dict[str, float]:
-    """Every figure, from its formula."""
+    """Every metric, from its formula."""
     pi_w, pi_l, ref_w, ref_l, len_w, len_l = table.T
     h = (pi_w - ref_w) - (pi_l - ref_l)
     return {
@@ -115,16 +115,16 @@ def figures_of(table: np.ndarray) -> dict[str, float]:
     }
 
 
-# --- figures ---------------------------------------------------------------------------------------------------------
+# --- metrics ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_figure_is_that_of_the_plain_models(config: Config, root: Path, scored: Any) -> None:
     """1e-4 relative: margins are differences of sums of some tens of nats, each exact to 1e-6 relative."""
     found = scored(config, root / "other")
     expected = figures_of(table_of(root / "eval.jsonl", root / "other", root / "model"))
-    assert found["figures"] == pytest.approx(expected, rel=1e-4)
+    assert found["metrics"] == pytest.approx(expected, rel=1e-4)
     assert 0 < expected["wins"] < expected["pairs"]
-    rest = {name: fact for name, fact in found.items() if name != "figures"}
+    rest = {name: fact for name, fact in found.items() if name != "metrics"}
     where = {"model": str(root / "other"), "reference": str(root / "model")}
     assert rest == where | {"loss": "dpo", "beta": BETA, "pairs_of": "evaluation", "sources": {}}
 
@@ -133,7 +133,7 @@ def test_another_reference(config: Config, root: Path, scored: Any) -> None:
     """reference.path, in YAML or here on the command line; model.path then matters no more."""
     found = scored(config, root / "model", "--reference.path", str(root / "other"), "--model.path", "/nowhere")
     expected = figures_of(table_of(root / "eval.jsonl", root / "model", root / "other"))
-    assert found["figures"] == pytest.approx(expected, rel=1e-4)
+    assert found["metrics"] == pytest.approx(expected, rel=1e-4)
     assert found["reference"] == str(root / "other")
 
 
@@ -144,7 +144,7 @@ def test_training_pairs_where_there_are_no_others(
     config = changed(config, data__eval=[])
     found = scored(config, root / "other")
     assert found["pairs_of"] == "training"
-    assert found["figures"] == pytest.approx(
+    assert found["metrics"] == pytest.approx(
         figures_of(table_of(root / "pairs.jsonl", root / "other", root / "model")), rel=1e-4
     )
     assert run(*words_of(config, tmp_path, root / "other")) == 0
@@ -160,7 +160,7 @@ def test_wins_ties_and_losses_by_hand() -> None:
     margins = np.array([2, -1, 0, 0, 4], np.float32)
     result = Evaluation({"rewards/margins": 1.0}, margins)
     lengths = np.array([[9, tokens, tokens + 2] for tokens in range(1, 6)], np.int32)
-    assert score.further_figures(result, lengths, BETA) == {
+    assert score.further_metrics(result, lengths, BETA) == {
         "tokens/chosen": 3.0,
         "tokens/rejected": 5.0,
         "nats/margins": 2.0,
@@ -182,8 +182,8 @@ def test_the_final_model_scores_what_its_run_logged(loss: str, config: Config) -
     code, out = output_of("--model", str(folder / "final"), "--config", str(folder / "config.yaml"), "--json")
     found = json.loads(out)
     assert code == 0
-    assert {name: found["figures"][name] for name in logged} == logged
-    assert ("rewards/margins" in logged) == ("wins" in found["figures"]) == (loss != "sft")
+    assert {name: found["metrics"][name] for name in logged} == logged
+    assert ("rewards/margins" in logged) == ("wins" in found["metrics"]) == (loss != "sft")
     assert (found["reference"] is None) == (loss == "sft")
 
 
@@ -246,11 +246,11 @@ def test_each_source_alone(config: Config, root: Path, tmp_path: Path, scored: A
         "data.train[1]": 4,
     }
     for number, source in enumerate(sources):
-        alone = scored(changed(config, data__eval=[source], data__train=train[:1]), root / "other")["figures"]
+        alone = scored(changed(config, data__eval=[source], data__train=train[:1]), root / "other")["metrics"]
         assert parts[f"data.eval[{number}]"] == pytest.approx(alone, rel=1e-5)
     for name in ("loss", "rewards/margins", "tokens/chosen", "logps/rejected"):
         mean = sum(part["pairs"] * part[name] for part in parts.values()) / 17
-        assert found["figures"][name] == pytest.approx(mean, rel=1e-5)
+        assert found["metrics"][name] == pytest.approx(mean, rel=1e-5)
 
 
 # --- ranks, table, errors --------------------------------------------------------------------------------------------
@@ -264,11 +264,11 @@ def test_on_ranks(ranks: Ranks, config: Config, root: Path, tmp_path: Path) -> N
     ((code, alone),) = ranks(1, output_of, *words)
     (first, *others) = ranks(3, output_of, *words)
     assert (code, first[0], others) == (0, 0, [(0, "")] * 2)
-    assert json.loads(first[1])["figures"] == pytest.approx(json.loads(alone)["figures"], rel=1e-5)
+    assert json.loads(first[1])["metrics"] == pytest.approx(json.loads(alone)["metrics"], rel=1e-5)
 
 
 def test_a_table_for_people(config: Config, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A row a figure, counts as they are, a column for all and one for each source."""
+    """A row a metric, counts as they are, a column for all and one for each source."""
     assert run(*words_of(config, tmp_path, root / "other", "--by-source")) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{root / 'other'} on evaluation pairs, dpo: against {root / 'model'}, beta 0.5"

@@ -263,7 +263,7 @@ def test_report_warns_of_positions_and_of_prompts_on_both_sides(tmp_path, tokeni
 
 
 def test_real_hh(shared_data):
-    """The figures of the contract: 1,800 rows, 2 `prompts_differ`, 4 `empty`, 1,794 kept."""
+    """The metrics of the contract: 1,800 rows, 2 `prompts_differ`, 4 `empty`, 1,794 kept."""
     path = str(shared_data / "hh" / "public-0000-1799.jsonl.gz")
     config = make_config(path, tokenizer=str(shared_data / "stories260K"))
     prepared = prepare_data(config, TinyModelConfig(vocab_size=512))

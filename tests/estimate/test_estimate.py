@@ -23,7 +23,7 @@ from dpo.estimate.changes import Layout, find_changes
 from dpo.estimate.compiled import in_kernels
 from dpo.estimate.devices import DEVICES, GIB, Device
 from dpo.estimate.lengths import find_lengths, largest_micro_batches
-from dpo.estimate.memory import COPY, OPTIMIZER, state_numbers, step_memory, update_numbers
+from dpo.estimate.memory import COPY, OPTIMIZER, step_memory, update_numbers
 from dpo.estimate.rehearsal import Rehearsal, rehearse
 from dpo.estimate.speed import Cluster, step_speed
 from dpo.estimate.stand_in import flex_attention_stood_in_for, kept_attention
@@ -42,7 +42,7 @@ from dpo.estimate.timeline import (
 from dpo.estimate.traffic import Groups
 from dpo.machine.peaks import device_peak
 from dpo.model.attention import ATTENTION, tree_attention
-from dpo.step.optim import make_optimizer
+from dpo.step.optim import make_optimizer, optimizer_elements
 from tests.support.live_bytes import LiveBytes
 from tests.support.models import family_config, save_pairs
 from tests.support.runs import changed, error_lines, exit_code_of, make_config
@@ -363,7 +363,7 @@ def test_the_optimizer_keeps_and_needs_what_the_formula_says(optim: OptimConfig,
     state = sum(x.numel() for s in optimizer.state.values() for x in s.values() if torch.is_tensor(x) and x.dim())
     with LiveBytes() as live:
         optimizer.step()
-    assert state == state_numbers(optim) * 40_000
+    assert state == optimizer_elements(optim) * 40_000
     assert live.peak == pytest.approx(4 * update_numbers(optim, at_once) * (40_000 if at_once else 10_000), abs=64)
 
 

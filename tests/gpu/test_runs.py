@@ -69,7 +69,7 @@ def run_on_cpu(config: Config, folder: Path) -> Path:
 @pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
 def test_a_run_is_that_of_the_cpu(optimizer: str, folders: Path, device: torch.device, tmp_path: Path) -> None:
     """Reference pass, check of the first step, six updates at the paper's learning rate, evaluations with sampled
-    answers, checkpoints, export: figures within 1e-4 of the CPU's, and a model that loads.
+    answers, checkpoints, export: metrics within 1e-4 of the CPU's, and a model that loads.
     """
     changes = {"optim__name": optimizer, "optim__lr": 1e-6}
     here = run(config_of(folders, tmp_path / "here", **changes))
@@ -93,7 +93,7 @@ def test_a_run_is_that_of_the_cpu(optimizer: str, folders: Path, device: torch.d
 def test_an_interrupted_run_goes_on_bitwise(
     changes: dict[str, Any], folders: Path, device: torch.device, tmp_path: Path
 ) -> None:
-    """Ended before step 4, gone on with from the checkpoint after step 2: the figures and weights of a whole run."""
+    """Ended before step 4, gone on with from the checkpoint after step 2: the metrics and weights of a whole run."""
     if device.type == "cpu" and "parallel__compile" in changes:
         pytest.skip("test_exactness compiles layers; three runs of it take half a minute")
     whole = run(config_of(folders, tmp_path / "whole", **changes))

@@ -1,4 +1,4 @@
-"""Runs side by side, from run folders with figures given by hand."""
+"""Runs side by side, from run folders with metrics given by hand."""
 
 import json
 import subprocess
@@ -94,7 +94,7 @@ def test_json_has_every_figure(tmp_path: Path, program: Callable[..., int], caps
     save_run(tmp_path / "a", lines(2, 0.5, 0.9), loss__length_normalized=True)
     save_run(tmp_path / "b", [], train__steps=None)
     assert program(tmp_path / "a", tmp_path / "b", "--json") == 0
-    figures = {
+    metrics = {
         "eval/loss": 0.5,
         "eval/rewards/accuracies": 0.9,
         "eval/rewards/margins": 1.25,
@@ -108,7 +108,7 @@ def test_json_has_every_figure(tmp_path: Path, program: Callable[..., int], caps
         "step": 2,
         "last_step": 30,
         "config": {"loss.length_normalized": True, "train.steps": 30},
-        "figures": figures,
+        "metrics": metrics,
     }
     assert second | {"run": ""} == {
         "run": "",
@@ -116,7 +116,7 @@ def test_json_has_every_figure(tmp_path: Path, program: Callable[..., int], caps
         "step": 0,
         "last_step": None,
         "config": {"loss.length_normalized": False, "train.steps": None},
-        "figures": {},
+        "metrics": {},
     }
 
 
@@ -152,7 +152,7 @@ def test_the_entries_have_the_keys_that_differ(tmp_path: Path, program: Callable
 
 
 def test_the_entry_of_one_run_has_the_usual_columns(tmp_path: Path, program: Callable[..., int]) -> None:
-    """And is shown with the figures of training where there was no evaluation."""
+    """And is shown with the metrics of training where there was no evaluation."""
     save_run(tmp_path / "a", [{"step": 1, "train/loss": 1.0}])
     assert program(tmp_path / "a") == 0
     assert hparams_entry(tmp_path / "a" / "tensorboard", "train").columns == [

@@ -52,7 +52,7 @@ def test_any_ranks_any_micro_batches_give_one_trajectory(
 
 
 def test_two_identical_runs_are_bitwise_equal(ranks: Ranks, model: Path, pairs: Path, tmp_path: Path) -> None:
-    """Every figure but the clock's and memory's; and the exported weights, byte for byte. The reference is cached by
+    """Every metric but the clock's and memory's; and the exported weights, byte for byte. The reference is cached by
     the first run for both."""
     run(ranks, 2, model, pairs, tmp_path / "zero", train__steps=1)
     first = run(ranks, 2, model, pairs, tmp_path / "first")

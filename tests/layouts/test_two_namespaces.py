@@ -128,7 +128,7 @@ def wait_for(processes: list[subprocess.Popen[bytes]]) -> list[int]:
 
 @pytest.mark.parametrize("loopback", [False, True], ids=["own name in the network", "own name a loopback"])
 def test_the_readmes_line_trains_on_two_nodes(loopback: bool, tmp_path: Path) -> None:
-    """Every figure equals that of a run of one process to 1e-5 relative, in float64, at the first step too: accuracies
+    """Every metric equals that of a run of one process to 1e-5 relative, in float64, at the first step too: accuracies
     and rewards apart, there, which are those of a policy equal to its reference but for rounding.
     """
     save_model(tmp_path / "model", "gpt2")

@@ -142,10 +142,10 @@ def test_metrics_that_cannot_be_written_end_the_run(
     """A disk that is full at step 6: one line, exit code 1, and after room was made the run goes on."""
     write = MetricsWriter.write
 
-    def full(self: MetricsWriter, step: int, figures: dict[str, float]) -> None:
+    def full(self: MetricsWriter, step: int, metrics: dict[str, float]) -> None:
         if step == 6:
             raise OSError(28, "No space left on device", "metrics.jsonl")
-        write(self, step, figures)
+        write(self, step, metrics)
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricsWriter, "write", full)

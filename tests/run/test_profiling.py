@@ -28,7 +28,7 @@ def optimizer_steps(trace: Path) -> int:
 
 @pytest.mark.parametrize(("steps", "count"), [((2, 4), 3), ((5, 9), 2), ((3, 3), 1)])
 def test_the_trace_holds_the_asked_steps(root: Path, tmp_path: Path, steps: tuple[int, int], count: int) -> None:
-    """Steps 5 to 9 of a run of 6 are two steps. The figures stay what they are, to the last bit."""
+    """Steps 5 to 9 of a run of 6 are two steps. The metrics stay what they are, to the last bit."""
     folder = run(six_steps(root, tmp_path / "run", train__profile_steps=steps))
     [trace] = (folder / "profile").iterdir()
     assert trace.name == f"steps-{steps[0]}-{min(steps[1], 6)}.pt.trace.json"

@@ -30,17 +30,17 @@ def test_a_step_in_one_line() -> None:
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e3, 1e9, -1e9])
 def test_every_line_fits_100_columns(scale: float) -> None:
-    """The step stays, whatever the figures are."""
-    figures = {name: scale * figure for name, figure in FIGURES.items()}
-    line = step_line(1_000_000, 1_000_000, figures, 1e7)
+    """The step stays, whatever the metrics are."""
+    metrics = {name: scale * metric for name, metric in FIGURES.items()}
+    line = step_line(1_000_000, 1_000_000, metrics, 1e7)
     assert len(line) <= COLUMNS and line.startswith("step 1000000/1000000  loss ")
-    evaluation = {name.replace("train", "eval"): figure for name, figure in figures.items()} | {"eval/pairs": 10**9}
+    evaluation = {name.replace("train", "eval"): metric for name, metric in metrics.items()} | {"eval/pairs": 10**9}
     assert len(evaluation_line(10**6, 10**6, evaluation)) <= COLUMNS
 
 
 def test_a_loss_without_a_reference_has_no_margin() -> None:
-    figures = {name: figure for name, figure in FIGURES.items() if "rewards" not in name}
-    assert "margin" not in step_line(1, 2, figures, 0) and "loss 0.6512" in step_line(1, 2, figures, 0)
+    metrics = {name: metric for name, metric in FIGURES.items() if "rewards" not in name}
+    assert "margin" not in step_line(1, 2, metrics, 0) and "loss 0.6512" in step_line(1, 2, metrics, 0)
 
 
 def test_the_last_parts_go_first() -> None:
@@ -84,8 +84,8 @@ def test_what_improved() -> None:
     ]
     trained, held_out, charts = end_lines(Path("runs/x"), lines)
     assert trained == "trained   step 1 -> mean of the last 10: loss 0.7000 -> 0.5450"
-    figures = "loss 0.6931 -> 0.6100  accuracy 0.0000 -> 0.6400  margin 0.0000 -> 0.2500"
-    assert held_out == f"held out  step 0 -> step 11: {figures}"
+    metrics = "loss 0.6931 -> 0.6100  accuracy 0.0000 -> 0.6400  margin 0.0000 -> 0.2500"
+    assert held_out == f"held out  step 0 -> step 11: {metrics}"
     assert charts == "charts    tensorboard --logdir runs/x"
 
 
@@ -120,7 +120,7 @@ def test_a_run_tells_what_it_is(config: Config, capsys: pytest.CaptureFixture[st
 
 
 def test_quiet_is_quiet(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing at all of a good run, every figure in metrics.jsonl; what is wrong is still said."""
+    """Nothing at all of a good run, every metric in metrics.jsonl; what is wrong is still said."""
     assert exit_code(config, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
     assert len(train_lines(str(config.train.run_dir))) == 6

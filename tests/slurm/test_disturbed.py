@@ -192,7 +192,7 @@ def undisturbed(disturbed: Config, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_its_metrics_are_those_of_a_run_that_nobody_disturbed(disturbed: Config, undisturbed: Path) -> None:
-    """Each step and each evaluation stands once, with the same figures, to 1e-5 relative."""
+    """Each step and each evaluation stands once, with the same metrics, to 1e-5 relative."""
     for lines_of in (train_lines, eval_lines):
         mine, theirs = (without_clock(lines_of(folder)) for folder in (str(disturbed.train.run_dir), undisturbed))
         assert [line["step"] for line in mine] == [line["step"] for line in theirs]

@@ -1,4 +1,4 @@
-"""Losses against published figures, hand-derived numbers and finite differences."""
+"""Losses against published metrics, hand-derived numbers and finite differences."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def losses_at(*h: float, **config: Any) -> list[float]:
     return preference_losses(pi_logps, zeros, lengths, winners, winners + len(h), LossConfig(**config)).tolist()
 
 
-# --- published figures -----------------------------------------------------------------------------------------------
+# --- published metrics -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

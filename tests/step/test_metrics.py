@@ -129,8 +129,8 @@ def test_a_filler_counts_for_nothing_but_padding() -> None:
     filler = (type(filler[0])(**{**vars(filler[0]), "num_tokens": 0, "tokens": torch.zeros(2)}), filler[1])
     sums = sums_of(real, filler, loss=LossConfig())
     assert pair_means(sums, True) == pair_means(sums_of(real, loss=LossConfig()), True)
-    figures = step_metrics(sums | {"peak_memory_bytes": 5.0}, seconds=2.0, best_seconds=0.5)
-    assert figures == {
+    metrics = step_metrics(sums | {"peak_memory_bytes": 5.0}, seconds=2.0, best_seconds=0.5)
+    assert metrics == {
         "mfu": 0.25,
         "tokens": 6,
         "padding_fraction": pytest.approx(1 - 6 / 9),
@@ -207,7 +207,7 @@ def test_a_first_step_against_the_plain_model(folders: Path, tmp_path: Path) -> 
 
 
 def test_the_gradient_norm_is_before_clipping_and_without_it(folders: Path, tmp_path: Path) -> None:
-    """The same figure whether a limit far below it is set, one far above, or none."""
+    """The same metric whether a limit far below it is set, one far above, or none."""
     norms = []
     for limit in (1e-3, 1e3, None):
         run_dir = run(make(folders, tmp_path / f"run-{limit}", optim__max_grad_norm=limit, train__steps=1))
@@ -267,12 +267,12 @@ def test_a_line_is_flat_and_on_the_disk_at_once(tmp_path: Path) -> None:
 
 
 def test_the_charts_show_the_same_numbers(folders: Path, tmp_path: Path) -> None:
-    """TensorBoard keeps float32; every figure of metrics.jsonl is a point at its step, in the chart of its name."""
+    """TensorBoard keeps float32; every metric of metrics.jsonl is a point at its step, in the chart of its name."""
     run_dir = run(make(folders, tmp_path / "run"))
     points = {
         (chart, step): value for chart, line in points_of(run_dir / "tensorboard").items() for step, value in line
     }
-    figures = [(name, line["step"], value) for line in read_metrics(run_dir) for name, value in line.items()]
-    lines = {(place(name), step): value for name, step, value in figures if name != "step"}
+    metrics = [(name, line["step"], value) for line in read_metrics(run_dir) for name, value in line.items()]
+    lines = {(place(name), step): value for name, step, value in metrics if name != "step"}
     assert points.keys() == lines.keys()
     assert points == pytest.approx(lines, rel=1e-6)

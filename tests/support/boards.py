@@ -36,7 +36,7 @@ class HParamsEntry:
     values: Mapping[str, object]
     columns: list[str]
     """Keys of the config."""
-    figures: list[Place]
+    metrics: list[Place]
 
 
 def hparams_entry(folder: Path, sub_run: str) -> HParamsEntry:
