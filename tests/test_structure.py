@@ -3,6 +3,7 @@
 
 import ast
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,14 @@ def test_files_and_functions_are_small() -> None:
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno >= 60:
                 long.append(f"{path.name}: {node.name}")
     assert not long
+
+
+def test_rooms_list_their_files() -> None:
+    """Where a room's `__init__.py` has a table of files, every file stands in it, and no other."""
+    for door in (path for path in FILES if path.name == "__init__.py"):
+        listed = re.findall(r"^(\w+)\.py  ", ast.get_docstring(ast.parse(door.read_text())) or "", re.MULTILINE)
+        present = {path.stem for path in door.parent.glob("*.py")} - {"__init__", "__main__"}
+        assert not listed or (door.parent == PACKAGES[0]) or set(listed) == present, door
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).with_name("bench").glob("*.py")), ids=lambda path: path.stem)

@@ -1,3 +1,8 @@
-"""A run in TensorBoard: where a metric is shown (`charts`), the files (`event_files`), the HParams entry (`hparams`),
-and all of it together, written by rank 0 (`dashboard`). None of it imports torch.
+"""A run in TensorBoard, and its metrics.jsonl. Without torch.
+
+charts.py       where a metric is shown
+event_files.py  TensorBoard's files
+hparams.py      the entry in the HParams tab
+dashboard.py    a run's charts, histograms, texts and answers
+writer.py       metrics.jsonl and the dashboard, step by step
 """

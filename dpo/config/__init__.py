@@ -1,3 +1,12 @@
+"""Every key of a run, with its default and its meaning, its bounds, and where it was set. Without torch.
+
+fields.py       the keys, by section, as dataclasses
+rules.py        bounds of keys, and keys that must fit each other
+reading.py      YAML and command line against the fields
+strict_yaml.py  YAML without surprises, with line numbers
+load.py         load_config, to_yaml
+"""
+
 from dpo.config.fields import (
     BatchConfig,
     CheckpointConfig,

@@ -16,7 +16,7 @@ from dpo.base.status import STATUS_FILE
 from dpo.checkpoint.store import newest_checkpoint
 from dpo.config import Config
 from dpo.distributed.program import run_program
-from dpo.run import loop
+from dpo.run import loop, outputs
 from dpo.run.files import read_metrics
 from dpo.step.evaluation import Evaluation
 from tests.support.ranks import Ranks
@@ -152,7 +152,7 @@ def test_a_run_that_ends_by_itself_says_so(root: Path, tmp_path: Path, monkeypat
 def test_an_evaluation_is_made_once(root: Path, tmp_path: Path) -> None:
     """A resume at a step whose evaluation stands in metrics.jsonl makes none."""
     config = six_steps(root, tmp_path / "run")
-    with patch.object(train, "export", side_effect=OSError("the disk is gone")), pytest.raises(OSError):
+    with patch.object(outputs, "export", side_effect=OSError("the disk is gone")), pytest.raises(OSError):
         run(config)
     evaluations: list[int] = []
     whole = loop.evaluate

@@ -137,7 +137,7 @@ class Placed(Exception):
 
 
 PROGRAMS = {
-    "train": (train, "_as_so_far", train.run_training),
+    "train": (train, "decide_parallel", train.run_training),
     "reference": (reference, "make_packer", reference.fill_alone),
 }
 
