@@ -18,6 +18,7 @@ if not os.environ.get("DPO_TEST_GPU"):
 
 import torch
 
+from dpo.base.console import set_quiet
 from tests.quick import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401
 from tests.support.ranks import Ranks
 from tests.warning_rules import pytest_configure  # noqa: F401
@@ -34,6 +35,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each test has a reference cache of its own."""
     monkeypatch.setenv("DPO_CACHE", str(tmp_path / "reference-cache"))
+
+
+@pytest.fixture(autouse=True)
+def _not_quiet() -> Iterator[None]:
+    """A program that a test runs with --quiet silences no other test."""
+    yield
+    set_quiet(False)
 
 
 @pytest.fixture(scope="session")

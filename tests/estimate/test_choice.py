@@ -145,7 +145,7 @@ def test_a_process_of_its_own_gives_results_and_failures() -> None:
     assert in_own_process(max, 3, 7) == 7
     with pytest.raises(UserError, match=r"^so it is$"):
         in_own_process(fail, UserError)
-    with pytest.raises(RunError, match=r"^ValueError: so it is \(tests/estimate/test_choice\.py:\d+ in fail\)$"):
+    with pytest.raises(RunError, match=r"^ValueError: so it is \(estimate/test_choice\.py:\d+ in fail\)$"):
         in_own_process(fail, ValueError)
     with pytest.raises(RunError, match=r"^its process ended without a result, with exit code -9$"):
         in_own_process(die)
@@ -192,7 +192,7 @@ def lack_a_kernel(*_: Any) -> None:
 
 
 FAILURES = {
-    "no kernel": (lack_a_kernel, "NotImplementedError: aten::odd: no meta kernel (tests/estimate/test_choice.py:"),
+    "no kernel": (lack_a_kernel, "NotImplementedError: aten::odd: no meta kernel (estimate/test_choice.py:"),
     "killed": (die, "its process ended without a result, with exit code -9;"),
 }
 

@@ -92,7 +92,7 @@ def test_all_ranks_stop_after_the_step_of_the_signal(root: Path, ranks: Ranks, t
     the part that goes on."""
     whole = undisturbed(root, ranks)
     config = six_steps(root, tmp_path / "run")
-    answers = ranks(2, preempted, config, "dpo.step.update.train_step", step, tmp_path / "status.json")
+    answers = ranks(2, preempted, config, "dpo.run.loop.train_step", step, tmp_path / "status.json")
     assert answers == [(0, {"state": "preempted", "step": step})] * 2
     assert [line["step"] for line in train_lines(tmp_path / "run")] == list(range(1, step + 1))
     checkpoint = newest_checkpoint(tmp_path / "run")
@@ -109,7 +109,7 @@ def test_twice(root: Path, ranks: Ranks, tmp_path: Path) -> None:
     config = six_steps(root, tmp_path / "run")
     for step in (2, 4):
         number = step if step == 2 else 2  # of the second part's own steps
-        answers = ranks(2, preempted, config, "dpo.step.update.train_step", number, tmp_path / "status.json")
+        answers = ranks(2, preempted, config, "dpo.run.loop.train_step", number, tmp_path / "status.json")
         assert answers[0] == (0, {"state": "preempted", "step": step})
     ranks(2, run, config)
     assert same_lines(whole, tmp_path / "run")

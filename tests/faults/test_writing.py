@@ -182,7 +182,7 @@ def test_a_run_that_fails_does_not_wait_for_ever(
 
 def preempted_late(config: Config, status: Path) -> tuple[int, dict[str, Any]]:
     with written_late():
-        return preempted(config, "dpo.step.update.train_step", 3, status)
+        return preempted(config, "dpo.run.loop.train_step", 3, status)
 
 
 def test_preemption_waits_for_both_checkpoints(root: Path, ranks: Ranks, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_preemption_waits_for_both_checkpoints(root: Path, ranks: Ranks, tmp_pat
 def preempted_full_once(config: Config, status: Path) -> tuple[int, dict[str, Any]]:
     disk = full_once() if os.environ["RANK"] == "1" else contextlib.nullcontext()
     with disk:
-        return preempted(config, "dpo.step.update.train_step", 3, status)
+        return preempted(config, "dpo.run.loop.train_step", 3, status)
 
 
 def test_a_preempted_run_saves_though_the_write_before_failed(root: Path, ranks: Ranks, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def full_when_preempted(config: Config, status: Path) -> tuple[int, str]:
     stderr = io.StringIO()
     status.write_text("{}")
     with disk, contextlib.redirect_stderr(stderr):
-        code, _ = preempted(config, "dpo.step.update.train_step", 1, status)
+        code, _ = preempted(config, "dpo.run.loop.train_step", 1, status)
     return code, stderr.getvalue()
 
 
