@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.surroundings import leave_behind
+
+leave_behind(os.environ)
 # Before datasets is imported, which reads them once: nothing of a test reaches the caches of the user.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dpo-tests-hf-")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -38,10 +41,14 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _not_quiet() -> Iterator[None]:
-    """A program that a test runs with --quiet silences no other test."""
+def _as_before() -> Iterator[None]:
+    """What a program under test sets for its whole process reaches no other test: --quiet, environment variables."""
+    environment = dict(os.environ)
     yield
     set_quiet(False)
+    if environment != os.environ:
+        os.environ.clear()
+        os.environ.update(environment)
 
 
 @pytest.fixture(scope="session")

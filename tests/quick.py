@@ -75,6 +75,7 @@ SLOW: Sequence[str] = (
     "run/test_summary.py",
     "step/test_first_step",
     "step/test_metrics.py",
+    "tests/test_surroundings.py",
 )
 """Starts of the names of tests that start processes, run a training (it asks git for the commit) or wait."""
 
