@@ -30,8 +30,8 @@ def parameters_of(function: Function) -> int:
 
 def own_imports(tree: ast.Module) -> set[str]:
     """Returns the modules of the project that a file imports."""
-    froms = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    return {name for name in froms if name.split(".")[0] in ("dpo", "launch")}
+    modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    return {name for name in modules if name.split(".")[0] in ("dpo", "launch")}
 
 
 def describe(root: Path, package: str) -> str:
