@@ -10,7 +10,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from dpo.base.command import parse_arguments
+from dpo.base.command import Parser, parse_arguments
 from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.checkpoint.export import export
@@ -28,7 +28,7 @@ from dpo.model.weights import find_model, read_model_config
 
 def main() -> None:
     """`python -m dpo.export`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m dpo.export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,19 +56,17 @@ def main() -> None:
 
 def _config_of(checkpoint: Path) -> Config:
     if not checkpoint.is_dir():
-        raise UserError(f"command line: --checkpoint: no such folder: {checkpoint}; valid: RUN/checkpoints/step-000100")
+        raise UserError("command line: --checkpoint", f"no such folder: {checkpoint}", "RUN/checkpoints/step-000100")
     path = checkpoint.resolve().parent.parent / "config.yaml"
     if not path.is_file():
-        raise UserError(
-            f"command line: --checkpoint: {path} is missing; valid: a checkpoint that lies in its run folder"
-        )
+        raise UserError("command line: --checkpoint", f"{path} is missing", "a checkpoint that lies in its run folder")
     return load_config(["--config", str(path)], "dpo.export")
 
 
 def _check(checkpoint: Path, out: Path) -> None:
     read_state(checkpoint, "command line: --checkpoint")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"command line: --out: {out} is not empty; valid: a new or an empty folder")
+        raise UserError("command line: --out", f"{out} is not empty", "a new or an empty folder")
 
 
 if __name__ == "__main__":

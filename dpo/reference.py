@@ -24,7 +24,7 @@ from dpo.step.objective import has_reference
 def fill_alone(config: Config) -> None:
     """Fills the cache and ends."""
     if not has_reference(config.loss):
-        raise UserError("loss.name: sft has no reference to compute; valid: dpo, ipo, hinge, robust")
+        raise UserError("loss.name", "sft has no reference to compute", "dpo, ipo, hinge, robust")
     with listen_for_stop() as stop_requested, open_world(config.parallel.setup_timeout_seconds) as world:
         inputs = read_inputs(config, world)
         start_devices(world, config.parallel.timeout_seconds)

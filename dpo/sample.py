@@ -20,9 +20,9 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PretrainedConfig
 
-from dpo.base.command import parse_arguments
-from dpo.base.console import say
-from dpo.base.errors import UserError
+from dpo.base.command import Parser, parse_arguments
+from dpo.base.console import harmless, say
+from dpo.base.errors import UserError, renamed_places
 from dpo.config import ParallelConfig
 from dpo.data.formats.examples import Example
 from dpo.data.formats.json_rows import json_rows
@@ -68,10 +68,10 @@ class Reader:
 def read_questions(path: Path) -> list[Question]:
     """The prompts of a file. Raises UserError, `file:line: what`."""
     if not path.is_file():
-        raise UserError(f"command line: --prompts: no such file: {path}; valid: a .txt, .json or .jsonl file")
+        raise UserError("command line: --prompts", f"no such file: {path}", "a .txt, .json or .jsonl file")
     found = _text_questions(path) if path.suffix == ".txt" else _json_questions(path)
     if not found:
-        raise UserError(f"command line: --prompts: {path} has no prompts; valid: one a line")
+        raise UserError("command line: --prompts", f"{path} has no prompts", "one a line")
     return found
 
 
@@ -79,7 +79,7 @@ def _text_questions(path: Path) -> list[Question]:
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); valid: text in UTF-8") from error
+        raise UserError(str(path), f"not UTF-8 ({error.reason})", "text in UTF-8") from error
     return [Question(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
@@ -90,7 +90,7 @@ def _json_questions(path: Path) -> list[Question]:
         try:
             prompt = text_or_messages(field(json.loads(row["row"]), "prompt"), "prompt")
         except ValueError as error:
-            raise UserError(f"{place}: {error}") from error
+            raise UserError(place, str(error)) from error
         questions.append(Question(place, prompt))
     return questions
 
@@ -106,12 +106,12 @@ def _read_prompt(question: Question, encoder: Encoder, limits: Limits) -> Ids:
     try:
         ids, _ = encode(Example(question.prompt, (), ()), encoder)
     except ValueError as error:
-        raise UserError(f"{question.place}: {error}") from error
+        raise UserError(question.place, str(error)) from error
     if not ids:
-        raise UserError(f"{question.place}: the prompt has no token; valid: at least one, after which an answer begins")
+        raise UserError(question.place, "the prompt has no token", "at least one, after which an answer begins")
     if limits.positions_are_hard and limits.max_positions is not None and len(ids) >= limits.max_positions:
         what = f"the prompt has {len(ids)} tokens, the model's positions end at {limits.max_positions}"
-        raise UserError(f"{question.place}: {what}; valid: a prompt of up to {limits.max_positions - 1}")
+        raise UserError(question.place, what, f"a prompt of up to {limits.max_positions - 1}")
     return ids
 
 
@@ -120,16 +120,19 @@ def _read_prompt(question: Question, encoder: Encoder, limits: Limits) -> Ids:
 
 def open_reader(path: str, flag: str, tokenizer: str | None, questions: Sequence[Question], world: World) -> Reader:
     """What is known of a model before its weights are read. Every rank must get here."""
-    folder = find_model(path, f"command line: {flag}", world)
-    config = first_on_each_node(world, lambda: read_model_config(folder, trust_remote_code=False))
-    loaded = first_on_each_node(world, lambda: load_tokenizer(tokenizer or str(folder)))
-    limits = limits_of(None, None, config)
+    place = f"command line: {flag}"
+    places = {"model.path": place, "model.tokenizer": "command line: --tokenizer" if tokenizer else place}
+    with renamed_places(places):
+        folder = find_model(path, "model.path", world)
+        config = first_on_each_node(world, lambda: read_model_config(folder, trust_remote_code=False))
+        loaded = first_on_each_node(world, lambda: load_tokenizer(tokenizer or str(folder)))
+        limits = limits_of(None, None, config)
 
-    def read() -> list[Ids]:
-        check_vocabulary(loaded, limits.vocab_size)
-        return read_prompts(questions, text_encoder(loaded), limits)
+        def read() -> list[Ids]:
+            check_vocabulary(loaded, limits.vocab_size)
+            return read_prompts(questions, text_encoder(loaded), limits)
 
-    return Reader(folder, config, loaded, together(read))
+        return Reader(folder, config, loaded, together(read))
 
 
 def answers_of(reader: Reader, max_new_tokens: int, temperature: float, seed: int, world: World) -> list[str]:
@@ -165,7 +168,7 @@ def show_table(questions: Sequence[Question], answers: dict[str, list[str]]) -> 
     table = Table("prompt", *answers, show_lines=True)
     for number, question in enumerate(questions):
         texts = [_shown(question.prompt), *(says[number] for says in answers.values())]
-        table.add_row(*(Text(_printable(text)) for text in texts))
+        table.add_row(*(Text(harmless(text)) for text in texts))
     Console(width=None if sys.stdout.isatty() else COLUMNS).print(table)
 
 
@@ -173,11 +176,6 @@ def _shown(prompt: str | tuple[Message, ...]) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def _printable(text: str) -> str:
-    """What a model writes must not steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------
@@ -205,7 +203,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m dpo.sample",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -222,11 +220,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help='JSON lines: {"prompt", "policy", "reference"}')
     args = parse_arguments(parser)
     if args.max_new_tokens < 1:
-        raise UserError(
-            f"command line: --max-new-tokens: must be >= 1, got {args.max_new_tokens}; valid: an integer >= 1"
-        )
+        raise UserError("command line: --max-new-tokens", f"must be >= 1, got {args.max_new_tokens}", "an integer >= 1")
     if not 0 <= args.temperature < float("inf"):
-        raise UserError(f"command line: --temperature: must be >= 0, got {args.temperature}; valid: a number >= 0")
+        raise UserError("command line: --temperature", f"must be >= 0, got {args.temperature}", "a number >= 0")
     return args
 
 

@@ -6,10 +6,8 @@ The evaluation pairs of the config are scored, or its training pairs where it ha
 log-probabilities come from its cache, the missing ones are computed into it.
 """
 
-import argparse
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,9 +19,9 @@ from rich.text import Text
 
 from dpo.base.command import own_flags, split_words
 from dpo.base.console import say
-from dpo.base.errors import RunError, UserError
+from dpo.base.errors import RunError, UserError, renamed_places
 from dpo.batch.packer import Packer, make_packer
-from dpo.config import Config, load_config, with_place
+from dpo.config import Config, load_config
 from dpo.data.pair_set import PairSet
 from dpo.data.prepare import PreferenceData
 from dpo.distributed.preemption import never
@@ -192,40 +190,27 @@ def _shown(metric: float) -> str:
 
 def read_arguments(words: Sequence[str]) -> Arguments:
     """Raises UserError for what is wrong; --help and --print_config print and raise SystemExit(0)."""
-    own, rest = split_own(words)
-    config = load_config(rest, "dpo.score", DESCRIPTION)
-    if own.model is None:
-        raise UserError("command line: --model: is missing; valid: --model DIR, the folder or hub id of a model")
-    return Arguments(with_model(config, own.model), own.by_source, own.json)
-
-
-def split_own(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of this program, and the words that are the config's."""
     parser = own_flags("python -m dpo.score")
     parser.add_argument("--model")
     parser.add_argument("--by-source", action="store_true")
     parser.add_argument("--json", action="store_true")
-    return split_words(parser, words)
+    own, rest = split_words(parser, words)
+    config = load_config(rest, "dpo.score", DESCRIPTION)
+    if own.model is None:
+        raise UserError("command line: --model", "is missing", "--model DIR, the folder or hub id of a model")
+    return Arguments(with_model(config, own.model), own.by_source, own.json)
 
 
 def main() -> None:
     """`python -m dpo.score`."""
     arguments = read_arguments(sys.argv[1:])
-    try:
-        with open_world(arguments.config.parallel.setup_timeout_seconds) as world:
-            scores = score_model(arguments.config, arguments.by_source, world)
-            if world.is_main and arguments.as_json:
-                print(json.dumps(asdict(scores), allow_nan=False))
-            elif world.is_main:
-                show(scores)
-    except UserError as failure:
-        raise UserError(_placed(str(failure))) from failure
-
-
-def _placed(message: str) -> str:
-    """The message after the place of its key: what is wrong with model.path is wrong with --model."""
-    message = re.sub(r"^model\.path: ", "command line: --model: ", message)
-    return with_place(message, split_own(sys.argv[1:])[1])
+    timeout = arguments.config.parallel.setup_timeout_seconds
+    with renamed_places({"model.path": "command line: --model"}), open_world(timeout) as world:
+        scores = score_model(arguments.config, arguments.by_source, world)
+        if world.is_main and arguments.as_json:
+            print(json.dumps(asdict(scores), allow_nan=False))
+        elif world.is_main:
+            show(scores)
 
 
 if __name__ == "__main__":

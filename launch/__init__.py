@@ -2,12 +2,10 @@
 
 `python -m launch.submit` validates a config, submits it and says how to follow it. Each node runs one torchrun, the
 same that a person would type. `python -m launch.compare RUN...` reads run folders. Nothing here
-imports torch: of dpo only base.console, base.errors, base.files, board.hparams, config, config.rules,
-config.strict_yaml and run.files.
+imports torch: of dpo only base, config, board.hparams and run.files.
 
     0  durations.py   SLURM's ways to write a duration
     0  failures.py    who failed first, of all ranks
-    0  program.py     exit codes
     0  squeue.py      what SLURM says of its jobs
     0  supervise.py   torchrun as a child: signals, time limits
     0  torchrun.py    its command line and environment

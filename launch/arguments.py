@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo.base.command import parse_arguments
+from dpo.base.command import Parser, parse_arguments, split_options, words_of
 from dpo.base.errors import UserError
 from launch.durations import FORMATS, minutes_of
 
@@ -62,8 +62,9 @@ class Request:
 
 def parse_request(argv: Sequence[str] | None = None) -> Request:
     """The request of a command line (null: this process's own). Raises UserError; --help raises SystemExit(0)."""
-    own, keys = split_words(sys.argv[1:] if argv is None else argv)
-    args = parse_arguments(_parser(), own)
+    options = split_options(sys.argv[1:] if argv is None else argv)
+    args = parse_arguments(_parser(), words_of([option for option in options if not option.is_key]))
+    keys = words_of([option for option in options if option.is_key])
     config = [word for file in args.config for word in ("--config", file)]  # a second one is refused with the rest
     request = Request(
         words=(*config, *keys, *(["--quiet"] if args.quiet else [])),
@@ -91,25 +92,8 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
     return request
 
 
-def split_words(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of the launcher and those of the config: --SECTION.KEY and its value."""
-    own: list[str] = []
-    keys: list[str] = []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, _ = word.partition("=")
-        if not re.fullmatch(r"--[^-.]+\..+", name):
-            own.append(word)
-            continue
-        keys.append(word)
-        if not equals and words and not words[0].startswith("--"):
-            keys.append(words.pop(0))
-    return own, keys
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m {PROG}", description=DESCRIPTION, allow_abbrev=False)
+def _parser() -> Parser:
+    parser = Parser(prog=f"python -m {PROG}", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument(
         "--config",
         action="append",
@@ -206,9 +190,9 @@ def _at_least(least: int, text: str) -> int:
 def _gpus(args: argparse.Namespace) -> str | None:
     text = args.gpus_per_node
     if text is None and args.ranks_per_node is None:
-        raise UserError("command line: --gpus-per-node: is missing; valid: N, or 0 with --ranks-per-node N")
+        raise UserError("command line: --gpus-per-node", "is missing", "N, or 0 with --ranks-per-node N")
     if text is not None and not re.fullmatch(r"([\w.-]+:)?\d+", text):
-        raise UserError(f"command line: --gpus-per-node: got {text!r}; valid: 8, or a type as in a100:8")
+        raise UserError("command line: --gpus-per-node", f"got {text!r}", "8, or a type as in a100:8")
     return None if text is None or _count(text) == 0 else text
 
 
@@ -219,17 +203,17 @@ def _count(gpus: str) -> int:
 def _ranks_per_node(args: argparse.Namespace) -> int:
     gpus, ranks = _gpus(args), args.ranks_per_node
     if gpus is None and ranks is None:
-        raise UserError("command line: --ranks-per-node: is missing, there are no GPUs; valid: an integer >= 1")
+        raise UserError("command line: --ranks-per-node", "is missing, there are no GPUs", "an integer >= 1")
     if gpus is not None and ranks not in (None, _count(gpus)):
         what = f"must be --gpus-per-node, a rank a GPU, got {ranks} and {gpus}"
-        raise UserError(f"command line: --ranks-per-node: {what}; valid: leave it out")
+        raise UserError("command line: --ranks-per-node", what, "leave it out")
     return int(ranks) if gpus is None else _count(gpus)
 
 
 def _name_and_value(flag: str, text: str, form: str, name_form: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not equals or not re.fullmatch(name_form, name):
-        raise UserError(f"command line: {flag}: got {text!r}; valid: {form}")
+        raise UserError(f"command line: {flag}", f"got {text!r}", form)
     return name, value
 
 
@@ -240,9 +224,9 @@ def _sbatch_options(args: argparse.Namespace) -> tuple[tuple[str, str | bool], .
     for text in args.sbatch:
         name, equals, value = text.partition("=")
         if not re.fullmatch(r"[a-z][a-z-]+", name):
-            raise UserError(f"command line: --sbatch: got {text!r}; valid: a long option of sbatch, KEY or KEY=VALUE")
+            raise UserError("command line: --sbatch", f"got {text!r}", "a long option of sbatch, KEY or KEY=VALUE")
         if name in _ASKED_BY_US or name in (*_PLAIN, "time") or name in options:
-            raise UserError(f"command line: --sbatch: {name} is not for it; valid: another flag of this program")
+            raise UserError("command line: --sbatch", f"{name} is not for it", "another flag of this program")
         options[name] = value if equals else True
     return tuple(options.items())
 
@@ -251,16 +235,16 @@ def _check(request: Request) -> None:
     """What flags say together."""
     if request.cluster != "slurm" and request.nodes > 1:
         what = f"--cluster {request.cluster} is one machine, got {request.nodes} nodes"
-        raise UserError(f"command line: --nodes: {what}; valid: 1, or --cluster slurm")
+        raise UserError("command line: --nodes", what, "1, or --cluster slurm")
     if request.cluster == "slurm" and request.minutes is None:
-        raise UserError(f"command line: --time: is missing; valid: {FORMATS}")
+        raise UserError("command line: --time", "is missing", FORMATS)
     if request.minutes is not None and 60 * request.minutes <= request.signal_delay:
         what = f"must be below --time, got {request.signal_delay} s of {60 * request.minutes} s"
-        raise UserError(f"command line: --signal-delay: {what}; valid: seconds for saving a checkpoint")
+        raise UserError("command line: --signal-delay", what, "seconds for saving a checkpoint")
     if request.container_mounts and not request.container_image:
-        raise UserError("command line: --container-mounts: there is no --container-image; valid: both")
+        raise UserError("command line: --container-mounts", "there is no --container-image", "both")
     if request.max_parallel and not request.sweep:
-        raise UserError("command line: --max-parallel: there is no --sweep; valid: both")
+        raise UserError("command line: --max-parallel", "there is no --sweep", "both")
 
 
 def unused_here(request: Request) -> list[str]:

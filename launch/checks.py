@@ -23,8 +23,8 @@ def check_paths(config: Config, words: Sequence[str]) -> None:
         is_id = is_tokenizer_id if key == "model.tokenizer" else is_hub_id
         is_local = not is_id(path) or (key.startswith("data.") and _DATA_FILE.fullmatch(path))
         if is_local and not Path(path).expanduser().exists():
-            message = f"{key}: no such file or folder: {path}; valid: one that the nodes see too"
-            raise UserError(with_place(message, words))
+            failure = UserError(key, f"no such file or folder: {path}", "one that the nodes see too")
+            raise with_place(failure, words)
 
 
 def _paths(config: Config) -> Iterator[tuple[str, str]]:
@@ -44,8 +44,9 @@ def check_free(run_dir: Path) -> None:
         outcome = read_outcome(folder)
         if (outcome is None or outcome.state not in FINAL) and is_active(submission):
             raise UserError(
-                f"train.run_dir: job {submission.job} works or waits in {run_dir};"
-                " valid: another train.run_dir, or cancel the job first"
+                "train.run_dir",
+                f"job {submission.job} works or waits in {run_dir}",
+                "another train.run_dir, or cancel the job first",
             )
 
 

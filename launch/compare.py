@@ -4,7 +4,6 @@ Reads the run folders alone, so it works on a laptop, beside running jobs, and f
 writes the runs' entries for TensorBoard's HParams tab again, with the keys that differ as their columns.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -18,13 +17,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dpo.base.command import parse_arguments
+from dpo.base.command import Parser, parse_arguments, run_program
 from dpo.base.console import say, warn
 from dpo.base.errors import UserError
 from dpo.board.hparams import KEYS, Value, flat, write_entry
 from dpo.config.strict_yaml import read_yaml_file
 from dpo.run.files import CONFIG, FINAL, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
-from launch.program import run_program
 
 DESCRIPTION = """Compares runs: the config keys that differ, how far they came, and their newest metrics; the best
 evaluation stands first. Also writes the runs' entries for TensorBoard's HParams tab, with the keys that differ."""
@@ -63,15 +61,13 @@ def read_runs(folders: Sequence[Path]) -> list[RunFacts]:
     """The runs among folders; what is no run is left out, and said. Raises UserError if there is none."""
     missing = [folder for folder in folders if not folder.exists()]
     if missing:
-        raise UserError(f"command line: RUN: no such folder: {missing[0]}; valid: a run folder")
+        raise UserError("command line: RUN", f"no such folder: {missing[0]}", "a run folder")
     found = {folder.resolve(): folder for folder in folders if (folder / CONFIG).is_file()}
     others = [str(folder) for folder in folders if folder.resolve() not in found]
     if found and others:
         warn(f"left out, since there is no {CONFIG} in it: {', '.join(others)}")
     if not found:
-        raise UserError(
-            f"command line: RUN: none of the folders given has a {CONFIG}; valid: run folders, runs/sweep/*"
-        )
+        raise UserError("command line: RUN", f"none of the folders given has a {CONFIG}", "run folders, runs/sweep/*")
     return [read_run(folder) for folder in found.values()]
 
 
@@ -79,7 +75,7 @@ def read_run(folder: Path) -> RunFacts:
     """A run folder's config, state and metrics. Raises UserError or RunError where a file in it is broken."""
     config = read_yaml_file(str(folder / CONFIG))
     if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
-        raise UserError(f"{folder / CONFIG}: is no config; valid: what a run writes there")
+        raise UserError(str(folder / CONFIG), "is no config", "what a run writes there")
     values = flat(config)
     lines = read_metrics(folder)
     steps = [line for line in lines if "train/loss" in line]
@@ -103,7 +99,7 @@ def _last_step(folder: Path, config: Mapping[str, Value]) -> int | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))[-1]["last_step"]
     except json.JSONDecodeError as failure:
-        raise UserError(f"{path}: broken: {failure}; valid: what a run writes there") from failure
+        raise UserError(str(path), f"broken: {failure}", "what a run writes there") from failure
 
 
 # --- compared --------------------------------------------------------------------------------------------------------
@@ -131,7 +127,7 @@ def ordered(runs: Sequence[RunFacts], name: str) -> list[RunFacts]:
     if not known:
         metrics = dict.fromkeys(metric for run in runs for metric in run.metrics)
         raise UserError(
-            f"command line: --sort: no run has {name!r}; valid: a config key, loss.beta, or {', '.join(metrics)}"
+            "command line: --sort", f"no run has {name!r}", f"a config key, loss.beta, or {', '.join(metrics)}"
         )
     if name in known[0].metrics:
         sign = 1 if name.split("/")[-1].startswith("loss") else -1
@@ -245,7 +241,7 @@ def _kind(value: Value | None) -> type:
 
 def main() -> None:
     """`python -m launch.compare`."""
-    parser = argparse.ArgumentParser("python -m launch.compare", description=DESCRIPTION, allow_abbrev=False)
+    parser = Parser("python -m launch.compare", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder; runs/sweep/* names many")
     parser.add_argument("--sort", metavar="NAME", help="a metric, eval/rewards/margins, or a config key, loss.beta")
     parser.add_argument("--json", action="store_true", help="print JSON with all metrics in place of the table")

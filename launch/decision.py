@@ -38,7 +38,7 @@ def decide(end: End, max_crashes: int) -> Outcome:
         return _preempted(end)
     cause = first_cause(end.failures)
     if cause and cause.is_exception:
-        return Outcome("failed", str(cause), 2 if cause.is_users else 1, cause.traceback)
+        return Outcome("failed", str(cause), cause.exit_code, cause.traceback)
     if end.asked_to_stop:
         return _preempted(end)
     why = describe(end.failures)

@@ -16,9 +16,9 @@ def minutes_of(text: str) -> int:
     """
     match = _WITH_DAYS.fullmatch(text) or _WITHOUT_DAYS.fullmatch(text)
     if match is None:
-        raise UserError(f"command line: --time: {text!r} is not a duration of SLURM; valid: {FORMATS}")
+        raise UserError("command line: --time", f"{text!r} is not a duration of SLURM", FORMATS)
     part = {name: int(digits or 0) for name, digits in {"d": "0", **match.groupdict()}.items()}
     seconds = 86400 * part["d"] + 3600 * part["h"] + 60 * part["m"] + part["s"]
     if seconds == 0:
-        raise UserError(f"command line: --time: must be above 0, got {text!r}; valid: {FORMATS}")
+        raise UserError("command line: --time", f"must be above 0, got {text!r}", FORMATS)
     return -(-seconds // 60)

@@ -71,9 +71,9 @@ def check_cluster(request: Request) -> None:
     """Raises UserError where there is no SLURM to submit to, or this machine has no GPUs for a run here."""
     if request.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         valid = "a machine with SLURM, --cluster local, --cluster debug, --dry-run"
-        raise UserError(f"command line: --cluster: no sbatch on PATH; valid: {valid}")
+        raise UserError("command line: --cluster", "no sbatch on PATH", valid)
     if request.cluster != "slurm" and request.gpus and not any(map(os.path.exists, GPU_DRIVERS)):
-        raise UserError("command line: --gpus-per-node: this machine has none; valid: 0, with --ranks-per-node N")
+        raise UserError("command line: --gpus-per-node", "this machine has none", "0, with --ranks-per-node N")
 
 
 def submit_to_slurm(

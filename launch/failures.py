@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from dpo.base.command import EXIT_CODES
+from dpo.base.errors import UserError
+
 _LOST_PEER = re.compile(
     r"gloo/transport/|Connection closed by peer|Connection reset by peer|Broken pipe"
     r"|^Dist(Backend|Network|Store)Error|ncclRemoteError|NCCL communicator was aborted|^SignalException"
@@ -49,6 +52,10 @@ class Failure:
     """The signal that ended it; 0: none."""
     traceback: str = ""
     """Of a bug; none of what was told to the user."""
+    told: str = ""
+    """What the program told its user, in its own words; empty where it has none for this failure."""
+    exit_code: int = 1
+    """Of the rank: 2 the user's input is wrong, else 1."""
 
     @property
     def lost_peer(self) -> bool:
@@ -73,13 +80,13 @@ class Failure:
     @property
     def is_users(self) -> bool:
         """Whether the user's input is wrong."""
-        return self.message.startswith("UserError: ")
+        return self.exit_code == EXIT_CODES[UserError]
 
     def __str__(self) -> str:
         if self.is_users:
-            return self.message.removeprefix("UserError: ")
+            return self.told
         who = "torchrun" if self.rank is None else f"rank {self.rank}"
-        return f"{who} on {self.host}: {self.message.removeprefix('RunError: ')}"
+        return f"{who} on {self.host}: {self.told or self.message}"
 
 
 def first_cause(failures: Iterable[Failure]) -> Failure | None:
@@ -118,9 +125,10 @@ def _read_error(path: Path, host: str, rank: int | None) -> Failure:
         return Failure(host, rank, time, f"its error file {path} is not whole")
     if isinstance(told, str):
         return Failure(host, rank, time, told)
-    stack = told["extraInfo"]["py_callstack"]
+    extra = told["extraInfo"]
+    stack, ours = extra["py_callstack"], {key: extra[key] for key in ("told", "exit_code") if key in extra}
     traceback = stack if stack.startswith("Traceback") else ""
-    return Failure(host, rank, told["extraInfo"].get("seconds", time), told["message"], traceback=traceback)
+    return Failure(host, rank, extra.get("seconds", time), told["message"], traceback=traceback, **ours)
 
 
 def _table(stderr: str, host: str, last_words: str | None) -> Iterator[Failure]:

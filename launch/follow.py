@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo.base.command import EXIT_CODES
 from dpo.base.console import say
 from dpo.base.errors import RunError, UserError
 from launch import squeue
@@ -46,8 +47,8 @@ def follow(jobs: Sequence[Followed]) -> None:
     if failed:
         job, outcome = failed[0]
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        kind = UserError if outcome.exit_code == 2 else RunError
-        raise kind(f"job {job.submission.job}: {outcome.message or outcome.state}{more}")
+        place, what = f"job {job.submission.job}", f"{outcome.message or outcome.state}{more}"
+        raise UserError(place, what) if outcome.exit_code == EXIT_CODES[UserError] else RunError(f"{place}: {what}")
 
 
 def cancel_command(cluster: str, jobs: Sequence[str]) -> str:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo.base.command import run_program
 from launch import supervise
 from launch.node import NodeJob
-from launch.program import run_program
 from launch.reports import Attempt, Outcome, history, write_outcome
 from launch.torchrun import Place
 

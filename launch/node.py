@@ -16,16 +16,15 @@ Every start goes on from the newest checkpoint of the run folder, since the comm
 import socket
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+from dpo.base.command import tell_error
 from dpo.base.console import say, warn
 from dpo.base.status import STATUS_FILE
-from dpo.config import with_place
 from launch import supervise, torchrun
 from launch.decision import End, decide
 from launch.failures import Failure, failures_of_node
-from launch.program import tell_error
 from launch.reports import (
     Attempt,
     NodeReport,
@@ -93,7 +92,7 @@ class NodeJob:
             crashes_before=crashes_without_progress(self.folder),
         )
         outcome = decide(end, self.max_crashes)
-        return self.tell(replace(outcome, message=with_place(outcome.message, self.program.words)))
+        return self.tell(outcome)
 
     def _all_reports(self, place: Place, attempt: Attempt, noted: Signals) -> list[NodeReport]:
         """What all nodes say; one that says nothing in time is lost."""

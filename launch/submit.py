@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo.base.command import run_program
 from dpo.base.console import warn
 from dpo.base.errors import RunError
 from dpo.run.files import JOBS
@@ -18,7 +19,6 @@ from launch.checks import check_free, check_paths
 from launch.follow import Followed, cancel_command, follow
 from launch.here import RunsHere, run_here, start_in_background
 from launch.node import NodeJob
-from launch.program import run_program
 from launch.reports import Submission, new_submission, write_submission
 from launch.slurm_job import SlurmJob
 from launch.sweep import PlannedRun, planned_runs, reference_passes

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo.base.command import split_options
 from dpo.base.errors import UserError
 from dpo.config import Config, load_config
 from launch.arguments import PROG, Request
@@ -45,7 +46,7 @@ def parse_choice(text: str) -> tuple[str, list[str]]:
     key, equals, rest = text.partition("=")
     values = _split_at_commas(rest)
     if not re.fullmatch(r"\w+\.\w+", key) or not equals or not all(values):
-        raise UserError(f"command line: --sweep: got {text!r}; valid: SECTION.KEY=VALUE,VALUE,...")
+        raise UserError("command line: --sweep", f"got {text!r}", "SECTION.KEY=VALUE,VALUE,...")
     return key, values
 
 
@@ -61,12 +62,13 @@ def _split_at_commas(text: str) -> list[str]:
 
 
 def _check_keys(keys: Sequence[str], words: Sequence[str]) -> None:
+    given = {option.key for option in split_options(words)}
     for key in keys:
         if key == "train.run_dir":
             what = "train.run_dir is the folder of all runs, each has its own in it"
-            raise UserError(f"command line: --sweep: {what}; valid: other keys")
-        if keys.count(key) > 1 or any(word.partition("=")[0] == f"--{key}" for word in words):
-            raise UserError(f"command line: --sweep: {key} is given twice; valid: once, in --sweep")
+            raise UserError("command line: --sweep", what, "other keys")
+        if keys.count(key) > 1 or key in given:
+            raise UserError("command line: --sweep", f"{key} is given twice", "once, in --sweep")
 
 
 def _planned_run(words: Sequence[str], settings: Sequence[tuple[str, str]], names: dict[str, str]) -> PlannedRun:
@@ -95,7 +97,7 @@ def _check_distinct(runs: Sequence[PlannedRun]) -> None:
     for run, other in itertools.combinations(runs, 2):
         if run.config == other.config:
             what = f"{run.dir.name} and {other.dir.name} are the same run"
-            raise UserError(f"command line: --sweep: {what}; valid: each value once")
+            raise UserError("command line: --sweep", what, "each value once")
 
 
 # --- what the runs of a sweep share -----------------------------------------------------------------------------------

@@ -1,35 +1,149 @@
-"""Command lines: arguments in one line of error, a program's own flags beside the config's keys."""
+"""Command lines: the one place that divides them into options, a program's own flags, and exit codes.
+
+`--config run.yaml --loss.beta=0.5 --quiet` is three options: ("config", "run.yaml"), ("loss.beta", "0.5") and
+("quiet", None). A value may begin with one dash, but is not -h. Which options there are is for others to say: argparse
+knows a program's own flags, `dpo.config.reading` the keys of a config.
+"""
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
-from dpo.base.errors import UserError
+from dpo.base.console import harmless, set_quiet
+from dpo.base.errors import Preempted, RunError, UserError, one_line
+
+COMMAND_LINE = "command line"
+"""The place of an error in what was typed."""
+SWITCHES = ("help", "print_config", "quiet")
+"""The flags of every program that take no value, so that the word after one is not its value."""
+QUIET = "leave out what tells of the progress; results, warnings and errors stay"
+"""The help text of --quiet."""
+
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
-def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments in `words` (null: this process's own), --quiet among them; wrong ones are a UserError in one line,
-    as everywhere.
-    """
+@dataclass(frozen=True)
+class Option:
+    """An option of a command line, or a word that belongs to none."""
 
-    def refuse(message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; valid: see {parser.prog} --help")
+    key: str | None
+    """`loss.beta` of --loss.beta; None for a word that follows no key."""
+    value: str | None
+    """None where the key has none."""
+    words: tuple[str, ...]
+    """The option as it was typed."""
 
-    parser.error = refuse  # type: ignore[method-assign]
-    parser.add_argument(
-        "--quiet", action="store_true", help="leave out what tells of the progress; results, warnings and errors stay"
-    )
+    @property
+    def is_config(self) -> bool:
+        """Whether it gives a key of the config, or the config's file."""
+        return self.is_key or self.key == "config"
+
+    @property
+    def is_key(self) -> bool:
+        """Whether it gives a key of the config, SECTION.KEY: a program's own flags have no dot."""
+        return self.key is not None and "." in self.key
+
+
+def split_options(argv: Sequence[str]) -> list[Option]:
+    """Returns the options of a command line in order: --KEY VALUE, --KEY=VALUE, --KEY alone, and single words."""
+    words, options = list(argv), []
+    while words:
+        word = words.pop(0)
+        key, equals, value = word[2:].partition("=")
+        if not word.startswith("--") or not key or key.startswith("-"):
+            options.append(Option(None, word, (word,)))
+        elif equals:
+            options.append(Option(key, value, (word,)))
+        elif key in SWITCHES or not words or words[0] == "-h" or words[0].startswith("--"):
+            options.append(Option(key, None, (word,)))
+        else:
+            options.append(Option(key, words[0], (word, words.pop(0))))
+    return options
+
+
+def words_of(options: Sequence[Option]) -> list[str]:
+    """Returns the options as they were typed."""
+    return [word for option in options for word in option.words]
+
+
+# --- a program's own flags --------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, which raises UserError where argparse prints its usage and ends the process."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with what argparse found."""
+        raise UserError(COMMAND_LINE, message, f"see {self.prog} --help")
+
+
+def parse_arguments(parser: Parser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Returns the arguments in `words` (None: this process's own), --quiet among them. Raises UserError."""
+    parser.add_argument("--quiet", action="store_true", help=QUIET)
     return parser.parse_args(words)
 
 
-def own_flags(prog: str) -> argparse.ArgumentParser:
-    """A parser for the flags that a program has beside the config's keys; see `split_words`."""
-    return argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, exit_on_error=False)
+def own_flags(prog: str) -> Parser:
+    """Returns a parser for the flags that a program has beside the config's keys; see `split_words`."""
+    return Parser(prog, add_help=False, allow_abbrev=False)
 
 
-def split_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The program's own flags, and the words that are the config's. Raises UserError."""
+def split_words(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the program's own flags, none of which is required, and the words that are the config's. Raises
+    UserError.
+    """
+    flags = {name.replace("_", "-") for name in vars(parser.parse_args([]))}
+    options = split_options(argv)
+    own = parser.parse_args(words_of([option for option in options if option.key in flags]))
+    return own, words_of([option for option in options if option.key not in flags])
+
+
+# --- how a program ends -----------------------------------------------------------------------------------------------
+
+EXIT_CODES: Mapping[type[BaseException], int] = {
+    Preempted: 0,
+    RunError: 1,
+    OSError: 1,
+    UserError: 2,
+    KeyboardInterrupt: 130,
+}
+"""By the kind of what ends a program early; anything else is a bug, and keeps its traceback."""
+
+
+def exit_code_of(failure: BaseException) -> int:
+    """Returns the exit code of a program that ends by this failure: 1 for a bug."""
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(failure, kind)), 1)
+
+
+def line_of(failure: BaseException) -> str:
+    """Returns what a user is told of a failure: its own words where this package wrote them, else after its kind."""
+    is_ours = isinstance(failure, (UserError, RunError))
+    return one_line(str(failure) if is_ours else f"{type(failure).__name__}: {failure}")
+
+
+def tell_error(line: str) -> None:
+    """Prints the one line that says why a program ends."""
+    print(f"error: {harmless(one_line(line))}", file=sys.stderr, flush=True)
+
+
+def obey_quiet(argv: Sequence[str]) -> None:
+    """Silences `say` and bars from now on where a command line has --quiet."""
+    set_quiet(any(option.key == "quiet" and option.value is None for option in split_options(argv)))
+
+
+def run_program(main: Callable[[], None]) -> int:
+    """Returns the exit code of a program that is one process, after it told its error; see EXIT_CODES.
+
+    `dpo.distributed.program.run_program` does the same for ranks.
+    """
+    obey_quiet(sys.argv[1:])
     try:
-        return parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise UserError(f"command line: {error}; valid: see {parser.prog} --help") from error
+        main()
+    except KeyboardInterrupt as stop:
+        return exit_code_of(stop)
+    except (UserError, RunError, OSError) as failure:
+        tell_error(line_of(failure))
+        return exit_code_of(failure)
+    return 0

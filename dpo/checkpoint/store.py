@@ -21,6 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from dpo.base.command import line_of
 from dpo.base.console import say
 from dpo.base.errors import RunError, UserError
 from dpo.distributed.collectives import on_main
@@ -85,7 +86,7 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
             before_commit()
             _commit(draft, target, state, shelf.keep)
         except OSError as failure:  # told when the run is many steps further
-            raise RunError(f"{target}: {type(failure).__name__}: {failure}") from failure
+            raise RunError(f"{target}: {line_of(failure)}") from failure
 
     on_main(world, commit, group)
 
@@ -219,5 +220,5 @@ def read_state(folder: Path, key: str) -> RunState:
     """
     fault = _fault(folder)
     if fault is not None:
-        raise UserError(f"{key}: {folder}: {fault}; valid: a folder RUN/checkpoints/step-000100")
+        raise UserError(key, f"{folder}: {fault}", "a folder RUN/checkpoints/step-000100")
     return RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))

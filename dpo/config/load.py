@@ -5,7 +5,6 @@ Defaults < the file of --config < --SECTION.KEY on the command line. The fields 
 
 import dataclasses
 import inspect
-import re
 import sys
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any, get_origin, get_type_hints
 import docstring_parser
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from dpo.base.command import COMMAND_LINE, QUIET, split_options
 from dpo.base.errors import UserError
 from dpo.config.fields import (
     BatchConfig,
@@ -31,7 +31,6 @@ from dpo.config.fields import (
     TrainConfig,
 )
 from dpo.config.reading import (
-    COMMAND_LINE,
     Given,
     describe,
     options_of_file,
@@ -62,6 +61,8 @@ __all__ = [
 ]
 
 SECTIONS: Mapping[str, type] = get_type_hints(Config)
+KEYS = frozenset(f"{section}.{field.name}" for section, cls in SECTIONS.items() for field in dataclasses.fields(cls))
+"""Every key of the config, SECTION.KEY."""
 
 
 def load_config(argv: Sequence[str] | None, prog: str, description: str = "") -> Config:
@@ -85,20 +86,19 @@ def load_config(argv: Sequence[str] | None, prog: str, description: str = "") ->
     return config
 
 
-def with_place(message: str, argv: Sequence[str]) -> str:
-    """A message that begins with a config key, after the place where that key was given: the file or the command line.
+def with_place(failure: UserError, argv: Sequence[str]) -> UserError:
+    """Returns a UserError whose place is a key of the config, at the file or the command line that gave the key; any
+    other as it is.
 
-    What is wrong with a value often shows long after the config was read, when only the key is known.
+    What is wrong with a value often shows long after the config was read, when only the key is known. `argv` may hold
+    a program's own flags too.
     """
-    keys = [f"{name}.{field.name}" for name, cls in SECTIONS.items() for field in dataclasses.fields(cls)]
-    key = re.match(rf"({'|'.join(map(re.escape, keys))})\b", message)
-    try:
-        line = split_command_line(argv)
-    except UserError:
-        return message
-    if key is None or (line.config is None and key[0] not in line.texts):
-        return message
-    return f"{COMMAND_LINE if key[0] in line.texts else line.config}: {message}"
+    key = failure.place.partition("[")[0]
+    if key not in KEYS:
+        return failure
+    given = {option.key: option.value for option in split_options(argv)}
+    place = COMMAND_LINE if key in given else given.get("config")
+    return failure if place is None else failure.at(f"{place}: {failure.place}")
 
 
 def to_yaml(config: Config) -> str:
@@ -114,7 +114,7 @@ def _build(given: Mapping[str, Given], place: str) -> Config:
             if name not in values:
                 kind = describe(get_type_hints(cls)[name])
                 key = f"{section}.{name}"
-                raise UserError(f"{place}: {key}: is missing; valid: {kind}, in the YAML file or as --{key}")
+                raise UserError(f"{place}: {key}", "is missing", f"{kind}, in the YAML file or as --{key}")
         sections[section] = cls(**values)
     return Config(**sections)
 
@@ -135,8 +135,7 @@ def help_text(prog: str, description: str) -> str:
     parser.add_argument("--config", metavar="FILE", help=about, default=SUPPRESS)
     about = "print the resolved config as YAML and end"
     parser.add_argument("--print_config", action="store_true", help=about, default=SUPPRESS)
-    about = "leave out what tells of the progress; results, warnings and errors stay"
-    parser.add_argument("--quiet", action="store_true", help=about, default=SUPPRESS)
+    parser.add_argument("--quiet", action="store_true", help=QUIET, default=SUPPRESS)
     for section, cls in SECTIONS.items():
         _add_help(parser, section, cls)
         if cls is DataConfig:

@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from dpo.base.command import COMMAND_LINE, SWITCHES, Option, split_options
 from dpo.base.errors import UserError
 from dpo.config.strict_yaml import parse_yaml, read_yaml_file
-
-COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
@@ -29,41 +28,35 @@ class CommandLine:
     """--print_config was given."""
     help: bool
     """--help or -h was given."""
-    quiet: bool
-    """--quiet was given."""
 
 
 def split_command_line(argv: Sequence[str]) -> CommandLine:
-    """The words as --KEY VALUE or --KEY=VALUE; values may start with one dash, not with two."""
-    words = list(argv)
+    """Returns a command line that gives nothing but a config. Raises UserError for a word that belongs to no key, and
+    for a key without a value.
+    """
     texts: dict[str, str] = {}
-    config: str | None = None
-    switches = set()
-    while words:
-        word = words.pop(0)
-        if word in ("-h", "--help", "--print_config", "--quiet"):
-            switches.add(word)
+    configs, switches = [], set()
+    for option in split_options(argv):
+        if option.words == ("-h",) or (option.key in SWITCHES and option.value is None):
+            switches.add(option.words[0])
             continue
-        key, value = _key_and_value(word, words)
-        if key == "config" and config is not None:
-            _wrong(COMMAND_LINE, "config", f"given twice, {config!r} and {value!r}", "one --config FILE")
-        elif key == "config":
-            config = value
+        key, value = _key_and_value(option)
+        if key == "config":
+            configs.append(value)
         else:
             texts[key] = value
-    is_help = bool(switches & {"-h", "--help"})
-    return CommandLine(config, texts, "--print_config" in switches, is_help, "--quiet" in switches)
+    if len(configs) > 1:
+        _wrong(COMMAND_LINE, "config", f"given twice, {configs[0]!r} and {configs[1]!r}", "one --config FILE")
+    config = configs[0] if configs else None
+    return CommandLine(config, texts, "--print_config" in switches, bool(switches & {"-h", "--help"}))
 
 
-def _key_and_value(word: str, rest: list[str]) -> tuple[str, str]:
-    if not re.fullmatch(r"--[^-=].*", word, re.DOTALL):
-        raise UserError(f"{COMMAND_LINE}: {word!r}: unexpected word; valid: --config FILE, --SECTION.KEY VALUE")
-    key, equals, value = word[2:].partition("=")
-    if equals:
-        return key, value
-    if not rest or rest[0].startswith("--"):
-        _wrong(COMMAND_LINE, key, "has no value", f"--{key} VALUE, --{key}=VALUE")
-    return key, rest.pop(0)
+def _key_and_value(option: Option) -> tuple[str, str]:
+    if option.key is None:
+        _wrong(COMMAND_LINE, repr(option.value), "unexpected word", "--config FILE, --SECTION.KEY VALUE")
+    if option.value is None:
+        _wrong(COMMAND_LINE, option.key, "has no value", f"--{option.key} VALUE, --{option.key}=VALUE")
+    return option.key, option.value
 
 
 @dataclass(frozen=True)
@@ -221,5 +214,4 @@ def _unknown(place: str, key: str, names: list[str]) -> NoReturn:
 
 
 def _wrong(place: str, key: str, what: str, valid: str) -> NoReturn:
-    line = f"{place}: {key}: {what}; valid: {valid}" if key else f"{place}: {what}; valid: {valid}"
-    raise UserError(re.sub(r"\s+", " ", line))
+    raise UserError(f"{place}: {key}" if key else place, what, valid)

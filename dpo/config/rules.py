@@ -64,7 +64,7 @@ def validate(config: Config, places: Mapping[str, str] | None = None, default_pl
     for problem in _problems(config):
         key = problem.keys[0]
         place = _place(problem.keys, places or {}, default_place)
-        raise UserError(f"{place}: {key}: {problem.what}; valid: {problem.valid}")
+        raise UserError(f"{place}: {key}", problem.what, problem.valid)
 
 
 def _place(keys: Sequence[str], places: Mapping[str, str], default: str) -> str:

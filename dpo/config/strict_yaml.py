@@ -58,7 +58,7 @@ def read_yaml_file(path: str) -> Any:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         problem = f"byte {data[error.start]:#04x} is not UTF-8"
-        raise UserError(f"{path}:{line}: {problem}; valid: a YAML file in UTF-8") from error
+        raise UserError(f"{path}:{line}", problem, "a YAML file in UTF-8") from error
     return parse_yaml(text, lambda line: f"{path}:{line}", valid="lines of KEY: VALUE, each key once")
 
 
@@ -75,7 +75,7 @@ def parse_yaml(text: str, where: Callable[[int], str], valid: str) -> Any:
         line, problem = 1, "a value does not fit its !!tag"
     except RecursionError:
         line, problem = 1, "brackets are nested too deep"
-    raise UserError(f"{where(line)}: not valid YAML: {problem}; valid: {valid}")
+    raise UserError(where(line), f"not valid YAML: {problem}", valid)
 
 
 def dump_yaml(tree: Any) -> str:

@@ -56,7 +56,7 @@ def choose_prompts(keys: np.ndarray, holdout: int | float | None, seed: int, whe
     unique = np.unique(keys)
     num = holdout if isinstance(holdout, int) else max(1, round(holdout * len(unique)))
     if num >= len(unique):
-        raise UserError(f"{where}: {num} prompts of {len(unique)} leave none to train on; valid: fewer")
+        raise UserError(where, f"{num} prompts of {len(unique)} leave none to train on", "fewer")
     data, secret = unique.tobytes(), str(seed).encode()
     hashes = [hashlib.blake2b(data[i : i + 16], key=secret, digest_size=16).digest() for i in range(0, len(data), 16)]
     return unique[np.argsort(np.array(hashes, "S16"), kind="stable")[:num]]

@@ -116,8 +116,8 @@ def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[
 def _raise_first_dropped(sources: list[_Tokenized]) -> None:
     for one in sources:
         for reason, where in dropped_pairs(one.rows):
-            what = f"{reason}: a pair without a preference; valid: no such pair, or data.on_bad_row drop"
-            raise UserError(f"{one.source.place(where)}: {what}")
+            what = f"{reason}: a pair without a preference"
+            raise UserError(one.source.place(where), what, "no such pair, or data.on_bad_row drop")
 
 
 def _check_enough(data: PreferenceData, pairs_per_step: int) -> None:
@@ -130,7 +130,7 @@ def _check_enough(data: PreferenceData, pairs_per_step: int) -> None:
         if dropped:
             what += f" (dropped: {', '.join(f'{count} {reason}' for reason, count in dropped.items())})"
         fewer = f", or batch.pairs_per_step up to {num_pairs}" if num_pairs else ""
-        raise UserError(f"data.train: {what}; valid: more pairs{fewer}")
+        raise UserError("data.train", what, f"more pairs{fewer}")
 
 
 # --- the pairs and their counts, cached -------------------------------------------------------------------------------

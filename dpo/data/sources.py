@@ -73,10 +73,10 @@ def open_source(config: SourceConfig, key: str) -> Source:
             source = _open_folder(config, path, key) if path.is_dir() else _open_hub(config, key)
     except PermissionError as error:
         raise UserError(
-            f"{key}.path: {config.path}: cannot be read: {error.strerror}; valid: what you may read"
+            f"{key}.path", f"{config.path}: cannot be read: {error.strerror}", "what you may read"
         ) from error
     if len(source.rows) == 0:
-        raise UserError(f"{config.path}: empty, it has no rows; valid: at least one row")
+        raise UserError(config.path, "empty, it has no rows", "at least one row")
     return source
 
 
@@ -86,7 +86,7 @@ def open_source(config: SourceConfig, key: str) -> Source:
 def _open_file(config: SourceConfig, path: Path, key: str) -> Source:
     if config.split != "train" or config.name is not None:
         wrong = "split" if config.split != "train" else "name"
-        raise UserError(f"{key}.{wrong}: {config.path} is one file; valid: no {wrong}")
+        raise UserError(f"{key}.{wrong}", f"{config.path} is one file", f"no {wrong}")
     content = digest(file_hashes([path]))
     with path.open("rb") as file:
         is_parquet = file.read(len(PARQUET)) == PARQUET
@@ -129,22 +129,22 @@ def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
     try:
         saved = datasets.load_from_disk(str(path))
     except IndexError as error:  # what `datasets` raises where no file holds a row
-        raise UserError(f"{config.path}: empty, it has no rows; valid: at least one row") from error
+        raise UserError(config.path, "empty, it has no rows", "at least one row") from error
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{key}.path: {config.path}: cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"{key}.path", f"{config.path}: cannot be loaded: {first_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         if config.split not in saved:
-            raise UserError(f"{key}.split: {config.path} has no split {config.split}; valid: {', '.join(saved)}")
+            raise UserError(f"{key}.split", f"{config.path} has no split {config.split}", ", ".join(saved))
         return saved[config.split]
     if config.split not in ("train", str(saved.split)):
-        raise UserError(f"{key}.split: {config.path} holds one set without splits; valid: no split")
+        raise UserError(f"{key}.split", f"{config.path} holds one set without splits", "no split")
     return saved
 
 
 def _open_hub(config: SourceConfig, key: str) -> Source:
     if not is_hub_id(config.path) or config.path.endswith(DATA_SUFFIXES):
         valid = "a file, a folder, a hub id org/name"
-        raise UserError(f"{key}.path: no such file or folder: {config.path}; valid: {valid}")
+        raise UserError(f"{key}.path", f"no such file or folder: {config.path}", valid)
     rows = _load(config.path, key, config.path, config.name, split=config.split)
     return Source(config.path, rows, set(rows.column_names), digest([rows._fingerprint]), has_lines=False)
 
@@ -156,7 +156,7 @@ def _load(path: str, key: str, *args: Any, **options: Any) -> datasets.Dataset:
     try:
         return datasets.load_dataset(*args, **options)
     except Exception as error:  # the hub, its http client, fsspec and arrow raise classes without a common base
-        raise UserError(f"{key}.path: {path}: cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"{key}.path", f"{path}: cannot be loaded: {first_line(error)}") from error
     finally:
         datasets.logging.set_verbosity(verbosity)
 

@@ -121,7 +121,7 @@ def raise_first_error(rows: datasets.Dataset, source: Source) -> None:
         if errors.null_count < len(errors):
             first = int(np.flatnonzero(errors.is_valid().to_numpy())[0])
             where = table.column("where")[first].as_py()
-            raise UserError(f"{source.place(where)}: {' '.join(errors[first].as_py().splitlines())}")
+            raise UserError(source.place(where), errors[first].as_py())
 
 
 # --- columns as numpy, a block of rows at a time, so that a large set stays on disk ---------------------------------

@@ -30,16 +30,16 @@ class Encoder:
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or hub id. Raises UserError if it cannot be loaded or has no EOS token."""
     if not Path(path).is_dir() and not is_tokenizer_id(path):
-        raise UserError(f"model.tokenizer: {path}: no such folder; valid: a folder with a tokenizer, a hub id org/name")
+        raise UserError("model.tokenizer", f"{path}: no such folder", "a folder with a tokenizer, a hub id org/name")
     try:
         if Path(path).is_dir() and not has_tokenizer(Path(path)):
             raise OSError("it holds none")  # transformers makes an empty one from a model's config
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :")
-        raise UserError(f"model.tokenizer: {path}: cannot be loaded: {what}; valid: a tokenizer's folder") from error
+        raise UserError("model.tokenizer", f"{path}: cannot be loaded: {what}", "a tokenizer's folder") from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.tokenizer: {path}: the tokenizer has no EOS token; valid: one with an eos_token")
+        raise UserError("model.tokenizer", f"{path}: the tokenizer has no EOS token", "one with an eos_token")
     return tokenizer
 
 
@@ -64,7 +64,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     """Raise UserError if the tokenizer has more tokens than the model has embeddings."""
     if len(tokenizer) > vocab_size:
         what = f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocab_size}"
-        raise UserError(f"model.tokenizer: {tokenizer.name_or_path}: {what}; valid: the tokenizer of the model")
+        raise UserError("model.tokenizer", f"{tokenizer.name_or_path}: {what}", "the tokenizer of the model")
 
 
 def encoder_content(encoder: Encoder) -> str:

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from dpo.base.command import parse_arguments
+from dpo.base.command import Parser, parse_arguments
 from dpo.base.errors import UserError
 from dpo.config import (
     BatchConfig,
@@ -73,12 +73,13 @@ class Answers:
 def start_afresh(out: Path) -> None:
     """Makes `out` an empty folder with the demo's marker. Raises UserError where that would remove another's files."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"command line: --out: {out} is a file; valid: a folder of an earlier demo, or a free name")
+        raise UserError("command line: --out", f"{out} is a file", "a folder of an earlier demo, or a free name")
     if out.is_dir() and any(out.iterdir()):
         if not (out / MARKER).is_file():
             raise UserError(
-                f"command line: --out: {out} has files and no {MARKER}, so it is not a demo's to replace;"
-                " valid: a folder of an earlier demo, or a free name"
+                "command line: --out",
+                f"{out} has files and no {MARKER}, so it is not a demo's to replace",
+                "a folder of an earlier demo, or a free name",
             )
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -239,7 +240,7 @@ def run_demo(out: Path) -> None:
 
 def main() -> None:
     """`python -m dpo.demo`."""
-    parser = argparse.ArgumentParser("python -m dpo.demo", description=__doc__, allow_abbrev=False,
+    parser = Parser("python -m dpo.demo", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="its folder; default: runs/demo")
     run_demo(parse_arguments(parser).out)

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from dpo.base.command import line_of
 from dpo.base.errors import RunError, UserError
 from dpo.distributed.world import World
 
@@ -57,7 +58,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     except (UserError, RunError) as failure:
         return None, failure
     except OSError as failure:
-        return None, RunError(f"{type(failure).__name__}: {failure}")
+        return None, RunError(line_of(failure))
 
 
 def all_gather(value: T) -> list[T]:

@@ -16,20 +16,25 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dpo.base.errors import RunError
+from dpo.base.command import exit_code_of, line_of, split_options, words_of
+from dpo.base.errors import RunError, UserError, one_line
 from dpo.machine.data_sheets import GIB, find_sheet
 
 
 def record_failure(failure: Exception, details: str) -> None:
     """Writes why and when this rank failed where torchrun, which prints `details`, and `launch/node.py` look for it.
 
-    The form is that of torch's `torch.distributed.elastic.multiprocessing.errors.record`, which knows the time only to
-    the second: too coarse to tell the rank that failed first from those that lost it.
+    The form is that of torch's `torch.distributed.elastic.multiprocessing.errors.record`, with more in `extraInfo`:
+    seconds    the time; torch's `timestamp` is too coarse to tell the rank that failed first from those that lost it
+    exit_code  of this rank
+    told       the line that the user is told; empty where the failure is not one that this package describes
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         now = time.time()
+        told = line_of(failure) if isinstance(failure, (UserError, RunError)) else ""
         extra = {"py_callstack": details, "timestamp": str(int(now)), "seconds": now}
+        extra |= {"exit_code": exit_code_of(failure), "told": told}
         message = {"message": f"{type(failure).__name__}: {failure}", "extraInfo": extra}
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
@@ -74,9 +79,10 @@ def met_alone(failure: Exception) -> str | None:
         need = [note for note in getattr(failure, "__notes__", ()) if note.startswith(_NOTE)]
         return _named(f"out of {kind} memory: {_asked(cause)}; {'; '.join([peak, *need, _what_helps()])}")
     if isinstance(failure, OSError):
-        return f"{type(failure).__name__}: {_line(failure)}"
+        return line_of(failure)
     if _is_runtime(failure) and _LOST.search(str(failure)):
-        return _named(f"the connection to another rank was lost ({_line(failure)}): that rank's own message says why")
+        lost = f"the connection to another rank was lost ({one_line(str(failure))})"
+        return _named(f"{lost}: that rank's own message says why")
     return None
 
 
@@ -119,10 +125,6 @@ def _named(what: str) -> str:
     return f"rank {os.environ.get('RANK', '0')}: {what}"
 
 
-def _line(failure: BaseException) -> str:
-    return " ".join(str(failure).split())
-
-
 def _asked(failure: BaseException) -> str:
     """How much was asked for, where the failure says it."""
     text = str(failure)
@@ -130,7 +132,7 @@ def _asked(failure: BaseException) -> str:
         return f"{size[1]} were asked for"
     if count := re.search(r"tried to allocate (\d+) bytes", text):
         return f"{int(count[1]) / GIB:.2f} GiB were asked for"
-    return _line(failure) or "its size is not known"
+    return one_line(str(failure)) or "its size is not known"
 
 
 def _device_peak() -> str:
@@ -163,21 +165,9 @@ def estimate_command(argv: Sequence[str]) -> str | None:
     """The command that says what a step of these ranks needs, for a program's command line; None where that has no key
     of the config.
     """
-    words = _config_words(argv)
+    words = words_of([option for option in split_options(argv) if option.is_config])
     here = ["--ranks", os.environ.get("WORLD_SIZE", "1"), "--device", _this_device() or "NAME"]
     return f"python -m dpo.estimate {shlex.join([*words, *here])}" if words else None
-
-
-def _config_words(argv: Sequence[str]) -> list[str]:
-    """The words of a command line that give keys of the config: what `dpo.estimate` takes too."""
-    kept, keep = [], False
-    for word in argv:
-        if word.startswith("--"):
-            flag = word.partition("=")[0]
-            keep = flag == "--config" or "." in flag
-        if keep:
-            kept.append(word)
-    return kept
 
 
 def _this_device() -> str | None:

@@ -10,7 +10,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from dpo.base.console import harmless, say, set_quiet, warn
+from dpo.base.command import exit_code_of, line_of, obey_quiet, tell_error
+from dpo.base.console import say, warn
 from dpo.base.errors import Preempted, RunError, UserError
 from dpo.base.status import write_status
 from dpo.config import with_place
@@ -35,15 +36,14 @@ def exit_program(main: Callable[[], None]) -> NoReturn:
 
 
 def run_program(main: Callable[[], None]) -> int:
-    """The exit code of a program: 0 done (also where it was asked to stop, and saved), 2 the user's input is wrong,
-    1 something found while running, 130 Ctrl-C.
+    """Returns the exit code of a rank of a program, by `dpo.base.command.EXIT_CODES`, after it told its error.
 
     Rank 0 alone prints the error, in one line, but for what one rank meets alone (see `met_alone`): that rank prints it
     and ends at once, so that torchrun ends the others, which may wait for it in a collective. Any other exception is a
     bug, and its traceback is shown. Why a rank failed stands in the file that torchrun asks for.
     """
     is_main = int(os.environ.get("RANK", "0")) == 0
-    set_quiet("--quiet" in sys.argv)
+    obey_quiet(sys.argv[1:])
     untested = untested_versions()
     if untested and is_main:
         warn(untested)
@@ -54,26 +54,26 @@ def run_program(main: Callable[[], None]) -> int:
             write_status({"state": "preempted", "step": stop.step})
             say(str(stop))
         _leave_together()
-        return 0
+        return exit_code_of(stop)
     except (UserError, RunError) as failure:
-        record_failure(failure, str(failure))
+        placed = with_place(failure, sys.argv[1:]) if isinstance(failure, UserError) else failure
+        record_failure(placed, line_of(placed))
         if is_main:
-            message = harmless(" ".join(str(failure).split()))
-            print(f"error: {with_place(message, sys.argv[1:])}", file=sys.stderr, flush=True)
+            tell_error(line_of(placed))
         _leave_together()
-        return 2 if isinstance(failure, UserError) else 1
-    except KeyboardInterrupt:
+        return exit_code_of(failure)
+    except KeyboardInterrupt as stop:
         if is_main:
             what = "the same command goes on from the newest checkpoint, or starts again where there is none yet"
             print(f"stopped; {what}", file=sys.stderr, flush=True)
-        return 130
+        return exit_code_of(stop)
     except Exception as failure:
         line = met_alone(failure)
         record_failure(failure, line or traceback.format_exc())
         if line is None:
             raise
-        print(f"error: {harmless(line)}", file=sys.stderr, flush=True)  # it does not wait for the others
-        return 1
+        tell_error(line)  # it does not wait for the others
+        return exit_code_of(failure)
     if is_main:
         write_status({"state": "done"})
     return 0

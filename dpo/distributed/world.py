@@ -75,8 +75,9 @@ def check_mesh(world: World, parallel: ParallelConfig) -> int:
     shard = parallel.shard or max(world.size // parallel.replicate, 1)
     if parallel.replicate * shard != world.size:
         raise UserError(
-            f"parallel.shard: replicate {parallel.replicate} x shard {shard} is not the number of ranks"
-            f" {world.size}; valid: replicate * shard = {world.size}"
+            "parallel.shard",
+            f"replicate {parallel.replicate} x shard {shard} is not the number of ranks {world.size}",
+            f"replicate * shard = {world.size}",
         )
     return shard
 

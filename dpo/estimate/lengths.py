@@ -51,8 +51,9 @@ def find_lengths(
     completion = completion_tokens or (longest and prompt and longest - prompt)
     if not prompt or not completion or completion < 1:
         raise UserError(
-            "command line: --prompt-tokens, --completion-tokens: are needed where the data is not read and"
-            " data.max_length is null; valid: both, in tokens"
+            "command line: --prompt-tokens, --completion-tokens",
+            "are needed where the data is not read and data.max_length is null",
+            "both, in tokens",
         )
     said = f"prompts of {prompt:,} and two completions of {completion:,} tokens, {missing}"
     trees = _equal_trees(config.batch.pairs_per_step, prompt, completion)

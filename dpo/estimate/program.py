@@ -65,9 +65,9 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     config = load_config(rest, "dpo.estimate", DESCRIPTION)
     for name, value in vars(own).items():
         if name != "device" and value is not None and not value > 0:
-            raise UserError(f"command line: --{name.replace('_', '-')}: must be > 0, got {value}; valid: a number > 0")
+            raise UserError(f"command line: --{name.replace('_', '-')}", f"must be > 0, got {value}", "a number > 0")
     if own.mfu is not None and own.mfu > 1:
-        raise UserError(f"command line: --mfu: must be <= 1, got {own.mfu}; valid: a share of the peak, like 0.4")
+        raise UserError("command line: --mfu", f"must be <= 1, got {own.mfu}", "a share of the peak, like 0.4")
     num_ranks = own.ranks or _ranks_of(config)
     check_mesh(World(0, num_ranks, 0, num_ranks, torch.device("cpu")), config.parallel)
     ranks_per_node = min(own.ranks_per_node or DEFAULT_RANKS_PER_NODE, num_ranks)
@@ -78,13 +78,13 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
 def _ranks_of(config: Config) -> int:
     if config.parallel.shard is None:
         what = "is missing, and parallel.shard is null"
-        raise UserError(f"command line: --ranks: {what}; valid: --ranks N, the number of GPUs of all nodes")
+        raise UserError("command line: --ranks", what, "--ranks N, the number of GPUs of all nodes")
     return config.parallel.shard * config.parallel.replicate
 
 
 def _device(own: argparse.Namespace, ranks_per_node: int) -> Device:
     if own.device not in (*DEVICES, "cpu"):
-        raise UserError(f"command line: --device: no such device: {own.device}; valid: {', '.join(DEVICES)}, cpu")
+        raise UserError("command line: --device", f"no such device: {own.device}", f"{', '.join(DEVICES)}, cpu")
     device = this_machine(ranks_per_node) if own.device == "cpu" else DEVICES[own.device]
     link = device.link if own.link_gb_s is None else own.link_gb_s * 1e9
     node_link = device.node_link if own.node_link_gb_s is None else own.node_link_gb_s * 1e9
@@ -95,7 +95,7 @@ def _with_dtype(config: Config, device: Device) -> Config:
     """As `needs.with_dtype`. Raises UserError where nothing is known of the device in that dtype."""
     config = with_dtype(config, device)
     if config.parallel.compute_dtype == "float64" and not device.is_cpu:
-        raise UserError(f"model.dtype: no peak of {device.name} in float64 is known; valid: float32, or --device cpu")
+        raise UserError("model.dtype", f"no peak of {device.name} in float64 is known", "float32, or --device cpu")
     return config
 
 

@@ -47,9 +47,9 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     own, rest = split_words(parser, argv)
     config = load_config(rest, "dpo.inspect", DESCRIPTION)
     if own.examples < 0:
-        raise UserError(f"command line: --examples: must be >= 0, got {own.examples}; valid: an integer >= 0")
+        raise UserError("command line: --examples", f"must be >= 0, got {own.examples}", "an integer >= 0")
     if own.html is not None and (own.html.is_dir() or not own.html.parent.is_dir()):
-        raise UserError(f"command line: --html: cannot be written: {own.html}; valid: a file in a folder that exists")
+        raise UserError("command line: --html", f"cannot be written: {own.html}", "a file in a folder that exists")
     return Arguments(config, own.html, own.examples)
 
 

@@ -80,7 +80,7 @@ def check_toolchain(facts: Facts, needs: Needs) -> None:
     """Raises UserError, in one line, for all that would stop a run on this machine."""
     problems = find_problems(facts, needs)
     if problems:
-        raise UserError(f"{facts.host}: {'; and '.join(problems)}")
+        raise UserError(facts.host, "; and ".join(problems))
 
 
 def find_problems(facts: Facts, needs: Needs) -> list[str]:

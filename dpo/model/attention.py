@@ -139,10 +139,10 @@ def tree_attention(  # noqa: PLR0913  (the signature that transformers calls)
     wishes = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
     if wishes:
         what = f"{type(module).__name__} wants {', '.join(wishes)}, which shared-prefix attention does not do"
-        raise UserError(f"model.path: not supported: {what}")
+        raise UserError("model.path", f"not supported: {what}")
     if layout is None:
         what = f"{type(module).__name__} is not handed on what its model's forward is given: the places of the trees"
-        raise UserError(f"model.path: not supported: {what}")
+        raise UserError("model.path", f"not supported: {what}")
     mask = layout.masks[sliding_window]
     if isinstance(mask, BlockMask):
         output = block_attention(query, key, value, mask, scaling)

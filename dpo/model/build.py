@@ -57,7 +57,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_cod
     except KeyError as failure:
         if failure.args != (ATTENTION,):
             raise
-        raise UserError(_unsupported(config, "their attention cannot be replaced")) from failure
+        raise _unsupported(config, "their attention cannot be replaced") from failure
     _check_structure(model)
     # Taken before fully_shard, which renames the class by which transformers looks the conversions up.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
@@ -76,11 +76,11 @@ def _check_structure(model: PreTrainedModel) -> None:
         (set(model.children()) != body_and_head, "there is more than one linear layer between the body and the logits"),
     ):
         if applies:
-            raise UserError(_unsupported(model.config, reason))
+            raise _unsupported(model.config, reason)
 
 
-def _unsupported(config: PretrainedConfig, reason: str) -> str:
-    return f"model.path: {config.model_type} models are not supported: {reason}"
+def _unsupported(config: PretrainedConfig, reason: str) -> UserError:
+    return UserError("model.path", f"{config.model_type} models are not supported: {reason}")
 
 
 def _switch_dropout_off(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import AutoConfig, PretrainedConfig
 
-from dpo.base.errors import UserError
+from dpo.base.errors import UserError, one_line
 from dpo.base.hub import is_hub_id
 from dpo.config import Config
 from dpo.distributed.collectives import all_gather, first_on_each_node, on_main, together
@@ -45,27 +45,28 @@ def _find_model(path: str, key: str) -> Path:
     if not folder.exists():
         folder = _download(path, key)
     if not (folder / "config.json").is_file():
-        raise UserError(f"{key}: {path} has no config.json; valid: a Hugging Face model folder or hub id")
+        raise UserError(key, f"{path} has no config.json", "a Hugging Face model folder or hub id")
     if not list(folder.glob("*.safetensors")):
-        raise UserError(
-            f'{key}: {path} has no *.safetensors; convert it with: python -c "from transformers import'
-            f" AutoModelForCausalLM as M, AutoTokenizer as T;"
+        command = (
+            'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;'
             f" [x.from_pretrained('{path}').save_pretrained('{path}-safetensors') for x in (M, T)]\""
         )
+        raise UserError(key, f"{path} has no *.safetensors; convert it with: {command}")
     return folder
 
 
 def _download(path: str, key: str) -> Path:
     if not is_hub_id(path):
-        raise UserError(f"{key}: no such folder: {path}; valid: a Hugging Face model folder or hub id")
+        raise UserError(key, f"no such folder: {path}", "a Hugging Face model folder or hub id")
     try:
         patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
         return Path(snapshot_download(path, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as failure:
-        reason = " ".join(str(failure).split())[:200]
+        reason = one_line(str(failure))[:200]
         raise UserError(
-            f"{key}: {path} is no folder here and the hub did not give it ({reason}); valid: a Hugging Face"
-            " model folder or hub id"
+            key,
+            f"{path} is no folder here and the hub did not give it ({reason})",
+            "a Hugging Face model folder or hub id",
         ) from failure
 
 
@@ -74,10 +75,10 @@ def read_model_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as failure:
-        raise UserError(f"{folder}/config.json: {' '.join(str(failure).split())[:300]}") from failure
+        raise UserError(f"{folder}/config.json", one_line(str(failure))[:300]) from failure
     for applies, reason in _refusals(config):
         if applies:
-            raise UserError(f"model.path: {config.model_type} models are not supported: {reason}")
+            raise UserError("model.path", f"{config.model_type} models are not supported: {reason}")
     return config
 
 
@@ -136,7 +137,7 @@ def tensor_files(folder: Path) -> dict[str, tuple[Path, torch.Size]]:
                 for name in file.keys():
                     found[name] = (path, torch.Size(file.get_slice(name).get_shape()))
         except (SafetensorError, OSError) as failure:
-            raise UserError(f"{path}: not a readable safetensors file: {failure}") from failure
+            raise UserError(str(path), f"not a readable safetensors file: {failure}") from failure
     return found
 
 
@@ -181,12 +182,12 @@ def _find_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix
     wanted = {_stored_name(name, stored, base_prefix + "."): tensor for name, tensor in tensors.items()}
     missing = sorted(set(wanted) - set(stored))
     if missing:
-        raise UserError(f"{folder}: {len(missing)} tensors of the model are missing, the first is {missing[0]}")
+        raise UserError(str(folder), f"{len(missing)} tensors of the model are missing, the first is {missing[0]}")
     for name, tensor in wanted.items():
         file, shape = stored[name]
         if tensor.shape != shape:
             raise UserError(
-                f"{file}: {name} has shape {tuple(shape)} where the model's config.json wants {tuple(tensor.shape)}"
+                str(file), f"{name} has shape {tuple(shape)} where the model's config.json wants {tuple(tensor.shape)}"
             )
     return wanted
 
@@ -246,7 +247,7 @@ def read_named_config(name: str, key: str, trust_remote_code: bool) -> Pretraine
     """The config of a model, a folder or hub id, that stands under a key of the config."""
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
-        raise UserError(f"{key}: {path} has no config.json; valid: a Hugging Face model folder or hub id")
+        raise UserError(key, f"{path} has no config.json", "a Hugging Face model folder or hub id")
     if not path.exists() and not is_hub_id(name):
-        raise UserError(f"{key}: no such folder: {path}; valid: a Hugging Face model folder or hub id")
+        raise UserError(key, f"no such folder: {path}", "a Hugging Face model folder or hub id")
     return read_model_config(path, trust_remote_code)

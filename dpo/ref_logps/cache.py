@@ -71,8 +71,9 @@ def check_shared(folder: Path, world: World) -> None:
     def look() -> None:
         if not probe.is_file():
             raise UserError(
-                f"reference.cache_dir: rank {world.rank} does not see what rank 0 writes to {folder};"
-                " valid: a folder that all nodes share"
+                "reference.cache_dir",
+                f"rank {world.rank} does not see what rank 0 writes to {folder}",
+                "a folder that all nodes share",
             )
 
     together(look)
@@ -86,6 +87,6 @@ def _write_probe(folder: Path) -> Path:
         write_atomically(probe, b"")
     except OSError as failure:
         raise UserError(
-            f"reference.cache_dir: cannot write to {folder}: {failure}; valid: a folder to write in"
+            "reference.cache_dir", f"cannot write to {folder}: {failure}", "a folder to write in"
         ) from failure
     return probe

@@ -52,7 +52,7 @@ def find_start(config: Config) -> Start:
     resume = config.checkpoint.resume
     if resume == "never":
         if run_dir.exists() and any(path.name != JOBS for path in run_dir.iterdir()):
-            raise UserError(f"train.run_dir: {run_dir} is not empty; valid: a new folder, or {KEY} auto")
+            raise UserError("train.run_dir", f"{run_dir} is not empty", f"a new folder, or {KEY} auto")
         return Start()
     checkpoint = newest_checkpoint(run_dir) if resume == "auto" else _named_checkpoint(Path(resume), run_dir)
     return Start(checkpoint, read_state(checkpoint, KEY)) if checkpoint else Start()
@@ -61,9 +61,9 @@ def find_start(config: Config) -> Start:
 def _check_writable(run_dir: Path) -> None:
     present = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not present.is_dir():
-        raise UserError(f"train.run_dir: {run_dir}: {present} is a file; valid: a folder, or a name that is free")
+        raise UserError("train.run_dir", f"{run_dir}: {present} is a file", "a folder, or a name that is free")
     if not os.access(present, os.W_OK | os.X_OK):
-        raise UserError(f"train.run_dir: {run_dir}: cannot write to {present}; valid: a folder to write in")
+        raise UserError("train.run_dir", f"{run_dir}: cannot write to {present}", "a folder to write in")
 
 
 def is_finished(config: Config, start: Start, last_step: int) -> bool:
@@ -79,9 +79,7 @@ def _named_checkpoint(folder: Path, run_dir: Path) -> Path:
     the same command can be given again after an interruption.
     """
     if not folder.is_dir():
-        raise UserError(
-            f"{KEY}: no such folder: {folder}; valid: auto, never, a run folder or RUN/checkpoints/step-000100"
-        )
+        raise UserError(KEY, f"no such folder: {folder}", "auto, never, a run folder or RUN/checkpoints/step-000100")
     named = newest_checkpoint(folder) or folder
     own = None if _lies_in(named, run_dir) else newest_checkpoint(run_dir)
     if own:

@@ -42,6 +42,5 @@ def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
                 was = f"is not what it was when the checkpoint was written (hash {str(before)[:8]}, now {value[:8]})"
                 what = f"the content of {CONTENT_OF[key]} {was}"
             raise UserError(
-                f"{key}: cannot go on from {start.checkpoint}: {what};"
-                " valid: the same as before, or another train.run_dir"
+                key, f"cannot go on from {start.checkpoint}: {what}", "the same as before, or another train.run_dir"
             )

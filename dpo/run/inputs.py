@@ -104,7 +104,7 @@ def check_same_data(data: PreferenceData, world: World) -> None:
         if found != hashes[0]:
             key = "data.train" if found[0] != hashes[0][0] else "data.eval"
             what = f"rank {rank} reads other pairs than rank 0 (content {found} and {hashes[0]})"
-            raise UserError(f"{key}: {what}; valid: the same files, tokenizer and versions on every node")
+            raise UserError(key, what, "the same files, tokenizer and versions on every node")
 
 
 def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tuple[SourceModel, SourceModel]:

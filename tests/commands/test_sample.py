@@ -153,7 +153,7 @@ def test_a_model_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -
         },
     )
     out = capsys.readouterr().out
-    assert "\\x1b[31m" in out and "\\x07\\x9b2J" in out
+    assert "␛[31m" in out and "␇<U+009B>2J" in out
     assert not any(character in out for character in "\x1b\x07\x9b")
 
 
@@ -203,7 +203,7 @@ REFUSED: dict[str, tuple[str, str, list[str], str]] = {
     "not finite": ("p.txt", "a", ["--temperature", "nan"], "command line: --temperature: must be >= 0, got nan; "),
     "no number": ("p.txt", "a", ["--seed", "x"], "command line: argument --seed: invalid int value: 'x'; valid: "),
     "no reference": ("p.txt", "a", ["--reference", "/no"], "command line: --reference: no such folder: /no; valid: "),
-    "no tokenizer": ("p.txt", "a", ["--tokenizer", "/no"], "model.tokenizer: /no: no such folder; valid: "),
+    "no tokenizer": ("p.txt", "a", ["--tokenizer", "/no"], "command line: --tokenizer: /no: no such folder; valid: "),
 }  # fmt: skip
 
 
@@ -233,7 +233,7 @@ def test_models_and_templates_that_cannot_read_are_refused(tmp_path: Path, capsy
         (
             "small",
             path,
-            f"model.tokenizer: {tmp_path / 'small'}: the tokenizer has 100 tokens, the model's vocabulary 97",
+            f"command line: --model: {tmp_path / 'small'}: the tokenizer has 100 tokens, the model's vocabulary 97",
         ),
         ("nothing", path, f"command line: --model: no such folder: {tmp_path / 'nothing'}; valid: "),
     ]

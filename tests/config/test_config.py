@@ -237,18 +237,30 @@ def test_float64_is_whole_or_not_at_all() -> None:
     validate(Config(model=ModelConfig("m", dtype="float64"), data=DataConfig([SourceConfig("a")]), parallel=exact))
 
 
+FILE = ("--config", "a.yaml")
+
+
 @pytest.mark.parametrize(
-    ("argv", "named"),
+    ("place", "argv", "named"),
     [
-        (["--config", "a.yaml"], "a.yaml: model.path: no such folder"),
-        (["--config", "a.yaml", "--model.path", "b"], "command line: model.path: no such folder"),
-        (["--checkpoint", "c"], "model.path: no such folder"),
+        ("model.path", FILE, "a.yaml: model.path"),
+        ("data.train[0].path", FILE, "a.yaml: data.train[0].path"),
+        ("data.train[0].path", (*FILE, "--data.train=[{path: b}]"), "command line: data.train[0].path"),
+        ("model.path", (*FILE, "--model.path", "b"), "command line: model.path"),
+        ("model.path", (*FILE, "--model.tokenizer", "b"), "a.yaml: model.path"),
+        ("model.path", ("--by-source", *FILE, "--json"), "a.yaml: model.path"),
+        ("model.path", ("--checkpoint", "c"), "model.path"),
+        ("data.jsonl:3", FILE, "data.jsonl:3"),
+        ("model.paths", FILE, "model.paths"),
+        ("a.yaml: model.path", FILE, "a.yaml: model.path"),
     ],
 )
-def test_a_late_error_is_given_the_place_of_its_key(argv: list[str], named: str) -> None:
-    """The file, or the command line where it overrode the file; nothing for a program that has neither."""
-    assert with_place("model.path: no such folder", argv) == named
-    assert with_place("data.jsonl:3: broken", argv) == "data.jsonl:3: broken"
+def test_a_late_error_is_given_the_place_of_its_key(place: str, argv: tuple[str, ...], named: str) -> None:
+    """The file, or the command line where it overrode the file; nothing for a program that has neither, and nothing for
+    what is no key of the config or has its place.
+    """
+    found = with_place(UserError(place, "loss.beta: is elsewhere", "here"), argv)
+    assert (found.place, found.what, found.valid) == (named, "loss.beta: is elsewhere", "here")
 
 
 @pytest.mark.parametrize(

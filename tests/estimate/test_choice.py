@@ -132,8 +132,11 @@ def test_speeds_that_decide_are_the_same_at_every_start() -> None:
 # --- a process of its own ---------------------------------------------------------------------------------------------
 
 
-def fail(kind: type[Exception]) -> None:
-    raise kind("so it is")
+USERS = UserError("model.path", "so it is", "another")
+
+
+def fail(failure: Exception) -> None:
+    raise failure
 
 
 def die(*_: Any) -> None:
@@ -143,10 +146,10 @@ def die(*_: Any) -> None:
 
 def test_a_process_of_its_own_gives_results_and_failures() -> None:
     assert in_own_process(max, 3, 7) == 7
-    with pytest.raises(UserError, match=r"^so it is$"):
-        in_own_process(fail, UserError)
+    with pytest.raises(UserError, match=r"^model\.path: so it is; valid: another$"):
+        in_own_process(fail, USERS)
     with pytest.raises(RunError, match=r"^ValueError: so it is \(estimate/test_choice\.py:\d+ in fail\)$"):
-        in_own_process(fail, ValueError)
+        in_own_process(fail, ValueError("so it is"))
     with pytest.raises(RunError, match=r"^its process ended without a result, with exit code -9$"):
         in_own_process(die)
 
@@ -224,8 +227,8 @@ def test_a_run_goes_on_where_the_estimate_fails(
 
 def test_a_model_that_cannot_be_built_is_a_fault_of_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A UserError of the estimate is no failure of the estimate."""
-    monkeypatch.setattr(at_start, "decide_by_bound", lambda case: fail(UserError))
-    with pytest.raises(UserError, match=r"^so it is$"):
+    monkeypatch.setattr(at_start, "decide_by_bound", lambda case: fail(USERS))
+    with pytest.raises(UserError, match=r"^model\.path: so it is; valid: another$"):
         run(six_steps(save_six_steps(tmp_path), tmp_path / "run"))
 
 

@@ -1,6 +1,7 @@
 """Why a rank failed, in the file where torchrun and the launcher look for it."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from dpo.base.errors import RunError, UserError
 from dpo.distributed.program import run_program
+from launch.failures import failures_of_node
 
 
 def recorded(failure: Exception, path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[int | None, dict]:
@@ -27,7 +29,7 @@ def recorded(failure: Exception, path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("failure", "code"),
     [
-        (UserError("loss.beta: wrong"), 2),
+        (UserError("loss.beta", "wrong", "right"), 2),
         (RunError("step 3: the gradient norm is nan"), 1),
         (OSError("No space left on device"), 1),
         (ZeroDivisionError("a bug"), None),
@@ -48,12 +50,37 @@ def test_every_failure_is_recorded(
     assert extra["seconds"] != int(extra["seconds"])
 
 
+@pytest.mark.parametrize(
+    ("failure", "told", "exit_code", "shown"),
+    [
+        (UserError("loss.beta", "bad", "good"), "a.yaml: loss.beta: bad; valid: good", 2, "{told}"),
+        (UserError("a.jsonl:3", "bad"), "a.jsonl:3: bad", 2, "{told}"),
+        (RunError("step 3: nan"), "step 3: nan", 1, "rank 0 on host: {told}"),
+        (OSError("No space left on device"), "", 1, "rank 0 on host: OSError: No space left on device"),
+    ],
+)
+def test_the_launcher_reads_what_a_rank_was_told(
+    failure: Exception, told: str, exit_code: int, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line that the rank prints, with the file that gave the key, and its exit code: from fields of the file, not
+    from the words of the message.
+    """
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", "a.yaml"])
+    path = tmp_path / "none_x" / "attempt_0" / "0" / "error.json"
+    path.parent.mkdir(parents=True)
+    recorded(failure, path, monkeypatch)
+    (found,) = failures_of_node(tmp_path, tmp_path / "torchrun.json", "", "host", first_rank=0)
+    assert (found.told, found.exit_code, found.traceback) == (told, exit_code, "")
+    assert found.is_users == (exit_code == 2)
+    assert str(found) == shown.format(told=told)
+
+
 def test_nothing_is_written_where_nobody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.chdir(tmp_path)
 
     def main() -> None:
-        raise UserError("wrong")
+        raise UserError("loss.beta", "wrong")
 
     assert run_program(main) == 2
     assert not list(tmp_path.iterdir())

@@ -3,10 +3,11 @@
 import pytest
 
 from dpo.base.errors import UserError
-from launch.arguments import Request, parse_request, split_words, unused_here
+from launch.arguments import Request, parse_request, unused_here
 from launch.durations import minutes_of
 
-GOOD = ("--config", "my.yaml", "--gpus-per-node", "8", "--time", "60")
+CONFIG = ("--config", "my.yaml")
+GOOD = (*CONFIG, "--gpus-per-node", "8", "--time", "60")
 
 
 def parse(*argv: str) -> Request:
@@ -42,8 +43,6 @@ def test_no_durations(text: str) -> None:
 
 def test_keys_with_a_dot_are_the_configs() -> None:
     argv = [
-        "--config",
-        "a.yaml",
         "--loss.beta",
         "0.5",
         "--nodes",
@@ -53,9 +52,9 @@ def test_keys_with_a_dot_are_the_configs() -> None:
         "-x",
         "--follow",
     ]
-    own, keys = split_words(argv)
-    assert own == ["--config", "a.yaml", "--nodes", "2", "--follow"]
-    assert keys == ["--loss.beta", "0.5", "--optim.lr=-1", "--model.path", "-x"]
+    request = parse(*argv)
+    assert (request.nodes, request.follow) == (2, True)
+    assert request.words == (*CONFIG, "--loss.beta", "0.5", "--optim.lr=-1", "--model.path", "-x")
 
 
 def test_the_run_gets_the_config_and_its_keys() -> None:

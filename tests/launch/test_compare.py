@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from dpo.base.command import run_program
 from dpo.board.hparams import ENTRY, KEYS
 from dpo.config import SourceConfig, to_yaml
 from launch import compare
-from launch.program import run_program
 from tests.support.boards import hparams_entry
 from tests.support.runs import make_config
 

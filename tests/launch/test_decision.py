@@ -1,6 +1,7 @@
 """Who is to blame, and what becomes of a job: the table of `launch.node`, row by row."""
 
 import signal
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,7 @@ def test_who_was_first(failures: list[Failure], to_blame: int) -> None:
 
 
 DONE, SAVED = {"state": "done", "step": 9}, {"state": "preempted", "step": 4}
+USERS = Failure("node0", 0, 1.0, "UserError: a.yaml: bad", told="a.yaml: bad", exit_code=2)
 BY_RANK_1 = "rank 1 on node1: ValueError: boom"
 
 
@@ -79,7 +81,7 @@ BY_RANK_1 = "rank 1 on node1: ValueError: boom"
         ({"exit_code": 1, "asked_to_stop": True, "status": SAVED}, "preempted", "saved at step 4", 0),
         ({"exit_code": 1, "asked_to_stop": True, "failures": [raised(1, 1.0)]}, "failed", BY_RANK_1, 1),
         ({"exit_code": 1, "failures": [raised(1, 1.0), killed(0, 2.0, signal.SIGTERM)]}, "failed", BY_RANK_1, 1),
-        ({"exit_code": 1, "failures": [raised(0, 1.0, "UserError: a.yaml: bad")]}, "failed", "a.yaml: bad", 2),
+        ({"exit_code": 1, "failures": [USERS]}, "failed", "a.yaml: bad", 2),
         ({"exit_code": 1, "failures": [killed(1, 1.0)]}, "crashed", "killed by SIGKILL; crash 1 of 2 that restart", 1),
         (
             {"exit_code": 1, "failures": [killed(1, 1.0)], "crashes_before": 1},
@@ -108,8 +110,9 @@ def test_what_becomes_of_the_job(facts: dict[str, Any], state: str, message: str
 
 def test_what_the_user_is_told() -> None:
     """What was written for the user is shown as it is; of a bug the traceback too."""
-    told = End(1, False, False, {}, [raised(0, 1.0, "RunError: step 3: the gradient norm is nan")])
-    assert decide(told, 2).message == "rank 0 on node0: step 3: the gradient norm is nan"
+    what = "step 3: the gradient norm is nan"
+    told = End(1, False, False, {}, [replace(raised(0, 1.0, f"RunError: {what}"), told=what)])
+    assert decide(told, 2).message == f"rank 0 on node0: {what}"
     assert decide(End(1, False, False, {}, [raised(0, 1.0)]), 2).traceback == "Traceback ...\n"
 
 

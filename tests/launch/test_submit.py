@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo.base.command import run_program
 from launch import submit
-from launch.program import run_program
 from launch.reports import Outcome, write_outcome
 from tests.launch.conftest import FakeSlurm
 

@@ -84,14 +84,14 @@ def detect_format(columns: set[str], first_row: Row, where: str) -> str:
         if any(needed <= columns for needed in alternatives) and not (name == "preference" and is_hh):
             return name
     valid = "; ".join(f"{name} {shape}" for name, shape in SHAPES.items())
-    raise UserError(f"{where}: no format fits the columns {', '.join(sorted(columns))}; valid: {valid}")
+    raise UserError(where, f"no format fits the columns {', '.join(sorted(columns))}", valid)
 
 
 def check_columns(format: str, columns: set[str], where: str) -> None:
     """Raise UserError, beginning with `where`, if the columns of a source lack what its format needs."""
     if not any(needed <= columns for needed in NEEDS[format]):
         what = f"the columns {', '.join(sorted(columns))} are not those of {format}"
-        raise UserError(f"{where}: {what}; valid: {SHAPES[format]}")
+        raise UserError(where, what, SHAPES[format])
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------

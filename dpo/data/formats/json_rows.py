@@ -24,11 +24,11 @@ def json_rows(path: str, name: str) -> Iterator[dict[str, Any]]:
     num_rows = 0
     for line, text, row in _located_rows(path, name):
         if not isinstance(row, dict):
-            raise UserError(f"{name}:{line}: the row is not an object; valid: {{field: value, …}}")
+            raise UserError(f"{name}:{line}", "the row is not an object", "{field: value, …}")
         yield {"row": text, "line": line, "columns": json.dumps(sorted(row))}
         num_rows += 1
     if num_rows == 0:
-        raise UserError(f"{name}: empty, it has no rows; valid: at least one row")
+        raise UserError(name, "empty, it has no rows", "at least one row")
 
 
 def _located_rows(path: str, name: str) -> Iterator[Located]:
@@ -54,9 +54,9 @@ def _text_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
             if begun:
                 yield line, text
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}:{line}: not UTF-8 ({error.reason}); valid: JSON in UTF-8") from error
+        raise UserError(f"{name}:{line}", f"not UTF-8 ({error.reason})", "JSON in UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{name}:{line + 1}: cannot be read: {error}") from error
+        raise UserError(f"{name}:{line + 1}", f"cannot be read: {error}") from error
 
 
 def _line_rows(first: tuple[int, str], lines: Iterable[tuple[int, str]], name: str) -> Iterator[Located]:
@@ -71,7 +71,7 @@ def _line_row(line: int, text: str, name: str) -> Located:
     text = text.strip(SPACE)
     value, end = _decode(text, 0, line, name)
     if end < len(text):
-        raise UserError(f"{name}:{line}: broken JSON: more after the row, at column {end + 1}; valid: one row a line")
+        raise UserError(f"{name}:{line}", f"broken JSON: more after the row, at column {end + 1}", "one row a line")
     return line, text, value
 
 
@@ -90,10 +90,10 @@ def _array_rows(first: tuple[int, str], lines: Iterable[tuple[int, str]], name: 
         at, line = _skip_space(text, end, line)
         ends, at = text[at : at + 1], at + 1
     if ends != "]":
-        raise UserError(f"{name}:{line}: broken JSON: a comma or ] is missing between the rows of the array")
+        raise UserError(f"{name}:{line}", "broken JSON: a comma or ] is missing between the rows of the array")
     at, line = _skip_space(text, at, line)
     if at < len(text):
-        raise UserError(f"{name}:{line}: broken JSON: something follows the array; valid: one array, or one row a line")
+        raise UserError(f"{name}:{line}", "broken JSON: something follows the array", "one array, or one row a line")
 
 
 def _skip_space(text: str, at: int, line: int) -> tuple[int, int]:
@@ -113,11 +113,11 @@ def _decode(text: str, at: int, line: int, name: str) -> tuple[Any, int]:
         return value, end
     except json.JSONDecodeError as error:
         line += text.count("\n", at, error.pos)
-        raise UserError(f"{name}:{line}: broken JSON: {error.msg} at column {error.colno}") from error
+        raise UserError(f"{name}:{line}", f"broken JSON: {error.msg} at column {error.colno}") from error
     except UnicodeEncodeError as error:
-        raise UserError(f"{name}:{line}: broken JSON: half a surrogate pair; valid: whole characters") from error
+        raise UserError(f"{name}:{line}", "broken JSON: half a surrogate pair", "whole characters") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name}:{line}: broken JSON: {error}") from error
+        raise UserError(f"{name}:{line}", f"broken JSON: {error}") from error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,126 @@
+"""Command lines divided into options, and how programs end: exit codes, the line of the error, --quiet."""
+
+import sys
+
+import pytest
+
+from dpo.base.command import (
+    Option,
+    own_flags,
+    parse_arguments,
+    run_program,
+    split_options,
+    split_words,
+    words_of,
+)
+from dpo.base.console import is_quiet, set_quiet
+from dpo.base.errors import RunError, UserError
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("--loss.beta 0.5", [("loss.beta", "0.5")]),
+        ("--loss.beta=0.5", [("loss.beta", "0.5")]),
+        ("--loss.beta=", [("loss.beta", "")]),
+        ("--a.b c=d", [("a.b", "c=d")]),
+        ("--a.b=c=d", [("a.b", "c=d")]),
+        ("--optim.lr -1", [("optim.lr", "-1")]),
+        ("--optim.lr --quiet", [("optim.lr", None), ("quiet", None)]),
+        ("--optim.lr", [("optim.lr", None)]),
+        ("--optim.lr -h", [("optim.lr", None), (None, "-h")]),
+        ("--quiet run", [("quiet", None), (None, "run")]),
+        ("--sweep a=1 b=2", [("sweep", "a=1"), (None, "b=2")]),
+        ("-x --=1 -- ---y", [(None, "-x"), (None, "--=1"), (None, "--"), (None, "---y")]),
+        ("", []),
+    ],
+)
+def test_options(words: str, options: list[tuple[str | None, str | None]]) -> None:
+    """Read off by hand; no word is lost."""
+    found = split_options(words.split())
+    assert [(option.key, option.value) for option in found] == options
+    assert words_of(found) == words.split()
+
+
+@pytest.mark.parametrize(
+    ("key", "is_key", "is_config"),
+    [("loss.beta", True, True), ("config", False, True), ("model", False, False), (None, False, False)],
+)
+def test_keys_of_the_config_have_a_dot(key: str | None, is_key: bool, is_config: bool) -> None:
+    option = Option(key, "1.5", ())
+    assert (option.is_key, option.is_config) == (is_key, is_config)
+
+
+def test_a_programs_own_flags_and_the_configs_words() -> None:
+    parser = own_flags("python -m p")
+    parser.add_argument("--by-source", action="store_true")
+    parser.add_argument("--num", type=int, default=3)
+    own, rest = split_words(parser, ["--config", "a", "--num=5", "--by-source", "--loss.beta", "-1", "--by-sources"])
+    assert (own.num, own.by_source) == (5, True)
+    assert rest == ["--config", "a", "--loss.beta", "-1", "--by-sources"]
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["--num", "x"], "argument --num: invalid int value: 'x'"),
+        (["--num"], "argument --num: expected one argument"),
+        (["--by-source", "x"], "unrecognized arguments: x"),
+    ],
+)
+def test_wrong_flags_are_one_line_and_do_not_end_the_process(words: list[str], what: str) -> None:
+    parser = own_flags("python -m p")
+    parser.add_argument("--by-source", action="store_true")
+    parser.add_argument("--num", type=int)
+    for read in (split_words, parse_arguments):
+        with pytest.raises(UserError) as caught:
+            read(parser, words)
+        error = caught.value
+        assert (error.place, error.what, error.valid) == ("command line", what, "see python -m p --help")
+
+
+@pytest.mark.parametrize(
+    ("failure", "code", "told"),
+    [
+        (None, 0, ""),
+        (
+            UserError("command line: --out", "is a\nfile", "a folder"),
+            2,
+            "command line: --out: is a file; valid: a folder",
+        ),
+        (RunError("it does\n not fit"), 1, "it does not fit"),
+        (FileNotFoundError(2, "No such file", "a"), 1, "FileNotFoundError: [Errno 2] No such file: 'a'"),
+        (RunError("a model wrote \x1b[2J"), 1, "a model wrote ␛[2J"),
+        (KeyboardInterrupt(), 130, None),
+    ],
+)
+def test_exit_codes(
+    failure: BaseException | None, code: int, told: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the README lists them; the error is one line, which cannot steer a terminal."""
+
+    def main() -> None:
+        if failure is not None:
+            raise failure
+
+    assert run_program(main) == code
+    assert capsys.readouterr().err == (f"error: {told}\n" if told else "")
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_program(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+
+
+@pytest.mark.parametrize(
+    ("words", "is_asked"),
+    [("--quiet --nodes 2", True), ("--nodes 2", False), ("--name=--quiet", False), ("--quiet=no", False)],
+)
+def test_quiet(words: str, is_asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", *words.split()])
+    found: list[bool] = []
+    try:
+        run_program(lambda: found.append(is_quiet()))
+    finally:
+        set_quiet(False)
+    assert found == [is_asked]
