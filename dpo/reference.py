@@ -10,6 +10,7 @@ import sys
 from dpo.base.errors import UserError
 from dpo.batch.packer import make_packer
 from dpo.config import Config, load_config
+from dpo.config.loss_facts import losses_that
 from dpo.distributed.preemption import listen_for_stop
 from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
@@ -18,13 +19,13 @@ from dpo.model.warm_up import load_and_warm
 from dpo.ref_logps.cache import open_cache
 from dpo.ref_logps.fill import fill
 from dpo.run.inputs import read_inputs
-from dpo.step.objective import has_reference
 
 
 def fill_alone(config: Config) -> None:
     """Fills the cache and ends."""
-    if not has_reference(config.loss):
-        raise UserError("loss.name", "sft has no reference to compute", "dpo, ipo, hinge, robust")
+    if not config.loss.facts.uses_reference:
+        valid = ", ".join(losses_that(lambda facts: facts.uses_reference))
+        raise UserError("loss.name", f"{config.loss.name} has no reference to compute", valid)
     with listen_for_stop() as stop_requested, open_world(config.parallel.setup_timeout_seconds) as world:
         inputs = read_inputs(config, world)
         start_devices(world, config.parallel.timeout_seconds)

@@ -24,7 +24,7 @@ from dpo.base.command import Parser, parse_arguments
 from dpo.base.console import harmless, say
 from dpo.base.errors import UserError, renamed_places
 from dpo.config import ParallelConfig
-from dpo.data.formats.examples import Example
+from dpo.data.formats.example import Example
 from dpo.data.formats.json_rows import json_rows
 from dpo.data.formats.row_fields import Message, field, text_or_messages
 from dpo.data.tokenizer import Encoder, Ids, check_vocabulary, encode, load_tokenizer, text_encoder

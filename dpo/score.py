@@ -34,7 +34,6 @@ from dpo.ref_logps.cache import open_cache
 from dpo.ref_logps.fill import fill, lookup
 from dpo.run.inputs import Inputs, read_inputs
 from dpo.step.evaluation import Evaluation, evaluate
-from dpo.step.objective import has_reference
 
 DESCRIPTION = """Scores a model on preference pairs. Beside the keys below: --model DIR (or hub id) is what is scored;
 the config's model.path stays the reference where reference.path is null. --by-source also scores each source alone, in
@@ -80,7 +79,7 @@ def with_model(config: Config, model: str) -> Config:
     return replace(
         config,
         model=replace(config.model, path=model, tokenizer=config.model.tokenizer or config.model.path),
-        reference=replace(config.reference, path=reference if has_reference(config.loss) else None),
+        reference=replace(config.reference, path=reference if config.loss.facts.uses_reference else None),
         batch=replace(config.batch, pairs_per_step=1),
         parallel=replace(config.parallel, shard=None, replicate=1),
     )
@@ -109,7 +108,7 @@ def score_model(config: Config, by_source: bool, world: World) -> Scores:
 def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Packer:
     """The packer of the model that is scored, with the reference's log-probabilities of these pairs and no others."""
     packer = make_packer(config, world, inputs.model.config)
-    if not has_reference(config.loss):
+    if not config.loss.facts.uses_reference:
         return packer
 
     def reference() -> Policy:

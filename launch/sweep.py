@@ -111,7 +111,7 @@ def reference_passes(runs: Sequence[PlannedRun]) -> list[tuple[str, ...]]:
     passes: list[tuple[Any, tuple[str, ...]]] = []
     for run in runs if len(runs) > 1 else []:
         facts = _reference_facts(run.config)
-        if run.config.loss.name != "sft" and facts not in [known for known, _ in passes]:
+        if run.config.loss.facts.uses_reference and facts not in [known for known, _ in passes]:
             passes.append((facts, run.words))
     return [words for _, words in passes]
 

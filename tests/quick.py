@@ -74,6 +74,7 @@ SLOW: Sequence[str] = (
     "run/test_provenance.py",
     "run/test_summary.py",
     "step/test_first_step",
+    "step/test_loss_seam.py",
     "step/test_metrics.py",
     "tests/test_surroundings.py",
 )

@@ -1,6 +1,7 @@
 """Every key of a run, with its default and its meaning, its bounds, and where it was set. Without torch.
 
 fields.py       the keys, by section, as dataclasses
+loss_facts.py   what each loss reads, and which keys of `loss` it takes
 rules.py        bounds of keys, and keys that must fit each other
 reading.py      YAML and command line against the fields
 strict_yaml.py  YAML without surprises, with line numbers

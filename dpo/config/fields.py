@@ -1,10 +1,12 @@
 """The keys of a run: one frozen dataclass a section, each field followed by what --help prints about it.
 
-The docstring under a field is its documentation (jsonargparse reads it); the checks of values are in `config_rules`.
+The docstring under a field is its documentation (jsonargparse reads it); the checks of values are in `rules.py`.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from dpo.config.loss_facts import LOSS_FACTS, LossFacts, LossName
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class BatchConfig:
 class LossConfig:
     """loss: h is the difference of the log-ratios of winner and loser, in nats."""
 
-    name: Literal["dpo", "ipo", "hinge", "robust", "sft"] = "dpo"
+    name: LossName = "dpo"
     """dpo: -log sigmoid(beta h); ipo: (h - 1/(2 beta))^2; hinge: max(0, 1 - beta h); robust: dpo made unbiased for
     labels flipped at rate label_smoothing; sft: cross-entropy of the winners alone, without a reference."""
     beta: float = 0.1
@@ -99,6 +101,11 @@ class LossConfig:
     """Divide each log-ratio by its number of completion tokens before the loss; not for sft."""
     sft_weight: float = 0.0
     """Weight of the winners' mean cross-entropy per token, added to the loss; 0 for sft itself."""
+
+    @property
+    def facts(self) -> LossFacts:
+        """What the loss reads, and which of these keys it takes."""
+        return LOSS_FACTS[self.name]
 
 
 @dataclass(frozen=True)

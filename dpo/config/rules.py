@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from dpo.base.errors import UserError
 from dpo.config.fields import Config, DataConfig, LossConfig, ParallelConfig
+from dpo.config.loss_facts import LossFacts, losses_that
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,24 @@ def _is_holdout(holdout: float) -> bool:
 
 
 def _loss_problems(loss: LossConfig) -> Iterator[Problem]:
-    if loss.label_smoothing != 0 and loss.name not in ("dpo", "robust"):
-        what = f"loss.name {loss.name} has no label smoothing, got {loss.label_smoothing}"
-        yield Problem(("loss.label_smoothing", "loss.name"), what, "0, or loss.name dpo or robust")
-    if loss.name == "sft" and loss.length_normalized:
-        what = "loss.name sft is a mean per token already, got true"
-        yield Problem(("loss.length_normalized", "loss.name"), what, "false, or another loss.name")
-    if loss.name == "sft" and loss.sft_weight != 0:
-        what = f"loss.name sft is this term alone, got {loss.sft_weight}"
-        yield Problem(("loss.sft_weight", "loss.name"), what, "0, or another loss.name")
+    """A key of `loss` that the loss does not take must stand at its default."""
+    name, facts = f"loss.name {loss.name}", loss.facts
+    if loss.label_smoothing != 0 and not facts.smooths:
+        what = f"{name} has no label smoothing, got {loss.label_smoothing}"
+        yield Problem(("loss.label_smoothing", "loss.name"), what, f"0, {_or_a_loss_that(lambda f: f.smooths)}")
+    if loss.length_normalized and not facts.normalizes:
+        what = f"{name} is a mean per token already, got true"
+        yield Problem(
+            ("loss.length_normalized", "loss.name"), what, f"false, {_or_a_loss_that(lambda f: f.normalizes)}"
+        )
+    if loss.sft_weight != 0 and facts.includes_sft:
+        what = f"{name} has this term with weight 1, got {loss.sft_weight}"
+        yield Problem(("loss.sft_weight", "loss.name"), what, f"0, {_or_a_loss_that(lambda f: not f.includes_sft)}")
+
+
+def _or_a_loss_that(holds: Callable[[LossFacts], bool]) -> str:
+    *others, last = losses_that(holds)
+    return f"or loss.name {', '.join(others)} or {last}" if others else f"or loss.name {last}"
 
 
 def _dtype_problems(config: Config) -> Iterator[Problem]:

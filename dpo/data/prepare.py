@@ -22,7 +22,7 @@ from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.files import make_folder_atomically
 from dpo.config import Config, SourceConfig
-from dpo.data.formats.examples import check_columns, detect_format
+from dpo.data.formats.examples import check_columns, detect_format, holds_ids
 from dpo.data.holdout import Split, split_sources
 from dpo.data.pair_set import PairSet, open_pair_set, write_pair_set
 from dpo.data.report import DataReport, SourceReport, dropped_pairs, from_json, report_source, to_json
@@ -99,7 +99,7 @@ def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[
     """The token rows of every source; no tokenizer is loaded where all come as tokens."""
     limits = limits_of(config.data.max_length, config.data.max_prompt_length, model_config)
     encoders: dict[bool, Encoder] = {True: ids_encoder(model_config)}
-    if any(one.format != "tokens" for one in opened):
+    if not all(holds_ids(one.format) for one in opened):
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.model.trust_remote_code)
         check_vocabulary(tokenizer, limits.vocab_size)
         encoders[False] = text_encoder(tokenizer)
@@ -107,7 +107,7 @@ def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[
     return [
         _Tokenized(
             **vars(one),
-            rows=tokenize_source(one.source, one.format, encoders[one.format == "tokens"], limits, num_proc),
+            rows=tokenize_source(one.source, one.format, encoders[holds_ids(one.format)], limits, num_proc),
         )
         for one in opened
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from dpo.data.formats.examples import READS
+from dpo.data.formats.examples import FORMATS
 from dpo.data.sources import Source
 from dpo.data.token_rows import blocks, lists, pairs_of
 
@@ -123,7 +123,7 @@ def report_source(key: str, source: Source, format: str, rows: datasets.Dataset)
         dropped[reason] = dropped.get(reason, 0) + 1
         if dropped[reason] <= NUM_PLACES:
             places[reason] = (*places.get(reason, ()), source.place(where).removeprefix(source.path))
-    ignored = tuple(sorted(source.columns - READS[format]))
+    ignored = tuple(sorted(source.columns - FORMATS[format].reads))
     counted = dict(zip(COUNTS, counts.tolist(), strict=True))
     return SourceReport(key, source.path, format, len(rows), num_pairs, empty_rows, dropped, places, ignored, **counted)
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo.base.errors import UserError
-from dpo.data.formats.examples import READS, to_example
+from dpo.data.formats.examples import FORMATS, to_example
 from dpo.data.formats.row_fields import Row
 from dpo.data.sources import Source, cache_path, decode_row, digest
 from dpo.data.tokenizer import Encoder, encoder_content, merges_at_boundary
@@ -56,7 +56,7 @@ def tokenize_source(
     """The token rows (FEATURES) of a source, in its order."""
     names = source.rows.column_names
     rows = source.rows.with_format(None)
-    rows = rows if source.has_lines else rows.select_columns([name for name in names if name in READS[format]])
+    rows = rows if source.has_lines else rows.select_columns([name for name in names if name in FORMATS[format].reads])
     parts = (source.content, format, encoder_content(encoder), str(astuple(limits)))
     fingerprint = digest(parts)
     return rows.map(

@@ -12,7 +12,8 @@ import transformers
 
 from dpo.base.errors import UserError
 from dpo.base.hub import is_tokenizer_id
-from dpo.data.formats.examples import Example, Message
+from dpo.data.formats.example import Example
+from dpo.data.formats.row_fields import Message
 
 Ids = list[int]
 

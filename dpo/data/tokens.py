@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo.data.formats.examples import Example, Index, Message
+from dpo.data.formats.example import Example, Index
+from dpo.data.formats.row_fields import Message
 from dpo.data.tokenizer import Encoder, Ids, encode
 
 

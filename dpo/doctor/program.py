@@ -31,7 +31,6 @@ from dpo.doctor.words import header, lines_of, verdict
 from dpo.model.kernels import keep_kernels
 from dpo.model.weights import find_model_config, read_named_config
 from dpo.ref_logps.cache import cache_root
-from dpo.step.objective import has_reference
 
 DESCRIPTION = """Says on one screen whether a run would work here and how fast the machine is: devices, versions,
 compiler, matrix products, all-gathers, the run folder's disk and the cache's, the model's share of a rank's memory,
@@ -64,7 +63,7 @@ def subject_of(config: Config | None, world: World) -> Subject:
     check_mesh(world, config.parallel)
     models = first_on_each_node(world, lambda: find_model_configs(config))
     sizes = on_main(world, lambda: sizes_of(config, models[0]))
-    cache_dir = cache_root(config) if has_reference(config.loss) else None
+    cache_dir = cache_root(config) if config.loss.facts.uses_reference else None
     run_dir = Path(str(config.train.run_dir))
     return Subject(config.parallel, config.model.dtype, run_dir, cache_dir, models, config, sizes)
 
@@ -72,7 +71,7 @@ def subject_of(config: Config | None, world: World) -> Subject:
 def find_model_configs(config: Config) -> tuple[PretrainedConfig, ...]:
     """The policy's, and the reference's where that is another model."""
     model, other = find_model_config(config), config.reference.path
-    if other is None or not has_reference(config.loss):
+    if other is None or not config.loss.facts.uses_reference:
         return (model,)
     return model, read_named_config(other, "reference.path", config.model.trust_remote_code)
 

@@ -15,6 +15,7 @@ from dpo.batch.order import PairOrder, make_order
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree, grow_trees
 from dpo.config import Config
+from dpo.data.formats.examples import holds_ids
 from dpo.data.pair_set import PairSet
 from dpo.data.prepare import prepare_data
 from dpo.data.tokenizer import has_tokenizer
@@ -66,7 +67,7 @@ def _what_is_missing(config: Config) -> str | None:
         if not Path(source.path).exists():
             return f"assumed: {source.path} is not here"
     tokenizer = config.model.tokenizer or config.model.path
-    if not has_tokenizer(Path(tokenizer)) and any(source.format != "tokens" for source in config.data.train):
+    if not has_tokenizer(Path(tokenizer)) and not all(holds_ids(source.format) for source in config.data.train):
         return f"assumed: {tokenizer} has no tokenizer"
     return None
 

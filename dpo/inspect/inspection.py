@@ -7,6 +7,7 @@ from transformers import PretrainedConfig
 
 from dpo.batch.order import make_order
 from dpo.config import Config
+from dpo.data.formats.examples import holds_ids
 from dpo.data.prepare import PreferenceData
 from dpo.data.report import DataReport
 from dpo.data.tokenizer import ids_encoder, text_encoder
@@ -75,8 +76,8 @@ def inspect_data(
 
 def end_ids(formats: set[str], tokenizer: Any, model_config: Any) -> EndIds:
     """BOS and EOS of texts are the tokenizer's, of rows of tokens the model's."""
-    encoders = [ids_encoder(model_config)] if "tokens" in formats else []
-    encoders += [text_encoder(tokenizer)] if formats != {"tokens"} else []
+    encoders = [ids_encoder(model_config)] if any(map(holds_ids, formats)) else []
+    encoders += [text_encoder(tokenizer)] if not all(map(holds_ids, formats)) else []
     bos = dict.fromkeys(encoder.bos_id for encoder in encoders if encoder.bos_id is not None)
     return EndIds(tuple(bos), tuple(dict.fromkeys(i for encoder in encoders for i in encoder.eos_ids)))
 
@@ -85,7 +86,7 @@ def tokenizer_facts(formats: set[str], tokenizer: Any, ends: EndIds, model_confi
     """`tokenizer`: may be None where all data came as tokens; it then encodes nothing."""
     model_eos = ids_encoder(model_config).eos_ids
     bos, eos = (_named(tokenizer, ids) for ids in (ends.bos, ends.eos))
-    if formats == {"tokens"}:
+    if all(map(holds_ids, formats)):
         return TokenizerFacts(bos, eos, False, False, False, (), model_eos)
     encoder = text_encoder(tokenizer)
     with_special, without = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (True, False))

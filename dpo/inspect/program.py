@@ -18,6 +18,7 @@ from dpo.base.command import own_flags, split_words
 from dpo.base.console import is_quiet, say
 from dpo.base.errors import UserError
 from dpo.config import Config, load_config
+from dpo.data.formats.examples import holds_ids
 from dpo.data.prepare import PreferenceData, prepare_data
 from dpo.data.tokenizer import has_tokenizer, load_tokenizer
 from dpo.inspect.inspection import Inspection, inspect_data
@@ -64,7 +65,7 @@ def inspect(config: Config, num_examples: int) -> Inspection:
 def find_tokenizer(config: Config, data: PreferenceData) -> Any:
     """The tokenizer of the data; None where all of it came as tokens and no tokenizer is named or lies by the model."""
     path = config.model.tokenizer or config.model.path
-    is_needed = any(source.format != "tokens" for source in data.report.sources)
+    is_needed = not all(holds_ids(source.format) for source in data.report.sources)
     if not (is_needed or config.model.tokenizer or has_tokenizer(Path(path))):
         return None
     return load_tokenizer(path, config.model.trust_remote_code)

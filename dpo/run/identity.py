@@ -1,11 +1,11 @@
 """What may not change between the parts of one run."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from dpo.base.errors import UserError
-from dpo.config import Config
+from dpo.config import Config, LossConfig
 from dpo.run.folder import Start
 from dpo.run.inputs import Inputs
 
@@ -31,11 +31,14 @@ CONTENT_OF = {
 
 
 def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
-    """Raises UserError, naming the key, where a resumed run would not be the same run."""
+    """Raises UserError, naming the key, where a resumed run would not be the same run. A key of `loss` that the
+    checkpoint does not record is newer than the checkpoint, and counts as its default.
+    """
     if start.state is None:
         return
+    recorded = loss_defaults() | start.state.identity
     for key, value in identity.items():
-        before = start.state.identity.get(key)
+        before = recorded.get(key)
         if before != value:
             what = f"{before!r} when the checkpoint was written, {value!r} now"
             if key in CONTENT_OF:
@@ -44,3 +47,8 @@ def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
             raise UserError(
                 key, f"cannot go on from {start.checkpoint}: {what}", "the same as before, or another train.run_dir"
             )
+
+
+def loss_defaults() -> dict[str, Any]:
+    """Returns the default of each key of `loss`, by config key."""
+    return {f"loss.{field.name}": field.default for field in fields(LossConfig)}

@@ -20,7 +20,6 @@ from dpo.machine.facts import gather_facts
 from dpo.machine.toolchain import check_toolchain, find_warnings, needs_of
 from dpo.model.parallelize import compute_dtype
 from dpo.model.weights import find_model, hash_model, read_model_config
-from dpo.step.objective import has_reference
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tup
 
     def read(folder: Path) -> SourceModel:
         model_config = read_config(config, world, folder)
-        if not has_reference(config.loss):
+        if not config.loss.facts.uses_reference:
             return SourceModel(folder, model_config, "")
         if world.is_main:
             say(f"weights: hashing {folder}")

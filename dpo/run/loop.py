@@ -28,7 +28,6 @@ from dpo.run.summary import show_evaluation, step_line
 from dpo.run.watch import profiled_steps, step_bar, telling_new_graphs
 from dpo.step.evaluation import evaluate
 from dpo.step.metrics import pair_means, prefixed, step_metrics
-from dpo.step.objective import has_reference
 from dpo.step.optim import lr_at
 from dpo.step.update import train_step
 
@@ -79,7 +78,7 @@ def _step(run: Run, step: int, ahead: Iterator[list[PackedBatch]]) -> tuple[dict
     except RunError as failure:
         raise RunError(f"step {step}: {failure}") from failure
     seconds = time.perf_counter() - started
-    means = pair_means(sums, has_reference(run.config.loss)) | {"grad_norm": sums["grad_norm"], "lr": lr}
+    means = pair_means(sums, run.config.loss.facts.uses_reference) | {"grad_norm": sums["grad_norm"], "lr": lr}
     best_seconds = run.best_seconds(batches[0].forward_flops_in_step)
     return prefixed("train", means | step_metrics(sums, seconds, best_seconds)), bool(sums["stop_requested"])
 

@@ -31,7 +31,6 @@ from dpo.run.answers import AnswerBook, answer, keep_answers, prepare_answers
 from dpo.run.folder import Start
 from dpo.run.identity import identity_of
 from dpo.run.inputs import Inputs
-from dpo.step.objective import has_reference
 from dpo.step.optim import make_optimizer
 
 
@@ -110,7 +109,7 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_r
     passes = _passes(config, inputs, start)
     policy = load_and_warm(config, world, inputs.model.config, inputs.model.folder, packer, passes)
     reference = _reference_loader(config, world, inputs, policy, packer)
-    if has_reference(config.loss):
+    if config.loss.facts.uses_reference:
         try:
             rows, reference_pass = _fill(config, inputs, reference, packer, world, stop_requested)
         except Preempted:
@@ -140,7 +139,7 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_r
 
 def _passes(config: Config, inputs: Inputs, start: Start) -> tuple[bool, ...]:
     """Returns the passes that the policy will run: with gradients, and where something is computed without, without."""
-    fills = start.checkpoint is None and has_reference(config.loss)
+    fills = start.checkpoint is None and config.loss.facts.uses_reference
     return (True, False) if fills or len(inputs.data.eval) else (True,)
 
 

@@ -9,19 +9,26 @@ step's log-probabilities are computed twice, in different packings. Over all com
     spread = rms(|pi - ref| / sqrt(n))      <= min(0.25, max(3 noise, 0.01))
     drift  = |sum(pi - ref)| / sum(n)       <= min(0.02, max(6 noise / sqrt(sum(n)), 0.002))
 
-The loss that is minimized is checked beside it: each pair's must be that of the measured log-ratios of its completions,
-which are near 0.
+The minimized loss is checked too, without a second formula:
+
+1. each pair's loss must equal the entry of `LOSSES`, applied to the measured log-probabilities of this pair's own
+   completions. An error in packing, indices, reference, lengths or configuration makes them differ;
+2. the entry itself, applied to log-ratios of 0, must give its `at_zero`.
+
+A loss that is convex in the margin h then lies between `at_zero` and its values at h = +-(|winner's log-ratio| +
+|loser's log-ratio|). That bound alone would let a loss pass whose winner and loser are exchanged.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
 import torch
 
-from dpo.step.losses import LossConfig
+from dpo.config import LossConfig
+from dpo.step.losses import LOSSES
 
 FEW_COMPLETIONS = 32
 """Below so many completions the measured noise is itself uncertain."""
@@ -174,36 +181,33 @@ class PairLosses:
     """What they should be (`expected_losses`)."""
 
 
-def _log1p_exp(x: np.ndarray) -> np.ndarray:
-    return np.logaddexp(0, x)
-
-
-LOSS_OF_MARGIN: Mapping[str, Callable[[np.ndarray, float, float], np.ndarray]] = {
-    "dpo": lambda h, beta, eps: (1 - eps) * _log1p_exp(-beta * h) + eps * _log1p_exp(beta * h),
-    "ipo": lambda h, beta, eps: (h - 0.5 / beta) ** 2,
-    "hinge": lambda h, beta, eps: np.maximum(0, 1 - beta * h),
-    "robust": lambda h, beta, eps: ((1 - eps) * _log1p_exp(-beta * h) - eps * _log1p_exp(beta * h)) / (1 - 2 * eps),
-}
-"""loss.name -> the loss at margins h, (T,), with loss.beta and loss.label_smoothing. At h = 0 it is ln 2, 1/(4 beta^2),
-1 and ln 2. Written apart from `losses.py`, whose results it judges."""
-
 _ROUNDING = 1e-9
 """Part of a loss by which its two computations in float64 may differ."""
 
 
-def expected_losses(winners: np.ndarray, losers: np.ndarray, loss: LossConfig) -> np.ndarray:
-    """(T,) preference losses of pairs by the log-ratios pi_logp - ref_logp of their winners and losers, (T,) nats, a
-    token where `loss.length_normalized`.
+def expected_losses(pi_logps: np.ndarray, ref_logps: np.ndarray, lengths: np.ndarray, loss: LossConfig) -> np.ndarray:
+    """Returns the preference losses of T pairs, (T,), by the values of their own completions.
 
-    |h| <= |winner's| + |loser's|: a loss that is right lies within its values there. Losses of an exchanged pair would
-    too, so a loss is compared with its value at h itself.
+    Args:
+        pi_logps: (2, T) nats, of the winners and of the losers; ref_logps and lengths (tokens) likewise.
+        loss: its function in `LOSSES` is applied to each pair alone.
     """
-    with np.errstate(invalid="ignore"):  # a log-ratio that is no number
-        return LOSS_OF_MARGIN[loss.name](winners - losers, loss.beta, loss.label_smoothing)
+    log_ratios = (pi_logps - ref_logps) / (lengths if loss.length_normalized else 1)
+    ratios, pis, tokens = (torch.as_tensor(array.reshape(-1)).double() for array in (log_ratios, pi_logps, lengths))
+    winners = torch.arange(pi_logps.shape[1])
+    return LOSSES[loss.name].losses(ratios, pis, tokens, winners, winners + len(winners), loss).numpy()
+
+
+def losses_at_zero(loss: LossConfig) -> tuple[float, float]:
+    """Returns the loss of a pair whose log-ratios are 0, as its function in `LOSSES` has it, and as it should be."""
+    at_zero = LOSSES[loss.name].at_zero
+    assert at_zero is not None, f"{loss.name} uses no reference"
+    logps, lengths = np.full((2, 1), -1.0), np.ones((2, 1))
+    return float(expected_losses(logps, logps, lengths, loss)[0]), at_zero(loss)
 
 
 def wrong_loss(losses: PairLosses) -> tuple[float, float] | None:
-    """The loss that is furthest from what it should be, and what it should be; None where all are right."""
+    """Returns the loss that is furthest from what it should be, and what it should be; None where all are right."""
     with np.errstate(invalid="ignore"):
         excess = np.abs(losses.found - losses.expected) - _ROUNDING * (1 + np.abs(losses.expected))
     if not (excess > 0).any():

@@ -16,7 +16,7 @@ from dpo.distributed.preemption import StopRequest
 from dpo.distributed.world import use_device
 from dpo.model.policy import Policy, completion_logps, reshard
 from dpo.step.metrics import StepMetrics, pair_means
-from dpo.step.objective import has_reference, pair_losses
+from dpo.step.objective import pair_losses
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,6 @@ def evaluate(
     reshard(policy)
     if must_stop:
         return None
-    metrics = pair_means(sums.reduce(), has_reference(loss))
-    everywhere = gather_lanes(torch.cat(margins).float().cpu().numpy()) if has_reference(loss) else [np.zeros(0)]
+    metrics = pair_means(sums.reduce(), loss.facts.uses_reference)
+    everywhere = gather_lanes(torch.cat(margins).float().cpu().numpy()) if loss.facts.uses_reference else [np.zeros(0)]
     return Evaluation(metrics, np.concatenate(everywhere))

@@ -29,11 +29,12 @@ from dpo.step.deviation import (
     expected_losses,
     judge,
     limits,
+    losses_at_zero,
     measure,
     worst,
     wrong_loss,
 )
-from dpo.step.objective import pair_losses
+from dpo.step.objective import batch_preferences
 
 KEY = "reference.first_step_check"
 
@@ -109,7 +110,7 @@ def _compute(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: LossCo
     pi_logps, ref_logps, lengths, first_ids = zip(*(first[key] for key in keys), strict=True)
     moved = np.array([second[key][0] for key in keys])
     completions = Completions(np.array(pi_logps), moved, np.array(ref_logps), np.array(lengths), first_ids)
-    pairs = [pair for packing in parts for _, losses in packing for pair in losses]
+    pairs = [losses_at_zero(loss), *(pair for packing in parts for _, losses in packing for pair in losses)]
     return completions, PairLosses(*np.array(pairs).reshape(-1, 2).T)
 
 
@@ -133,27 +134,28 @@ def _run(
         ids = [(tree.prompt_ids, ids) for tree in trees for ids in tree.completion_ids]
         for (prompt, own), (pi, ref) in zip(ids, measured, strict=True):
             rows[completion_key(prompt, own)] = (pi, ref, len(own), own[:8].tolist())
-        losses += zip(_found_losses(pi_logps, batch, loss), _right_losses(trees, measured, loss), strict=True)
+        losses += zip(_found_losses(pi_logps, batch, loss), _expected_losses(trees, measured, loss), strict=True)
     return rows, losses
 
 
 def _found_losses(pi_logps: torch.Tensor, batch: PackedBatch, loss: LossConfig) -> list[float]:
-    """What training minimizes of each pair, but for the SFT term, in float64: no loss is told apart by rounding."""
+    """Returns the preference loss that training minimizes of each pair, in float64: rounding hides no difference."""
     assert batch.ref_logps is not None, "the first step is checked against a reference"
-    batch = replace(batch, ref_logps=batch.ref_logps.double())
-    losses, _ = pair_losses(pi_logps.double(), batch, replace(loss, sft_weight=0.0))
-    return losses.tolist()
+    return batch_preferences(pi_logps.double(), replace(batch, ref_logps=batch.ref_logps.double()), loss).tolist()
 
 
-def _right_losses(trees: Sequence[Tree], measured: Sequence[tuple[float, float]], loss: LossConfig) -> list[float]:
-    """The losses of the trees' pairs by (pi_logp, ref_logp) of their completions, in the order of the trees."""
+def _expected_losses(trees: Sequence[Tree], measured: Sequence[tuple[float, float]], loss: LossConfig) -> list[float]:
+    """Returns the losses of the trees' pairs, in the order of the trees.
+
+    Args:
+        measured: (pi_logp, ref_logp) of each completion, nats, in the order of the trees.
+    """
     left, pairs = iter(measured), []
     for tree in trees:
-        own = [(next(left), len(ids) if loss.length_normalized else 1) for ids in tree.completion_ids]
-        ratios = [(pi - ref) / divisor for (pi, ref), divisor in own]
-        pairs += [(ratios[winner], ratios[loser]) for winner, loser in tree.pairs]
-    winners, losers = np.array(pairs).reshape(-1, 2).T
-    return expected_losses(winners, losers, loss).tolist()
+        completions = [(*next(left), len(ids)) for ids in tree.completion_ids]
+        pairs += [(completions[winner], completions[loser]) for winner, loser in tree.pairs]
+    pi_logps, ref_logps, lengths = np.array(pairs).reshape(-1, 2, 3).T  # each (2, T)
+    return expected_losses(pi_logps, ref_logps, lengths, loss).tolist()
 
 
 def moved_plan(plan: StepPlan) -> StepPlan:

@@ -1,129 +1,152 @@
-"""Preference losses on the paper's index signature: log-probabilities of completions, and pairs as indices into them.
+"""The losses of preference pairs, on the paper's index signature.
 
 Throughout, T pairs stand among B completions; `pi_logps` and `ref_logps` (B,) are log-probabilities of whole
-completions given their prompts in nats; `yw_idxs` and `yl_idxs` (T,) index winners and losers. For a pair
+completions given their prompts in nats; `lengths` (B,) counts their scored tokens, EOS included; `yw_idxs` and
+`yl_idxs` (T,) index winners and losers. Most losses depend on the margin h of a pair alone:
 
-    h = (pi_logps[w] - ref_logps[w]) - (pi_logps[l] - ref_logps[l])        (nats)
+    log_ratios = pi_logps - ref_logps                     (B,) nats; divided by lengths if `loss.length_normalized`
+    h          = log_ratios[yw_idxs] - log_ratios[yl_idxs]      (T,)
 
-Each loss returns `losses` (T,), one a pair, never averaged: a step divides their sum by its global number of pairs.
+Every loss returns (T,), one value per pair, never averaged: a step divides their sum by its global number of pairs.
+`LOSSES` has one entry per `loss.name`; `dpo/config/loss_facts.py` has the facts that config needs of it.
 """
 
-from typing import Protocol
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo.config import LossConfig
+from dpo.config.loss_facts import LossName
 
-class LossConfig(Protocol):
-    """What a loss must be told; `dpo.config.LossConfig` is the one that users write."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def beta(self) -> float: ...
-    @property
-    def label_smoothing(self) -> float: ...
-    @property
-    def length_normalized(self) -> bool: ...
-    @property
-    def sft_weight(self) -> float: ...
+# --- functions of the margin -----------------------------------------------------------------------------------------
 
 
-def dpo_loss(
-    pi_logps: Tensor,
-    ref_logps: Tensor,
-    yw_idxs: Tensor,
-    yl_idxs: Tensor,
-    beta: float,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Direct Preference Optimization: losses (T,) and rewards (B,).
-
-        loss = -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h),  eps = label_smoothing
-        reward = beta (pi_logp - ref_logp), without gradient
+def dpo_loss(h: Tensor, config: LossConfig) -> Tensor:
+    """Returns -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h), (T,), with eps = label_smoothing.
 
     Equation 7 of Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; eps > 0 is conservative DPO (the probability
     that a label is wrong), equation 3 of https://ericmitchell.ai/cdpo.pdf.
     """
-    h = log_ratio_margins(pi_logps - ref_logps, yw_idxs, yl_idxs)
-    return sigmoid_losses(h, beta, label_smoothing), implicit_rewards(pi_logps, ref_logps, beta)
+    eps = config.label_smoothing
+    return -(1 - eps) * F.logsigmoid(config.beta * h) - eps * F.logsigmoid(-config.beta * h)
 
 
-def sigmoid_losses(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """DPO's loss as a function of the margin h, (T,): see `dpo_loss`."""
-    return -(1 - label_smoothing) * F.logsigmoid(beta * h) - label_smoothing * F.logsigmoid(-beta * h)
-
-
-def implicit_rewards(pi_logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """beta (pi_logp - ref_logp), shape (B,), nats times beta, without gradient: section 4 of the DPO paper."""
-    return beta * (pi_logps - ref_logps).detach()
-
-
-def log_ratio_margins(log_ratios: Tensor, yw_idxs: Tensor, yl_idxs: Tensor) -> Tensor:
-    """h (T,): how much more the policy prefers the winner than the reference does, in nats, from log_ratios (B,)."""
-    return log_ratios[yw_idxs] - log_ratios[yl_idxs]
-
-
-def ipo_losses(h: Tensor, beta: float) -> Tensor:
-    """(h - 1/(2 beta))^2, (T,): equation 17 of Azar et al. 2023, https://arxiv.org/abs/2310.12036 (beta is their
-    tau).
+def ipo_loss(h: Tensor, config: LossConfig) -> Tensor:
+    """Returns (h - 1/(2 beta))^2, (T,): equation 17 of Azar et al. 2023, https://arxiv.org/abs/2310.12036 (beta is
+    their tau).
     """
-    return (h - 1 / (2 * beta)) ** 2
+    return (h - 1 / (2 * config.beta)) ** 2
 
 
-def hinge_losses(h: Tensor, beta: float) -> Tensor:
-    """max(0, 1 - beta h), (T,): SLiC's hinge on DPO's margin, Liu et al. 2023, https://arxiv.org/abs/2309.06657."""
-    return torch.relu(1 - beta * h)
+def hinge_loss(h: Tensor, config: LossConfig) -> Tensor:
+    """Returns max(0, 1 - beta h), (T,): SLiC's hinge on DPO's margin, Liu et al. 2023,
+    https://arxiv.org/abs/2309.06657.
+    """
+    return torch.relu(1 - config.beta * h)
 
 
-def robust_losses(h: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """[(1 - eps)(-log sigmoid(beta h)) - eps (-log sigmoid(-beta h))] / (1 - 2 eps), (T,), eps < 1/2.
+def robust_loss(h: Tensor, config: LossConfig) -> Tensor:
+    """Returns [(1 - eps)(-log sigmoid(beta h)) - eps (-log sigmoid(-beta h))] / (1 - 2 eps), (T,), eps < 1/2.
 
     Equation 12 of Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409: unbiased when a share eps of labels is
     flipped.
     """
-    eps = label_smoothing
-    return (-(1 - eps) * F.logsigmoid(beta * h) + eps * F.logsigmoid(-beta * h)) / (1 - 2 * eps)
+    eps, scaled = config.label_smoothing, config.beta * h
+    return (-(1 - eps) * F.logsigmoid(scaled) + eps * F.logsigmoid(-scaled)) / (1 - 2 * eps)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, LossConfig], Tensor]
+"""(log_ratios (B,), pi_logps (B,), lengths (B,), yw_idxs (T,), yl_idxs (T,), config) -> losses (T,). The log-ratios are
+NaN where the loss uses no reference."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """An entry of `LOSSES`."""
+
+    losses: LossFunction
+    at_zero: Callable[[LossConfig], float] | None
+    """The loss of a pair whose log-ratios are 0, derived by hand: the check of the first step compares `losses` with
+    it. None where the loss uses no reference."""
+
+
+def of_margin(function: Callable[[Tensor, LossConfig], Tensor]) -> LossFunction:
+    """Returns the entry's form of a loss that depends on the margin h (T,) of a pair alone."""
+
+    def losses(
+        log_ratios: Tensor, pi_logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, config: LossConfig
+    ) -> Tensor:
+        return function(log_ratios[yw_idxs] - log_ratios[yl_idxs], config)
+
+    return losses
+
+
+def no_losses(
+    log_ratios: Tensor, pi_logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, config: LossConfig
+) -> Tensor:
+    """Returns zeros (T,): `sft` is the SFT term and nothing else."""
+    return torch.zeros_like(pi_logps[yw_idxs])
+
+
+LOSSES: Mapping[LossName, Loss] = {
+    "dpo": Loss(of_margin(dpo_loss), at_zero=lambda config: math.log(2)),
+    "ipo": Loss(of_margin(ipo_loss), at_zero=lambda config: 1 / (4 * config.beta**2)),
+    "hinge": Loss(of_margin(hinge_loss), at_zero=lambda config: 1.0),
+    "robust": Loss(of_margin(robust_loss), at_zero=lambda config: math.log(2)),
+    "sft": Loss(no_losses, at_zero=None),
+}
+"""The losses by `loss.name`."""
+
+
+# --- from log-probabilities to what is minimized ---------------------------------------------------------------------
 
 
 def preference_losses(
-    pi_logps: Tensor, ref_logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, config: LossConfig
+    pi_logps: Tensor,
+    ref_logps: Tensor | None,
+    lengths: Tensor,
+    yw_idxs: Tensor,
+    yl_idxs: Tensor,
+    config: LossConfig,
 ) -> Tensor:
-    """The configured preference loss, (T,). `lengths` (B,) counts scored tokens, for `length_normalized`:
+    """Returns the configured preference loss of each pair, (T,).
 
-    then each pi_logp - ref_logp is divided by its completion's length (EOS included), which makes h nats a token;
-    length-normalized DPO as in section 5.1.2 of Lambert et al. 2024, https://arxiv.org/abs/2411.15124.
+    Args:
+        ref_logps: (B,) nats; None if and only if the loss uses no reference.
+        config: `length_normalized` divides the log-ratio of each completion by its length, which makes h nats per
+            token: section 5.1.2 of Lambert et al. 2024, https://arxiv.org/abs/2411.15124.
     """
-    log_ratios = pi_logps - ref_logps
+    assert (ref_logps is not None) == config.facts.uses_reference, config.name
+    log_ratios = torch.full_like(pi_logps, math.nan) if ref_logps is None else pi_logps - ref_logps
     if config.length_normalized:
         log_ratios = log_ratios / lengths
-    h = log_ratio_margins(log_ratios, yw_idxs, yl_idxs)
-    match config.name:
-        case "dpo":
-            return sigmoid_losses(h, config.beta, config.label_smoothing)
-        case "ipo":
-            return ipo_losses(h, config.beta)
-        case "hinge":
-            return hinge_losses(h, config.beta)
-        case "robust":
-            return robust_losses(h, config.beta, config.label_smoothing)
-        case name:
-            raise ValueError(f"loss.name: {name!r} is no preference loss; valid: dpo, ipo, hinge, robust")
+    return LOSSES[config.name].losses(log_ratios, pi_logps, lengths, yw_idxs, yl_idxs, config)
 
 
 def sft_losses(pi_logps: Tensor, yw_idxs: Tensor, pairs_in_step: int, winner_tokens_in_step: int) -> Tensor:
-    """Each pair's share of the SFT term, (T,): -pi_logps[w] * pairs_in_step / winner_tokens_in_step.
+    """Returns each pair's share of the SFT term, (T,): -pi_logps[w] * pairs_in_step / winner_tokens_in_step.
 
     Scaled so that the *mean over the step's pairs* is sum(-pi_logps[w]) / sum(len(w)), the negative log-likelihood of
-    the winners in nats a token, both sums over the whole step; a winner in three pairs counts three times.
+    the winners in nats per token, both sums over the whole step; a winner in three pairs counts three times.
     Used beside a preference loss in Pang et al. 2024 (RPO), https://arxiv.org/abs/2404.19733.
     """
     return -pi_logps[yw_idxs] * (pairs_in_step / max(winner_tokens_in_step, 1))
 
 
-def total_losses(preference: Tensor | None, sft: Tensor, config: LossConfig) -> Tensor:
-    """What is minimized, (T,): preference + sft_weight * sft, or the SFT term alone for `loss.name: sft`."""
-    if preference is None:
-        return sft
-    return preference + config.sft_weight * sft if config.sft_weight else preference
+def total_losses(preference: Tensor, sft: Tensor, config: LossConfig) -> Tensor:
+    """Returns the minimized losses, (T,): the preference losses plus the SFT term times `sft_weight`, or times 1 where
+    the loss includes it.
+    """
+    weight = 1.0 if config.facts.includes_sft else config.sft_weight
+    return preference + weight * sft if weight else preference
+
+
+def implicit_rewards(pi_logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """Returns beta (pi_logp - ref_logp), (B,), nats times beta, without gradient: section 4 of the DPO paper."""
+    return beta * (pi_logps - ref_logps).detach()

@@ -11,17 +11,25 @@ def pair_losses(pi_logps: Tensor, batch: PackedBatch, config: LossConfig) -> tup
     """Returns the losses (T,) and the rewards (B,) of one micro-batch; None as rewards without a reference.
 
     The sum of the losses of all micro-batches of all ranks, divided by `batch.pairs_in_step`, is the step's
-    `train/loss`. Rewards are beta (pi_logp - ref_logp), summed over tokens also where the loss is length-normalized;
-    no gradient.
+    `train/loss`. Rewards are beta (pi_logp - ref_logp), summed over tokens also where the loss is length-normalized,
+    without gradient.
     """
+    preference = batch_preferences(pi_logps, batch, config)
     sft = sft_losses(pi_logps, batch.yw_idxs, batch.pairs_in_step, batch.winner_tokens_in_step)
-    if not has_reference(config):
-        return total_losses(None, sft, config), None
+    ref_logps = reference_of(batch, config)
+    rewards = None if ref_logps is None else implicit_rewards(pi_logps, ref_logps, config.beta)
+    return total_losses(preference, sft, config), rewards
+
+
+def batch_preferences(pi_logps: Tensor, batch: PackedBatch, config: LossConfig) -> Tensor:
+    """Returns the preference losses (T,) of one micro-batch, without the SFT term."""
+    ref_logps = reference_of(batch, config)
+    return preference_losses(pi_logps, ref_logps, batch.lengths, batch.yw_idxs, batch.yl_idxs, config)
+
+
+def reference_of(batch: PackedBatch, config: LossConfig) -> Tensor | None:
+    """Returns the batch's `ref_logps` (B,); None where the loss uses no reference."""
+    if not config.facts.uses_reference:
+        return None
     assert batch.ref_logps is not None, "packed before the reference's log-probabilities were known"
-    preference = preference_losses(pi_logps, batch.ref_logps, batch.lengths, batch.yw_idxs, batch.yl_idxs, config)
-    return total_losses(preference, sft, config), implicit_rewards(pi_logps, batch.ref_logps, config.beta)
-
-
-def has_reference(config: LossConfig) -> bool:
-    """Whether the loss compares with a reference: all but `sft` do."""
-    return config.name != "sft"
+    return batch.ref_logps

@@ -2,11 +2,14 @@
 
 import json
 import re
+from typing import get_args, get_type_hints
 
 import pytest
 
 from dpo.base.errors import UserError
-from dpo.data.formats.examples import ADAPTERS, NEEDS, SHAPES, Example, check_columns, detect_format, to_example
+from dpo.config import SourceConfig
+from dpo.data.formats.example import Example
+from dpo.data.formats.examples import FORMATS, check_columns, detect_format, holds_ids, to_example
 from tests.support.data_fixtures import FIXTURES
 
 USER, OTHER = {"role": "user", "content": "Hi"}, {"role": "user", "content": "Yo"}
@@ -225,13 +228,23 @@ def test_no_format_names_the_columns_and_every_format():
         detect_format({"question", "answer"}, {}, "data.train[0].format: x.jsonl")
     message = str(error.value)
     assert message.startswith("data.train[0].format: x.jsonl: no format fits the columns answer, question; valid: ")
-    assert all(f"{name} {shape}" in message for name, shape in SHAPES.items()) and "\n" not in message
+    assert all(f"{name} {format.shape}" in message for name, format in FORMATS.items()) and "\n" not in message
     with pytest.raises(UserError, match=r"^here: the columns chosen, rejected are not those of shp; valid: {hist"):
         check_columns("shp", {"chosen", "rejected"}, "here")
 
 
-def test_tables_of_formats_agree():
-    assert ADAPTERS.keys() == NEEDS.keys() == SHAPES.keys()
-    for name, alternatives in NEEDS.items():
-        inside = "".join(re.findall(r"\{.*?\}", SHAPES[name]))
-        assert set(re.findall(r"\w+", inside)) == set().union(*alternatives)
+def test_the_choices_of_the_config_are_the_formats():
+    """In the order in which `auto` tries them, by the name under which each stands."""
+    assert get_args(get_type_hints(SourceConfig)["format"]) == ("auto", *FORMATS)
+    assert all(format.name == name for name, format in FORMATS.items())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_shape_names_the_columns_that_are_read(name):
+    inside = "".join(re.findall(r"\{.*?\}", FORMATS[name].shape))
+    assert set(re.findall(r"\w+", inside)) == FORMATS[name].reads
+
+
+def test_only_tokens_hold_ids():
+    """What `auto` will be is not known before the columns are read."""
+    assert [name for name in ("auto", *FORMATS) if holds_ids(name)] == ["tokens"]

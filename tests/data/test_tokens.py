@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from dpo.data.formats.examples import Example
+from dpo.data.formats.example import Example
 from dpo.data.tokenizer import encode, ids_encoder, merges_at_boundary, text_encoder
 from dpo.data.tokens import Limits, cut_prompt, limits_of, tokenize
 from tests.support.data_fixtures import BOS, EOS, QZ, VOCAB_SIZE, TinyModelConfig, ids, make_tokenizer

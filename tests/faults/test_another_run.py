@@ -1,6 +1,7 @@
 """What may change between the parts of one run, and is logged, and what would make it another run, and is refused."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -8,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from dpo.checkpoint.store import checkpoint_path
-from dpo.config import Config, SourceConfig, load_config
+from dpo.config import Config, LossConfig, SourceConfig, load_config
 from dpo.ref_logps.blocks import read_rows
+from dpo.run.folder import find_start
 from tests.support.models import save_model
 from tests.support.runs import changed, error_lines, exit_code, run, same_weights, six_steps, snapshot
 
@@ -134,3 +136,56 @@ def test_a_broken_config_file_of_the_run_does_not_hinder_it(dead: Config) -> Non
     run(dead)
     decided = {"parallel__activation_checkpointing": "none", "parallel__sync_gradients": "every_micro_batch"}
     assert load_config(["--config", str(path)], "dpo.train") == changed(dead, **decided)
+
+
+# --- a key of the loss that is newer than the checkpoint -------------------------------------------------------------
+
+DEFAULTS = {
+    "loss.name": "dpo",
+    "loss.beta": 0.1,
+    "loss.label_smoothing": 0.0,
+    "loss.length_normalized": False,
+    "loss.sft_weight": 0.0,
+}
+
+
+def forget(config: Config, key: str) -> None:
+    """Takes a key out of what the run's checkpoints record, as if it had not existed when they were written; the
+    inventory of each checkpoint is brought in line.
+    """
+    for path in (Path(str(config.train.run_dir)) / "checkpoints").glob("*/state.json"):
+        state = json.loads(path.read_text())
+        assert state["identity"].pop(key) == DEFAULTS[key]
+        path.write_text(json.dumps(state))
+        marker, content = path.with_name("COMPLETE"), path.read_bytes()
+        files = json.loads(marker.read_text()) | {path.name: [len(content), hashlib.sha256(content).hexdigest()]}
+        marker.write_text(json.dumps(files))
+
+
+def test_defaults_of_the_loss_by_hand() -> None:
+    assert {f"loss.{name}": value for name, value in dataclasses.asdict(LossConfig()).items()} == DEFAULTS
+
+
+def test_a_new_key_at_its_default_goes_on(
+    dead: Config, dead_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With all keys unknown to the checkpoint at once; to the last bit as if they had been there."""
+    for key in DEFAULTS:
+        forget(dead, key)
+    assert find_start(dead).step == 4
+    whole = run(six_steps(dead_root, tmp_path / "whole"))
+    assert same_weights(whole / "final", run(dead) / "final")
+    assert f"goes on from {checkpoint_path(Path(str(dead.train.run_dir)), 4)}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", DEFAULTS)
+def test_a_new_key_at_another_value_is_refused(dead: Config, key: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint that does not know the key was made with its default."""
+    forget(dead, key)
+    assert exit_code(changed(dead, **IDENTITY[key])) == 2
+    (error,) = error_lines(capsys.readouterr().err)
+    assert error.startswith(
+        f"error: CONFIG: {key}: cannot go on from {checkpoint_path(Path(str(dead.train.run_dir)), 4)}"
+    )
+    (value,) = IDENTITY[key].values()
+    assert f": {DEFAULTS[key]!r} when the checkpoint was written, {value!r} now; " in error

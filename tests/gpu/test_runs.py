@@ -15,14 +15,14 @@ from dpo.batch.costs import cost_model
 from dpo.batch.packing import RowFormat, pack, padded_length
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
-from dpo.config import Config, ParallelConfig, to_yaml
+from dpo.config import Config, LossConfig, ParallelConfig, to_yaml
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import make_mesh
 from dpo.model.build import build_policy, load_weights
 from dpo.model.policy import announce_backward, completion_logps
 from dpo.model.weights import read_model_config
 from dpo.run.files import FINAL
-from dpo.step.losses import dpo_loss
+from dpo.step.objective import pair_losses
 from tests.gpu.emulation import emulated
 from tests.model.test_policy import BETA, oracle, ref_logp, some_pairs
 from tests.support.data_fixtures import make_tokenizer
@@ -126,8 +126,7 @@ def gradients(folder: Path, parallel: ParallelConfig, budget: int) -> dict[str, 
             batch = pack(trees, plan, ref_logp, RowFormat(policy.windows, world.device, row_length=padded_length))
             batch = batch.to(world.device)
             announce_backward(policy, number == len(micro_batches))
-            pi_logps = completion_logps(policy, batch)
-            losses, _ = dpo_loss(pi_logps, batch.ref_logps, batch.yw_idxs, batch.yl_idxs, BETA)
+            losses, _ = pair_losses(completion_logps(policy, batch), batch, LossConfig(beta=BETA))
             (losses.sum() / batch.pairs_in_step).backward()
         return {name: p.grad.full_tensor().cpu().numpy() for name, p in policy.model.named_parameters()}
 

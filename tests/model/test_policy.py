@@ -25,7 +25,7 @@ from dpo.batch.layout import Layout, attention_windows
 from dpo.batch.packing import PackedBatch, RowFormat, pack, padded_length
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import Tree, grow_trees
-from dpo.config import ParallelConfig
+from dpo.config import LossConfig, ParallelConfig
 from dpo.data.pair_set import Pair
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World, make_mesh
@@ -34,7 +34,7 @@ from dpo.model.log_probs import ChunkedTokenLogProbs
 from dpo.model.parallelize import _selective_contexts
 from dpo.model.policy import Policy, announce_backward, completion_logps
 from dpo.model.weights import read_model_config
-from dpo.step.losses import dpo_loss
+from dpo.step.objective import pair_losses
 from tests.support.models import FAMILIES, VOCAB, family_config, plain_logp, plain_model, save_model
 
 BETA, MIB = 0.5, 2**20
@@ -94,7 +94,7 @@ def run(
     for number, (batch, trees) in enumerate(batches, start=1):
         announce_backward(policy, number == len(batches))
         found = completion_logps(policy, batch)
-        losses, _ = dpo_loss(found, batch.ref_logps, batch.yw_idxs, batch.yl_idxs, BETA)
+        losses, _ = pair_losses(found, batch, LossConfig(beta=BETA))
         (losses.sum() / batch.pairs_in_step).backward()
         names = [tree.prompt_ids.tobytes() + b"|" + c.tobytes() for tree in trees for c in tree.completion_ids]
         logps |= dict(zip(names, found.detach().cpu(), strict=True))
@@ -280,8 +280,7 @@ def test_a_filler_gives_every_parameter_a_gradient_of_zero(world: World, tmp_pat
         policy = load(world, save_model(tmp_path / family, family))
         plan = plan_step(grow_trees(some_pairs()), 3, 1000, cost_model(policy.config))
         batch = pack((), plan, ref_logp, RowFormat(policy.windows, policy.device))
-        logps = completion_logps(policy, batch)
-        losses, _ = dpo_loss(logps, batch.ref_logps, batch.yw_idxs, batch.yl_idxs, BETA)
+        losses, _ = pair_losses(completion_logps(policy, batch), batch, LossConfig(beta=BETA))
         losses.sum().backward()
         assert all(p.grad is not None and not p.grad.full_tensor().any() for p in policy.model.parameters())
 

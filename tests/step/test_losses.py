@@ -1,24 +1,20 @@
 """Losses against published metrics, hand-derived numbers and finite differences."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
 from dpo.config import LossConfig
+from dpo.config.loss_facts import LOSS_FACTS, LossName
 from dpo.model.log_probs import Head, completion_log_probs
-from dpo.step.losses import (
-    dpo_loss,
-    implicit_rewards,
-    preference_losses,
-    sft_losses,
-    total_losses,
-)
+from dpo.step.losses import LOSSES, implicit_rewards, preference_losses, sft_losses, total_losses
 
 WINNERS, LOSERS = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
 PREFERENCES = ["dpo", "ipo", "hinge", "robust"]
@@ -60,8 +56,8 @@ def test_tunix(published: dict[str, Any], smoothing: float, key: str) -> None:
     case = published["tunix_dpo"]
     pi_logps = torch.tensor(case["per_token_logps"]).sum(-1)
     ref_logps = torch.tensor(case["ref_chosen"] + case["ref_rejected"])
-    winners = torch.arange(4)
-    losses, _ = dpo_loss(pi_logps, ref_logps, winners, winners + 4, case["beta"], smoothing)
+    winners, config = torch.arange(4), LossConfig(beta=case["beta"], label_smoothing=smoothing)
+    losses = preference_losses(pi_logps, ref_logps, torch.ones(8), winners, winners + 4, config)
     wanted = case[f"expected_mean_loss_label_smoothing_{key}"]
     assert losses.mean().item() == pytest.approx(wanted, abs=case["tolerance"]["atol"])
 
@@ -158,7 +154,7 @@ def test_sft_by_hand() -> None:
 def test_totals_by_hand() -> None:
     """`sft` is the term alone, `sft_weight` 0.5 adds half of it, 0 leaves it out even where it is infinite."""
     preference, sft = doubles(1, 2), doubles(4, 8)
-    assert total_losses(None, sft, LossConfig(name="sft")).tolist() == [4, 8]
+    assert total_losses(doubles(0, 0), sft, LossConfig(name="sft")).tolist() == [4, 8]
     assert total_losses(preference, sft, LossConfig(sft_weight=0.5)).tolist() == [3, 6]
     assert total_losses(preference, sft / 0, LossConfig()).tolist() == [1, 2]
 
@@ -169,7 +165,6 @@ def test_rewards_by_hand() -> None:
     rewards = implicit_rewards(pi_logps, doubles(-3, -1, -9), 0.1)
     assert rewards.tolist() == pytest.approx([0.2, -0.1, 0.4])
     assert not rewards.requires_grad
-    assert dpo_loss(pi_logps, doubles(-3, -1, -9), WINNERS[:1], LOSERS[:1] - 2, 0.1)[1].equal(rewards)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +182,8 @@ def test_loss_of_an_indifferent_policy(config: LossConfig, expected: float) -> N
     logps = doubles(-1, -2, -3, -4, -5, -6)
     found = preference_losses(logps, logps, torch.ones_like(logps), WINNERS, LOSERS, config)
     assert found.tolist() == pytest.approx([expected] * 3)
+    at_zero = LOSSES[config.name].at_zero
+    assert at_zero is not None and at_zero(config) == pytest.approx(expected)
 
 
 # --- gradients and extremes ------------------------------------------------------------------------------------------
@@ -218,7 +215,8 @@ def test_gradients_by_finite_differences(name: str, length_normalized: bool, sft
 def test_dpo_gradient_by_hand() -> None:
     """Of -log sigmoid(beta h): -beta sigmoid(-beta h) for the winner, + for the loser. beta 1/2, h = 2 ln 3: 1/8."""
     pi_logps = doubles(2 * math.log(3), 0).requires_grad_()
-    losses, _ = dpo_loss(pi_logps, torch.zeros(2, dtype=torch.float64), torch.tensor([0]), torch.tensor([1]), 0.5)
+    zeros, first, second = torch.zeros(2, dtype=torch.float64), torch.tensor([0]), torch.tensor([1])
+    losses = preference_losses(pi_logps, zeros, zeros + 1, first, second, LossConfig(beta=0.5))
     losses.sum().backward()
     assert pi_logps.grad.tolist() == pytest.approx([-1 / 8, 1 / 8])
 
@@ -237,6 +235,47 @@ def test_extreme_margins_stay_finite(name: str, h: float) -> None:
         assert losses.item() == pytest.approx(max(-0.5 * h, 0))
 
 
-def test_sft_is_no_preference_loss() -> None:
-    with pytest.raises(ValueError, match="valid: dpo, ipo, hinge, robust"):
-        losses_at(1, name="sft")
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_every_name_of_a_loss_has_facts_and_a_function() -> None:
+    """The choices of `loss.name`, the facts in config and the functions here, in one order."""
+    assert get_args(get_type_hints(LossConfig)["name"]) == get_args(LossName)
+    assert list(get_args(LossName)) == list(LOSS_FACTS) == list(LOSSES)
+
+
+@pytest.mark.parametrize("name", LOSS_FACTS)
+def test_the_facts_are_those_of_the_function(name: LossName) -> None:
+    """A log-ratio of 1 or 1.5 against 2: what a loss reads changes it, and nothing else does. Without a reference
+    there are no log-ratios, hence no value at 0.
+    """
+    facts, entry = LOSS_FACTS[name], LOSSES[name]
+    first, second = torch.tensor([0]), torch.tensor([1])
+
+    def loss(log_ratio: float, **changes: Any) -> float:
+        config = LossConfig(name=name, beta=0.5, **changes)
+        tensors = (doubles(log_ratio, 2), doubles(-7, -9), torch.tensor([2, 3]))
+        return entry.losses(*tensors, first, second, config).item()
+
+    assert (loss(1.0) != loss(1.5)) == facts.uses_reference
+    assert (loss(1.0) != loss(1.0, label_smoothing=0.2)) == facts.smooths
+    assert (entry.at_zero is not None) == facts.uses_reference
+
+
+def test_sft_is_the_sft_term_alone() -> None:
+    """No preference loss, and no gradient of one; a reference that nothing reads is refused, a missing one too."""
+    pi_logps = doubles(-1, -2).requires_grad_()
+    others = (torch.ones(2), torch.tensor([0]), torch.tensor([1]))
+    losses = preference_losses(pi_logps, None, *others, LossConfig("sft"))
+    assert losses.tolist() == [0] and not losses.requires_grad
+    with pytest.raises(AssertionError, match="sft"):
+        preference_losses(pi_logps, pi_logps, *others, LossConfig("sft"))
+    with pytest.raises(AssertionError, match="dpo"):
+        preference_losses(pi_logps, None, *others, LossConfig())
+
+
+def test_log_ratios_without_a_reference_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that claims to need no reference and reads it all the same is not given 0 for it."""
+    monkeypatch.setitem(LOSS_FACTS, "dpo", dataclasses.replace(LOSS_FACTS["dpo"], uses_reference=False))
+    losses = preference_losses(doubles(-1, -2), None, torch.ones(2), WINNERS[:1], LOSERS[:1] - 2, LossConfig())
+    assert losses.isnan().all()

@@ -12,7 +12,7 @@ from dpo.batch.packing import PackedBatch, RowFormat, pack
 from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import Tree
 from dpo.config import LossConfig
-from dpo.step.objective import has_reference, pair_losses
+from dpo.step.objective import pair_losses
 from tests.batch.test_packing import CPU, TREES
 
 CONFIGS = [
@@ -97,7 +97,7 @@ def test_rewards_are_summed_over_tokens_even_if_the_loss_is_normalized() -> None
 
 def test_only_sft_needs_no_reference() -> None:
     """Its loss is the same where no reference is known."""
-    assert [config.name for config in CONFIGS if not has_reference(config)] == ["sft"]
+    assert [config.name for config in CONFIGS if not config.facts.uses_reference] == ["sft"]
     batch, logps = packed(TREES, plan_step(TREES, 1, 100, CostModel()))
     losses = pair_losses(logps, batch, LossConfig("sft"))[0]
     without = dataclasses.replace(batch, ref_logps=None)

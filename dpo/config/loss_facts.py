@@ -1,0 +1,40 @@
+"""What config, launch and reports must know of each loss, without torch: its name and what it reads.
+
+The functions themselves stand in `LOSSES` of `dpo/step/losses.py`, under the same names.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+LossName = Literal["dpo", "ipo", "hinge", "robust", "sft"]
+"""The choices of `loss.name`: the names of `LOSS_FACTS`."""
+
+
+@dataclass(frozen=True)
+class LossFacts:
+    """What a loss reads beside the policy's log-probabilities, and which keys of `loss` it takes."""
+
+    uses_reference: bool
+    """It compares with a reference, whose log-probabilities are computed; without one there are no rewards."""
+    smooths: bool
+    """It takes `loss.label_smoothing`."""
+    normalizes: bool
+    """It takes `loss.length_normalized`; a loss that does not is per token by itself."""
+    includes_sft: bool = False
+    """The SFT term is part of it with weight 1, so it does not take `loss.sft_weight`."""
+
+
+LOSS_FACTS: Mapping[LossName, LossFacts] = {
+    "dpo": LossFacts(uses_reference=True, smooths=True, normalizes=True),
+    "ipo": LossFacts(uses_reference=True, smooths=False, normalizes=True),
+    "hinge": LossFacts(uses_reference=True, smooths=False, normalizes=True),
+    "robust": LossFacts(uses_reference=True, smooths=True, normalizes=True),
+    "sft": LossFacts(uses_reference=False, smooths=False, normalizes=False, includes_sft=True),
+}
+"""The facts of each loss by `loss.name`."""
+
+
+def losses_that(holds: Callable[[LossFacts], bool]) -> list[str]:
+    """Returns the names of the losses for whose facts `holds` is true, in the order of the table."""
+    return [name for name, facts in LOSS_FACTS.items() if holds(facts)]

@@ -1,0 +1,80 @@
+"""Formats whose rows list the completions of a prompt, and say which is better: pairs, scores or a ranking."""
+
+import math
+
+from dpo.data.formats.example import Example, Index
+from dpo.data.formats.pairwise import answer_of
+from dpo.data.formats.row_fields import Row, field, list_of, shown, text_or_messages, token_ids
+
+PREFERENCES = ("pairs", "scores", "ranking")
+"""The columns that say which completion is better; a row has one of them."""
+
+
+def tokens(row: Row) -> Example:
+    """{prompt_ids, chosen_ids, rejected_ids}, or {prompt_ids, completion_ids} with pairs, scores or ranking."""
+    prompt = token_ids(field(row, "prompt_ids"), "prompt_ids")
+    if "chosen_ids" in row or "rejected_ids" in row:
+        if "completion_ids" in row:
+            raise ValueError("completion_ids beside chosen_ids and rejected_ids; valid: one of the two ways")
+        names = ("chosen_ids", "rejected_ids")
+        return Example(prompt, tuple(token_ids(field(row, name), name) for name in names), ((0, 1),))
+    listed = list_of(field(row, "completion_ids"), "completion_ids")
+    completions = tuple(token_ids(ids, f"completion_ids[{i}]") for i, ids in enumerate(listed))
+    return Example(prompt, completions, *_preferences(row, len(completions)))
+
+
+def grouped(row: Row) -> Example:
+    """{prompt, completions} with pairs [[winner, loser]…], scores (higher is better) or ranking (1 is best)."""
+    prompt = text_or_messages(field(row, "prompt"), "prompt")
+    listed = list_of(field(row, "completions"), "completions")
+    completions = tuple(answer_of(value, f"completions[{i}]", prompt) for i, value in enumerate(listed))
+    return Example(prompt, completions, *_preferences(row, len(completions)))
+
+
+# --- preferences ----------------------------------------------------------------------------------------------------
+
+
+def _preferences(row: Row, num: int) -> tuple[tuple[Index, ...], tuple[str, ...]]:
+    """The pairs among `num` completions and the reasons of those dropped, from the one key of the row that tells."""
+    given = [key for key in PREFERENCES if key in row]
+    if len(given) != 1:
+        raise ValueError(f"{' and '.join(given) or 'nothing'} given; valid: exactly one of {', '.join(PREFERENCES)}")
+    values = list_of(row[given[0]], given[0])
+    if given == ["pairs"]:
+        return tuple(_pair(value, f"pairs[{i}]", num) for i, value in enumerate(values)), ()
+    if len(values) != num:
+        raise ValueError(f"{given[0]} has {len(values)} items for {num} completions")
+    if given == ["scores"]:
+        return _ordered([_score(value, f"scores[{i}]") for i, value in enumerate(values)])
+    return _ordered([-_rank(value, f"ranking[{i}]") for i, value in enumerate(values)])
+
+
+def _ordered(worth: list[float]) -> tuple[tuple[Index, ...], tuple[str, ...]]:
+    """Every two completions of different worth as (better, worse), by rising indices; a `tie` for every equal two."""
+    twos = [(i, j) for i in range(len(worth)) for j in range(i + 1, len(worth))]
+    pairs = tuple((i, j) if worth[i] > worth[j] else (j, i) for i, j in twos if worth[i] != worth[j])
+    return pairs, ("tie",) * (len(twos) - len(pairs))
+
+
+def _pair(value: object, name: str, num: int) -> Index:
+    if not (isinstance(value, list) and len(value) == 2 and all(type(index) is int for index in value)):
+        raise ValueError(f"{name} is {shown(value)}; valid: [winner, loser], two indices of completions")
+    for index in value:
+        if not 0 <= index < num:
+            raise ValueError(f"{name}: index {index} is out of range; valid: 0 to {num - 1}")
+    winner, loser = value
+    if winner == loser:
+        raise ValueError(f"{name}: winner and loser are both {winner}; valid: two different completions")
+    return winner, loser
+
+
+def _score(value: object, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {shown(value)}; valid: a finite number")
+    return value
+
+
+def _rank(value: object, name: str) -> int:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name} is {shown(value)}; valid: a whole number from 1 (best)")
+    return value

@@ -1,0 +1,64 @@
+"""Formats whose rows hold one chosen and one rejected answer, as text or as messages of a conversation."""
+
+from collections.abc import Iterable
+
+from dpo.data.formats.example import PROMPTS_DIFFER, Example
+from dpo.data.formats.row_fields import (
+    ASSISTANT,
+    Message,
+    Row,
+    answer_message,
+    field,
+    messages_of,
+    sharegpt_message,
+    text_of,
+    text_or_messages,
+)
+
+
+def sharegpt(row: Row) -> Example:
+    """{conversations, chosen, rejected} whose messages have `from` and `value`."""
+    prompt = messages_of(field(row, "conversations"), "conversations", sharegpt_message)
+    answers = (answer_message(field(row, name), name, sharegpt_message) for name in ("chosen", "rejected"))
+    return Example(prompt, tuple(answers), ((0, 1),))
+
+
+def preference(row: Row) -> Example:
+    """{prompt, chosen, rejected} as text or chat, or chosen and rejected as whole conversations.
+
+    A whole conversation holds the prompt: all its messages but the last. A `prompt` text beside it is not used (sets
+    like UltraFeedback repeat the question there); a `prompt` of messages must be the conversation's own.
+    """
+    chosen, rejected, prompt = field(row, "chosen"), field(row, "rejected"), row.get("prompt")
+    is_list = isinstance(chosen, list) and isinstance(rejected, list)
+    if is_list and not (isinstance(prompt, list) and len(chosen) == len(rejected) == 1):
+        return _conversations(chosen, rejected, prompt)
+    prompt = text_or_messages(field(row, "prompt"), "prompt")
+    return Example(prompt, (answer_of(chosen, "chosen", prompt), answer_of(rejected, "rejected", prompt)), ((0, 1),))
+
+
+# --- completions and conversations -----------------------------------------------------------------------------------
+
+
+def answer_of(value: object, name: str, prompt: str | Iterable[Message]) -> str | Message:
+    """A completion of the same kind as the prompt; text after a prompt of messages is the assistant's."""
+    if isinstance(prompt, str):
+        return text_of(value, name)
+    if isinstance(value, str):
+        return {"role": ASSISTANT, "content": value}
+    return answer_message(value, name)
+
+
+def _conversations(chosen: object, rejected: object, prompt: object) -> Example:
+    """Two whole conversations; one without a message before the answer is broken."""
+    (context, answer), (other, worse) = (_split(v, k) for v, k in ((chosen, "chosen"), (rejected, "rejected")))
+    if isinstance(prompt, list) and messages_of(prompt, "prompt") not in (context, other):
+        raise ValueError("chosen and rejected do not begin with prompt; valid: whole conversations or one answer each")
+    return Example(context, (answer, worse), ((0, 1),)) if context == other else PROMPTS_DIFFER
+
+
+def _split(value: object, name: str) -> tuple[tuple[Message, ...], Message]:
+    messages = messages_of(value, name)
+    if len(messages) < 2:
+        raise ValueError(f"{name} has one message; valid: a whole conversation, or a prompt of messages beside it")
+    return messages[:-1], answer_message([messages[-1]], name)
