@@ -8,4 +8,5 @@ arrays.py    arrays in files, read where they are asked for
 hub.py       what is an id of the Hugging Face hub, and not a path
 status.py    how a program tells its launcher how it ended
 prefetch.py  the next item is built by a thread while this one is used
+workers.py   work in forked processes, which end with the process that started them
 """

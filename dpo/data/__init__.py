@@ -5,6 +5,7 @@ sources.py     a source of the config -> its raw rows
 tokenizer.py   texts -> token ids: chat templates, the seam between prompt and completion
 tokens.py      `Example` -> `TokenizedExample`: limits, truncation, drops; keys of token ids
 token_rows.py  the tokenized rows of a source, cached on disk
+workers.py     the processes that tokenize, and how the run ends where the kernel kills one of them
 pair_set.py    the kept pairs as files of places in token rows
 holdout.py     prompts that are kept from training
 report.py      what was read, dropped and cut: the counts

@@ -1,13 +1,16 @@
 """The raw rows of a source become a cached, memory-mapped set of token rows: `Dataset.map` over `tokenize`.
 
-Nothing is raised in the processes that tokenize: what is wrong with a row stands in its `error` column, and the first
-in file order is raised by `raise_first_error`. The cache file's name is a hash of the content of the source, of the
-tokenizer, the limits and `sources.FORMAT`, so a second start maps nothing.
+    rows of the source ── num_proc processes ──> tokens-HASH/HASH-00000.arrow, HASH-00001.arrow, ... ──> one `Dataset`
+
+What is wrong with a row is not raised in the processes that tokenize: it stands in the row's `error` column, and the
+first in file order is raised by `raise_first_error`. HASH is of the content of the source, of the tokenizer, the limits
+and `sources.FORMAT`, so a second start, with any number of processes, tokenizes nothing.
 """
 
 import functools
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -17,15 +20,22 @@ import numpy as np
 import pyarrow as pa
 
 from dpo.base.errors import UserError
+from dpo.base.files import make_folder_atomically
+from dpo.base.workers import Report
 from dpo.data.formats.examples import FORMATS, to_example
 from dpo.data.formats.row_fields import Row
-from dpo.data.sources import Source, cache_path, decode_row, digest
+from dpo.data.sources import Source, cache_path, decode_row, digest, quiet_progress
 from dpo.data.tokenizer import Encoder, encoder_content, merges_at_boundary
 from dpo.data.tokens import Limits, TokenizedExample, completion_key, prompt_key, tokenize
+from dpo.data.workers import tokenize_in_workers
 
 NUM_AUDITED_ROWS = 256  # the first of every source, in which joined tokenizing is compared: it costs as much again
 MAX_NUM_PROC, SMALL_SET = 8, 4000  # below that many rows the processes cost more than they save
+ROWS_PER_REPORT = 1000  # by which the bar moves on
 BLOCK = 8192  # rows that are looked at together
+
+Tokenize = Callable[[Row, int], dict[str, Any]]
+"""A record of `Source.rows` and its number -> a row of FEATURES."""
 
 _INT, _IDS = datasets.Value("int32"), datasets.List(datasets.Value("int32"))
 FEATURES = datasets.Features(
@@ -53,31 +63,64 @@ FEATURES = datasets.Features(
 def tokenize_source(
     source: Source, format: str, encoder: Encoder, limits: Limits, num_proc: int | None
 ) -> datasets.Dataset:
-    """The token rows (FEATURES) of a source, in its order."""
-    names = source.rows.column_names
-    rows = source.rows.with_format(None)
-    rows = rows if source.has_lines else rows.select_columns([name for name in names if name in FORMATS[format].reads])
-    parts = (source.content, format, encoder_content(encoder), str(astuple(limits)))
-    fingerprint = digest(parts)
-    return rows.map(
-        functools.partial(tokenize_row, format=format, has_lines=source.has_lines, encoder=encoder, limits=limits),
-        with_indices=True,
-        remove_columns=rows.column_names,
-        features=FEATURES,
-        num_proc=processes(num_proc, len(rows)),
-        new_fingerprint=fingerprint,
-        cache_file_name=str(cache_path(f"tokens-{fingerprint}.arrow")),
-        load_from_cache_file=True,
-        desc=f"Tokenizing {Path(source.path).name}",
-    )
+    """Returns the token rows (FEATURES) of a source, in its order; makes them where they are not in the cache.
+
+    Raises:
+        RunError: a process that tokenizes was killed, or found no more memory
+    """
+    fingerprint = digest((source.content, format, encoder_content(encoder), str(astuple(limits))))
+    folder = cache_path(f"tokens-{fingerprint}")
+    if not folder.is_dir():
+        row = functools.partial(tokenize_row, format=format, has_lines=source.has_lines, encoder=encoder, limits=limits)
+        num = processes(num_proc, len(source.rows))
+        make_folder_atomically(folder, lambda draft: _write(draft / fingerprint, source, format, row, num))
+    files = sorted(folder.glob("*.arrow"))
+    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in files])
 
 
-def processes(num_proc: int | None, num_rows: int) -> int | None:
-    """What `Dataset.map` takes: null is this process alone."""
+def processes(num_proc: int | None, num_rows: int) -> int:
+    """Returns how many processes tokenize so many rows; 1 is this process alone."""
     if num_proc is None:
         num_proc = 1 if num_rows < SMALL_SET else min(MAX_NUM_PROC, len(os.sched_getaffinity(0)))
-    num_proc = min(num_proc, num_rows)
-    return num_proc if num_proc > 1 else None
+    return max(1, min(num_proc, num_rows))
+
+
+def _write(path: Path, source: Source, format: str, row: Tokenize, num: int) -> None:
+    """Writes the token rows of a source to `num` files of about equal length, `path`-00000.arrow and so on, each in a
+    process of its own.
+    """
+    rows = source.rows.with_format(None)
+    if not source.has_lines:
+        rows = rows.select_columns([name for name in rows.column_names if name in FORMATS[format].reads])
+    bounds = [len(rows) * i // num for i in range(num + 1)]
+    parts = [range(begin, end) for begin, end in itertools.pairwise(bounds)]
+    works = [functools.partial(_write_part, f"{path}-{i:05d}.arrow", rows, part, row) for i, part in enumerate(parts)]
+    with datasets.utils.tqdm(total=len(rows), unit=" rows", desc=f"Tokenizing {Path(source.path).name}") as bar:
+        if num == 1:
+            works[0](bar.update)
+        else:
+            tokenize_in_workers(works, bar.update)
+
+
+def _write_part(path: str, rows: datasets.Dataset, part: range, row: Tokenize, report: Report) -> None:
+    """Writes the token rows of a part of the raw rows."""
+
+    def reported(record: Row, index: int) -> dict[str, Any]:
+        if index % ROWS_PER_REPORT == ROWS_PER_REPORT - 1:
+            report(ROWS_PER_REPORT)
+        return row(record, part[index])
+
+    with quiet_progress():
+        rows.select(part).map(
+            reported,
+            with_indices=True,
+            remove_columns=rows.column_names,
+            features=FEATURES,
+            cache_file_name=path,
+            load_from_cache_file=False,
+            new_fingerprint=Path(path).stem,
+        )
+    report(len(part) % ROWS_PER_REPORT)
 
 
 def tokenize_row(

@@ -1,9 +1,14 @@
 """The cache of tokenized rows and the processes that fill it."""
 
 import hashlib
+import os
+import signal
+import socket
 
+import datasets
 import pytest
 
+from dpo.base.errors import RunError
 from dpo.config import SourceConfig
 from dpo.data import prepare as data
 from dpo.data import sources, token_rows
@@ -74,20 +79,81 @@ def test_processes_give_what_one_gives(tmp_path, tokenizer_folder, hf_cache, cap
     train = prepare_data(config, MODEL).train
     assert all_pairs(train) == plain_pairs(ROWS)
     assert capfd.readouterr() == ("", "")
-    cached = sorted((hf_cache / "datasets" / "dpo").glob("tokens-*"))
+    cached = sorted((hf_cache / "datasets" / "dpo").glob("tokens-*/*"))
     assert len(cached) == 3
     alone = make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder, num_proc=1)
     assert prepare_data(alone, MODEL).train.content_hash == train.content_hash
-    assert sorted((hf_cache / "datasets" / "dpo").glob("tokens-*")) == cached
+    assert sorted((hf_cache / "datasets" / "dpo").glob("tokens-*/*")) == cached
+
+
+@pytest.mark.parametrize("num_proc", [1, 3])
+def test_one_bar_counts_the_rows_of_all_processes(tmp_path, tokenizer_folder, monkeypatch, capfd, num_proc):
+    monkeypatch.setattr(token_rows, "ROWS_PER_REPORT", 2)  # processes of 3, 3 and 4 rows
+    config = make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder, num_proc=num_proc)
+    datasets.utils.enable_progress_bars()
+    prepare_data(config, MODEL)
+    shown = capfd.readouterr().err
+    assert "Tokenizing a.jsonl: 100%" in shown and " 10/10 " in shown
+    assert "Map" not in shown, "no bar of Dataset.map beside it"
+
+
+def raise_memory_error():
+    raise MemoryError
+
+
+ENDS = {
+    "was killed, as the kernel does when the host's memory runs out": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "ended early, by SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "ended early, by exit code 7": lambda: os._exit(7),
+    "found no more memory": raise_memory_error,
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_process_that_ends_early_is_named(tmp_path, tokenizer_folder, monkeypatch, hf_cache, how):
+    """Nothing of what the others wrote is taken for the whole: the next start tokenizes all rows."""
+    config = make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder, num_proc=3)
+    tokenize_row = token_rows.tokenize_row
+
+    def fail_in_row_5(record, index, **options):
+        return ENDS[how]() if index == 5 else tokenize_row(record, index, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_rows, "tokenize_row", fail_in_row_5)
+        with pytest.raises(RunError) as error:
+            prepare_data(config, MODEL)
+    who = f"data.num_proc: one of 3 processes that tokenize on {socket.gethostname()}"
+    less = "what helps: data.num_proc below 3 (1: the rank itself tokenizes)"
+    assert str(error.value) == f"{who} {how}; {less}"
+    assert not list((hf_cache / "datasets" / "dpo").iterdir())
+    assert all_pairs(prepare_data(config, MODEL).train) == plain_pairs(ROWS)
+
+
+@pytest.mark.parametrize("before", [None, "true"])
+def test_tokenizers_use_no_threads_in_processes(tmp_path, tokenizer_folder, monkeypatch, before):
+    """The variable that the library reads is set in the processes, and afterwards here what it was."""
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if before is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", before)
+    tokenize_row = token_rows.tokenize_row
+
+    def checked(*args, **options):
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+        return tokenize_row(*args, **options)
+
+    monkeypatch.setattr(token_rows, "tokenize_row", checked)
+    config = make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder, num_proc=3)
+    assert all_pairs(prepare_data(config, MODEL).train) == plain_pairs(ROWS)
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before
 
 
 def test_number_of_processes(monkeypatch):
     monkeypatch.setattr(token_rows.os, "sched_getaffinity", lambda _: set(range(64)))
-    assert token_rows.processes(None, 100) is None, "a small set"
+    assert token_rows.processes(None, 100) == 1, "a small set"
     assert token_rows.processes(None, 1_000_000) == 8
     assert token_rows.processes(3, 100) == 3
     assert token_rows.processes(3, 2) == 2
-    assert token_rows.processes(1, 1_000_000) is None
+    assert token_rows.processes(1, 1_000_000) == 1
 
 
 def test_rows_stay_on_disk(tmp_path, tokenizer_folder):
