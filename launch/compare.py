@@ -97,7 +97,8 @@ def _last_step(folder: Path, config: Mapping[str, Value]) -> int | None:
     if isinstance(steps, int) or not path.is_file():
         return steps if isinstance(steps, int) else None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))[-1]["last_step"]
+        last_step: int | None = json.loads(path.read_text(encoding="utf-8"))[-1]["last_step"]
+        return last_step
     except json.JSONDecodeError as failure:
         raise UserError(str(path), f"broken: {failure}", "what a run writes there") from failure
 

@@ -52,6 +52,7 @@ SLOW: Sequence[str] = (
     "commands/test_doctor.py",
     "commands/test_sample.py",
     "commands/test_score.py",
+    "commands/test_wheel.py",
     "config/test_bad_inputs.py",
     "config/test_config.py",
     "data/test_bad_data.py",

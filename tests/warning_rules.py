@@ -1,5 +1,8 @@
 """Which warnings fail a test: all but those listed here where torch and transformers are those of constraints.txt.
 
+What is left open (ResourceWarning, told by a destructor, hence as an unraisable exception) fails a test too: the
+project closes its files, pipes and processes. A leak of a library is listed by its message.
+
 With other versions what warns is not ours to choose, and all are ignored; conftest.py takes the hook from here.
 """
 
@@ -21,8 +24,6 @@ IGNORED: Mapping[str, str] = {
     "ignore:Synchronization debug mode is a prototype:UserWarning": "tests/gpu ask torch to raise where the host waits",
     "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning": "torch's dynamo, on this one bug-fix release",
     "ignore:FSDP2-wrapped module .FSDPOPTDecoderLayer. returned a view:UserWarning": "OPT writes into none",
-    "ignore::ResourceWarning": "files that datasets and numpy map stay open until the arrays on them are collected",
-    "ignore::pytest.PytestUnraisableExceptionWarning": "the same, told by a destructor",
 }
 """Filters of warnings that are no faults, with the reason."""
 

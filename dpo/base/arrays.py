@@ -59,9 +59,11 @@ class DiskArray:
             return self.rows(start, max(stop, start))
         index = np.asarray(index)
         if index.ndim == 0:
-            return self.rows(int(index), int(index) + 1)[0]
+            row: np.ndarray = self.rows(int(index), int(index) + 1)[0]
+            return row
         if len(index) * READ_WHOLE > len(self):  # so it is with every mask
-            return np.asarray(self)[index]
+            chosen: np.ndarray = np.asarray(self)[index]
+            return chosen
         rows = np.empty((len(index), *self.shape[1:]), self.dtype)
         for place, number in enumerate(index.tolist()):
             rows[place] = self.rows(number, number + 1)[0]

@@ -122,7 +122,7 @@ def padded_length(num_tokens: int) -> int:
     the power of two below: 95 lengths up to 16,384 tokens, 32 more with each doubling. At most a 32nd is padding from
     4,096 tokens on, a 64th in the mean. Two blocks at least: torch.compile makes every size of 1 a graph of its own.
     """
-    step = max(BLOCK, 2 ** max((num_tokens - 1).bit_length() - 6, 0))
+    step = max(BLOCK, 1 << max((num_tokens - 1).bit_length() - 6, 0))
     return max(2 * BLOCK, -(-num_tokens // step) * step)
 
 

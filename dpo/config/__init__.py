@@ -5,6 +5,7 @@ loss_facts.py   what each loss reads, and which keys of `loss` it takes
 rules.py        bounds of keys, and keys that must fit each other
 reading.py      YAML and command line against the fields
 strict_yaml.py  YAML without surprises, with line numbers
+shipped.py      the configs that come with the package
 load.py         load_config, to_yaml
 """
 

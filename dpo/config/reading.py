@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from dpo.base.command import COMMAND_LINE, SWITCHES, Option, split_options
 from dpo.base.errors import UserError
+from dpo.config.shipped import shipped_configs, valid_paths
 from dpo.config.strict_yaml import parse_yaml, read_yaml_file
 
 
@@ -73,7 +74,7 @@ def options_of_file(path: str, sections: Mapping[str, type]) -> dict[str, Given]
     try:
         tree = read_yaml_file(path)
     except OSError as error:
-        _wrong(COMMAND_LINE, "config", f"cannot read {path!r} ({error.strerror})", "the path of a YAML file")
+        _wrong(COMMAND_LINE, "config", f"cannot read {path!r} ({error.strerror})", valid_paths(shipped_configs()))
     given = {}
     for section, keys in _mapping({} if tree is None else tree, path, "", list(sections)).items():
         hints = get_type_hints(sections[section])

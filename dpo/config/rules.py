@@ -54,7 +54,7 @@ def decided(parallel: ParallelConfig) -> ParallelConfig:
     What is trained is decided by `dpo.estimate.choice`.
     """
     plain = {"activation_checkpointing": "none", "sync_gradients": "every_micro_batch"}
-    return replace(parallel, **{key: plain[key] for key in parallel.undecided})  # type: ignore[arg-type]
+    return replace(parallel, **{key: plain[key] for key in parallel.undecided})  # type: ignore[arg-type]  # one of its words
 
 
 def validate(config: Config, places: Mapping[str, str] | None = None, default_place: str = "config") -> None:

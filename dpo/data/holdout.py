@@ -21,7 +21,8 @@ class Split:
 
     @property
     def removed(self) -> np.ndarray:
-        return ~self.train & ~self.held
+        removed: np.ndarray = ~self.train & ~self.held
+        return removed
 
 
 def split_sources(sources: list[tuple[str, datasets.Dataset, int | float | None]], seed: int) -> list[Split]:

@@ -187,8 +187,9 @@ def lists(table: pa.Table | pa.RecordBatch, column: str) -> tuple[np.ndarray, pa
 
 
 def offsets(array: pa.ListArray) -> np.ndarray:
-    starts = array.offsets.to_numpy()
-    return (starts - starts[0]).astype(np.int64)
+    starts: np.ndarray = array.offsets.to_numpy()
+    from_first: np.ndarray = (starts - starts[0]).astype(np.int64)
+    return from_first
 
 
 def pairs_of(table: pa.Table | pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:

@@ -84,12 +84,12 @@ def encoder_content(encoder: Encoder) -> str:
 def encode(example: Example, encoder: Encoder) -> tuple[Ids, list[Ids]]:
     """The ids of the prompt and of each completion, EOS appended, before any limit."""
     if encoder.tokenizer is None:
-        return list(example.prompt), [list(ids) for ids in example.completions]  # type: ignore[arg-type]
+        return list(example.prompt), [list(ids) for ids in example.completions]  # type: ignore[arg-type]  # ids
     if isinstance(example.prompt, str):
         prompt = _encode(encoder.tokenizer, example.prompt, True)
         completions = [_encode(encoder.tokenizer, text, False) for text in example.completions]
         return prompt[:-1] if encoder.adds_eos else prompt, [_with_eos(ids, encoder) for ids in completions]
-    prompt_text, answers = chat_texts(encoder.tokenizer, example.prompt, example.completions)  # type: ignore[arg-type]
+    prompt_text, answers = chat_texts(encoder.tokenizer, example.prompt, example.completions)  # type: ignore[arg-type]  # chat
     completions = [_until_eos(_encode(encoder.tokenizer, text, False), encoder) for text in answers]
     return _encode(encoder.tokenizer, prompt_text, False), completions
 
@@ -114,7 +114,7 @@ def _chat_text(tokenizer: Any, messages: Sequence[Message], add_generation_promp
         )
     try:
         listed = [dict(message) for message in messages]
-        return tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=add_generation_prompt)
+        return str(tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=add_generation_prompt))
     except (jinja2.TemplateError, TypeError, ValueError) as error:
         raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
 
@@ -143,7 +143,7 @@ def merges_at_boundary(example: Example, encoder: Encoder) -> int | None:
         return None
     prompt, texts = example.prompt, example.completions
     if not isinstance(prompt, str):
-        prompt, texts = chat_texts(encoder.tokenizer, prompt, texts)  # type: ignore[arg-type, assignment]
+        prompt, texts = chat_texts(encoder.tokenizer, prompt, texts)  # type: ignore[arg-type, assignment]  # chat
     apart = [_encode(encoder.tokenizer, text, False) for text in (prompt, *texts)]
     joined = [_encode(encoder.tokenizer, str(prompt) + str(text), False) for text in texts]
     return sum(apart[0] + ids != both for ids, both in zip(apart[1:], joined, strict=True))

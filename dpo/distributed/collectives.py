@@ -21,7 +21,7 @@ def together(work: Callable[[], T]) -> T:
     failures = [f for f in all_gather(failure) if f is not None]
     if failures:
         raise failures[0]
-    return result  # type: ignore[return-value]
+    return result  # type: ignore[return-value]  # no failure: a result, which may be None
 
 
 def on_main(world: World, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -30,6 +30,7 @@ def on_main(world: World, work: Callable[[], T], group: dist.ProcessGroup | None
     """
     outcome: list[Any] = [_attempt(work) if world.is_main else None]
     dist.broadcast_object_list(outcome, src=0, group=group)
+    result: T
     result, failure = outcome[0]
     if failure is not None:
         raise failure
@@ -44,7 +45,7 @@ def first_on_each_node(world: World, work: Callable[[], T]) -> T:
     """
     turn = 0 if world.rank == 0 else 1 if world.local_rank == 0 else 2
     results = [together(work if turn == now else _nothing) for now in range(3)]
-    return results[turn]  # type: ignore[return-value]
+    return results[turn]  # type: ignore[return-value]  # this rank's turn ran `work`
 
 
 def _nothing() -> None:

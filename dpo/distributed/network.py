@@ -53,7 +53,8 @@ def address_towards(host: str) -> str | None:
             probe.connect((host, 9))
         except OSError:  # IPv6 alone
             return None
-        return probe.getsockname()[0]
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def address_of_this_host() -> str:

@@ -94,7 +94,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     seen = (place[:, None] >= place) & (tree[:, None] == tree) & ((part == 0) | (part[:, None] == part))
     key, value = (x.double().repeat_interleave(HEADS // KV_HEADS, dim=1) for x in (key, value))
     scores = query.double() @ key.transpose(2, 3) * query.shape[-1] ** -0.5
-    return scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value
+    return torch.matmul(scores.masked_fill(~seen, float("-inf")).softmax(-1), value)
 
 
 def compare(

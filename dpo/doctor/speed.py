@@ -58,7 +58,7 @@ def measure_products(subject: Subject, world: World) -> Products:
 def cuda_products(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
     """FLOPs a second of square products on a GPU, their median; random numbers, since zeros need less power."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    seconds = []
+    seconds: list[float] = []
     for _ in range(REPEATS + 3):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 from transformers import PretrainedConfig
@@ -32,6 +32,9 @@ from dpo.model.weights import read_model_config
 from dpo.run.folder import Start
 from dpo.run.inputs import Inputs
 from dpo.run.layout import as_so_far
+
+Result = TypeVar("Result")
+Arguments = TypeVarTuple("Arguments")
 
 
 def decide_parallel(config: Config, start: Start, inputs: Inputs, world: World) -> tuple[Config, str | None]:
@@ -113,7 +116,7 @@ def _rehearse(config: Config, folder: Path, lengths: Lengths, cluster: Cluster) 
     return decide_by_rehearsal(Case(config, model_config, lengths, cluster))
 
 
-def in_own_process(work: Callable[..., Any], *args: Any) -> Any:
+def in_own_process(work: Callable[[*Arguments], Result], *args: *Arguments) -> Result:
     """The result of `work`, importable by name, in a process that is started for it; its UserError is raised here, and
     RunError, with a line that names it, for any other failure.
     """
@@ -122,11 +125,13 @@ def in_own_process(work: Callable[..., Any], *args: Any) -> Any:
     process.start()
     theirs.close()
     try:
-        result, failure = ours.recv()
+        outcome: tuple[Result, BaseException | None] = ours.recv()
         process.join()
     except EOFError:
         process.join()
-        result, failure = None, RunError(f"its process ended without a result, with exit code {process.exitcode}")
+        failed = RunError(f"its process ended without a result, with exit code {process.exitcode}")
+        raise failed from None
+    result, failure = outcome
     if failure is not None:
         raise failure
     return result

@@ -43,7 +43,7 @@ def _graph_runner(graph: GraphModule, inputs: Sequence[Any]) -> Callable[[list[A
         kernels.env.clear()  # it would hold them up to the next call
         return outputs
 
-    run._boxed_call = True  # type: ignore[attr-defined]
+    run._boxed_call = True  # type: ignore[attr-defined]  # an attribute of a function
     return run
 
 

@@ -28,7 +28,7 @@ def with_dtype(config: Config, device: Device) -> Config:
     """The config with parallel.compute_dtype auto replaced by what it means on the device."""
     kind = torch.device("cpu" if device.is_cpu else "cuda")
     dtype = str(compute_dtype(config.parallel, getattr(torch, config.model.dtype), kind)).removeprefix("torch.")
-    return replace(config, parallel=replace(config.parallel, compute_dtype=dtype))  # type: ignore[arg-type]
+    return replace(config, parallel=replace(config.parallel, compute_dtype=dtype))  # type: ignore[arg-type]  # one of its words
 
 
 def plans_of(layout: Layout, model_config: PretrainedConfig, steps: Sequence[Sequence[Tree]]) -> list[StepPlan]:

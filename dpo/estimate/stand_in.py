@@ -20,7 +20,8 @@ from dpo.model.attention import ATTENTION, SMALLEST_WIDTH, register_attention
 @torch.library.custom_op("dpo_estimate::flex_attention", mutates_args=())
 def kept_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """(output, logsumexp) of the right sizes and no value. The name is one that selective checkpointing keeps."""
-    return _outputs(query, key, value)
+    outputs: tuple[Tensor, Tensor] = _outputs(query, key, value)
+    return outputs
 
 
 @kept_attention.register_fake
@@ -33,7 +34,8 @@ def kept_attention_backward(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values."""
-    return _gradients(query, key, value, out, logsumexp, grad)
+    gradients: tuple[Tensor, Tensor, Tensor] = _gradients(query, key, value, out, logsumexp, grad)
+    return gradients
 
 
 @kept_attention_backward.register_fake
@@ -55,7 +57,8 @@ def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> N
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, ...]:
-    return kept_attention_backward(*ctx.saved_tensors, grad)
+    gradients: tuple[Tensor, ...] = kept_attention_backward(*ctx.saved_tensors, grad)
+    return gradients
 
 
 kept_attention.register_autograd(_backward, setup_context=_keep)

@@ -8,6 +8,7 @@ seen.
 import sys
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ class Timeline(TorchDispatchMode):
     """
 
     def __init__(self, vocab_size: int, offloaded: bool, by_gloo: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # not annotated
         self.peaks: dict[Moment, Bytes] = {}
         self._moment: Moment | None = None
         self._vocab_size = vocab_size
@@ -158,12 +159,12 @@ _KINDS_BY_FUNCTION = {
 
 def _kind_by_function() -> str | None:
     """The kind of what these functions make; None for what the model makes."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         kind = _KINDS_BY_FUNCTION.get(frame.f_code.co_name)
         if kind is not None:
             return kind
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

@@ -9,10 +9,11 @@ from transformers import PretrainedConfig
 
 from dpo.config import Config
 from dpo.estimate.changes import Change
-from dpo.estimate.devices import GIB, Device
+from dpo.estimate.devices import Device
 from dpo.estimate.lengths import MicroBatch
 from dpo.estimate.memory import Memory
 from dpo.estimate.speed import Cluster, Speed
+from dpo.machine.data_sheets import GIB
 from dpo.model.parallelize import is_compiled
 
 COLUMNS = 100

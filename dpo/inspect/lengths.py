@@ -1,6 +1,7 @@
 """Lengths of pairs in numbers: percentiles, histograms, and how much of the preference is length. Pure numpy."""
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +87,7 @@ def lengths_of(table: np.ndarray) -> SetLengths:
 
 def bin_width(largest: int) -> int:
     """The smallest round width of which NUM_BINS bins reach beyond `largest`."""
-    widths = (width * 100**power for power in itertools.count() for width in ROUND)
+    widths: Iterator[int] = (width * 100**power for power in itertools.count() for width in ROUND)
     return next(width for width in widths if width * NUM_BINS > largest)
 
 

@@ -66,7 +66,7 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
     def decode(some: Sequence[int]) -> str:
         after_eos = [tokenizer.eos_token_id, *some]  # the first token of a text would lose its space
-        return tokenizer.decode(after_eos, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(tokenizer.decode(after_eos, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     texts = []
     begin, known = 0, 0  # the last token, or tokens, that were a whole text lie between them, as context

@@ -62,7 +62,7 @@ def _tree_attention(
     return outputs
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # not annotated
 def _segment_attention_uncompiled(*args: Any) -> Tensor:
     """Segment lengths change with every micro-batch: compiling the loop would compile it again and again."""
     return segment_attention(*args)
@@ -86,7 +86,7 @@ def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, 
     attend: Any = _flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     grouped = query.shape[1] != key.shape[1]
     options = _kernel_options(query)
-    output = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
+    output: Tensor = attend(query, key, value, block_mask=mask, scale=scale, enable_gqa=grouped, kernel_options=options)
     return output[..., :width]
 
 

@@ -65,7 +65,9 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_cod
     # It looks for padding at the row's ends, for which the host would wait in every forward pass.
     model.base_model.warn_if_padding_and_no_attention_mask = lambda *args: None
     _switch_dropout_off(model)
-    return model.train()  # activation checkpointing works in training mode alone; dropout is off all the same
+    model.train()  # activation checkpointing works in training mode alone; dropout is off all the same
+    built: PreTrainedModel = model
+    return built
 
 
 def _check_structure(model: PreTrainedModel) -> None:
@@ -124,4 +126,5 @@ def stored_tensors(policy: Policy) -> dict[str, Tensor]:
     """The model's tensors under the names of its Hugging Face folder, tied ones once."""
     tied = set(policy.model.all_tied_weights_keys)
     state = {name: tensor for name, tensor in policy.model.state_dict().items() if name not in tied}
-    return revert_weight_conversion(policy.model, state)
+    stored: dict[str, Tensor] = revert_weight_conversion(policy.model, state)
+    return stored

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig
 
 from dpo.base.console import say
@@ -119,7 +120,8 @@ def _generating(policy: Policy, keeps_layers: bool) -> Iterator[None]:
 
 def _reshard_layers(policy: Policy, after_forward: bool) -> None:
     for layer in decoder_layers(policy.model):
-        layer.set_reshard_after_forward(after_forward, recurse=False)  # type: ignore[operator]
+        assert isinstance(layer, FSDPModule)
+        layer.set_reshard_after_forward(after_forward, recurse=False)
 
 
 def keeps_layers_whole(layer_bytes: int, cache_bytes: int | None, free_bytes: int) -> bool:

@@ -58,7 +58,8 @@ def completion_log_probs(hidden: Tensor, head: Head, targets: Tensor, lengths: T
     needs_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
     chunk = rows_in_chunk(weight.shape[0], weight.dtype, head.max_bytes, device_type, needs_gradient)
     chunking = Chunking(has_float32_product(device_type, weight.dtype), chunk)
-    token_logps = ChunkedTokenLogProbs.apply(hidden, weight, bias, targets, chunking)
+    # torch gives `apply` no annotations.
+    token_logps: Tensor = ChunkedTokenLogProbs.apply(hidden, weight, bias, targets, chunking)  # type: ignore[no-untyped-call]
     # In float64, and not by index_add, whose order of addition on CUDA changes from run to run.
     sums = torch.segment_reduce(token_logps.double(), "sum", lengths=lengths, unsafe=True)
     return sums.to(token_logps.dtype)

@@ -120,7 +120,8 @@ _CHECKPOINTS: Mapping[str, Callable[..., Any]] = {
 def compute_dtype(parallel: ParallelConfig, master: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of the forward and backward pass; `auto` is bfloat16 on CUDA, the master weights' on a CPU."""
     if parallel.compute_dtype != "auto":
-        return getattr(torch, parallel.compute_dtype)
+        dtype: torch.dtype = getattr(torch, parallel.compute_dtype)
+        return dtype
     return torch.bfloat16 if device.type == "cuda" and master == torch.float32 else master
 
 

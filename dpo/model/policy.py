@@ -37,7 +37,8 @@ class Policy:
     @property
     def config(self) -> PretrainedConfig:
         """Returns the model's config."""
-        return self.model.config
+        config: PretrainedConfig = self.model.config
+        return config
 
     @property
     def row_format(self) -> RowFormat:
@@ -57,7 +58,8 @@ def completion_logps(policy: Policy, batch: PackedBatch) -> Tensor:
 
     Every rank must get here the same number of times, or the rest hang: FSDP all-gathers the parameters on the way.
     """
-    return policy.model.logps(batch, policy.head_bytes, policy.device.type)
+    logps: Tensor = policy.model.logps(batch, policy.head_bytes, policy.device.type)
+    return logps
 
 
 def _forward_logps(

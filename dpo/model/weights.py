@@ -73,7 +73,7 @@ def _download(path: str, key: str) -> Path:
 def read_model_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     """The model's config, refused (UserError) where this trainer cannot be exact for it."""
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as failure:
         raise UserError(f"{folder}/config.json", one_line(str(failure))[:300]) from failure
     for applies, reason in _refusals(config):

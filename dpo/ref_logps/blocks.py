@@ -69,7 +69,8 @@ class RefRows:
 def first_of_each(keys: np.ndarray) -> np.ndarray:
     """The places at which the different ones of keys (N, 2) stand first, in the order of the sorted keys."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
-    return order[np.append(True, (np.diff(keys[order], axis=0) != 0).any(1))[: len(keys)]]
+    first: np.ndarray = order[np.append(True, (np.diff(keys[order], axis=0) != 0).any(1))[: len(keys)]]
+    return first
 
 
 def make_rows(table: np.ndarray) -> RefRows:

@@ -62,7 +62,7 @@ def find_table(folder: Path, name: str) -> Path | None:
     about = _read_about(folder / name)
     if about is None or not all(is_whole(folder / block) for block in about["blocks"]):
         return None
-    path = folder / about["rows"]
+    path: Path = folder / about["rows"]
     if is_whole(path):
         return path
     _remove_damaged(path)
@@ -71,12 +71,14 @@ def find_table(folder: Path, name: str) -> Path | None:
 
 def table_makings(folder: Path, name: str) -> list[Making | None]:
     """How the rows of a table that is there were made, each way once; None where it is not known."""
-    return (_read_about(folder / name) or {}).get("made", [None])
+    makings: list[Making | None] = (_read_about(folder / name) or {}).get("made", [None])
+    return makings
 
 
 def _read_about(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_bytes())
+        about: dict[str, Any] = json.loads(path.read_bytes())
+        return about
     except FileNotFoundError:
         return None
     except ValueError:

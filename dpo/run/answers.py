@@ -153,12 +153,12 @@ def stop_ids(tokenizer: Any, model_config: PretrainedConfig) -> tuple[int, ...]:
 
 def prompt_text(tokenizer: Any, ids: Ids) -> str:
     """A prompt as the model reads it, special tokens included."""
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def answer_text(tokenizer: Any, ids: Ids) -> str:
     """An answer as a person reads it."""
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 # --- the reference's answers -----------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 def _parsed(line: bytes, place: str) -> dict[str, float]:
     try:
-        metrics = json.loads(line)
+        metrics: dict[str, float] = json.loads(line)
         if isinstance(metrics["step"], int):
             return metrics
     except (ValueError, KeyError, TypeError):

@@ -54,7 +54,8 @@ def _installed_commit() -> str | None:
         text = distribution("dpo").read_text("direct_url.json")
     except PackageNotFoundError:
         return None
-    return json.loads(text or "{}").get("vcs_info", {}).get("commit_id")
+    commit: str | None = json.loads(text or "{}").get("vcs_info", {}).get("commit_id")
+    return commit
 
 
 def _version(name: str) -> str | None:

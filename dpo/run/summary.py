@@ -149,7 +149,7 @@ def num_parameters(model: nn.Module) -> int:
 
 def state_bytes(num_parameters: int, config: Config, num_ranks: int) -> float:
     """Bytes that a rank holds all the time: its share of the weights, of their gradients, of the optimizer's state."""
-    itemsize = getattr(torch, config.model.dtype).itemsize
+    itemsize: int = getattr(torch, config.model.dtype).itemsize
     return num_parameters * itemsize * (2 + optimizer_elements(config.optim)) * config.parallel.replicate / num_ranks
 
 

@@ -54,7 +54,8 @@ class Completions:
     @property
     def differences(self) -> np.ndarray:
         """(N,) pi_logp - ref_logp, nats."""
-        return self.pi_logps - self.ref_logps
+        differences: np.ndarray = self.pi_logps - self.ref_logps
+        return differences
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def limits(noise: float, lengths: np.ndarray, scale: float) -> Limits:
 
 def exact_bounds(ref_logps: np.ndarray) -> np.ndarray:
     """(N,) nats by which two exact float32 computations of a log-probability may differ."""
-    return 1e-4 + 1e-5 * np.abs(ref_logps)
+    bounds: np.ndarray = 1e-4 + 1e-5 * np.abs(ref_logps)
+    return bounds
 
 
 class Verdict(IntEnum):

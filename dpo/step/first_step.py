@@ -155,7 +155,7 @@ def _expected_losses(trees: Sequence[Tree], measured: Sequence[tuple[float, floa
         completions = [(*next(left), len(ids)) for ids in tree.completion_ids]
         pairs += [(completions[winner], completions[loser]) for winner, loser in tree.pairs]
     pi_logps, ref_logps, lengths = np.array(pairs).reshape(-1, 2, 3).T  # each (2, T)
-    return expected_losses(pi_logps, ref_logps, lengths, loss).tolist()
+    return [float(value) for value in expected_losses(pi_logps, ref_logps, lengths, loss)]
 
 
 def moved_plan(plan: StepPlan) -> StepPlan:

@@ -48,7 +48,9 @@ def reload(config: Config, folder: Path) -> Config:
 
 def command_lines() -> list[tuple[str, str]]:
     """(command line, expected line): blocks of two lines, after a comment."""
-    blocks = (CORPUS / "command_lines.txt").read_text().split("\n\n")[1:]
+    names = sorted(file.name for file in (REPO / "configs").iterdir())
+    text = (CORPUS / "command_lines.txt").read_text().replace("CONFIGS", f"{REPO / 'configs'}: {', '.join(names)}")
+    blocks = text.split("\n\n")[1:]
     return [(block.splitlines()[0], block.splitlines()[1]) for block in blocks]
 
 

@@ -1,0 +1,318 @@
+"""The private and undocumented parts of libraries that dpo and launch use, each with the test that breaks first.
+
+Libraries may change these in any version. test_private_parts.py holds this table to the source, the tests that it names
+and the installed versions, in seconds: where a new version of a library breaks tests, its failures say what changed.
+Whoever adds a use adds a row, or finds a documented way.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PrivatePart:
+    """A part of a library that its documentation does not promise."""
+
+    path: str
+    """Where it is defined: MODULE.NAME, MODULE.CLASS.ATTRIBUTE, or MODULE.FUNCTION.ATTRIBUTE that the function uses."""
+    files: tuple[str, ...]
+    """Where it is used, below the root of the repository."""
+    why: str
+    test: str
+    """The test that breaks first where it changes: FILE::NAME below tests."""
+    instead: str = ""
+    """The path in other versions of the tested range, of which either is there."""
+
+
+COMPILED = "dpo/estimate/compiled.py"
+DASHBOARD = "dpo/board/dashboard.py"
+EVENT_FILES = "dpo/board/event_files.py"
+HPARAMS = "dpo/board/hparams.py"
+KERNELS = "dpo/model/kernels.py"
+REHEARSAL = "dpo/estimate/rehearsal.py"
+STORE = "dpo/checkpoint/store.py"
+TIMELINE = "dpo/estimate/timeline.py"
+
+PLANNER = "torch.distributed.checkpoint.DefaultSavePlanner"
+FSDP = "torch.distributed.fsdp._fully_shard"
+PROTO = "tensorboard.compat.proto"
+PLUGINS = "tensorboard.plugins"
+
+PLANS = "layouts/test_checkpoint_plans.py::test_a_run_plans_its_first_checkpoint_alone"
+FORGOTTEN = "layouts/test_checkpoint_plans.py::test_groups_of_several_sizes_in_one_process_each_keep_their_own"
+PARTITIONED = "estimate/test_estimate.py::test_a_compiled_layer_keeps_what_the_partitioner_says"
+WEIGHTS = "estimate/test_estimate.py::test_weights_gradients_and_what_is_gathered"
+ENTRY = "board/test_dashboard.py::test_the_entry_has_the_config_and_the_figures_of_its_sub_run"
+ON_DISK = "board/test_dashboard.py::test_a_point_is_on_the_disk_at_once"
+
+PRIVATE_PARTS = (
+    # Python
+    PrivatePart(
+        "atexit._run_exitfuncs",
+        ("dpo/distributed/program.py",),
+        "a program ends by os._exit, past threads of torch that would abort it, and what is registered must run",
+        "test_private_parts.py::test_it_is_there",
+    ),
+    PrivatePart(
+        "argparse._ArgumentGroup",
+        ("launch/arguments.py",),
+        "the type that add_argument_group returns has no other name",
+        "launch/test_arguments.py::test_help_tells_every_flag",
+    ),
+    # torch: model and step
+    PrivatePart(
+        "torch._check",
+        ("dpo/model/attention.py",),
+        "tells torch.compile that rows are whole blocks, so that FlexAttention's kernel looks for no border",
+        "model/test_attention.py::test_one_graph_serves_every_micro_batch",
+    ),
+    PrivatePart(
+        "torch._foreach_mul_",
+        ("dpo/step/optim.py",),
+        "clips by one kernel; torch.nn.utils scales by a tensor, for which the norm would go back to the device",
+        "step/test_optim.py::test_clipping_by_hand",
+    ),
+    PrivatePart(
+        "torch.nn.Module._non_persistent_buffers_set",
+        ("dpo/model/build.py",),
+        "finds the buffers that no checkpoint stores (RoPE's frequencies)",
+        "model/test_policy.py::test_families_are_exact",
+    ),
+    PrivatePart(
+        "torch.nn.Module._compiled_call_impl",
+        (KERNELS,),
+        "Module.compile keeps the compiled call there; it is wrapped to count graphs",
+        "model/test_kernels.py::test_graphs_are_told_by_kind",
+    ),
+    PrivatePart(
+        "torch._dynamo.config",
+        (KERNELS, REHEARSAL),
+        "the limit of graphs per function; what a rehearsal traces must not count against it",
+        "model/test_kernels.py::test_each_kind_of_layer_has_graphs_of_its_own",
+    ),
+    PrivatePart(
+        "torch._dynamo.utils.counters",
+        (KERNELS,),
+        "the number of compiled graphs",
+        "model/test_kernels.py::test_no_length_is_compiled_after_the_second",
+    ),
+    PrivatePart(
+        "torch._inductor.list_options",
+        (KERNELS,),
+        "an option is set where this version of inductor has it",
+        "model/test_kernels.py::test_each_kind_of_layer_has_graphs_of_its_own",
+    ),
+    PrivatePart(
+        "torch._inductor.runtime.cache_dir_utils.default_cache_dir",
+        (KERNELS,),
+        "inductor sets its variable to this folder when it is imported: such a value is not the user's",
+        "model/test_kernels.py::test_the_folder_that_inductor_sets_itself_is_not_the_users",
+    ),
+    PrivatePart(
+        "torch._higher_order_ops.wrap.log",
+        (KERNELS,),
+        "its logger warns of in-place operations in checkpointed layers; that line is left out",
+        "test_private_parts.py::test_it_is_there",
+    ),
+    # torch: checkpoints and profiles
+    *(
+        PrivatePart(f"{PLANNER}.{name}", (STORE,), why, test)
+        for name, why, test in (
+            ("_cached_plans_key", "one group's plans must not meet another's", PLANS),
+            ("_cached_save_plan", "the plans of a run that ended are freed", FORGOTTEN),
+            ("_cached_final_save_plan", "the plans of a run that ended are freed", FORGOTTEN),
+            ("_cached_all_plans", "the plans of a run that ended are freed", FORGOTTEN),
+            ("_cached_global_plan", "the plans of a run that ended are freed", FORGOTTEN),
+            ("_cached_metadata", "the plans of a run that ended are freed", FORGOTTEN),
+        )
+    ),
+    *(
+        PrivatePart(
+            f"torch.cuda.memory.{name}",
+            ("dpo/run/profiling.py",),
+            "the snapshot of a GPU's memory has no other way to be made",
+            "run/test_profiling.py::test_on_cuda_the_memory_is_recorded_too",
+        )
+        for name in ("_record_memory_history", "_dump_snapshot")
+    ),
+    # torch: the rehearsal of dpo.estimate
+    PrivatePart(
+        "torch._dynamo.backends.common.aot_autograd",
+        (COMPILED,),
+        "makes a backend of torch.compile that divides a graph and makes no kernels",
+        PARTITIONED,
+    ),
+    PrivatePart(
+        "torch._functorch.partitioners.min_cut_rematerialization_partition",
+        (COMPILED,),
+        "decides what a compiled layer keeps for its backward pass",
+        PARTITIONED,
+    ),
+    PrivatePart(
+        "torch._functorch.partitioners.get_default_op_list",
+        (COMPILED,),
+        "which operations inductor fuses",
+        "estimate/test_estimate.py::test_what_stays_in_a_kernel_is_no_memory",
+    ),
+    PrivatePart(
+        "torch._inductor.decomposition.select_decomp_table",
+        (COMPILED,),
+        "the operations that inductor sees",
+        PARTITIONED,
+    ),
+    PrivatePart(
+        "torch._functorch._aot_autograd.utils.make_boxed_func._boxed_call",
+        (COMPILED,),
+        "a graph that takes a list and empties it frees its inputs as a compiled one does",
+        PARTITIONED,
+    ),
+    PrivatePart("torch._subclasses.fake_tensor.FakeTensorMode", (REHEARSAL,), "tensors without memory", WEIGHTS),
+    PrivatePart(
+        "torch.testing._internal.distributed.fake_pg.FakeStore", (REHEARSAL,), "a group of ranks not there", WEIGHTS
+    ),
+    PrivatePart(
+        "torch.utils._python_dispatch.TorchDispatchMode", (TIMELINE,), "sees every operation of a step", WEIGHTS
+    ),
+    PrivatePart("torch.utils._pytree.tree_leaves", (TIMELINE,), "the tensors in an operation's arguments", WEIGHTS),
+    PrivatePart(
+        "torch._ops.OpOverload._schema",
+        (TIMELINE,),
+        "the name of a collective, the same for all of its overloads",
+        "estimate/test_estimate.py::test_gloo_copies_what_it_gathers_and_scatters",
+    ),
+    PrivatePart(
+        "torch.distributed.tensor.DTensor._local_tensor",
+        (TIMELINE,),
+        "the storage of a gradient, without the operation that to_local would be",
+        WEIGHTS,
+    ),
+    PrivatePart("torch.distributed.fsdp.FSDPModule._get_fsdp_state", (TIMELINE,), "the way to its groups", WEIGHTS),
+    PrivatePart(
+        f"{FSDP}._fsdp_state.FSDPState._fsdp_param_groups",
+        (TIMELINE,),
+        "what is gathered and reduced at once, since torch 2.12",
+        WEIGHTS,
+        instead=f"{FSDP}._fsdp_state.FSDPState._fsdp_param_group",
+    ),
+    PrivatePart(
+        f"{FSDP}._fsdp_state.FSDPState._fsdp_param_group",
+        (TIMELINE,),
+        "what is gathered and reduced at once, until torch 2.11",
+        WEIGHTS,
+        instead=f"{FSDP}._fsdp_state.FSDPState._fsdp_param_groups",
+    ),
+    PrivatePart(
+        f"{FSDP}._fsdp_param_group.FSDPParamGroup._all_reduce_state",
+        (TIMELINE,),
+        "what hybrid sharding has summed over copies and not let go yet",
+        WEIGHTS,
+    ),
+    *(
+        PrivatePart(
+            f"{FSDP}.{path}", (TIMELINE,), "the kind of a tensor is known by the function that makes it", WEIGHTS
+        )
+        for path in (
+            "_fsdp_collectives.foreach_all_gather",
+            "_fsdp_collectives.foreach_all_gather_copy_out",
+            "_fsdp_collectives.foreach_reduce",
+            "_fsdp_param_group.FSDPParamGroup.wait_for_unshard",
+            "_fsdp_param.FSDPParam.to_accumulated_grad_if_needed",
+        )
+    ),
+    # transformers and datasets
+    PrivatePart(
+        "transformers.PreTrainedModel._supports_attention_backend",
+        ("dpo/model/build.py",),
+        "whether a model's attention can be replaced",
+        "model/test_policy.py::test_models_that_would_not_be_exact_are_refused",
+    ),
+    PrivatePart(
+        "transformers.PreTrainedModel._init_weights",
+        ("dpo/model/build.py",),
+        "computes the buffers that no checkpoint stores",
+        "model/test_policy.py::test_families_are_exact",
+    ),
+    PrivatePart(
+        "transformers.PreTrainedConfig._attn_implementation",
+        ("dpo/model/generation.py",),
+        "which attention to go back to after generation",
+        "model/test_generation.py::test_the_model_is_ready_to_train_again",
+    ),
+    PrivatePart(
+        "transformers.PreTrainedConfig._name_or_path",
+        ("dpo/model/weights.py",),
+        "a key of config.json that changes no value of the model",
+        "model/test_weights.py::test_the_hash_does_not_depend_on_names_and_versions",
+    ),
+    *(
+        PrivatePart(
+            f"transformers.{path}",
+            ("dpo/model/build.py",),
+            "names and shapes of weights on disk, where the model's own differ",
+            "model/test_weights.py::test_every_family_is_read_as_plain_transformers_reads_it",
+        )
+        for path in (
+            "core_model_loading.revert_weight_conversion._weight_conversions",
+            "core_model_loading.revert_weight_conversion",
+            "conversion_mapping.get_model_conversion_mapping",
+        )
+    ),
+    PrivatePart(
+        "transformers.modeling_layers.GradientCheckpointingLayer",
+        ("dpo/model/parallelize.py",),
+        "a model's decoder layers",
+        "model/test_recomputed.py::test_what_is_computed_again",
+    ),
+    PrivatePart(
+        "datasets.Dataset._fingerprint",
+        ("dpo/data/sources.py",),
+        "the content of a hub's dataset, without reading it",
+        "data/test_sources.py::test_hub",
+    ),
+    # submitit
+    *(
+        PrivatePart(
+            f"submitit.{path}",
+            ("launch/executors.py",),
+            "--dry-run prints the script without SLURM",
+            "launch/test_submit.py::test_a_dry_run_prints_the_same_script_without_slurm",
+        )
+        for path in ("slurm.slurm._make_sbatch_string", "core._submit")
+    ),
+    # TensorBoard, whose writers are torch's or TensorFlow's; a run must not import either
+    PrivatePart(f"{PROTO}.event_pb2.Event", (DASHBOARD, EVENT_FILES, HPARAMS), "a line of an event file", ON_DISK),
+    PrivatePart(f"{PROTO}.event_pb2.SessionLog", (EVENT_FILES,), "says which steps are given up", ON_DISK),
+    PrivatePart(f"{PROTO}.summary_pb2.Summary", (DASHBOARD, HPARAMS), "a value of an event", ON_DISK),
+    PrivatePart(
+        "tensorboard.compat.tensorflow_stub.pywrap_tensorflow.masked_crc32c",
+        (EVENT_FILES,),
+        "finds where a cut event file ends",
+        "board/test_dashboard.py::test_a_resumed_run_has_every_point_once",
+    ),
+    PrivatePart("tensorboard.summary.writer.record_writer.RecordWriter", (EVENT_FILES,), "writes the records", ON_DISK),
+    *(
+        PrivatePart(
+            f"{PLUGINS}.custom_scalar.{name}",
+            (DASHBOARD,),
+            "the page of charts",
+            "board/test_dashboard.py::test_the_custom_charts_have_lines_and_chosen_and_rejected_are_two_runs",
+        )
+        for name in ("layout_pb2", "metadata.CONFIG_SUMMARY_TAG", "metadata.create_summary_metadata")
+    ),
+    PrivatePart(
+        f"{PLUGINS}.histogram.summary_v2.histogram_pb",
+        (DASHBOARD,),
+        "a histogram",
+        "board/test_dashboard.py::test_a_histogram_counts_every_value_where_it_lies",
+    ),
+    PrivatePart(
+        f"{PLUGINS}.text.summary_v2.text_pb",
+        (DASHBOARD,),
+        "a text",
+        "board/test_dashboard.py::test_any_text_is_shown_as_it_is",
+    ),
+    PrivatePart("tensorboard.util.tensor_util.make_tensor_proto", (DASHBOARD,), "a value of a summary", ON_DISK),
+    *(
+        PrivatePart(f"{PLUGINS}.hparams.{name}", (HPARAMS,), "the entry of a run in the HParams tab", ENTRY)
+        for name in ("metadata", "api_pb2", "plugin_data_pb2.HParamsPluginData", "plugin_data_pb2.SessionStartInfo")
+    ),
+)
