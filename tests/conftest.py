@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.surroundings import leave_behind
+from tests.surroundings import leave_behind, spare_the_collector, spare_the_disk
 
 leave_behind(os.environ)
+spare_the_disk()
 # Before datasets is imported, which reads them once: nothing of a test reaches the caches of the user.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="dpo-tests-hf-")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,6 +28,11 @@ from tests.support.ranks import Ranks
 from tests.warning_rules import pytest_configure  # noqa: F401
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Every test module, and what it imports, is there."""
+    spare_the_collector()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -4,6 +4,7 @@ A shell's `&` and `nohup` leave SIGINT or SIGHUP ignored, and every process belo
 cluster sets SLURM_* and RANK; a terminal sets COLUMNS. conftest.py calls `leave_behind` before anything else.
 """
 
+import gc
 import os
 import signal
 from collections.abc import MutableMapping
@@ -32,6 +33,19 @@ def leave_behind(environment: MutableMapping[str, str]) -> None:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.umask(0o022)
+
+
+def spare_the_disk() -> None:
+    """Lets `os.fsync` return at once in this process: what a test writes need not survive a power cut."""
+    os.fsync = lambda fd: None
+
+
+def spare_the_collector() -> None:
+    """Leaves what is imported by now out of all later collections of garbage: each run under test asks for a full one,
+    which would look at half a million objects of libraries.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def is_foreign(name: str) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from dpo.machine.data_sheets import GIB, SHEETS, DataSheet, find_sheet, nearest_sheet
-from dpo.machine.peaks import device_peak, measured_peak
+from dpo.machine.peaks import cpu_peak, device_peak
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Device:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
-                return measured_peak(getattr(torch, dtype))
+                return cpu_peak(getattr(torch, dtype), torch.get_num_threads())
             finally:
                 torch.set_num_threads(threads)
         found = device_peak(self.name, dtype)

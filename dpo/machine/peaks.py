@@ -1,5 +1,6 @@
 """FLOPs a second that a device can do at most."""
 
+import functools
 import time
 
 import torch
@@ -20,11 +21,18 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     there), of a CPU measured, with the threads that torch has here, in a tenth of a second.
     """
     if device.type == "cpu":
-        return measured_peak(dtype)
+        return cpu_peak(dtype, torch.get_num_threads())
     precision = str(dtype).removeprefix("torch.")
     if precision == "float32" and torch.backends.cuda.matmul.allow_tf32:
         precision = "tf32"
     return device_peak(torch.cuda.get_device_name(device), precision)
+
+
+@functools.cache
+def cpu_peak(dtype: torch.dtype, num_threads: int) -> float:
+    """Returns the peak of this CPU with the threads that torch has here, measured once per process."""
+    assert num_threads == torch.get_num_threads(), "it is measured with the threads that torch has"
+    return measured_peak(dtype)
 
 
 def measured_peak(dtype: torch.dtype, size: int = 768, repeats: int = 12) -> float:

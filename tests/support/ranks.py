@@ -8,6 +8,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tests.surroundings import spare_the_collector, spare_the_disk
+
 SECONDS = 240
 """How long a call may take before its ranks are killed."""
 
@@ -61,10 +63,16 @@ def _answer(pipe: Connection) -> tuple[bool, Any]:
 def _serve(pipe: Connection) -> None:
     import torch
 
+    import dpo.train  # noqa: F401  (most of what runs here needs it)
+
     torch.set_num_threads(1)
+    spare_the_disk()
+    spare_the_collector()
+    plain = dict(os.environ)
     while True:
         environment, work, args, kwargs = pipe.recv()
-        os.environ.update(environment)
+        os.environ.clear()
+        os.environ.update(plain | environment)
         try:
             pipe.send((True, work(*args, **kwargs)))
         except BaseException:  # whatever it is, the test must hear of it
