@@ -1,7 +1,14 @@
-"""`python -m dpo.doctor`: will it run here, and how fast.
+"""`python -m dpo.doctor`: whether a run would work here, and how fast the machine is.
 
-Every part of the examination is measured on all ranks and told by rank 0 (`parts` joins the two and keeps what fails on
-one rank from holding up the others): versions, toolchain and devices (`machine`), matrix products and collectives
-(`speed`), the disks of the run folder and of the cache (`storage`), the model's share of memory (`model`), attention
-(`attention`). `program` reads the command line and lists the parts, `words` lays out what they found.
+Each part of the examination is measured on all ranks and described by rank 0. A part that fails on one rank does not
+block the others.
+
+program.py    reads the command line; runs the parts in order and prints each finding at once
+parts.py      a part: measured on every rank, described once; failures are gathered
+host.py       devices, versions of libraries, driver and compiler
+speed.py      matrix products; an all-gather along each axis of the mesh
+storage.py    the disks of the run folder and of the reference cache
+model.py      the memory and disk that the config's model takes
+attention.py  attention against attention written plainly
+words.py      findings as one screen of text
 """

@@ -1,4 +1,4 @@
-"""Attention forward and backward on a small packed row, compared with attention written plainly."""
+"""Compares attention, forward and backward, on a small packed row with attention written plainly."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,37 +16,38 @@ from dpo.machine.toolchain import needs_of
 from dpo.model.attention import block_attention, segment_attention
 
 SPANS = (Span(0, 150, (70, 40)), Span(260, 90, (100,)))
-"""Two trees, the first with a completion that stands apart from its prompt."""
+"""Two trees. The second completion of the first does not follow its prompt directly."""
 
 NUM_TOKENS = 512
-"""Of the row: 450 of the trees, the rest padding."""
+"""Tokens of the row: 450 of the trees, then padding."""
 
 HEADS, KV_HEADS, USUAL_WIDTH = 4, 2, 128
 
 BOUNDS = {"bfloat16": 2e-2, "tf32": 4e-3, "float32": 2e-5, "float64": 1e-10}
-"""Relative L2 error that is allowed. A rounding is 2^-9 in bfloat16, 2^-11 in TF32, 2^-24 in float32 and 2^-53 in
-float64; a handful of them meet in each number (scores, probabilities, their gradients)."""
+"""Maximum relative L2 error by precision. A rounding is 2^-9 in bfloat16, 2^-11 in TF32, 2^-24 in float32 and 2^-53 in
+float64; a handful of them add up in each element (scores, probabilities, their gradients).
+"""
 
 
 @dataclass(frozen=True)
 class Attention:
-    """What a rank found."""
+    """The measurements of a rank."""
 
     path: str
-    """What a run uses here."""
+    """The implementation that a run uses on this rank."""
     precision: str
     error: float
     """The largest relative L2 error among the output and the gradients of queries, keys and values."""
     seconds: float
-    """Compilation included."""
+    """Including compilation."""
     compiled: "tuple[float, float] | Failure | None"
-    """On a CPU: (error, seconds) of FlexAttention's forward pass compiled for it, or why it does not compile; None on
-    a GPU, where `path` is that.
+    """On a CPU: (error, seconds) of FlexAttention's forward pass compiled for it, or why it does not compile. None on a
+    GPU, where `path` is compiled.
     """
 
 
 def measure_attention(subject: Subject, world: World) -> Attention:
-    """What a run does here, against `plain_attention`; nothing is sent."""
+    """Returns the error of a run's attention on this rank against `plain_attention`. Sends nothing."""
     device, dtype = world.device, subject.compute_dtype(world.device)
     width = max(needs_of(dtype, subject.models).head_widths, default=USUAL_WIDTH)
     rows = make_rows(width, dtype, device)
@@ -61,28 +62,30 @@ def measure_attention(subject: Subject, world: World) -> Attention:
 
 
 def make_rows(width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Queries, keys and values, (1, heads, NUM_TOKENS, width), and the gradient of the output; the same everywhere."""
+    """Returns queries, keys and values of shape (1, heads, NUM_TOKENS, width), and the gradient of the output. They are
+    the same on every rank.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, heads, NUM_TOKENS, width) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
     return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
 
 
 def segment_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What runs on a CPU."""
+    """Attends as a run on a CPU does."""
     layout = make_layout(SPANS, [None], NUM_TOKENS, torch.device("cpu"))
     return segment_attention(query, key, value, layout, None, None)
 
 
 def block_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What runs on CUDA: FlexAttention, compiled at the first call."""
+    """Attends as a run on CUDA does: FlexAttention, compiled at the first call."""
     spans = make_layout(SPANS, [], NUM_TOKENS, torch.device("cpu")).spans
     mask = host_mask(spans, None, pin=query.is_cuda).to(query.device)
     return block_attention(query, key, value, mask, None)
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention in float64 with a mask of all (query, key): keys of the same tree, not later than the query,
-    of its prompt or of the query's own completion.
+    """Returns softmax attention in float64 with a dense mask: a query sees a key of its own tree that is not later than
+    the query and belongs to the prompt or to the query's own completion.
     """
     tree, part = torch.zeros(2, NUM_TOKENS, dtype=torch.long, device=query.device)
     for number, span in enumerate(make_layout(SPANS, [], NUM_TOKENS, torch.device("cpu")).spans):
@@ -100,11 +103,13 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def compare(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Sequence[Tensor], gradients: bool = True
 ) -> tuple[float, float]:
-    """(largest relative L2 error, seconds) of `attend` against `plain_attention`, its gradients too."""
+    """Returns (largest relative L2 error, seconds) of `attend` against `plain_attention`; with `gradients`, of its
+    gradients too.
+    """
     started = time.perf_counter()
-    found = _run(attend, rows, gradients)
-    errors = [_error(mine, true) for mine, true in zip(found, _run(plain_attention, rows, gradients), strict=True)]
-    worst = max(error if error == error else float("inf") for error in errors)  # NaN compares with nothing
+    tensors, expected = _run(attend, rows, gradients), _run(plain_attention, rows, gradients)
+    errors = [_error(tensor, exact) for tensor, exact in zip(tensors, expected, strict=True)]
+    worst = max(error if error == error else float("inf") for error in errors)  # max() would skip a NaN
     return worst, time.perf_counter() - started
 
 
@@ -113,41 +118,47 @@ def _run(attend: Callable[..., Tensor], rows: Sequence[Tensor], gradients: bool)
     inputs = [row.requires_grad_(gradients) for row in inputs]
     with torch.set_grad_enabled(gradients):
         output = attend(*inputs)
-    found: list[Any] = list(torch.autograd.grad(output, inputs, upstream.to(output.dtype))) if gradients else []
-    return [output.detach(), *found]
+    grads: list[Any] = list(torch.autograd.grad(output, inputs, upstream.to(output.dtype))) if gradients else []
+    return [output.detach(), *grads]
 
 
-def _error(mine: Tensor, true: Tensor) -> float:
-    return float((mine.double() - true.double()).norm() / true.double().norm())
+def _error(tensor: Tensor, exact: Tensor) -> float:
+    return float((tensor.double() - exact.double()).norm() / exact.double().norm())
 
 
-def describe_attention(subject: Subject, found: Sequence[Attention]) -> Finding:
-    """The worst rank's error against the bound, and the seconds of the slowest."""
-    worst = max(found, key=lambda one: one.error)
+def describe_attention(subject: Subject, results: Sequence[Attention]) -> Finding:
+    """Returns the error of the worst rank beside the bound, and the seconds of the slowest."""
+    worst = max(results, key=lambda result: result.error)
     bound = BOUNDS[worst.precision]
-    seconds = max(one.seconds for one in found)
+    seconds = max(result.seconds for result in results)
     line = f"{worst.path}, {worst.precision}, with gradients: {worst.error:.1e} from plain attention"
     lines = [f"{line}, {seconds:.1f} s"]
     problems = []
     if not worst.error <= bound:
-        what = f"rank {found.index(worst)}: {worst.path} is {worst.error:.1e} from plain attention, {bound:g} allowed"
-        problems.append(f"{what}; what helps: {WRONG}")
-    compiled, problem = _compiled(subject, found)
+        deviation = (
+            f"rank {results.index(worst)}: {worst.path} is {worst.error:.1e} from plain attention, {bound:g} allowed"
+        )
+        problems.append(f"{deviation}; what helps: {WRONG}")
+    compiled, problem = _compiled(subject, results)
     return Finding(ATTENTION.name, (*lines, *compiled), problems=(*problems, *problem))
 
 
-def _compiled(subject: Subject, found: Sequence[Attention]) -> tuple[list[str], list[str]]:
-    """What is said of FlexAttention compiled on a CPU, and the problem where a run compiles its layers."""
-    failed = next((one.compiled for one in found if isinstance(one.compiled, Failure)), None)
+def _compiled(subject: Subject, results: Sequence[Attention]) -> tuple[list[str], list[str]]:
+    """Returns the lines about FlexAttention compiled on a CPU, and the problems: compilation is needed only where a run
+    compiles its layers.
+    """
+    failed = next((result.compiled for result in results if isinstance(result.compiled, Failure)), None)
     if failed is not None:
-        what = f"nothing compiles on this CPU: {failed.reason}"
+        reason = f"nothing compiles on this CPU: {failed.reason}"
         is_needed = str(subject.parallel.compile).lower() == "true"
         helps = "apt-get install g++, or module load gcc; or parallel.compile false"
-        return ([], [f"{what}; what helps: {helps}"]) if is_needed else ([f"{what} (a run here does without)"], [])
-    compiled = [one.compiled for one in found if isinstance(one.compiled, tuple)]
+        if is_needed:
+            return [], [f"{reason}; what helps: {helps}"]
+        return [f"{reason} (a run here does not need it)"], []
+    compiled = [result.compiled for result in results if isinstance(result.compiled, tuple)]
     if not compiled:
         return [], []
-    error, seconds = max(one[0] for one in compiled), max(one[1] for one in compiled)
+    error, seconds = (max(values) for values in zip(*compiled, strict=True))
     line = f"FlexAttention compiled, float32, forward: {error:.1e} from plain attention, {seconds:.1f} s"
     wrong = [f"FlexAttention compiled is {error:.1e} from plain attention; what helps: {WRONG}"]
     return [line], [] if error <= BOUNDS["float32"] else wrong
@@ -159,7 +170,7 @@ ATTENTION = Part(
     "attention",
     measure_attention,
     describe_attention,
-    remedy="what toolchain says; TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR in a folder to write in",
+    remedy="the remedy of toolchain; TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR in a folder to write in",
     in_turns=True,
-    notice="compiling FlexAttention, up to a minute at the first time",
+    notice="compiling FlexAttention, up to a minute the first time",
 )

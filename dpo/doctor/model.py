@@ -1,4 +1,4 @@
-"""What the config's model takes: of the memory of every rank, before any activation, and of the disk."""
+"""The memory per rank that the config's model takes before any activation, and the disk that a run of it takes."""
 
 import math
 import sys
@@ -14,34 +14,35 @@ from dpo.distributed.collectives import all_gather, on_main
 from dpo.distributed.failures import estimate_command
 from dpo.distributed.world import World
 from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, agreed, attempt
-from dpo.doctor.words import gib
 from dpo.estimate.at_start import choice_here
 from dpo.estimate.choice import Choice
 from dpo.estimate.lengths import find_lengths
-from dpo.estimate.words import shown_count
+from dpo.estimate.words import gib, shown_count
 from dpo.machine.facts import host_memory
 from dpo.model.build import build_on_meta
 from dpo.step.optim import optimizer_elements
 
 
 def sizes_of(config: Config, model_config: PretrainedConfig) -> Sizes:
-    """The sizes of a run of this model. Raises UserError where the model cannot be trained."""
+    """Returns the sizes of a run of this model. Raises UserError where the model cannot be trained."""
     dtype, export_dtype = getattr(torch, config.model.dtype), getattr(torch, config.checkpoint.export_dtype)
     model = build_on_meta(model_config, dtype, config.model.trust_remote_code)
-    num_weights = sum(parameter.numel() for parameter in model.parameters())
-    numbers = 1 + optimizer_elements(config.optim)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    elements = 1 + optimizer_elements(config.optim)
     return Sizes(
-        num_weights,
-        num_weights * dtype.itemsize * (1 + numbers),
-        num_weights * dtype.itemsize * numbers,
-        num_weights * export_dtype.itemsize,
+        num_parameters,
+        num_parameters * dtype.itemsize * (1 + elements),
+        num_parameters * dtype.itemsize * elements,
+        num_parameters * export_dtype.itemsize,
         config.checkpoint.keep,
         num_saves(config),
     )
 
 
 def num_saves(config: Config) -> int | None:
-    """Checkpoints that a run writes; None where its steps follow from its pairs, which are not read here."""
+    """Returns the number of checkpoints that a run writes; None where it depends on the number of pairs, which are not
+    read here.
+    """
     every, steps = config.checkpoint.save_every, config.train.steps
     if every is None:
         return 1
@@ -50,31 +51,37 @@ def num_saves(config: Config) -> int | None:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a rank could still have where the run keeps weights, gradients and optimizer."""
+    """The free memory of a rank, where the run keeps weights, gradients and optimizer."""
 
     free: float
+    """Bytes."""
     on_host: bool
+    """Whether it is host memory."""
     step: Choice | Failure | None = None
-    """What the estimate says of a step, or why it does not; None where no config was given."""
+    """The estimate of a step, or why it failed; None where no config was given."""
 
 
 def measure_memory(subject: Subject, world: World) -> Memory:
-    """Free memory of this rank, and what a step needs. Every rank must get here."""
-    free = agreed(lambda: free_memory(subject, world))
+    """Returns the free memory of this rank, and the estimate of a step. Every rank must get here, or the rest hang."""
+    memory = agreed(lambda: free_memory(subject, world))
     device = agreed(lambda: free_on_device(world))
     least = min(all_gather(device))
-    return replace(free, step=on_main(world, lambda: attempt(lambda: estimated_step(subject, world, least))))
+    return replace(memory, step=on_main(world, lambda: attempt(lambda: estimated_step(subject, world, least))))
 
 
 def free_memory(subject: Subject, world: World) -> Memory:
-    """Of this rank's device; of the host, divided by its ranks, on a CPU and where the run's state lies there."""
+    """Returns the free memory of this rank's device; of the host, divided by its ranks, on a CPU and with
+    `parallel.cpu_offload`.
+    """
     if world.device.type == "cpu" or subject.parallel.cpu_offload:
         return Memory(host_memory()[0] / world.local_size, True)
     return Memory(free_on_device(world), False)
 
 
 def free_on_device(world: World) -> float:
-    """Bytes that are free, or held by this process's allocator; of a CPU those of the host, divided by its ranks."""
+    """Returns the bytes that are free or reserved by this process's allocator; of a CPU the host's free bytes, divided
+    by its ranks.
+    """
     if world.device.type == "cpu":
         return host_memory()[0] / world.local_size
     free, _ = torch.cuda.mem_get_info(world.device)
@@ -82,7 +89,9 @@ def free_on_device(world: World) -> float:
 
 
 def estimated_step(subject: Subject, world: World, memory: float) -> Choice | Failure | None:
-    """What a step of the longest pairs of the config needs and takes, with so many bytes on every device."""
+    """Returns the estimate of a step whose pairs have the maximum length of the config, on devices with
+    `memory` bytes.
+    """
     if subject.config is None:
         return None
     data, model_config = subject.config.data, subject.models[0]
@@ -93,32 +102,35 @@ def estimated_step(subject: Subject, world: World, memory: float) -> Choice | Fa
     return choice_here(subject.config, (Path(subject.config.model.path), model_config), lengths, world, memory)
 
 
-def describe_memory(subject: Subject, found: Sequence[Memory]) -> Finding:
-    """A rank's share of the state beside the least free memory, and what a step needs and takes by the estimate."""
+def describe_memory(subject: Subject, memories: Sequence[Memory]) -> Finding:
+    """Returns a rank's share of weights, gradients and optimizer beside the least free memory, and the estimate of a
+    step.
+    """
     if subject.sizes is None:
-        return Finding(MODEL.name, ("none was named: --config FILE examines a run's own",))
-    least = min(found, key=lambda one: one.free)
-    state = subject.sizes.state * subject.parallel.replicate / len(found)
+        return Finding(MODEL.name, ("no model was named: with --config FILE the model of a run is examined",))
+    least = min(memories, key=lambda memory: memory.free)
+    state = subject.sizes.state * subject.parallel.replicate / len(memories)
     where = "host memory" if least.on_host else "GPU memory"
     line = (
-        f"{subject.models[0].model_type}, {shown_count(subject.sizes.num_weights)} weights: with gradients and"
-        f" optimizer {gib(state)} GiB a rank; {gib(least.free)} GiB of {where} are free"
+        f"{subject.models[0].model_type}, {shown_count(subject.sizes.num_parameters)} parameters: weights, gradients"
+        f" and optimizer {gib(state)} GiB per rank; {gib(least.free)} GiB of {where} are free"
     )
-    lines, advice = _step(found[0].step)
+    lines, advice = _step(memories[0].step)
     problems = []
     if state > least.free:
-        what = (
-            f"weights, gradients and optimizer take {gib(state)} GiB a rank, {gib(least.free)} GiB of {where} are free"
-        )
-        problems.append(f"{what}; what helps: {_room(subject, least.on_host)}")
+        room = f"{gib(least.free)} GiB of {where} are free"
+        shortage = f"weights, gradients and optimizer take {gib(state)} GiB per rank, {room}"
+        problems.append(f"{shortage}; what helps: {_room(subject, least.on_host)}")
     return Finding(MODEL.name, (line, *lines), problems=tuple(problems), advice=tuple(advice))
 
 
 def _step(step: Choice | Failure | None) -> tuple[list[str], list[str]]:
-    """What is told of a step, and what is only a note: where it does not fit, the run's own pairs may be shorter."""
+    """Returns (lines, advice) about a step. A step that does not fit is only advice, because the run's own pairs may be
+    shorter.
+    """
     command = f"for the lengths of the data: {estimate_command(sys.argv[1:])}"
     if not isinstance(step, Choice):
-        return [f"what a step needs is not known{f' ({step.reason})' if step else ''}; {command}"], []
+        return [f"the memory of a step is not known{f' ({step.reason})' if step else ''}; {command}"], []
     if step.fits:
         return [f"pairs of data.max_length tokens: {step.line}"], []
     return [], [f"pairs of data.max_length tokens: {step.line}; {command}"]

@@ -1,4 +1,4 @@
-"""A part of the examination: something that every rank measures, and what rank 0 says of it."""
+"""A part of the examination: a measurement on every rank, and the description of all measurements."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a run keeps, of the model of a config."""
+    """The bytes that a run of a model keeps in memory and on disk."""
 
-    num_weights: int
+    num_parameters: int
     state: int
     """Bytes of weights, gradients and optimizer of one copy of the model, on all its ranks together."""
     checkpoint: int
@@ -31,12 +31,14 @@ class Sizes:
     keep: int | None
     """Checkpoints that are kept; None: all."""
     num_saves: int | None
-    """Checkpoints that the run writes; None where that depends on the number of pairs."""
+    """Checkpoints that the run writes; None where it depends on the number of pairs."""
 
     def disk_bytes(self, present: int) -> int:
-        """Bytes that the run still writes where so many checkpoints lie already: those that are kept, and the one that
-        is written before the oldest of them is removed, or the exported model. Where all of an unknown number are kept,
-        one and the model.
+        """Returns the bytes that the run still writes where `present` checkpoints exist already.
+
+        They are the checkpoints that are kept and, besides, either the checkpoint that is written before the oldest is
+        removed or the exported model. Where all of an unknown number are kept, one checkpoint and the model are
+        counted.
         """
         bounds = [number for number in (self.keep, self.num_saves) if number is not None]
         kept = min(bounds, default=1)
@@ -47,70 +49,76 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is examined: the layout, the folders and the models of a run, or the defaults."""
+    """The layout, the folders and the models to examine: those of a run, or the defaults."""
 
     parallel: ParallelConfig
     dtype: str
-    """Of the master weights."""
+    """The dtype of the master weights."""
     run_dir: Path
     cache_dir: Path | None
-    """Of the reference; None where there is none."""
+    """The reference cache; None where the loss has no reference."""
     models: tuple[PretrainedConfig, ...] = ()
     """The policy, and the reference where it is another model; empty where no config was given."""
     config: Config | None = None
     sizes: Sizes | None = None
-    """Of the policy; None where no config was given."""
+    """The sizes of the policy; None where no config was given."""
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
-        """Of the forward and backward pass."""
+        """Returns the dtype of the forward and backward pass on a device."""
         return compute_dtype(self.parallel, getattr(torch, self.dtype), device)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a part has to say, the same on every rank."""
+    """The description of a part, the same on every rank."""
 
     name: str
     lines: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
-    """Why a run would fail here, and what would help."""
+    """Reasons why a run would fail here, each with a remedy."""
     advice: tuple[str, ...] = ()
-    """What makes it slow here, or is not as it should be."""
+    """Reasons why a run is slow here, and other remarks."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part: `measure` runs on every rank, and what it gives by rank goes to `describe`."""
+    """A part: `measure` runs on every rank, and `describe` receives the results by rank."""
 
     name: str
     measure: Callable[[Subject, World], Any]
-    """May raise anything; where it has collectives, what fails on one rank alone must be `agreed` on before them."""
+    """May raise anything. Where it calls collectives, work that may fail on one rank alone must go through `agreed`
+    first.
+    """
     describe: Callable[[Subject, Sequence[Any]], Finding]
     remedy: str
-    """What would help where it fails."""
+    """The remedy where the part fails."""
     in_turns: bool = False
-    """The first rank of each node goes before its other ranks, which find what it left in the node's caches."""
+    """Whether the first rank of each node runs before its other ranks, which reuse its results from the node's
+    caches.
+    """
     notice: str = ""
-    """What is told before it where it takes long."""
+    """A message before a part that takes long; else empty."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a part failed on a rank."""
+    """The failure of a part on a rank."""
 
     reason: str
 
 
 def examine(part: Part, subject: Subject, world: World) -> Finding:
-    """Measures a part on all ranks. Every rank must get here, and no exception leaves it alone."""
+    """Measures a part on all ranks and returns its finding. No exception of the measurement leaves this function. Every
+    rank must get here, or the rest hang.
+    """
 
     def measure() -> Any:
         return attempt(lambda: part.measure(subject, world))
 
-    outcomes = all_gather(first_on_each_node(world, measure) if part.in_turns else measure())
-    failures = [(rank, found.reason) for rank, found in enumerate(outcomes) if isinstance(found, Failure)]
+    results = all_gather(first_on_each_node(world, measure) if part.in_turns else measure())
+    failures = [(rank, result.reason) for rank, result in enumerate(results) if isinstance(result, Failure)]
     if not failures:
-        return part.describe(subject, outcomes)
+        return part.describe(subject, results)
     rank, reason = failures[0]
     where = "every rank" if len(failures) == world.size else f"rank {rank}"
     more = f" (and {len(failures) - 1} more)" if 1 < len(failures) < world.size else ""
@@ -118,7 +126,7 @@ def examine(part: Part, subject: Subject, world: World) -> Finding:
 
 
 def attempt(work: Callable[[], T]) -> T | Failure:
-    """The result of `work`, or why it failed: whatever it is, the other ranks must hear of it."""
+    """Returns the result of `work`, or its failure as a value, so that the other ranks can be told of it."""
     try:
         return work()
     except Exception as failure:
@@ -128,21 +136,21 @@ def attempt(work: Callable[[], T]) -> T | Failure:
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """The result of `work`; where it failed on any rank, RunError on all of them, so that none goes on into a
-    collective that the others never join. Every rank must get here.
+    """Returns the result of `work`. Raises RunError on all ranks where it failed on any, so that no rank enters a
+    collective that the others never join. Every rank must get here, or the rest hang.
     """
 
-    def told() -> T:
-        found = attempt(work)
-        if isinstance(found, Failure):
-            raise RunError(found.reason)
-        return found
+    def checked() -> T:
+        result = attempt(work)
+        if isinstance(result, Failure):
+            raise RunError(result.reason)
+        return result
 
-    return together(told)
+    return together(checked)
 
 
 def by_host(hosts: Sequence[str], texts: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    """What ranks say, each line once and after the name of its host where there are several."""
+    """Returns the lines of all ranks, each line once, and after the name of its host where there are several hosts."""
     several = len(set(hosts)) > 1
-    lines = [f"{host}: {t}" if several else t for host, said in zip(hosts, texts, strict=True) for t in said]
+    lines = [f"{host}: {t}" if several else t for host, lines in zip(hosts, texts, strict=True) for t in lines]
     return tuple(dict.fromkeys(lines))

@@ -1,9 +1,9 @@
-"""Whether a run would work here, and how fast the machine is.
+"""Examines whether a run would work here, and how fast the machine is.
 
     python -m dpo.doctor [--config FILE] [--SECTION.KEY VALUE ...]
     torchrun --standalone --nproc-per-node 8 -m dpo.doctor --config FILE
 
-A config gives the axes of the mesh, the folders, and the models' sizes; no weights and no data are read.
+The config gives the axes of the mesh, the folders, and the models' sizes. No weights and no data are read.
 """
 
 import socket
@@ -22,7 +22,7 @@ from dpo.distributed.collectives import all_gather, first_on_each_node, on_main
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World, check_mesh
 from dpo.doctor.attention import ATTENTION
-from dpo.doctor.machine import DEVICES, TOOLCHAIN, VERSIONS
+from dpo.doctor.host import DEVICES, TOOLCHAIN, VERSIONS
 from dpo.doctor.model import MODEL, sizes_of
 from dpo.doctor.parts import Finding, Part, Subject, examine
 from dpo.doctor.speed import LINKS, PRODUCTS
@@ -32,22 +32,23 @@ from dpo.model.kernels import keep_kernels
 from dpo.model.weights import find_model_config, read_named_config
 from dpo.ref_logps.cache import cache_root
 
-DESCRIPTION = """Says on one screen whether a run would work here and how fast the machine is: devices, versions,
-compiler, matrix products, all-gathers, the run folder's disk and the cache's, the model's share of a rank's memory,
-attention against plain attention. Alone, or under torchrun as the run would be; with --config FILE for its mesh,
-folders and model, without it for the defaults. The exit code is 1 where a run would fail."""
+DESCRIPTION = """Shows on one screen whether a run would work here and how fast the machine is: devices, versions,
+compiler, matrix products, all-gathers, the disks of the run folder and of the cache, the memory that the model takes
+per rank, and attention against plain attention. Start it as the run would be started, alone or under torchrun. With
+--config FILE it examines the run's mesh, folders and model, without it the defaults. The exit code is 1 where a run
+would fail."""
 
 TIMEOUT_SECONDS = 300
-"""A collective that takes longer here ends the program: a network that does not work must show."""
+"""A collective that takes longer ends the program: a network that does not work must show soon."""
 
 BEFORE_DEVICES: tuple[Part, ...] = (VERSIONS, TOOLCHAIN, STORAGE, CACHE)
-"""Told over gloo, as a run looks at them: no rank has started CUDA yet, and NCCL does not exist."""
+"""Examined over gloo, before any rank starts CUDA or NCCL, as a run checks them."""
 
 ON_DEVICES: tuple[Part, ...] = (DEVICES, PRODUCTS, LINKS, MODEL, ATTENTION)
 
 
 def read_arguments(argv: Sequence[str]) -> Config | None:
-    """The config; None where none is given. Raises UserError; --help prints and raises SystemExit(0)."""
+    """Returns the config; None where none is given. Raises UserError; --help prints and raises SystemExit(0)."""
     line = split_command_line(argv)
     if line.config is None and not line.texts and not line.help:
         return None
@@ -55,8 +56,10 @@ def read_arguments(argv: Sequence[str]) -> Config | None:
 
 
 def subject_of(config: Config | None, world: World) -> Subject:
-    """What is examined. Raises UserError where the layout does not fit, or a model is not there or cannot be trained.
-    Every rank must get here.
+    """Returns the subject of the examination. Every rank must get here, or the rest hang.
+
+    Raises:
+        UserError: the layout does not fit the ranks, a model is missing, or it cannot be trained.
     """
     if config is None:
         return Subject(ParallelConfig(), "float32", Path("runs"), default_cache_dir())
@@ -69,7 +72,7 @@ def subject_of(config: Config | None, world: World) -> Subject:
 
 
 def find_model_configs(config: Config) -> tuple[PretrainedConfig, ...]:
-    """The policy's, and the reference's where that is another model."""
+    """Returns the config of the policy, and that of the reference where it is another model."""
     model, other = find_model_config(config), config.reference.path
     if other is None or not config.loss.facts.uses_reference:
         return (model,)
@@ -77,44 +80,44 @@ def find_model_configs(config: Config) -> tuple[PretrainedConfig, ...]:
 
 
 def main() -> None:
-    """`python -m dpo.doctor`. Raises RunError where a run would fail."""
+    """Runs `python -m dpo.doctor`. Raises RunError where a run would fail."""
     config = read_arguments(sys.argv[1:])
     with open_world(TIMEOUT_SECONDS) as world:
         subject = subject_of(config, world)
         hosts = all_gather(socket.gethostname())
-        _tell(world, header(world, len(set(hosts))))
+        _print(world, header(world, len(set(hosts))))
         findings = [_examine(part, subject, world) for part in BEFORE_DEVICES]
         if can_start_devices(findings, world):
-            keep_kernels()  # what the attention compiles here, a run or the next examination need not
+            keep_kernels()  # a run, or the next examination, reuses the kernels that are compiled here
             start_devices(world, TIMEOUT_SECONDS)
             findings += [_examine(part, subject, world) for part in ON_DEVICES]
-        _tell(world, [verdict(findings)])
-    if any(found.problems for found in findings):
+        _print(world, [verdict(findings)])
+    if any(finding.problems for finding in findings):
         raise RunError(verdict(findings))
 
 
 def can_start_devices(findings: Sequence[Finding], world: World) -> bool:
-    """Whether to go on: not to GPUs that do not start or for which nothing can be compiled. Tells, on rank 0, what is
-    waited for.
+    """Returns whether to go on to the devices: not to GPUs that do not start, or for which nothing can be compiled.
+    Prints the next action on rank 0.
     """
     if world.device.type == "cpu":
         return True
-    broken = any(found.problems for found in findings if found.name == TOOLCHAIN.name)
+    broken = any(finding.problems for finding in findings if finding.name == TOOLCHAIN.name)
     if world.is_main:
         connecting = f"connecting the GPUs: a network that does not work shows within {TIMEOUT_SECONDS} s"
-        say("what needs the GPUs was not tried" if broken else connecting)
+        say("the parts that need the GPUs were not tried" if broken else connecting)
     return not broken
 
 
 def _examine(part: Part, subject: Subject, world: World) -> Finding:
-    """Examines a part and tells at once what was found. Every rank must get here."""
+    """Examines a part and prints its finding at once. Every rank must get here, or the rest hang."""
     if part.notice and world.is_main:
         say(f"{part.name}: {part.notice}")
-    found = examine(part, subject, world)
-    _tell(world, lines_of(found))
-    return found
+    finding = examine(part, subject, world)
+    _print(world, lines_of(finding))
+    return finding
 
 
-def _tell(world: World, lines: Sequence[str]) -> None:
+def _print(world: World, lines: Sequence[str]) -> None:
     if world.is_main:
         print("\n".join(lines), flush=True)

@@ -1,4 +1,4 @@
-"""Matrix products and collectives: what this machine does, beside what it should."""
+"""Measures matrix products and collectives, and compares them with the data sheets."""
 
 import statistics
 import time
@@ -17,13 +17,15 @@ from dpo.machine.data_sheets import find_sheet
 from dpo.machine.peaks import device_peak, measured_peak
 
 SLOW = 0.5
-"""Share of what is expected below which it is said to be slow."""
+"""Share of the expected speed below which a measurement is reported as slow."""
 
 UNEVEN = 0.8
-"""Share of the fastest rank's speed below which the slowest is told: all ranks wait for it in every step."""
+"""Share of the fastest rank's speed below which the slowest is reported: all ranks wait for it in every step."""
 
 GATHERED = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
-"""Bytes of the whole tensor that is gathered: about what FSDP2 gathers of a layer of 8 billion weights."""
+"""Bytes of the tensor that is all-gathered: about as many as FSDP2 gathers for a layer of a model of 8 billion
+parameters.
+"""
 
 REPEATS = 10
 
@@ -33,17 +35,17 @@ REPEATS = 10
 
 @dataclass(frozen=True)
 class Products:
-    """A rank's matrix products, FLOPs a second."""
+    """The matrix products of a rank, FLOPs per second."""
 
     precision: str
     """bfloat16, float32, float64, or tf32."""
     rate: float
     peak: float | None
-    """Of the table in `dpo/batch/costs.py`; None where the device does not stand there."""
+    """From `dpo/machine/data_sheets.py`; None where the device is not in the table."""
 
 
 def measure_products(subject: Subject, world: World) -> Products:
-    """The best of some products in the compute dtype, on all ranks at once."""
+    """Returns the speed of matrix products in the compute dtype, measured on all ranks at once."""
     dtype = subject.compute_dtype(world.device)
     precision = str(dtype).removeprefix("torch.")
     if world.device.type == "cpu":
@@ -56,7 +58,9 @@ def measure_products(subject: Subject, world: World) -> Products:
 
 
 def cuda_products(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
-    """FLOPs a second of square products on a GPU, their median; random numbers, since zeros need less power."""
+    """Returns the FLOPs per second of square products on a GPU, the median. The operands are random, since zeros need
+    less power.
+    """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds: list[float] = []
     for _ in range(REPEATS + 3):
@@ -69,18 +73,18 @@ def cuda_products(device: torch.device, dtype: torch.dtype, size: int = 8192) ->
     return 2.0 * size**3 / statistics.median(seconds[3:])
 
 
-def describe_products(subject: Subject, found: Sequence[Products]) -> Finding:
-    """The slowest rank's, its share of the peak, and the fastest one's."""
-    slow, fast = (pick(found, key=lambda one: one.rate) for pick in (min, max))
+def describe_products(subject: Subject, products: Sequence[Products]) -> Finding:
+    """Returns the slowest rank's speed, its share of the peak, and the fastest rank's speed."""
+    slow, fast = (pick(products, key=lambda rank: rank.rate) for pick in (min, max))
     share = f", {slow.rate / slow.peak:.0%} of the data sheet's {flops(slow.peak)}" if slow.peak else ""
-    spread = f"; the fastest rank {flops(fast.rate)}" if len(found) > 1 else ""
+    spread = f"; the fastest rank {flops(fast.rate)}" if len(products) > 1 else ""
     advice = []
     if slow.peak and slow.rate < SLOW * slow.peak:
         advice.append("products are slow: another process on the GPU, or a clock that is held down (nvidia-smi -q)")
     if slow.rate < UNEVEN * fast.rate:
-        advice.append(f"rank {found.index(slow)} is the slowest, and all wait for it: look at its node")
+        advice.append(f"rank {products.index(slow)} is the slowest, and all ranks wait for it: look at its node")
     return Finding(
-        PRODUCTS.name, (f"{slow.precision}: {flops(slow.rate)} a rank{share}{spread}",), advice=tuple(advice)
+        PRODUCTS.name, (f"{slow.precision}: {flops(slow.rate)} per rank{share}{spread}",), advice=tuple(advice)
     )
 
 
@@ -97,25 +101,25 @@ PRODUCTS = Part(
 
 @dataclass(frozen=True)
 class Axis:
-    """A rank's all-gather over one axis of the mesh."""
+    """An all-gather of a rank along one axis of the mesh."""
 
     name: str
     size: int
     """Ranks that gather together."""
     spans_nodes: bool
     num_bytes: int
-    """Of the whole tensor."""
+    """Bytes of the gathered tensor."""
     seconds: float
 
     @property
     def rate(self) -> float:
-        """Bytes a second that a rank receives: (n - 1)/n of the whole tensor."""
+        """Returns the bytes per second that a rank receives: (n - 1)/n of the gathered tensor."""
         return (self.size - 1) / self.size * self.num_bytes / self.seconds
 
 
 @dataclass(frozen=True)
 class Links:
-    """The axes of a rank, and what connects it to the others."""
+    """The axes of a rank, and the links of its device."""
 
     axes: tuple[Axis, ...]
     device: Device | None
@@ -124,7 +128,7 @@ class Links:
 
 
 def measure_links(subject: Subject, world: World) -> Links:
-    """An all-gather over every axis of the mesh that a run would have. Every rank must get here."""
+    """All-gathers along every axis of the mesh that a run would have. Every rank must get here, or the rest hang."""
     mesh = make_mesh(world, subject.parallel)
     names = mesh.mesh_dim_names or ()
     axes = [_measure_axis(name, mesh.get_group(name), world) for name in names if mesh[name].size() > 1]
@@ -142,13 +146,13 @@ def _measure_axis(name: str, group: dist.ProcessGroup, world: World) -> Axis:
 
 
 def make_buffers(part_bytes: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A rank's part, and the whole of `size` parts."""
+    """Returns the input of an all-gather, `part_bytes` bytes, and its output, `size` times as many."""
     whole = torch.empty(part_bytes * size, dtype=torch.uint8, device=device)
     return torch.ones(part_bytes, dtype=torch.uint8, device=device), whole
 
 
 def _gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> float:
-    """Seconds of one all-gather. Every rank of the group must get here."""
+    """Returns the seconds of one all-gather. Every rank of the group must get here, or the rest hang."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the second before torch 2.13
     if part.is_cuda:
         torch.cuda.synchronize()
@@ -160,48 +164,52 @@ def _gather(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> float:
 
 
 def device_of(world: World) -> Device | None:
-    """This rank's device in the table of `dpo.estimate`; of several with its name the one with the nearest memory."""
+    """Returns this rank's device from the table of `dpo.estimate`; of several devices with its name, the one with the
+    nearest memory. None where the table does not have it.
+    """
     if world.device.type == "cpu":
         return this_machine(world.local_size)
-    found = torch.cuda.get_device_properties(world.device)
-    return named_device(found.name, found.total_memory)
+    gpu = torch.cuda.get_device_properties(world.device)
+    return named_device(gpu.name, gpu.total_memory)
 
 
 def named_device(name: str, memory: float) -> Device | None:
-    """The entry of DEVICES for a name that CUDA gives and bytes of memory. Its peaks are found by the same name."""
+    """Returns the entry of DEVICES for CUDA's name of a GPU and its bytes of memory; None where the table does not have
+    it. Its peaks are found by the same name.
+    """
     sheet = find_sheet(name, memory)
     return DEVICES[sheet.key] if sheet else None
 
 
-def describe_links(subject: Subject, found: Sequence[Links]) -> Finding:
-    """A line an axis: the slowest rank's bytes a second, and their share of the link."""
-    if not found[0].axes:
+def describe_links(subject: Subject, ranks: Sequence[Links]) -> Finding:
+    """Returns one line per axis: the bytes per second of the slowest rank, and their share of the link."""
+    if not ranks[0].axes:
         return Finding(LINKS.name, ("one rank: nothing is sent",))
     lines, advice = [], []
-    for number, axis in enumerate(found[0].axes):
-        slowest = min((links.axes[number] for links in found), key=lambda one: one.rate)
-        link = link_of(axis, found[0])
+    for number, axis in enumerate(ranks[0].axes):
+        slowest = min((links.axes[number] for links in ranks), key=lambda axis: axis.rate)
+        link = link_of(axis, ranks[0])
         share = f", {slowest.rate / link:.0%} of the link's {rate(link)}" if link else ""
         formula = f"(n-1)/n x {axis.num_bytes >> 20} MiB / {1e3 * slowest.seconds:.3g} ms"
         where = "between nodes" if axis.spans_nodes else "within a node"
         lines.append(
             f"{axis.name}, {counted(axis.size, 'rank')} {where}: {rate(slowest.rate)} received{share}; {formula}"
         )
-        if link and slowest.rate < SLOW * link and found[0].device is not None and not found[0].device.is_cpu:
+        if link and slowest.rate < SLOW * link and ranks[0].device is not None and not ranks[0].device.is_cpu:
             advice.append(f"{axis.name} is slow: {SLOW_LINK[axis.spans_nodes]}")
     return Finding(LINKS.name, tuple(lines), advice=tuple(advice))
 
 
 SLOW_LINK = {
-    False: "nvidia-smi topo -m must show NV between GPUs; NCCL_P2P_DISABLE and NCCL_DEBUG=INFO tell more",
+    False: "nvidia-smi topo -m must show NV between GPUs; see NCCL_P2P_DISABLE and the log of NCCL_DEBUG=INFO",
     True: "NCCL_DEBUG=INFO must name IB or a plugin of the network, not Socket; NCCL_SOCKET_IFNAME, NCCL_IB_HCA",
 }
-"""What helps, by whether the axis spans nodes."""
+"""The remedy, by whether the axis spans nodes."""
 
 
 def link_of(axis: Axis, links: Links) -> float | None:
-    """Bytes a second that a rank could receive on an axis by the table: of nodes' network cards the ranks that gather
-    together on a node have all of their shares.
+    """Returns the bytes per second that a rank could receive along an axis, by the table; None where the table does not
+    have the device. Between nodes, the ranks of a node that gather together share all their network cards.
     """
     if links.device is None:
         return None
@@ -215,5 +223,5 @@ LINKS = Part(
     "all-gather",
     measure_links,
     describe_links,
-    remedy="one network for all nodes; NCCL_DEBUG=INFO says what NCCL tried, GLOO_SOCKET_IFNAME names a card",
+    remedy="one network for all nodes; NCCL_DEBUG=INFO logs what NCCL tried, GLOO_SOCKET_IFNAME names a card",
 )

@@ -1,4 +1,6 @@
-"""The folders that a run writes: room, and how fast all ranks together write and read there, as with a checkpoint."""
+"""Examines the folders that a run writes to: their free space, and the speed at which all ranks together write and
+read, as for a checkpoint.
+"""
 
 import os
 import shutil
@@ -13,11 +15,11 @@ from dpo.base.errors import RunError
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World
 from dpo.doctor.parts import Finding, Part, Sizes, Subject, agreed
-from dpo.doctor.words import counted, gib, rate
-from dpo.estimate.words import shown_seconds
+from dpo.doctor.words import counted, rate
+from dpo.estimate.words import gib, shown_seconds
 
 FILE_BYTES = 64 * 2**20
-"""A rank's file: long enough to be more than the latency of the file system."""
+"""Bytes of each rank's file: enough that the time is not the latency of the file system."""
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------
@@ -25,20 +27,20 @@ FILE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Storage:
-    """What one rank measured."""
+    """The measurements of a rank."""
 
     folder: str
     free: int
     total: int
     num_checkpoints: int
-    """Whole ones that are there already."""
+    """Complete checkpoints that exist already."""
     write_seconds: float
     read_seconds: float
 
 
 def measure_storage(subject: Subject, world: World) -> Storage:
-    """Writes, syncs and reads a file of this rank's own in the run folder, or where that would be made, at the same
-    time as all other ranks; it is removed whatever happens.
+    """Writes, syncs and reads a file per rank in the run folder, or in its nearest parent that exists, on all ranks at
+    once. Removes the files in any case. Every rank must get here, or the rest hang.
     """
     folder = agreed(lambda: existing(subject.run_dir))
     with trial_file(folder) as file:
@@ -51,16 +53,16 @@ def measure_storage(subject: Subject, world: World) -> Storage:
 
 
 def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there. Raises RunError where that is a file."""
-    found = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not found.is_dir():
-        raise RunError(f"{found} is a file, not a folder")
-    return found
+    """Returns the folder, or its nearest parent that exists. Raises RunError where that is a file."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise RunError(f"{nearest} is a file, not a folder")
+    return nearest
 
 
 @contextmanager
 def trial_file(folder: Path) -> Iterator[Path]:
-    """A path that nothing else uses; what is written there is removed."""
+    """Yields a path that nothing else uses, and removes the file afterwards."""
     file = folder / f".{uuid.uuid4().hex}.doctor"
     try:
         yield file
@@ -69,7 +71,7 @@ def trial_file(folder: Path) -> Iterator[Path]:
 
 
 def write_file(file: Path, num_bytes: int) -> float:
-    """Seconds until a file of random bytes, which no file system can compress, is on the disk."""
+    """Writes random bytes, which no file system can compress, and returns the seconds until they are on the disk."""
     content = os.urandom(2**20) * (num_bytes // 2**20)
     started = time.perf_counter()
     with file.open("wb", buffering=0) as out:
@@ -81,7 +83,9 @@ def write_file(file: Path, num_bytes: int) -> float:
 
 
 def check_shared(file: Path) -> None:
-    """Raises RunError, on every rank, where any does not see the file that another wrote. Every rank must get here."""
+    """Raises RunError on every rank where any rank does not see the file of another. Every rank must get here, or the
+    rest hang.
+    """
     files = all_gather(file)
 
     def look() -> None:
@@ -93,7 +97,9 @@ def check_shared(file: Path) -> None:
 
 
 def read_file(file: Path) -> float:
-    """Seconds to read a file that this host's page cache was asked to forget (a server's may still have it)."""
+    """Reads a file that this host's page cache was asked to drop, and returns the seconds. A file server may still
+    cache it.
+    """
     with file.open("rb", buffering=0) as source:
         os.posix_fadvise(source.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         started = time.perf_counter()
@@ -102,28 +108,30 @@ def read_file(file: Path) -> float:
         return time.perf_counter() - started
 
 
-def describe_storage(subject: Subject, found: Sequence[Storage]) -> Finding:
-    """Room of the fullest folder beside what a run writes there, and bytes of all ranks over the seconds of the
-    slowest.
+def describe_storage(subject: Subject, ranks: Sequence[Storage]) -> Finding:
+    """Returns the free space of the fullest folder beside the bytes that a run writes there, and the speed: the bytes
+    of all ranks per second of the slowest.
     """
-    least, num_bytes = min(found, key=lambda one: one.free), FILE_BYTES * len(found)
-    written = num_bytes / max(one.write_seconds for one in found)
-    read = num_bytes / max(one.read_seconds for one in found)
+    least, num_bytes = min(ranks, key=lambda rank: rank.free), FILE_BYTES * len(ranks)
+    written = num_bytes / max(rank.write_seconds for rank in ranks)
+    read = num_bytes / max(rank.read_seconds for rank in ranks)
     lines = [f"{least.folder}: {gib(least.free)} of {gib(least.total)} GiB free"]
     problems = []
     if subject.sizes:
         lines.append(_checkpoints(subject.sizes, least.num_checkpoints, written))
         needed = subject.sizes.disk_bytes(least.num_checkpoints)
         if needed > least.free:
-            what = f"the run needs {gib(needed)} GiB in {least.folder}, {gib(least.free)} GiB are free"
-            problems.append(f"{what}; what helps: a train.run_dir with more room, a smaller checkpoint.keep")
+            shortage = f"the run needs {gib(needed)} GiB in {least.folder}, {gib(least.free)} GiB are free"
+            problems.append(f"{shortage}; what helps: a train.run_dir with more room, a smaller checkpoint.keep")
     speed = f"{rate(written)} written and synced, {rate(read)} read, all ranks together"
-    lines.append(f"{speed} ({FILE_BYTES >> 20} MiB each)")
+    lines.append(f"{speed} ({FILE_BYTES >> 20} MiB per rank)")
     return Finding(STORAGE.name, tuple(lines), problems=tuple(problems))
 
 
 def _checkpoints(sizes: Sizes, present: int, written: float) -> str:
-    """How much a run still writes, why so much, and how long a checkpoint takes at so many bytes a second."""
+    """Returns a line: the bytes that a run still writes, the keys that this follows from, and the seconds of a
+    checkpoint at `written` bytes per second.
+    """
     keeps = "checkpoint.keep null keeps all" if sizes.keep is None else f"checkpoint.keep {sizes.keep}"
     there = f"; {counted(present, 'checkpoint')} there already" if present else ""
     at_least = "at least " if sizes.keep is None and sizes.num_saves is None else ""
@@ -144,8 +152,9 @@ STORAGE = Part(
 
 
 def measure_cache(subject: Subject, world: World) -> str | None:
-    """The folder of the reference cache, or where that would be made: every rank writes there and sees what the others
-    write. None where there is no reference.
+    """Checks that every rank can write to the folder of the reference cache, or to its nearest parent that exists, and
+    sees the files of the others. Returns the folder; None where the loss has no reference. Every rank must get here, or
+    the rest hang.
     """
     if subject.cache_dir is None:
         return None
@@ -157,9 +166,9 @@ def measure_cache(subject: Subject, world: World) -> str | None:
     return str(folder)
 
 
-def describe_cache(subject: Subject, found: Sequence[str | None]) -> Finding:
-    """The folder; a row is 24 bytes, so that its room is no question."""
-    line = f"{found[0]}: every rank can write there" if found[0] else "none: the loss has no reference"
+def describe_cache(subject: Subject, folders: Sequence[str | None]) -> Finding:
+    """Returns the folder. A row of the cache is 24 bytes, so its size is not checked."""
+    line = f"{folders[0]}: every rank can write there" if folders[0] else "none: the loss has no reference"
     return Finding(CACHE.name, (line,))
 
 

@@ -1,9 +1,23 @@
-"""`python -m dpo.estimate`: memory, traffic and time of a step on devices that are not here.
+"""`python -m dpo.estimate`: the memory, traffic and time of a step on devices that are not here.
 
-The lengths of a step come from the data or are assumed (`lengths`). A step of the same model with few layers then runs
-without memory and without ranks (`rehearsal`, timed by `timeline`; for CUDA with attention by `stand_in` and layers by
-`compiled`), and few layers are drawn out to many, the optimizer added (`memory`). Bytes and seconds are formulas
-(`speed`) over what devices can do (`devices`). What would make it fit is found by trying (`changes`), and so is what
-would make a step faster that is bound by traffic (`advice`). What `auto` stands for is decided by the same numbers
-(`choice`), for a run at its start (`at_start`). `program` reads the command line, `words` says it.
+A step of the same model with few layers (3 and 4) runs on fake tensors under a fake process group. Its peak is
+extrapolated to all layers; traffic and time follow from formulas. The same estimate decides the values of `auto` when a
+run starts.
+
+program.py    reads the command line; prints the estimate, the changes and the advice
+at_start.py   decides `auto` when a run starts, on rank 0, for all ranks
+choice.py     the fastest values of the keys on `auto` that fit
+lengths.py    the trees of some steps, from the data or from assumed lengths
+needs.py      a trial (config, number of ranks) -> plans, memory
+memory.py     the peak of few layers -> the peak of all layers, with the optimizer
+rehearsal.py  one step of few layers on fake tensors
+timeline.py   the bytes that live at once during a rehearsal, by kind
+stand_in.py   an attention that keeps the tensors that FlexAttention keeps
+compiled.py   the tensors that compiled layers keep, without a compiler
+traffic.py    the bytes of a step's collectives
+speed.py      the seconds of a step
+devices.py    the memory and the links of a rank's device
+changes.py    changes that make a step fit
+advice.py     changes that speed up a step that is bound by traffic
+words.py      an estimate as lines of text
 """

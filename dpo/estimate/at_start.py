@@ -1,8 +1,9 @@
-"""A run decides what its config leaves to auto, and what a step will need: once, at its start, on rank 0, for all.
+"""Decides the keys that a config leaves to `auto`, and estimates the memory of a step: once per start, on rank 0, for
+all.
 
-Where a rehearsal is needed it runs in a process of its own: it opens a process group of ranks that are not there, which
-cannot stand beside the run's own, and it must see no GPU. That process is started afresh and not forked, since a fork
-of a process with a live CUDA or NCCL state may abort.
+A rehearsal runs in a process of its own. It opens a fake process group, which cannot exist beside the run's group, and
+it must see no GPU. The process is spawned and not forked, because a fork of a process with live CUDA or NCCL state may
+abort.
 """
 
 import os
@@ -38,11 +39,16 @@ Arguments = TypeVarTuple("Arguments")
 
 
 def decide_parallel(config: Config, start: Start, inputs: Inputs, world: World) -> tuple[Config, str | None]:
-    """The config with no key of parallel undecided, and what a step of it needs, like `71.2 GiB`. Every rank must get
-    here, or the rest hang.
+    """Returns the config with every key of `parallel` decided, and the memory that a step of it needs. Every rank must
+    get here, or the rest hang.
 
-    Raises UserError where the model cannot be built and something is undecided. Where the estimate fails otherwise, the
-    run goes on with what needs the least memory; what that is, is then None.
+    Where the estimate fails, the values that need the least memory are taken and the memory is None.
+
+    Returns:
+        The config, and the bytes that must fit into a rank's memory as text, like `71.2 GiB`, or None.
+
+    Raises:
+        UserError: the model cannot be built, and a key is undecided.
     """
     config = as_so_far(config, start, world)
     memory = min(all_gather(_memory_here(world)))
@@ -53,8 +59,8 @@ def decide_parallel(config: Config, start: Start, inputs: Inputs, world: World) 
 
 
 def _memory_here(world: World) -> float:
-    """Returns the bytes that this rank may allocate: of a GPU what is free and what torch has reserved; of a CPU the
-    node's memory divided by its ranks.
+    """Returns the bytes that this rank may allocate: of a GPU the free bytes and the bytes that torch has reserved; of
+    a CPU the node's memory divided by its ranks.
     """
     if world.device.type == "cpu":
         return this_machine(world.local_size).memory
@@ -63,14 +69,16 @@ def _memory_here(world: World) -> float:
 
 
 def _choice_if_possible(config: Config, world: World, inputs: Inputs, memory: float) -> Choice:
-    """The choice; where the estimate fails, what needs the least memory, with a line that says why."""
+    """Returns the choice; where the estimate fails, the values that need the least memory, with a line that gives the
+    reason.
+    """
     try:
         return _choice(config, world, inputs, memory)
     except Exception as failure:
         if isinstance(failure, UserError) and config.parallel.undecided:
             raise
         is_line = isinstance(failure, (UserError, RunError))
-        return without_estimate(config.parallel.undecided, str(failure) if is_line else _named(failure))
+        return without_estimate(config.parallel.undecided, str(failure) if is_line else _one_line(failure))
 
 
 def _choice(config: Config, world: World, inputs: Inputs, memory: float) -> Choice:
@@ -81,16 +89,24 @@ def _choice(config: Config, world: World, inputs: Inputs, memory: float) -> Choi
 def choice_here(
     config: Config, model: tuple[Path, PretrainedConfig], lengths: Lengths, world: World, memory: float
 ) -> Choice:
-    """The choice on this rank's kind of device with so many bytes, for a model by its folder or hub id and its config.
+    """Returns the choice for a model on this rank's kind of device.
 
-    Raises UserError where the model cannot be built, anything else where the estimate fails otherwise.
+    Args:
+        config: the config, with keys of `parallel` on auto.
+        model: the model's folder or hub id, and its config.
+        lengths: the trees of some steps.
+        world: this rank.
+        memory: bytes that every device has.
+
+    Raises:
+        UserError: the model cannot be built. Any other exception means that the estimate failed.
     """
     device = _device_here(world, memory)
     config = with_dtype(config, device)
     cluster = Cluster(device, world.size, world.local_size, DEFAULT_MFU)
-    found = decide_by_bound(Case(config, model[1], lengths, cluster))
-    if found is not None:
-        return found
+    choice = decide_by_bound(Case(config, model[1], lengths, cluster))
+    if choice is not None:
+        return choice
     say("estimate: rehearsing a step")
     return in_own_process(_rehearse, config, model[0], lengths, cluster)
 
@@ -98,11 +114,11 @@ def choice_here(
 def _device_here(world: World, memory: float) -> Device:
     if world.device.type == "cpu":
         return replace(this_machine(world.local_size), memory=memory)
-    found = torch.cuda.get_device_properties(world.device)
-    device, is_known = device_like(found.name, found.total_memory, (found.major, found.minor))
+    gpu = torch.cuda.get_device_properties(world.device)
+    device, is_known = device_like(gpu.name, gpu.total_memory, (gpu.major, gpu.minor))
     if not is_known:
-        what = f"{found.name} (compute capability {found.major}.{found.minor}) is not in the estimate's table"
-        say(f"parallel (auto): {what}; its speeds are taken for those of {device.name}")
+        unknown = f"{gpu.name} (compute capability {gpu.major}.{gpu.minor}) is not in the estimate's table"
+        say(f"parallel (auto): {unknown}; the speeds of {device.name} are assumed")
     return replace(device, memory=memory)
 
 
@@ -110,15 +126,20 @@ def _device_here(world: World, memory: float) -> Device:
 
 
 def _rehearse(config: Config, folder: Path, lengths: Lengths, cluster: Cluster) -> Choice:
-    """The model's config is read again: its class may be code that came with the model, which cannot be sent."""
+    """Reads the model's config again and decides by rehearsal. The config's class may be code that came with the model,
+    which cannot be sent to another process.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     model_config = read_model_config(folder, config.model.trust_remote_code)
     return decide_by_rehearsal(Case(config, model_config, lengths, cluster))
 
 
 def in_own_process(work: Callable[[*Arguments], Result], *args: *Arguments) -> Result:
-    """The result of `work`, importable by name, in a process that is started for it; its UserError is raised here, and
-    RunError, with a line that names it, for any other failure.
+    """Runs `work`, which must be importable by name, in a process that is spawned for it, and returns its result.
+
+    Raises:
+        UserError: as `work` raised it.
+        RunError: with one line that describes any other failure of `work` or of its process.
     """
     ours, theirs = get_context("spawn").Pipe(duplex=False)
     process = get_context("spawn").Process(target=_serve, args=(theirs, work, args), daemon=True)
@@ -138,8 +159,8 @@ def in_own_process(work: Callable[[*Arguments], Result], *args: *Arguments) -> R
 
 
 def _serve(pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Sends (result, None) or (None, failure). What ends a run or asks it to stop ends not this process, but its
-    parent.
+    """Sends (result, None) or (None, failure) of `work` through the pipe. Ignores the signals that end or stop a run:
+    the parent handles them.
     """
     for number in (signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
@@ -148,11 +169,11 @@ def _serve(pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...]) ->
     except UserError as failure:
         pipe.send((None, failure))
     except Exception as failure:
-        pipe.send((None, RunError(_named(failure))))
+        pipe.send((None, RunError(_one_line(failure))))
 
 
-def _named(failure: Exception) -> str:
-    """A failure in one line, with the place that raised it."""
+def _one_line(failure: Exception) -> str:
+    """Returns a failure as one line, with the place that raised it."""
     frame = traceback.extract_tb(failure.__traceback__)[-1]
     place = f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} in {frame.name}"
     return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]} ({place})"

@@ -1,8 +1,9 @@
-"""What compiled layers keep and need, without a compiler and without a GPU.
+"""The tensors that compiled layers keep and need, found without a compiler and without a GPU.
 
-What a layer keeps between forward and backward is decided by inductor's partitioner, on a graph of operations alone:
-it is asked here as it is there. Of the two graphs that it gives, those elementwise results are left out that only other
-elementwise operations or sums take: a fused kernel has them in registers. All other results are memory.
+Inductor's partitioner decides which tensors a layer keeps between its forward and its backward pass. It works on a
+graph of operations alone, so the same partitioner is called here. In each of the two graphs that it returns, the result
+of an elementwise operation takes no memory where only elementwise operations or sums read it: a fused kernel holds it
+in registers. Every other result is counted as memory.
 """
 
 import functools
@@ -17,9 +18,10 @@ from torch.fx import GraphModule, Interpreter, Node
 
 @functools.cache
 def compiled_backend() -> Callable[..., Any]:
-    """A backend of torch.compile that divides a graph as inductor does, and makes no kernels of it.
+    """Returns a backend of torch.compile that partitions a graph as inductor does and generates no kernels.
 
-    The same one each time, so that a layer traced for one rehearsal is not traced again for the next.
+    It returns the same backend each time, so that a layer that was traced for one rehearsal is not traced again for the
+    next.
     """
     # Imported here: it takes seconds, for which every program would wait.
     from torch._dynamo.backends.common import aot_autograd
@@ -35,7 +37,9 @@ def compiled_backend() -> Callable[..., Any]:
 
 
 def _graph_runner(graph: GraphModule, inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:
-    """A function that runs the graph operation by operation; it takes its arguments as a list, which it empties."""
+    """Returns a function that runs the graph operation by operation. It takes its arguments as a list and empties the
+    list.
+    """
     kernels = _Kernels(graph)
 
     def run(arguments: list[Any]) -> Any:
@@ -48,7 +52,7 @@ def _graph_runner(graph: GraphModule, inputs: Sequence[Any]) -> Callable[[list[A
 
 
 class _Kernels(Interpreter):
-    """Runs a graph; what never leaves a kernel is made by `in_registers`, which `Timeline` looks for."""
+    """Runs a graph. A result that never leaves a kernel is made inside `in_registers`, which `Timeline` looks for."""
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__(graph)
@@ -59,13 +63,16 @@ class _Kernels(Interpreter):
 
 
 def in_registers(work: Callable[[Node], Tensor], node: Node) -> Tensor:
-    """Runs `work`. What is made while this function runs takes no memory."""
+    """Runs `work`. `Timeline` does not count the tensors that are made while this function runs."""
     return work(node)
 
 
 def in_kernels(nodes: Sequence[Node]) -> tuple[set[Node], dict[Node, list[Node]]]:
-    """The nodes whose results stay in a kernel, taken by fused operations alone; and by node what is needed there for
-    the last time: what a kernel reads is in memory until it has written its results.
+    """Returns the nodes whose results stay in a kernel, and the last uses of all nodes.
+
+    Returns:
+        The nodes whose results only fused operations read; and by node, the nodes that are read there for the last
+        time: a tensor that a kernel reads stays in memory until the kernel has written its results.
     """
     from torch._functorch.partitioners import get_default_op_list
 

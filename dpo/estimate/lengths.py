@@ -1,6 +1,7 @@
-"""The trees of some steps: those of the data where it can be read here, else of lengths that are given or assumed.
+"""The trees of some steps: read from the data where it is here, else built from lengths that are given or assumed.
 
-Time is that of steps as they come; memory must be enough for the longest pairs too, wherever they come.
+The time of a step is estimated on steps as they come. Memory must also be enough for the longest pairs, in whichever
+step they come.
 """
 
 from collections.abc import Sequence
@@ -20,33 +21,40 @@ from dpo.data.pair_set import PairSet
 from dpo.data.prepare import prepare_data
 from dpo.data.tokenizer import has_tokenizer
 
-NUM_STEPS = 16  # of the data that are looked at, evenly spread
+NUM_STEPS = 16  # steps of the data that are planned, evenly spread
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What is computed in a step."""
+    """The trees that steps compute."""
 
     steps: tuple[tuple[Tree, ...], ...]
     longest: tuple[Tree, ...]
-    """Of a step of the longest pairs."""
-    said: str
-    """Where it is from, for the user."""
+    """The trees of a step of the longest pairs."""
+    description: str
+    """Where the lengths come from, for the user."""
 
 
 def find_lengths(
     config: Config, model_config: PretrainedConfig, prompt_tokens: int | None, completion_tokens: int | None
 ) -> Lengths:
-    """Lengths that are given, else those of the data, else the longest that the config allows.
+    """Returns the given lengths, else the lengths of the data, else the maximum lengths that the config allows.
 
-    Raises UserError where the config has no limit and nothing else is known.
+    Args:
+        config: its data is read only where both numbers of tokens are None.
+        model_config: the model's config.
+        prompt_tokens: tokens of every prompt, or None.
+        completion_tokens: tokens of every completion, or None.
+
+    Raises:
+        UserError: no length is given, the data cannot be read, and the config has no maximum length.
     """
     if prompt_tokens is None and completion_tokens is None:
-        missing = _what_is_missing(config)
-        if missing is None:
+        reason = _why_not_read(config)
+        if reason is None:
             return _of_data(config, model_config)
     else:
-        missing = "as given"
+        reason = "as given"
     longest, longest_prompt = config.data.max_length, config.data.max_prompt_length
     prompt = prompt_tokens or longest_prompt or (longest and longest // 2)
     completion = completion_tokens or (longest and prompt and longest - prompt)
@@ -56,13 +64,13 @@ def find_lengths(
             "are needed where the data is not read and data.max_length is null",
             "both, in tokens",
         )
-    said = f"prompts of {prompt:,} and two completions of {completion:,} tokens, {missing}"
+    description = f"prompts of {prompt:,} and two completions of {completion:,} tokens, {reason}"
     trees = _equal_trees(config.batch.pairs_per_step, prompt, completion)
-    return Lengths((trees,), trees, said)
+    return Lengths((trees,), trees, description)
 
 
-def _what_is_missing(config: Config) -> str | None:
-    """Why the data cannot be read here; None where it can."""
+def _why_not_read(config: Config) -> str | None:
+    """Returns why the data cannot be read here; None where it can be read."""
     for source in config.data.train:
         if not Path(source.path).exists():
             return f"assumed: {source.path} is not here"
@@ -80,18 +88,21 @@ def _of_data(config: Config, model_config: PretrainedConfig) -> Lengths:
 
 
 def lengths_of_pairs(config: Config, train: PairSet, order: PairOrder, last_step: int) -> Lengths:
-    """The trees of some steps of a run, evenly spread over its first epoch, and of its longest pairs."""
+    """Returns the trees of some steps of a run, evenly spread over its first epoch, and the trees of its
+    longest pairs.
+    """
     last = max(1, min(last_step, order.num_pairs // order.pairs_per_step))
     numbers = np.unique(np.linspace(1, last, NUM_STEPS).round().astype(int))
     steps = tuple(tuple(grow_trees(train.pairs(order.items(int(number))))) for number in numbers)
     longest = tuple(grow_trees(train.pairs(_longest_pairs(train, config))))
-    said = f"those of the data, {len(steps)} of the first {last:,} steps; for memory, its longest pairs in one step"
-    return Lengths(steps, longest, said)
+    looked_at = f"{len(steps)} of the first {last:,} steps"
+    description = f"read from the data, {looked_at}; for memory, the longest pairs together in one step"
+    return Lengths(steps, longest, description)
 
 
 def _longest_pairs(pairs: PairSet, config: Config) -> np.ndarray:
-    """As many pairs as a step has, those of the most tokens; where pairs of a prompt come together, those of the
-    prompts with the most.
+    """Returns the ids of the pairs with the most tokens, as many as a step has. With `batch.group_by_prompt`, prompts
+    are ordered by the tokens of all their pairs, and the pairs of the first prompts are returned.
     """
     tokens = pairs.lengths().sum(1)
     if config.batch.group_by_prompt:
@@ -106,17 +117,19 @@ def _equal_trees(count: int, prompt: int, completion: int) -> tuple[Tree, ...]:
 
 
 MicroBatch = tuple[StepPlan, tuple[Tree, ...]]
-"""A micro-batch's trees and its step's plan."""
+"""The plan of a step, and the trees of one of its micro-batches on one rank."""
 
 
 def largest_micro_batches(plans: Sequence[StepPlan]) -> list[MicroBatch]:
-    """One of these needs the most memory: the one of most tokens of those that share a step with others, beside whose
-    activations gradients lie, or the one of most tokens of those that are alone, if that has more.
+    """Returns one or two micro-batches, one of which needs the most memory.
+
+    The first is the largest micro-batch of a step with several, during which accumulated gradients are resident too.
+    The second is the largest of all, where it has more tokens than the first.
     """
-    every = [(plan, trees) for plan in plans for rank in plan.micro_batches for trees in rank]
-    shared = [one for one in every if one[0].num_micro_batches > 1]
-    found = [max(some, key=_tokens) for some in (shared, every) if some]
-    return found[:1] if len(found) == 2 and _tokens(found[0]) == _tokens(found[1]) else found
+    every = [(plan, trees) for plan in plans for micro_batches in plan.micro_batches for trees in micro_batches]
+    accumulated = [micro_batch for micro_batch in every if micro_batch[0].num_micro_batches > 1]
+    largest = [max(candidates, key=_tokens) for candidates in (accumulated, every) if candidates]
+    return largest[:1] if len(largest) == 2 and _tokens(largest[0]) == _tokens(largest[1]) else largest
 
 
 def _tokens(micro_batch: MicroBatch) -> int:

@@ -1,15 +1,21 @@
-"""The most that a rank holds at once in a step, by kind.
+"""Extrapolates the peak memory of a rank from a model of few layers to the whole model, by kind.
 
-Few layers are drawn out to many: at the first two and the last two layers, in the head and at the update, what lives
-grows by the same bytes with every layer between them. In the layers between, it lies between: from one to the next it
-changes by the same bytes. So a model of 80 layers needs two rehearsals, of 3 and of 4.
+Memory is linear in depth: at the first two and the last two layers, in the head and at the update, each kind grows by
+the same bytes with every layer in between. At a layer in between, memory is between these values, because it changes by
+the same bytes from each layer to the next. So a model of any depth above 4 needs two rehearsals, of 3 and of 4 layers.
 
-The optimizer is added by formula. Numbers a weight that it keeps: RMSprop 1, and 1 more with momentum; AdamW 2; SGD 0,
-and 1 with momentum. For the update it needs room besides:
+For example, a rank whose shard of a layer is 10 MiB and of the root 40 MiB, and which holds two layers unsharded:
 
-    CUDA, all tensors at once   RMSprop 1 number a weight (the root of the mean square); AdamW, fused, none
+                         3 layers   4 layers   80 layers
+    weights              70 MiB     80 MiB     80 + 76 (80 - 70) = 840 MiB
+    unsharded weights    20 MiB     20 MiB     20 + 76 (20 - 20) =  20 MiB
+
+The optimizer is added by formula. Elements that it keeps per parameter: RMSprop 1, and 1 more with momentum; AdamW 2;
+SGD 0, and 1 with momentum. The update needs temporary tensors besides:
+
+    CUDA, all tensors at once   RMSprop 1 element per parameter (the root of the mean square); AdamW, fused, none
     CPU, tensor by tensor       of the largest tensor RMSprop 2, its own and that of the tensor before; AdamW 3
-    weight_decay                1 more, the gradient with it added, but in AdamW, where it is decoupled
+    weight_decay                1 more, the gradient with the decay added, but in AdamW, where it is decoupled
 """
 
 import copy
@@ -28,55 +34,67 @@ from dpo.estimate.traffic import ITEMSIZES, Groups
 from dpo.step.optim import optimizer_elements
 
 OPTIMIZER = "optimizer"
-UPDATE_MOMENT = "update of the weights"
-UPDATE = "the update's own"
-COPY = "a checkpoint's copy"
+UPDATE_MOMENT = "optimizer update"
+UPDATE = "temporary tensors of the update"
+COPY = "host copy for a checkpoint"
 ON_HOST = (WEIGHTS, GRADIENTS, OPTIMIZER, UPDATE)
-"""What parallel.cpu_offload keeps in the memory of the host, where the device has another."""
+"""The kinds that `parallel.cpu_offload` keeps in host memory, where the device has its own."""
 FEW = 3
+"""Layers of the first rehearsal of a deep model; the second has one more."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """A rank's memory, bytes by kind at the moment of the peak."""
+    """The memory of a rank: bytes by kind at the moment of the peak."""
 
     device: Bytes
     host: Bytes
-    """A rank's share of the host's memory: what parallel.cpu_offload keeps there, and the copy of weights and optimizer
-    that a checkpoint is written from (`dpo.checkpoint.host_copies`).
+    """A rank's share of host memory: the tensors that `parallel.cpu_offload` keeps there, and the copy of weights and
+    optimizer from which a checkpoint is written (`dpo.checkpoint.host_copies`).
     """
     moment: str
     groups: Groups
-    """What is gathered together in the whole model, see `traffic`."""
+    """The groups of parameters that are all-gathered together, of the whole model; see `traffic`."""
 
     @property
     def peak(self) -> int:
-        """Bytes on the device, without what the process itself has and, on a CPU, without a checkpoint's copy."""
+        """Returns the bytes of tensors on the device: without the process's own and, on a CPU, without a checkpoint's
+        copy.
+        """
         return self.device.total()
 
     @property
     def totals(self) -> tuple[int, int]:
-        """Bytes on the device and on the host."""
+        """Returns the bytes on the device and on the host."""
         return self.peak, self.host.total()
 
 
 def step_memory(
     config: Config, model_config: PretrainedConfig, num_ranks: int, plan: StepPlan, trees: Sequence[Tree], on_cuda: bool
 ) -> Memory:
-    """The memory of a step whose largest micro-batch has these trees; parallel.compute_dtype must not be auto."""
+    """Returns the memory of rank 0 in a step.
+
+    Args:
+        config: `parallel.compute_dtype` must not be auto, and no key of `parallel` undecided.
+        model_config: of the whole model.
+        num_ranks: ranks over which the model is sharded and replicated.
+        plan: the plan of the step.
+        trees: the trees of its largest micro-batch.
+        on_cuda: whether the step runs on CUDA; else on a CPU.
+    """
     depth = model_config.num_hidden_layers
     depths = (depth,) if depth <= FEW + 1 else (FEW, FEW + 1)
     few = [rehearse(config, with_layers(model_config, d), num_ranks, plan, trees, on_cuda) for d in depths]
     peaks = [_by_place(rehearsal, d) for rehearsal, d in zip(few, depths, strict=True)]
-    numbers = [sum(rehearsal.local_numbers) for rehearsal in few]
+    elements = [sum(rehearsal.local_elements) for rehearsal in few]
     further = depth - depths[-1]
-    moments = {m: _drawn_out([p[m] for p in peaks], further) for m in peaks[0]}
-    local = numbers[-1] + further * (numbers[-1] - numbers[0])
-    return _at_peak(config, moments, local, max(few[0].local_numbers), on_cuda, all_groups(few[-1].groups, depth))
+    moments = {m: _extrapolated([p[m] for p in peaks], further) for m in peaks[0]}
+    local = elements[-1] + further * (elements[-1] - elements[0])
+    return _at_peak(config, moments, local, max(few[0].local_elements), on_cuda, all_groups(few[-1].groups, depth))
 
 
 def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """The same model with fewer layers."""
+    """Returns the config of the same model with `num_layers` layers."""
     if num_layers == config.num_hidden_layers:
         return config
     changed = copy.deepcopy(config)
@@ -87,36 +105,47 @@ def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
 
 
 def _by_place(rehearsal: Rehearsal, depth: int) -> dict[Moment, Bytes]:
-    """The peaks with layers counted from both ends: 0, 1 and depth - 2, depth - 1 as -3, -2; HEAD stays -1."""
-    found = {}
+    """Returns the peaks with layers counted from both ends: layers 0 and 1 as they are, layers depth - 2 and depth - 1
+    as -3 and -2. The head stays HEAD, which is -1.
+    """
+    peaks = {}
     for moment, peak in rehearsal.peaks.items():
         if moment.layer == HEAD or moment.layer < 2:
-            found[moment] = peak
+            peaks[moment] = peak
         if moment.layer != HEAD and moment.layer >= depth - 2:
-            found[moment._replace(layer=moment.layer - depth - 1)] = peak
-    return found
+            peaks[moment._replace(layer=moment.layer - depth - 1)] = peak
+    return peaks
 
 
-def _drawn_out(peaks: Sequence[Bytes], further: int) -> Bytes:
-    """Peaks at two depths -> that of a model with `further` layers more than the second."""
+def _extrapolated(peaks: Sequence[Bytes], further: int) -> Bytes:
+    """Returns the peak of a model with `further` layers more than the second of two depths, from the peaks at both."""
     first, last = peaks[0], peaks[-1]
     return Counter({kind: last[kind] + further * (last[kind] - first[kind]) for kind in first.keys() | last.keys()})
 
 
 def all_groups(groups: Groups, depth: int) -> Groups:
-    """The groups of a model of `depth` layers from those of few."""
+    """Returns the groups of a model of `depth` layers from the groups of a model with few."""
     return Groups((groups.layers[-1],) * depth, groups.root)
 
 
 def _at_peak(
     config: Config, moments: dict[Moment, Bytes], local: int, largest: int, on_cuda: bool, groups: Groups
 ) -> Memory:
-    """`local`: numbers of all parameters that this rank holds; `largest`: of the largest of them."""
+    """Returns the memory at the moment with the most bytes on the device.
+
+    Args:
+        config: the run's config.
+        moments: the peak of each moment, without the optimizer.
+        local: elements of all parameters that this rank holds.
+        largest: elements of the largest of them.
+        on_cuda: whether the step runs on CUDA.
+        groups: of the whole model.
+    """
     itemsize = ITEMSIZES[config.model.dtype]
     state = Counter({OPTIMIZER: optimizer_elements(config.optim) * local * itemsize})
     at_once = local if on_cuda and not config.parallel.cpu_offload else largest
     update = Counter({WEIGHTS: local * itemsize, GRADIENTS: local * itemsize})
-    update[UPDATE] = update_numbers(config.optim, on_cuda and not config.parallel.cpu_offload) * at_once * itemsize
+    update[UPDATE] = update_elements(config.optim, on_cuda and not config.parallel.cpu_offload) * at_once * itemsize
     several = any(moment.micro_batch > 0 for moment in moments)
     named = {_name(moment, several): peak + state for moment, peak in moments.items()} | {UPDATE_MOMENT: update + state}
     away = ON_HOST if config.parallel.cpu_offload and on_cuda else ()
@@ -128,13 +157,15 @@ def _at_peak(
 
 
 def _name(moment: Moment, several: bool) -> str:
-    """`several`: whether the step has more than one micro-batch."""
+    """Returns the moment in words. `several`: whether the step has more than one micro-batch."""
     places = {0: "the first layer", 1: "the second layer", -3: "the last layer but one", -2: "the last layer"}
     batch = f" in the {'first' if moment.micro_batch == 0 else 'last'} micro-batch" if several else ""
     return f"{moment.stage} pass of {places.get(moment.layer, 'the head')}{batch}"
 
 
-def update_numbers(optim: OptimConfig, on_cuda: bool) -> int:
-    """Numbers of each weight that an update needs for a while: of all weights on CUDA, of one tensor on a CPU."""
+def update_elements(optim: OptimConfig, on_cuda: bool) -> int:
+    """Returns the temporary elements per parameter that an update needs: of all parameters on CUDA, of one tensor on a
+    CPU.
+    """
     root = {"rmsprop": 1 if on_cuda else 2, "adamw": 0 if on_cuda else 3, "sgd": 0}[optim.name]
     return root + int(optim.weight_decay > 0 and optim.name != "adamw")

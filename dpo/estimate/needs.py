@@ -1,4 +1,4 @@
-"""What a layout needs of a rank's memory and of a step's time: the rehearsal and the formulas on the plans of steps."""
+"""The plans and the memory of a trial: a config on a number of ranks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,38 +17,38 @@ from dpo.model.parallelize import compute_dtype
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What is tried: a config and how many ranks run it."""
+class Trial:
+    """A config and the number of ranks that run it, to be estimated."""
 
     config: Config
     num_ranks: int
 
 
 def with_dtype(config: Config, device: Device) -> Config:
-    """The config with parallel.compute_dtype auto replaced by what it means on the device."""
+    """Returns the config with `parallel.compute_dtype` auto replaced by its meaning on the device."""
     kind = torch.device("cpu" if device.is_cpu else "cuda")
     dtype = str(compute_dtype(config.parallel, getattr(torch, config.model.dtype), kind)).removeprefix("torch.")
     return replace(config, parallel=replace(config.parallel, compute_dtype=dtype))  # type: ignore[arg-type]  # one of its words
 
 
-def plans_of(layout: Layout, model_config: PretrainedConfig, steps: Sequence[Sequence[Tree]]) -> list[StepPlan]:
-    """The plans of some steps."""
-    tokens, costs = layout.config.batch.tokens_per_micro_batch, cost_model(model_config)
-    return [plan_step(trees, layout.num_ranks, tokens, costs) for trees in steps]
+def plans_of(trial: Trial, model_config: PretrainedConfig, steps: Sequence[Sequence[Tree]]) -> list[StepPlan]:
+    """Returns the plans of some steps."""
+    tokens, costs = trial.config.batch.tokens_per_micro_batch, cost_model(model_config)
+    return [plan_step(trees, trial.num_ranks, tokens, costs) for trees in steps]
 
 
 def memory_of(
-    layout: Layout, model_config: PretrainedConfig, lengths: Lengths, device: Device
+    trial: Trial, model_config: PretrainedConfig, lengths: Lengths, device: Device
 ) -> tuple[Memory, MicroBatch]:
-    """The memory of the micro-batch that needs the most, and that micro-batch."""
-    plans = plans_of(layout, model_config, (lengths.longest, *lengths.steps))
-    found = [
-        (step_memory(layout.config, model_config, layout.num_ranks, *one, on_cuda=not device.is_cpu), one)
-        for one in largest_micro_batches(plans)
+    """Returns the memory of the micro-batch that needs the most, and that micro-batch."""
+    plans = plans_of(trial, model_config, (lengths.longest, *lengths.steps))
+    memories = [
+        (step_memory(trial.config, model_config, trial.num_ranks, *micro_batch, on_cuda=not device.is_cpu), micro_batch)
+        for micro_batch in largest_micro_batches(plans)
     ]
-    return max(found, key=lambda pair: pair[0].peak)
+    return max(memories, key=lambda memory_and_batch: memory_and_batch[0].peak)
 
 
-def needed_bytes(layout: Layout, model_config: PretrainedConfig, lengths: Lengths, device: Device) -> float:
-    """What must fit into the device's memory."""
-    return device.needed(*memory_of(layout, model_config, lengths, device)[0].totals)
+def needed_bytes(trial: Trial, model_config: PretrainedConfig, lengths: Lengths, device: Device) -> float:
+    """Returns the bytes that must fit into the device's memory."""
+    return device.needed(*memory_of(trial, model_config, lengths, device)[0].totals)

@@ -1,8 +1,8 @@
-"""What a step needs on devices that are not here: memory, traffic, time, and what to change where it does not fit.
+"""Estimates the memory, traffic and time of a step on devices that are not here, and finds changes that make it fit.
 
     python -m dpo.estimate --config FILE --ranks 64 --device h100 [--SECTION.KEY VALUE ...]
 
-Runs without a GPU, and without weights: of a model only config.json is read.
+Needs no GPU and no weights: of a model only config.json is read.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from dpo.estimate.changes import Change, find_changes, with_keys
 from dpo.estimate.choice import Case, decide, with_values
 from dpo.estimate.devices import DEVICES, Device, this_machine
 from dpo.estimate.lengths import Lengths, find_lengths
-from dpo.estimate.needs import Layout, memory_of, needed_bytes, plans_of, with_dtype
+from dpo.estimate.needs import Trial, memory_of, needed_bytes, plans_of, with_dtype
 from dpo.estimate.speed import DEFAULT_MFU, Cluster, Speed, step_speed
 from dpo.estimate.traffic import Groups
 from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wrapped
@@ -54,7 +54,9 @@ class Arguments:
 
 
 def read_arguments(argv: Sequence[str]) -> Arguments:
-    """Raises UserError for what is wrong; --help and --print_config print and raise SystemExit(0)."""
+    """Returns the arguments of the command line. Raises UserError where they are wrong; --help and --print_config print
+    and raise SystemExit(0).
+    """
     parser = own_flags("python -m dpo.estimate")
     for flag in ("--ranks", "--ranks-per-node", "--prompt-tokens", "--completion-tokens"):
         parser.add_argument(flag, type=int)
@@ -92,7 +94,9 @@ def _device(own: argparse.Namespace, ranks_per_node: int) -> Device:
 
 
 def _with_dtype(config: Config, device: Device) -> Config:
-    """As `needs.with_dtype`. Raises UserError where nothing is known of the device in that dtype."""
+    """Returns the config as `needs.with_dtype` does. Raises UserError where the device has no known peak in
+    that dtype.
+    """
     config = with_dtype(config, device)
     if config.parallel.compute_dtype == "float64" and not device.is_cpu:
         raise UserError("model.dtype", f"no peak of {device.name} in float64 is known", "float32, or --device cpu")
@@ -103,44 +107,44 @@ def _with_dtype(config: Config, device: Device) -> Config:
 
 
 def estimate(arguments: Arguments, model_config: PretrainedConfig, lengths: Lengths) -> Estimate:
-    """Memory, traffic and time of the steps; no key may be undecided."""
+    """Returns the memory, traffic and time of a step. No key of `parallel` may be undecided."""
     config, cluster = arguments.config, arguments.cluster
-    layout = Layout(config, cluster.num_ranks)
-    memory, largest = memory_of(layout, model_config, lengths, cluster.device)
-    plans = plans_of(layout, model_config, lengths.steps)
+    trial = Trial(config, cluster.num_ranks)
+    memory, largest = memory_of(trial, model_config, lengths, cluster.device)
+    plans = plans_of(trial, model_config, lengths.steps)
     speed = step_speed(config, model_config, plans, memory.groups, cluster)
-    return Estimate(config, model_config, cluster, lengths.said, largest, memory, speed)
+    return Estimate(config, model_config, cluster, lengths.description, largest, memory, speed)
 
 
 def _advice(
-    arguments: Arguments, layout: Layout, model_config: PretrainedConfig, lengths: Lengths, groups: Groups
+    arguments: Arguments, trial: Trial, model_config: PretrainedConfig, lengths: Lengths, groups: Groups
 ) -> list[str]:
-    """What would help a step of a layout that fits, where it is bound by traffic, of changes that fit too."""
+    """Returns the advice for a trial that fits; see `advice`."""
     device = arguments.cluster.device
 
-    def speed(layout: Layout) -> Speed:
-        per_node = min(arguments.cluster.ranks_per_node, layout.num_ranks)
-        cluster = replace(arguments.cluster, num_ranks=layout.num_ranks, ranks_per_node=per_node)
-        plans = plans_of(layout, model_config, lengths.steps)
-        return step_speed(layout.config, model_config, plans, groups, cluster)
+    def speed(trial: Trial) -> Speed:
+        per_node = min(arguments.cluster.ranks_per_node, trial.num_ranks)
+        cluster = replace(arguments.cluster, num_ranks=trial.num_ranks, ranks_per_node=per_node)
+        plans = plans_of(trial, model_config, lengths.steps)
+        return step_speed(trial.config, model_config, plans, groups, cluster)
 
-    def fits(layout: Layout) -> bool:
-        return needed_bytes(layout, model_config, lengths, device) <= device.memory
+    def fits(trial: Trial) -> bool:
+        return needed_bytes(trial, model_config, lengths, device) <= device.memory
 
-    return advice(layout, speed, fits)
+    return advice(trial, speed, fits)
 
 
-def _changes(arguments: Arguments, layout: Layout, model_config: PretrainedConfig, lengths: Lengths) -> list[Change]:
-    """What would make a step fit that does not."""
+def _changes(arguments: Arguments, trial: Trial, model_config: PretrainedConfig, lengths: Lengths) -> list[Change]:
+    """Returns the changes that help a trial that does not fit."""
     device = arguments.cluster.device
     largest_tree = max(tree.num_tokens for trees in (lengths.longest, *lengths.steps) for tree in trees)
     return find_changes(
-        layout, largest_tree, lambda tried: needed_bytes(tried, model_config, lengths, device), device.memory
+        trial, largest_tree, lambda tried: needed_bytes(tried, model_config, lengths, device), device.memory
     )
 
 
 def main() -> None:
-    """`python -m dpo.estimate`. Raises RunError where the step does not fit."""
+    """Runs `python -m dpo.estimate`. Raises RunError where the step does not fit."""
     arguments = read_arguments(sys.argv[1:])
     if is_quiet() or not sys.stderr.isatty():
         disable_progress_bars()
@@ -150,19 +154,19 @@ def main() -> None:
         choice = decide(Case(arguments.config, model_config, lengths, arguments.cluster))
         arguments = replace(arguments, config=with_values(arguments.config, choice.values))
         print("\n".join(wrapped([choice.line])), flush=True)
-    found = estimate(arguments, model_config, lengths)
-    print("\n".join(lines_of(found)), flush=True)
-    layout, heading = Layout(arguments.config, arguments.cluster.num_ranks), []
-    if not found.fits:
-        say("trying what would make it fit")
-        changes = _changes(arguments, layout, model_config, lengths)
+    result = estimate(arguments, model_config, lengths)
+    print("\n".join(lines_of(result)), flush=True)
+    trial, heading = Trial(arguments.config, arguments.cluster.num_ranks), []
+    if not result.fits:
+        say("trying changes that may make the step fit")
+        changes = _changes(arguments, trial, model_config, lengths)
         print("\n".join(lines_of_changes(changes, arguments.cluster.device)), flush=True)
         first = next((change for change in changes if change.fits), None)
         if first is None:
-            raise RunError(verdict(found))
-        layout, heading = with_keys(layout, first.keys), [f"with {first.words}:"]
-    advised = _advice(arguments, layout, model_config, lengths, found.memory.groups)
+            raise RunError(verdict(result))
+        trial, heading = with_keys(trial, first.keys), [f"with {first.words}:"]
+    advised = _advice(arguments, trial, model_config, lengths, result.memory.groups)
     if advised:
         print("\n".join(wrapped([*heading, *advised])))
-    if not found.fits:
-        raise RunError(verdict(found))
+    if not result.fits:
+        raise RunError(verdict(result))

@@ -1,8 +1,8 @@
-"""A step of a model with few layers, run by the trainer's own code on tensors that have sizes and no memory.
+"""Runs a step of a model with few layers by the trainer's own code, on fake tensors, which have sizes and no memory.
 
-The ranks are not there either: a fake process group says that they are, and this one is rank 0, which holds the largest
-part of what cannot be divided evenly. The micro-batch is run twice, as the first and as the last of a step, where the
-step has several: those between them hold no more.
+The other ranks do not exist either: a fake process group pretends that they do. This process is rank 0, which holds the
+largest shard of a tensor that cannot be divided evenly. Where the step has several micro-batches, the largest one runs
+twice, as the first and as the last; the ones in between hold no more.
 """
 
 import gc
@@ -38,23 +38,30 @@ from dpo.step.objective import pair_losses
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was seen."""
+    """The result of a rehearsal."""
 
     peaks: dict[Moment, Bytes]
-    """See `Timeline.peaks`."""
-    local_numbers: tuple[int, ...]
-    """Numbers in this rank's part of each parameter."""
+    """The peak of each moment; see `Timeline.peaks`."""
+    local_elements: tuple[int, ...]
+    """Elements of this rank's shard of each parameter."""
     groups: Groups
-    """The sizes of what is gathered together."""
+    """The groups of parameters that are all-gathered together."""
 
 
 def rehearse(
     config: Config, model_config: PretrainedConfig, num_ranks: int, plan: StepPlan, trees: Sequence[Tree], on_cuda: bool
 ) -> Rehearsal:
-    """A step of micro-batches of these trees on rank 0 of `num_ranks`; parallel.compute_dtype must not be auto.
+    """Runs a step on fake tensors, as rank 0 of `num_ranks`, and returns its peaks.
 
-    `on_cuda`: as the step would run there, with FlexAttention, a padded row, the head's float32 product and, unless
-    parallel.compile is false, compiled layers. What those of a CPU save is not seen.
+    Args:
+        config: `parallel.compute_dtype` must not be auto, and no key of `parallel` undecided.
+        model_config: of the model with few layers.
+        num_ranks: ranks of the fake process group.
+        plan: the plan of the step.
+        trees: the trees of its micro-batch, on this rank.
+        on_cuda: whether the step runs as on CUDA: with FlexAttention, a padded row, the head's float32 product and,
+            unless `parallel.compile` is false, compiled layers. On a CPU, memory that compiled layers save is not
+            estimated.
     """
     with_compile, parallel = is_compiled(config.parallel, torch.device("cuda")), replace(config.parallel, compile=False)
     assert not parallel.undecided, parallel.undecided
@@ -83,15 +90,15 @@ def rehearse(
 _NO_LIMIT = partial(
     dynamo.patch, recompile_limit=4096, accumulated_recompile_limit=4096, fail_on_recompile_limit_hit=True
 )
-"""As many lengths and models as are asked for; behind a limit layers would silently not be compiled."""
+"""Allows as many lengths and models as are asked for: beyond dynamo's limits layers would silently not be compiled."""
 
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keeps the garbage collector from running inside.
+    """Disables the garbage collector inside.
 
-    A collection in the middle of a step makes some tensors live until the next full one, and when collections come
-    depends on what ran before: the same step would be estimated at one peak here and another there.
+    A collection in the middle of a step makes some tensors live until the next full collection, and when collections
+    happen depends on the work before. The same step would then have different estimates.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -117,7 +124,7 @@ def _pack(policy: Policy, plan: StepPlan, trees: Sequence[Tree], on_cuda: bool) 
 
 
 def _run(policy: Policy, config: Config, batch: PackedBatch, num_micro_batches: int, timeline: Timeline) -> None:
-    """The heart of `train.train_step`, its moments announced."""
+    """Runs the forward and backward passes as `dpo.step.update.train_step` does, and announces each moment."""
     for number in range(num_micro_batches):
         announce_backward(policy, is_last=number == num_micro_batches - 1)
         timeline.enter(Moment(number, "forward", 0))
@@ -131,8 +138,8 @@ def _run(policy: Policy, config: Config, batch: PackedBatch, num_micro_batches: 
 
 @contextmanager
 def _announced_layers(policy: Policy, number: int, timeline: Timeline) -> Iterator[None]:
-    """A forward pass inside enters its moments, and so will its backward pass: a layer's begins when the gradient of
-    its output is there.
+    """Announces the moments of a forward pass inside, and of its backward pass: a layer's backward pass begins when the
+    gradient of its output is there.
     """
     layers = decoder_layers(policy.model)
 
@@ -146,5 +153,5 @@ def _announced_layers(policy: Policy, number: int, timeline: Timeline) -> Iterat
     try:
         yield
     finally:
-        for handle in handles:  # what is computed again in the backward pass belongs to the backward pass
+        for handle in handles:  # else recomputation in the backward pass would announce forward moments
             handle.remove()

@@ -1,9 +1,9 @@
-"""What FlexAttention keeps, without FlexAttention: it has no backward pass on a CPU, where the rehearsal runs.
+"""Stands in for FlexAttention in a rehearsal: keeps the same tensors. FlexAttention has no backward pass on a CPU.
 
-Between forward and backward it keeps queries, keys, values (not repeated for grouped queries), its output and the
-logarithm of each query's sum, in float32; the output lies in memory as the queries do. FlexAttention compiled alone
-returns queries, keys and values as results of its region, for its backward pass; selective checkpointing keeps the
-results of that region, hence these too.
+Between its forward and its backward pass FlexAttention keeps queries, keys, values (not repeated for grouped queries),
+its output, and the logarithm of each query's sum in float32; the output has the memory layout of the queries. Compiled
+alone, FlexAttention returns queries, keys and values as results of its region, for its backward pass. Selective
+checkpointing keeps the results of that region, hence these three too.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,9 @@ from dpo.model.attention import ATTENTION, SMALLEST_WIDTH, register_attention
 
 @torch.library.custom_op("dpo_estimate::flex_attention", mutates_args=())
 def kept_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """(output, logsumexp) of the right sizes and no value. The name is one that selective checkpointing keeps."""
+    """Returns (output, logsumexp) of the right sizes, without values. Selective checkpointing keeps the results of
+    operations with this name.
+    """
     outputs: tuple[Tensor, Tensor] = _outputs(query, key, value)
     return outputs
 
@@ -33,7 +35,7 @@ def _outputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
 def kept_attention_backward(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values."""
+    """Returns the gradients of queries, keys and values."""
     gradients: tuple[Tensor, Tensor, Tensor] = _gradients(query, key, value, out, logsumexp, grad)
     return gradients
 
@@ -49,7 +51,7 @@ _LIBRARY = torch.library.Library("dpo_estimate", "FRAGMENT")
 _LIBRARY.define("flex_attention_inputs(Tensor(a) q, Tensor(b) k, Tensor(c) v) -> (Tensor(a), Tensor(b), Tensor(c))")
 _LIBRARY.impl("flex_attention_inputs", lambda query, key, value: (query, key, value), "CompositeExplicitAutograd")
 returned_inputs = torch.ops.dpo_estimate.flex_attention_inputs
-"""Gives its very inputs back; the name is one whose results selective checkpointing keeps."""
+"""Returns its inputs themselves. Selective checkpointing keeps the results of operations with this name."""
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
@@ -67,7 +69,7 @@ kept_attention.register_autograd(_backward, setup_context=_keep)
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
-    """Takes the place of `attention.tree_attention`: narrow heads are widened, the output is (1, L, heads, D)."""
+    """Stands in for `attention.tree_attention`: pads narrow heads, and returns an output of shape (1, L, heads, D)."""
     width = query.shape[-1]
     if width < SMALLEST_WIDTH:
         query, key, value = (nn.functional.pad(x, (0, SMALLEST_WIDTH - width)) for x in (query, key, value))
@@ -80,7 +82,7 @@ def attend(
 
 @contextmanager
 def flex_attention_stood_in_for() -> Iterator[None]:
-    """Models made by `policy.build_policy` before attend like this inside."""
+    """Makes models that `dpo.model.build.build_policy` has built attend with `attend` inside."""
     AttentionInterface.register(ATTENTION, attend)
     try:
         yield

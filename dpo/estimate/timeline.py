@@ -1,8 +1,16 @@
-"""Which bytes live at once while a step runs, told apart by what they are for and when.
+"""Counts the bytes that live at once while a step runs, by kind and by moment.
 
-Storages are counted, so that views cost nothing, and asked for their size after every operation, so that those which
-FSDP empties and fills again are counted as they are. What a kernel takes and gives back inside of one operation is not
-seen.
+Storages are counted, so that views cost nothing. Their sizes are read after every operation, so that a storage that
+FSDP2 frees and allocates again is counted as it is. Memory that a kernel allocates and frees within one operation is
+not seen.
+
+For example, one layer whose weights take 400 bytes on this rank and 800 unsharded, during its forward pass:
+
+    operation    weights   unsharded weights   activations   sum     peak of the moment
+    enter        400                                         400     400
+    all-gather   400       800                               1,200   1,200
+    product      400       800                 100           1,300   1,300
+    reshard      400                           100           500     1,300
 """
 
 import sys
@@ -24,20 +32,21 @@ from dpo.model.parallelize import fsdp_modules
 
 WEIGHTS = "weights"
 GRADIENTS = "gradients"
-GATHERED = "gathered weights"
-WHOLE = "whole gradients"
+GATHERED = "unsharded weights"
+WHOLE = "unsharded gradients"
 REDUCED = "reduce buffers"
 LOGITS = "logits"
 COPIED = "gloo's own copy"
 ACTIVATIONS = "activations"
 UNWRITTEN = "never written"
-"""What a fused kernel does not write to memory; it is not counted."""
+"""Tensors that a fused kernel does not write to memory; they are not counted."""
 
 Bytes = Counter[str]
 """Bytes by kind."""
 
 
 HEAD = -1
+"""The layer of a moment in which the head works."""
 
 
 class Moment(NamedTuple):
@@ -53,15 +62,20 @@ _WHOLE_OF = {
     "c10d::_allgather_base_": lambda args: args[0],
     "c10d::_reduce_scatter_base_": lambda args: args[1],
 }
-"""The whole tensor of a collective, of its arguments."""
+"""Returns, by collective, its unsharded tensor from its arguments."""
 
 
 class Timeline(TorchDispatchMode):
-    """`peaks`: of each moment the bytes by kind when their sum was the greatest. What was there before is not counted.
+    """Records the peak of each moment while it is active: in `peaks`, the bytes by kind when their sum was the
+    greatest.
 
-    What is made before `watch` are weights. `offloaded`: weights and gradients lie in another memory, and are
-    left out of the sum that is compared; they stay in what is recorded. `by_gloo`: collectives are those of gloo, which
-    copies all that it gathers and all that it scatters.
+    Tensors that were made before it was entered are not counted. Tensors that are made before `watch` are weights.
+
+    Args:
+        vocab_size: the last dimension of logits.
+        offloaded: whether weights and gradients are in another memory. Peaks are then compared without these kinds; the
+            recorded bytes have them.
+        by_gloo: whether collectives run on gloo, which copies the whole tensor that it gathers or scatters.
     """
 
     def __init__(self, vocab_size: int, offloaded: bool, by_gloo: bool) -> None:
@@ -78,61 +92,63 @@ class Timeline(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Tells torch.compile to trace what runs in this mode; it would else refuse to."""
+        """Returns True: torch.compile else refuses to trace code that runs in this mode."""
         return True
 
     def watch(self, model: nn.Module) -> None:
-        """Names the model whose weights have been made."""
+        """Sets the model whose weights have been made."""
         self._model = model
         self._weight_shapes = {tuple(parameter.shape) for parameter in model.parameters()}
 
     def enter(self, moment: Moment) -> None:
-        """A part of the step begins."""
+        """Begins the next moment of the step."""
         self._moment = moment
-        self._look()
+        self._record()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # it comes again, for the local tensors
+            return NotImplemented  # the operation is dispatched again on the local tensors
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # asks a tensor for its device, and that often
+        if func.namespace == "prim":  # queries of a tensor's device, which are frequent
             return func(*args, **kwargs)
         known = {id(tensor.untyped_storage()) for tensor in _tensors((args, kwargs))}
-        # torch 2.11's fake tensors take this product's out_dtype for its beta; it makes no tensor.
+        # Fake tensors of torch 2.11 mistake this product's out_dtype for its beta; the product allocates nothing.
         result = kwargs["out"] if func is torch.ops.aten.addmm.dtype_out else func(*args, **kwargs)
         for tensor in _tensors(result):
             if id(tensor.untyped_storage()) not in known and (kind := self._kind(tensor)) != UNWRITTEN:
                 self._kinds[tensor.untyped_storage()] = kind
-        self._look(_WHOLE_OF[func._schema.name](args).nbytes if self._copies(func) else 0)
+        self._record(_WHOLE_OF[func._schema.name](args).nbytes if self._copies(func) else 0)
         return result
 
     def _copies(self, func: Any) -> bool:
         return self._by_gloo and func._schema.name in _WHOLE_OF
 
-    def _look(self, copied: int = 0) -> None:
-        """`copied`: bytes that were there during the operation, beside what is there after it."""
+    def _record(self, copied: int = 0) -> None:
+        """Records the bytes that live now where they exceed the moment's peak. `copied`: bytes that lived during the
+        operation alone.
+        """
         if self._moment is None:
             return
         if self._offloaded:
-            found = self._by_kind()
-            now = found.total() - found[WEIGHTS] - found[GRADIENTS] + copied
+            by_kind = self._by_kind()
+            total = by_kind.total() - by_kind[WEIGHTS] - by_kind[GRADIENTS] + copied
         else:
-            found, now = None, sum(storage.nbytes() for storage in self._kinds) + copied
-        if now > self._greatest.get(self._moment, -1):
-            self._greatest[self._moment] = now
-            self.peaks[self._moment] = (found or self._by_kind()) + Counter({COPIED: copied})
+            by_kind, total = None, sum(storage.nbytes() for storage in self._kinds) + copied
+        if total > self._greatest.get(self._moment, -1):
+            self._greatest[self._moment] = total
+            self.peaks[self._moment] = (by_kind or self._by_kind()) + Counter({COPIED: copied})
 
     def _by_kind(self) -> Bytes:
         gradients = {id(storage) for storage in _gradient_storages(self._model)}
-        found: Bytes = Counter()
+        by_kind: Bytes = Counter()
         for storage, kind in self._kinds.items():
-            found[GRADIENTS if id(storage) in gradients else kind] += storage.nbytes()
+            by_kind[GRADIENTS if id(storage) in gradients else kind] += storage.nbytes()
         if self._offloaded:
-            # Here a gradient on the host is the very tensor that was added up over the copies; there it is a copy of
-            # it, and FSDP2 keeps the tensor itself up to the end of the last backward pass that reduces.
-            added_up = {id(storage): storage for storage in _added_up_storages(self._model)}
-            found[REDUCED] += sum(added_up[i].nbytes() for i in added_up.keys() & gradients)
-        return found
+            # In the rehearsal, a gradient on the host is the tensor that was all-reduced over the replicas. On CUDA it
+            # is a copy of that tensor, which FSDP2 keeps until the end of the last backward pass that reduces.
+            all_reduced = {id(storage): storage for storage in _all_reduced_storages(self._model)}
+            by_kind[REDUCED] += sum(all_reduced[i].nbytes() for i in all_reduced.keys() & gradients)
+        return by_kind
 
     def _kind(self, tensor: Tensor) -> str:
         if self._model is None:
@@ -154,11 +170,13 @@ _KINDS_BY_FUNCTION = {
     "to_accumulated_grad_if_needed": WHOLE,
     in_registers.__name__: UNWRITTEN,
 }
-"""What functions make tensors for: FSDP2's, and that of `compiled`."""
+"""The kind of the tensors that a function makes: functions of FSDP2, and one of `compiled`."""
 
 
 def _kind_by_function() -> str | None:
-    """The kind of what these functions make; None for what the model makes."""
+    """Returns the kind of the tensors that one of these functions makes, if the caller runs inside it; None for tensors
+    of the model.
+    """
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         kind = _KINDS_BY_FUNCTION.get(frame.f_code.co_name)
@@ -174,8 +192,8 @@ def _gradient_storages(model: nn.Module | None) -> Iterator[Any]:
             yield parameter.grad._local_tensor.untyped_storage()
 
 
-def _added_up_storages(model: nn.Module | None) -> Iterator[Any]:
-    """What was summed over the copies (HSDP) and is not let go yet."""
+def _all_reduced_storages(model: nn.Module | None) -> Iterator[Any]:
+    """Yields the storages that were all-reduced over the replicas (HSDP) and that FSDP2 still keeps."""
     for module in fsdp_modules(model) if model is not None else ():
         for group in _parameter_groups(module):
             if group._all_reduce_state is not None:
@@ -183,7 +201,7 @@ def _added_up_storages(model: nn.Module | None) -> Iterator[Any]:
 
 
 def _parameter_groups(module: FSDPModule) -> Sequence[Any]:
-    """What one module gathers and reduces at once: one group until torch 2.12, a list of them since."""
+    """Returns the parameter groups of one FSDP module: one until torch 2.12, a list of them since."""
     state = module._get_fsdp_state()
     if hasattr(state, "_fsdp_param_groups"):
         return state._fsdp_param_groups

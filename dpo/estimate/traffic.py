@@ -1,17 +1,18 @@
-"""What the ranks send each other in a step, in bytes, by formula.
+"""The bytes that ranks send each other in a step, by formula.
 
-FSDP2 gathers the parameters of a group (a decoder layer; the root, which holds the rest) in one collective and reduces
-their gradients in another. Each parameter is divided along its first dimension, padded to a multiple of the ranks that
-share a copy. With M micro-batches a group is gathered and its gradient reduced so many times a step:
+FSDP2 all-gathers the parameters of a group (a decoder layer; the root, which holds the rest) in one collective and
+reduce-scatters their gradients in another. Each parameter is divided along its first dimension, padded to a multiple of
+the ranks that share a copy of the model. With M micro-batches a group is gathered, and its gradient reduced, so many
+times per step:
 
-    layers, reshard_after_forward true    2 M    before its forward and before its backward pass
+    layers, reshard_after_forward true    2 M    before the forward and before the backward pass of the layer
     root,   reshard_after_forward true      M    its backward pass begins where its forward pass ends
-    all,    reshard_after_forward false     1    it stays whole until the step's last backward pass
+    all,    reshard_after_forward false     1    unsharded until the last backward pass of the step
     gradients, every_micro_batch            M
     gradients, last_micro_batch             1
 
-Copies (HSDP) add their shards' gradients up in as many all-reduces. What does not grow with the model, the exchange of
-`StepMetrics.reduce`, is counted apart.
+With replicas (HSDP) the gradient shards are all-reduced as often. Traffic that does not grow with the model, the
+exchange of `StepMetrics.reduce`, is not counted here.
 """
 
 import math
@@ -27,7 +28,7 @@ ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes of the whole tensors of a step's collectives, as one rank sees them.
+    """Bytes of the unsharded tensors of a step's collectives, as one rank sees them.
 
     Of a gathered or scattered tensor a rank of n receives and sends (n - 1)/n, of an all-reduced one twice that.
     """
@@ -39,14 +40,16 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Groups:
-    """Numbers in the parameters of what is gathered together, padding included."""
+    """Elements of the parameters that are all-gathered together, padding included."""
 
     layers: tuple[int, ...]
     root: int
 
 
 def parameter_groups(model: nn.Module, layers: Sequence[nn.Module], shard: int) -> Groups:
-    """The groups of a model (also one on meta) whose copy is divided over `shard` ranks; tied parameters count once."""
+    """Returns the groups of a model, which may be on the meta device, whose copy is sharded over `shard` ranks. Tied
+    parameters count once.
+    """
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = (parameter for parameter in model.parameters() if id(parameter) not in inside)
     return Groups(tuple(_padded(layer.parameters(), shard) for layer in layers), _padded(rest, shard))
@@ -60,10 +63,14 @@ def _padded(parameters: Iterable[nn.Parameter], shard: int) -> int:
 def step_traffic(
     groups: Groups, shard: int, num_micro_batches: int, parallel: ParallelConfig, compute_itemsize: int
 ) -> Traffic:
-    """The traffic of a step of `num_micro_batches` on each rank, whose copy is divided over `shard` ranks.
+    """Returns the traffic of a step on each rank.
 
-    `compute_itemsize`: bytes of a number of the compute dtype, in which parameters are gathered. Gradients are reduced
-    in `parallel.reduce_dtype`.
+    Args:
+        groups: the groups of parameters of the model.
+        shard: ranks over which a copy of the model is sharded.
+        num_micro_batches: micro-batches per rank.
+        parallel: gradients are reduced in its `reduce_dtype`.
+        compute_itemsize: bytes per element of the compute dtype, in which parameters are gathered.
     """
     assert not parallel.undecided, "parallel.sync_gradients must be decided before traffic is counted"
     gathers_of_layers, gathers_of_root, reductions = 1, 1, 1

@@ -21,116 +21,120 @@ COLUMNS = 100
 
 @dataclass(frozen=True)
 class Estimate:
-    """What was asked and what was found."""
+    """The inputs of an estimate and its results."""
 
     config: Config
-    """parallel.compute_dtype is not auto."""
+    """Its `parallel.compute_dtype` is not auto."""
     model_config: PretrainedConfig
     cluster: Cluster
     lengths: str
-    """What they are, for the user."""
+    """Where the lengths come from, for the user."""
     largest: MicroBatch
-    """The one that needs the most memory."""
+    """The micro-batch that needs the most memory."""
     memory: Memory
     speed: Speed
 
     @property
     def process(self) -> float:
-        """Bytes that the process has beside its tensors."""
+        """Returns the bytes that the process has beside its tensors."""
         return self.cluster.device.process_bytes(self.memory.peak)
 
     @property
     def needed(self) -> float:
-        """Bytes that must fit into the device."""
+        """Returns the bytes that must fit into the device."""
         return self.cluster.device.needed(*self.memory.totals)
 
     @property
     def fits(self) -> bool:
-        """Whether they do."""
+        """Returns whether the bytes fit into the device."""
         return self.needed <= self.cluster.device.memory
 
 
-def lines_of(found: Estimate) -> list[str]:
-    """What was assumed, the peak and its parts, the verdict, a step's bytes and seconds."""
-    lines = _assumptions(found)
-    lines += [f"a rank's memory at its peak, {found.memory.moment}:", *_parts(found)]
-    lines += [verdict(found), *_host_line(found), *_step(found)]
+def lines_of(estimate: Estimate) -> list[str]:
+    """Returns the assumptions, the peak and its parts, the verdict, and the bytes and seconds of a step."""
+    lines = _assumptions(estimate)
+    lines += [f"peak memory of a rank, {estimate.memory.moment}:", *_parts(estimate)]
+    lines += [verdict(estimate), *_host_line(estimate), *_step(estimate)]
     return wrapped(lines)
 
 
 def wrapped(lines: Sequence[str]) -> list[str]:
-    """Lines of at most 100 columns."""
+    """Returns the lines wrapped to at most 100 columns."""
     return [part for line in lines for part in (wrap(line, COLUMNS, subsequent_indent="    "))]
 
 
-def _assumptions(found: Estimate) -> list[str]:
-    parallel, cluster, groups = found.config.parallel, found.cluster, found.memory.groups
-    weights = sum(groups.layers) + groups.root
+def _assumptions(estimate: Estimate) -> list[str]:
+    parallel, cluster, groups = estimate.config.parallel, estimate.cluster, estimate.memory.groups
+    parameters = sum(groups.layers) + groups.root
     copies = f"{parallel.replicate} copies" if parallel.replicate > 1 else "one copy"
-    plan, trees = found.largest
+    plan, trees = estimate.largest
     tokens, scored = sum(t.num_tokens for t in trees), sum(t.num_scored for t in trees)
-    attention = "the segment loop" if cluster.device.is_cpu else "FlexAttention keeps it"
+    attention = "segment loop" if cluster.device.is_cpu else "FlexAttention"
     compiled = not cluster.device.is_cpu and is_compiled(parallel, torch.device("cuda"))
-    layers = ", layers as torch.compile runs them" if compiled else ""
+    layers = ", compiled layers" if compiled else ""
     batches = f"{plan.num_micro_batches} micro-batch" + ("es" if plan.num_micro_batches > 1 else "")
     return [
-        f"{found.model_config.model_type}, {shown_count(weights)} weights, {copies} over {cluster.num_ranks}"
-        f" {cluster.device.name}, {cluster.ranks_per_node} a node; {found.config.optim.name},"
-        f" {parallel.compute_dtype} over {found.config.model.dtype}",
-        f"lengths: {found.lengths}",
-        f"{batches} a rank, the largest {tokens:,} tokens, {scored:,} scored; attention as {attention}{layers}",
+        f"{estimate.model_config.model_type}, {shown_count(parameters)} parameters, {copies} over {cluster.num_ranks}"
+        f" {cluster.device.name}, {cluster.ranks_per_node} per node; {estimate.config.optim.name},"
+        f" {parallel.compute_dtype} compute over {estimate.config.model.dtype} weights",
+        f"lengths: {estimate.lengths}",
+        f"{batches} per rank, the largest {tokens:,} tokens, {scored:,} scored; attention: {attention}{layers}",
     ]
 
 
-def _parts(found: Estimate) -> list[str]:
-    parts = {kind: n for kind, n in found.memory.device.most_common() if n >= 0.005 * found.memory.peak}
-    rest = found.memory.peak - sum(parts.values())
-    rows = [*parts.items(), *([("other", rest)] if rest else []), ("process and fragmentation, assumed", found.process)]
-    rows += found.memory.host.items() if found.cluster.device.is_cpu else []
+def _parts(estimate: Estimate) -> list[str]:
+    parts = {kind: n for kind, n in estimate.memory.device.most_common() if n >= 0.005 * estimate.memory.peak}
+    rest = estimate.memory.peak - sum(parts.values())
+    rows = [
+        *parts.items(),
+        *([("other", rest)] if rest else []),
+        ("process and fragmentation, assumed", estimate.process),
+    ]
+    rows += estimate.memory.host.items() if estimate.cluster.device.is_cpu else []
     return [f"  {name:<36}{_size(n):>12}" for name, n in rows]
 
 
-def verdict(found: Estimate) -> str:
-    """One line: whether it fits."""
-    what = "fits" if found.fits else "does not fit"
-    return f"{what}: {gib(found.needed)} of {gib(found.cluster.device.memory)} GiB"
+def verdict(estimate: Estimate) -> str:
+    """Returns one line that says whether the step fits."""
+    word = "fits" if estimate.fits else "does not fit"
+    return f"{word}: {gib(estimate.needed)} of {gib(estimate.cluster.device.memory)} GiB"
 
 
-def _host_line(found: Estimate) -> list[str]:
-    if found.cluster.device.is_cpu:
+def _host_line(estimate: Estimate) -> list[str]:
+    if estimate.cluster.device.is_cpu:
         return []
-    node, kinds = found.memory.host.total() * found.cluster.ranks_per_node, ", ".join(found.memory.host)
-    return [f"and of each node's own memory {_size(node)}: {kinds}"]
+    node, kinds = estimate.memory.host.total() * estimate.cluster.ranks_per_node, ", ".join(estimate.memory.host)
+    return [f"host memory of each node {_size(node)}: {kinds}"]
 
 
-def _step(found: Estimate) -> list[str]:
-    speed, cluster = found.speed, found.cluster
+def _step(estimate: Estimate) -> list[str]:
+    speed, cluster = estimate.speed, estimate.cluster
     device = cluster.device
-    rows = [f"a step of {found.config.batch.pairs_per_step} pairs, {_tera(speed.flops)} TFLOP in all:"]
+    rows = [f"a step of {estimate.config.batch.pairs_per_step} pairs, {_tera(speed.flops)} TFLOP on all ranks:"]
     for part in speed.parts:
-        moved = f"{_size(part.bytes)} from each rank" if part.bytes else f"at {cluster.mfu:.0%} of the peak"
+        moved = f"{_size(part.bytes)} from each rank" if part.bytes else f"at {cluster.mfu:.0%} of the device's peak"
         rows.append(f"  {part.name:<16}{shown_seconds(part.seconds):>10}   {moved}")
-    least, most = speed.least, speed.most
+    overlapped, serial = speed.overlapped, speed.serial
     rows.append(
-        f"{shown_seconds(least)} a step if traffic hides behind the longest part, {shown_seconds(most)} if none does;"
-        f" train/mfu {speed.model_seconds / most:.0%} to {speed.model_seconds / least:.0%};"
-        f" links {device.link / 1e9:g} GB/s, {device.node_link / 1e9:g} a GPU between nodes"
+        f"{shown_seconds(overlapped)} per step if all parts overlap, {shown_seconds(serial)} if none do;"
+        f" train/mfu {speed.model_seconds / serial:.0%} to {speed.model_seconds / overlapped:.0%};"
+        f" links {device.link / 1e9:g} GB/s, {device.node_link / 1e9:g} GB/s per GPU between nodes"
     )
     return rows
 
 
 def lines_of_changes(changes: Sequence[Change], device: Device) -> list[str]:
-    """A line or two a change."""
-    lines = [f"what to change, and the GiB it would need of {gib(device.memory)}:"]
+    """Returns one or two lines per change."""
+    lines = [f"changes to try, and the GiB that each needs of {gib(device.memory)}:"]
     for change in changes:
         lines.append(f"  {gib(change.bytes):>7} {'fits' if change.fits else '    '} {change.words}")
     if not any(change.fits for change in changes):
-        lines.append("  nothing that was tried is enough: more ranks, or devices with more memory")
+        lines.append("  none of these is enough: more ranks, or devices with more memory, are needed")
     return [part for line in lines for part in (wrap(line, COLUMNS, subsequent_indent=" " * 15))]
 
 
 def shown_count(number: float) -> str:
-    """Billions, or millions below one."""
+    """Returns a number in billions, or in millions below one billion."""
     return f"{number / 1e9:,.2f} billion" if number >= 1e9 else f"{number / 1e6:,.2f} million"
 
 
@@ -143,10 +147,10 @@ def _size(number: float) -> str:
 
 
 def gib(number: float) -> str:
-    """Bytes in GiB, without the unit."""
+    """Returns bytes in GiB, without the unit."""
     return f"{number / GIB:,.1f}" if number >= GIB else f"{number / GIB:.2f}"
 
 
 def shown_seconds(number: float) -> str:
-    """Seconds, or milliseconds below a tenth of a second."""
+    """Returns seconds, or milliseconds below a tenth of a second."""
     return f"{number:,.1f} s" if number >= 10 else f"{number:.2f} s" if number >= 0.1 else f"{1000 * number:.1f} ms"

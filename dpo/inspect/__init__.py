@@ -1,6 +1,15 @@
-"""`python -m dpo.inspect`: what the trainer will really see of its data, without a GPU and without weights.
+"""`python -m dpo.inspect`: the data of a run as the trainer sees it, without a GPU and without weights.
 
-From the pairs that are trained on to numbers (`lengths`, `statistics`, `step_tokens`) and examples (`shown_pairs`), all
-in one value (`inspection`); from that value to sentences and rows of tables (`words`), and these on a terminal
-(`terminal`) and on a page (`page`). `program` reads the command line.
+All counts and examples are gathered in one value; from it come sentences and rows of tables, and from these the
+terminal's text and the HTML page.
+
+program.py      reads the command line; prints the inspection and writes the page
+inspection.py   everything that is shown, in one value
+statistics.py   the ends, repeats and lengths of a set of pairs
+lengths.py      lengths in numbers: percentiles, histograms, length bias
+step_tokens.py  the tokens of a step, and the tokens that shared prompts save
+shown_pairs.py  pairs token by token
+words.py        headings, sentences and rows of tables
+terminal.py     the inspection on a terminal
+page.py         the inspection as one HTML page
 """

@@ -1,4 +1,4 @@
-"""Everything that `python -m dpo.inspect` shows, in one value."""
+"""Gathers everything that `python -m dpo.inspect` shows in one value."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,24 +18,24 @@ from dpo.inspect.step_tokens import StepTokens, step_tokens
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """How texts begin and end; `bos` and `eos` as people read them, with their ids, "none" where there is none."""
+    """How texts begin and end. `bos` and `eos` are the tokens as text with their ids, or "none"."""
 
     bos: str
     eos: str
     adds_bos: bool
     """Whether the tokenizer puts BOS before a text by itself."""
     adds_eos: bool
-    """Whether it puts EOS after it; on a prompt that is taken away."""
+    """Whether the tokenizer puts EOS after a text by itself; it is removed from prompts."""
     has_template: bool
     eos_ids: tuple[int, ...]
-    """The tokenizer's; empty where all data came as tokens."""
+    """EOS ids of the tokenizer; empty where all data came as tokens."""
     model_eos_ids: tuple[int, ...]
-    """Where the model's config says that generating stops."""
+    """Ids at which generation stops, by the model's config."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a run will see."""
+    """Everything that is shown of a run's data."""
 
     config: Config
     report: DataReport
@@ -44,7 +44,7 @@ class Inspection:
     eval: SetStatistics | None
     """None where nothing is evaluated."""
     eval_pairs_in_training: int
-    """Pairs of evaluation whose prompt is in training too."""
+    """Evaluation pairs whose prompt is also in the training set."""
     steps: StepTokens
     last_step: int
     examples: tuple[ShownPair, ...]
@@ -54,7 +54,15 @@ class Inspection:
 def inspect_data(
     config: Config, model_config: PretrainedConfig, tokenizer: Any, data: PreferenceData, num_examples: int
 ) -> Inspection:
-    """Counts everything. `tokenizer`: None where all data came as tokens and the model has none."""
+    """Returns the inspection of the data.
+
+    Args:
+        config: the run's config.
+        model_config: the model's config.
+        tokenizer: None where all data came as tokens and the model has no tokenizer.
+        data: the prepared pairs.
+        num_examples: pairs of step 1 that are shown token by token.
+    """
     order, last_step, _ = make_order(config, data)
     formats = {source.format for source in data.report.sources}
     ends = end_ids(formats, tokenizer, model_config)
@@ -75,7 +83,7 @@ def inspect_data(
 
 
 def end_ids(formats: set[str], tokenizer: Any, model_config: Any) -> EndIds:
-    """BOS and EOS of texts are the tokenizer's, of rows of tokens the model's."""
+    """Returns the BOS and EOS ids: the tokenizer's for texts, the model's for rows of tokens."""
     encoders = [ids_encoder(model_config)] if any(map(holds_ids, formats)) else []
     encoders += [text_encoder(tokenizer)] if not all(map(holds_ids, formats)) else []
     bos = dict.fromkeys(encoder.bos_id for encoder in encoders if encoder.bos_id is not None)
@@ -83,7 +91,7 @@ def end_ids(formats: set[str], tokenizer: Any, model_config: Any) -> EndIds:
 
 
 def tokenizer_facts(formats: set[str], tokenizer: Any, ends: EndIds, model_config: Any) -> TokenizerFacts:
-    """`tokenizer`: may be None where all data came as tokens; it then encodes nothing."""
+    """Returns how texts begin and end. `tokenizer` may be None where all data came as tokens."""
     model_eos = ids_encoder(model_config).eos_ids
     bos, eos = (_named(tokenizer, ids) for ids in (ends.bos, ends.eos))
     if all(map(holds_ids, formats)):

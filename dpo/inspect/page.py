@@ -1,4 +1,4 @@
-"""An inspection as one HTML page that needs nothing else: the template is `page.html`, which escapes it all."""
+"""Renders an inspection as one HTML page without other files. The template, `page.html`, escapes all data."""
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -24,12 +24,12 @@ TEMPLATE = "page.html"
 
 
 def html_page(inspection: Inspection) -> str:
-    """The page; no script, and no resource from elsewhere."""
+    """Returns the page. It has no script and loads nothing from elsewhere."""
     environment = Environment(loader=PackageLoader("dpo.inspect", ""), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {"n": "{:,.0f}".format, "share": "{:.1%}".format}
     return environment.get_template(TEMPLATE).render(
         config=inspection.config,
-        figures=_figures(inspection),
+        key_numbers=_key_numbers(inspection),
         findings=findings(inspection),
         report=inspection.report,
         sets=sets_of(inspection),
@@ -50,8 +50,8 @@ def html_page(inspection: Inspection) -> str:
     )
 
 
-def _figures(inspection: Inspection) -> list[tuple[str, str]]:
-    """(figure, what it is) of what a person looks for first."""
+def _key_numbers(inspection: Inspection) -> list[tuple[str, str]]:
+    """Returns (number, meaning) of the numbers at the top of the page."""
     report, ends, steps = inspection.report, inspection.train.ends, inspection.steps
     dropped = sum(sum(source.dropped.values()) for source in report.sources)
     return [
@@ -60,7 +60,7 @@ def _figures(inspection: Inspection) -> list[tuple[str, str]]:
         (f"{dropped:,}", "pairs dropped"),
         (f"{ends.prompts_cut / ends.rows:.1%}", "of prompts cut"),
         (f"{ends.completions_cut / ends.completions:.1%}", "of completions cut"),
-        (f"{inspection.train.bias.longer_share:.1%}", "longer one wins"),
-        (f"{steps.shared:,.0f}", "tokens a step"),
+        (f"{inspection.train.bias.longer_share:.1%}", "of longer completions win"),
+        (f"{steps.shared:,.0f}", "tokens per step"),
         (f"{steps.saved(steps.unpadded):.1%}", "of tokens saved by sharing"),
     ]

@@ -1,9 +1,9 @@
-"""What the trainer will really see of its data: counts, drops, lengths, ends, repeats, length bias, examples.
+"""Shows the data of a run as the trainer sees it: counts, drops, lengths, ends, repeats, length bias, examples.
 
     python -m dpo.inspect --config FILE [--SECTION.KEY VALUE ...] [--html FILE] [--examples N]
 
-Runs without a GPU, and without weights: of a hub model only config and tokenizer are downloaded. The data goes the
-trainer's own way, and its cache of tokenized rows serves the trainer afterwards.
+Needs no GPU and no weights: of a hub model only config and tokenizer are downloaded. The data is read by the trainer's
+own code, and the trainer reuses the cache of tokenized rows.
 """
 
 import sys
@@ -26,9 +26,9 @@ from dpo.inspect.page import html_page
 from dpo.inspect.terminal import make_console, print_inspection
 from dpo.model.weights import find_model_config
 
-DESCRIPTION = """Shows what the trainer will really see of its data; needs no GPU and no weights. Beside the keys below:
---html FILE also writes all of it as one page that needs nothing else; --examples N shows the first N pairs of step 1,
-token by token (default: 3)."""
+DESCRIPTION = """Shows the data of a run as the trainer sees it; needs no GPU and no weights. Beside the keys below:
+--html FILE also writes everything as one HTML page; --examples N shows the first N pairs of step 1, token by token
+(default: 3)."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,9 @@ class Arguments:
 
 
 def read_arguments(argv: Sequence[str]) -> Arguments:
-    """Raises UserError for what is wrong; --help and --print_config print and raise SystemExit(0)."""
+    """Returns the arguments of the command line. Raises UserError where they are wrong; --help and --print_config print
+    and raise SystemExit(0).
+    """
     parser = own_flags("python -m dpo.inspect")
     parser.add_argument("--html", type=Path)
     parser.add_argument("--examples", type=int, default=3)
@@ -55,15 +57,17 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
 
 
 def inspect(config: Config, num_examples: int) -> Inspection:
-    """Reads, tokenizes and counts all data of a run."""
+    """Reads, tokenizes and counts all data of a run, and returns the inspection."""
     model_config = find_model_config(config)
-    say("data: reading, and tokenizing what is not in the cache")
+    say("data: reading, and tokenizing rows that are not in the cache")
     data = prepare_data(config, model_config)
     return inspect_data(config, model_config, find_tokenizer(config, data), data, num_examples)
 
 
 def find_tokenizer(config: Config, data: PreferenceData) -> Any:
-    """The tokenizer of the data; None where all of it came as tokens and no tokenizer is named or lies by the model."""
+    """Returns the tokenizer of the data; None where all data came as tokens, the config names no tokenizer and the
+    model's folder has none.
+    """
     path = config.model.tokenizer or config.model.path
     is_needed = not all(holds_ids(source.format) for source in data.report.sources)
     if not (is_needed or config.model.tokenizer or has_tokenizer(Path(path))):
@@ -72,7 +76,7 @@ def find_tokenizer(config: Config, data: PreferenceData) -> Any:
 
 
 def main() -> None:
-    """`python -m dpo.inspect`."""
+    """Runs `python -m dpo.inspect`."""
     arguments = read_arguments(sys.argv[1:])
     if is_quiet() or not sys.stderr.isatty():
         disable_progress_bars()

@@ -1,4 +1,4 @@
-"""Pairs as a person reads them: token by token, special tokens and control characters visible, cut ends marked."""
+"""Pairs token by token for a reader, with special tokens and control characters visible and cut ends marked."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 @dataclass(frozen=True)
 class Token:
-    """One token: its text, visible to the last character, or its id where there is no tokenizer."""
+    """A token: its text with all characters visible, or its id as text where there is no tokenizer."""
 
     id: int
     text: str
@@ -24,7 +24,7 @@ class Token:
 
 @dataclass(frozen=True)
 class Part:
-    """A prompt or a completion. `is_cut`: a prompt lost its beginning, a completion its end."""
+    """A prompt or a completion. `is_cut`: whether truncation removed a prompt's beginning or a completion's end."""
 
     tokens: tuple[Token, ...]
     is_cut: bool
@@ -32,7 +32,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ShownPair:
-    """A pair with the place of its row."""
+    """A pair and the place of its row."""
 
     place: str
     prompt: Part
@@ -42,18 +42,21 @@ class ShownPair:
 
 @dataclass(frozen=True)
 class Speller:
-    """What turns ids into tokens; without a tokenizer the ids themselves are shown."""
+    """Turns ids into tokens; without a tokenizer the text of a token is its id."""
 
     tokenizer: Any
     special: frozenset[int]
 
     def tokens(self, ids: Sequence[int]) -> tuple[Token, ...]:
+        """Returns the tokens of these ids."""
         texts = [str(i) for i in ids] if self.tokenizer is None else token_texts(self.tokenizer, ids)
         return tuple(Token(i, visible(text), i in self.special) for i, text in zip(ids, texts, strict=True))
 
 
 def make_speller(tokenizer: Any, end_ids: Iterable[int]) -> Speller:
-    """`tokenizer`: None where all data came as tokens and the model has none; `end_ids`: BOS and EOS."""
+    """Returns a speller. `tokenizer` is None where all data came as tokens and the model has none; `end_ids` are BOS
+    and EOS.
+    """
     special = {*end_ids}
     if tokenizer is not None:
         added = tokenizer.added_tokens_decoder
@@ -62,14 +65,16 @@ def make_speller(tokenizer: Any, end_ids: Iterable[int]) -> Speller:
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """What each token adds to the decoded text; INCOMPLETE for one that only begins a character or goes on with it."""
+    """Returns the text that each token adds to the decoded text; INCOMPLETE for a token that does not complete a
+    character.
+    """
 
     def decode(some: Sequence[int]) -> str:
-        after_eos = [tokenizer.eos_token_id, *some]  # the first token of a text would lose its space
+        after_eos = [tokenizer.eos_token_id, *some]  # the first token of a text would lose its leading space
         return str(tokenizer.decode(after_eos, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     texts = []
-    begin, known = 0, 0  # the last token, or tokens, that were a whole text lie between them, as context
+    begin, known = 0, 0  # ids[begin:known] are the context: the last tokens that decoded to whole characters
     for end in range(1, len(ids) + 1):
         text = decode(ids[begin:end])
         if text.endswith(INCOMPLETE):
@@ -86,22 +91,25 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 def show_pairs(
     pairs: PairSet, ids: np.ndarray, speller: Speller, eos_ids: Sequence[int], sources: Sequence[SourceReport]
 ) -> list[ShownPair]:
-    """The pairs of these ids. `sources`: those whose rows stand in `pairs.rows`, in that order."""
-    shown = []
+    """Returns the pairs of these ids, shape (N,). `sources` are the sources of `pairs.rows`, in the order of
+    the rows.
+    """
+    shown_pairs = []
     for number, pair in zip(ids.tolist(), pairs.pairs(ids), strict=True):
         row = int(pairs.row_of_pair[number])
         prompt_cut, cut = _cuts(pairs, row, eos_ids)
         parts = [Part(speller.tokens(pair.prompt_ids.tolist()), prompt_cut)]
         for completion in (pair.chosen_ids.tolist(), pair.rejected_ids.tolist()):
             parts.append(Part(speller.tokens(completion), tuple(completion) in cut))
-        shown.append(ShownPair(_place(row, sources), *parts))
-    return shown
+        shown_pairs.append(ShownPair(_place(row, sources), *parts))
+    return shown_pairs
 
 
 def _cuts(pairs: PairSet, row: int, eos_ids: Sequence[int]) -> tuple[bool, set[tuple[int, ...]]]:
-    """Whether a row's prompt was cut, and those of its completions in a kept pair that were.
+    """Returns whether the prompt of a row was cut, and the completions of the row that were cut and are in a kept pair.
 
-    The row says how many: they are the longest ones, and where others are as long, those without EOS.
+    The row stores only their number. They are its longest completions; among completions of equal length, those without
+    EOS come first.
     """
     fields = pairs.rows[row]
     used = [tuple(fields["completion_ids"][i]) for i in sorted({i for pair in fields["pairs"] for i in pair})]

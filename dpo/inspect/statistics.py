@@ -1,7 +1,7 @@
-"""What a run will see of its pairs, in numbers: lengths, ends, repeats, who wins by length.
+"""Statistics of the pairs of a run: lengths, ends, repeats, and length bias.
 
-Pure functions of a `PairSet`, the set that is trained on. Rows are read a block at a time; memory holds a few integers
-and two keys a pair.
+Pure functions of a `PairSet`, the set that is trained on. Rows are read block by block; memory holds a few integers and
+two keys per pair.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class EndIds:
-    """The ids that begin and end a text: the tokenizer's, for rows that came as tokens the model's."""
+    """The ids that begin and end a text: the tokenizer's, or the model's for rows of tokens."""
 
     bos: tuple[int, ...]
     eos: tuple[int, ...]
@@ -34,7 +34,7 @@ class EndIds:
 
 @dataclass(frozen=True)
 class Ends:
-    """How prompts and completions begin and end; counted over rows with a pair, and their completions in a pair."""
+    """How prompts and completions begin and end, counted over the rows with a pair and their completions in a pair."""
 
     rows: int
     prompts_cut: int
@@ -49,29 +49,31 @@ class Ends:
 
     @property
     def end_without_eos(self) -> int:
-        """Completions whose last token is no EOS: cut ones, and rows of tokens that have none."""
+        """Returns the number of completions whose last token is not EOS: cut completions, and rows of tokens without
+        EOS.
+        """
         return self.completions - self.end_with_eos
 
 
 @dataclass(frozen=True)
 class Repeats:
-    """What stands more than once in a set."""
+    """Prompts and pairs that occur more than once in a set."""
 
     prompts: int
     """Different prompts, as the model sees them."""
     repeated_rows: int
-    """Rows whose prompt an earlier row has too."""
+    """Rows whose prompt is also the prompt of an earlier row."""
     prompts_made_equal: int
-    """How many more different prompts there were before truncation."""
+    """By how many truncation reduced the number of different prompts."""
     repeated_pairs: int
-    """Pairs whose prompt, winner and loser an earlier pair has too."""
+    """Pairs with the prompt, winner and loser of an earlier pair."""
     contradicted_pairs: int
     """Pairs whose winner loses to their loser in another pair."""
 
 
 @dataclass(frozen=True)
 class SetStatistics:
-    """Everything about the pairs of training, or of evaluation."""
+    """All statistics of the training or the evaluation pairs."""
 
     pairs: int
     lengths: SetLengths
@@ -81,7 +83,7 @@ class SetStatistics:
 
 
 def summarize(pairs: PairSet, ids: EndIds) -> SetStatistics:
-    """The statistics of a set with at least one pair."""
+    """Returns the statistics of a set with at least one pair."""
     keys, ends = [], []
     for block in _blocks(pairs):
         keys.append(block.keys[block.pairs])
@@ -101,7 +103,9 @@ def summarize(pairs: PairSet, ids: EndIds) -> SetStatistics:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Rows read together: R prompts, K completions one after the other, N pairs as indices (N, 2) into these."""
+    """Rows that were read together: R prompts, K completions, and N pairs as indices of shape (N, 2) into the
+    completions.
+    """
 
     prompt_at: np.ndarray  # (R + 1,) where each prompt begins in `prompt_ids`
     prompt_ids: np.ndarray
@@ -115,7 +119,7 @@ class _Block:
 
 
 def _blocks(pairs: PairSet) -> Iterator[_Block]:
-    """All rows of a set, without blocks that have no pair."""
+    """Yields the rows of a set block by block, without blocks that have no pair."""
     for start, table in blocks(pairs.rows, COLUMNS):
         begin, end = np.searchsorted(pairs.row_of_pair, [start, start + len(table)])
         if begin < end:
@@ -166,7 +170,7 @@ def _ends_of(block: _Block, ids: EndIds) -> Ends:
 
 
 def _repeats(pairs: PairSet, keys: np.ndarray) -> Repeats:
-    """`keys` (N, 2): those of winner and loser, each of which stands for the prompt too."""
+    """Returns the repeats. `keys` (N, 2) are the keys of winner and loser; each depends on the prompt too."""
     rows = np.unique(pairs.row_of_pair)
     seen, full = (np.unique(column_keys(pairs.rows, name)[rows]) for name in ("prompt_key", "full_prompt_key"))
     forward, backward = (np.ascontiguousarray(both).view("S32").ravel() for both in (keys, keys[:, ::-1]))
@@ -176,6 +180,6 @@ def _repeats(pairs: PairSet, keys: np.ndarray) -> Repeats:
 
 
 def shared_pairs(train: PairSet, evaluation: PairSet) -> int:
-    """Pairs of evaluation whose prompt, as the model sees it, stands in training too."""
-    mine, theirs = (column_keys(pairs.rows, "prompt_key")[pairs.row_of_pair] for pairs in (evaluation, train))
-    return int(np.isin(mine, theirs).sum())
+    """Returns the number of evaluation pairs whose prompt, as the model sees it, is also in the training set."""
+    asked, trained = (column_keys(pairs.rows, "prompt_key")[pairs.row_of_pair] for pairs in (evaluation, train))
+    return int(np.isin(asked, trained).sum())

@@ -1,4 +1,12 @@
-"""How many tokens a step computes, and how many a shared prompt saves: whole steps of a run, in its own order."""
+"""Counts the tokens that a step computes and the tokens that shared prompts save, over whole steps in the run's own
+order.
+
+For example, a step of two pairs with one prompt of 10 tokens and four different completions of 4, 2, 2 and 3 tokens:
+
+    padded      4 rows of 10 + 4            56 tokens
+    unpadded    14 + 12 + 12 + 13           51
+    shared      10 + 4 + 2 + 2 + 3          21
+"""
 
 from dataclasses import dataclass
 
@@ -8,46 +16,48 @@ from dpo.batch.order import PairOrder
 from dpo.batch.trees import grow_trees
 from dpo.data.pair_set import PairSet
 
-NUM_STEPS = 64  # at most, that are looked at
+NUM_STEPS = 64  # maximum number of steps that are counted
 
 
 @dataclass(frozen=True)
 class StepTokens:
-    """Tokens of whole steps, computed in three ways; means over the steps that were looked at."""
+    """Tokens of whole steps computed in three ways, as means over the steps that were counted."""
 
     steps: int
-    """How many were looked at: all of the first epoch, or NUM_STEPS of them, evenly spread."""
+    """Number of steps that were counted: all of the first epoch, or NUM_STEPS of them, evenly spread."""
     padded: float
-    """Every chosen and every rejected row, its prompt in front, padded to the longest of the step."""
+    """Every chosen and every rejected completion after its prompt, padded to the longest of the step."""
     unpadded: float
     """The same without padding."""
     shared: float
-    """As this trainer computes it: a prompt once, each of its completions once."""
-    least: int
-    most: int
-    """Of `shared`, over those steps."""
+    """As this trainer computes it: each prompt once, each completion once."""
+    minimum: int
+    maximum: int
+    """Of `shared`, over these steps."""
     trees: float
-    """Different prompts a step."""
+    """Different prompts per step."""
     largest_tree: int
-    """Tokens of the largest prompt with its completions; above batch.tokens_per_micro_batch it runs alone."""
+    """Tokens of the largest prompt with its completions; above `batch.tokens_per_micro_batch` it is a micro-batch
+    alone.
+    """
 
     def saved(self, other: float) -> float:
-        """The share of the tokens `padded` or `unpadded` that need not be computed."""
+        """Returns the share of `other`, which is `padded` or `unpadded`, that need not be computed."""
         return 1 - self.shared / other
 
 
 def step_tokens(train: PairSet, order: PairOrder, last_step: int) -> StepTokens:
-    """Of whole steps of the first epoch, in the order of the run, which ends with `last_step`."""
+    """Returns the tokens of whole steps of the first epoch, in the order of the run, which ends with `last_step`."""
     last = min(last_step, order.num_pairs // order.pairs_per_step)
     steps = np.unique(np.linspace(1, last, NUM_STEPS).round().astype(int))
     rows = np.array([_tokens_of_step(train, order.items(int(step))) for step in steps])
     padded, unpadded, shared, trees, _ = rows.mean(0).tolist()
-    least, most, largest = rows[:, 2].min(), rows[:, 2].max(), rows[:, 4].max()
-    return StepTokens(len(steps), padded, unpadded, shared, int(least), int(most), trees, int(largest))
+    minimum, maximum, largest = rows[:, 2].min(), rows[:, 2].max(), rows[:, 4].max()
+    return StepTokens(len(steps), padded, unpadded, shared, int(minimum), int(maximum), trees, int(largest))
 
 
 def _tokens_of_step(train: PairSet, ids: np.ndarray) -> tuple[int, int, int, int, int]:
-    """(padded, unpadded, shared tokens, trees, tokens of the largest tree) of the pairs of one step."""
+    """Returns (padded, unpadded, shared tokens, trees, tokens of the largest tree) of the pairs of one step."""
     pairs = train.pairs(ids)
     lengths = [len(pair.prompt_ids) + len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
     trees = [tree.num_tokens for tree in grow_trees(pairs)]

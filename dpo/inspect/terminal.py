@@ -1,4 +1,4 @@
-"""An inspection on a terminal, at most 100 columns wide; plain where it is piped."""
+"""Prints an inspection on a terminal, at most 100 columns wide; as plain text where the output is piped."""
 
 from collections.abc import Iterator, Sequence
 
@@ -29,22 +29,22 @@ from dpo.inspect.words import (
 )
 
 COLUMNS = 100
-BAR_ROWS = 4  # lines of a histogram
+BAR_ROWS = 4  # lines per histogram
 EIGHTHS = " ▁▂▃▄▅▆▇█"
 BAR = 30  # characters of the longest bar of a table
-PROMPT_ENDS, COMPLETION_ENDS = (16, 64), (96, 24)  # tokens at the beginning and at the end that are shown
+PROMPT_ENDS, COMPLETION_ENDS = (16, 64), (96, 24)  # tokens that are shown of the beginning and of the end
 STYLES = {"prompt": "cyan", "chosen": "green", "rejected": "red", "total": "none"}
 
 
 def make_console() -> Console:
-    """Standard output, never wider than COLUMNS, and as wide as that where it is no terminal."""
+    """Returns a console on standard output, at most COLUMNS wide, and exactly COLUMNS wide where it is no terminal."""
     console = Console(highlight=False, markup=False)
     console.width = min(COLUMNS, console.width) if console.is_terminal else COLUMNS
     return console
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    """Every section under its heading."""
+    """Prints every section under its heading."""
     for heading, parts in _sections(inspection):
         console.print(Rule(Text(heading, style="bold"), align="left"))
         for part in parts:
@@ -54,18 +54,19 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
 
 def _sections(inspection: Inspection) -> Iterator[tuple[str, Sequence[RenderableType]]]:
     sets = sets_of(inspection)
-    yield "what was read", [Text(line) for line in inspection.report.lines()]
-    yield "worth a look", [Text(f"- {line}") for line in findings(inspection) or ["nothing unusual"]]
-    for name, those in sets.items():
-        heading = f"{name}: tokens of {those.pairs:,} pairs, after truncation"
-        yield heading, [_lengths_table(those.lengths), _histograms(those.lengths)]
+    yield "sources", [Text(line) for line in inspection.report.lines()]
+    yield "findings", [Text(f"- {line}") for line in findings(inspection) or ["nothing unusual"]]
+    for name, statistics in sets.items():
+        heading = f"{name}: tokens of {statistics.pairs:,} pairs, after truncation"
+        yield heading, [_lengths_table(statistics.lengths), _histograms(statistics.lengths)]
     yield (
-        "how texts begin and end, and what repeats",
+        "ends of texts, and repeats",
         [*map(Text, tokenizer_lines(inspection.tokenizer)), _counts(inspection)],
     )
-    for name, those in sets.items():
-        yield f"{name}: is the longer one better?", [Text(bias_line(those.bias)), _bias_table(those.bias)]
-    yield "tokens a step", [Text(steps_line(inspection)), _steps_table(inspection.steps)]
+    for name, statistics in sets.items():
+        bias = statistics.bias
+        yield f"{name}: does the longer completion win?", [Text(bias_line(bias)), _bias_table(bias)]
+    yield "tokens per step", [Text(steps_line(inspection)), _steps_table(inspection.steps)]
     for number, pair in enumerate(inspection.examples, start=1):
         yield f"pair {number} of step 1: {pair.place}", [*_pair_texts(pair)]
 
@@ -75,8 +76,8 @@ def _sections(inspection: Inspection) -> Iterator[tuple[str, Sequence[Renderable
 
 def _lengths_table(lengths: SetLengths) -> Table:
     table = _table("", *length_headings())
-    for name, those in parts_of(lengths).items():
-        table.add_row(Text(NAMES[name], style=STYLES[name]), *length_cells(those))
+    for name, values in parts_of(lengths).items():
+        table.add_row(Text(NAMES[name], style=STYLES[name]), *length_cells(values))
     return table
 
 
@@ -88,7 +89,7 @@ def _counts(inspection: Inspection) -> Table:
 
 
 def _bias_table(bias: LengthBias) -> Table:
-    table = _table("difference, tokens", "pairs", "longer one wins")
+    table = _table("difference, tokens", "pairs", "longer completion wins")
     table.add_column("", justify="left")
     for group in bias.groups:
         bar = Text(f"{'█' * round(BAR * group.longer_wins):·<{BAR}}", style="blue")
@@ -97,14 +98,14 @@ def _bias_table(bias: LengthBias) -> Table:
 
 
 def _steps_table(steps: StepTokens) -> Table:
-    table = _table("mean of the steps looked at", "tokens", "saved here")
+    table = _table("mean of the counted steps", "tokens", "saved here")
     for name, tokens in step_rows(steps):
         table.add_row(name, f"{tokens:,.0f}", f"{steps.saved(tokens):.1%}" if tokens != steps.shared else "")
     return table
 
 
 def _table(*columns: str) -> Table:
-    """Names to the left, figures to the right."""
+    """Returns a table with names to the left and numbers to the right."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for number, name in enumerate(columns):
         table.add_column(name, justify="right" if number else "left")
@@ -115,25 +116,27 @@ def _table(*columns: str) -> Table:
 
 
 def _histograms(lengths: SetLengths) -> Table:
-    """All four side by side, their horizontal axes alike."""
+    """Returns all four histograms side by side, with equal horizontal axes."""
     grid = Table.grid(padding=(0, 1, 0, 0))
     parts = parts_of(lengths)
-    grid.add_row(*(_histogram(NAMES[name], those, lengths.bin_width, STYLES[name]) for name, those in parts.items()))
+    grid.add_row(*(_histogram(NAMES[name], part, lengths.bin_width, STYLES[name]) for name, part in parts.items()))
     return grid
 
 
-def _histogram(name: str, those: Lengths, width: int, style: str) -> Text:
+def _histogram(name: str, lengths: Lengths, width: int, style: str) -> Text:
     text = Text(f"{name}\n")
-    for line in bars(those.counts, BAR_ROWS):
+    for line in bars(lengths.counts, BAR_ROWS):
         text.append(f"{line}\n", style=style)
-    end = f"{width * len(those.counts):,}"
-    text.append(f"0{end:>{max(len(those.counts) - 1, len(end) + 1)}}")
-    text.append(f"\na bar is {width:,} tokens" + (f"\n{those.over:,} beyond" if those.over else ""), style="dim")
+    end = f"{width * len(lengths.counts):,}"
+    text.append(f"0{end:>{max(len(lengths.counts) - 1, len(end) + 1)}}")
+    text.append(f"\na bar is {width:,} tokens" + (f"\n{lengths.over:,} beyond" if lengths.over else ""), style="dim")
     return text
 
 
 def bars(counts: Sequence[int], rows: int) -> list[str]:
-    """Columns of block characters, the highest `rows` lines high, from the top; what is not 0 is seen."""
+    """Returns a histogram as lines from the top: block characters, at most `rows` lines high. A count above 0 is always
+    visible.
+    """
     highest = max([*counts, 1])
     heights = [max(round(8 * rows * count / highest), int(count > 0)) for count in counts]
     return ["".join(EIGHTHS[min(max(height - 8 * row, 0), 8)] for height in heights) for row in reversed(range(rows))]
@@ -145,14 +148,14 @@ def bars(counts: Sequence[int], rows: int) -> list[str]:
 def _pair_texts(pair: ShownPair) -> Iterator[Text]:
     parts = (("prompt", pair.prompt, PROMPT_ENDS), ("chosen", pair.chosen, COMPLETION_ENDS),
              ("rejected", pair.rejected, COMPLETION_ENDS))  # fmt: skip
-    for name, part, shown in parts:
+    for name, part, ends in parts:
         yield Text(f"{name}: {len(part.tokens):,} tokens{cut_words(name, part)}", style=f"bold {STYLES[name]}")
-        yield _part_text(part, shown, STYLES[name])
+        yield _part_text(part, ends, STYLES[name])
 
 
-def _part_text(part: Part, shown: tuple[int, int], style: str) -> Text:
-    """A part's first and last tokens, a bar after each; the middle of a long one is left out."""
-    first, last = shown
+def _part_text(part: Part, ends: tuple[int, int], style: str) -> Text:
+    """Returns the first and last tokens of a part, with a bar after each; the middle of a long part is left out."""
+    first, last = ends
     left_out = len(part.tokens) - first - last
     if left_out <= 0:
         return _tokens_text(part.tokens, style)

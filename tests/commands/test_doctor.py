@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dpo.config import ParallelConfig
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
-from dpo.doctor import attention, machine, model, program, speed, storage
+from dpo.doctor import attention, host, model, program, speed, storage
 from dpo.doctor.model import Memory, describe_memory, free_memory, num_saves, sizes_of
 from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, examine
 from dpo.doctor.words import COLUMNS, NAME, lines_of, verdict
@@ -100,7 +100,7 @@ def test_what_is_found_is_told_at_once_and_what_takes_long_before(
     for part, before, after in zip(parts, seen, seen[1:], strict=False):
         assert after.startswith(part.name), after
         assert ("compiling" in before) == (part is attention.ATTENTION)
-    assert "attention: compiling FlexAttention, up to a minute at the first time\n" in seen[-1]
+    assert "attention: compiling FlexAttention, up to a minute the first time\n" in seen[-1]
 
 
 @pytest.mark.timeout(200)
@@ -140,7 +140,7 @@ def test_what_the_toolchain_lacks_ends_with_1_and_what_helps(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(machine, "gather_facts", lambda device: facts(**changes))
+    monkeypatch.setattr(host, "gather_facts", lambda device: facts(**changes))
     assert doctor(tmp_path) == 1
     out, err = capsys.readouterr()
     assert helps in " ".join(out.split()) and "FAIL" in out
@@ -157,7 +157,7 @@ def test_gpus_without_a_toolchain_are_not_started(world: World, capsys: pytest.C
     assert not program.can_start_devices([*others, toolchain], gpu) and program.can_start_devices(others, gpu)
     assert program.can_start_devices([toolchain], world)
     told = capsys.readouterr().err.splitlines()
-    assert told[0] == "what needs the GPUs was not tried" and "shows within 300 s" in told[1]
+    assert told[0] == "the parts that need the GPUs were not tried" and "shows within 300 s" in told[1]
 
 
 def test_no_compiler_in_path_fails_where_layers_are_compiled(
@@ -232,7 +232,7 @@ def test_a_cache_that_is_a_file(tmp_path: Path, world: World) -> None:
 
 # --- the model of the config -----------------------------------------------------------------------------------------
 
-SIZES = Sizes(num_weights=10, state=120, checkpoint=80, final=40, keep=2, num_saves=None)
+SIZES = Sizes(num_parameters=10, state=120, checkpoint=80, final=40, keep=2, num_saves=None)
 """10 weights in float32 with RMSprop: 3 and 2 numbers each, 1 of it exported."""
 
 
@@ -268,7 +268,7 @@ def test_the_sizes_are_those_that_a_run_writes(tmp_path: Path) -> None:
         found.checkpoint <= sum(file.stat().st_size for file in written[0].glob("*.distcp")) < 1.02 * found.checkpoint
     )
     assert found.final <= (tmp_path / "run" / "final" / "model.safetensors").stat().st_size < 1.02 * found.final
-    assert found.state == found.checkpoint + 4 * found.num_weights
+    assert found.state == found.checkpoint + 4 * found.num_parameters
 
 
 def test_the_number_of_checkpoints_is_that_of_the_steps_with_one() -> None:
@@ -305,9 +305,9 @@ def test_memory_that_weights_gradients_and_optimizer_alone_exceed(tmp_path: Path
     one = subject(tmp_path, sizes=sizes, models=llama)
     two = replace(one, parallel=ParallelConfig(replicate=2))
     assert not describe_memory(one, [free] * 4).problems
-    assert "optimizer 30.0 GiB a rank; 50.0 GiB of GPU memory are free" in describe_memory(one, [free] * 4).lines[0]
+    assert "optimizer 30.0 GiB per rank; 50.0 GiB of GPU memory are free" in describe_memory(one, [free] * 4).lines[0]
     (problem,) = describe_memory(two, [free] * 4).problems
-    assert "take 60.0 GiB a rank, 50.0 GiB of GPU memory are free" in problem
+    assert "take 60.0 GiB per rank, 50.0 GiB of GPU memory are free" in problem
     assert "more ranks, parallel.replicate 1, a GPU that no other process uses" in problem
     (problem,) = describe_memory(one, [*[free] * 3, Memory(29 * GIB, True)]).problems
     assert problem.endswith("29.0 GiB of host memory are free; what helps: more ranks")
@@ -345,7 +345,7 @@ def test_pairs_without_a_bound_are_left_to_the_estimate(tmp_path: Path, capsys: 
     assert doctor(tmp_path, "--data.max_length", "null", "--data.max_prompt_length", "null") == 0
     told = " ".join(capsys.readouterr().out.split())
     assert (
-        "what a step needs is not known (data.max_length is null); for" in told
+        "the memory of a step is not known (data.max_length is null); for" in told
         and "for the lengths of the data: python -m dpo.estimate" in told
     )
 
@@ -372,8 +372,8 @@ def broken_on_rank_1(name: str, folder: str) -> tuple[Finding, int]:
         "cache": (storage.CACHE, "dpo.doctor.storage.write_file"),
         "model": (model.MODEL, "dpo.doctor.model.host_memory"),
         "attention": (attention.ATTENTION, "dpo.doctor.attention.make_rows"),
-        "devices": (machine.DEVICES, "dpo.doctor.machine.host_memory"),
-        "toolchain": (machine.TOOLCHAIN, "dpo.doctor.machine.gather_facts"),
+        "devices": (host.DEVICES, "dpo.doctor.host.host_memory"),
+        "toolchain": (host.TOOLCHAIN, "dpo.doctor.host.gather_facts"),
     }
     part, target = parts[name]
     with open_world(60) as world:
@@ -469,12 +469,12 @@ def test_the_device_of_a_name(name: str, memory: float, key: str | None) -> None
 
 
 def test_a_gpu_in_use_and_different_versions_are_told(tmp_path: Path) -> None:
-    here = machine.Devices("n1", "NVIDIA H100 (capability 9.0)", 20 * GIB, 80 * GIB, None)
-    found = machine.describe_devices(subject(tmp_path), [here, replace(here, free=79 * GIB)])
+    here = host.Devices("n1", "NVIDIA H100 (capability 9.0)", 20 * GIB, 80 * GIB, None)
+    found = host.describe_devices(subject(tmp_path), [here, replace(here, free=79 * GIB)])
     assert found.lines == ("2 x NVIDIA H100 (capability 9.0); 20.0 of 80.0 GiB free",)
     assert "60.0 GiB of rank 0's GPU are in use" in found.advice[0]
     versions = [{"torch": "2.13.0", "host": "n1"}, {"torch": "2.11.0", "host": "n2"}]
-    found = machine.describe_versions(subject(tmp_path), versions)
+    found = host.describe_versions(subject(tmp_path), versions)
     assert found.problems == ("torch is 2.11.0 on n2 and 2.13.0 on n1; what helps: the same environment on every node",)
 
 

@@ -6,7 +6,7 @@ from dpo.batch.costs import cost_model
 from dpo.batch.plan import plan_step
 from dpo.estimate.advice import advice
 from dpo.estimate.devices import GIB, Device
-from dpo.estimate.needs import Layout
+from dpo.estimate.needs import Trial
 from dpo.estimate.speed import Cluster, Speed, step_speed
 from dpo.estimate.traffic import Groups
 from tests.estimate.test_estimate import config_with, llama, tree
@@ -19,12 +19,12 @@ def lines(flops: float, fits: bool = True, **keys: Any) -> list[str]:
     config = config_with(**keys)
     groups = Groups((100,) * 3, 60)
 
-    def speed(layout: Layout) -> Speed:
-        plans = [plan_step([tree(32, 32)] * 16, layout.num_ranks, 96, cost_model(llama()))]
+    def speed(trial: Trial) -> Speed:
+        plans = [plan_step([tree(32, 32)] * 16, trial.num_ranks, 96, cost_model(llama()))]
         device = Device("H100", GIB, LINK, LINK, LINK, flops=flops)
-        return step_speed(layout.config, llama(), plans, groups, Cluster(device, layout.num_ranks, 16, 1.0))
+        return step_speed(trial.config, llama(), plans, groups, Cluster(device, trial.num_ranks, 16, 1.0))
 
-    return advice(Layout(config, 16), speed, lambda layout: fits)
+    return advice(Trial(config, 16), speed, lambda trial: fits)
 
 
 def test_changes_that_lessen_traffic() -> None:
@@ -32,10 +32,12 @@ def test_changes_that_lessen_traffic() -> None:
     gathered once, 720 bytes: 20.25 s; bfloat16 halves the gradients: 19.125 s. Half the ranks have two micro-batches:
     7/8 of 2 x 1,320 and of 1,440 bytes, 35.7 s, 69 % of the GPU time."""
     found = lines(flops=1e30)
-    assert found[0] == "bound by traffic: 25.9 s of it beside 0.0 ms of arithmetic"
-    assert found[1].startswith("  --parallel.reshard_after_forward false: 20.2 s a step; weights are gathered once")
-    assert found[2].startswith("  --parallel.reduce_dtype bfloat16: 19.1 s a step; gradients take half the bytes")
-    assert found[3] == "  --ranks 8: 35.7 s a step; half the GPUs, 69% of the GPU time a step"
+    assert found[0] == "bound by traffic: 25.9 s of traffic, 0.0 ms of arithmetic"
+    assert found[1].startswith(
+        "  --parallel.reshard_after_forward false: 20.2 s per step; weights are all-gathered once per step"
+    )
+    assert found[2].startswith("  --parallel.reduce_dtype bfloat16: 19.1 s per step; gradients take half the bytes")
+    assert found[3] == "  --ranks 8: 35.7 s per step; half the GPUs, 69% of the GPU time per step"
     assert len(found) == 4
 
 
@@ -50,6 +52,6 @@ def test_what_is_set_already_is_not_advised() -> None:
     """
     found = lines(flops=1e30, parallel__reshard_after_forward=False, parallel__reduce_dtype="bfloat16")
     assert found == [
-        "bound by traffic: 13.5 s of it beside 0.0 ms of arithmetic",
-        "  --ranks 8: 12.6 s a step; half the GPUs, 47% of the GPU time a step",
+        "bound by traffic: 13.5 s of traffic, 0.0 ms of arithmetic",
+        "  --ranks 8: 12.6 s per step; half the GPUs, 47% of the GPU time per step",
     ]

@@ -15,10 +15,10 @@ from dpo.config import Config, load_config
 from dpo.config.rules import decided
 from dpo.estimate import at_start, choice
 from dpo.estimate.at_start import in_own_process
-from dpo.estimate.choice import Case, Option, choose, decide_by_bound, decide_by_rehearsal, groups_of, most_bytes
+from dpo.estimate.choice import Case, Option, bound_bytes, choose, decide_by_bound, decide_by_rehearsal, groups_of
 from dpo.estimate.devices import DEVICES, GIB, Device, steady
 from dpo.estimate.lengths import Lengths
-from dpo.estimate.needs import Layout, needed_bytes
+from dpo.estimate.needs import Trial, needed_bytes
 from dpo.estimate.speed import Cluster, Part, Speed
 from dpo.run.folder import Start
 from dpo.run.layout import decided_so_far, layout_of
@@ -99,8 +99,8 @@ def test_the_rehearsal_decides_where_the_bound_does_not_fit(gib: float) -> None:
     """The choice fits by what `dpo.estimate` says of it, and what is faster does not; with too little, the leanest."""
     case = case_of(device=replace(DEVICE, memory=gib * GIB))
     found = decide_by_rehearsal(case)
-    layout = Layout(choice.with_values(case.config, found.values), 4)
-    needed = needed_bytes(layout, case.model_config, case.lengths, case.cluster.device)
+    trial = Trial(choice.with_values(case.config, found.values), 4)
+    needed = needed_bytes(trial, case.model_config, case.lengths, case.cluster.device)
     assert found.fits == (needed <= 0.92 * gib * GIB)
     assert gib != 1.0 or found.values == {"activation_checkpointing": "full", "sync_gradients": "every_micro_batch"}
 
@@ -115,8 +115,8 @@ def test_no_layout_exceeds_the_bound(family: str, is_cpu: bool) -> None:
     device = replace(DEVICE, name="cpu" if is_cpu else "H100")
     case = case_of(family, device=device, parallel__reshard_after_forward=False)
     config = choice.with_values(case.config, {key.partition("__")[2]: value for key, value in PLAIN.items()})
-    needed = needed_bytes(Layout(config, 4), case.model_config, case.lengths, device)
-    assert needed <= most_bytes(case, groups_of(case))
+    needed = needed_bytes(Trial(config, 4), case.model_config, case.lengths, device)
+    assert needed <= bound_bytes(case, groups_of(case))
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_a_run_goes_on_where_the_estimate_fails(
         folder = run(six_steps(root, tmp_path / f"run-{len(given)}", train__steps=1, **given))
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "the estimate failed" in line]
         assert line.startswith(f"WARNING: parallel (auto): the estimate failed: {what}")
-        assert line.endswith(f"; what needs the least memory is taken, as by {words}")
+        assert line.endswith(f"; the values that need the least memory are taken, as with {words}")
         config = load_config(["--config", str(folder / "config.yaml")], "dpo.train")
         assert config.parallel.activation_checkpointing == ("none" if given else "full")
         assert config.parallel.sync_gradients == "every_micro_batch"

@@ -19,11 +19,12 @@ from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import Tree
 from dpo.config import OptimConfig
 from dpo.estimate import program
-from dpo.estimate.changes import Layout, find_changes
+from dpo.estimate.changes import find_changes
 from dpo.estimate.compiled import in_kernels
 from dpo.estimate.devices import DEVICES, GIB, Device
 from dpo.estimate.lengths import find_lengths, largest_micro_batches
-from dpo.estimate.memory import COPY, OPTIMIZER, step_memory, update_numbers
+from dpo.estimate.memory import COPY, OPTIMIZER, step_memory, update_elements
+from dpo.estimate.needs import Trial
 from dpo.estimate.rehearsal import Rehearsal, rehearse
 from dpo.estimate.speed import Cluster, step_speed
 from dpo.estimate.stand_in import flex_attention_stood_in_for, kept_attention
@@ -364,7 +365,7 @@ def test_the_optimizer_keeps_and_needs_what_the_formula_says(optim: OptimConfig,
     with LiveBytes() as live:
         optimizer.step()
     assert state == optimizer_elements(optim) * 40_000
-    assert live.peak == pytest.approx(4 * update_numbers(optim, at_once) * (40_000 if at_once else 10_000), abs=64)
+    assert live.peak == pytest.approx(4 * update_elements(optim, at_once) * (40_000 if at_once else 10_000), abs=64)
 
 
 # --- traffic and time -------------------------------------------------------------------------------------------------
@@ -416,7 +417,9 @@ def test_arithmetic_pays_for_what_is_computed_twice() -> None:
     assert plain.parts[0].seconds == pytest.approx(once / (989e12 / 2))
     assert full.parts[0].seconds == pytest.approx((once + layers - last) / (989e12 / 2))
     assert full.model_seconds == plain.model_seconds == pytest.approx(3 * costs.cost(mine) / 989e12)
-    assert plain.least == max(p.seconds for p in plain.parts) and plain.most == sum(p.seconds for p in plain.parts)
+    assert plain.overlapped == max(p.seconds for p in plain.parts) and plain.serial == sum(
+        p.seconds for p in plain.parts
+    )
 
 
 def test_every_device_has_a_peak() -> None:
@@ -430,7 +433,7 @@ def test_every_device_has_a_peak() -> None:
 def lengths_of(config: Any, prompt: int | None = None, completion: int | None = None) -> tuple[set, str]:
     found = find_lengths(config, family_config("llama"), prompt, completion)
     trees = {(len(t.prompt_ids), *map(len, t.completion_ids)) for step in found.steps for t in step}
-    return trees, found.said
+    return trees, found.description
 
 
 def test_lengths_are_those_of_the_data_where_it_is_here(tmp_path: Path) -> None:
@@ -441,7 +444,7 @@ def test_lengths_are_those_of_the_data_where_it_is_here(tmp_path: Path) -> None:
     config = replace(config, data=replace(config.data, train=[replace(config.data.train[0], format="tokens")]))
     trees, said = lengths_of(config)
     assert trees == expected
-    assert said == "those of the data, 3 of the first 3 steps; for memory, its longest pairs in one step"
+    assert said == "read from the data, 3 of the first 3 steps; for memory, the longest pairs together in one step"
 
 
 @pytest.mark.parametrize("grouped", [False, True])
@@ -487,15 +490,15 @@ def changes_for(memory: float, **keys: Any) -> list[tuple[str, bool]]:
     """The changes of a made-up device on which every token of a micro-batch needs 1 byte, unsharded gradients 1,000, no
     checkpointing 2,000, and the state 8,000 over the ranks, 8 at first."""
 
-    def needed(layout: Layout) -> float:
-        parallel = layout.config.parallel
+    def needed(trial: Trial) -> float:
+        parallel = trial.config.parallel
         gradients = 1000 * (parallel.sync_gradients == "last_micro_batch")
         activations = {"none": 2000, "selective": 1000, "full": 0}[parallel.activation_checkpointing]
-        state = 0 if parallel.cpu_offload else 64_000 / layout.num_ranks
-        return layout.config.batch.tokens_per_micro_batch + gradients + activations + state
+        state = 0 if parallel.cpu_offload else 64_000 / trial.num_ranks
+        return trial.config.batch.tokens_per_micro_batch + gradients + activations + state
 
     config = config_with(**{"batch__tokens_per_micro_batch": 1024} | keys)
-    found = find_changes(Layout(config, 8), 300, needed, memory)
+    found = find_changes(Trial(config, 8), 300, needed, memory)
     return [(change.words, change.fits) for change in found]
 
 
@@ -546,12 +549,12 @@ def small(tmp_path: Path) -> Path:
 
 
 def test_llama_3_70b(tmp_path: Path, capsys) -> None:
-    """Published: 70.6 billion weights. Float32 weights, gradients and RMSprop's state over 64 ranks: 3 x 4.1 GiB."""
+    """Published: 70.6 billion parameters. Float32 weights, gradients and RMSprop's state over 64 ranks: 3 x 4.1 GiB."""
     path = save_config(tmp_path / "llama", LLAMA_70B)
     assert run(path, "--ranks", "64", "--parallel.activation_checkpointing", "full") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("parallel (auto): sync_gradients ")
-    assert any("70.55 billion weights, one copy over 64 H100" in line for line in lines)
+    assert any("70.55 billion parameters, one copy over 64 H100" in line for line in lines)
     assert [line.split()[1:] for line in lines if line.split()[0] in ("weights", "optimizer")] == [["4.1", "GiB"]] * 2
     assert any(line.startswith("fits: ") and line.endswith(" of 79.1 GiB") for line in lines)
     assert len(lines) <= 27 and max(map(len, lines)) <= 100
@@ -581,7 +584,7 @@ def test_advice_follows_what_makes_a_step_fit(small: Path, capsys, monkeypatch) 
         assert bool(fitting) == is_advised
         if is_advised:
             place = lines.index(f"with {fitting[0]}:")
-            assert place > lines.index("what to change, and the GiB it would need of 2.0:")
+            assert place > lines.index("changes to try, and the GiB that each needs of 2.0:")
             assert lines[place + 1].startswith("bound by traffic: ")
         else:
             assert not any(line.startswith(("with ", "bound by traffic")) for line in lines)
@@ -589,7 +592,7 @@ def test_advice_follows_what_makes_a_step_fit(small: Path, capsys, monkeypatch) 
 
 def test_on_this_machine(small: Path, capsys) -> None:
     assert run(small, "--ranks", "2", "--device", "cpu", "--completion-tokens", "8", "--prompt-tokens", "8") == 0
-    assert "float32 over float32" in capsys.readouterr().out
+    assert "float32 compute over float32 weights" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ def test_tokens_of_a_step(tmp_path):
     rows = [dict(zip(names, parts, strict=True)) for parts in [*lengths, ([50], [51], [52])]]
     train = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", rows)), MODEL).train
     order = PairOrder(train.prompt_of_pair, pairs_per_step=2, shuffled=False)
-    expected = StepTokens(2, padded=28, unpadded=18, shared=11.5, least=10, most=13, trees=1.5, largest_tree=10)
+    expected = StepTokens(2, padded=28, unpadded=18, shared=11.5, minimum=10, maximum=13, trees=1.5, largest_tree=10)
     assert step_tokens(train, order, last_step=3) == expected
     assert expected.saved(expected.padded) == pytest.approx(1 - 11.5 / 28)
-    assert step_tokens(train, order, last_step=1).shared == 10, "steps after the run's end are not looked at"
+    assert step_tokens(train, order, last_step=1).shared == 10, "steps after the run's end are not counted"

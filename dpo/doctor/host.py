@@ -1,4 +1,4 @@
-"""Devices with their free memory, versions of libraries, and what training on a GPU needs beside them."""
+"""Devices with their free memory, versions of libraries, and the toolchain that training on a GPU needs."""
 
 import importlib.metadata
 import os
@@ -14,12 +14,13 @@ import torch
 
 from dpo.distributed.world import World
 from dpo.doctor.parts import Finding, Part, Subject, by_host
-from dpo.doctor.words import counted, gib
+from dpo.doctor.words import counted
+from dpo.estimate.words import gib
 from dpo.machine.facts import Facts, gather_facts, host_memory
 from dpo.machine.toolchain import find_problems, find_warnings, needs_of
 
 BUSY = 0.9
-"""Share of a GPU's memory that is free at least where no other process uses it."""
+"""Minimum share of a GPU's memory that is free where no other process uses it."""
 
 
 # --- devices ---------------------------------------------------------------------------------------------------------
@@ -27,46 +28,46 @@ BUSY = 0.9
 
 @dataclass(frozen=True)
 class Devices:
-    """A rank's device."""
+    """The device of a rank."""
 
     host: str
     name: str
     free: int
     total: int
-    """Bytes of a GPU's memory; of a CPU those of the host, which its ranks share."""
+    """Bytes of a GPU's memory; of a CPU the host's memory, which its ranks share."""
     threads: int | None
-    """Of a CPU, that torch computes with on this rank."""
+    """Threads with which torch computes on a CPU; None on a GPU."""
 
 
 def measure_devices(subject: Subject, world: World) -> Devices:
-    """This rank's device."""
+    """Returns this rank's device."""
     host = socket.gethostname()
     if world.device.type == "cpu":
         return Devices(host, cpu_name(), *host_memory(), torch.get_num_threads())
-    found = torch.cuda.get_device_properties(world.device)
+    gpu = torch.cuda.get_device_properties(world.device)
     free, total = torch.cuda.mem_get_info(world.device)
-    return Devices(host, f"{found.name} (capability {found.major}.{found.minor})", free, total, None)
+    return Devices(host, f"{gpu.name} (capability {gpu.major}.{gpu.minor})", free, total, None)
 
 
 def cpu_name() -> str:
-    """The processor's name and the number of cores that this process may use."""
-    found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return f"{found[1] if found else platform.machine()}, {counted(len(os.sched_getaffinity(0)), 'core')}"
+    """Returns the processor's name and the number of cores that this process may use."""
+    name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return f"{name[1] if name else platform.machine()}, {counted(len(os.sched_getaffinity(0)), 'core')}"
 
 
-def describe_devices(subject: Subject, found: Sequence[Devices]) -> Finding:
-    """A line a kind of device, with the least free memory among them."""
-    kinds = Counter((one.name, one.threads) for one in found)
+def describe_devices(subject: Subject, devices: Sequence[Devices]) -> Finding:
+    """Returns one line per kind of device, with the least free memory among its devices."""
+    kinds = Counter((device.name, device.threads) for device in devices)
     lines, advice = [], []
     for (name, threads), count in kinds.items():
-        least = min((one for one in found if one.name == name), key=lambda one: one.free)
-        having = f"; {counted(threads, 'thread')} a rank" if threads is not None else ""
-        lines.append(f"{count} x {name}{having}; {gib(least.free)} of {gib(least.total)} GiB free")
+        least = min((device for device in devices if device.name == name), key=lambda device: device.free)
+        per_rank = f"; {counted(threads, 'thread')} per rank" if threads is not None else ""
+        lines.append(f"{count} x {name}{per_rank}; {gib(least.free)} of {gib(least.total)} GiB free")
         if threads is None and least.free < BUSY * least.total:
-            used = f"{gib(least.total - least.free)} GiB of rank {found.index(least)}'s GPU are in use"
-            advice.append(f"{used} (nvidia-smi says by whom)")
+            used = f"{gib(least.total - least.free)} GiB of rank {devices.index(least)}'s GPU are in use"
+            advice.append(f"{used} (nvidia-smi lists the processes)")
     if len(kinds) > 1:
-        advice.append("the ranks' devices differ, and all wait for the slowest")
+        advice.append("the ranks' devices differ, and all ranks wait for the slowest")
     return Finding(DEVICES.name, tuple(lines), advice=tuple(advice))
 
 
@@ -79,7 +80,7 @@ PACKAGES = ("torch", "transformers", "triton")
 
 
 def measure_versions(subject: Subject, world: World) -> dict[str, str]:
-    """Versions by name, and the host's name as "host"."""
+    """Returns versions by name, and the host's name by "host"."""
     versions = {"Python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
     if world.device.type == "cuda":
         versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
@@ -93,15 +94,15 @@ def _version(package: str) -> str:
         return "none"
 
 
-def describe_versions(subject: Subject, found: Sequence[dict[str, str]]) -> Finding:
-    """Those of rank 0; that another rank has others is a problem."""
-    first = {name: version for name, version in found[0].items() if name != "host"}
+def describe_versions(subject: Subject, versions: Sequence[dict[str, str]]) -> Finding:
+    """Returns the versions of rank 0. A rank with other versions is a problem."""
+    host, first = versions[0]["host"], {name: version for name, version in versions[0].items() if name != "host"}
     problems = []
-    for other in found[1:]:
+    for other in versions[1:]:
         for name in first:
             if other.get(name) != first[name]:
-                what = f"{name} is {other.get(name)} on {other['host']} and {first[name]} on {found[0]['host']}"
-                problems.append(f"{what}; what helps: the same environment on every node")
+                difference = f"{name} is {other.get(name)} on {other['host']} and {first[name]} on {host}"
+                problems.append(f"{difference}; what helps: the same environment on every node")
     line = ", ".join(f"{name} {version}" for name, version in first.items())
     return Finding(VERSIONS.name, (line,), problems=tuple(dict.fromkeys(problems)))
 
@@ -114,7 +115,7 @@ VERSIONS = Part("versions", measure_versions, describe_versions, remedy="pip ins
 
 @dataclass(frozen=True)
 class Toolchain:
-    """A rank's facts, and what follows for the run."""
+    """The facts about a rank's host, and the problems that follow for a run."""
 
     facts: Facts
     problems: list[str]
@@ -122,23 +123,23 @@ class Toolchain:
 
 
 def measure_toolchain(subject: Subject, world: World) -> Toolchain:
-    """What the training program looks at before it reads weights."""
+    """Checks the facts that the training program checks before it reads weights."""
     facts = gather_facts(world.device)
     needs = needs_of(subject.compute_dtype(world.device), subject.models)
     return Toolchain(facts, find_problems(facts, needs), find_warnings(facts, needs))
 
 
-def describe_toolchain(subject: Subject, found: Sequence[Toolchain]) -> Finding:
-    """Rank 0's driver and compiler, the problems of all."""
-    facts = found[0].facts
+def describe_toolchain(subject: Subject, toolchains: Sequence[Toolchain]) -> Finding:
+    """Returns the driver and compiler of rank 0, and the problems of all ranks."""
+    facts = toolchains[0].facts
     driver = f"NVIDIA driver {facts.driver}" if facts.driver else "no NVIDIA driver"
     header = "Python.h" if facts.has_python_h else "no Python.h"
     needed = "" if facts.gpu or facts.driver else " (only GPUs need them)"
     line = f"{driver}, C compiler {facts.compiler or 'none'}, {header}{needed}"
-    hosts = [one.facts.host for one in found]
-    problems = by_host(hosts, [[p.replace("; valid: ", "; what helps: ") for p in one.problems] for one in found])
-    warnings = tuple(dict.fromkeys(line for one in found for line in one.warnings))
-    return Finding(TOOLCHAIN.name, (line,), problems=problems, advice=warnings)
+    hosts = [toolchain.facts.host for toolchain in toolchains]
+    problems = [[p.replace("; valid: ", "; what helps: ") for p in toolchain.problems] for toolchain in toolchains]
+    warnings = tuple(dict.fromkeys(line for toolchain in toolchains for line in toolchain.warnings))
+    return Finding(TOOLCHAIN.name, (line,), problems=by_host(hosts, problems), advice=warnings)
 
 
 TOOLCHAIN = Part(
