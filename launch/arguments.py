@@ -1,4 +1,4 @@
-"""The command line of `python -m launch.submit`: its own flags have no dot, a config's keys have one."""
+"""The command line of `python -m launch.submit`. The launcher's own flags have no dot; keys of the config have one."""
 
 import argparse
 import re
@@ -11,9 +11,9 @@ from dpo.base.errors import UserError
 from launch.durations import FORMATS, minutes_of
 
 PROG = "launch.submit"
-DESCRIPTION = """Submits a training run to SLURM: one task a node, each with the torchrun that you would type yourself.
-Keys of the config go through to the run: --loss.beta 0.5. The run goes on by itself after a preemption and when its
-time is up."""
+DESCRIPTION = """Submits a training run to SLURM: one task per node, each with the torchrun that you would type
+yourself. Keys of the config, such as --loss.beta 0.5, are passed to the run. After a preemption, and when its time is
+up, the run resumes by itself."""
 _ASKED_BY_US = (
     "array",
     "error",
@@ -25,12 +25,12 @@ _ASKED_BY_US = (
     "output",
     "signal",
 )
-"""Options of sbatch that the launcher must decide, since it relies on them."""
+"""Options of sbatch that the launcher sets itself, since it relies on their values."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a command line asks for."""
+    """A parsed and checked command line of `launch.submit`."""
 
     words: tuple[str, ...]
     """The command line of the run: --config FILE --SECTION.KEY VALUE ..."""
@@ -39,7 +39,7 @@ class Request:
     cluster: str
     nodes: int
     gpus: str | None
-    """As SLURM takes them: 8, or a100:8; null: none."""
+    """GPUs per node as SLURM takes them: 8, or a100:8; None: no GPUs."""
     ranks_per_node: int
     minutes: int | None
     signal_delay: int
@@ -55,17 +55,25 @@ class Request:
     setup: tuple[str, ...]
     env: tuple[tuple[str, str], ...]
     sbatch: tuple[tuple[str, str | bool], ...]
-    """Further options of sbatch; true for a bare one."""
+    """Further options of sbatch; True for an option without a value."""
     follow: bool
     dry_run: bool
 
 
 def parse_request(argv: Sequence[str] | None = None) -> Request:
-    """The request of a command line (null: this process's own). Raises UserError; --help raises SystemExit(0)."""
+    """Parses and checks a command line.
+
+    Args:
+        argv: the words of the command line; None: those of this process.
+
+    Raises:
+        UserError: if a flag is unknown, missing or wrong, or flags conflict.
+        SystemExit: with code 0, after --help has printed.
+    """
     options = split_options(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(_parser(), words_of([option for option in options if not option.is_key]))
     keys = words_of([option for option in options if option.is_key])
-    config = [word for file in args.config for word in ("--config", file)]  # a second one is refused with the rest
+    config = [word for file in args.config for word in ("--config", file)]  # `load_config` refuses a second file
     request = Request(
         words=(*config, *keys, *(["--quiet"] if args.quiet else [])),
         sweep=tuple(args.sweep),
@@ -99,44 +107,47 @@ def _parser() -> Parser:
         action="append",
         default=[],
         metavar="FILE",
-        help="YAML file of the run; --SECTION.KEY VALUE goes over it",
+        help="YAML file of the run; --SECTION.KEY VALUE replaces its values",
     )
     _add_where(parser.add_argument_group("where and how long"))
-    _add_restarts(parser.add_argument_group("stopping and going on"))
+    _add_restarts(parser.add_argument_group("stopping and restarting"))
     _add_sweep(parser.add_argument_group("many runs"))
     _add_sbatch(parser.add_argument_group("options of sbatch"))
-    _add_job(parser.add_argument_group("what the job finds"))
+    _add_job(parser.add_argument_group("environment of the job"))
     _add_watching(parser.add_argument_group("watching"))
     return parser
 
 
 def _add_where(group: argparse._ArgumentGroup) -> None:
-    about = "slurm (default): a job; local: a job on this machine, in the background; debug: here, in this process"
+    about = "slurm (default): a job of SLURM; local: in the background on this machine; debug: in this process"
     group.add_argument("--cluster", choices=("slurm", "local", "debug"), default="slurm", help=about)
-    group.add_argument("--nodes", type=_positive, default=1, metavar="N", help="nodes (default: 1)")
-    about = "GPUs of each node, one rank each; 8, or a type as in a100:8; 0: ranks on CPUs"
+    group.add_argument("--nodes", type=_positive, default=1, metavar="N", help="number of nodes (default: 1)")
+    about = "GPUs per node, with one rank per GPU: 8, or with a type a100:8; 0: ranks on CPUs"
     group.add_argument("--gpus-per-node", metavar="N", help=about)
-    about = "ranks of each node where --gpus-per-node does not tell: on CPUs, or on GPUs of --sbatch gres=gpu:8"
+    about = "ranks per node if --gpus-per-node does not say it: on CPUs, or on GPUs of --sbatch gres=gpu:8"
     group.add_argument("--ranks-per-node", type=_positive, metavar="N", help=about)
-    about = f"most time that the job runs before it is requeued: {FORMATS}; SLURM needs it"
+    about = f"maximum time that the job runs before it is requeued: {FORMATS}; required for SLURM"
     group.add_argument("--time", metavar="TIME", help=about)
 
 
 def _add_restarts(group: argparse._ArgumentGroup) -> None:
-    about = "seconds before the end of the time at which the ranks are told to save; three quarters of it are theirs"
-    group.add_argument("--signal-delay", type=_positive, default=120, metavar="S", help=f"{about} (default: 120)")
-    about = "times that a job of SLURM goes on after its time was up; preemptions have no limit, but with a --time of"
-    about += " 10 minutes or less they count, and so do killed ranks in its last fifth (default: 10)"
+    about = "seconds before the end of --time at which the ranks are told to save; they have three quarters of these"
+    about += " seconds to finish (default: 120)"
+    group.add_argument("--signal-delay", type=_positive, default=120, metavar="S", help=about)
+    about = "maximum number of times that a job of SLURM is restarted when its time is up; preemptions have no limit,"
+    about += " but if --time is 10 minutes or less they count as time-outs, as do ranks killed in the last fifth of"
+    about += " --time (default: 10)"
     group.add_argument("--max-timeouts", type=_natural, default=10, metavar="N", help=about)
-    about = "times that the job goes on after a rank was killed (out of memory, a lost GPU or node) without a new"
-    about += " checkpoint in between; an exception always ends it (default: 3)"
+    about = "maximum number of times that the job is restarted after a rank was killed (out of memory, a lost GPU or"
+    about += " node) without a new checkpoint in between; an exception always ends the job (default: 3)"
     group.add_argument("--max-crashes", type=_natural, default=3, metavar="N", help=about)
 
 
 def _add_sweep(group: argparse._ArgumentGroup) -> None:
-    about = "a run for every combination of values, in a folder of its own under train.run_dir"
+    about = "start one run for every combination of values, each in its own folder under train.run_dir"
     group.add_argument("--sweep", nargs="+", default=[], metavar="KEY=A,B,...", help=about)
-    group.add_argument("--max-parallel", type=_positive, metavar="N", help="runs of a sweep at the same time")
+    about = "maximum number of runs of a sweep at the same time"
+    group.add_argument("--max-parallel", type=_positive, metavar="N", help=about)
 
 
 _PLAIN = ("partition", "account", "qos", "constraint", "mail-user", "mail-type", "mem")
@@ -145,28 +156,28 @@ _PLAIN = ("partition", "account", "qos", "constraint", "mail-user", "mail-type",
 def _add_sbatch(group: argparse._ArgumentGroup) -> None:
     for name in _PLAIN:
         group.add_argument(f"--{name}", metavar=name.rpartition("-")[2].upper(), help=f"sbatch's --{name}")
-    about = "CPUs for each GPU, or for each rank where there are none"
+    about = "CPUs per GPU, or per rank on nodes without GPUs"
     group.add_argument("--cpus-per-gpu", type=_positive, metavar="N", help=about)
-    about = "any other option of sbatch, as in --sbatch reservation=mine, --sbatch exclusive; may be given again"
+    about = "any other option of sbatch, as in --sbatch reservation=mine, --sbatch exclusive; may be repeated"
     group.add_argument("--sbatch", action="append", default=[], metavar="KEY[=VALUE]", help=about)
 
 
 def _add_job(group: argparse._ArgumentGroup) -> None:
-    about = "a line for the shell before the run starts, as in --setup 'module load cuda'; may be given again"
+    about = "shell command to run before the run starts, as in --setup 'module load cuda'; may be repeated"
     group.add_argument("--setup", action="append", default=[], metavar="LINE", help=about)
-    about = "an environment variable of the ranks, kept in the run folder; may be given again"
+    about = "environment variable of the ranks, recorded in the run folder; may be repeated"
     group.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help=about)
-    about = "the Python of the job, the one in a container for one (default: this one)"
+    about = "Python interpreter of the job, for example the one in a container (default: this interpreter)"
     group.add_argument("--python", default=sys.executable, metavar="FILE", help=about)
-    about = "image that pyxis runs the ranks in; the working directory is mounted, and scontrol must be in it"
+    about = "image in which pyxis runs the ranks; it must contain scontrol; the working directory is mounted"
     group.add_argument("--container-image", metavar="IMAGE", help=about)
-    group.add_argument("--container-mounts", metavar="FROM:TO,...", help="what else pyxis mounts")
+    group.add_argument("--container-mounts", metavar="FROM:TO,...", help="further folders that pyxis mounts")
 
 
 def _add_watching(group: argparse._ArgumentGroup) -> None:
-    about = "show the log of the first node until the job ends; Ctrl-C leaves the job running"
+    about = "print the log of the first node until the job ends; Ctrl-C leaves the job running"
     group.add_argument("--follow", action="store_true", help=about)
-    about = "print the script for sbatch and the torchrun line, and submit nothing"
+    about = "print the script for sbatch and the torchrun command; submit nothing"
     group.add_argument("--dry-run", action="store_true", help=about)
 
 
@@ -218,7 +229,7 @@ def _name_and_value(flag: str, text: str, form: str, name_form: str) -> tuple[st
 
 
 def _sbatch_options(args: argparse.Namespace) -> tuple[tuple[str, str | bool], ...]:
-    """Of the flags that sbatch has too, then those of --sbatch."""
+    """Returns the options of sbatch: first the flags of the same name, then those of --sbatch. Raises UserError."""
     plain = {name: getattr(args, name.replace("-", "_")) for name in _PLAIN}
     options: dict[str, str | bool] = {name: value for name, value in plain.items() if value is not None}
     for text in args.sbatch:
@@ -232,7 +243,7 @@ def _sbatch_options(args: argparse.Namespace) -> tuple[tuple[str, str | bool], .
 
 
 def _check(request: Request) -> None:
-    """What flags say together."""
+    """Raises UserError if flags conflict."""
     if request.cluster != "slurm" and request.nodes > 1:
         what = f"--cluster {request.cluster} is one machine, got {request.nodes} nodes"
         raise UserError("command line: --nodes", what, "1, or --cluster slurm")
@@ -248,7 +259,7 @@ def _check(request: Request) -> None:
 
 
 def unused_here(request: Request) -> list[str]:
-    """The flags of a request that say nothing to a job on this machine."""
+    """Returns the flags of a request that have no effect on a job on this machine."""
     given = {
         "--time": request.minutes,
         "--cpus-per-gpu": request.cpus_per_gpu,

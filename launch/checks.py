@@ -1,4 +1,4 @@
-"""What can be known to go wrong before a job waits for hours to say it."""
+"""Checks before a job is queued, so that a wrong path does not show only after hours in the queue."""
 
 import os
 import re
@@ -15,9 +15,11 @@ _DATA_FILE = re.compile(r".*\.(jsonl|json|parquet)(\.gz)?")
 
 
 def check_paths(config: Config, words: Sequence[str]) -> None:
-    """Raises UserError for a local path of the config that is not there; what may be a hub id is the run's business.
+    """Raises UserError for a local path of the config that does not exist. Paths that may be hub ids are not checked.
 
-    words: the command line, to say where the path was given.
+    Args:
+        config: the config of the run.
+        words: its command line, from which the error tells where the path was set.
     """
     for key, path in _paths(config):
         is_id = is_tokenizer_id if key == "model.tokenizer" else is_hub_id
@@ -28,18 +30,18 @@ def check_paths(config: Config, words: Sequence[str]) -> None:
 
 
 def _paths(config: Config) -> Iterator[tuple[str, str]]:
-    named = {
+    models = {
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
         "reference.path": config.reference.path,
     }
-    yield from ((key, path) for key, path in named.items() if path)
+    yield from ((key, path) for key, path in models.items() if path)
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         yield from ((f"{key}[{i}].path", source.path) for i, source in enumerate(sources))
 
 
 def check_free(run_dir: Path) -> None:
-    """Raises UserError where a job that was submitted before still works, or waits, in the run folder."""
+    """Raises UserError if an earlier job for this run folder still runs or waits in the queue."""
     for folder, submission in submissions(run_dir):
         outcome = read_outcome(folder)
         if (outcome is None or outcome.state not in FINAL) and is_active(submission):
@@ -51,13 +53,13 @@ def check_free(run_dir: Path) -> None:
 
 
 def is_active(submission: Submission) -> bool:
-    """Whether a job has not ended, as far as anyone can tell."""
+    """Returns whether a job still waits or runs, as far as squeue or the process table can tell."""
     if submission.cluster == "slurm":
         return squeue.is_active(submission.job)
     try:
         os.killpg(int(submission.job), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # the number belongs to another user's processes by now
+    except PermissionError:  # the id has been reused by another user's processes
         return False
     return True

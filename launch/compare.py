@@ -1,7 +1,7 @@
-"""What became of runs, side by side: `python -m launch.compare RUN... [--sort NAME] [--json]`.
+"""Compares runs in a table: `python -m launch.compare RUN... [--sort NAME] [--json]`.
 
-Reads the run folders alone, so it works on a laptop, beside running jobs, and for runs that were interrupted. It also
-writes the runs' entries for TensorBoard's HParams tab again, with the keys that differ as their columns.
+It reads run folders only, so it works on a laptop, while jobs run, and for interrupted runs. It also rewrites the
+entries of the runs in TensorBoard's HParams tab, with the keys that differ as columns.
 """
 
 import json
@@ -24,8 +24,8 @@ from dpo.board.hparams import KEYS, Value, flat, write_entry
 from dpo.config.strict_yaml import read_yaml_file
 from dpo.run.files import CONFIG, FINAL, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
 
-DESCRIPTION = """Compares runs: the config keys that differ, how far they came, and their newest metrics; the best
-evaluation stands first. Also writes the runs' entries for TensorBoard's HParams tab, with the keys that differ."""
+DESCRIPTION = """Compares runs: the config keys that differ, the number of steps, and the newest metrics; the run with
+the best evaluation comes first. Also writes the runs' entries for TensorBoard's HParams tab, with the same keys."""
 
 SHOWN = {
     "loss": "loss",
@@ -34,45 +34,47 @@ SHOWN = {
     "rewards/chosen": "chosen",
     "rewards/rejected": "rejected",
 }
-"""The metrics of the table, by what follows eval/ or train/ in their names, and how they are headed."""
+"""Metrics of the table, without eval/ or train/ -> heading of their column."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run folder says."""
+    """The config, state and metrics that a run folder holds."""
 
     folder: Path
     config: Mapping[str, Value]
-    """SECTION.KEY -> value; null ones are absent."""
+    """SECTION.KEY -> value; keys that are null are absent."""
     is_done: bool
-    """final/ is there."""
+    """The folder final/ exists."""
     step: int
-    """Updates that metrics.jsonl tells of."""
+    """Number of updates in metrics.jsonl."""
     last_step: int | None
-    """Of the whole run; null: nobody wrote it down."""
+    """Number of updates of the whole run; None: not recorded."""
     metrics: Mapping[str, float]
-    """train/...: means over the last steps; eval/...: of the newest evaluation."""
+    """train/...: means over the last `LAST_STEPS` steps; eval/...: of the newest evaluation."""
 
 
 # --- read ------------------------------------------------------------------------------------------------------------
 
 
 def read_runs(folders: Sequence[Path]) -> list[RunFacts]:
-    """The runs among folders; what is no run is left out, and said. Raises UserError if there is none."""
+    """Reads the run folders among `folders`, and warns of others. Raises UserError if a folder does not exist or none
+    is a run folder.
+    """
     missing = [folder for folder in folders if not folder.exists()]
     if missing:
         raise UserError("command line: RUN", f"no such folder: {missing[0]}", "a run folder")
-    found = {folder.resolve(): folder for folder in folders if (folder / CONFIG).is_file()}
-    others = [str(folder) for folder in folders if folder.resolve() not in found]
-    if found and others:
-        warn(f"left out, since there is no {CONFIG} in it: {', '.join(others)}")
-    if not found:
+    run_folders = {folder.resolve(): folder for folder in folders if (folder / CONFIG).is_file()}
+    others = [str(folder) for folder in folders if folder.resolve() not in run_folders]
+    if run_folders and others:
+        warn(f"skipped, since there is no {CONFIG} in it: {', '.join(others)}")
+    if not run_folders:
         raise UserError("command line: RUN", f"none of the folders given has a {CONFIG}", "run folders, runs/sweep/*")
-    return [read_run(folder) for folder in found.values()]
+    return [read_run(folder) for folder in run_folders.values()]
 
 
 def read_run(folder: Path) -> RunFacts:
-    """A run folder's config, state and metrics. Raises UserError or RunError where a file in it is broken."""
+    """Reads the config, state and metrics of a run folder. Raises UserError or RunError if a file in it is broken."""
     config = read_yaml_file(str(folder / CONFIG))
     if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
         raise UserError(str(folder / CONFIG), "is no config", "what a run writes there")
@@ -92,7 +94,7 @@ def _means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _last_step(folder: Path, config: Mapping[str, Value]) -> int | None:
-    """train.steps, or for epochs what the run wrote down when it knew its pairs."""
+    """Returns train.steps, or for train.epochs the number that the run recorded once it knew its pairs, or None."""
     path, steps = folder / PROVENANCE, config.get("train.steps")
     if isinstance(steps, int) or not path.is_file():
         return steps if isinstance(steps, int) else None
@@ -103,26 +105,27 @@ def _last_step(folder: Path, config: Mapping[str, Value]) -> int | None:
         raise UserError(str(path), f"broken: {failure}", "what a run writes there") from failure
 
 
-# --- compared --------------------------------------------------------------------------------------------------------
+# --- compare ---------------------------------------------------------------------------------------------------------
 
 
 def differing(runs: Sequence[RunFacts]) -> list[str]:
-    """The config keys whose values are not the same in all runs, in the order of the config."""
+    """Returns the config keys whose values differ between runs, in the order of the config."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
     return [key for key in keys if key != "train.run_dir" and len({run.config.get(key) for run in runs}) > 1]
 
 
 def best_metric(runs: Sequence[RunFacts], keys: Sequence[str]) -> str | None:
-    """By what runs are sorted unless told otherwise; losses that are not one and the same do not compare."""
+    """Returns the metric by which runs are sorted by default, or None if they have none. Losses are compared only
+    between runs with the same loss section.
+    """
     is_one_loss = not any(key.startswith("loss.") for key in keys)
     wanted = [*(["eval/loss"] if is_one_loss else []), "eval/rewards/accuracies", "eval/loss", "train/loss"]
     return next((name for name in wanted if any(name in run.metrics for run in runs)), None)
 
 
 def ordered(runs: Sequence[RunFacts], name: str) -> list[RunFacts]:
-    """By a metric, the best first (losses: the smallest; others: the greatest), or by a config key, the smallest first.
-
-    Runs without it come last. Raises UserError where no run has it.
+    """Sorts runs by a metric, the best first (the lowest loss, the highest of other metrics), or by a config key, the
+    lowest first. Runs without a value come last. Raises UserError if no run has one.
     """
     known = [run for run in runs if name in run.metrics or name in run.config]
     if not known:
@@ -139,22 +142,22 @@ def ordered(runs: Sequence[RunFacts], name: str) -> list[RunFacts]:
 
 
 def parent_of(runs: Sequence[RunFacts]) -> Path:
-    """The folder that all runs lie in; of a single one, itself."""
+    """Returns the deepest folder that contains all runs; for a single run its own folder."""
     folders = [run.folder.resolve() for run in runs]
     return folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.parent for folder in folders]))
 
 
 def name_of(run: RunFacts, parent: Path) -> str:
-    """The run's folder, without what it shares with the others."""
+    """Returns the path of a run folder relative to `parent`, or its name if it is `parent` itself."""
     folder = run.folder.resolve()
     return folder.name if folder == parent else str(folder.relative_to(parent))
 
 
-# --- shown -----------------------------------------------------------------------------------------------------------
+# --- print -----------------------------------------------------------------------------------------------------------
 
 
 def table_of(runs: Sequence[RunFacts], keys: Sequence[str]) -> Table:
-    """Two lines a run: its newest evaluation, and the end of its training."""
+    """Builds the table: two lines per run, with the metrics of its newest evaluation and of its last training steps."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("run", overflow="fold", max_width=40)
     table.add_column("steps")
@@ -188,7 +191,7 @@ def _number(metric: float | None) -> str:
 
 
 def as_json(runs: Sequence[RunFacts], keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The same for programs: every metric, and of the config the keys that differ."""
+    """Returns the comparison for programs: all metrics of each run, and the config keys that differ."""
     return [
         {
             "run": str(run.folder),
@@ -206,7 +209,7 @@ def as_json(runs: Sequence[RunFacts], keys: Sequence[str]) -> list[dict[str, Any
 
 
 def write_entries(runs: Sequence[RunFacts], keys: Sequence[str]) -> None:
-    """Writes each run's entry again, with the keys that differ as its columns, and says so."""
+    """Rewrites the HParams entry of each run, with the keys that differ as columns, and prints how to see them."""
     boards = [run for run in runs if (run.folder / TENSORBOARD).is_dir()]
     written = 0
     for run, values in zip(boards, comparable([run.config for run in boards], keys), strict=True):
@@ -214,7 +217,7 @@ def write_entries(runs: Sequence[RunFacts], keys: Sequence[str]) -> None:
         try:
             write_entry(run.folder / TENSORBOARD, sub_run, values, keys or KEYS)
             written += 1
-        except OSError as failure:  # a colleague's run, for one: the table is right without
+        except OSError as failure:  # for example in a colleague's run folder; the table does not need it
             warn(f"no entry for TensorBoard's HParams tab in {run.folder}: {failure.strerror}")
     if written:
         count = f"{written} run{'s' * (written > 1)}"
@@ -222,12 +225,12 @@ def write_entries(runs: Sequence[RunFacts], keys: Sequence[str]) -> None:
 
 
 def _shown(folder: Path) -> Path:
-    """A folder as a person types it from here."""
+    """Returns a folder relative to the working directory, if it lies below it."""
     return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
 
 
 def comparable(configs: Sequence[Mapping[str, Value]], keys: Sequence[str]) -> Iterator[dict[str, Value]]:
-    """The configs, with text wherever the values of a key are of several types: a column of the tab has one."""
+    """Yields the configs with text in place of values of a key that has several types: a column of the tab has one."""
     mixed = [key for key in keys if len({_kind(config.get(key)) for config in configs}) > 1]
     for config in configs:
         yield {**config, **{key: _text(config.get(key)) for key in mixed}}
@@ -241,7 +244,7 @@ def _kind(value: Value | None) -> type:
 
 
 def main() -> None:
-    """`python -m launch.compare`."""
+    """Compares runs: `python -m launch.compare`."""
     parser = Parser("python -m launch.compare", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder; runs/sweep/* names many")
     parser.add_argument("--sort", metavar="NAME", help="a metric, eval/rewards/margins, or a config key, loss.beta")
@@ -254,7 +257,7 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(as_json(runs, keys), indent=1))
     else:
-        # As wide as it is: a narrow terminal wraps lines, where a narrower table would cut metrics.
+        # Wider than any terminal, which then wraps long lines; a table that fits would truncate metrics.
         Console(highlight=False, width=10_000).print(table_of(runs, keys))
         print(f"sorted by {by or 'nothing'}; train: mean of the last {LAST_STEPS} steps")
     write_entries(runs, keys)

@@ -1,4 +1,4 @@
-"""What becomes of a job when the torchruns of its nodes have ended; pure, the table of `launch.node` in code."""
+"""Decides whether a job is done, has failed or starts again: the table of `launch.node` as a pure function."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,24 +12,29 @@ STOPPED = Outcome("stopped", "ended by SIGTERM (scancel, a requeue, a lost node)
 
 @dataclass(frozen=True)
 class End:
-    """How a job ended this time, as its first node knows it."""
+    """How one start of a job ended, as the first node knows it."""
 
     exit_code: int
-    """Of the first node's torchrun."""
+    """Exit code of the first node's torchrun."""
     asked_to_stop: bool
-    """SIGUSR2 or SIGTERM came."""
+    """SIGUSR2 or SIGTERM was received."""
     was_ended: bool
-    """SIGTERM came, and the job is not meant to go on."""
+    """SIGTERM was received, and the job must not start again."""
     status: Mapping[str, Any]
-    """What rank 0 wrote (`dpo.base.status.write_status`); empty: nothing."""
+    """The status that rank 0 wrote (`dpo.base.status.write_status`); empty: none."""
     failures: Sequence[Failure] = ()
-    """Of all nodes."""
+    """The failures on all nodes."""
     crashes_before: int = 0
-    """How often a crash has restarted the job since it made progress."""
+    """Number of restarts after a crash since the newest checkpoint."""
 
 
 def decide(end: End, max_crashes: int) -> Outcome:
-    """The outcome; `preempted` and `crashed` mean that the job starts again."""
+    """Returns the outcome of a job. It starts again after `preempted` and `crashed`.
+
+    Args:
+        end: how this start of the job ended.
+        max_crashes: maximum number of restarts after crashes without a new checkpoint in between.
+    """
     if end.exit_code == 0 and _state(end) == "done":
         return _done(end)
     if end.was_ended:
@@ -48,7 +53,7 @@ def decide(end: End, max_crashes: int) -> Outcome:
 
 
 def _state(end: End) -> str:
-    """What rank 0 wrote: it tells a run that is done from one that stopped to go on."""
+    """Returns the state that rank 0 wrote, "done" or "preempted"; if it wrote none, whether a signal came decides."""
     return str(end.status.get("state", "preempted" if end.asked_to_stop else "done"))
 
 
@@ -59,4 +64,4 @@ def _done(end: End) -> Outcome:
 def _preempted(end: End) -> Outcome:
     if end.status.get("state") == "preempted":
         return Outcome("preempted", f"saved at step {end.status['step']}" if "step" in end.status else "saved")
-    return Outcome("preempted", "the ranks did not end in time (--signal-delay); goes on from the checkpoint before", 1)
+    return Outcome("preempted", "the ranks did not exit in time (--signal-delay); resumes from the last checkpoint", 1)

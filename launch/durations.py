@@ -1,4 +1,4 @@
-"""SLURM's ways to write a duration."""
+"""SLURM's formats of a duration."""
 
 import re
 
@@ -10,9 +10,9 @@ _WITHOUT_DAYS = re.compile(r"((?P<h>\d+):(?=\d+:))?(?P<m>\d+)(:(?P<s>\d+))?")
 
 
 def minutes_of(text: str) -> int:
-    """The minutes of a duration; seconds are rounded up to the next minute, as SLURM does.
+    """Returns a duration in minutes, rounded up as SLURM does.
 
-    Raises UserError where it is none, or is zero (which SLURM reads as no limit at all).
+    Raises UserError if `text` has none of SLURM's formats, or is zero (which SLURM reads as no limit at all).
     """
     match = _WITH_DAYS.fullmatch(text) or _WITHOUT_DAYS.fullmatch(text)
     if match is None:

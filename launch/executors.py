@@ -1,4 +1,4 @@
-"""submitit's executor for a request, and what it submits: scripts and ids."""
+"""Submits jobs through submitit's executor, and prints the scripts that it would submit."""
 
 import io
 import os
@@ -17,15 +17,17 @@ from launch.arguments import Request
 from launch.reports import Submission
 
 GPU_DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
-"""Where a machine has GPUs that torch can use, one of these is there."""
+"""Device files of GPU drivers; a machine whose GPUs torch can use has one of them."""
 
 Work = Callable[[], None]
 
 
 def slurm_parameters(request: Request, name: str, after: Sequence[str] = ()) -> dict[str, Any]:
-    """The parameters of submitit's SlurmExecutor for a job, or an array, that waits until the jobs `after` are done."""
+    """Returns the parameters of submitit's SlurmExecutor for a job or an array that waits until the jobs `after` are
+    done.
+    """
     options: dict[str, str | bool] = {"requeue": True, **dict(request.sbatch)}
-    if after:  # if one of them fails, this one would wait for ever
+    if after:  # SLURM keeps a job in the queue for ever whose dependency has failed, unless told otherwise
         options |= {"dependency": ":".join(["afterok", *after]), "kill-on-invalid-dep": "yes"}
     parameters: dict[str, Any] = {
         "job_name": name,
@@ -48,7 +50,9 @@ def slurm_parameters(request: Request, name: str, after: Sequence[str] = ()) -> 
 
 
 def _srun_args(request: Request) -> list[str]:
-    """A task has all CPUs of its node, and none is ended because another has: the first one is the last to know."""
+    """Returns srun's arguments: every task has all CPUs of its node, and srun does not end tasks when another task
+    ends, since the first node must still collect the reports of all nodes.
+    """
     args = ["--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]
     if request.container_image:
         here = os.fspath(Path.cwd())
@@ -59,7 +63,15 @@ def _srun_args(request: Request) -> list[str]:
 
 
 def sbatch_script(request: Request, folder: Path, name: str, count: int = 1, after: Sequence[str] = ()) -> str:
-    """The script that sbatch would get for `count` jobs, also where SLURM is not installed."""
+    """Returns the script that would be submitted for `count` jobs. Works without SLURM.
+
+    Args:
+        request: the command line of the launcher.
+        folder: for pickles and logs of the jobs.
+        name: of the job.
+        count: number of jobs; more than 1 makes an array.
+        after: ids of the jobs to wait for.
+    """
     where = folder.absolute()
     command = f"{shlex.quote(request.python)} -u -m submitit.core._submit {shlex.quote(str(where))}"
     parameters = slurm_parameters(request, name, after)
@@ -68,7 +80,7 @@ def sbatch_script(request: Request, folder: Path, name: str, count: int = 1, aft
 
 
 def check_cluster(request: Request) -> None:
-    """Raises UserError where there is no SLURM to submit to, or this machine has no GPUs for a run here."""
+    """Raises UserError if SLURM is asked for and not installed, or GPUs for a run on this machine that has none."""
     if request.cluster == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         valid = "a machine with SLURM, --cluster local, --cluster debug, --dry-run"
         raise UserError("command line: --cluster", "no sbatch on PATH", valid)
@@ -79,11 +91,20 @@ def check_cluster(request: Request) -> None:
 def submit_to_slurm(
     request: Request, folder: Path, name: str, works: Sequence[Work], after: Sequence[str] = ()
 ) -> list[Submission]:
-    """Queues jobs, as an array if there are several. Raises RunError where sbatch refuses."""
+    """Queues jobs, as an array if there are several, and returns their ids and logs. Raises RunError if sbatch refuses
+    them.
+
+    Args:
+        request: the command line of the launcher.
+        folder: for scripts, pickles and logs of the jobs.
+        name: of the job.
+        works: the callable of each job.
+        after: ids of the jobs to wait for.
+    """
     executor = submitit.SlurmExecutor(folder, max_num_timeout=request.max_timeouts, python=shlex.quote(request.python))
     executor.update_parameters(**slurm_parameters(request, name, after))
     try:
-        with redirect_stderr(io.StringIO()):  # submitit prints there what it also raises
+        with redirect_stderr(io.StringIO()):  # submitit prints its exceptions too
             jobs = executor.submit_array(works)
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as failure:
         raise RunError(f"sbatch refuses the job: {str(failure).replace('sbatch: error: ', '')}") from failure

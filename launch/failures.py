@@ -1,6 +1,13 @@
-"""Which failure was the first: that of the rank to blame, not those of the ranks that lost it.
+"""Finds the failure to blame for the end of a job, among the failures of all ranks.
 
-torchrun blames whom it saw first, on its own node; a rank that only lost its peer is often that one.
+When a rank fails, the ranks that wait for it fail too ("Connection closed by peer"). torchrun reports the failure that
+it saw first on its own node, which is often one of these consequences. Example, with the failures of two nodes:
+
+    rank 3  10:00:02.1  RuntimeError: Connection closed by peer     blame 2: lost a peer
+    rank 1  10:00:01.9  killed by SIGKILL                           blame 0: stands for itself
+    rank 0  10:00:02.0  killed by SIGTERM                           blame 3: ended by torchrun
+
+`first_cause` takes the lowest blame, then the earliest time: rank 1.
 """
 
 import json
@@ -18,55 +25,55 @@ _LOST_PEER = re.compile(
     r"gloo/transport/|Connection closed by peer|Connection reset by peer|Broken pipe"
     r"|^Dist(Backend|Network|Store)Error|ncclRemoteError|NCCL communicator was aborted|^SignalException"
 )
-"""What a rank says that only lost another one, or waited for it in vain; and torchrun, when it was ended itself."""
+"""Messages of a rank that lost another rank, or waited for it in vain; and of a torchrun that was ended by a signal."""
 
 _BROKEN_MACHINE = re.compile(
     r"uncorrectable (ECC|NVLink)|fallen off the bus|GPU is lost|no CUDA-capable device|Stale file handle", re.IGNORECASE
 )
-"""What a rank says whose GPU or file server is gone: on another node, or a little later, it would go on."""
+"""Messages of a rank whose GPU or file server is gone. On another node, or later, the same command can succeed."""
 
 _TRACEBACK = re.compile(
     r"^Traceback \(most recent call last\):\n(?: .*\n|\n)*(?P<last>\w[\w.]*: .*|\w+)$", re.MULTILINE
 )
-"""On stderr, with its last line."""
+"""A Python traceback on stderr; the group `last` is its last line."""
 
 _TABLE_ROW = re.compile(
     r"^ +time +: (?P<time>\S+)\n +host .*\n +rank +: (?P<rank>\d+) \(local_rank: (?P<local>\d+)\)\n"
     r" +exitcode +: (?P<code>-?\d+)",
     re.MULTILINE,
 )
-"""A rank in the table that torchrun prints when it fails."""
+"""The entry of a rank in the table that torchrun prints when it fails."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How one rank ended, or torchrun itself where `rank` is null."""
+    """The failure of one rank, or of torchrun itself if `rank` is None."""
 
     host: str
     rank: int | None
     time: float
     """Seconds since 1970."""
     message: str
-    """`ValueError: what it said`, or how the process was killed."""
+    """`ValueError: message of the exception`, or how the process was killed."""
     killed_by: int = 0
-    """The signal that ended it; 0: none."""
+    """The signal that ended the process; 0: none."""
     traceback: str = ""
-    """Of a bug; none of what was told to the user."""
+    """The traceback of a bug; empty for errors that are meant for the user."""
     told: str = ""
-    """What the program told its user, in its own words; empty where it has none for this failure."""
+    """The line that the program told its user; empty for a bug."""
     exit_code: int = 1
-    """Of the rank: 2 the user's input is wrong, else 1."""
+    """The exit code of the rank: 2 if the input of the user is wrong, else 1."""
 
     @property
     def lost_peer(self) -> bool:
-        """Whether it only says that another rank is gone."""
+        """Returns whether this failure is only the consequence of another rank's end."""
         return bool(_LOST_PEER.search(self.message)) or self.killed_by == signal.SIGTERM
 
     @property
     def blame(self) -> int:
-        """0 for what stands for itself; higher for what may be, or surely is, the consequence of another failure.
-
-        NCCL aborts (SIGABRT) ranks that waited too long; torchrun ends (SIGTERM) the neighbours of a rank that failed.
+        """Returns how likely this is the consequence of another failure: 0 a failure of its own; 1 SIGABRT, with which
+        NCCL aborts ranks that waited too long; 2 a lost peer; 3 SIGTERM, with which torchrun ends the other ranks of
+        its node when one has failed.
         """
         if self.lost_peer:
             return 3 if self.killed_by else 2
@@ -74,82 +81,91 @@ class Failure:
 
     @property
     def is_exception(self) -> bool:
-        """Whether the program itself ended, which it would do again, and nothing killed it from outside."""
+        """Returns whether the program itself raised, so that a restart would fail again; False if the process was
+        killed, lost a peer or lost its machine.
+        """
         return not self.killed_by and not self.lost_peer and not _BROKEN_MACHINE.search(self.message)
 
     @property
     def is_users(self) -> bool:
-        """Whether the user's input is wrong."""
+        """Returns whether the input of the user is wrong."""
         return self.exit_code == EXIT_CODES[UserError]
 
     def __str__(self) -> str:
         if self.is_users:
             return self.told
-        who = "torchrun" if self.rank is None else f"rank {self.rank}"
-        return f"{who} on {self.host}: {self.told or self.message}"
+        process = "torchrun" if self.rank is None else f"rank {self.rank}"
+        return f"{process} on {self.host}: {self.told or self.message}"
 
 
 def first_cause(failures: Iterable[Failure]) -> Failure | None:
-    """The failure to show: of those that stand for themselves the earliest."""
+    """Returns the failure to report: the lowest `blame`, then the earliest; None if there are no failures."""
     return min(failures, key=lambda failure: (failure.blame, failure.time), default=None)
 
 
 def failures_of_node(log_dir: Path, torchrun_error: Path, stderr: str, host: str, first_rank: int) -> list[Failure]:
-    """What torchrun left of its ranks: their error files, and for ranks without one the table on its stderr.
+    """Collects the failures of the ranks of a node: from their error files, and for ranks without one from the table on
+    torchrun's stderr; if there are none, from torchrun's own error file.
 
-    first_rank: the rank with local rank 0.
+    Args:
+        log_dir: torchrun's log folder, with the error files of the ranks.
+        torchrun_error: torchrun's own error file.
+        stderr: the last lines of torchrun and its ranks.
+        host: name of the node.
+        first_rank: the rank with local rank 0.
     """
     raised = {first_rank + local: path for local, path in _error_files(log_dir)}
-    found = [_read_error(path, host, rank) for rank, path in raised.items()]
-    words = None if raised else _last_words(stderr)
-    found += [failure for failure in _table(stderr, host, words) if failure.rank not in raised]
-    if not found and torchrun_error.exists():
-        found.append(_read_error(torchrun_error, host, None))
-    return found
+    failures = [_read_error(path, host, rank) for rank, path in raised.items()]
+    message = None if raised else _last_traceback_line(stderr)
+    failures += [failure for failure in _table(stderr, host, message) if failure.rank not in raised]
+    if not failures and torchrun_error.exists():
+        failures.append(_read_error(torchrun_error, host, None))
+    return failures
 
 
 def _error_files(log_dir: Path) -> Iterator[tuple[int, Path]]:
-    """(local rank, file) of each rank that raised."""
+    """Yields (local rank, error file) of each rank that raised."""
     for path in sorted(log_dir.glob("*/attempt_*/*/error.json")):
         yield int(path.parent.name), path
 
 
 def _read_error(path: Path, host: str, rank: int | None) -> Failure:
-    """`dpo.distributed.program` writes the time to the fraction of a second, torchelastic to the second: the file's own
-    is finer.
+    """Reads a rank's error file. Its time is the `seconds` that `dpo.distributed.failures` writes, with fractions; in
+    files of torchelastic, which writes whole seconds, the modification time of the file.
     """
     time = path.stat().st_mtime
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))["message"]
+        message = json.loads(path.read_text(encoding="utf-8"))["message"]
     except (ValueError, KeyError):
-        return Failure(host, rank, time, f"its error file {path} is not whole")
-    if isinstance(told, str):
-        return Failure(host, rank, time, told)
-    extra = told["extraInfo"]
+        return Failure(host, rank, time, f"its error file {path} is incomplete")
+    if isinstance(message, str):
+        return Failure(host, rank, time, message)
+    extra = message["extraInfo"]
     stack, ours = extra["py_callstack"], {key: extra[key] for key in ("told", "exit_code") if key in extra}
     traceback = stack if stack.startswith("Traceback") else ""
-    return Failure(host, rank, extra.get("seconds", time), told["message"], traceback=traceback, **ours)
+    return Failure(host, rank, extra.get("seconds", time), message["message"], traceback=traceback, **ours)
 
 
-def _table(stderr: str, host: str, last_words: str | None) -> Iterator[Failure]:
-    """The ranks in torchrun's table."""
+def _table(stderr: str, host: str, message: str | None) -> Iterator[Failure]:
+    """Yields the failures in torchrun's table. A rank that was not killed gets `message`, or else its exit code."""
     for row in _TABLE_ROW.finditer(stderr):
         code = int(row["code"])
-        time = datetime.fromisoformat(row["time"]).timestamp() + 0.999  # cut to a second: it may have been its last ms
+        time = datetime.fromisoformat(row["time"]).timestamp() + 0.999  # printed in whole seconds, rounded down
         if code < 0:
             how = f"killed by {_signal_name(-code)}, without a Python exception"
             yield Failure(host, int(row["rank"]), time, how, killed_by=-code)
         else:
-            yield Failure(host, int(row["rank"]), time, last_words or f"exit code {code}")
+            yield Failure(host, int(row["rank"]), time, message or f"exit code {code}")
 
 
-def _last_words(stderr: str) -> str | None:
-    """Why a rank ended before it could write an error file, a missing library for one: its traceback's last line.
+def _last_traceback_line(stderr: str) -> str | None:
+    """Returns the last line of the first traceback on stderr: why a rank ended before it could write an error file, for
+    example because a library is missing.
 
-    The ranks' stderr is one stream: whose traceback it is it does not say, but then mostly all have the same.
+    All ranks of a node share one stderr, so the traceback may be another rank's; usually all ranks then have the same.
     """
-    found = _TRACEBACK.search(stderr)
-    return found["last"] if found else None
+    traceback = _TRACEBACK.search(stderr)
+    return traceback["last"] if traceback else None
 
 
 def _signal_name(number: int) -> str:
@@ -160,6 +176,6 @@ def _signal_name(number: int) -> str:
 
 
 def describe(failures: Sequence[Failure]) -> str:
-    """The one line about why a job failed."""
+    """Returns, in one line, why a job failed."""
     cause = first_cause(failures)
-    return str(cause) if cause else "torchrun ended with an error and none of its ranks says why"
+    return str(cause) if cause else "torchrun failed, and none of its ranks reported why"

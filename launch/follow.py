@@ -1,7 +1,8 @@
-"""Shows what jobs do until they end, and how they ended.
+"""Follows jobs until they end, and reports how they ended.
 
-A single job's log is shown as it grows. Of several only the changes are told. Never by sacct, which submitit's own
-`results()` waits for in vain where there is no accounting: jobs report themselves, and squeue tells those that cannot.
+The log of a single job is printed as it grows; of several jobs only changes of state are printed. Jobs report their own
+state in files; squeue answers for jobs that cannot. submitit's `results()` is not used: it asks sacct, and on clusters
+without accounting waits for ever.
 """
 
 import sys
@@ -19,14 +20,14 @@ from launch.reports import FINAL, Outcome, Submission, read_outcome
 
 _LOOK_SECONDS = 0.5
 _QUEUE_SECONDS = 10.0
-"""Time between questions to SLURM's controller, which serves everybody."""
-_LAST_WORDS_SECONDS = 3.0
-"""A job that has left the queue has this long to say how it ended."""
+"""Time between calls of squeue, which load SLURM's controller for all users."""
+_LAST_REPORT_SECONDS = 3.0
+"""Time that a job has, after it has left the queue, until its report of how it ended must be readable."""
 
 
 @dataclass(frozen=True)
 class Followed:
-    """A job that is followed."""
+    """A job to follow."""
 
     name: str
     submission: Submission
@@ -35,13 +36,19 @@ class Followed:
 
 
 def follow(jobs: Sequence[Followed]) -> None:
-    """Waits until all jobs have ended. Raises RunError, or UserError where the input was wrong, if one is not done."""
+    """Waits until all jobs have ended.
+
+    Raises:
+        UserError: if the first job that is not done ended because of wrong input.
+        RunError: if it ended for another reason.
+        KeyboardInterrupt: after Ctrl-C; the jobs keep running, and the command that cancels them is printed.
+    """
     try:
         outcomes = _watch(jobs)
     except KeyboardInterrupt:
         names = list(dict.fromkeys(job.submission.whole for job in jobs))
         cancel = cancel_command(jobs[0].submission.cluster, names)
-        print(f"\nthe job goes on; to cancel it: {cancel}", file=sys.stderr)
+        print(f"\nthe job keeps running; to cancel it: {cancel}", file=sys.stderr)
         raise
     failed = [(job, outcome) for job, outcome in zip(jobs, outcomes, strict=True) if outcome.state != "done"]
     if failed:
@@ -52,7 +59,7 @@ def follow(jobs: Sequence[Followed]) -> None:
 
 
 def cancel_command(cluster: str, jobs: Sequence[str]) -> str:
-    """What a person types to end jobs."""
+    """Returns the shell command that cancels jobs."""
     return f"scancel {' '.join(jobs)}" if cluster == "slurm" else f"kill -- -{jobs[0]}"
 
 
@@ -72,14 +79,14 @@ def _watch(jobs: Sequence[Followed]) -> list[Outcome]:
 
 
 class _Log:
-    """A file that grows, from its beginning."""
+    """Prints a file that grows, from its beginning."""
 
     def __init__(self, path: Path):
         self.path = path
         self.shown = 0
 
     def show(self) -> None:
-        """Prints what is new."""
+        """Prints the bytes that were appended since the last call."""
         if not self.path.exists():
             return
         with self.path.open("rb") as file:
@@ -91,7 +98,7 @@ class _Log:
 
 
 class _Watch:
-    """What is known of one job, asked now and then."""
+    """Asks for the state of one job, and remembers it."""
 
     def __init__(self, job: Followed):
         self.job = job
@@ -99,10 +106,10 @@ class _Watch:
         self.told = ""
         self.next_question = 0.0
         self.misses = 0
-        """How often in a row the queue did not know the job: its last words may come after it has left."""
+        """Number of questions in a row after which the job was not in the queue. Its report may arrive later."""
 
     def look(self) -> Outcome | None:
-        """How the job ended; null: it has not."""
+        """Returns how the job ended, or None if it has not ended."""
         outcome = read_outcome(self.job.reports)
         if outcome is not None and outcome.state in FINAL:
             self.state = outcome.state
@@ -112,7 +119,7 @@ class _Watch:
         state = self._ask()
         self.state = state.lower() if state else "not in the queue"
         is_over = state is None or bool(squeue.ENDED.fullmatch(state))
-        self.next_question = time.monotonic() + (_LAST_WORDS_SECONDS if is_over else _QUEUE_SECONDS)
+        self.next_question = time.monotonic() + (_LAST_REPORT_SECONDS if is_over else _QUEUE_SECONDS)
         self.misses = self.misses + 1 if is_over else 0
         return Outcome("failed", _why(state, outcome), 1) if self.misses > 1 else None
 
@@ -122,13 +129,13 @@ class _Watch:
         return "RUNNING" if is_active(self.job.submission) else None
 
     def tell(self) -> None:
-        """Says the state if it is another than the last time."""
+        """Prints the state of the job if it has changed since the last call."""
         if self.state != self.told:
             say(f"{self.job.name} (job {self.job.submission.job}): {self.state}")
             self.told = self.state
 
 
 def _why(state: str | None, outcome: Outcome | None) -> str:
-    """The end of a job that did not tell it itself, from what the queue says and the last that it said."""
-    said = f"; before that: {outcome.state}, {outcome.message}" if outcome is not None and outcome.message else ""
-    return f"ended as {state}{said}" if state else f"has ended and did not say how{said}"
+    """Returns how a job ended that did not report it: its state in the queue, and its last report."""
+    before = f"; before that: {outcome.state}, {outcome.message}" if outcome is not None and outcome.message else ""
+    return f"ended as {state}{before}" if state else f"has ended without a report{before}"

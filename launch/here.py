@@ -1,6 +1,6 @@
-"""Runs on this machine, one after the other: in this process, or in one that this file is the program of.
+"""Starts runs on this machine, one after another: in this process, or in the background with this file as program.
 
-There is no queue and no limit of time: a run that saved and ended (SIGUSR2), or lost a rank, starts again at once.
+There is no queue and no time limit: a run that saved and ended (SIGUSR2), or lost a rank, starts again at once.
 """
 
 import os
@@ -22,17 +22,17 @@ from launch.torchrun import Place
 
 @dataclass(frozen=True)
 class RunsHere:
-    """What one process does."""
+    """The runs that one process starts, one after another."""
 
     references: tuple[NodeJob, ...]
-    """Without these the runs are not started."""
+    """Jobs that fill the reference cache; if one fails, the runs are not started."""
     runs: tuple[NodeJob, ...]
     folder: Path
-    """Of the reports about all of it; a single run's own."""
+    """Folder of the report about all runs; of a single run, the folder of its own reports."""
 
 
 def run_here(work: RunsHere) -> None:
-    """Runs all; raises SystemExit with the first failure's exit code if any failed."""
+    """Starts all runs, one after another. Raises SystemExit with the exit code of the first that failed, if any did."""
     outcomes = [run_to_end(job) for job in work.references]
     if all(outcome.state == "done" for outcome in outcomes):
         outcomes = [run_to_end(job) for job in work.runs]
@@ -51,7 +51,9 @@ def _of_all(outcomes: Sequence[Outcome], failures: Sequence[Outcome]) -> Outcome
 
 
 def run_to_end(job: NodeJob) -> Outcome:
-    """How a run ends, however often it must start again. Raises SystemExit if SIGTERM ended it."""
+    """Starts a run again until it is done or has failed, and returns its outcome. Raises SystemExit if SIGTERM ended
+    it.
+    """
     place = Place(0, (socket.gethostname(),), 0)
     while True:
         attempt = Attempt(job.folder, len(history(job.folder)))
@@ -67,7 +69,9 @@ def run_to_end(job: NodeJob) -> Outcome:
 
 
 def start_in_background(work: RunsHere, log: Path, python: str, setup: Sequence[str]) -> int:
-    """Starts a process that does the work and writes to `log`; the number of its group, which Ctrl-C does not reach."""
+    """Starts a background process that does the work and writes to `log`. Returns the id of its process group, which is
+    not the terminal's, so that Ctrl-C does not reach it.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     file = log.with_suffix(".pkl")
     file.write_bytes(pickle.dumps(work))
@@ -77,17 +81,17 @@ def start_in_background(work: RunsHere, log: Path, python: str, setup: Sequence[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             *((os.POSIX_SPAWN_DUP2, stream.fileno(), number) for number in (1, 2)),
         ]
-        defaults = (signal.SIGPIPE, signal.SIGXFSZ)  # which Python ignores
-        # Not a Popen, which expects to be waited for.
+        defaults = (signal.SIGPIPE, signal.SIGXFSZ)  # Python ignores them, and a child would inherit that
+        # Not a Popen: it warns if nobody waits for the process.
         process = os.posix_spawnp(
             "bash", ["bash", "-c", script], os.environ, file_actions=actions, setsid=True, setsigdef=defaults
         )
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # a child that has ended would look alive until somebody waits for it
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # else a child that has ended would stay as a zombie and look alive
     return process
 
 
 def main() -> None:
-    """`python -m launch.here FILE`: what `start_in_background` starts."""
+    """Starts the runs in a pickle: `python -m launch.here FILE`, which `start_in_background` starts."""
     run_here(pickle.loads(Path(sys.argv[1]).read_bytes()))
 
 

@@ -1,16 +1,16 @@
-"""What runs on each node of a job: its torchrun; and on the first node what becomes of the job when that has ended.
+"""The program on each node of a job: it runs torchrun, and on the first node decides whether the job starts again.
 
 | torchrun ended because                              | the job                                                     |
 |-----------------------------------------------------|-------------------------------------------------------------|
 | all ranks are done                                  | is done                                                     |
 | SIGUSR2: time is up, or preempted; the ranks saved  | starts again; after time-outs at most --max-timeouts times  |
-| SIGUSR2, but the ranks did not end in time          | the same; it goes on from the checkpoint before             |
-| a rank raised an exception                          | fails, with that of the rank that was first                 |
+| SIGUSR2, but the ranks did not end in time          | starts again from the checkpoint before; counted likewise   |
+| a rank raised an exception                          | fails, with the exception of the rank that failed first     |
 | a rank was killed, or a node was lost               | starts again; without progress at most --max-crashes times  |
 | SIGTERM, and SLURM lets the job run: preempted      | as SIGUSR2                                                  |
-| SIGTERM: scancel, scontrol requeue, kill            | ends, and SLURM decides; a requeued one goes on             |
+| SIGTERM: scancel, scontrol requeue, kill            | ends, and SLURM decides; a requeued job resumes             |
 
-Every start goes on from the newest checkpoint of the run folder, since the command is the same.
+Every start resumes from the newest checkpoint in the run folder, since the command is the same.
 """
 
 import socket
@@ -38,8 +38,8 @@ from launch.supervise import Signals
 from launch.torchrun import Place
 
 _REPORT_SECONDS = 90.0
-"""How long the first node waits for what the others say: torchrun takes up to 30 s to end its ranks, and NFS up to 60
-to show a new file."""
+"""How long the first node waits for the reports of the others: torchrun takes up to 30 s to end its ranks, and NFS up
+to 60 s to show a new file."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class NodeJob:
 
     program: torchrun.Program
     folder: Path
-    """Of the submission's reports (`launch.reports`); all nodes see it."""
+    """Folder of the submission's reports (`launch.reports`), which all nodes share."""
     signal_delay: int
-    """Seconds between SIGUSR2 and the end of the job: three quarters for the ranks to save, one sixth to end them and
-    to hear from all nodes, the rest for the requeueing."""
+    """Seconds between SIGUSR2 and the end of the job: 3/4 for the ranks to save, 1/6 to end them and to collect the
+    reports of all nodes, 1/12 to requeue. Of 120 s: 90, 20 and 10 s."""
     max_crashes: int
 
     def run(self, place: Place, attempt: Attempt, noted: Signals) -> NodeReport:
-        """This node's torchrun, to its end."""
+        """Runs this node's torchrun to its end, and writes and returns the report of this node."""
         if place.node == 0:
             attempt.status.unlink(missing_ok=True)
             write_outcome(self.folder, Outcome("running"))
@@ -79,12 +79,14 @@ class NodeJob:
         if torchrun.num_cpus() < self.program.ranks_per_node:
             warn(f"{self.program.ranks_per_node} ranks share {torchrun.num_cpus()} CPUs; see --cpus-per-gpu")
 
-    def conclude(self, place: Place, attempt: Attempt, noted: Signals, mine: NodeReport) -> Outcome:
-        """What becomes of the job, from what all nodes say; tells it. For the first node alone."""
-        reports = self._all_reports(place, attempt, noted) if mine.exit_code else [mine]
+    def conclude(self, place: Place, attempt: Attempt, noted: Signals, own: NodeReport) -> Outcome:
+        """Decides the outcome of the job from the reports of all nodes, then writes, prints and returns it. The first
+        node alone calls this; `own` is its own report.
+        """
+        reports = self._all_reports(place, attempt, noted) if own.exit_code else [own]
         noted.look()
         end = End(
-            mine.exit_code,
+            own.exit_code,
             asked_to_stop=noted.stop_since is not None,
             was_ended=noted.ended,
             status=read_json(attempt.status) or {},
@@ -95,7 +97,7 @@ class NodeJob:
         return self.tell(outcome)
 
     def _all_reports(self, place: Place, attempt: Attempt, noted: Signals) -> list[NodeReport]:
-        """What all nodes say; one that says nothing in time is lost."""
+        """Waits for the reports of all nodes, and returns the reports that arrive in time; other nodes are lost."""
         nodes = range(len(place.hosts))
         deadline = time.monotonic() + _REPORT_SECONDS
         while not all(attempt.has_report(node) for node in nodes) and time.monotonic() < deadline and not noted.ended:
@@ -106,7 +108,7 @@ class NodeJob:
         return [attempt.read_report(node) for node in nodes if attempt.has_report(node)]
 
     def tell(self, outcome: Outcome) -> Outcome:
-        """Writes down how the job stands and says it."""
+        """Writes the outcome of the job to its reports, prints and returns it."""
         write_outcome(self.folder, outcome)
         add_to_history(self.folder, outcome)
         if outcome.state == "failed":

@@ -1,12 +1,13 @@
-"""The files by which the nodes of a job, and whoever follows it, tell each other what happens.
+"""The files in which the nodes of a job report its state, for each other and for the commands that follow it.
 
 RUN/jobs/2026-01-31_10.15.00_4f1a/   one submission; beside it lie scripts, pickles and logs
-    submitted.json                   cluster and job id, for whoever submits or follows
-    outcome.json                     how it stands: written by the first node alone
+    submitted.json                   cluster and job id: written by `launch.submit`
+    outcome.json                     the state of the job: written by the first node alone
     history.jsonl                    one line for each time the job ended
-    status.json                      how the ranks ended, written by rank 0 (`dpo.base.status.write_status`)
-    attempt-0/node-1.json            how a node's torchrun ended: written by that node; `failed` beside it if badly
-    attempt-0/node-1/                torchrun's log folder: the exception of each rank that raised one
+    status.json                      how the ranks ended: written by rank 0 (`dpo.base.status.write_status`)
+    attempt-0/node-1.json            how a node's torchrun ended: written by that node
+    attempt-0/failed                 exists once the torchrun of any node has failed
+    attempt-0/node-1/                torchrun's log folder: the exception of each rank that raised
 """
 
 import json
@@ -27,16 +28,16 @@ FINAL = ("done", "failed")
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a submission stands, or how it ended."""
+    """The state of a submission: running, or how it ended."""
 
     state: State
-    """running; done; failed; stopped: by a signal of SLURM or a person; preempted and crashed: it starts again."""
+    """running; done; failed; stopped: by a signal from SLURM or a person; preempted, crashed: the job starts again."""
     message: str = ""
-    """What people are told."""
+    """One line for the user."""
     exit_code: int = 0
-    """For a failure: 2 the user's input was wrong, 1 anything else."""
+    """For a failure: 2 if the user's input was wrong, 1 otherwise."""
     traceback: str = ""
-    """Of the exception that made it fail."""
+    """The traceback of the exception that made the job fail."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class NodeReport:
 
 
 def new_submission(run_dir: Path) -> Path:
-    """A folder for the reports of one submission, with a name that no other one has; not made yet."""
+    """Returns the path of a new folder for the reports of one submission, with a unique name. Does not make it."""
     stamp = datetime.now().strftime("%Y-%m-%d_%H.%M.%S")
     return (run_dir / JOBS / f"{stamp}_{secrets.token_hex(2)}").absolute()
 
@@ -60,63 +61,65 @@ class Attempt:
     submission: Path
     """The folder of the submission."""
     number: int
-    """How often the job was started before."""
+    """Number of starts of the job before this one."""
 
     @property
     def status(self) -> Path:
-        """What rank 0 writes when the ranks end well."""
+        """Returns the file that rank 0 writes when the ranks end well."""
         return self.submission / "status.json"
 
     @property
     def folder(self) -> Path:
-        """Where the nodes report."""
+        """Returns the folder with the reports of the nodes."""
         return self.submission / f"attempt-{self.number}"
 
     @property
     def failed(self) -> Path:
-        """A file that is there once the torchrun of any node has failed."""
+        """Returns the path of a file that exists once the torchrun of any node has failed."""
         return self.folder / "failed"
 
     def log_dir(self, node: int) -> Path:
-        """torchrun's log folder."""
+        """Returns torchrun's log folder on a node."""
         return self.folder / f"node-{node}"
 
     def torchrun_error(self, node: int) -> Path:
-        """Where torchrun writes an exception of its own, or copies that of its first rank."""
+        """Returns torchrun's own error file on a node, with an exception of torchrun or a copy of its first rank's."""
         return self.folder / f"node-{node}-torchrun.json"
 
     def _report(self, node: int) -> Path:
         return self.folder / f"node-{node}.json"
 
     def write_report(self, node: int, report: NodeReport) -> None:
-        """Tells the first node how this one's torchrun ended."""
+        """Writes how this node's torchrun ended, for the first node to read."""
         write_json(self._report(node), asdict(report))
         if report.exit_code:
             self.failed.touch()
 
     def has_report(self, node: int) -> bool:
-        """Whether a node has said how its torchrun ended."""
+        """Returns whether a node has reported how its torchrun ended."""
         return self._report(node).exists()
 
     def read_report(self, node: int) -> NodeReport:
-        """What a node said."""
+        """Reads the report of a node."""
         facts = read_json(self._report(node))
         return NodeReport(facts["exit_code"], tuple(Failure(**failure) for failure in facts["failures"]))
 
 
 def write_outcome(folder: Path, outcome: Outcome) -> None:
-    """Says how a submission stands. For the first node alone."""
+    """Writes the state of a submission. Called by the first node alone."""
     write_json(folder / "outcome.json", asdict(outcome))
 
 
 def read_outcome(folder: Path) -> Outcome | None:
-    """How a submission stands; null: no node has started yet."""
+    """Reads the state of a submission; None if no node has started yet."""
     facts = read_json(folder / "outcome.json")
     return None if facts is None else Outcome(**facts)
 
 
 def add_to_history(folder: Path, outcome: Outcome) -> None:
-    """One line more about how the job ended this time, and at which checkpoint. For the first node alone."""
+    """Appends a line to the history: how the job ended this time, and its newest checkpoint. Called by the first node
+    alone.
+    """
     line = {"time": datetime.now().isoformat(timespec="seconds"), "state": outcome.state, "message": outcome.message}
     line["checkpoint"] = _newest_checkpoint(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -125,12 +128,12 @@ def add_to_history(folder: Path, outcome: Outcome) -> None:
 
 
 def history(folder: Path) -> list[State]:
-    """The states in which the job ended before, in order."""
+    """Returns the states in which the job has ended so far, in order."""
     return [line["state"] for line in _read_history(folder)]
 
 
 def crashes_without_progress(folder: Path) -> int:
-    """How often a crash has restarted the job since the run's newest checkpoint was saved."""
+    """Returns the number of crashes since the newest checkpoint of the run was saved."""
     newest = _newest_checkpoint(folder)
     return [line["checkpoint"] for line in _read_history(folder) if line["state"] == "crashed"].count(newest)
 
@@ -142,29 +145,29 @@ def _read_history(folder: Path) -> list[Any]:
 
 
 def _newest_checkpoint(folder: Path) -> str:
-    """The name of the newest whole checkpoint in the run folder that a submission belongs to; empty: there is none."""
+    """Returns the name of the newest complete checkpoint of the run to which a submission belongs; "" if none."""
     markers = (folder.parents[1] / "checkpoints").glob("step-*/COMPLETE")
     return max((marker.parent.name for marker in markers), key=lambda name: (len(name), name), default="")
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What a submission became."""
+    """A submitted job."""
 
     cluster: str
     job: str
-    """SLURM's id; of a local job that of its process group."""
+    """SLURM's id of the job; the id of the process group of a local job."""
     log: str
-    """The file that the first node writes to."""
+    """The log file of the first node."""
 
     @property
     def whole(self) -> str:
-        """The id of the array that the job belongs to; its own if it is in none."""
+        """Returns the id of the array that the job belongs to, or the id of the job if it belongs to none."""
         return self.job.partition("_")[0]
 
 
 def submissions(run_dir: Path) -> Iterator[tuple[Path, Submission]]:
-    """All submissions into a run folder: the folder of their reports, and what became of them."""
+    """Yields (folder of the reports, submitted job) for all submissions into a run folder, the oldest first."""
     for path in sorted((run_dir / JOBS).glob("*/submitted.json")):
         facts = read_json(path)
         if facts is not None:
@@ -172,17 +175,17 @@ def submissions(run_dir: Path) -> Iterator[tuple[Path, Submission]]:
 
 
 def write_submission(folder: Path, submission: Submission) -> None:
-    """Records under which id the job can be found."""
+    """Writes the cluster, id and log of a submitted job."""
     write_json(folder / "submitted.json", asdict(submission))
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    """Writes a file that is never seen half-written."""
+    """Writes a JSON file atomically."""
     write_atomically(path, json.dumps(facts, indent=1).encode())
 
 
 def read_json(path: Path) -> Any:
-    """The content of a file of `write_json`; null: it is not there."""
+    """Reads a file of `write_json`; None if it does not exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

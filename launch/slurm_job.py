@@ -1,8 +1,8 @@
-"""The callable that submitit runs on SLURM, once on each node; the first node has submitit requeue the job.
+"""The callable that submitit runs on SLURM, once per node. The first node calls submitit to requeue the job.
 
-submitit's handler of SIGUSR2 requeues, and counts the time-outs: for one of them it takes every start of a job whose
-limit is 10 minutes or less, and otherwise what ends in the last fifth of the limit, or in its last 10 minutes where
-those are more; crashes too.
+submitit's handler of SIGUSR2 requeues the job and counts its time-outs. An end of the job, by a crash too, counts as a
+time-out if it falls in the last fifth of the time limit or in its last 10 minutes, whichever is longer. For a limit of
+10 minutes or less every end counts.
 """
 
 import os
@@ -22,18 +22,20 @@ from launch.node import NodeJob
 from launch.reports import Attempt, Outcome
 
 _REQUEUE_SECONDS = 120.0
-"""How long a requeueing that fails is tried again: SLURM's controller may be starting anew."""
+"""How long a failing requeue is retried: SLURM's controller may be restarting."""
 _AGAIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """What submitit pickles."""
+    """The callable that submitit pickles, and runs on each node."""
 
     job: NodeJob
 
     def __call__(self) -> None:
-        """Runs this node; raises SystemExit with the job's exit code unless the job is done."""
+        """Runs torchrun on this node, and on the first node decides what follows. Raises SystemExit with the exit code
+        of the job unless it is done.
+        """
         requeue: Any = signal.getsignal(signal.SIGUSR2)
         job = submitit.JobEnvironment()
         hosts = tuple(job.hostnames)
@@ -50,26 +52,28 @@ class SlurmJob:
             raise SystemExit(outcome.exit_code)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """What submitit runs after requeueing: the same again."""
+        """Returns the callable that submitit runs after requeueing: this one again."""
         return submitit.helpers.DelayedSubmission(self)
 
 
 def why_not_requeued(requeue: Callable[[int, None], None], noted: supervise.Signals) -> Outcome:
-    """Requeues the job, which raises SystemExit, or gives what becomes of it where that is not possible.
+    """Requeues the job, which raises SystemExit, or returns the outcome of a job that cannot be requeued.
 
-    requeue: submitit's handler of SIGUSR2.
+    Args:
+        requeue: submitit's handler of SIGUSR2.
+        noted: the signals received so far; a job that was cancelled meanwhile is not requeued.
     """
     deadline = time.monotonic() + _REQUEUE_SECONDS
     while True:
         noted.look()
-        if noted.ended:  # cancelled while it was saving: a requeued one would run in spite of that
+        if noted.ended:  # cancelled while saving: if requeued, the job would run again
             return STOPPED
         try:
             requeue(signal.SIGUSR2, None)
         except submitit.core.utils.UncompletedJobError:
-            return Outcome("failed", "its time was up too often (--max-timeouts); the same command goes on", 1)
+            return Outcome("failed", "its time was up too often (--max-timeouts); the same command resumes the run", 1)
         except (OSError, subprocess.SubprocessError) as failure:
             if time.monotonic() > deadline:
-                return Outcome("failed", f"the job cannot be requeued ({failure}); the same command goes on", 1)
+                return Outcome("failed", f"the job cannot be requeued ({failure}); the same command resumes the run", 1)
             warn(f"the job cannot be requeued yet: {failure}")
         time.sleep(_AGAIN_SECONDS)

@@ -1,4 +1,4 @@
-"""What SLURM says of its jobs, by squeue: sacct, which submitit asks, needs accounting that not every cluster has."""
+"""Asks squeue for the state of jobs. submitit asks sacct, which needs accounting that not every cluster has."""
 
 import re
 import subprocess
@@ -7,34 +7,34 @@ from dpo.base.console import warn
 
 UNKNOWN = "UNKNOWN"
 ENDED = re.compile("BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|TIMEOUT")
-"""States that a job does not leave."""
+"""Final states of a job."""
 
 _PATIENCE_SECONDS = 20.0
 
 
 def state(job: str) -> str | None:
-    """The state of a job as SLURM names it, RUNNING for one; null: SLURM does not know it (any more).
-
-    UNKNOWN where squeue does not answer, while its controller restarts for one.
+    """Returns the state of a job as SLURM names it, such as RUNNING; None if SLURM does not know the job (any more);
+    UNKNOWN if squeue does not answer, for example while SLURM's controller restarts.
     """
     return _ask(job, "%T")
 
 
 def is_active(job: str) -> bool:
-    """Whether a job waits or runs, or may do so where squeue does not answer."""
-    found = state(job)
-    return found is not None and not ENDED.fullmatch(found)
+    """Returns whether a job waits or runs. True if squeue does not answer, since the job may be active."""
+    job_state = state(job)
+    return job_state is not None and not ENDED.fullmatch(job_state)
 
 
 def goes_on(job: str) -> bool | None:
-    """Whether a job that SLURM has sent SIGTERM is meant to go on; null: squeue does not answer.
+    """Returns whether a job to which SLURM has sent SIGTERM should save and start again; None if squeue does not
+    answer.
 
-    RUNNING, it is preempted and has time to save. COMPLETING, it is cancelled or requeued, or has lost a node; or its
-    time is over, when it can still be requeued.
+    A RUNNING job is being preempted and has time to save. A COMPLETING job is cancelled or requeued or has lost a node,
+    and must end; but if the reason is its time limit, it can still be requeued.
     """
     answer = _ask(job, "%T/%r")
-    found, _, reason = str(answer).partition("/")
-    return None if answer == UNKNOWN else found == "RUNNING" or reason == "TimeLimit"
+    job_state, _, reason = str(answer).partition("/")
+    return None if answer == UNKNOWN else job_state == "RUNNING" or reason == "TimeLimit"
 
 
 def _ask(job: str, form: str) -> str | None:

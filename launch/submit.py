@@ -1,6 +1,6 @@
-"""One command from a config to a job: `python -m launch.submit --config FILE --nodes 2 --gpus-per-node 8 --time 1-0`.
+"""Submits a config as a job: `python -m launch.submit --config FILE --nodes 2 --gpus-per-node 8 --time 1-0`.
 
-Everything that can be wrong with the command line and the config is said before anything is queued.
+The command line and the config are checked completely before anything is queued.
 """
 
 import shlex
@@ -26,21 +26,21 @@ from launch.sweep import PlannedRun, planned_runs, reference_passes
 
 @dataclass(frozen=True)
 class Plan:
-    """What a command line asks for, checked and ready to be submitted."""
+    """The runs that a command line asks for, checked and ready to be submitted."""
 
     request: Request
     runs: Sequence[PlannedRun]
     references: Sequence[tuple[str, ...]]
-    """Command lines of `dpo.reference`, which come before the runs."""
+    """Command lines of `dpo.reference`, whose jobs must end before the runs start."""
 
     @property
     def root(self) -> Path:
-        """The folder of the run, or of all runs of a sweep."""
+        """Returns the run folder, or the folder that contains all run folders of a sweep."""
         return self.runs[0].dir if len(self.runs) == 1 and not self.request.sweep else self.runs[0].dir.parent
 
 
 def main() -> None:
-    """`python -m launch.submit`."""
+    """Submits runs: `python -m launch.submit`."""
     request = parse_request()
     runs = planned_runs(request)
     for run in runs:
@@ -63,7 +63,7 @@ def _program(request: Request, module: str, words: tuple[str, ...]) -> torchrun.
 
 
 def _job(request: Request, module: str, words: tuple[str, ...], run_dir: Path) -> NodeJob:
-    """A job, with a folder for what it reports."""
+    """Returns a job with a new folder for its reports."""
     return NodeJob(_program(request, module, words), new_submission(run_dir), request.signal_delay, request.max_crashes)
 
 
@@ -71,7 +71,7 @@ def _job(request: Request, module: str, words: tuple[str, ...], run_dir: Path) -
 
 
 def submit_to_slurm(plan: Plan) -> None:
-    """Queues the jobs of the reference cache, and after them the run, or the array of runs."""
+    """Queues the jobs that fill the reference cache, and the run or the array of runs that waits for them."""
     request, folder, name = plan.request, plan.root / JOBS, plan.root.name
     followed: list[Followed] = []
     for words in plan.references:
@@ -97,7 +97,13 @@ def _record(job: NodeJob, submission: Submission, name: str) -> Followed:
 
 
 def tell(plan: Plan, submissions: Sequence[Submission], after: Sequence[str] = ()) -> None:
-    """Prints what the user needs to know of jobs; `after` are those that fill the reference cache for them."""
+    """Prints for each job its id and run folder, and the commands that follow and cancel it.
+
+    Args:
+        plan: the runs.
+        submissions: the job of each run.
+        after: ids of the jobs that fill the reference cache first.
+    """
     for job in after:
         print(f"job     {job}  fills the reference cache first")
     for run, submission in zip(plan.runs, submissions, strict=True):
@@ -107,7 +113,7 @@ def tell(plan: Plan, submissions: Sequence[Submission], after: Sequence[str] = (
 
 
 def print_scripts(plan: Plan) -> None:
-    """Prints what would be submitted."""
+    """Prints the script for sbatch and the torchrun command of each job, and submits nothing."""
     for words in plan.references:
         _print_script(plan, f"{plan.root.name}-reference")
         _print_line(plan.request, "dpo.reference", words)
@@ -130,11 +136,11 @@ def _print_line(request: Request, module: str, words: tuple[str, ...]) -> None:
 
 
 def submit_here(plan: Plan) -> None:
-    """Runs on this machine, in the background or in this process; several runs one after the other."""
+    """Starts the runs on this machine, in the background or in this process, one after another."""
     request = plan.request
     unused = unused_here(request)
     if unused:
-        warn(f"--cluster {request.cluster} has no use for {', '.join(unused)}")
+        warn(f"--cluster {request.cluster} ignores {', '.join(unused)}")
     jobs = [_job(request, "dpo.train", run.words, run.dir) for run in plan.runs]
     references = [_job(request, "dpo.reference", words, plan.root) for words in plan.references]
     folder = jobs[0].folder if len(jobs) == 1 else new_submission(plan.root)

@@ -1,7 +1,8 @@
-"""torchrun as a child of the launcher: signals reach its ranks, it ends in time, and what it says is kept.
+"""Runs torchrun as a child process: passes signals to its ranks, ends it in time, and keeps the end of its stderr.
 
-SIGUSR2 (SLURM: the time is up, or the job is preempted) is for the ranks, which save and end. torchrun itself does not
-know the signal and would die of it, leaving its ranks behind: it ignores it.
+SLURM sends SIGUSR2 when the time is up or the job is preempted. The signal is for the ranks, which save and exit.
+torchrun has no handler for it and would die of it, leaving its ranks behind, so torchrun is started with the signal
+ignored, and this process sends the signal to the ranks directly.
 """
 
 import os
@@ -21,36 +22,38 @@ _POLL_SECONDS = 0.2
 _REPEAT_SECONDS = 1.0
 """SIGUSR2 is sent again this often: a rank that is still importing ignores it."""
 _PEER_SECONDS = 30.0
-"""A node whose ranks do not notice that another node has failed waits this long for them."""
+"""How long a node waits, after another node has failed, for its own ranks to notice and end."""
 _TERM_SECONDS = 10.0
-"""Between SIGTERM to torchrun and SIGKILL to all below it; a tenth of the time of grace where that is less."""
+"""Time between SIGTERM to torchrun and SIGKILL to all its descendants; a tenth of `grace` if that is shorter."""
 _KEPT_LINES = 2000
 
 
 class Signals:
-    """What came in since it was installed: handlers only take notes, so that nothing is interrupted half-way."""
+    """Records signals. The handlers only take notes, so that no operation is interrupted half-way."""
 
     def __init__(self, goes_on: Callable[[], bool | None]) -> None:
         self.stop_since: float | None = None
-        """When SIGUSR2 or SIGTERM came first, on the monotonic clock."""
+        """Time of the first SIGUSR2 or SIGTERM, on the monotonic clock."""
         self.ended = False
-        """SIGTERM came, and the job is not meant to go on."""
+        """SIGTERM was received, and the job must not start again."""
         self._goes_on = goes_on
         self._in_question = False
 
     def on_stop(self, number: int, frame: FrameType | None) -> None:
-        """SIGUSR2."""
+        """Handles SIGUSR2: the ranks must save and exit."""
         self.stop_since = self.stop_since or time.monotonic()
 
     def on_end(self, number: int, frame: FrameType | None) -> None:
-        """SIGTERM: a preemption that leaves time to save, or the end. Saving may begin before it is known which."""
+        """Handles SIGTERM: a preemption that leaves time to save, or the end of the job. Saving begins in both cases;
+        `look` finds out which it is.
+        """
         self.on_stop(number, frame)
         self._in_question = True
 
     def look(self) -> None:
-        """Settles what a SIGTERM means, or leaves it open for the next look where nobody answers."""
+        """Asks `goes_on` what a SIGTERM means, if one was received. Without an answer the next call asks again."""
         if self._in_question:
-            self._in_question = False  # before the question: another SIGTERM may come meanwhile
+            self._in_question = False  # before asking, since another SIGTERM may come meanwhile
             answer = self._goes_on()
             self._in_question = self._in_question or answer is None
             self.ended = self.ended or answer is False
@@ -58,10 +61,11 @@ class Signals:
 
 @contextmanager
 def signals(goes_on: Callable[[], bool | None]) -> Iterator[Signals]:
-    """Notes SIGUSR2 and SIGTERM for the length of a with-block; after it SIGUSR2 is ignored: one that comes late must
-    not start a job again that is done.
+    """Records SIGUSR2 and SIGTERM during a with-block. After it SIGUSR2 is ignored, since a late signal must not
+    restart a job that is done.
 
-    goes_on(): whether the job is meant to go on although SIGTERM came; null: not known yet.
+    Args:
+        goes_on: returns whether the job should save and start again after SIGTERM; None: not known yet.
     """
     noted = Signals(goes_on)
     signal.signal(signal.SIGUSR2, noted.on_stop)
@@ -75,11 +79,11 @@ def signals(goes_on: Callable[[], bool | None]) -> Iterator[Signals]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How torchrun ended."""
+    """The result of torchrun."""
 
     exit_code: int
     stderr: str
-    """Its last lines, and those of its ranks."""
+    """The last lines of torchrun and its ranks; empty if stderr is a terminal."""
 
 
 def run(
@@ -87,10 +91,14 @@ def run(
 ) -> Ended:
     """Runs torchrun to its end.
 
-    grace: seconds that the ranks have to end after a signal; then they are ended. peer_failed() is asked now and then:
-    whether another node's torchrun has failed.
+    Args:
+        words: the command line of torchrun.
+        env: its environment.
+        noted: the signals of this process.
+        grace: seconds that the ranks have to exit after a signal; then they are killed.
+        peer_failed: returns whether another node's torchrun has failed; called about once per second.
     """
-    # A terminal is left to the ranks, for their progress bar; what they say is then not kept.
+    # The ranks write to a terminal directly, for their progress bar; their lines are then not kept.
     stderr = None if sys.stderr.isatty() else subprocess.PIPE
     process = subprocess.Popen(
         words, env=dict(env), stderr=stderr, text=True, errors="replace", preexec_fn=_ignore_stop
@@ -101,28 +109,28 @@ def run(
     try:
         _wait(process, noted, grace, peer_failed)
     finally:
-        _end(process, _TERM_SECONDS)  # nothing to do but for an exception: Ctrl-C
-        copier.join(timeout=5)  # a process that a rank left behind may hold the pipe
+        _end(process, _TERM_SECONDS)  # does nothing unless an exception, such as Ctrl-C, ended the wait
+        copier.join(timeout=5)  # a process that a rank left behind may keep the pipe open
     return Ended(process.returncode, "".join(kept))
 
 
 def _ignore_stop() -> None:
-    """Runs in the child before torchrun: an ignored signal stays ignored through exec, in its ranks too."""
+    """Ignores SIGUSR2. Runs in the child before exec, through which a signal stays ignored, in the ranks too."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 
 def _copy(source: AbstractContextManager[Iterable[str]], kept: deque[str]) -> None:
-    """Shows and keeps lines until the last; what stops reading stops the ranks, which wait for a pipe that is full."""
+    """Prints and keeps all lines of torchrun. Must not stop reading, since the ranks block once the pipe is full."""
     with source as lines:
         for line in lines:
             kept.append(line)
-            with suppress(OSError):  # the disk of the log is full, for one
+            with suppress(OSError):  # for example the disk of the log is full
                 sys.stderr.write(line)
                 sys.stderr.flush()
 
 
 def _wait(process: subprocess.Popen[str], noted: Signals, grace: float, peer_failed: Callable[[], bool]) -> None:
-    """Until torchrun ends, by itself or because it must."""
+    """Waits until torchrun ends: by itself, `grace` seconds after a signal, or after the failure of another node."""
     deadline, repeat_at = float("inf"), 0.0
     while process.poll() is None:
         now = time.monotonic()
@@ -141,7 +149,9 @@ def _wait(process: subprocess.Popen[str], noted: Signals, grace: float, peer_fai
 
 
 def _end(process: subprocess.Popen[str], patience: float) -> None:
-    """Ends torchrun and all below it: first as it likes, then, after `patience` seconds, at once."""
+    """Ends torchrun and its descendants: sends SIGTERM to torchrun, after `patience` seconds SIGKILL, and then SIGKILL
+    to all descendants that are left.
+    """
     if process.poll() is not None:
         return
     below = descendants(process.pid)
@@ -159,34 +169,34 @@ def _end(process: subprocess.Popen[str], patience: float) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that a process started and that still run."""
+    """Returns the ids of the running child processes of a process."""
     return [child for child, parent in _parents().items() if parent == pid]
 
 
 def descendants(pid: int) -> list[int]:
-    """The children of a process, their children, and so on."""
+    """Returns the ids of the children of a process, their children, and so on."""
     parents = _parents()
-    found, new = [], [pid]
+    below, new = [], [pid]
     while new:
         new = [child for child, parent in parents.items() if parent in new]
-        found += new
-    return found
+        below += new
+    return below
 
 
 def _parents() -> dict[int, int]:
-    """Process -> the one that started it, of all that run on this machine."""
+    """Returns process id -> id of the parent process, of all processes on this machine."""
     parents = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             after_name = path.read_text(errors="replace").rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        except (FileNotFoundError, ProcessLookupError):  # the process has just ended
             continue
         parents[int(path.parent.name)] = int(after_name[1])
     return parents
 
 
 def send(number: int, pids: Sequence[int]) -> None:
-    """Sends a signal to processes; those that are gone meanwhile are passed over."""
+    """Sends a signal to processes. Processes that have ended meanwhile are skipped."""
     for pid in pids:
         try:
             os.kill(pid, number)

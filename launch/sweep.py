@@ -1,4 +1,7 @@
-"""The runs of a command line: one, or with --sweep one for every combination of values."""
+"""The runs of a command line: a single run, or with --sweep one run for every combination of values.
+
+`--sweep loss.beta=0.1,0.5 optim.lr=1e-6,5e-7` gives four runs, in folders named beta=0.1,lr=1e-6 to beta=0.5,lr=5e-7.
+"""
 
 import dataclasses
 import hashlib
@@ -15,7 +18,7 @@ from dpo.config import Config, load_config
 from launch.arguments import PROG, Request
 
 _LONGEST_NAME = 40
-"""Characters of a value in the name of a folder."""
+"""Maximum number of characters of a value in the name of a folder."""
 
 
 @dataclass(frozen=True)
@@ -24,12 +27,12 @@ class PlannedRun:
 
     dir: Path
     words: tuple[str, ...]
-    """Its command line."""
+    """The command line of the run."""
     config: Config
 
 
 def planned_runs(request: Request) -> list[PlannedRun]:
-    """All runs of a request, checked. Raises UserError for any that cannot be right."""
+    """Returns all runs of a request. Raises UserError if any config is wrong, or two runs are the same."""
     choices = [parse_choice(text) for text in request.sweep]
     _check_keys([key for key, _ in choices], request.words)
     names = _short_names([key for key, _ in choices])
@@ -42,7 +45,7 @@ def planned_runs(request: Request) -> list[PlannedRun]:
 
 
 def parse_choice(text: str) -> tuple[str, list[str]]:
-    """(KEY, values) of KEY=VALUE,VALUE,...; commas inside brackets belong to a value."""
+    """Parses KEY=VALUE,VALUE,... into (KEY, values). Commas inside brackets belong to a value. Raises UserError."""
     key, equals, rest = text.partition("=")
     values = _split_at_commas(rest)
     if not re.fullmatch(r"\w+\.\w+", key) or not equals or not all(values):
@@ -82,13 +85,15 @@ def _planned_run(words: Sequence[str], settings: Sequence[tuple[str, str]], name
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Key -> its name in a folder's name: without its section, unless two then look alike."""
+    """Returns key -> its name in a folder's name: without its section, unless two keys would then look alike."""
     tails = [key.partition(".")[2] for key in keys]
     return {key: tail if tails.count(tail) == 1 else key for key, tail in zip(keys, tails, strict=True)}
 
 
 def _safe(value: str) -> str:
-    """A value as part of a folder's name; one that would be changed keeps a few letters of its hash."""
+    """Returns a value as part of a folder's name. If characters are replaced or cut, six hex digits of its hash are
+    added, so that different values keep different names.
+    """
     plain = re.sub(r"[^\w.+-]+", "_", value)[:_LONGEST_NAME]
     return plain if plain == value else f"{plain}-{hashlib.sha256(value.encode()).hexdigest()[:6]}"
 
@@ -100,13 +105,12 @@ def _check_distinct(runs: Sequence[PlannedRun]) -> None:
             raise UserError("command line: --sweep", what, "each value once")
 
 
-# --- what the runs of a sweep share -----------------------------------------------------------------------------------
+# --- the reference cache, which the runs of a sweep share -------------------------------------------------------------
 
 
 def reference_passes(runs: Sequence[PlannedRun]) -> list[tuple[str, ...]]:
-    """The command lines of `dpo.reference` that fill the cache for all runs, one for each set of rows.
-
-    A single run fills it itself, and so does one whose loss has no reference.
+    """Returns the command lines of `dpo.reference` that fill the cache before a sweep starts: one for each set of rows
+    that its runs need. A single run fills the cache itself; a run whose loss has no reference needs none.
     """
     passes: list[tuple[Any, tuple[str, ...]]] = []
     for run in runs if len(runs) > 1 else []:
@@ -117,7 +121,9 @@ def reference_passes(runs: Sequence[PlannedRun]) -> list[tuple[str, ...]]:
 
 
 def _reference_facts(config: Config) -> tuple[Any, ...]:
-    """What the rows of the cache depend on; a row that is missing after all is computed by the run that needs it."""
+    """Returns the parts of a config on which the rows of the cache depend. A row that is missing nevertheless is
+    computed by the run that needs it.
+    """
     sources = [dataclasses.replace(source, holdout=None) for source in (*config.data.train, *config.data.eval)]
     data = dataclasses.replace(config.data, train=sources, eval=[], order="shuffled", num_proc=None)
     model = (config.reference.path or config.model.path, config.model.tokenizer or config.model.path)

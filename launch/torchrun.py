@@ -1,4 +1,4 @@
-"""The torchrun of one node, as a person would type it, and the environment that it needs."""
+"""The torchrun command of one node, as a person would type it, and its environment."""
 
 import os
 import shlex
@@ -7,41 +7,44 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-_FIRST_PORT, _NUM_PORTS = 10000, 20000  # below the ports that Linux hands out by itself, from 32768
+_FIRST_PORT, _NUM_PORTS = 10000, 20000  # below the ephemeral ports of Linux, which begin at 32768
 
 
 @dataclass(frozen=True)
 class Program:
-    """What every rank runs."""
+    """The program that every rank runs."""
 
     module: str
     """dpo.train or dpo.reference."""
     words: tuple[str, ...]
-    """Its command line."""
+    """The command line of the module."""
     ranks_per_node: int
     env: tuple[tuple[str, str], ...] = ()
-    """Environment variables of --env."""
+    """Environment variables from --env: (name, value)."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a job a node stands."""
+    """The place of a node in a job."""
 
     node: int
+    """Index of the node."""
     hosts: tuple[str, ...]
-    """The names of all nodes; the first one's torchrun is the meeting point."""
+    """The host names of all nodes; the nodes meet at the first."""
     port: int
+    """The port at which the nodes meet; unused with a single node."""
 
 
 def master_port(job_id: str) -> int:
-    """The port at which the nodes of a job meet: jobs that share a node have different ids, so different ports."""
+    """Returns the port at which the nodes of a job meet, derived from the job's id, so that jobs that share a node use
+    different ports.
+    """
     return _FIRST_PORT + int(job_id) % _NUM_PORTS
 
 
 def rendezvous(place: Place) -> list[str]:
-    """torchrun's flags that bring the nodes together.
-
-    Static: with torchrun's c10d rank 0 may come to lie on another node than the first.
+    """Returns the flags of torchrun with which the nodes meet. The rendezvous is static: with torchrun's c10d backend
+    rank 0 may be on another node than the first.
     """
     if len(place.hosts) == 1:
         return ["--standalone"]
@@ -50,7 +53,7 @@ def rendezvous(place: Place) -> list[str]:
 
 
 def command(program: Program, place: Place, log_dir: Path | None = None, python: str = sys.executable) -> list[str]:
-    """The words of a node's torchrun; each rank that raises leaves an error.json under `log_dir`."""
+    """Returns the command line of a node's torchrun. Each rank that raises writes an error.json under `log_dir`."""
     logs = ["--log-dir", str(log_dir)] if log_dir else []
     ranks = ["--nproc-per-node", str(program.ranks_per_node)]
     torchrun = [python, "-m", "torch.distributed.run", *rendezvous(place), *ranks, *logs]
@@ -58,7 +61,7 @@ def command(program: Program, place: Place, log_dir: Path | None = None, python:
 
 
 def line(program: Program, nodes: int, python: str = sys.executable) -> str:
-    """The line that a person would type on each node, with names for what only the job knows."""
+    """Returns the command that a person would type on each node, with placeholders for values that only a job knows."""
     place = Place(0, ("FIRST_NODE",) * nodes, 0)
     words = command(program, place, python=python)
     for flag, name in (("--node-rank", "THIS_NODE"), ("--master-port", "PORT")):
@@ -68,9 +71,12 @@ def line(program: Program, nodes: int, python: str = sys.executable) -> str:
 
 
 def environment(program: Program, files: Mapping[str, Path]) -> dict[str, str]:
-    """This process's environment with what torchrun and the ranks need more; `files` by the variable that names them.
+    """Returns the environment of torchrun: that of this process, the variables of --env, the variables that name
+    `files`, and OMP_NUM_THREADS unless the user has set it.
 
-    What the user set stays.
+    Args:
+        program: the program of the ranks.
+        files: environment variable -> the file whose path it holds.
     """
     env = {**os.environ, **dict(program.env), **{name: str(path) for name, path in files.items()}}
     env.setdefault("OMP_NUM_THREADS", str(max(1, num_cpus() // program.ranks_per_node)))
@@ -78,5 +84,5 @@ def environment(program: Program, files: Mapping[str, Path]) -> dict[str, str]:
 
 
 def num_cpus() -> int:
-    """The CPUs that this job may use on this node."""
+    """Returns the number of CPUs that this job may use on this node."""
     return int(os.environ.get("SLURM_CPUS_ON_NODE") or len(os.sched_getaffinity(0)))

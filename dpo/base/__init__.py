@@ -1,12 +1,12 @@
-"""What knows nothing of preferences: errors, command lines, files, the console. Without torch.
+"""Tools that do not depend on preference data or on torch: errors, command lines, files, the console.
 
-errors.py    the ways in which a program of this package ends early
+errors.py    the exceptions with which a program of this package ends early
 command.py   command lines and exit codes of all programs
-console.py   lines and bars for people, texts that must not steer a terminal
-files.py     files and folders that are never seen half-written; the default cache
-arrays.py    arrays in files, read where they are asked for
-hub.py       what is an id of the Hugging Face hub, and not a path
-status.py    how a program tells its launcher how it ended
-prefetch.py  the next item is built by a thread while this one is used
+console.py   log lines and progress bars; text made safe for a terminal
+files.py     atomic writes of files and folders; the default cache folder
+arrays.py    .npy files that are read in parts, without memory mapping
+hub.py       tells ids of the Hugging Face hub from local paths
+status.py    reports to the launcher how a program ended
+prefetch.py  a thread builds the next item while the caller uses the current one
 workers.py   work in forked processes, which end with the process that started them
 """

@@ -1,5 +1,15 @@
-"""Arrays in .npy files of which only what is asked for is read, and no page is mapped into the process: its memory does
-not grow with them, however much of them it has seen."""
+"""Arrays in .npy files that are read in parts with pread, not mapped into memory.
+
+The pages of a memory-mapped file count as memory of the process as soon as they are touched. Here the memory of the
+process stays the same, however much of the array it has read.
+
+Example, with an array of 1,000,000 rows of 3 int32 (12 bytes per row, after a header of 128 bytes):
+
+    array = open_array(path)   # reads the header alone
+    array[10:20]               # one read of 120 bytes at byte 128 + 10 * 12 = 248
+    array[[5, 999_999]]        # two reads of 12 bytes
+    array[mask]                # reads all 12 MB, then selects: so does any index of more than 62,500 rows
+"""
 
 import math
 import os
@@ -10,39 +20,41 @@ from typing import Any
 
 import numpy as np
 
-READ_WHOLE = 16  # numbers of more than so small a share of the rows are found in the whole array
+READ_WHOLE = 16  # an index of more than 1/16 of the rows reads the whole array at once, instead of row by row
 
 
 @dataclass(frozen=True, eq=False)
 class HeldFile:
-    """A file that several threads read at places of their own, open for as long as something refers to this object."""
+    """An open file that several threads may read at different positions. It is open while this object is referenced."""
 
     name: str
     descriptor: int
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Returns the size of the file in bytes."""
         return os.fstat(self.descriptor).st_size
 
 
 def hold_file(path: str | Path) -> HeldFile:
-    """Opens a file, which is closed with the last reference to the result."""
+    """Opens a file for reading. It is closed when the last reference to the result goes away."""
     held = HeldFile(str(path), os.open(path, os.O_RDONLY))
-    # Not at the exit of the program, where threads may still read: the system closes it then.
+    # Not closed at interpreter exit, since threads may still read it; the system closes it then.
     weakref.finalize(held, os.close, held.descriptor).atexit = False
     return held
 
 
 @dataclass(frozen=True, eq=False)
 class DiskArray:
-    """An array in an open file. Indexing reads: `array[a:b]` at once, `array[numbers]` row by row, `array[mask]`;
-    `np.asarray(array)` reads all. The file may be removed meanwhile, and several threads may read.
+    """An array in an open file, read by indexing: `array[a:b]` (step 1) in one read, `array[row_idxs]` row by row,
+    `array[mask]` and `np.asarray(array)` as a whole.
+
+    Several threads may read, and the file may be removed while the array is in use.
     """
 
     file: HeldFile
     offset: int
-    """Bytes before the first row."""
+    """Bytes in the file before the first row."""
     dtype: np.dtype
     shape: tuple[int, ...]
 
@@ -61,16 +73,16 @@ class DiskArray:
         if index.ndim == 0:
             row: np.ndarray = self.rows(int(index), int(index) + 1)[0]
             return row
-        if len(index) * READ_WHOLE > len(self):  # so it is with every mask
+        if len(index) * READ_WHOLE > len(self):  # always true of a mask, which is as long as the array
             chosen: np.ndarray = np.asarray(self)[index]
             return chosen
         rows = np.empty((len(index), *self.shape[1:]), self.dtype)
-        for place, number in enumerate(index.tolist()):
-            rows[place] = self.rows(number, number + 1)[0]
+        for i, row_idx in enumerate(index.tolist()):
+            rows[i] = self.rows(row_idx, row_idx + 1)[0]
         return rows
 
     def rows(self, start: int, stop: int) -> np.ndarray:
-        """Rows [start, stop) in one read."""
+        """Returns rows [start, stop), with one read. Raises IndexError where they are not all in the array."""
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"{self.file.name}: rows [{start}, {stop}) of {len(self)}")
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
@@ -79,12 +91,12 @@ class DiskArray:
 
 
 def open_array(path: Path) -> DiskArray:
-    """The array that `np.save` wrote. Raises OSError or ValueError where the file is cut off."""
+    """Opens an array that `np.save` wrote in C order. Raises OSError or ValueError if the file is truncated."""
     file = hold_file(path)
-    with os.fdopen(file.descriptor, "rb", closefd=False) as start:
-        np.lib.format.read_magic(start)
-        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(start)
-        offset = start.tell()
+    with os.fdopen(file.descriptor, "rb", closefd=False) as header:
+        np.lib.format.read_magic(header)
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(header)
+        offset = header.tell()
     assert not is_fortran
     if file.size != offset + dtype.itemsize * math.prod(shape):
         raise OSError(f"{path}: {file.size} bytes are not an array of shape {shape}")
@@ -92,7 +104,7 @@ def open_array(path: Path) -> DiskArray:
 
 
 def read_into(file: HeldFile, array: np.ndarray, position: int) -> None:
-    """Fills a contiguous array from where it stands in a file, in bytes. Raises OSError where the file ends early."""
+    """Fills a contiguous array with the bytes of a file from `position` on. Raises OSError if the file ends early."""
     left = array.reshape(-1).view(np.uint8)
     while len(left):
         count = os.preadv(file.descriptor, [left.data], position)

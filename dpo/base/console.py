@@ -1,4 +1,4 @@
-"""How rank 0 tells what it does: lines, and a bar for what takes long; `--quiet` leaves warnings and errors."""
+"""Log lines and progress bars of rank 0, on stderr. `--quiet` silences all but warnings and errors."""
 
 import logging
 import sys
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Where there is no terminal, a bar becomes a line at most this often."""
+"""Minimum time between progress lines where stderr is no terminal, and therefore shows no bar."""
 
 
 class _AboveTheBar(logging.Handler):
-    """Writes records to stderr, above a bar if there is one."""
+    """Writes log records to stderr, above the progress bar if one is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(harmless(self.format(record)), file=sys.stderr)
@@ -28,27 +28,30 @@ LOG.propagate = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Whether `say` and bars are silent from now on."""
+    """Silences `say` and progress bars from now on, or turns them on again."""
     LOG.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def is_quiet() -> bool:
-    """Whether `say` is silent."""
+    """Returns whether `say` is silent."""
     return not LOG.isEnabledFor(logging.INFO)
 
 
 def say(line: str) -> None:
-    """One line for people."""
+    """Prints one line for the user, unless `--quiet` was given."""
     LOG.info(line)
 
 
 def warn(line: str) -> None:
-    """One line that `--quiet` does not silence."""
+    """Prints one line of warning, also with `--quiet`."""
     LOG.warning(f"WARNING: {line}")
 
 
 class Progress:
-    """The bar of one long phase on a terminal; elsewhere a plain line now and then, unless who works tells its own."""
+    """Shows the progress of one long phase: a bar on a terminal, elsewhere a line every `SECONDS_BETWEEN_LINES`.
+
+    `shown` is False on ranks that print nothing. `lines_elsewhere` is False where the caller prints lines of its own.
+    """
 
     def __init__(self, label: str, total: int, unit: str, shown: bool, done: int, lines_elsewhere: bool):
         self.label, self.total, self.unit, self.done = label, total, unit, done
@@ -59,7 +62,7 @@ class Progress:
         self.spoke = time.monotonic()
 
     def advance(self, count: int, metrics: Mapping[str, str] | None = None) -> None:
-        """Moves on by `count` and shows the metrics."""
+        """Adds `count` units to the progress and shows the metrics beside it."""
         self.done += count
         if not self.bar.disable:
             self.bar.set_postfix(metrics or {}, refresh=False)
@@ -77,7 +80,7 @@ class Progress:
 def progress(
     label: str, total: int, unit: str, shown: bool, done: int = 0, lines_elsewhere: bool = True
 ) -> Iterator[Progress]:
-    """A bar of `total` units for the length of a with-block; lines_elsewhere: see `Progress`."""
+    """Shows the progress of `total` units during a with-block. `done` units are already complete; see `Progress`."""
     bar = Progress(label, total, unit, shown, done, lines_elsewhere)
     try:
         yield bar
@@ -85,19 +88,23 @@ def progress(
         bar.bar.close()
 
 
-CONTROL_PICTURES = 0x2400  # ␀, ␁, …
+CONTROL_PICTURES = 0x2400  # first of the Unicode block that pictures control characters: ␀, ␁, …
 
 
-UNSEEN = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")  # Unicode categories: controls, formats, private, separators of lines
+UNSEEN = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")  # Unicode categories: control, format, private, surrogate, separators
 
 
 def visible(text: str) -> str:
-    """A line feed as ↵ before the line's end, a tab as ⇥, other characters that are not seen by picture or number."""
+    """Returns `text` with every invisible character shown: ↵ before each line feed, ⇥ for a tab, the others as in
+    `harmless`.
+    """
     return harmless(text.replace("\n", "↵\n").replace("\t", "⇥"))
 
 
 def harmless(text: str) -> str:
-    """Line feeds and tabs as they are, other characters that are not seen by picture or number."""
+    """Returns `text` without characters that could steer a terminal: control and format characters become a picture
+    (␛) or a number (<U+202E>); line feeds and tabs stay.
+    """
     return "".join(character if character in "\n\t" else _shown(character) for character in text)
 
 

@@ -1,4 +1,4 @@
-"""Files and folders that are never seen half-written."""
+"""Atomic writes: no reader sees a file or folder half-written."""
 
 import os
 import shutil
@@ -8,9 +8,9 @@ from pathlib import Path
 
 
 def write_atomically(target: Path, content: bytes | memoryview) -> None:
-    """Writes a file in one step for all who look, whoever else writes it, even across a crash of the machine."""
+    """Writes a file atomically: readers see the old content or the new, with several writers and after a crash too."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    draft = target.with_name(f".{uuid.uuid4().hex}.draft")  # without the target's name, by which readers would find it
+    draft = target.with_name(f".{uuid.uuid4().hex}.draft")  # readers look for the target by its name
     with draft.open("wb") as file:
         file.write(content)
         file.flush()
@@ -19,8 +19,16 @@ def write_atomically(target: Path, content: bytes | memoryview) -> None:
 
 
 def make_folder_atomically(target: Path, fill: Callable[[Path], None]) -> None:
-    """Makes a folder that is there as a whole or not at all: `fill(draft)` writes its files. One that another job made
-    meanwhile stays.
+    """Makes a folder atomically: it exists with all its files or not at all.
+
+    If another job makes `target` at the same time, that folder stays and this draft is removed.
+
+    Args:
+        target: the folder to make.
+        fill: writes the files into the draft folder that it is given.
+
+    Raises:
+        OSError: if the folder cannot be written and no other job has made it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{uuid.uuid4().hex}.draft")
@@ -39,7 +47,7 @@ def make_folder_atomically(target: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or what a folder lists, is on the disk."""
+    """Waits until the content of a file, or the list of files in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -48,5 +56,5 @@ def _sync(path: Path) -> None:
 
 
 def default_cache_dir() -> Path:
-    """$DPO_CACHE, or ~/.cache/dpo."""
+    """Returns $DPO_CACHE, or ~/.cache/dpo where that is unset or empty."""
     return Path(os.environ.get("DPO_CACHE") or "~/.cache/dpo").expanduser()

@@ -1,4 +1,4 @@
-"""What comes next is built by a thread while the device works on what is here."""
+"""A thread builds the next item while the caller, and its device, work on the current one."""
 
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,11 +11,14 @@ Built = TypeVar("Built")
 def prefetch(
     build: Callable[[Item], Built], items: Iterable[Item], prepare: Callable[[], None]
 ) -> Generator[Built, None, None]:
-    """`build(item)` of each item in order, always one ahead of the one that is asked for; what it raises is raised
-    where its result would have come.
+    """Yields `build(item)` for each item in order. A thread builds one item ahead of the caller.
 
-    The thread calls `prepare` once, before the first item. Close the generator where it is left early
-    (`contextlib.closing`), so that no thread goes on unseen.
+    Close the generator if you leave it early (`contextlib.closing`), else its thread keeps running.
+
+    Args:
+        build: runs in the thread; an exception is raised where its result would have been yielded.
+        items: iterated in the caller's thread.
+        prepare: runs once in the thread, before the first item.
     """
     with ThreadPoolExecutor(1, "prefetch", prepare) as pool:
         ahead: Future[Built] | None = None

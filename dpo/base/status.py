@@ -1,4 +1,4 @@
-"""How a program tells its launcher how it ended."""
+"""Reports to the launcher how a program ended, since torchrun's exit code does not tell "done" from "preempted"."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from typing import Any
 from dpo.base.files import write_atomically
 
 STATUS_FILE = "DPO_STATUS_FILE"
-"""The environment variable in which a launcher names the file that `write_status` fills."""
+"""The environment variable with which a launcher names the file for `write_status`."""
 
 
 def write_status(status: Mapping[str, Any]) -> None:
-    """Tells the launcher, if there is one, how a program ended well: {"state": "done" or "preempted", "step": s}.
+    """Writes {"state": "done" or "preempted", "step": s} to the file that the launcher named; does nothing without one.
 
-    For rank 0 alone. torchrun's exit code does not say it: 0 is both.
+    Rank 0 alone calls this, after a run that ended well. torchrun's exit code is 0 for both states.
     """
     path = os.environ.get(STATUS_FILE)
     if path:

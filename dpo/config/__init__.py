@@ -1,10 +1,10 @@
-"""Every key of a run, with its default and its meaning, its bounds, and where it was set. Without torch.
+"""The keys of a run: their defaults, help texts and bounds, and the places where they were set. Without torch.
 
 fields.py       the keys, by section, as dataclasses
-loss_facts.py   what each loss reads, and which keys of `loss` it takes
-rules.py        bounds of keys, and keys that must fit each other
-reading.py      YAML and command line against the fields
-strict_yaml.py  YAML without surprises, with line numbers
+loss_facts.py   the inputs of each loss, and the keys of `loss` that it takes
+rules.py        bounds of single keys, and rules between keys
+reading.py      checks YAML and command line against the types of the fields
+strict_yaml.py  YAML 1.2 scalars, no repeated keys, errors with line numbers
 shipped.py      the configs that come with the package
 load.py         load_config, to_yaml
 """

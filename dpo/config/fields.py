@@ -1,6 +1,6 @@
-"""The keys of a run: one frozen dataclass a section, each field followed by what --help prints about it.
+"""The keys of a run: one frozen dataclass per section.
 
-The docstring under a field is its documentation (jsonargparse reads it); the checks of values are in `rules.py`.
+The docstring under a field is the text that --help prints (jsonargparse reads it). `rules` checks the values.
 """
 
 from dataclasses import dataclass, field
@@ -11,67 +11,69 @@ from dpo.config.loss_facts import LOSS_FACTS, LossFacts, LossName
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """model: the policy, which is also the reference unless reference.path names another."""
+    """model: the policy; also the reference, unless reference.path names another model."""
 
     path: str
-    """Hugging Face folder with safetensors, or hub id, of the model to start from (after supervised fine-tuning)."""
+    """Hugging Face folder with safetensors, or hub id, of the model to start from, usually fine-tuned before (SFT)."""
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; null: that of model.path."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Type of the master weights and of the optimizer's state; float64 is for tests and needs
+    """Data type of the parameters that the optimizer updates and of its state; float64 is for tests and needs
     parallel.reduce_dtype float64."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model or the tokenizer. It can do anything that you can do."""
+    """Run Python code that comes with the model or the tokenizer. That code can do anything that you can do."""
 
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """reference: the model that rewards are measured against; its log-probabilities are computed once and kept."""
+    """reference: the model that rewards are measured against; its log-probabilities are computed once and cached."""
 
     path: str | None = None
-    """Folder or hub id of the reference; null: the policy's own start, model.path."""
+    """Folder or hub id of the reference; null: model.path, from which the policy starts."""
     cache_dir: str | None = None
     """Folder of the cached log-probabilities, shared by jobs and nodes; null: $DPO_CACHE, else ~/.cache/dpo."""
     first_step_check: Literal["stop", "warn"] = "stop"
-    """What a run does whose policy, before its first update, is not its own reference: end, or warn and go on (for a
-    model whose own rounding is beyond the bounds, such as a mixture of experts whose routes flip)."""
+    """Before the first update policy and reference must agree if they are the same model. If their log-probabilities
+    differ by more than rounding: stop, or warn and continue (for models with larger rounding errors of their own, such
+    as a mixture of experts that routes tokens differently)."""
 
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """Items of data.train and data.eval: one source of preference rows each."""
+    """Items of data.train and data.eval; each is one source of preference rows."""
 
     path: str
-    """File (.jsonl, .json, .parquet; .gz too), folder written by datasets.save_to_disk, or hub id."""
+    """File (.jsonl, .json, .parquet, also with .gz), folder written by datasets.save_to_disk, or hub id."""
     name: str | None = None
-    """Name of the hub data set's configuration; null: its default one."""
+    """Name of the hub data set's configuration; null: its default."""
     split: str = "train"
     """Split of a hub data set or of a saved folder with several."""
     format: Literal["auto", "tokens", "grouped", "sharegpt", "preference", "hh", "shp", "tldr"] = "auto"
-    """How a row is read; auto: from the names of the columns."""
+    """Format of the rows; auto: recognized by the names of the columns."""
     holdout: int | float | None = None
-    """Only in data.train: prompts taken out of training and added to the evaluation, with all their pairs; an integer
-    counts prompts, a number between 0 and 1 is a fraction of them. Chosen by a hash of train.seed and the prompt."""
+    """Only in data.train: prompts that are moved from training to evaluation, with all their pairs; an integer is a
+    number of prompts, a number between 0 and 1 a fraction of them. Chosen by a hash of train.seed and the prompt."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """data: what is read and how long it may be."""
+    """data: sources of preference pairs, limits of length, order."""
 
     train: list[SourceConfig]
-    """Sources of the training pairs, mixed; on the command line the list is given whole, as YAML."""
+    """Sources of the training pairs, mixed; on the command line give the whole list as YAML."""
     eval: list[SourceConfig] = field(default_factory=list)
-    """Sources of the evaluation pairs; every pair weighs the same, and held-out pairs join them."""
+    """Sources of the evaluation pairs, in addition to held-out pairs; every pair has the same weight."""
     max_length: int | None = 512
-    """Most tokens of prompt and completion together; completions lose their end. null: no limit."""
+    """Maximum number of tokens of a prompt and one completion together; longer completions are cut at their end.
+    null: no limit."""
     max_prompt_length: int | None = 256
-    """Most tokens of the prompt, which loses its start; below max_length. null: no limit."""
+    """Maximum number of tokens of a prompt, below max_length; longer prompts are cut at their start. null: no limit."""
     order: Literal["shuffled", "sequential"] = "shuffled"
-    """shuffled: a permutation of the pairs for each epoch, from train.seed; sequential: as they stand in the files."""
+    """shuffled: a new permutation of the pairs for each epoch, from train.seed; sequential: the order of the files."""
     on_bad_row: Literal["drop", "stop"] = "drop"
-    """A pair that carries no preference (empty, identical, a tie, ...): drop and count it, or stop with an error."""
+    """A pair without a preference (empty, identical, a tie, ...): drop and count it, or stop with an error."""
     num_proc: int | None = None
-    """Processes that tokenize on a node; null: one for each core, at most 8, and 1 for small sets."""
+    """Processes that tokenize, per node; null: one per core, at most 8, and 1 for small data sets."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,11 @@ class BatchConfig:
     """batch: one optimizer step, the same on any number of GPUs."""
 
     pairs_per_step: int = 64
-    """Preference pairs in one optimizer step, over all ranks together."""
+    """Preference pairs per optimizer step, all ranks together."""
     tokens_per_micro_batch: int = 16384
-    """Most tokens that one rank runs in one forward and backward; changes memory and speed, not the result."""
+    """Maximum number of tokens per rank in one forward and backward pass; changes memory and speed, not the result."""
     group_by_prompt: bool = False
-    """Keep the pairs of a prompt next to each other, so that a step shares more prompts and completions."""
+    """Keep the pairs of a prompt next to each other, so that the pairs of a step share more prompts and completions."""
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,17 @@ class LossConfig:
     """dpo: -log sigmoid(beta h); ipo: (h - 1/(2 beta))^2; hinge: max(0, 1 - beta h); robust: dpo made unbiased for
     labels flipped at rate label_smoothing; sft: cross-entropy of the winners alone, without a reference."""
     beta: float = 0.1
-    """Strength of the pull to the reference, per nat, above 0; the paper has 0.1 for dialogue and 0.5 for TL;DR."""
+    """Strength of the constraint to stay near the reference, per nat, above 0; the paper uses 0.1 (TL;DR: 0.5)."""
     label_smoothing: float = 0.0
-    """Assumed share of flipped labels, at least 0 and below 0.5; for dpo (conservative DPO) and robust only."""
+    """Assumed fraction of flipped labels, at least 0 and below 0.5; for dpo (conservative DPO) and robust only."""
     length_normalized: bool = False
     """Divide each log-ratio by its number of completion tokens before the loss; not for sft."""
     sft_weight: float = 0.0
-    """Weight of the winners' mean cross-entropy per token, added to the loss; 0 for sft itself."""
+    """Weight of the winners' mean cross-entropy per token, which is added to the loss; 0 for sft."""
 
     @property
     def facts(self) -> LossFacts:
-        """What the loss reads, and which of these keys it takes."""
+        """Returns the inputs of the loss, and which of these keys it takes."""
         return LOSS_FACTS[self.name]
 
 
@@ -113,21 +115,21 @@ class OptimConfig:
     """optim: the optimizer and its learning rate."""
 
     name: Literal["rmsprop", "adamw", "sgd"] = "rmsprop"
-    """The optimizer; the paper's is rmsprop, which keeps one number a weight."""
+    """The optimizer; the paper uses rmsprop, which keeps one element per parameter (adamw two, sgd none)."""
     lr: float = 1e-6
     """Learning rate after the warm-up, above 0."""
     warmup_steps: int = 150
-    """Steps over which the learning rate rises from 0 in a line; 0: none."""
+    """Steps over which the learning rate rises linearly from 0; 0: no warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """The learning rate after the warm-up: constant, or falling to 0 just after the last step."""
     weight_decay: float = 0.0
     """Weight decay as the optimizer defines it: decoupled in adamw, added to the gradient in rmsprop and sgd."""
     max_grad_norm: float | None = 10.0
-    """Gradients with a larger L2 norm are scaled down to it; null: never."""
+    """Maximum L2 norm of the gradient, which is scaled down to it if larger; null: no limit."""
     alpha: float = 0.99
     """Decay of the running mean of squared gradients, in [0, 1); rmsprop only."""
     momentum: float = 0.0
-    """Momentum, in [0, 1); rmsprop and sgd only. Above 0 it costs one more number a weight."""
+    """Momentum, in [0, 1); rmsprop and sgd only. Above 0 it keeps one more element per parameter."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decays of the running means of gradients and of their squares, each in [0, 1); adamw only."""
     eps: float = 1e-8
@@ -136,98 +138,100 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """parallel: where and in which precision the work runs; layouts agree to rounding."""
+    """parallel: layout over ranks, precision and memory; all layouts give the same result up to rounding."""
 
     shard: int | None = None
-    """Ranks that one copy of the model is divided over; null: all ranks divided by replicate."""
+    """Ranks over which one copy of the model is sharded; null: the number of ranks divided by replicate."""
     replicate: int = 1
-    """Copies of the model (HSDP), best one a node; shard x replicate is the number of ranks."""
+    """Copies of the model (HSDP), best one per node; shard x replicate is the number of ranks."""
     compute_dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Type of the forward and backward; auto: bfloat16 on CUDA, on CPU the type of the model (float32)."""
+    """Data type of the forward and backward pass; auto: bfloat16 on CUDA, model.dtype on CPU."""
     tf32: bool = False
     """Multiply float32 matrices on CUDA in TensorFloat-32: several times faster, with 10 bits of mantissa instead of
     23; only with compute_dtype float32."""
     reduce_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """Type in which gradients are summed over ranks; float64 with model.dtype float64, and only then."""
+    """Data type in which gradients are summed over ranks; float64 if and only if model.dtype is float64."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
-    """Recompute activations in the backward to save memory: of whole layers (full), or of all but every
-    second matrix product (selective). auto: at the start dpo.train chooses the fastest that fits, by the estimate of
-    dpo.estimate, with 8 % of the memory to spare; what is not trained checkpoints nothing."""
+    """Recompute activations in the backward pass to save memory: all of a layer (full), or all but every second matrix
+    product (selective). auto: dpo.train chooses at its start the fastest that fits, as dpo.estimate predicts, with 8 %
+    of the memory to spare; a model that is not trained recomputes nothing."""
     reshard_after_forward: bool = True
-    """Free a layer's gathered weights after its forward and gather them again for the backward: less memory, more
-    traffic."""
+    """Reshard the parameters of a layer after its forward pass, and all-gather them again for the backward pass: less
+    memory, more communication."""
     sync_gradients: Literal["auto", "every_micro_batch", "last_micro_batch"] = "auto"
-    """When ranks sum their gradients: after every micro-batch (keeps only a shard of them) or once a step (less
-    traffic, but unsharded gradients in between). auto: every_micro_batch, unless by the estimate the other saves over
-    3 % of a step and fits with 8 % of the memory to spare."""
+    """When gradients are reduce-scattered: after every micro-batch (each rank keeps its shard alone) or once per step
+    (less communication, but unsharded gradients in between). auto: every_micro_batch, unless dpo.estimate predicts that
+    last_micro_batch saves more than 3 % of a step and fits with 8 % of the memory to spare."""
     cpu_offload: bool = False
-    """Keep weights, gradients and optimizer state in the memory of the host; slow, for models that do not fit."""
+    """Keep parameters, gradients and optimizer state in host memory; slow, for models that do not fit."""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile each layer: minutes at the first start, faster steps after; auto: on CUDA."""
+    """Run torch.compile on each layer: takes minutes at the first start, then steps are faster; auto: on CUDA only."""
     head_memory_mib: int = 256
-    """MiB for all that is as wide as the vocabulary; logits that do not fit are computed twice, a chunk at a time."""
+    """MiB for tensors as wide as the vocabulary; logits that do not fit are computed twice, chunk by chunk."""
     setup_timeout_seconds: int = 7200
-    """Seconds that ranks wait for one that downloads, tokenizes or hashes the input, before GPUs are used."""
+    """Timeout of collectives in seconds while a rank downloads, tokenizes or hashes the input, before GPUs are used."""
     timeout_seconds: int = 1800
-    """Seconds after which a collective that some rank never joined ends the run, from then on."""
+    """Timeout of collectives from then on, in seconds: if a rank has not joined a collective by then, the run ends."""
 
     @property
     def undecided(self) -> tuple[str, ...]:
-        """Keys that are auto and that dpo.train decides, from all that a step needs, before it builds the policy."""
+        """Returns the keys that are auto and that dpo.train decides by the estimate of a step, before it builds the
+        policy.
+        """
         return tuple(key for key in ("activation_checkpointing", "sync_gradients") if getattr(self, key) == "auto")
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """eval: answers of policy and reference to a few evaluation prompts, side by side at every evaluation."""
+    """eval: at every evaluation, answers of policy and reference to a few evaluation prompts, side by side."""
 
     samples: int = 4
-    """Evaluation prompts that are answered, the same ones every time; 0: none. Each new token gathers the weights
-    once."""
+    """Number of evaluation prompts to answer, the same prompts every time; 0: none. Each new token all-gathers the
+    parameters once."""
     max_new_tokens: int = 128
-    """Most tokens of an answer."""
+    """Maximum number of tokens per answer."""
     temperature: float = 0.0
-    """0: the likeliest token every time; above: drawn at random, from train.seed, the softmax at this temperature."""
+    """0: take the most likely token; above 0: draw from the softmax at this temperature, with train.seed."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """train: how long, and where to."""
+    """train: length, seed and folder of the run."""
 
     steps: int | None = None
-    """Optimizer steps in all; null: train.epochs decides. Giving both is an error."""
+    """Total number of optimizer steps; null: given by train.epochs. It is an error to set both."""
     epochs: int | None = None
-    """Times through the training pairs; null: 1, unless train.steps is given."""
+    """Number of passes over the training pairs; null: 1, unless train.steps is given."""
     eval_every: int | None = 100
     """Steps between evaluations; null: only before the first step and after the last."""
     log_every: int = 10
-    """Steps between lines on the terminal; metrics.jsonl and TensorBoard have every step."""
+    """Steps between lines on the terminal; metrics.jsonl and TensorBoard record every step."""
     profile_steps: tuple[int, int] | None = None
-    """First and last step that torch's profiler records, into profile/ of the run folder; null: none."""
+    """First and last step that torch's profiler records, in profile/ of the run folder; null: none."""
     seed: int = 0
-    """Decides the order of the pairs and the held-out prompts; 0 or above."""
+    """Seed of the order of the pairs, the choice of held-out prompts and the sampled answers; 0 or above."""
     run_dir: str | None = None
     """Folder of the run: metrics, checkpoints, final model; null: runs/<name of the config file>."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """checkpoint: saving, going on, exporting."""
+    """checkpoint: saving, resuming, exporting."""
 
     save_every: int | None = 100
     """Steps between checkpoints; null: only at the end."""
     keep: int | None = 2
-    """Newest checkpoints that are kept, at least 1; null: all."""
+    """Number of checkpoints to keep, the newest, at least 1; null: all."""
     resume: str = "auto"
-    """auto: go on from the newest complete checkpoint of train.run_dir, else start; never: a used run_dir is an error;
-    or the folder of a checkpoint to go on from."""
+    """auto: resume from the newest complete checkpoint in train.run_dir, or start if there is none; never: raise an
+    error if train.run_dir has been used; else the folder of the checkpoint to resume from."""
     export_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the weights in the exported Hugging Face folder."""
+    """Data type of the parameters in the exported Hugging Face folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run, as `config.yaml` in the run's folder holds it."""
+    """All keys of a run, as `config.yaml` in the run folder holds them."""
 
     model: ModelConfig
     """The policy."""
@@ -236,13 +240,13 @@ class Config:
     data: DataConfig
     """Sources, lengths and order of the pairs."""
     batch: BatchConfig = BatchConfig()
-    """Pairs a step, tokens a micro-batch."""
+    """Pairs per step, tokens per micro-batch."""
     loss: LossConfig = LossConfig()
     """The loss."""
     optim: OptimConfig = OptimConfig()
     """The optimizer and its schedule."""
     parallel: ParallelConfig = ParallelConfig()
-    """Layout over ranks, precision, memory."""
+    """Layout over ranks, precision and memory."""
     train: TrainConfig = TrainConfig()
     """Length, seed and folder of the run."""
     eval: EvalConfig = EvalConfig()

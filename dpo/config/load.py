@@ -1,6 +1,6 @@
-"""From a YAML file and a command line to a checked Config, and back: `load_config`, `to_yaml`.
+"""Reads a YAML file and a command line into a checked Config (`load_config`), and writes a Config as YAML (`to_yaml`).
 
-Defaults < the file of --config < --SECTION.KEY on the command line. The fields are in `config_fields`.
+The command line (--SECTION.KEY) overrides the file of --config, which overrides the defaults in `fields`.
 """
 
 import dataclasses
@@ -66,10 +66,16 @@ KEYS = frozenset(f"{section}.{field.name}" for section, cls in SECTIONS.items() 
 
 
 def load_config(argv: Sequence[str] | None, prog: str, description: str = "") -> Config:
-    """The checked config of a command line (null: this process's own), with train.run_dir filled in.
+    """Reads and checks the config that a command line gives, and fills in train.run_dir.
 
-    prog: the module that `python -m` runs, for --help. --help and --print_config print and raise SystemExit(0).
-    Raises UserError with one line, `FILE or command line: KEY: what; valid: ...` or `file:line: what`.
+    Args:
+        argv: the words of the command line; None: those of this process.
+        prog: the module that `python -m` runs, for the text of --help.
+        description: what the program does, for the text of --help.
+
+    Raises:
+        UserError: with one line, `FILE or command line: KEY: problem; valid: ...` or `file:line: problem`.
+        SystemExit: with code 0, after --help or --print_config has printed.
     """
     line = split_command_line(sys.argv[1:] if argv is None else argv)
     if line.help:
@@ -87,11 +93,14 @@ def load_config(argv: Sequence[str] | None, prog: str, description: str = "") ->
 
 
 def with_place(failure: UserError, argv: Sequence[str]) -> UserError:
-    """Returns a UserError whose place is a key of the config, at the file or the command line that gave the key; any
-    other as it is.
+    """Returns a UserError whose place is a config key with the place that set the key, the file or the command line,
+    before it. An error with another place, or about a key that was not set, is returned unchanged.
 
-    What is wrong with a value often shows long after the config was read, when only the key is known. `argv` may hold
-    a program's own flags too.
+    Many wrong values show only long after the config was read, where the code knows the key but not its place.
+
+    Args:
+        failure: the error.
+        argv: the command line of the program; it may hold flags that are not keys of the config.
     """
     key = failure.place.partition("[")[0]
     if key not in KEYS:
@@ -102,7 +111,7 @@ def with_place(failure: UserError, argv: Sequence[str]) -> UserError:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config, every key of it; `load_config` of it gives an equal Config."""
+    """Returns the config as YAML text with every key. `load_config` of that text gives an equal Config."""
     return dump_yaml(dataclasses.asdict(config))
 
 
@@ -127,13 +136,13 @@ def _with_run_dir(config: Config, config_file: str | None) -> Config:
 
 
 def help_text(prog: str, description: str) -> str:
-    """Every key with its docstring, type and default."""
+    """Returns the text of --help: every key with its docstring, type and default."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     usage = f"python -m {prog} [--config FILE] [--SECTION.KEY VALUE ...]"
     parser = ArgumentParser(prog=prog, usage=usage, description=description or None, print_config=None)
-    about = "YAML file of SECTION: {KEY: VALUE}; the command line goes over it, a list whole"
+    about = "YAML file of SECTION: {KEY: VALUE}; keys on the command line replace its values (a list as a whole)"
     parser.add_argument("--config", metavar="FILE", help=about, default=SUPPRESS)
-    about = "print the resolved config as YAML and end"
+    about = "print the resolved config as YAML and exit"
     parser.add_argument("--print_config", action="store_true", help=about, default=SUPPRESS)
     parser.add_argument("--quiet", action="store_true", help=QUIET, default=SUPPRESS)
     for section, cls in SECTIONS.items():
@@ -144,7 +153,9 @@ def help_text(prog: str, description: str) -> str:
 
 
 def _add_help(parser: ArgumentParser, prefix: str, cls: Any) -> None:
-    """A group for a dataclass; lists are added by hand, since jsonargparse offers options for them that we refuse."""
+    """Adds a group of options for a dataclass. Lists are added by hand, since jsonargparse would offer options for
+    them (append, by index) that `split_command_line` refuses.
+    """
     lists = {name for name, hint in get_type_hints(cls).items() if get_origin(hint) is list}
     group = parser.add_argument_group((inspect.getdoc(cls) or "").rstrip("."))
     for param in docstring_parser.parse_from_object(cls).params:

@@ -1,6 +1,6 @@
-"""What config, launch and reports must know of each loss, without torch: its name and what it reads.
+"""The facts of each loss that config, launch and reports need, without torch: its name, inputs and keys.
 
-The functions themselves stand in `LOSSES` of `dpo/step/losses.py`, under the same names.
+The functions are in `LOSSES` of `dpo/step/losses.py`, under the same names.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,16 +13,16 @@ LossName = Literal["dpo", "ipo", "hinge", "robust", "sft"]
 
 @dataclass(frozen=True)
 class LossFacts:
-    """What a loss reads beside the policy's log-probabilities, and which keys of `loss` it takes."""
+    """The inputs of a loss beside the log-probabilities of the policy, and the keys of `loss` that it takes."""
 
     uses_reference: bool
-    """It compares with a reference, whose log-probabilities are computed; without one there are no rewards."""
+    """The loss compares with a reference, whose log-probabilities are computed; other losses have no rewards."""
     smooths: bool
-    """It takes `loss.label_smoothing`."""
+    """The loss takes `loss.label_smoothing`."""
     normalizes: bool
-    """It takes `loss.length_normalized`; a loss that does not is per token by itself."""
+    """The loss takes `loss.length_normalized`; a loss that does not is a mean per token by definition."""
     includes_sft: bool = False
-    """The SFT term is part of it with weight 1, so it does not take `loss.sft_weight`."""
+    """The loss contains the SFT term with weight 1, so it does not take `loss.sft_weight`."""
 
 
 LOSS_FACTS: Mapping[LossName, LossFacts] = {

@@ -1,7 +1,8 @@
-"""Strict reading of config files and command lines against dataclasses; knows nothing of what the keys mean.
+"""Strict reading of config files and command lines against the types of dataclasses, whatever their keys mean.
 
-jsonargparse prints the help but does not read: it turns the text "null" into None, takes the last of repeated keys, and
-its errors run over many lines. What is wrong raises UserError: one line that says where, what and what is valid.
+jsonargparse only prints the help: as a reader it turns the text "null" into None, keeps the last of repeated keys, and
+its errors run over many lines. Every problem here raises UserError: one line with the place, the problem and the valid
+values.
 """
 
 import math
@@ -19,12 +20,12 @@ from dpo.config.strict_yaml import parse_yaml, read_yaml_file
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The words of a command line, before anybody looks at their meaning."""
+    """A command line, split into keys and texts that are not yet checked."""
 
     config: str | None
     """The file of --config."""
     texts: dict[str, str]
-    """KEY -> text of --KEY TEXT; of a repeated key the last one, as everywhere."""
+    """KEY -> text of --KEY TEXT; a repeated key keeps its last text, as in argparse."""
     print_config: bool
     """--print_config was given."""
     help: bool
@@ -32,8 +33,8 @@ class CommandLine:
 
 
 def split_command_line(argv: Sequence[str]) -> CommandLine:
-    """Returns a command line that gives nothing but a config. Raises UserError for a word that belongs to no key, and
-    for a key without a value.
+    """Splits a command line of keys of the config into --KEY VALUE and --KEY=VALUE. A value may begin with one dash,
+    not with two (except after "="). Raises UserError for a word that belongs to no key, and for a key without a value.
     """
     texts: dict[str, str] = {}
     configs, switches = [], set()
@@ -62,7 +63,7 @@ def _key_and_value(option: Option) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Given:
-    """A value of the right type, and who gave it."""
+    """A value of the right type, and the place that set it."""
 
     value: Any
     place: str
@@ -70,7 +71,7 @@ class Given:
 
 
 def options_of_file(path: str, sections: Mapping[str, type]) -> dict[str, Given]:
-    """SECTION.KEY -> its checked value, of the YAML file at `path`; an empty file gives none."""
+    """Reads a YAML file into SECTION.KEY -> value with its type checked; an empty file gives an empty dict."""
     try:
         tree = read_yaml_file(path)
     except OSError as error:
@@ -85,7 +86,7 @@ def options_of_file(path: str, sections: Mapping[str, type]) -> dict[str, Given]
 
 
 def options_of_texts(texts: Mapping[str, str], sections: Mapping[str, type]) -> dict[str, Given]:
-    """SECTION.KEY -> its checked value, of a command line's texts."""
+    """Reads the texts of a command line into SECTION.KEY -> value with its type checked."""
     given = {}
     for key, text in texts.items():
         section, _, name = key.partition(".")
@@ -105,7 +106,9 @@ def options_of_texts(texts: Mapping[str, str], sections: Mapping[str, type]) -> 
 
 
 def _value_of_text(text: str, hint: Any, key: str) -> Any:
-    """A word of the command line: as it is where text is asked for (null is None if allowed), else read as YAML."""
+    """Returns a text of the command line unchanged where the type `hint` takes text (but "null" as None if allowed),
+    else parsed as YAML.
+    """
     kinds = _alternatives(hint)
     if text == "null" and type(None) in kinds:
         return None
@@ -116,10 +119,13 @@ def _value_of_text(text: str, hint: Any, key: str) -> Any:
 
 
 def fit(value: Any, hint: Any, place: str, key: str) -> Any:
-    """`value` as the type `hint`, with nothing coerced but an integer to the number it is.
+    """Returns `value` as the type `hint`, or raises UserError. Nothing is coerced except an integer to a float.
 
-    hint: bool, int, float, str, Literal of texts, list[dataclass], tuple[X, Y],
-    X | None or a dataclass.
+    Args:
+        value: plain data, as YAML gives it.
+        hint: bool, int, float, str, Literal of texts, list[dataclass], tuple[X, Y], X | None or a dataclass.
+        place: file name or `command line`, for the error.
+        key: SECTION.KEY, for the error.
     """
     origin = get_origin(hint)
     if is_dataclass(hint):
@@ -161,12 +167,12 @@ def _fit_dataclass(value: Any, cls: Any, place: str, key: str) -> Any:
 
 
 def required_keys(cls: Any) -> list[str]:
-    """The fields of a dataclass that have no default."""
+    """Returns the names of the fields of a dataclass that have no default."""
     return [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
 
 
 def _mapping(value: Any, place: str, key: str, names: list[str]) -> dict[str, Any]:
-    """`value` if it is a mapping with no key but `names`."""
+    """Returns `value` if it is a mapping whose keys are all in `names`, or raises UserError."""
     if not isinstance(value, dict):
         _wrong(place, key, f"got {_short(value)}", f"a mapping of {', '.join(names)}")
     for name in value:
@@ -176,7 +182,7 @@ def _mapping(value: Any, place: str, key: str, names: list[str]) -> dict[str, An
 
 
 def describe(hint: Any) -> str:
-    """The values of a type, in words for an error."""
+    """Returns the valid values of a type in words, for an error."""
     words = {
         bool: "true or false",
         int: "an integer",
@@ -202,7 +208,7 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _short(value: Any) -> str:
-    """A value as an error shows it: its kind, and at most 60 characters of it."""
+    """Returns a value as an error shows it: its kind, and at most 60 characters of it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     kinds = {str: "the text", int: "the integer", float: "the number", list: "a list", dict: "a mapping"}

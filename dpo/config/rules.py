@@ -1,4 +1,4 @@
-"""What values a config may hold beyond their types: bounds of single keys, and keys that must fit each other."""
+"""Checks of a config beyond its types: bounds of single keys (the table `_BOUNDS`), and rules between keys."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,17 +10,17 @@ from dpo.config.loss_facts import LossFacts, losses_that
 
 @dataclass(frozen=True)
 class Problem:
-    """A value that cannot be right: one line for the user."""
+    """A wrong value, described for the user in one line."""
 
     keys: tuple[str, ...]
-    """The key that is wrong, then those that make it wrong."""
+    """The wrong key, then the keys whose values it conflicts with."""
     what: str
     valid: str
 
 
 @dataclass(frozen=True)
 class Bound:
-    """What a number under each of `keys` must fulfil; null is the business of the types."""
+    """A condition on the numbers under `keys`. None always passes: the types decide whether a key may be null."""
 
     noun: str
     condition: str
@@ -49,18 +49,20 @@ _BOUNDS = (
 
 
 def decided(parallel: ParallelConfig) -> ParallelConfig:
-    """The layout of a policy that is not trained: what is auto and undecided saves nothing for a backward pass.
-
-    What is trained is decided by `dpo.estimate.choice`.
+    """Returns the parallel section for a policy that is not trained: undecided keys get the values that keep nothing
+    for a backward pass. `dpo.estimate.choice` decides them for a policy that is trained.
     """
     plain = {"activation_checkpointing": "none", "sync_gradients": "every_micro_batch"}
     return replace(parallel, **{key: plain[key] for key in parallel.undecided})  # type: ignore[arg-type]  # one of its words
 
 
 def validate(config: Config, places: Mapping[str, str] | None = None, default_place: str = "config") -> None:
-    """Raise UserError for the first value that cannot be right.
+    """Raises UserError for the first wrong value.
 
-    places: which file, or `command line`, gave a key; what nobody gave is said to stand in `default_place`.
+    Args:
+        config: the config to check.
+        places: SECTION.KEY -> the file, or `command line`, that set it.
+        default_place: the place that the error names where none of its keys was set.
     """
     for problem in _problems(config):
         key = problem.keys[0]
@@ -69,7 +71,9 @@ def validate(config: Config, places: Mapping[str, str] | None = None, default_pl
 
 
 def _place(keys: Sequence[str], places: Mapping[str, str], default: str) -> str:
-    """Who gave the first of the keys that anybody gave: a default is not to blame, what does not fit it is."""
+    """Returns the place that set the first of `keys` that was set at all: not the default is wrong, but the value that
+    conflicts with it.
+    """
     plain = [key.split("[")[0] for key in keys]
     return next((places[key] for key in plain if key in places), default)
 
@@ -116,12 +120,12 @@ def _data_problems(data: DataConfig) -> Iterator[Problem]:
 
 
 def _is_holdout(holdout: float) -> bool:
-    """1 prompt and the fraction 1.0 differ: what was written as an integer counts prompts."""
+    """Returns whether a holdout is valid. An integer counts prompts, a float is a fraction: 1 is valid, 1.0 is not."""
     return holdout >= 1 if isinstance(holdout, int) else 0 < holdout < 1
 
 
 def _loss_problems(loss: LossConfig) -> Iterator[Problem]:
-    """A key of `loss` that the loss does not take must stand at its default."""
+    """Yields keys of `loss` that the loss does not take and that are not at their default."""
     name, facts = f"loss.name {loss.name}", loss.facts
     if loss.label_smoothing != 0 and not facts.smooths:
         what = f"{name} has no label smoothing, got {loss.label_smoothing}"
@@ -142,7 +146,9 @@ def _or_a_loss_that(holds: Callable[[LossFacts], bool]) -> str:
 
 
 def _dtype_problems(config: Config) -> Iterator[Problem]:
-    """float64 is for exact tests: a lower precision anywhere on the way would undo it in silence."""
+    """Yields conflicts of data types. float64 is for exact tests, which a lower precision in any part of the step would
+    silently spoil.
+    """
     master, parallel = config.model.dtype, config.parallel
     compute = "auto, float64" if master == "float64" else "auto, float32, bfloat16"
     reduce = "float64" if master == "float64" else "float32, bfloat16"

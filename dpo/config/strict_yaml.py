@@ -1,4 +1,7 @@
-"""YAML as plain data: 1e-6 is a number, yes, 010 and 12:30 are text (YAML 1.2), keys stand once, errors name a line."""
+"""YAML with the scalars of YAML 1.2, no repeated keys, and errors that name the line.
+
+1e-6 is a number here, and yes, 010 and 12:30 are text; PyYAML alone reads text, true, 8 and 750.
+"""
 
 import re
 from collections.abc import Callable
@@ -16,7 +19,7 @@ _FLOAT = re.compile(r"[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0
 
 
 class StrictLoader(yaml.SafeLoader):
-    """SafeLoader for plain data alone, with YAML 1.2's scalars; a repeated key is an error at its line."""
+    """A SafeLoader that builds plain data only, with the scalars of YAML 1.2, and refuses repeated keys."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
     yaml_constructors: ClassVar[dict[str | None, Any]] = {
@@ -26,7 +29,9 @@ class StrictLoader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """As SafeLoader's, which would keep the last of repeated keys."""
+        """Builds a dict as SafeLoader does, but raises ConstructorError where SafeLoader keeps the last of repeated
+        keys.
+        """
         first_lines: dict[str, int] = {}
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
@@ -39,7 +44,7 @@ class StrictLoader(yaml.SafeLoader):
 
 
 class StrictDumper(yaml.SafeDumper):
-    """SafeDumper that also quotes text which StrictLoader would take for a number."""
+    """A SafeDumper that also quotes text which StrictLoader would read as a number."""
 
 
 StrictLoader.add_implicit_resolver(_TAG + "null", re.compile(r"(?:~|null|Null|NULL|)\Z"), ["~", "n", "N", ""])
@@ -51,7 +56,9 @@ StrictDumper.add_implicit_resolver(_TAG + "float", _FLOAT, _NUMBER_START)
 
 
 def read_yaml_file(path: str) -> Any:
-    """The plain data of a YAML file; raises OSError if it cannot be read, UserError with file:line if it is broken."""
+    """Reads a YAML file as plain data. Raises OSError if the file cannot be read, UserError with file:line if it is not
+    valid YAML in UTF-8.
+    """
     data = Path(path).read_bytes()
     try:
         text = data.decode("utf-8-sig")
@@ -63,7 +70,13 @@ def read_yaml_file(path: str) -> Any:
 
 
 def parse_yaml(text: str, where: Callable[[int], str], valid: str) -> Any:
-    """The plain data of YAML text; the UserError begins with `where(line)`, lines from 1, and ends with `valid`."""
+    """Reads YAML text as plain data.
+
+    Args:
+        text: the YAML text.
+        where: the line number, from 1 -> the beginning of the UserError for invalid YAML.
+        valid: the end of that UserError.
+    """
     try:
         return yaml.load(text, Loader=StrictLoader)
     except yaml.reader.ReaderError as error:
@@ -79,6 +92,6 @@ def parse_yaml(text: str, where: Callable[[int], str], valid: str) -> Any:
 
 
 def dump_yaml(tree: Any) -> str:
-    """YAML text that parse_yaml reads as `tree`; keys keep their order."""
+    """Returns YAML text that `parse_yaml` reads as `tree`. Keys keep their order."""
     text: str = yaml.dump(tree, Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=1000)
     return text

@@ -1,4 +1,4 @@
-"""One rank decides, all follow; every rank must get to each of these functions, or the rest hang."""
+"""Exchanges of Python objects and failures between ranks. Every rank must get to each function, or the rest hang."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,7 +13,8 @@ T = TypeVar("T")
 
 
 def together(work: Callable[[], T]) -> T:
-    """Runs `work` on every rank; if it failed on any, every rank raises the failure of the lowest one.
+    """Runs `work` on every rank and returns this rank's result. If `work` fails on any rank, every rank raises the
+    failure of the lowest rank that failed.
 
     Every rank must get here, or the rest hang.
     """
@@ -25,8 +26,14 @@ def together(work: Callable[[], T]) -> T:
 
 
 def on_main(world: World, work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """Runs `work` on rank 0 alone and gives its result, or its failure, to every rank, over the default group or
-    another one of all ranks. Every rank must get here.
+    """Runs `work` on rank 0 alone and broadcasts its result, or its failure, which every rank then raises.
+
+    Every rank must get here, or the rest hang.
+
+    Args:
+        world: the ranks of the run.
+        work: its result must be picklable.
+        group: a process group of all ranks; None: the default group.
     """
     outcome: list[Any] = [_attempt(work) if world.is_main else None]
     dist.broadcast_object_list(outcome, src=0, group=group)
@@ -38,22 +45,24 @@ def on_main(world: World, work: Callable[[], T], group: dist.ProcessGroup | None
 
 
 def first_on_each_node(world: World, work: Callable[[], T]) -> T:
-    """Runs `work` on rank 0, then on the first rank of every other node, then on the rest: each finds in the caches of
-    its node, or of all where these are shared, what those before it left.
+    """Runs `work` on rank 0, then on the first rank of every other node, then on all other ranks, and returns this
+    rank's result. Later ranks find the results of earlier ranks in the cache of their node, or in a shared cache.
 
-    Every rank must get here; a failure anywhere is raised everywhere.
+    Every rank must get here, or the rest hang. A failure on any rank is raised on all.
     """
     turn = 0 if world.rank == 0 else 1 if world.local_rank == 0 else 2
-    results = [together(work if turn == now else _nothing) for now in range(3)]
+    results = [together(work if turn == now else _do_nothing) for now in range(3)]
     return results[turn]  # type: ignore[return-value]  # this rank's turn ran `work`
 
 
-def _nothing() -> None:
-    """What a rank does while others work."""
+def _do_nothing() -> None:
+    """Takes the place of `work` while other ranks run it."""
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """The result of `work`, or its failure where that is one to tell the user; other exceptions are bugs and escape."""
+    """Returns (the result of `work`, None), or (None, its failure) if the failure is meant for the user. Any other
+    exception is a bug and propagates.
+    """
     try:
         return work(), None
     except (UserError, RunError) as failure:
@@ -63,14 +72,15 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def all_gather(value: T) -> list[T]:
-    """The values of all ranks, by rank. Every rank must get here."""
+    """Returns the values of all ranks, by rank. Every rank must get here, or the rest hang."""
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def gather_lanes(value: T) -> list[T]:
-    """Returns the values of all lanes, by lane: data that a lane holds counts once, however many ranks share it. Every
-    rank must get here, or the rest hang.
+    """Returns the values of all lanes, by lane, so that data of a lane counts once, however many ranks share the lane.
+
+    Every rank must get here, or the rest hang.
     """
     return all_gather(value)  # each lane is one rank

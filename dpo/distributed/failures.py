@@ -1,4 +1,4 @@
-"""How a rank tells what it failed of where the others cannot know it: no memory, a full disk, a lost connection."""
+"""Reports of failures that one rank meets alone: memory that runs out, a full disk, a lost connection."""
 
 import errno
 import json
@@ -22,12 +22,14 @@ from dpo.machine.data_sheets import GIB, find_sheet
 
 
 def record_failure(failure: Exception, details: str) -> None:
-    """Writes why and when this rank failed where torchrun, which prints `details`, and `launch/node.py` look for it.
+    """Writes why and when this rank failed to the file that torchrun names, if any. torchrun prints `details` from it;
+    `launch/node.py` reads it too.
 
-    The form is that of torch's `torch.distributed.elastic.multiprocessing.errors.record`, with more in `extraInfo`:
-    seconds    the time; torch's `timestamp` is too coarse to tell the rank that failed first from those that lost it
+    The file has the form of torch's `torch.distributed.elastic.multiprocessing.errors.record`, with more `extraInfo`:
+    seconds    the time with fractions; torch's `timestamp` in whole seconds does not tell the rank that failed first
+               from ranks that lost that rank
     exit_code  of this rank
-    told       the line that the user is told; empty where the failure is not one that this package describes
+    told       the line that the user is told; empty for a bug
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
@@ -41,8 +43,8 @@ def record_failure(failure: Exception, details: str) -> None:
 
 @contextmanager
 def storage_errors(folder: Path) -> Iterator[None]:
-    """Makes a RunError of what torch's distributed checkpoint raises, on all ranks alike, when a rank cannot read or
-    write `folder`.
+    """Turns the exception of torch's distributed checkpoint for a rank that cannot read or write `folder` into a
+    RunError. All ranks raise it alike.
     """
     try:
         yield
@@ -54,8 +56,8 @@ def storage_errors(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def remembered_need(need: str | None) -> Iterator[None]:
-    """Adds what a step needs by the estimate (`71.2 GiB`; None: it is not known) to what is raised inside for want of
-    memory, as a note that `met_alone` tells.
+    """Adds the estimated memory of a step to any out-of-memory failure that the with-block raises, as a note that
+    `met_alone` prints. `need` is a text such as `71.2 GiB`; None: not known.
     """
     try:
         yield
@@ -77,7 +79,7 @@ def met_alone(failure: Exception) -> str | None:
         kind, cause = without
         peak = _device_peak() if kind == "GPU" else _host_peak()
         need = [note for note in getattr(failure, "__notes__", ()) if note.startswith(_NOTE)]
-        return _named(f"out of {kind} memory: {_asked(cause)}; {'; '.join([peak, *need, _what_helps()])}")
+        return _named(f"out of {kind} memory: {_asked(cause)}; {'; '.join([peak, *need, _remedy()])}")
     if isinstance(failure, OSError):
         return line_of(failure)
     if _is_runtime(failure) and _LOST.search(str(failure)):
@@ -89,14 +91,16 @@ def met_alone(failure: Exception) -> str | None:
 _NO_DEVICE_MEMORY = re.compile(
     r"(CUDA|HIP) (error: )?out of memory|(CUDA|HIP) failure 2\b|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE
 )
-"""In the words of the allocator, the runtime, NCCL (`Cuda failure 2 'out of memory'`, src/include/checks.h), cuBLAS."""
+"""Messages of the allocator, the runtime, NCCL (`Cuda failure 2 'out of memory'`, src/include/checks.h) and cuBLAS."""
 _NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 _LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
-"""What gloo says in its own words; https://github.com/pytorch/gloo/blob/main/gloo/transport/tcp/pair.cc"""
+"""Messages of gloo: https://github.com/pytorch/gloo/blob/main/gloo/transport/tcp/pair.cc"""
 
 
 def _without_memory(failure: BaseException) -> tuple[str, BaseException] | None:
-    """Which memory there is not enough of, GPU or host, and the failure that says so; None where it is another one."""
+    """Returns the memory that ran out, "GPU" or "host", and the failure in the chain of causes that says so; None if
+    `failure` has another cause.
+    """
     for cause in _causes(failure):
         if isinstance(cause, torch.OutOfMemoryError) or (_is_runtime(cause) and _NO_DEVICE_MEMORY.search(str(cause))):
             return "GPU", cause
@@ -117,16 +121,16 @@ def _is_runtime(failure: BaseException) -> bool:
 
 def _has_no_host_memory(failure: BaseException) -> bool:
     if isinstance(failure, OSError):
-        return failure.errno == errno.ENOMEM  # of a fork, of a file mapped into memory
+        return failure.errno == errno.ENOMEM  # raised by fork and by mmap
     return _is_runtime(failure) and _NO_HOST_MEMORY in str(failure)
 
 
-def _named(what: str) -> str:
-    return f"rank {os.environ.get('RANK', '0')}: {what}"
+def _named(text: str) -> str:
+    return f"rank {os.environ.get('RANK', '0')}: {text}"
 
 
 def _asked(failure: BaseException) -> str:
-    """How much was asked for, where the failure says it."""
+    """Returns the size of the allocation that failed, in words, or the message of a failure that does not name it."""
     text = str(failure)
     if size := re.search(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)", text):
         return f"{size[1]} were asked for"
@@ -149,7 +153,7 @@ def _host_peak() -> str:
     return f"the peak of this process was {peak:.2f} GiB, of the {total:.2f} GiB that the ranks of a node share"
 
 
-def _what_helps() -> str:
+def _remedy() -> str:
     command = estimate_command(sys.argv[1:])
     if command is None:
         return "what helps: more ranks, each of which then holds less of the model"
@@ -162,8 +166,8 @@ def _what_helps() -> str:
 
 
 def estimate_command(argv: Sequence[str]) -> str | None:
-    """The command that says what a step of these ranks needs, for a program's command line; None where that has no key
-    of the config.
+    """Returns the command that estimates the memory of a step on these ranks, for the command line of a program; None
+    if that command line has no key of the config.
     """
     words = words_of([option for option in split_options(argv) if option.is_config])
     here = ["--ranks", os.environ.get("WORLD_SIZE", "1"), "--device", _this_device() or "NAME"]
@@ -178,6 +182,11 @@ def _this_device() -> str | None:
 
 
 def estimate_name(name: str, memory: float) -> str | None:
-    """A GPU as `dpo.estimate --device` calls it, by the name that CUDA gives and its bytes; None: it is not known."""
+    """Returns the name of a GPU for `dpo.estimate --device`, or None if the GPU has no data sheet.
+
+    Args:
+        name: as CUDA gives it.
+        memory: of the GPU, in bytes.
+    """
     sheet = find_sheet(name, memory)
     return sheet.key if sheet else None

@@ -1,7 +1,7 @@
-"""Which network interface leads to the other nodes, where the name of this host does not say it; without torch.
+"""Finds the network interface that leads to the other nodes, for hosts whose own name resolves to a loopback address.
 
-gloo listens on the address of the host's own name. Many distributions let that be 127.0.1.1, where no other node can
-connect; gloo then needs `GLOO_SOCKET_IFNAME`, which only a person who knows the machine could set.
+gloo listens on the address of the host's own name. On many distributions this is 127.0.1.1, to which no other node can
+connect. gloo then needs `GLOO_SOCKET_IFNAME`, which this module finds so that users need not set it. Without torch.
 """
 
 import fcntl
@@ -14,21 +14,27 @@ from typing import Protocol
 VARIABLE = "GLOO_SOCKET_IFNAME"
 KEY = "dpo/an address of another node than rank 0's"
 NO_ADDRESS = "none that could be reached"
-_SIOCGIFADDR = 0x8915  # of Linux: the IPv4 address of an interface
+_SIOCGIFADDR = 0x8915  # Linux's ioctl for the IPv4 address of an interface
 
 
 class Store(Protocol):
-    """What is needed of torch's store, which all ranks share; `get` waits until there is a value."""
+    """The part of torch's store, which all ranks share, that this module uses. `get` waits until the key is set."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
 
 
 def gloo_interface(environment: Mapping[str, str], store: Store) -> str | None:
-    """The interface that gloo must be told of, by torchrun's environment of this rank; None where it needs no help.
+    """Returns the name of the interface that gloo must use, or None if gloo finds it without help.
 
-    It is that of the route to rank 0's node; on this node itself, of the route to another one, which tells its address.
-    Nodes that share a host find each other without. Every rank must get here, or those of rank 0's node wait for ever.
+    A rank on rank 0's node takes the interface of the route to another node, whose address the store gives; all other
+    ranks take the interface of the route to rank 0's node. Nodes that share a host need no help.
+
+    Every rank must get here, or the ranks on rank 0's node hang.
+
+    Args:
+        environment: of this rank, as torchrun sets it.
+        store: shared by all ranks.
     """
     if environment["LOCAL_WORLD_SIZE"] == environment["WORLD_SIZE"]:
         return None
@@ -45,20 +51,20 @@ def gloo_interface(environment: Mapping[str, str], store: Store) -> str | None:
 
 
 def address_towards(host: str) -> str | None:
-    """The IPv4 address that this host has on its route to another; None where there is no such route. Nothing is
-    sent.
+    """Returns the IPv4 address of this host on its route to another host, or None if there is no such route. Sends
+    nothing: connecting a UDP socket only looks up the route.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))
-        except OSError:  # IPv6 alone
+        except OSError:  # IPv6 only
             return None
         address: str = probe.getsockname()[0]
         return address
 
 
 def address_of_this_host() -> str:
-    """What the host's own name resolves to; 127.0.0.1, as gloo takes it, where it does not."""
+    """Returns the address that the host's own name resolves to; 127.0.0.1 if it does not resolve, as gloo does."""
     try:
         return socket.gethostbyname(socket.gethostname())
     except socket.gaierror:
@@ -66,12 +72,12 @@ def address_of_this_host() -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address leads nowhere but to this host."""
+    """Returns whether only this host itself can reach an address."""
     return ipaddress.ip_address(address).is_loopback
 
 
 def interface_of(address: str) -> str | None:
-    """The name of the interface with this IPv4 address; None where it is no interface's first one."""
+    """Returns the name of the interface whose first IPv4 address is `address`; None if there is none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:

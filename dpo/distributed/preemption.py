@@ -1,23 +1,24 @@
-"""SIGUSR2 asks a run to save and leave: a cluster sends it before it takes the machine back (`launch/node.py`)."""
+"""SIGUSR2 asks a run to save and exit. A cluster sends it before it takes the machine back (`launch/node.py`)."""
 
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 StopRequest = Callable[[], bool]
-"""Whether this process was asked to stop; the ranks agree on it where they meet anyway."""
+"""Returns whether this process was asked to stop. The ranks exchange the answers in a collective of the step."""
 
 
 def never() -> bool:
-    """The StopRequest of a program that cannot go on later: a signal ends it."""
+    """Returns False: the StopRequest of a program that cannot be resumed, and that SIGUSR2 kills."""
     return False
 
 
 @contextmanager
 def listen_for_stop() -> Iterator[StopRequest]:
-    """Catches SIGUSR2 for the length of a with-block, and ignores it from then on.
+    """Records SIGUSR2 during a with-block, and ignores the signal after it.
 
-    One that came while Python ends would kill the process, and a run that has saved would look like one that failed.
+    Without a handler SIGUSR2 kills a process. A late signal, while Python exits, would make a run that has saved look
+    like a run that failed.
     """
     caught: list[int] = []
     signal.signal(signal.SIGUSR2, lambda number, _: caught.append(number))

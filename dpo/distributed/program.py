@@ -22,25 +22,30 @@ from dpo.machine.versions import untested_versions
 
 
 def exit_program(main: Callable[[], None]) -> NoReturn:
-    """Ends this process with the exit code of `run_program`, past the interpreter's own way down.
+    """Runs `main` and ends this process with the exit code of `run_program`, without the interpreter's own shutdown.
 
-    Seen twice in some sixty runs of two ranks on gloo: a thread of torch's that still runs while Python takes the
-    process down aborts it ("terminate called without an active exception"), and what is done looks like a crash.
+    In two of about sixty runs of two ranks on gloo, a thread of torch that still ran while Python shut down aborted the
+    process ("terminate called without an active exception"), so that a finished run looked like a crash.
     """
     code = run_program(main)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError):  # who read it has gone
+        with suppress(OSError):  # the reader of a pipe is gone
             stream.flush()
     os._exit(code)
 
 
 def run_program(main: Callable[[], None]) -> int:
-    """Returns the exit code of a rank of a program, by `dpo.base.command.EXIT_CODES`, after it told its error.
+    """Runs `main`, prints its error in one line, and returns the exit code of this rank (`base.command.EXIT_CODES`).
 
-    Rank 0 alone prints the error, in one line, but for what one rank meets alone (see `met_alone`): that rank prints it
-    and ends at once, so that torchrun ends the others, which may wait for it in a collective. Any other exception is a
-    bug, and its traceback is shown. Why a rank failed stands in the file that torchrun asks for.
+    Rank 0 alone prints a UserError or RunError, which all ranks raise alike. A failure that one rank may meet alone
+    (see `met_alone`) is printed by that rank, which ends at once: the other ranks may wait for it in a collective, and
+    torchrun ends them when it sees the first rank end. Any other exception is a bug and propagates with its traceback.
+    Every failure is also written to the file that torchrun names (`record_failure`).
+
+    Returns:
+        0 if the program is done, or was asked to stop and has saved; 1 for a failure while running; 2 for wrong input
+        of the user; 130 for Ctrl-C.
     """
     is_main = int(os.environ.get("RANK", "0")) == 0
     obey_quiet(sys.argv[1:])
@@ -50,7 +55,7 @@ def run_program(main: Callable[[], None]) -> int:
     try:
         main()
     except Preempted as stop:
-        if is_main:  # torchrun ends with 0 both when a run is done and when it was stopped: the launcher reads which
+        if is_main:  # torchrun's exit code is 0 for a run that is done and for one that was stopped
             write_status({"state": "preempted", "step": stop.step})
             say(str(stop))
         _leave_together()
@@ -72,7 +77,7 @@ def run_program(main: Callable[[], None]) -> int:
         record_failure(failure, line or traceback.format_exc())
         if line is None:
             raise
-        tell_error(line)  # it does not wait for the others
+        tell_error(line)  # without waiting for other ranks
         return exit_code_of(failure)
     if is_main:
         write_status({"state": "done"})
@@ -80,9 +85,11 @@ def run_program(main: Callable[[], None]) -> int:
 
 
 def _leave_together() -> None:
-    """Lets rank 0 print before any rank ends: torchrun ends all others as soon as it sees the first."""
+    """Waits for all ranks, so that rank 0 has printed before any rank ends: torchrun ends all ranks as soon as it sees
+    one that failed.
+    """
     if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         join(60)
     if dist.is_initialized():
-        all_gather(None)  # over gloo: a barrier would wait on the GPU for a rank that is lost
+        all_gather(None)  # over gloo; a barrier over NCCL would hang on the GPU if a rank is lost
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""The process group of a run: over gloo while input is read, then over the devices."""
+"""The process group of a run, in two phases: gloo while the input is read, then NCCL (with gloo for CPU tensors)."""
 
 import os
 from collections.abc import Iterator, MutableMapping
@@ -14,35 +14,41 @@ from dpo.distributed.world import World
 
 @contextmanager
 def open_world(timeout_seconds: int) -> Iterator[World]:
-    """Joins, over gloo, the processes that torchrun's environment describes; without torchrun a group of one.
+    """Joins the ranks that torchrun's environment describes, over gloo; without torchrun the group has one rank.
 
-    Phase one of two: only gloo exists and no GPU is in use, so the code that reads, tokenizes and hashes the input may
-    fork. Every rank must call `start_devices` before anything is placed on `World.device`.
+    This is phase one of two: only gloo exists and no GPU is in use, so that the code that reads, tokenizes and hashes
+    the input may fork. Every rank must call `start_devices` before it places a tensor on `World.device`.
 
     Args:
-        timeout_seconds: after which a collective that some rank never joined ends the run, until `start_devices`.
+        timeout_seconds: timeout of collectives until `start_devices`; a collective that some rank never joins then ends
+            the run.
     """
     env = {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}
-    # Without it torch asks the CUDA runtime whether there is a GPU, which starts the driver in this process.
+    # Otherwise torch asks the CUDA runtime whether there is a GPU, which starts the driver in this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     device = torch.device("cuda", env["LOCAL_RANK"]) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         set_allocator(os.environ)
     store = join(timeout_seconds)
     yield World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], device, store)
-    dist.destroy_process_group()  # not after a failure: `run_program` still needs the group, to end all ranks together
+    dist.destroy_process_group()  # not after a failure: `run_program` needs the group to end all ranks together
 
 
 def start_devices(world: World, timeout_seconds: int) -> None:
-    """Replaces the group of `open_world` by that of the steps: NCCL with a GPU a rank where there are GPUs (gloo beside
-    it, for what lies in CPU memory), else gloo.
+    """Replaces the group of `open_world` by the group of the steps: NCCL with one GPU per rank, and gloo for tensors in
+    CPU memory; on CPUs gloo alone.
 
-    The GPUs are connected here, not at the first step, so that a network that does not work shows at once. Every rank
-    must get here, or the rest hang until the timeout of `open_world`; from here on no process may fork and run on: one
-    that is needed is started afresh (spawn). Raises ConnectionError, on a rank alone, where it cannot be connected.
+    The GPUs are connected here, not at the first step, so that a broken network shows at once. From here on this
+    process must not fork; it must spawn child processes.
+
+    Every rank must get here, or the rest hang until the timeout of `open_world`.
 
     Args:
-        timeout_seconds: after which a collective that some rank never joined ends the run, from here on.
+        world: made by `open_world`.
+        timeout_seconds: timeout of collectives from here on; a collective that some rank never joins then ends the run.
+
+    Raises:
+        ConnectionError: on the rank, maybe a single one, that cannot be connected.
     """
     assert world.store is not None, "only a world that open_world made has a second phase"
     on_cuda, timeout = world.device.type == "cuda", timedelta(seconds=timeout_seconds)
@@ -63,7 +69,7 @@ def start_devices(world: World, timeout_seconds: int) -> None:
         )
         if on_cuda:
             _connect(world)
-    except (dist.DistError, torch.AcceleratorError) as failure:  # of this rank, maybe alone
+    except (dist.DistError, torch.AcceleratorError) as failure:  # maybe on this rank alone
         raise ConnectionError(
             f"rank {world.rank}: the ranks cannot be connected: {failure}; {_ADVICE[on_cuda]}"
         ) from failure
@@ -76,22 +82,26 @@ _ADVICE = {
 
 
 def _connect(world: World) -> None:
-    """Runs each kind of collective of a step once. NCCL joins the ranks over sockets when it is initialized; the links
-    that carry data (NVLink, InfiniBand) are set up by the first collective, and take their memory then.
+    """Runs each kind of collective of a step once.
+
+    NCCL's initialization connects the ranks over sockets only. The first collective sets up the links that carry data
+    (NVLink, InfiniBand) and allocates their memory.
 
     Every rank must get here, or the rest hang.
     """
-    part = torch.zeros(1, device=world.device)
-    whole = list(torch.zeros(world.size, device=world.device).split(1))
-    dist.all_gather(whole, part)
-    dist.reduce_scatter(part, whole)
-    dist.all_reduce(part)
+    shard = torch.zeros(1, device=world.device)
+    shards = list(torch.zeros(world.size, device=world.device).split(1))
+    dist.all_gather(shards, shard)
+    dist.reduce_scatter(shard, shards)
+    dist.all_reduce(shard)
     torch.cuda.synchronize(world.device)
 
 
 def _wait_for_all(store: dist.Store, size: int) -> None:
-    """Waits until all ranks are here. A barrier of the group would not do before the group is destroyed: a rank that
-    leaves it closes its connections, which another one may still be reading.
+    """Waits, through the store, until all ranks are here, so that the group can be destroyed.
+
+    A barrier of the group would not be safe: the first rank to leave it would close its connections while other ranks
+    still read from them. Every rank must get here, or the rest hang.
     """
     if store.add("arrived", 1) == size:
         store.set("all", "")
@@ -99,8 +109,8 @@ def _wait_for_all(store: dist.Store, size: int) -> None:
 
 
 def set_allocator(environment: MutableMapping[str, str]) -> None:
-    """Lets torch's allocator grow its segments of device memory in place, unless the user has chosen settings: less is
-    then reserved and not used. To be called before CUDA starts.
+    """Turns on expandable segments in torch's CUDA allocator, which then reserves less unused memory. Does nothing if
+    the user has set an allocator variable. Must be called before CUDA starts.
 
     Source: https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf
     """
@@ -115,7 +125,9 @@ _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_
 
 
 def join(timeout_seconds: int) -> dist.Store:
-    """Makes the first group, over gloo, and gives the store that it was made with."""
+    """Initializes the first process group, over gloo, and returns its store. Every rank must get here, or the rest hang
+    until the timeout.
+    """
     timeout = timedelta(seconds=timeout_seconds)
     if "RANK" not in os.environ:
         store: dist.Store = dist.HashStore()

@@ -1,4 +1,4 @@
-"""The processes of a run: their group and mesh, and what one of them decides for all."""
+"""The ranks and lanes of a run, and the mesh over which FSDP2 shards the model."""
 
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +13,7 @@ from dpo.config import ParallelConfig
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a run; `local_*` count those of one node."""
+    """The rank of this process among the ranks of a run. `local_rank` and `local_size` count the ranks of this node."""
 
     rank: int
     size: int
@@ -21,48 +21,49 @@ class World:
     local_size: int
     device: torch.device
     store: dist.Store | None = field(default=None, repr=False, compare=False)
-    """The store of the process group. Kept alive because rank 0 may serve it."""
+    """The store of the process group. Referenced here to keep it alive, since rank 0 may serve it."""
     groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
-    """By their ranks, the groups of hybrid sharding's mesh: made once, though several policies are sharded over it."""
+    """Ranks -> their group in the mesh of hybrid sharding. Made once, also if several policies are sharded."""
 
     @property
     def lane(self) -> int:
-        """Returns the lane of this rank: its index into the entries of a plan, its part of the data. Each lane is one
-        rank, until blocks of ranks share a row.
+        """Returns the lane of this rank: the index of its part of the data in a plan. Each lane is one rank, until
+        blocks of ranks share a row.
         """
         return self.rank
 
     @property
     def num_lanes(self) -> int:
-        """Returns the number of lanes, which share the trees of a step."""
+        """Returns the number of lanes over which the trees of a step are divided."""
         return self.size
 
     @property
     def is_main(self) -> bool:
-        """Rank 0: it alone prints, decides on files and writes metrics."""
+        """Returns whether this is rank 0, which alone prints, decides on files and writes metrics."""
         return self.rank == 0
 
 
 def make_mesh(world: World, parallel: ParallelConfig) -> DeviceMesh:
-    """The mesh that FSDP2 shards over: (shard,), or (replicate, shard) for hybrid sharding.
+    """Makes the mesh over which FSDP2 shards: (shard,), or (replicate, shard) for hybrid sharding.
 
-    Raises UserError where replicate * shard is not the number of ranks.
+    Raises UserError if replicate * shard is not the number of ranks. Every rank must get here, or the rest hang.
     """
     shard = check_mesh(world, parallel)
     device = world.device.type
     if parallel.replicate == 1:
         return init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
-    # `init_device_mesh` would split the group of the steps, which kills the process in torch 2.11 and 2.13 where gloo
-    # is beside NCCL, and would give the parts torch's own timeout.
+    # Not by `init_device_mesh`: it splits the group of the steps, which kills the process in torch 2.11 and 2.13 if the
+    # group has gloo beside NCCL, and its groups would have torch's default timeout.
     ranks = torch.arange(world.size).view(parallel.replicate, shard)
     timeout = timedelta(seconds=parallel.timeout_seconds)
-    mine = [_group_of(world, rows.tolist(), timeout) for rows in (ranks.T, ranks)]
-    return DeviceMesh.from_group(mine, device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
+    groups = [_group_of(world, dimension.tolist(), timeout) for dimension in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, device, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def _group_of(world: World, dimension: list[list[int]], timeout: timedelta) -> dist.ProcessGroup:
-    """Makes the groups of a dimension of the mesh that are not there yet, and gives this rank's. Every rank must get
-    here, in one order.
+    """Makes the missing groups of one dimension of the mesh, and returns the group of this rank.
+
+    Every rank must get here with the dimensions in the same order, or the rest hang.
     """
     for ranks in map(tuple, dimension):
         if ranks not in world.groups:
@@ -71,7 +72,9 @@ def _group_of(world: World, dimension: list[list[int]], timeout: timedelta) -> d
 
 
 def check_mesh(world: World, parallel: ParallelConfig) -> int:
-    """The number of ranks that a copy is divided over. Raises UserError where copies and ranks do not fit."""
+    """Returns the number of ranks over which a copy of the model is sharded. Raises UserError if replicate * shard is
+    not the number of ranks.
+    """
     shard = parallel.shard or max(world.size // parallel.replicate, 1)
     if parallel.replicate * shard != world.size:
         raise UserError(
@@ -82,10 +85,9 @@ def check_mesh(world: World, parallel: ParallelConfig) -> int:
     return shard
 
 
-# --- one decides, all follow -----------------------------------------------------------------------------------------
-
-
 def use_device(device: torch.device) -> None:
-    """Makes a rank's device that of this thread: one that pins memory would else do so on the node's first GPU."""
+    """Sets the current CUDA device of this thread to the rank's GPU. A thread that pins memory would otherwise use the
+    first GPU of the node.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)

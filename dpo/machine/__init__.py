@@ -1,8 +1,8 @@
-"""What a rank's machine has and can do.
+"""The hardware and software of a rank's machine.
 
-facts.py        memory, driver, compiler and GPU, looked at without starting CUDA in this process
-toolchain.py    whether they are what a run needs, asked before weights are read
-data_sheets.py  GPUs by their makers' data sheets
-peaks.py        FLOPs per second that a device can do at most
+facts.py        finds memory, driver, compiler and GPU, without starting CUDA in this process
+toolchain.py    checks that they meet the needs of a run, before any parameters are read
+data_sheets.py  a table of GPUs from the data sheets of their makers
+peaks.py        maximum FLOPs per second of a device
 versions.py     the tested versions of torch, transformers and Python
 """

@@ -1,4 +1,4 @@
-"""What GPUs have by their makers' data sheets: the one table, found by the name that CUDA gives or by a key."""
+"""A table of GPUs from the data sheets of their makers, found by the name that CUDA gives or by a key."""
 
 import re
 from collections.abc import Sequence
@@ -9,29 +9,29 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class DataSheet:
-    """A kind of GPU."""
+    """The data sheet of one kind of GPU."""
 
     key: str
-    """As `dpo.estimate --device` takes it."""
+    """The name of the GPU for `dpo.estimate --device`."""
     words: str
-    """A regular expression for words of the name that CUDA gives; it finds `name`, too."""
+    """A regular expression that matches words of the name that CUDA gives, and of `name`."""
     name: str
-    """For people."""
+    """The name that users read."""
     capability: tuple[int, int]
-    """Compute capability (major, minor), as torch tells it."""
+    """Compute capability (major, minor), as torch reports it."""
     memory: float
-    """GiB that programs can have, as torch sees them: some per cent below the name on the box."""
+    """GiB available to programs, as torch reports them: a few per cent less than advertised."""
     peaks: tuple[float, float, float]
-    """Dense TFLOP/s in bfloat16 (sums in float32), TF32 and float32."""
+    """Dense TFLOP/s in bfloat16 (accumulated in float32), TF32 and float32."""
     links: tuple[float, float, float]
-    """GB/s in one direction to the other GPUs of its node (NVLink, Infinity Fabric; PCIe where there is neither, or
-    where it joins pairs alone), to other nodes (one network card of the usual kind), and to the memory of the host.
+    """GB/s in one direction to the other GPUs of the node (NVLink or Infinity Fabric; PCIe for GPUs with neither, or
+    with bridges between pairs only), to other nodes (one network card of the usual kind), and to host memory.
     """
     source: str
-    """Of the peaks and links within a node."""
+    """Address of the data sheet for the peaks and the links within a node."""
 
     def peak(self, precision: str) -> float | None:
-        """Peak FLOPs a second; `precision`: bfloat16, tf32, float32, None for others."""
+        """Returns the peak FLOPs per second in bfloat16, tf32 or float32; None for another precision."""
         peaks = dict(zip(("bfloat16", "tf32", "float32"), self.peaks, strict=True))
         return 1e12 * peaks[precision] if precision in peaks else None
 
@@ -97,24 +97,27 @@ SHEETS: Sequence[DataSheet] = (
     ),
     DataSheet("mi300x", "MI300X", "MI300X", (9, 4), 191.5, (1307, 654, 163), (448, 50, 64), _MI300X),
 )
-"""An A10G is no A10, an L40 no L4. Of those with one name the memory decides."""
+"""Whole words match: an A10G is no A10, an L40 no L4. The memory decides between GPUs of the same name."""
 
 
 def find_sheet(name: str, memory: float | None = None) -> DataSheet | None:
-    """The data sheet of a GPU by the name that CUDA gives, of several the one with the nearest memory (bytes; None: the
-    first); None where it is not in the table.
+    """Returns the data sheet of a GPU, or None if the table has none.
+
+    Args:
+        name: as CUDA gives it.
+        memory: bytes; decides between GPUs of the same name. None: the first of them.
     """
-    found = [sheet for sheet in SHEETS if re.search(rf"\b{sheet.words}\b", name, re.IGNORECASE)]
-    return _nearest_memory(found, memory) if found else None
+    sheets = [sheet for sheet in SHEETS if re.search(rf"\b{sheet.words}\b", name, re.IGNORECASE)]
+    return _nearest_memory(sheets, memory) if sheets else None
 
 
 def nearest_sheet(memory: float, capability: tuple[int, int]) -> DataSheet:
-    """The data sheet that stands for a GPU that is not in the table: of the same compute capability, else of its
-    generation, else of any, the one with the nearest memory (bytes).
+    """Returns the data sheet that is used for a GPU that is not in the table: the nearest in memory (bytes) of the GPUs
+    with the same compute capability, or if there is none of the same major capability, or if there is none of all.
     """
-    same = [sheet for sheet in SHEETS if sheet.capability == capability]
-    generation = [sheet for sheet in SHEETS if sheet.capability[0] == capability[0]]
-    return _nearest_memory(same or generation or SHEETS, memory)
+    same_capability = [sheet for sheet in SHEETS if sheet.capability == capability]
+    same_generation = [sheet for sheet in SHEETS if sheet.capability[0] == capability[0]]
+    return _nearest_memory(same_capability or same_generation or SHEETS, memory)
 
 
 def _nearest_memory(sheets: Sequence[DataSheet], memory: float | None) -> DataSheet:

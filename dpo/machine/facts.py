@@ -1,4 +1,4 @@
-"""What a rank's machine has: the host's memory, and for its GPU the driver, C compiler, `Python.h`, the GPU itself."""
+"""Finds what a rank's machine has: host memory, the GPU and its driver, the C compiler and `Python.h`."""
 
 import json
 import os
@@ -15,64 +15,67 @@ from pathlib import Path
 import torch
 
 HIDDEN = ("", "-1")
-"""Values of CUDA_VISIBLE_DEVICES with which a user asks for the CPU."""
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs: the user asks for the CPU."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What CUDA tells of this rank's GPU."""
+    """Properties of this rank's GPU, as CUDA reports them."""
 
     name: str
     capability: tuple[int, int]
     shared_bytes: int | None
-    """Most shared memory that one block of threads can have; None where torch does not tell it (ROCm)."""
+    """Maximum shared memory per thread block, in bytes; None where torch does not report it (ROCm)."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is found on a rank's machine."""
+    """Facts about a rank's machine."""
 
     host: str
     torch: str
-    """Its version."""
+    """The version of torch."""
     cuda: str | None
-    """The version of CUDA that torch was built for; None of a build for CPUs or ROCm."""
+    """The version of CUDA that torch was built for; None for a build for CPUs or ROCm."""
     archs: tuple[str, ...]
-    """Architectures that this torch has kernels for: sm_90, compute_120."""
+    """Architectures for which this torch has kernels: sm_90, compute_120."""
     driver: str | None
-    """Version of the NVIDIA driver, "unknown" where there is a GPU all the same; None without NVIDIA GPUs."""
+    """Version of the NVIDIA driver; "unknown" if only the device files of GPUs are seen; None without NVIDIA GPUs."""
     is_hidden: bool
-    """CUDA_VISIBLE_DEVICES asks for the CPU."""
+    """CUDA_VISIBLE_DEVICES hides all GPUs."""
     num_gpus: int
-    """GPUs that the ranks of this machine may use."""
+    """Number of GPUs that the ranks of this machine may use."""
     gpu_index: int | None
-    """The number of this rank's GPU among them; None where the rank computes on the CPU."""
+    """Index of this rank's GPU, below `num_gpus` if the GPU exists; None if the rank computes on the CPU."""
     cuda_error: str | None
-    """Why torch cannot start CUDA; None where it can, or was not built for it."""
+    """Why torch cannot start CUDA; None if CUDA starts, or torch was not built for it."""
     gpu: Gpu | None
-    """None where the rank computes on the CPU, or CUDA does not start."""
+    """This rank's GPU; None if the rank computes on the CPU, or CUDA does not start."""
     cc: str | None
-    """The variable CC."""
+    """The environment variable CC."""
     compiler: str | None
-    """The C compiler that Triton takes; None where there is none."""
+    """Path of the C compiler that Triton uses; None if there is none."""
     python_h: str
-    """Where Triton looks for Python.h."""
+    """Path at which Triton looks for Python.h."""
     has_python_h: bool
     compile_error: str | None
-    """What the compiler says of a module that includes Python.h; None where it compiles, or was not tried."""
+    """First error of the compiler for a module that includes Python.h; None if it compiles, or was not tried."""
 
 
-# --- looked for ------------------------------------------------------------------------------------------------------
+# --- how the facts are found -----------------------------------------------------------------------------------------
 
 
 def gather_facts(device: torch.device) -> Facts:
-    """What is found here, for a rank that computes on `device`. On CUDA a module is compiled: a tenth of a second."""
+    """Gathers the facts of this machine, for a rank that computes on `device`.
+
+    On CUDA it starts a process that starts CUDA (`ask_cuda`), and compiles a C module in about 0.1 s.
+    """
     compiler, python_h = find_compiler(), find_header()
     on_cuda, num_gpus = device.type == "cuda", torch.cuda.device_count()
     gpu, cuda_error = (None, None) if on_cuda else (None, find_cuda_error())
     if on_cuda and device.index < num_gpus:
         gpu, cuda_error = ask_cuda(device.index)
-    complete = on_cuda and compiler is not None and python_h.is_file()
+    can_compile = on_cuda and compiler is not None and python_h.is_file()
     return Facts(
         host=socket.gethostname(),
         torch=torch.__version__,
@@ -88,26 +91,26 @@ def gather_facts(device: torch.device) -> Facts:
         compiler=compiler,
         python_h=str(python_h),
         has_python_h=python_h.is_file(),
-        compile_error=try_compiler(str(compiler), python_h) if complete else None,
+        compile_error=try_compiler(str(compiler), python_h) if can_compile else None,
     )
 
 
 ASK_SECONDS = 120
-"""How long another process may take to start CUDA."""
+"""Timeout of the process that starts CUDA for `ask_cuda`."""
 
 _ASK = """
 import json, sys, torch
-found = torch.cuda.get_device_properties(int(sys.argv[1]))
-shared_bytes = getattr(found, "shared_memory_per_block_optin", None)
-print(json.dumps([found.name, found.major, found.minor, shared_bytes]))
+gpu = torch.cuda.get_device_properties(int(sys.argv[1]))
+shared_bytes = getattr(gpu, "shared_memory_per_block_optin", None)
+print(json.dumps([gpu.name, gpu.major, gpu.minor, shared_bytes]))
 """
 
 
 def ask_cuda(index: int) -> tuple[Gpu | None, str | None]:
-    """(the GPU of this number, None), or (None, why CUDA does not start).
+    """Returns (the GPU with this index, None), or (None, why CUDA does not start).
 
-    Asks another process, which starts CUDA: in this one it must not be started before the input is read, since a
-    process with a live CUDA state may not fork.
+    Another process starts CUDA and answers. This process must not start CUDA before the input is read, since reading
+    forks, and a process that has started CUDA must not fork.
     """
     command = [sys.executable, "-c", _ASK, str(index)]
     try:
@@ -121,18 +124,23 @@ def ask_cuda(index: int) -> tuple[Gpu | None, str | None]:
 
 
 def _first_sentence(text: str) -> str:
-    """torch's own words, without the exception's class and the advice that follows."""
+    """Returns the message of a torch exception without the name of its class and without torch's advice at its end."""
     return re.split(r"\. (?=Please|Alternatively)", re.sub(r"^\w+(Error|Exception): ", "", " ".join(text.split())))[0]
 
 
 def host_memory() -> tuple[int, int]:
-    """(free, all) bytes of the host, as the kernel counts what a program could still have."""
+    """Returns (available, total) memory of the host in bytes. The kernel estimates the available bytes: free memory
+    and caches that it can drop.
+    """
     sizes = dict(re.findall(r"^(\w+):\s+(\d+) kB$", Path("/proc/meminfo").read_text(), re.MULTILINE))
     return int(sizes["MemAvailable"]) * 1024, int(sizes["MemTotal"]) * 1024
 
 
 def find_driver(root: Path = Path("/")) -> str | None:
-    """The version of the NVIDIA driver that this kernel has loaded, "unknown" where only its devices are seen."""
+    """Returns the version of the loaded NVIDIA driver, "unknown" if only its device files are seen, None otherwise.
+
+    `root` is the root of the file system, another folder in tests.
+    """
     file = root / "proc/driver/nvidia/version"
     if file.is_file():
         version = re.search(r"\b\d{3}\.\d+(\.\d+)?\b", file.read_text())
@@ -141,7 +149,9 @@ def find_driver(root: Path = Path("/")) -> str | None:
 
 
 def find_cuda_error() -> str | None:
-    """Why torch, where it was built for CUDA, cannot start it in this process."""
+    """Returns why a torch that was built for CUDA cannot start it in this process; None if it can, or was not built
+    for CUDA. Starts CUDA in this process.
+    """
     if torch.version.cuda is None:
         return None
     try:
@@ -152,20 +162,25 @@ def find_cuda_error() -> str | None:
 
 
 def find_compiler() -> str | None:
-    """The C compiler that Triton takes (`triton/runtime/build.py`): CC if that is set, else gcc, else clang."""
-    wish = os.environ.get("CC")
-    return shutil.which(wish) if wish is not None else shutil.which("gcc") or shutil.which("clang")
+    """Returns the path of the C compiler that Triton uses (`triton/runtime/build.py`): $CC if set, else gcc, else
+    clang; None if there is none.
+    """
+    cc = os.environ.get("CC")
+    return shutil.which(cc) if cc is not None else shutil.which("gcc") or shutil.which("clang")
 
 
 def find_header() -> Path:
-    """Where Triton looks for Python.h; Debian's scheme posix_local names a folder that its packages do not fill."""
+    """Returns the path at which Triton looks for Python.h.
+
+    The scheme posix_prefix replaces posix_local, Debian's default, whose folder Debian's own packages do not fill.
+    """
     scheme = sysconfig.get_default_scheme()
     paths = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)
     return Path(paths["include"], "Python.h")
 
 
 def try_compiler(compiler: str, python_h: Path) -> str | None:
-    """The first error of a C compiler with a module as Triton builds one; None where it has none."""
+    """Compiles a small C module as Triton does. Returns the first error of the compiler, or None if it succeeds."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "module.c")
         source.write_text("#include <dlfcn.h>\n#include <stdlib.h>\n#include <Python.h>\n")

@@ -1,4 +1,4 @@
-"""FLOPs a second that a device can do at most."""
+"""The maximum FLOPs per second of a device: from the data sheet of a GPU, measured on a CPU."""
 
 import functools
 import time
@@ -9,16 +9,21 @@ from dpo.machine.data_sheets import find_sheet
 
 
 def device_peak(name: str, precision: str) -> float | None:
-    """Peak FLOPs a second of a GPU by the name that CUDA gives, None where it is not in the table of `data_sheets`;
-    `precision`: bfloat16, tf32, float32.
+    """Returns the peak FLOPs per second of a GPU, or None if `data_sheets` does not list it.
+
+    Args:
+        name: as CUDA gives it.
+        precision: bfloat16, tf32 or float32.
     """
     sheet = find_sheet(name)
     return sheet.peak(precision) if sheet else None
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOPs a second that this rank could do at best in a dtype: of a GPU from the table (None: it does not stand
-    there), of a CPU measured, with the threads that torch has here, in a tenth of a second.
+    """Returns the maximum FLOPs per second of this rank in a dtype.
+
+    The value of a GPU is its data sheet's (None if it has none). A CPU is measured in about 0.1 s, with the threads
+    that torch uses in this process.
     """
     if device.type == "cpu":
         return cpu_peak(dtype, torch.get_num_threads())
@@ -36,7 +41,7 @@ def cpu_peak(dtype: torch.dtype, num_threads: int) -> float:
 
 
 def measured_peak(dtype: torch.dtype, size: int = 768, repeats: int = 12) -> float:
-    """The best of some square matrix products on this CPU."""
+    """Measures square matrix products on this CPU; returns the FLOPs per second of the fastest."""
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     seconds = []
     for _ in range(repeats):

@@ -1,9 +1,9 @@
-"""Whether a machine has what training on its GPU needs, looked at before any weights are read.
+"""Checks that a machine meets the needs of training on its GPU, before any parameters are read.
 
-On CUDA attention is compiled at first use: Triton builds a module against `Python.h` with the machine's own C compiler,
-and kernels for the GPU's architecture. What is missing there shows after minutes as a traceback of inductor's; a driver
-that is too old for torch does not show at all, the run trains on the CPU. `machine.gather_facts` looks at a machine;
-here are functions of what it found.
+On CUDA attention is compiled at first use: Triton builds a C module against `Python.h` with the machine's C compiler,
+and kernels for the GPU's architecture. Without these checks a missing part would end the run after minutes, with a
+traceback from inductor; and with a driver that is too old for torch the run would silently train on the CPU.
+`facts.gather_facts` looks at a machine; the functions here are pure functions of its result.
 """
 
 import re
@@ -18,15 +18,15 @@ from dpo.base.errors import UserError
 from dpo.machine.facts import Facts, Gpu
 
 OLDEST_DRIVER = {"11": "450.80", "12": "525.60", "13": "580.65"}
-"""First NVIDIA driver that runs programs of a major version of CUDA, on Linux:
+"""Oldest NVIDIA driver for each major version of CUDA, on Linux:
 https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
 
 LOWEST_CAPABILITY = {"bfloat16": (8, 0)}
-"""Compute capability from which tensor cores take a dtype: https://docs.nvidia.com/cuda/cuda-c-programming-guide,
+"""Lowest compute capability whose tensor cores support a dtype: https://docs.nvidia.com/cuda/cuda-c-programming-guide,
 table of features by capability."""
 
 LOWEST_OF_TRITON = (7, 0)
-"""https://github.com/triton-lang/triton#compatibility"""
+"""Lowest compute capability that Triton supports: https://github.com/triton-lang/triton#compatibility"""
 
 _AMPERE_BFLOAT16 = {16: 13_568, 64: 51_200, 128: 98_304, 192: 136_448, 256: 151_552}
 _AMPERE_FLOAT32 = {128: 133_120, 256: 135_680}
@@ -38,36 +38,39 @@ SHARED_BYTES: Mapping[tuple[str, tuple[int, int]], Mapping[int, int]] = {
     ("float32", (8, 9)): _AMPERE_FLOAT32,
     ("float32", (12, 0)): {128: 100_352, 256: 102_912},
 }
-"""Bytes of shared memory that FlexAttention's kernels take, the larger of forward and backward pass, by compute dtype,
-compute capability and head width: read from the kernels that torch 2.13 and Triton 3.7 compile for `block_attention`.
-(8, 9) has the tiles of (8, 6), torch's own: `flex_options` has none for GPUs that stand here. Those of its table (A100,
-H100, B200) have enough for each of its rows.
+"""(compute dtype, compute capability) -> head width -> bytes of shared memory that FlexAttention's kernels need, the
+larger of forward and backward pass. Read from the kernels that torch 2.13 and Triton 3.7 compile for `block_attention`.
+
+`flex_options` chooses no tiles for these GPUs, so torch's own are used; torch has the same for (8, 9) as for (8, 6).
+The GPUs for which `flex_options` chooses tiles (A100, H100, B200) have enough shared memory for them.
 """
 
 TORCH_OF_SHARED_BYTES = "2.13."
-"""Versions of torch whose kernels take these bytes; what others take is not known."""
+"""Prefix of the versions of torch for which `SHARED_BYTES` holds; other versions may need more or less."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a run asks of a GPU."""
+    """The needs of a run that a GPU must meet."""
 
     compute_dtype: str
     """bfloat16, float32 or float64."""
     head_widths: tuple[int, ...]
-    """Of the models' attention heads, where these are known."""
+    """Widths of the attention heads of all models whose config gives one."""
     compiles: bool = True
-    """Whether kernels are compiled at first use, as those of training are; generation runs torch's own."""
+    """Whether kernels are compiled at first use: true of training; generation uses torch's own kernels."""
 
 
 def needs_of(compute_dtype: torch.dtype, models: Sequence[PretrainedConfig], compiles: bool = True) -> Needs:
-    """The needs of these models in a compute dtype."""
+    """Returns the needs of a run of these models in a compute dtype."""
     widths = {width for model in models if (width := head_width(model)) is not None}
     return Needs(str(compute_dtype).removeprefix("torch."), tuple(sorted(widths)), compiles)
 
 
 def head_width(model: PretrainedConfig) -> int | None:
-    """The width of a model's queries; None where its config does not tell, as that of a model without attention."""
+    """Returns the width of a model's queries, per head; None if its config does not give it (a model without attention,
+    for example).
+    """
     text = model.get_text_config(decoder=True)
     for name in ("qk_head_dim", "head_dim"):
         if isinstance(width := getattr(text, name, None), int):
@@ -77,22 +80,22 @@ def head_width(model: PretrainedConfig) -> int | None:
 
 
 def check_toolchain(facts: Facts, needs: Needs) -> None:
-    """Raises UserError, in one line, for all that would stop a run on this machine."""
+    """Raises UserError, in one line, that names all problems that would stop a run on this machine."""
     problems = find_problems(facts, needs)
     if problems:
         raise UserError(facts.host, "; and ".join(problems))
 
 
 def find_problems(facts: Facts, needs: Needs) -> list[str]:
-    """What would stop a run or keep it from the GPU, a line each: what it is, and what helps."""
+    """Returns the problems that would stop a run or keep it from the GPU, each as one line that ends with a remedy."""
     checks = (*CHECKS, *CHECKS_OF_COMPILING) if needs.compiles else CHECKS
     return [problem for check in checks if (problem := check(facts, needs)) is not None]
 
 
 def find_warnings(facts: Facts, needs: Needs) -> list[str]:
-    """What the user should know although the run works, or may work."""
-    found = (_unused_gpus(facts), _shared_memory_in_doubt(facts, needs))
-    return [f"{facts.host}: {warning}" for warning in found if warning is not None]
+    """Returns warnings, one line each, about machines on which the run works, or may work."""
+    warnings = (_unused_gpus(facts), _shared_memory_in_doubt(facts, needs))
+    return [f"{facts.host}: {warning}" for warning in warnings if warning is not None]
 
 
 def _unused_gpus(facts: Facts) -> str | None:
@@ -102,11 +105,13 @@ def _unused_gpus(facts: Facts) -> str | None:
     return f"{what}; for the GPUs install a CUDA build (https://pytorch.org/get-started/locally)"
 
 
-# --- what is looked at -----------------------------------------------------------------------------------------------
+# --- the checks ------------------------------------------------------------------------------------------------------
 
 
 def _check_driver(facts: Facts, needs: Needs) -> str | None:
-    """Where CUDA does not start, torch may say only "no GPU", and the run would train on the CPU."""
+    """Returns the problem of a driver that does not start CUDA. torch may then report no GPU at all, and the run would
+    train on the CPU.
+    """
     if facts.cuda_error is None or facts.driver is None or facts.is_hidden:
         return None
     major = facts.cuda.split(".")[0] if facts.cuda else ""
@@ -147,17 +152,22 @@ def _check_architecture(facts: Facts, needs: Needs) -> str | None:
 
 
 def has_kernels(archs: Sequence[str], capability: tuple[int, int]) -> bool:
-    """Whether code for these architectures runs on a GPU: machine code (sm_86) on its own and newer GPUs of the same
-    generation, PTX (compute_86) on all newer ones; what ends in a letter (sm_90a) on its own generation at most. Also
-    true of no architectures at all, where torch does not tell.
+    """Returns whether code for at least one of these architectures runs on a GPU.
+
+    Args:
+        archs: as `torch.cuda.get_arch_list` gives them. Machine code (sm_86) runs on GPUs of its major capability that
+            are as new or newer; PTX (compute_86) on all that are as new or newer; code with the letter f stays within
+            its major capability, code with the letter a (sm_90a) runs on its exact capability alone. No known
+            architecture counts as True, since torch may not report any.
+        capability: of the GPU, (major, minor).
     """
-    found = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch) for arch in archs]
-    known = [(m[1], (int(m[2]), int(m[3])), m[4]) for m in found if m]
+    matches = [re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch) for arch in archs]
+    known = [(m[1], (int(m[2]), int(m[3])), m[4]) for m in matches if m]
     return not known or any(
-        capability == of
+        capability == target
         if letter == "a"
-        else capability >= of and (capability[0] == of[0] or (kind == "compute" and not letter))
-        for kind, of, letter in known
+        else capability >= target and (capability[0] == target[0] or (kind == "compute" and not letter))
+        for kind, target, letter in known
     )
 
 
@@ -208,8 +218,8 @@ def _little_shared_memory(facts: Facts, needs: Needs) -> str | None:
 
 
 def shared_bytes(compute_dtype: str, capability: tuple[int, int], head_width: int) -> int | None:
-    """Bytes of shared memory that attention takes at most, from the table; None where it does not tell. Kernels are
-    compiled for the next power of two.
+    """Returns the bytes of shared memory that attention needs per thread block, from `SHARED_BYTES`; None if the table
+    has no entry. A width without an entry counts as the next power of two, for which kernels are compiled.
     """
     widths = SHARED_BYTES.get((compute_dtype, capability), {})
     return widths.get(head_width) or widths.get(1 << (head_width - 1).bit_length())

@@ -1,6 +1,6 @@
-"""The versions of torch, transformers and Python that are tested, and whether the installed ones are among them.
+"""The tested versions of torch, transformers and Python, compared with the installed versions.
 
-Reads the metadata of packages alone: importing neither takes time nor fails.
+Only the metadata of packages is read. Nothing is imported, so this is fast and does not fail on a broken package.
 """
 
 import platform
@@ -13,20 +13,20 @@ TESTED: Mapping[str, tuple[str, str]] = {
     "transformers": ("5.17.0", "5.24.0"),
     "Python": ("3.11", "3.13"),
 }
-"""Of each the oldest and the newest version that the tests run with; of the packages they are those of
-constraints-oldest.txt and of constraints-newest.txt. Only as many numbers count as the newest version names: 3.13.5 is
-tested.
+"""Name -> the oldest and the newest version that the tests run with; those of packages are pinned in
+constraints-oldest.txt and constraints-newest.txt. The newest version counts with as many numbers as it has: Python
+3.13.5 is within "3.13".
 """
 
 
 def untested_versions(tested: Mapping[str, tuple[str, str]] = TESTED) -> str | None:
-    """One line that names the installed versions outside of the tested ranges and these ranges; None if there are
-    none. A package that is not installed is left out: its import tells.
+    """Returns one line that names the installed versions outside of the tested ranges, with these ranges; None if all
+    are tested. Packages that are not installed are left out: their import fails anyway.
     """
-    found = {name: _installed(name) for name in tested}
+    installed = {name: _installed(name) for name in tested}
     untested = [
         f"{name} {have} (tested: {' to '.join(tested[name])})"
-        for name, have in found.items()
+        for name, have in installed.items()
         if have is not None and not _lies_within(have, *tested[name])
     ]
     return f"not tested with {', '.join(untested)}" if untested else None
@@ -46,7 +46,9 @@ def _lies_within(have: str, oldest: str, newest: str) -> bool:
 
 
 def _release(text: str) -> tuple[int, ...]:
-    """(2, 11, 0) of 2.11, of 2.11.0+cu130 and of 2.11.0a0+git: what a build or a pre-release adds says nothing here."""
+    """Returns the release of a version: (2, 11, 0) for 2.11, 2.11.0+cu130 and 2.11.0a0+git. Suffixes of builds and
+    pre-releases are ignored.
+    """
     numbers = re.match(r"\d+(?:\.\d+)*", text)
     parts = [int(part) for part in numbers[0].split(".")] if numbers else []
     return tuple((*parts, 0, 0, 0)[:3])

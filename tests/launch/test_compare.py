@@ -201,7 +201,7 @@ def test_what_a_glob_finds_beside_runs_is_left_out_and_said(
     captured = capsys.readouterr()
     assert [line[0] for line in words_of(captured.out)] == ["run", "a", "train", "sorted"]
     left_out = f"{tmp_path / 'cache'}, {tmp_path / 'notes.txt'}"
-    assert f"WARNING: left out, since there is no config.yaml in it: {left_out}\n" in captured.err
+    assert f"WARNING: skipped, since there is no config.yaml in it: {left_out}\n" in captured.err
 
 
 def test_no_run_at_all(tmp_path: Path, program: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,7 @@ BY_RANK_1 = "rank 1 on node1: ValueError: boom"
             1,
         ),
         ({"exit_code": 1, "failures": [raised(0, 1.0, LOST)]}, "crashed", "Connection reset by peer", 1),
-        ({"exit_code": 1, "failures": []}, "crashed", "none of its ranks says why", 1),
+        ({"exit_code": 1, "failures": []}, "crashed", "none of its ranks reported why", 1),
         ({"exit_code": 1, "was_ended": True, "failures": [raised(0, 1.0)]}, "stopped", "SIGTERM", 143),
         ({"was_ended": True, "asked_to_stop": True, "status": SAVED}, "stopped", "SIGTERM", 143),
     ],

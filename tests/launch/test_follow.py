@@ -19,7 +19,7 @@ def job(tmp_path: Path, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> Fo
     """A job that runs, as squeue says, and has written one line."""
     monkeypatch.setattr(following, "_QUEUE_SECONDS", 0.05)
     monkeypatch.setattr(following, "_LOOK_SECONDS", 0.02)
-    monkeypatch.setattr(following, "_LAST_WORDS_SECONDS", 0.3)
+    monkeypatch.setattr(following, "_LAST_REPORT_SECONDS", 0.3)
     slurm.answer("squeue", "RUNNING\n")
     log = tmp_path / "77_0_log.out"
     log.write_text("step 1\n")

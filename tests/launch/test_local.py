@@ -73,7 +73,7 @@ def test_a_run_in_the_background(work: Path) -> None:
     out, err = program.communicate(timeout=30)
     ((reports, submission),) = submissions(run)
     assert program.returncode == 130 and "pairs to train on" in err
-    assert f"the job goes on; to cancel it: kill -- -{submission.job}" in err
+    assert f"the job keeps running; to cancel it: kill -- -{submission.job}" in err
     os.kill(int(submission.job), signal.SIGUSR2)
     while not history(reports):
         time.sleep(0.1)
@@ -81,7 +81,7 @@ def test_a_run_in_the_background(work: Path) -> None:
     cancel = out.splitlines()[-1]
     assert cancel == f"cancel  kill -- -{submission.job}"
     subprocess.run(cancel.split()[1:], check=True)
-    with pytest.raises(RunError, match="has ended and did not say how; before that: stopped, ended by SIGTERM"):
+    with pytest.raises(RunError, match="has ended without a report; before that: stopped, ended by SIGTERM"):
         follow([Followed("tiny", submission, reports)])
     steps = [line["step"] for line in train_lines(run)]
     assert steps == list(range(1, len(steps) + 1))

@@ -210,7 +210,7 @@ def test_too_many_timeouts_end_the_job_but_preemptions_do_not(
     end = requeueing(minutes=minutes, timeouts=0)
     assert len(slurm.calls("scontrol")) == requeues
     if not requeues:
-        told = "its time was up too often (--max-timeouts); the same command goes on"
+        told = "its time was up too often (--max-timeouts); the same command resumes the run"
         assert end == Outcome("failed", told, 1)
 
 

@@ -138,4 +138,4 @@ def test_an_error_file_that_a_full_disk_cut_off(tmp_path: Path) -> None:
     error_file(path, "OSError: no space left")
     path.write_text(path.read_text()[:20])
     (failure,) = failures_of_node(tmp_path, tmp_path / "torchrun.json", "", "gpu09", first_rank=0)
-    assert "is not whole" in failure.message
+    assert "is incomplete" in failure.message
