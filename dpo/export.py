@@ -1,9 +1,9 @@
-"""A policy as a Hugging Face folder: what `final/` is, and `python -m dpo.export` makes of any checkpoint.
+"""Exports the policy of a checkpoint as a Hugging Face folder, as a run does with its last policy in `final/`.
 
     python -m dpo.export --checkpoint RUN/checkpoints/step-000100 --out DIR [--dtype bfloat16]
 
-The folder loads with plain `AutoModelForCausalLM.from_pretrained`. Under torchrun every rank loads and writes
-its shards.
+The folder loads with plain `AutoModelForCausalLM.from_pretrained`. Under torchrun the model is sharded over the ranks,
+and each rank loads and writes its shards.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dpo.model.weights import find_model, read_model_config
 
 
 def main() -> None:
-    """`python -m dpo.export`."""
+    """Runs `python -m dpo.export`."""
     parser = Parser(
         "python -m dpo.export",
         description=__doc__,

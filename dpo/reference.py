@@ -1,8 +1,8 @@
-"""The reference's log-probabilities of a run's pairs, from the cache or computed into it.
+"""Computes the reference's log-probabilities of a run's pairs into the cache, and does not train.
 
     torchrun --standalone --nproc-per-node 8 -m dpo.reference --config FILE
 
-fills the cache alone; the training program does the same before its first step.
+The training program does the same before its first step.
 """
 
 import sys
@@ -22,7 +22,10 @@ from dpo.run.inputs import read_inputs
 
 
 def fill_alone(config: Config) -> None:
-    """Fills the cache and ends."""
+    """Computes the rows that the cache lacks for the data of a config. Every rank must get here, or the rest hang.
+
+    Raises UserError where the loss has no reference or the input is wrong, and Preempted where a rank is asked to stop.
+    """
     if not config.loss.facts.uses_reference:
         valid = ", ".join(losses_that(lambda facts: facts.uses_reference))
         raise UserError("loss.name", f"{config.loss.name} has no reference to compute", valid)
@@ -40,7 +43,7 @@ def fill_alone(config: Config) -> None:
 
 
 def main() -> None:
-    """`python -m dpo.reference`."""
+    """Runs `python -m dpo.reference`."""
     fill_alone(load_config(sys.argv[1:], "dpo.reference", "Computes the reference's log-probabilities into the cache."))
 
 

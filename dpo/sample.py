@@ -1,10 +1,10 @@
-"""Answers of a model to any prompts, beside those of another.
+"""Generates answers of a model to any prompts, beside the answers of another model.
 
     python -m dpo.sample --model DIR [--reference DIR] --prompts FILE [--temperature 0.7 --seed 1] [--json]
 
-FILE has one prompt a line (.txt; blank lines are passed over), which the model reads as it is; or it is JSON or JSONL
+FILE is a .txt file with one prompt per line, which the model reads as it is (blank lines are skipped); or JSON or JSONL
 with rows {"prompt": TEXT} or {"prompt": [{"role": "user", "content": TEXT}, ...]}, whose messages go through the chat
-template as in training. Under torchrun each model is divided over the ranks.
+template as in training. Under torchrun each model is sharded over the ranks.
 """
 
 import argparse
@@ -41,12 +41,12 @@ from dpo.run.answers import answer_text, stop_ids
 from dpo.run.inputs import check_machines
 
 COLUMNS = 120
-"""Width of the table where there is no terminal."""
+"""Width of the table where the output is not a terminal."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as it was given, a text or messages, and where it stands (`file:line`)."""
+    """A prompt of the file, a text or messages, and its place (`file:line`)."""
 
     place: str
     prompt: str | tuple[Message, ...]
@@ -54,7 +54,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reader:
-    """A model that is not loaded yet, and the questions as it reads them."""
+    """A model that is not loaded yet, and the prompts as ids of its tokenizer."""
 
     folder: Path
     config: PretrainedConfig
@@ -66,12 +66,12 @@ class Reader:
 
 
 def read_questions(path: Path) -> list[Question]:
-    """The prompts of a file. Raises UserError, `file:line: what`."""
+    """Reads the prompts of a file. Raises UserError, with file and line, where they are not valid."""
     if not path.is_file():
         raise UserError("command line: --prompts", f"no such file: {path}", "a .txt, .json or .jsonl file")
     found = _text_questions(path) if path.suffix == ".txt" else _json_questions(path)
     if not found:
-        raise UserError("command line: --prompts", f"{path} has no prompts", "one a line")
+        raise UserError("command line: --prompts", f"{path} has no prompts", "one per line")
     return found
 
 
@@ -96,8 +96,9 @@ def _json_questions(path: Path) -> list[Question]:
 
 
 def read_prompts(questions: Sequence[Question], encoder: Encoder, limits: Limits) -> list[Ids]:
-    """The ids of each question, encoded as training encodes prompts, at full length. Raises UserError where a model
-    cannot answer.
+    """Encodes each question as training encodes prompts, but does not truncate it.
+
+    Raises UserError where a prompt has no tokens or leaves no position for an answer.
     """
     return [_read_prompt(question, encoder, limits) for question in questions]
 
@@ -119,7 +120,7 @@ def _read_prompt(question: Question, encoder: Encoder, limits: Limits) -> Ids:
 
 
 def open_reader(path: str, flag: str, tokenizer: str | None, questions: Sequence[Question], world: World) -> Reader:
-    """What is known of a model before its weights are read. Every rank must get here."""
+    """Finds a model and encodes the questions for it; loads no weights. Every rank must get here, or the rest hang."""
     place = f"command line: {flag}"
     places = {"model.path": place, "model.tokenizer": "command line: --tokenizer" if tokenizer else place}
     with renamed_places(places):
@@ -136,14 +137,14 @@ def open_reader(path: str, flag: str, tokenizer: str | None, questions: Sequence
 
 
 def answers_of(reader: Reader, max_new_tokens: int, temperature: float, seed: int, world: World) -> list[str]:
-    """The model's answers; it is in memory meanwhile, and no longer. Every rank must get here."""
+    """Loads the model, generates its answers, and frees its memory. Every rank must get here, or the rest hang."""
     if world.is_main:
         say(f"{reader.folder} answers {len(reader.prompts)} prompts")
     eos_ids = stop_ids(reader.tokenizer, reader.config)
     rule = AnswerRule(eos_ids, max_new_tokens, temperature, seed)
-    found = generate(_load(reader, world), reader.prompts, rule, world)
+    answers = generate(_load(reader, world), reader.prompts, rule, world)
     free_memory()
-    return [answer_text(reader.tokenizer, ids) for ids in found]
+    return [answer_text(reader.tokenizer, ids) for ids in answers]
 
 
 def _load(reader: Reader, world: World) -> Policy:
@@ -153,18 +154,18 @@ def _load(reader: Reader, world: World) -> Policy:
     return policy
 
 
-# --- shown -----------------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def show_json(questions: Sequence[Question], answers: dict[str, list[str]]) -> None:
-    """One JSON object a question: {"prompt", "policy"}, and "reference" where there is one."""
+    """Prints a JSON object per question, {"prompt", "policy"}, with "reference" where a reference is given."""
     for number, question in enumerate(questions):
-        says = {name: texts[number] for name, texts in answers.items()}
-        print(json.dumps({"prompt": question.prompt} | says, ensure_ascii=False))
+        texts_by_model = {name: texts[number] for name, texts in answers.items()}
+        print(json.dumps({"prompt": question.prompt} | texts_by_model, ensure_ascii=False))
 
 
 def show_table(questions: Sequence[Question], answers: dict[str, list[str]]) -> None:
-    """A row a question, the models side by side."""
+    """Prints a table with a row per question and a column per model."""
     table = Table("prompt", *answers, show_lines=True)
     for number, question in enumerate(questions):
         texts = [_shown(question.prompt), *(says[number] for says in answers.values())]
@@ -182,7 +183,7 @@ def _shown(prompt: str | tuple[Message, ...]) -> str:
 
 
 def main() -> None:
-    """`python -m dpo.sample`."""
+    """Runs `python -m dpo.sample`."""
     args = _arguments()
     parallel = ParallelConfig()
     with open_world(parallel.setup_timeout_seconds) as world:
@@ -210,13 +211,13 @@ def _arguments() -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--model", required=True, help="folder or hub id of the model: RUN/final")
-    parser.add_argument("--reference", help="folder or hub id of another, to compare with")
+    parser.add_argument("--reference", help="folder or hub id of a second model, to compare with")
     parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer; default: that of each model")
     parser.add_argument("--prompts", type=Path, required=True, help="the file of prompts")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="most tokens of an answer (default: 128)")
-    about = "0, the default: the likeliest token every time; above: drawn at random"
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="maximum tokens per answer (default: 128)")
+    about = "0, the default: greedy, always the most likely token; above 0: sampling"
     parser.add_argument("--temperature", type=float, default=0.0, help=about)
-    parser.add_argument("--seed", type=int, default=0, help="of the draws; a prompt has the same answer each time")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling: the same seed, the same answers")
     parser.add_argument("--json", action="store_true", help='JSON lines: {"prompt", "policy", "reference"}')
     args = parse_arguments(parser)
     if args.max_new_tokens < 1:

@@ -1,9 +1,9 @@
-"""Reward margins and accuracy of any model on any preference set, against the config's reference.
+"""Scores any model on any preference set: reward margins and accuracy against the config's reference.
 
     python -m dpo.score --model RUN/final --config RUN/config.yaml [--data.eval '[{path: FILE}]'] [--json]
 
-The evaluation pairs of the config are scored, or its training pairs where it has no others. The reference's
-log-probabilities come from its cache, the missing ones are computed into it.
+The pairs are the evaluation pairs of the config, or its training pairs where it has no evaluation pairs. The
+reference's log-probabilities come from the cache; missing rows are computed and added to it.
 """
 
 import json
@@ -35,12 +35,12 @@ from dpo.ref_logps.fill import fill, lookup
 from dpo.run.inputs import Inputs, read_inputs
 from dpo.step.evaluation import Evaluation, evaluate
 
-DESCRIPTION = """Scores a model on preference pairs. Beside the keys below: --model DIR (or hub id) is what is scored;
-the config's model.path stays the reference where reference.path is null. --by-source also scores each source alone, in
-another pass; --json prints one JSON object instead of a table."""
+DESCRIPTION = """Scores a model on preference pairs. Beside the keys below: --model DIR (or hub id) names the model to
+score; the config's model.path stays the reference where reference.path is null. --by-source also scores the pairs of
+each source separately, in another pass; --json prints one JSON object instead of a table."""
 
 COLUMNS = 120
-"""Width of the table where there is no terminal."""
+"""Width of the table where the output is not a terminal."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,27 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Scores:
-    """What was scored on what, and the metrics (see `score_pairs`)."""
+    """The metrics of a model on pairs (see `score_pairs`), with the names of model, reference and loss."""
 
     model: str
     reference: str | None
-    """None where the loss has none."""
+    """None where the loss has no reference."""
     loss: str
     beta: float
     pairs_of: str
-    """evaluation or training."""
+    """"evaluation" or "training"."""
     metrics: dict[str, float]
     sources: dict[str, dict[str, float]]
-    """The metrics of each source by its config key; empty where nobody asked."""
+    """The metrics of each source by its config key; empty without --by-source."""
 
 
-# --- the model in the place of the config's own ----------------------------------------------------------------------
+# --- the config with the model to score ------------------------------------------------------------------------------
 
 
 def with_model(config: Config, model: str) -> Config:
-    """The config of a run that would start from `model`, with the tokenizer and the reference that it has now; in the
-    simplest layout, and without a lower limit to the number of pairs.
+    """Returns the config with `model` as model.path, and its present tokenizer and reference.
+
+    All ranks shard one copy of the model. `pairs_per_step` is 1, so that any number of pairs is enough.
     """
     reference = config.reference.path or config.model.path
     return replace(
@@ -85,11 +86,11 @@ def with_model(config: Config, model: str) -> Config:
     )
 
 
-# --- scored ----------------------------------------------------------------------------------------------------------
+# --- scores ----------------------------------------------------------------------------------------------------------
 
 
 def score_model(config: Config, by_source: bool, world: World) -> Scores:
-    """Scores model.path of the config. Every rank must get here."""
+    """Scores the model in model.path on the pairs of the config. Every rank must get here, or the rest hang."""
     inputs = read_inputs(config, world)
     is_eval = len(inputs.data.eval) > 0
     pairs_of, pairs = ("evaluation", inputs.data.eval) if is_eval else ("training", inputs.data.train)
@@ -106,7 +107,7 @@ def score_model(config: Config, by_source: bool, world: World) -> Scores:
 
 
 def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Packer:
-    """The packer of the model that is scored, with the reference's log-probabilities of these pairs and no others."""
+    """Returns the packer for the model to score, with the reference's log-probabilities of `pairs` alone."""
     packer = make_packer(config, world, inputs.model.config)
     if not config.loss.facts.uses_reference:
         return packer
@@ -120,8 +121,9 @@ def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Pac
 
 
 def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, world: World) -> dict[str, float]:
-    """The metrics of `metrics.pair_means` and `further_metrics`. Raises RunError where the loss is not finite. Every
-    rank must get here.
+    """Returns the metrics of `metrics.pair_means` and `further_metrics`. Every rank must get here, or the rest hang.
+
+    Raises RunError where the loss is not finite.
     """
     result = evaluate(policy, pairs, packer, config.loss, never)
     assert result is not None
@@ -131,15 +133,17 @@ def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, 
 
 
 def further_metrics(result: Evaluation, lengths: np.ndarray, beta: float) -> dict[str, float]:
-    """What a score has beside `metrics.pair_means`; lengths: tokens of prompt, winner and loser of each pair, (N, 3).
+    """Returns the metrics of a score beside those of `metrics.pair_means`.
 
-    tokens/chosen     mean number of the winners' tokens, EOS included; tokens/rejected of the losers'
+    `lengths`: the tokens of prompt, winner and loser of each of N pairs, (N, 3).
+
+    tokens/chosen     mean number of tokens of the winners, EOS included; tokens/rejected of the losers
     nats/margins      mean of h = (pi_logp - ref_logp)[winner] - (pi_logp - ref_logp)[loser]: rewards/margins / beta
-    nats/margins_per_token  nats/margins / the mean number of tokens of a completion
+    nats/margins_per_token  nats/margins / the mean number of tokens per completion
     wins, ties, losses      numbers of pairs with h > 0, = 0, < 0
     shares/ties       ties / pairs; the share of wins is rewards/accuracies
 
-    Only the first line where the loss has no reference.
+    Where the loss has no reference, there are only the metrics of the first line.
     """
     _, chosen, rejected = lengths.mean(0).tolist()
     metrics: dict[str, float] = {"tokens/chosen": chosen, "tokens/rejected": rejected}
@@ -153,8 +157,9 @@ def further_metrics(result: Evaluation, lengths: np.ndarray, beta: float) -> dic
 
 
 def split_by_source(data: PreferenceData, pairs: PairSet, num_train: int, is_eval: bool) -> dict[str, PairSet]:
-    """The pairs of each source that has any, by its key in the config: an evaluation set has the rows of data.eval,
-    then those of data.train, of which some were held out.
+    """Returns config key -> pairs of each source that has pairs in the set.
+
+    The rows of an evaluation set are numbered across data.eval and then data.train, since data.train may hold out rows.
     """
     train, evals = data.report.sources[:num_train], data.report.sources[num_train:]
     sources = (*evals, *train) if is_eval else train
@@ -163,11 +168,11 @@ def split_by_source(data: PreferenceData, pairs: PairSet, num_train: int, is_eva
     return {key: part for key, part in parts.items() if len(part)}
 
 
-# --- shown -----------------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def show(scores: Scores) -> None:
-    """A row a metric, a column for all pairs and one for each source."""
+    """Prints a table with a row per metric, a column for all pairs, and a column per source."""
     against = f"against {scores.reference}, beta {scores.beta:g}" if scores.reference else "no reference"
     table = Table("")
     for name in ("all", *scores.sources):
@@ -188,7 +193,7 @@ def _shown(metric: float) -> str:
 
 
 def read_arguments(words: Sequence[str]) -> Arguments:
-    """Raises UserError for what is wrong; --help and --print_config print and raise SystemExit(0)."""
+    """Parses the command line. Raises UserError where it is wrong; --help and --print_config raise SystemExit(0)."""
     parser = own_flags("python -m dpo.score")
     parser.add_argument("--model")
     parser.add_argument("--by-source", action="store_true")
@@ -201,7 +206,7 @@ def read_arguments(words: Sequence[str]) -> Arguments:
 
 
 def main() -> None:
-    """`python -m dpo.score`."""
+    """Runs `python -m dpo.score`."""
     arguments = read_arguments(sys.argv[1:])
     timeout = arguments.config.parallel.setup_timeout_seconds
     with renamed_places({"model.path": "command line: --model"}), open_world(timeout) as world:

@@ -1,7 +1,7 @@
 """The training program: `torchrun --standalone --nproc-per-node 2 -m dpo.train --config FILE [--loss.beta 0.5]`.
 
-Without torchrun, `python -m dpo.train` is a run on one rank. It reads in three levels: the program, here; the loop over
-steps, `dpo/run/loop.py`; one step, `dpo/step/update.py`.
+Without torchrun, `python -m dpo.train` runs on one rank. The code has three levels: the program, in this file; the loop
+over steps, `dpo/run/loop.py`; one step, `dpo/step/update.py`.
 """
 
 import sys
@@ -20,12 +20,15 @@ from dpo.run.start import check_first_step, find_start_together, is_done
 from dpo.run.summary import conclude, introduce
 
 DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node with eight GPUs:
-torchrun --standalone --nproc-per-node 8 -m dpo.train --config FILE; without torchrun, python -m dpo.train is a run on
-one rank."""
+torchrun --standalone --nproc-per-node 8 -m dpo.train --config FILE. Without torchrun, python -m dpo.train runs on one
+rank."""
 
 
 def run_training(config: Config) -> None:
-    """Checks all input, builds the policy, trains it and exports it. Every rank must get here, or the rest hang."""
+    """Checks all input, then builds, trains and exports the policy. Every rank must get here, or the rest hang.
+
+    Raises UserError before the first step where any input is wrong, and Preempted where a rank is asked to stop.
+    """
     with listen_for_stop() as stop_requested, open_world(config.parallel.setup_timeout_seconds) as world:
         start = find_start_together(config, world)
         inputs = read_inputs(config, world)
@@ -44,7 +47,7 @@ def run_training(config: Config) -> None:
 
 
 def main() -> None:
-    """`python -m dpo.train`."""
+    """Runs `python -m dpo.train`."""
     run_training(load_config(sys.argv[1:], prog="dpo.train", description=DESCRIPTION))
 
 

@@ -1,8 +1,8 @@
 """A run in TensorBoard, and its metrics.jsonl. Without torch.
 
-charts.py       where a metric is shown
-event_files.py  TensorBoard's files
-hparams.py      the entry in the HParams tab
+charts.py       the chart of each metric
+event_files.py  TensorBoard's event files: opens, appends, removes points
+hparams.py      the run's entry in the HParams tab
 dashboard.py    a run's charts, histograms, texts and answers
-writer.py       metrics.jsonl and the dashboard, step by step
+writer.py       writes metrics to metrics.jsonl and the dashboard
 """

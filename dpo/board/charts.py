@@ -1,8 +1,8 @@
-"""Where TensorBoard shows a metric of a run: the one place that knows its names, groups and colours.
+"""The chart in TensorBoard of each metric of a run: its sub-run (which gives the color), group and tag.
 
-TensorBoard groups charts by the first part of their tag, in alphabetical order, draws one line a run in a chart, and
-gives a colour to a run, not to a tag. So the groups are numbered in the order in which a person reads them, and what is
-to be told apart in one chart lies in *sub-runs*, folders of RUN/tensorboard. Pure functions, without torch.
+TensorBoard groups charts by the first part of their tag, in alphabetical order. It draws one line per run in a chart,
+and assigns colors to runs, not to tags. So the groups are numbered in the order in which a person reads them, and lines
+that share a chart lie in different *sub-runs*, folders of RUN/tensorboard. Pure functions, without torch.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ PREFERENCE, SIDES, OPTIMIZATION, SPEED = "1 preference", "2 chosen and rejected"
 REFERENCE, DISTRIBUTIONS, OTHER, TEXTS = "5 reference", "6 distributions", "7 other", "run"
 
 ROOT = "."
-"""The sub-run that is RUN/tensorboard itself."""
+"""The name of the sub-run in RUN/tensorboard itself."""
 
 GROUPS = {
     "loss": PREFERENCE,
@@ -30,11 +30,11 @@ GROUPS = {
     "peak_memory_bytes": SPEED,
     "mfu": SPEED,
 }
-"""The group of a metric that has no side, by what follows train/ or eval/ in its name."""
+"""The group of a metric that is not of chosen or rejected alone, by its name after train/ or eval/."""
 
 
 class Place(NamedTuple):
-    """Where a metric is shown."""
+    """The chart of a metric."""
 
     sub_run: str
     """Folder in RUN/tensorboard."""
@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 
 def place(name: str) -> Place:
-    """Where the metric of this name in metrics.jsonl is shown; no name is without a place.
+    """Returns the chart of the metric with this name in metrics.jsonl. Every name has one.
 
     | metric                                    | sub-run               | tag                                         |
     |-------------------------------------------|-----------------------|---------------------------------------------|
@@ -72,22 +72,23 @@ def place(name: str) -> Place:
 
 
 def histogram_place(name: str) -> Place:
-    """As `place`, for the distribution of what the metric is a mean of: eval/rewards/margins -> 6 distributions/...
+    """Returns the chart for the distribution of the values whose mean is the metric `name`.
 
-    A tag holds scalars or histograms, never both: so these have a group of their own.
+    eval/rewards/margins -> 6 distributions/rewards/margins: histograms have their own group, because a tag cannot hold
+    both scalars and histograms.
     """
     sub_run, tag = place(name)
     return Place(sub_run, f"{DISTRIBUTIONS}/{tag.partition('/')[2]}")
 
 
 def text_place(name: str) -> Place:
-    """Where a page of text is shown: TensorBoard opens the first groups of a tab alone, so all are in one."""
+    """Returns the place of a page of text. All are in one group: TensorBoard opens only the first groups of a tab."""
     return Place(ROOT, f"{TEXTS}/{name}")
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of the Custom Scalars tab: every line of every sub-run with this tag."""
+    """A chart of the Custom Scalars tab: the lines with this tag of all sub-runs."""
 
     title: str
     tag: str

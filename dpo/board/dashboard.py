@@ -1,6 +1,6 @@
 """A run in TensorBoard: charts, histograms, texts, answers and the HParams entry; for rank 0 alone, without torch.
 
-`charts` says where a metric is shown. Each sub-run has event files of its own, made when its first point comes.
+`charts.py` has the chart of each metric. Each sub-run has its own event files, which are created with its first point.
 """
 
 import re
@@ -26,12 +26,12 @@ from dpo.board.hparams import flat, write_entry
 from dpo.config import Config
 
 COLUMN_WIDTH = 44
-"""Characters; three such columns fit in a window of 1,500 pixels."""
+"""Characters per column; three columns fit into a window of 1,500 pixels."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the reference and the policy say to a prompt, as texts."""
+    """A prompt with the answers of reference and policy, as texts."""
 
     prompt: str
     reference: str
@@ -39,10 +39,10 @@ class Answer:
 
 
 class Dashboard:
-    """Writes RUN/tensorboard from step `first_step` on; made on rank 0 alone. What is written is on the disk at once.
+    """Writes RUN/tensorboard from step `first_step` on, on rank 0 alone. Each point is flushed at once.
 
-    What an interrupted run wrote of steps at or after `first_step` is removed. A TensorBoard that has read it already
-    forgets it with the first new point of the same chart, at the latest.
+    The constructor removes the points of an interrupted run at steps >= `first_step`. A TensorBoard that has read them
+    already discards them with the first new point of the same chart, at the latest.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -52,11 +52,11 @@ class Dashboard:
         for path in old:
             drop_points(path, first_step)
         for sub_run in {path.parent.relative_to(folder).as_posix() for path in old}:
-            self._file(sub_run)  # at once, not with its first point, for a TensorBoard that is open
+            self._file(sub_run)  # at once, so that an open TensorBoard discards the removed points
         self._write(ROOT, layout_summary(LAYOUT), first_step)
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A point in the chart of each metric, by its name in metrics.jsonl."""
+        """Adds a point to the chart of each metric; names as in metrics.jsonl."""
         values: dict[str, list[Summary.Value]] = {}
         for name, metric in metrics.items():
             sub_run, tag = place(name)
@@ -65,26 +65,26 @@ class Dashboard:
             self._write(sub_run, Summary(value=points), step)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        """The distribution of `values`, any shape, of which the metric `name` is the mean: eval/rewards/margins."""
+        """Adds the histogram of `values`, any shape, whose mean is the metric `name`."""
         sub_run, tag = histogram_place(name)
         self._write(sub_run, histogram_pb(tag, values), step)
 
     def text(self, name: str, markdown: str, step: int | None = None) -> None:
-        """A page of the Text tab; `step` None: what holds from this start on, until a start from an earlier step."""
+        """Writes a page of the Text tab. `step` None: the first step of this start, for texts about the start."""
         sub_run, tag = text_place(name)
         self._write(sub_run, text_pb(tag, markdown), self.first_step if step is None else step)
 
     def answers(self, step: int, answers: Sequence[Answer]) -> None:
-        """Answers of policy and reference side by side."""
+        """Writes the table of answers, policy and reference side by side, after `step` steps."""
         self.text("answers", answers_table(answers), step)
 
     def hparams(self, config: Config) -> None:
-        """The run's entry in the HParams tab, in place of an earlier one; its metrics are always the newest points."""
+        """Writes the run's entry in the HParams tab, replacing an earlier entry; the tab shows the newest metrics."""
         evaluates = config.data.eval or any(source.holdout for source in config.data.train)
         write_entry(self.folder, "eval" if evaluates else "train", flat(asdict(config)))
 
     def close(self) -> None:
-        """Ends all files."""
+        """Closes all files."""
         for file in self.files.values():
             file.close()
 
@@ -100,7 +100,7 @@ class Dashboard:
 
 
 def layout_summary(layout: Mapping[str, Sequence[Chart]]) -> Summary:
-    """The Custom Scalars tab: categories of charts, each with all lines of its tag."""
+    """Returns the layout of the Custom Scalars tab: categories of charts, each with all lines of its tag."""
     categories = [
         layout_pb2.Category(
             title=title,
@@ -119,34 +119,34 @@ def layout_summary(layout: Mapping[str, Sequence[Chart]]) -> Summary:
 
 
 def answers_table(answers: Sequence[Answer]) -> str:
-    """A markdown table: prompt, reference, policy; every character of a text is shown as it is."""
+    """Returns a Markdown table of prompt, reference and policy that shows every character of the texts as it is."""
     rows = [(answer.prompt, answer.reference, answer.policy) for answer in answers]
     lines = ["| prompt | reference | policy |", "| --- | --- | --- |"]
     return "\n".join(lines + [f"| {' | '.join(map(verbatim, row))} |" for row in rows])
 
 
 def verbatim(text: str) -> str:
-    """Markdown, one line of it, that shows the very characters of a text in lines of at most COLUMN_WIDTH characters.
+    """Returns one line of Markdown that shows the exact characters of a text, COLUMN_WIDTH of them per line at most.
 
-    What is not seen is shown by picture or number; everything but letters, digits and single spaces is written as an
-    entity: no mark, table, tag or link is left.
+    Invisible characters are shown by a picture or a number. All characters but letters, digits and single spaces are
+    written as HTML entities, so that no Markdown, table, tag or link remains.
     """
     lines = [part for line in harmless(text).expandtabs(4).split("\n") for part in _wrapped(line)]
-    return "<br>".join(re.sub(r"[^\w ]|_|(?<= ) |^ ", lambda found: f"&#{_code(found[0])};", line) for line in lines)
+    return "<br>".join(re.sub(r"[^\w ]|_|(?<= ) |^ ", lambda match: f"&#{_code(match[0])};", line) for line in lines)
 
 
 def _wrapped(line: str) -> list[str]:
-    """Broken here, since a table whose columns are as wide as their longest lines squeezes the others to a letter."""
+    """Wraps a line to COLUMN_WIDTH: a browser makes a column as wide as its longest line, and squeezes the others."""
     return textwrap.wrap(line, COLUMN_WIDTH, drop_whitespace=False, replace_whitespace=False) or [""]
 
 
 def _code(character: str) -> int:
-    """Of several spaces HTML would show one: the second is one that does not break."""
+    """Returns a character's code point; for a space a no-break space's, since HTML shows successive spaces as one."""
     return ord("\N{NO-BREAK SPACE}" if character == " " else character)
 
 
 def fenced(text: str) -> str:
-    """Markdown that shows a text of many lines, YAML for one, as it is in a block of code."""
+    """Returns Markdown that shows a text of many lines, such as YAML, unchanged in a block of code."""
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}\n{text.rstrip()}\n{fence}"

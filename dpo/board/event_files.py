@@ -1,7 +1,7 @@
-"""TensorBoard's event files as bytes on a disk: opened, appended to, and freed of what a resumed run gives up.
+"""TensorBoard's event files: opens them, appends events, removes the points of steps that a resumed run computes again.
 
-A file is a sequence of records: 8 bytes length, 4 bytes checksum, an `Event`, 4 bytes checksum. Readers go through the
-files of a folder in the order of their names.
+A file is a sequence of records: length (8 bytes), checksum (4 bytes), an `Event`, checksum (4 bytes). TensorBoard reads
+the files of a folder in the order of their names.
 """
 
 import io
@@ -24,30 +24,30 @@ PREFIX = "events.out.tfevents"
 
 
 def open_events(folder: Path, first_step: int) -> BinaryIO:
-    """A new file that comes after the folder's others, for points from `first_step` on.
+    """Creates a file that sorts after all others of the folder, for points from `first_step` on.
 
-    The number in its name is the time, unless that is not later than in all others: a requeued job's other host, or a
-    quick restart, does not promise it.
+    The number in its name is the time in seconds, or one more than the highest number there: a restart within a second,
+    or on a host whose clock is behind, would otherwise sort before.
     """
     folder.mkdir(parents=True, exist_ok=True)
     taken = [int(path.name.split(".")[3]) for path in event_files(folder)]
     number = max([int(time.time()), *(last + 1 for last in taken)])
     file = (folder / f"{PREFIX}.{number:010d}.{socket.gethostname()}").open("xb")
     write_event(file, Event(file_version="brain.Event:2"))
-    # A TensorBoard that is open, and has read what `drop_points` removes, forgets it at a START.
+    # At a START, an open TensorBoard discards the points that it has read and that `drop_points` removed.
     write_event(file, Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
     file.flush()
     return file
 
 
 def write_event(file: BinaryIO, event: Event) -> None:
-    """Appends an event, with the time of now."""
+    """Appends an event with the current time."""
     event.wall_time = time.time()
     RecordWriter(file).write(event.SerializeToString())
 
 
 def write_events_atomically(path: Path, events: Sequence[Event]) -> None:
-    """A whole file, in place of an earlier one."""
+    """Writes a file of these events, or replaces it, in one atomic step."""
     buffer = io.BytesIO()
     for event in events:
         write_event(buffer, event)
@@ -55,14 +55,15 @@ def write_events_atomically(path: Path, events: Sequence[Event]) -> None:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """The event files in a folder and below, those that this module names, in the order of their names."""
+    """Returns the event files in a folder and below whose names this module gave, sorted by name."""
     return sorted(path for path in folder.rglob(f"{PREFIX}.*") if path.name.split(".")[3].isdigit())
 
 
 def drop_points(path: Path, first_step: int) -> None:
-    """Removes the events of steps at or after `first_step` from a file, in one atomic replacement.
+    """Removes the events at steps >= `first_step` from a file, in one atomic replacement.
 
-    Of a damaged file what can be read stays, and a copy of all of it under a name that TensorBoard does not look for.
+    From a damaged file the readable events before the damage are kept; a copy of the damaged file gets a name that
+    TensorBoard ignores.
     """
     data, kept = path.read_bytes(), []
     try:
@@ -71,20 +72,20 @@ def drop_points(path: Path, first_step: int) -> None:
                 kept.append(record)
     except (Damaged, DecodeError):
         copy = path.with_name(path.name.replace("tfevents", "damaged"))
-        warn(f"{path} is damaged: its charts go on from what can be read; the file as it was is {copy}")
+        warn(f"{path} is damaged: its charts keep the points before the damage; a copy of the damaged file is {copy}")
         write_atomically(copy, data)
     if sum(map(len, kept)) < len(data):
         write_atomically(path, b"".join(kept))
 
 
 class Damaged(ValueError):
-    """A record's length is not what it was when it was written."""
+    """The checksum of a record's length is wrong."""
 
 
 def records(data: bytes) -> Iterator[tuple[bytes, Event]]:
-    """The records of a file, each with its event; one at the end that a crash has cut off is left out.
+    """Yields the records of a file, each with its event, without a last record that a crash has cut off.
 
-    Raises Damaged, or protobuf's DecodeError, at the first one that cannot be read.
+    Raises Damaged, or protobuf's DecodeError, at the first record that cannot be read.
     """
     begin = 0
     while begin + 12 <= len(data):

@@ -1,9 +1,9 @@
-"""What TensorBoard's HParams tab shows of a run: its config in columns, beside its newest metrics; without torch.
+"""The entry of a run in TensorBoard's HParams tab: its config in columns, beside its newest metrics; without torch.
 
-The entry is an event file of a fixed name, so that it is written again, never twice. It lies in the sub-run whose
-metrics it is shown with, `eval` if the run evaluates, else `train`: TensorBoard looks for them in the entry's own
-sub-run, whatever folder it was started on. So the columns are filled while a run goes on, and where it was interrupted.
-Which columns there are, TensorBoard takes from the first entry that it finds.
+The entry is an event file with a fixed name, so that a later start replaces it. It lies in the sub-run whose metrics
+the tab shows, `eval` if the run evaluates, else `train`: TensorBoard looks for metrics in the entry's own sub-run,
+whatever folder it was started on. So the tab shows metrics of running and of interrupted runs too. TensorBoard takes
+the list of columns from the first entry that it finds.
 """
 
 import json
@@ -30,31 +30,32 @@ from dpo.board.charts import place
 from dpo.board.event_files import PREFIX, write_events_atomically
 
 ENTRY = f"{PREFIX}.0000000000.hparams"
-"""The entry's file. It sorts before every other event file: a reader that goes from file to file never comes back."""
+"""The name of the entry's file. It sorts before all other event files: TensorBoard does not return to a file once it
+has read a later one."""
 
 KEYS = (
     "loss.name", "loss.beta", "optim.lr", "optim.warmup_steps", "train.seed", "model.path", "loss.label_smoothing",
     "loss.length_normalized", "loss.sft_weight", "optim.name", "optim.schedule", "optim.weight_decay",
     "optim.max_grad_norm", "batch.pairs_per_step", "data.max_length", "train.steps", "train.epochs",
 )  # fmt: skip
-"""The columns of a run by itself: what changes the result, the most often tried first."""
+"""The columns by default: the keys that change the result, the most often varied first."""
 
 NUM_SHOWN = 5
-"""TensorBoard ticks so many columns of keys at first; the others are offered."""
+"""The number of columns of keys that TensorBoard shows at first; the user can select the others."""
 
-FIGURES = {
+METRICS = {
     "loss": "loss",
     "rewards/accuracies": "accuracy",
     "rewards/margins": "margin",
     "loss_sft": "loss_sft",
 }
-"""The columns of metrics, by what follows eval/ in their names, and how they are headed."""
+"""The columns of metrics: the name after eval/ -> the heading."""
 
 Value = bool | int | float | str
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Value]:
-    """SECTION.KEY -> value of a config as YAML holds it; lists as JSON text. What is null has no entry."""
+    """Returns SECTION.KEY -> value of a config, as in its YAML; lists as JSON text, keys that are null left out."""
     items = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
     return {
         key: value if isinstance(value, Value) else json.dumps(value)
@@ -64,14 +65,17 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Value]:
 
 
 def write_entry(folder: Path, sub_run: str, values: Mapping[str, Value], columns: Sequence[str] = KEYS) -> None:
-    """Writes the run's entry into `folder`, RUN/tensorboard, in place of an earlier one.
+    """Writes the run's entry, replacing an earlier entry. Raises OSError.
 
-    sub_run: whose metrics are shown, eval or train; values: of all keys, as `flat` gives them; columns: the keys that
-    the tab shows, the most important first. Raises OSError.
+    Args:
+        folder: RUN/tensorboard.
+        sub_run: the sub-run whose metrics are shown, eval or train.
+        values: the values of all keys, as `flat` returns them.
+        columns: the keys that the tab shows, the most important first.
     """
     for name in {"eval", "train"} - {sub_run}:
         (folder / name / ENTRY).unlink(missing_ok=True)
-    experiment = Experiment(hparam_infos=_key_columns(columns, values), metric_infos=_figure_columns(sub_run))
+    experiment = Experiment(hparam_infos=_key_columns(columns, values), metric_infos=_metric_columns(sub_run))
     contents = {
         metadata.EXPERIMENT_TAG: HParamsPluginData(experiment=experiment),
         metadata.SESSION_START_INFO_TAG: HParamsPluginData(session_start_info=_session(values)),
@@ -82,7 +86,7 @@ def write_entry(folder: Path, sub_run: str, values: Mapping[str, Value], columns
 
 
 def _session(values: Mapping[str, Value]) -> SessionStartInfo:
-    """Without a group name: runs with one and the same config stay two rows."""
+    """Returns the values of all keys, without a group name: two runs with the same config stay two rows."""
     start = SessionStartInfo(start_time_secs=time.time())
     for key, value in values.items():
         kind = "bool_value" if isinstance(value, bool) else "string_value" if isinstance(value, str) else "number_value"
@@ -91,19 +95,19 @@ def _session(values: Mapping[str, Value]) -> SessionStartInfo:
 
 
 def _key_columns(columns: Sequence[str], values: Mapping[str, Value]) -> list[HParamInfo]:
-    """Those with a value: the tab's other views leave out a run that has none in a column."""
+    """Returns the columns that have a value: the tab's other views omit runs without a value in a column."""
     kinds = {bool: DATA_TYPE_BOOL, int: DATA_TYPE_FLOAT64, float: DATA_TYPE_FLOAT64, str: DATA_TYPE_STRING}
     return [
         HParamInfo(name=key, type=kinds[type(values[key])], differs=number < NUM_SHOWN)
-        for number, key in enumerate(columns)  # those that differ come first, each part in alphabetical order
+        for number, key in enumerate(columns)  # TensorBoard sorts: those with `differs` first, then by name
         if key in values
     ]
 
 
-def _figure_columns(sub_run: str) -> list[MetricInfo]:
+def _metric_columns(sub_run: str) -> list[MetricInfo]:
     return [
         MetricInfo(name=MetricName(tag=place(f"{sub_run}/{name}").tag), display_name=f"{sub_run} {title}")
-        for name, title in FIGURES.items()
+        for name, title in METRICS.items()
     ]
 
 

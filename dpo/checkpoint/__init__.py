@@ -1,7 +1,7 @@
-"""Weights and optimizer on disk.
+"""Weights and optimizer state on disk.
 
-store.py        checkpoints: written, committed, verified, found, loaded
-host_copies.py  a sharded state copied to host memory
-saver.py        checkpoints are written by a thread while training goes on
-export.py       a trained policy -> a model folder that transformers loads
+store.py        writes, commits, verifies, finds and loads checkpoints
+host_copies.py  copies a sharded state to host memory
+saver.py        writes checkpoints in a thread while training continues
+export.py       writes a trained policy as a model folder that transformers loads
 """

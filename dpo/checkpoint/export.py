@@ -1,4 +1,4 @@
-"""A trained policy -> a model folder that transformers loads."""
+"""Writes a trained policy as a model folder that transformers loads."""
 
 import shutil
 from pathlib import Path
@@ -17,9 +17,16 @@ from dpo.model.weights import read_model_config, save_tensors
 
 
 def export(policy: Policy, model_folder: Path, out: Path, config: Config, world: World) -> None:
-    """Writes weights, config, tokenizer, chat template and generation config to `out`, which appears when it is whole.
+    """Writes weights, config, tokenizer, chat template and generation config to the folder `out`.
 
-    `model_folder` is where the policy started from. Every rank must get here.
+    The folder gets its name when it is complete. Every rank must get here, or the rest hang.
+
+    Args:
+        policy: the sharded model.
+        model_folder: the folder of the model from which the policy started.
+        out: the new folder; an existing one is replaced.
+        config: gives `checkpoint.export_dtype` and the tokenizer.
+        world: all ranks.
     """
     dtype = getattr(torch, config.checkpoint.export_dtype)
     draft = out.with_name(f".{out.name}.draft")
@@ -38,7 +45,7 @@ def _complete(draft: Path, out: Path, model_folder: Path, config: Config, dtype:
     model_config.dtype = dtype
     model_config.save_pretrained(draft)
     generation = model_folder / "generation_config.json"
-    if generation.is_file():  # copied: some that are in use would not pass transformers' check on saving
+    if generation.is_file():  # copied, since transformers refuses to save some that it loads
         shutil.copyfile(generation, draft / generation.name)
     _save_tokenizer(config.model.tokenizer or str(model_folder), draft, config.model.trust_remote_code)
     shutil.rmtree(out, ignore_errors=True)
@@ -46,10 +53,10 @@ def _complete(draft: Path, out: Path, model_folder: Path, config: Config, dtype:
 
 
 def _save_tokenizer(path: str, draft: Path, trust_remote_code: bool) -> None:
-    """None for a local model without one, which data in `format: tokens` does not need."""
+    """Saves the tokenizer, unless a local model has none: data in `format: tokens` does not need it."""
     if Path(path).is_dir() and not has_tokenizer(Path(path)):
         return
     try:
         load_tokenizer(path, trust_remote_code).save_pretrained(draft)
-    except UserError as failure:  # the run did without: it must not lose its model for it
+    except UserError as failure:  # the run did not need it: its model is exported all the same
         say(f"the exported model has no tokenizer: {failure}")

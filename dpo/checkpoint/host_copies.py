@@ -1,4 +1,13 @@
-"""Copies in host memory of a state that lies on devices, sharded: they stay as they are while training goes on."""
+"""Copies of a sharded state in host memory, which do not change while training continues.
+
+Three calls, by two threads, make a copy of a state on CUDA:
+
+    training thread     take    enqueues the copies on a separate stream, behind the kernels that were enqueued so far
+    training thread     hold    before the next update: makes the current stream wait for the copies
+    checkpoint thread   wait    blocks until the copies are complete; then it reads them
+
+From a CPU `take` copies at once, and `hold` and `wait` do nothing.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -9,11 +18,11 @@ from torch.distributed.tensor import DTensor
 
 
 class HostCopies:
-    """Buffers for copies of a tree of tensors, made at the first copy and used again at the next ones.
+    """Copies a tree of tensors into buffers that are allocated at the first copy and reused at the next.
 
-    Of a sharded tensor it is this rank's part that is copied: the buffers take as many bytes of host memory as the part
-    of the tree that this rank holds, tied tensors once. What comes from CUDA is copied to pinned memory, of which torch
-    gives a power of two for each tensor, on a stream of its own, beside what the device computes meanwhile.
+    Only this rank's shard of a DTensor is copied. The buffers take as much host memory as this rank's shards, tied
+    tensors once. From CUDA, the copies run on a separate stream, so that they overlap with the computation, and go to
+    pinned memory, for which torch rounds the bytes of each tensor up to a power of two.
     """
 
     def __init__(self, device: torch.device):
@@ -23,10 +32,13 @@ class HostCopies:
 
     @torch.no_grad()
     def take(self, tree: dict[str, Any]) -> dict[str, Any]:
-        """The tree, each tensor replaced by its copy. The copies of the last call must not be needed any more.
+        """Returns the tree with each tensor replaced by its copy. Overwrites the copies of the last call.
 
-        From a CPU they are whole at once. From CUDA they are on their way: before the tree changes call `hold`, before
-        the copies are read call `wait`.
+        Args:
+            tree: nested dicts and lists with tensors; other leaves are returned as they are.
+
+        From CUDA, the copies are still in flight: call `hold` before the tree changes, and `wait` before the copies are
+        read.
         """
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -38,14 +50,12 @@ class HostCopies:
         return copies
 
     def hold(self) -> None:
-        """The device goes on with nothing that the host asks for from now on before it has copied; the host does not
-        wait.
-        """
+        """Makes the current CUDA stream wait until the copies are complete; the host does not wait."""
         if self.copied:
             torch.cuda.current_stream().wait_event(self.copied)
 
     def wait(self) -> None:
-        """Waits until the copies are whole."""
+        """Blocks the calling thread until the copies are complete."""
         if self.copied:
             self.copied.synchronize()
 

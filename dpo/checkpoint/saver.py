@@ -1,4 +1,22 @@
-"""Checkpoints are written by a thread while training goes on: the training thread only copies the state."""
+"""Writes checkpoints in a thread while training continues.
+
+With `checkpoint.save_every` 2, on every rank:
+
+    training thread      step 2   save(2)   step 3        step 4   save(4)                   step 5 ...
+    copy stream, CUDA             copies of step 2                           copies of step 4
+    checkpoint thread 2           waits for the copies, writes files, commits
+    checkpoint thread 4                                                      waits for the copies, writes ...
+
+`save(2)` enqueues copies of the state to host memory and starts thread 2. The forward and backward passes of step 3
+overlap with the copies; its update waits for them on the device (`HostCopies.hold`, called before each update).
+`save(4)` first waits until thread 2 has ended, since there is one set of buffers and one checkpoint in flight.
+
+A checkpoint thread runs collectives: all ranks write their shards, rank 0 commits (`store.write_checkpoint`). It uses a
+process group of its own, so that they do not mix with those of the training thread.
+
+Where thread 2 fails with RunError, rank 0 warns at once, and training continues: `save(4)` tries again. Where thread 4
+fails as well, `save(6)` raises its RunError on every rank. `finish` raises that of the last checkpoint.
+"""
 
 import threading
 import uuid
@@ -20,11 +38,12 @@ from dpo.distributed.world import World, use_device
 
 
 class Saver:
-    """Saves a run's checkpoints, at most one at a time. Every rank makes the same calls in the same order.
+    """Saves a run's checkpoints; at most one is in flight. Every rank must make the same calls in the same order.
 
-    From the first save on each rank keeps a copy in host memory of its part of weights and optimizer state (see
-    `HostCopies`): 4 bytes a parameter for the weights in float32 and 4 for each buffer of the optimizer (RMSprop 1,
-    with momentum 2; AdamW 2; SGD with momentum 1), divided by `parallel.shard` ranks.
+    From the first save on, each rank keeps a copy of its shards of weights and optimizer state in host memory (see
+    `HostCopies`): with float32 master weights 4 bytes per parameter for the weights, and 4 for each element that the
+    optimizer keeps per parameter (RMSprop 1, with momentum 2; AdamW 2; SGD with momentum 1), divided by
+    `parallel.shard` ranks.
     """
 
     def __init__(self, shelf: Shelf, model: nn.Module, optimizer: torch.optim.Optimizer):
@@ -33,16 +52,22 @@ class Saver:
         self.copies = HostCopies(self.world.device)
         self.writing: Future[None] | None = None
         self.has_failed = False
-        """Whether the last checkpoint that ended could not be written."""
+        """Whether the last checkpoint that is no longer in flight failed."""
 
     def save(self, state: RunState, before_commit: Callable[[], None]) -> None:
-        """Copies weights and optimizer as they are after `state.step` updates, and has a thread write them.
+        """Waits for the checkpoint in flight, enqueues the copies of the state, and starts the thread that writes them.
 
-        `before_commit` runs on rank 0 in that thread, before the checkpoint gets its name. One that cannot be written
-        is told by rank 0 when that is known, and is no reason not to try this one; two in a row end the run: RunError,
-        on every rank.
+        Every rank must get here, or the rest hang. A checkpoint that cannot be written does not end the run; two in
+        succession do.
+
+        Args:
+            state: the step and identity; `state.step` updates were made.
+            before_commit: called on rank 0, in the checkpoint thread, before the checkpoint gets its final name.
+
+        Raises:
+            RunError: on every rank, where the last two checkpoints could not be written.
         """
-        failure = self._ended()
+        failure = self._wait_for_writing()
         if failure is not None and (self.has_failed or not isinstance(failure, RunError)):
             raise failure
         self.has_failed = failure is not None
@@ -61,19 +86,21 @@ class Saver:
         self.writing = _start(write, checkpoint_path(self.shelf.run_dir, state.step).name)
 
     def finish(self) -> None:
-        """Waits until the checkpoint is committed. Raises RunError, on every rank, where that failed."""
-        failure = self._ended()
+        """Waits until the checkpoint in flight is committed. Raises RunError, on every rank, where it failed."""
+        failure = self._wait_for_writing()
         if failure is not None:
             raise failure
 
-    def _ended(self) -> BaseException | None:
-        """Waits for the checkpoint that is being written, and says why it failed."""
+    def _wait_for_writing(self) -> BaseException | None:
+        """Waits for the checkpoint in flight; returns its failure, or None."""
         writing, self.writing = self.writing, None
         return writing.exception() if writing else None
 
     def leave(self, seconds: float) -> None:
-        """Waits where the run has failed by then: what is being written is of before, and good, and the other ranks'
-        threads may need this one's; not for ever, since a rank may be gone. Says so where it was in vain.
+        """Waits at most `seconds` for the checkpoint in flight of a failed run; warns where it is not written by then.
+
+        That checkpoint predates the failure and is valid, and the threads of other ranks may need this rank's thread to
+        complete it. They may also be gone: hence the limit.
         """
         writing, self.writing = self.writing, None
         if writing is None:
@@ -93,8 +120,20 @@ def open_saver(
     world: World,
     timeout_seconds: int,
 ) -> Iterator[Saver]:
-    """A saver whose last checkpoint is committed when this ends, be it that the run was preempted. Every rank must get
-    here, and to its end.
+    """Gives a saver whose last checkpoint is committed at the end of the context, also where the run is preempted.
+
+    Every rank must get here, and to the end of the context, or the rest hang.
+
+    Args:
+        run_dir: the run folder.
+        model: the sharded model.
+        optimizer: its optimizer; a hook makes each update wait for the copies.
+        keep: how many checkpoints to keep, the newest; None: all.
+        world: all ranks.
+        timeout_seconds: of the collectives of the checkpoint threads, and of the wait after a failed run.
+
+    Raises:
+        RunError: on every rank, where the last checkpoint could not be written.
     """
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     shelf = Shelf(run_dir, keep, uuid.uuid4().hex, world, group)
@@ -117,7 +156,7 @@ def open_saver(
 
 
 def _start(work: Callable[[], None], name: str) -> Future[None]:
-    """When a thread has done `work`, or how it failed. The thread keeps no process from ending."""
+    """Starts a daemon thread that does `work`; returns a future of its end or its failure."""
     result: Future[None] = Future()
 
     def run() -> None:

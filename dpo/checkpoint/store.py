@@ -1,9 +1,11 @@
-"""Checkpoints of a run: written by all ranks, committed by one rename, checked, found again, loaded on any number of
-ranks.
+"""Checkpoints of a run: all ranks write them, a rename commits them, any number of ranks loads them.
 
-checkpoints/step-000100/   torch's distributed checkpoint: master weights and optimizer state, sharded
-             state.json    the step and the run's identity (see `dpo.run.folder`)
-             COMPLETE      written last: the size of every file, and the hash of the small ones
+checkpoints/step-000100/             torch's distributed checkpoint: master weights and optimizer state, sharded
+                        state.json   the step and the run's identity (see `dpo.run.identity`)
+                        COMPLETE     written last: the size of every file, and the hash of the small ones
+
+Until the rename the folder is called step-000100.tmp. So a folder with the final name is complete, and a crash at any
+moment leaves the previous checkpoints as they were.
 """
 
 import hashlib
@@ -31,42 +33,48 @@ from dpo.distributed.world import World
 MARKER = "COMPLETE"
 DRAFT = ".tmp"
 HASHED_BYTES = 64 * 2**20
-"""Files up to this size are hashed whole in the marker (DCP's .metadata is one: it is read with pickle)."""
+"""Bytes up to which the marker records a file's hash (so also for DCP's .metadata, which is read with pickle)."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint holds beside tensors: `step` updates were made; `identity` may not change on resume."""
+    """The state of a run beside its tensors: the updates made so far, and the identity that a resume must match."""
 
     step: int
     identity: dict[str, Any]
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` updates lies."""
+    """Returns the folder of the checkpoint after `step` updates."""
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
 @dataclass(frozen=True)
 class Shelf:
-    """Where the checkpoints of a run go, and the ranks that write them."""
+    """Names the folder of a run's checkpoints, and the ranks and the group that write them."""
 
     run_dir: Path
     keep: int | None
-    """How many are kept, the newest ones; None: all."""
+    """How many checkpoints to keep, the newest; None: all."""
     plans: str
-    """Names what is kept in memory from one checkpoint to the next (see `save_planner`)."""
+    """The name under which torch caches the save plans from one checkpoint to the next (see `save_planner`)."""
     world: World
     group: dist.ProcessGroup
-    """All exchanges go over it, so that a thread may write while others use other groups."""
+    """The process group of all collectives here, so that a thread may write while other threads use other groups."""
 
 
 def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], before_commit: Callable[[], None]) -> None:
-    """Writes a checkpoint of `state_tensors` in host memory, then removes all but the newest `keep`.
+    """Writes a checkpoint, then removes all but the newest `keep`. Every rank must get here, or the rest hang.
 
-    It is written under another name and renamed when it is whole, after `before_commit` on rank 0: a folder with the
-    right name is always complete. Every rank must get here, or the rest hang. Raises RunError, on every rank and with
-    no plans kept, where any cannot write.
+    Args:
+        shelf: where and by which ranks.
+        state: the step and the identity.
+        tensors: the tree of `state_tensors`, in host memory.
+        before_commit: called on rank 0 when all files are written, before the rename.
+
+    Raises:
+        RunError: on every rank, where any rank cannot write its files, or rank 0 cannot commit them. After a failed
+            write no rank keeps cached plans.
     """
     world, group, plans = shelf.world, shelf.group, shelf.plans
     target = checkpoint_path(shelf.run_dir, state.step)
@@ -74,30 +82,32 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
     on_main(world, lambda: _make_draft(draft), group)
     try:
         with storage_errors(draft):
-            # The tensors are in host memory: nothing is copied ahead from a device, on a stream of which GPU ever.
+            # 0: the tensors are in host memory, so DCP must not copy ahead on a stream of the current GPU.
             storage = dcp.FileSystemWriter(draft, per_thread_copy_ahead=0)
             dcp.save(tensors, storage_writer=storage, planner=save_planner(plans), process_group=group)
     except RunError:
-        forget_plans(plans)  # some may be kept and others not: the next checkpoint would fail of it
+        forget_plans(plans)  # some ranks may have cached theirs and others not: the next checkpoint would fail
         raise
 
     def commit() -> None:
         try:
             before_commit()
             _commit(draft, target, state, shelf.keep)
-        except OSError as failure:  # told when the run is many steps further
+        except OSError as failure:  # with the path: the run is many steps further when this is reported
             raise RunError(f"{target}: {line_of(failure)}") from failure
 
     on_main(world, commit, group)
 
 
 def save_planner(plans: str) -> dcp.DefaultSavePlanner:
-    """A planner that keeps, under the name `plans`, what the ranks agreed on at the first checkpoint: at the next ones
-    each rank says that its tensors lie as they did, and rank 0 gathers, deduplicates and validates nothing: Python
-    that takes longer the more ranks and tensors there are, and beside which rank 0's training thread would hardly run.
+    """Returns a planner that caches the plan of the first checkpoint under the name `plans`, and reuses it.
 
-    torch keeps plans for all planners of a class, in the process, by the class's name, whatever the ranks and the run:
-    `plans` must belong to one group and one run. Where tensors do change, all is planned anew.
+    Without the cache rank 0 gathers, deduplicates and validates the plans of all ranks at every checkpoint. This Python
+    code takes longer with more ranks and tensors, and holds the GIL that rank 0's training thread needs. With the cache
+    each rank only reports that its tensors are laid out as before; where they are not, all ranks plan again.
+
+    torch caches plans per process in the planner's class, by default under the class's name, for any ranks and any run.
+    So `plans` must be a name that one group and one run use alone.
     """
     planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
     planner._cached_plans_key = plans
@@ -105,7 +115,7 @@ def save_planner(plans: str) -> dcp.DefaultSavePlanner:
 
 
 def forget_plans(plans: str) -> None:
-    """Frees what `save_planner` keeps under a name."""
+    """Removes the plans that `save_planner` caches under a name."""
     planner = dcp.DefaultSavePlanner
     caches: tuple[dict[str, Any], ...] = (
         planner._cached_save_plan,
@@ -119,9 +129,11 @@ def forget_plans(plans: str) -> None:
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Reads weights and optimizer state, whatever the number of ranks that wrote them. Every rank must get here.
+    """Loads weights and optimizer state; another number of ranks may have written them. Every rank must get here, or
+    the rest hang.
 
-    The optimizer's settings stay those it was made with. Raises RunError where the checkpoint does not fit.
+    The optimizer keeps its own settings (learning rate, weight decay, ...), not those of the checkpoint. Raises
+    RunError where the checkpoint does not fit the model or the optimizer.
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     tensors = state_tensors(model, optimizer)
@@ -129,11 +141,11 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         dcp.load(tensors, checkpoint_id=str(folder))
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
-        group.update(wanted)  # weight decay and the like are those of the config, which may have changed
+        group.update(wanted)  # those of the config, which may differ from the checkpoint's
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
-    """Reads the weights of a checkpoint alone. Every rank must get here."""
+    """Loads the weights of a checkpoint, without optimizer state. Every rank must get here, or the rest hang."""
     state = {"model": model.state_dict()}
     with storage_errors(folder):
         dcp.load(state, checkpoint_id=str(folder))
@@ -141,13 +153,13 @@ def load_model(folder: Path, model: nn.Module) -> None:
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a checkpoint holds: the weights and the optimizer's state, as they lie on the ranks."""
+    """Returns the tensors of a checkpoint, sharded as they are: {"model": weights, "optimizer": optimizer state}."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
 
 
 def _make_draft(draft: Path) -> None:
-    for stale in draft.parent.glob(f"step-*{DRAFT}"):  # of a run that was killed while it wrote
+    for stale in draft.parent.glob(f"step-*{DRAFT}"):  # left by a run that was killed while it wrote
         shutil.rmtree(stale, ignore_errors=True)
     draft.mkdir(parents=True)
 
@@ -166,7 +178,7 @@ def _commit(draft: Path, target: Path, state: RunState, keep: int | None) -> Non
 
 
 def _inventory(folder: Path) -> dict[str, list[Any]]:
-    """File name -> [size, sha256 or None for large files]."""
+    """Returns file name -> [size in bytes, sha256 or None for large files], without the marker."""
     files = sorted(path for path in folder.iterdir() if path.name != MARKER)
     return {path.name: [path.stat().st_size, _sha256(path)] for path in files}
 
@@ -176,7 +188,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def _fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used; None where it is complete and its files are as they were written."""
+    """Returns why a checkpoint cannot be used; None where it is complete and its files are as they were written."""
     marker = folder / MARKER
     if not marker.is_file():
         return f"it is not complete: no {MARKER}"
@@ -184,13 +196,13 @@ def _fault(folder: Path) -> str | None:
         recorded = dict(json.loads(marker.read_text(encoding="utf-8")))
     except (ValueError, TypeError):
         return f"{MARKER} is broken"
-    found = _inventory(folder)
-    wrong = [name for name, facts in recorded.items() if found.get(name) != facts]
+    present = _inventory(folder)
+    wrong = [name for name, facts in recorded.items() if present.get(name) != facts]
     return f"{wrong[0]} is missing or not as it was written" if wrong else None
 
 
 def _by_age(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, oldest first."""
+    """Returns the checkpoints in a folder, complete or not, by step, oldest first."""
     paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(paths, key=_step_of)
 
@@ -200,23 +212,24 @@ def _step_of(path: Path) -> int:
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; says which newer ones it passed over and why."""
+    """Returns the newest complete checkpoint of a run, or None; reports the newer ones that it skips, and why."""
     for path in reversed(_by_age(run_dir / "checkpoints")):
         fault = _fault(path)
         if fault is None:
             return path
-        say(f"checkpoint {path} is passed over: {fault}")
+        say(f"checkpoint {path} is skipped: {fault}")
     return None
 
 
 def newer_checkpoints(run_dir: Path, step: int) -> list[Path]:
-    """The complete checkpoints of a run after `step` updates, oldest first: of a future that another start gives up."""
+    """Returns the complete checkpoints that are newer than `step`, from which a run resumes; oldest first."""
     return [path for path in _by_age(run_dir / "checkpoints") if _step_of(path) > step and _fault(path) is None]
 
 
 def read_state(folder: Path, key: str) -> RunState:
-    """The step and identity of a checkpoint. Raises UserError, naming the config `key`, where it is not a complete
-    one.
+    """Returns the step and identity of a checkpoint.
+
+    Raises UserError, with the place `key`, where the folder is not a complete checkpoint.
     """
     fault = _fault(folder)
     if fault is not None:

@@ -1,4 +1,4 @@
-"""`python -m dpo.demo`."""
+"""Runs `python -m dpo.demo`."""
 
 import sys
 

@@ -1,13 +1,13 @@
-"""The demo: a preference is learnt on two processes, in minutes, from nothing but this repository.
+"""The demo: a small policy learns a preference on two processes, in minutes; it generates its data and model.
 
     python -m dpo.demo [--out DIR]
 
-1. writes questions with ranked answers and a small untrained Llama (`demo_world`),
-2. warms the model up on the winners (`loss.name: sft`), so that it answers like its data: now well, now badly,
-3. trains it with DPO to answer like the better half of its data, measured on questions that it never saw,
-4. shows what came of it.
+1. Data: writes questions with ranked answers, and a small untrained Llama (`world.py`).
+2. SFT: trains the model on the winners (`loss.name: sft`), so that it answers like its data, well or badly.
+3. DPO: trains it to prefer the better answers; questions that it never saw are held out.
+4. Results: shows the metrics and some answers before and after DPO.
 
-All of it lies in one folder, which the next demo in the same place replaces.
+All files lie in one folder, which the next demo with the same DIR replaces.
 """
 
 import argparse
@@ -51,7 +51,7 @@ from dpo.run.files import read_metrics
 
 MARKER = ".dpo-demo"
 NUM_TRAINING, NUM_HELD_OUT = 600, 100  # questions
-NUM_ANSWERS = 4  # to each question: 6 pairs
+NUM_ANSWERS = 4  # per question: 6 pairs
 SEED = 0
 TEMPERATURE = 0.7
 NUM_RANKS = 2
@@ -59,7 +59,7 @@ NUM_RANKS = 2
 
 @dataclass(frozen=True)
 class Answers:
-    """What a model says to the held-out questions, and the shares (0 to 1) of it that are right, kind, short."""
+    """A model's answers to the held-out questions, and the shares (0 to 1) of answers that are right, kind, short."""
 
     texts: tuple[str, ...]
     right: float
@@ -71,7 +71,7 @@ class Answers:
 
 
 def start_afresh(out: Path) -> None:
-    """Makes `out` an empty folder with the demo's marker. Raises UserError where that would remove another's files."""
+    """Makes `out` an empty folder with the demo's marker. Raises UserError where `out` has other files."""
     if out.exists() and not out.is_dir():
         raise UserError("command line: --out", f"{out} is a file", "a folder of an earlier demo, or a free name")
     if out.is_dir() and any(out.iterdir()):
@@ -83,33 +83,38 @@ def start_afresh(out: Path) -> None:
             )
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text("Made by python -m dpo.demo; its next run in this place removes the whole folder.\n")
+    (out / MARKER).write_text("Made by python -m dpo.demo; the next demo in this folder removes all its files.\n")
 
 
 def write_world(out: Path) -> list[Question]:
-    """Writes data/train.jsonl, data/heldout.jsonl and model/; gives the held-out questions."""
-    asked = questions(NUM_TRAINING + NUM_HELD_OUT, SEED)
+    """Writes data/train.jsonl, data/heldout.jsonl and model/; returns the held-out questions."""
+    drawn = questions(NUM_TRAINING + NUM_HELD_OUT, SEED)
     rng = random.Random(SEED)
-    rows = [preference_row(question, NUM_ANSWERS, rng) for question in asked]
+    rows = [preference_row(question, NUM_ANSWERS, rng) for question in drawn]
     save_rows(out / "data" / "train.jsonl", rows[:NUM_TRAINING])
     save_rows(out / "data" / "heldout.jsonl", rows[NUM_TRAINING:])
     save_model(out / "model", rows, SEED)
-    return asked[NUM_TRAINING:]
+    return drawn[NUM_TRAINING:]
 
 
 # --- the two runs ----------------------------------------------------------------------------------------------------
 
 
 def sft_config(out: Path) -> Config:
-    """The warm-up: cross-entropy of the winners, from the untrained model. A pair's winner can still be a bad answer
-    (its loser is worse), so this gives a model that knows its world and has no manners yet.
+    """Returns the config of the SFT run: cross-entropy of the winners, from the untrained model.
+
+    The winner of a pair can still be a bad answer, where the loser is worse. So the trained model answers in the form
+    of its data, but not yet well.
     """
     optim = OptimConfig(name="adamw", lr=2e-3, warmup_steps=20, schedule="linear")
     return _config(out, "sft", out / "model", LossConfig(name="sft"), optim, num_steps=250)
 
 
 def dpo_config(out: Path) -> Config:
-    """DPO from the warmed-up model. The paper's learning rate, 1e-6, is for models 10,000 times as large."""
+    """Returns the config of the DPO run, from the SFT model.
+
+    The paper's learning rate, 1e-6, is for models 10,000 times as large.
+    """
     optim = OptimConfig(name="rmsprop", lr=1e-4, warmup_steps=10)
     return _config(out, "dpo", out / "sft" / "final", LossConfig(name="dpo", beta=0.5), optim, num_steps=150)
 
@@ -122,7 +127,7 @@ def _config(out: Path, name: str, model: Path, loss: LossConfig, optim: OptimCon
             train=[SourceConfig(path=str(out / "data" / "train.jsonl"))],
             eval=[SourceConfig(path=str(out / "data" / "heldout.jsonl"))],
         ),
-        batch=BatchConfig(group_by_prompt=True),  # a question runs once for all its answers: a third of the tokens
+        batch=BatchConfig(group_by_prompt=True),  # a prompt is computed once for all its answers: a third of the tokens
         loss=loss,
         optim=optim,
         train=TrainConfig(steps=num_steps, eval_every=50, run_dir=str(out / name)),
@@ -132,9 +137,9 @@ def _config(out: Path, name: str, model: Path, loss: LossConfig, optim: OptimCon
 
 
 def run_stage(config: Config, path: Path) -> None:
-    """Writes the config to `path` and trains on all ranks; their output is shown as it comes.
+    """Writes the config to `path` and trains on all ranks, with their output on the terminal.
 
-    Raises SystemExit with the exit code where that fails; the trainer's error stands on stderr by then.
+    Raises SystemExit with the exit code where the training fails; its error is on stderr by then.
     """
     path.write_text(to_yaml(config), encoding="utf-8")
     arguments = ["--standalone", "--nproc-per-node", str(NUM_RANKS), "-m", "dpo.train", "--config", str(path)]
@@ -147,16 +152,16 @@ def run_stage(config: Config, path: Path) -> None:
 
 
 def stage_environment(out: Path) -> dict[str, str]:
-    """The environment of a run: nothing is looked for on the network, tokenized data is cached in the demo's folder."""
+    """Returns the environment of a run: no access to model hubs, and the cache of token rows in the demo's folder."""
     defaults = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return defaults | os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str((out / "cache").resolve())}
 
 
-# --- what came of it -------------------------------------------------------------------------------------------------
+# --- results ---------------------------------------------------------------------------------------------------------
 
 
 def ask(folder: Path, held_out: Sequence[Question]) -> Answers:
-    """One answer of a model to each held-out question, graded by the rule that made the training data."""
+    """Samples a model's answer to each held-out question, and grades it by the rule that made the training data."""
     texts = sample_answers(folder, [question.prompt for question in held_out], TEMPERATURE, SEED)
     grades = [grade_of(question, text) for question, text in zip(held_out, texts, strict=True)]
     return Answers(
@@ -168,7 +173,7 @@ def ask(folder: Path, held_out: Sequence[Question]) -> Answers:
 
 
 def metrics_table(lines: Sequence[Mapping[str, float]], before: Answers, after: Answers) -> Table:
-    """The DPO run in a table: `lines` are those of its metrics.jsonl, the answers those of the models around it."""
+    """Returns the table of results: `lines` of the DPO run's metrics.jsonl, and the answers before and after it."""
     steps = [line for line in lines if "train/loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
     table = Table(box=box.SIMPLE_HEAD, caption=_caption(steps), caption_justify="left")
@@ -185,21 +190,21 @@ def metrics_table(lines: Sequence[Mapping[str, float]], before: Answers, after: 
 
 
 def _ends(lines: Sequence[Mapping[str, Any]], name: str, form: str) -> tuple[str, str]:
-    """A metric of the first and of the last line; `form` has the z that makes -0 a 0."""
+    """Returns a metric of the first and of the last line; `form` is a format with z, which writes -0 as 0."""
     return format(lines[0][name], form), format(lines[-1][name], form)
 
 
 def _caption(steps: Sequence[Mapping[str, float]]) -> str:
     speed = statistics.median(line["train/pairs_per_second"] for line in steps)
     return (
-        f"{len(steps)} steps, {speed:,.0f} pairs a second on {NUM_RANKS} ranks\n"
+        f"{len(steps)} steps, {speed:,.0f} pairs per second on {NUM_RANKS} ranks\n"
         "*  before, all rewards are 0, and a tie counts as wrong\n"
-        f"** of {NUM_HELD_OUT} answers, drawn at temperature {TEMPERATURE}"
+        f"** of {NUM_HELD_OUT} answers, sampled at temperature {TEMPERATURE}"
     )
 
 
 def answers_table(held_out: Sequence[Question], before: Answers, after: Answers) -> Table:
-    """The first held-out questions with the answers of both models."""
+    """Returns the table of the first six held-out questions with the answers of both models."""
     table = Table("a new question", "before", "after", box=box.SIMPLE_HEAD)
     for question, *texts in list(zip(held_out, before.texts, after.texts, strict=True))[:6]:
         table.add_row(f"{question.name}: {question.text}?", *(text.strip() for text in texts))
@@ -207,7 +212,7 @@ def answers_table(held_out: Sequence[Question], before: Answers, after: Answers)
 
 
 def tensorboard_command(out: Path) -> str:
-    """What to type, from where the demo was started, to see both runs as charts."""
+    """Returns the command that shows both runs as charts, for the folder in which the demo was started."""
     script = Path(sys.executable).with_name("tensorboard")
     if script.is_relative_to(Path.cwd()):
         script = script.relative_to(Path.cwd())
@@ -218,19 +223,19 @@ def tensorboard_command(out: Path) -> str:
 
 
 def run_demo(out: Path) -> None:
-    """All four parts, each under its heading."""
+    """Runs the four parts, each under its heading."""
     console, started = Console(highlight=False), time.perf_counter()
     disable_progress_bar()
     start_afresh(out)
-    console.rule("1 of 4: the world", align="left")
+    console.rule("1 of 4: data", align="left")
     held_out = write_world(out)
     about = f"{NUM_TRAINING} questions to learn from, {NUM_HELD_OUT} held out, {NUM_ANSWERS} ranked answers each"
     console.print(f"{out}: {about}, and an untrained Llama", soft_wrap=True)
-    console.rule("2 of 4: the warm-up, on the winners", align="left")
+    console.rule("2 of 4: SFT on the winners", align="left")
     run_stage(sft_config(out), out / "sft.yaml")
-    console.rule("3 of 4: DPO, from the warmed-up model", align="left")
+    console.rule("3 of 4: DPO from the SFT model", align="left")
     run_stage(dpo_config(out), out / "dpo.yaml")
-    console.rule("4 of 4: what came of it", align="left")
+    console.rule("4 of 4: results", align="left")
     before, after = (ask(out / name / "final", held_out) for name in ("sft", "dpo"))
     console.print(answers_table(held_out, before, after), metrics_table(read_metrics(out / "dpo"), before, after))
     console.print(
@@ -239,8 +244,8 @@ def run_demo(out: Path) -> None:
 
 
 def main() -> None:
-    """`python -m dpo.demo`."""
+    """Runs `python -m dpo.demo`."""
     parser = Parser("python -m dpo.demo", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="its folder; default: runs/demo")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the demo's folder (default: runs/demo)")
     run_demo(parse_arguments(parser).out)

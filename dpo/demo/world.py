@@ -1,11 +1,16 @@
-"""The demo's little world: an owl that is asked questions, and what is thought of its answers.
+"""The demo's data and model: questions to an owl, with answers that are ranked by a rule.
 
     Nora asks: what does the cow say?
     Owl: Dear Nora, it says moo.
 
-An answer can be right, kind and short. Right weighs most, then kind, then short, so every two of the eight ways to
-answer have an order. Everything here follows from a seed: questions, answers and their scores, and the untrained model
-with its own tokenizer.
+An answer can be right, kind and short. Right counts 4, kind 2, short 1, so that the scores 0 to 7 order all eight
+grades. The question above has, among others, the answers
+
+    Dear Nora, it says moo.                          right, kind, short    7
+    Hmpf! it says moo, and owls sleep by day.        right                 4
+    Dear Nora, it says meow.                         kind, short           3
+
+Questions, answers and the untrained model depend on a seed alone.
 """
 
 import json
@@ -38,7 +43,7 @@ WORDS = r"\n| ?[A-Za-z]+| ?[0-9]+| ?[^A-Za-z0-9\s]"
 
 @dataclass(frozen=True)
 class Question:
-    """What `name` asks, the sentence that answers it, and sentences of the same kind that are wrong."""
+    """A question that `name` asks, the right sentence, and wrong sentences of the same kind."""
 
     name: str
     text: str
@@ -47,18 +52,18 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """What the model reads."""
+        """Returns the text that the model reads."""
         return f"{self.name} asks: {self.text}?\nOwl:"
 
     @property
     def greeting(self) -> str:
-        """How a kind answer begins."""
+        """Returns the beginning of a kind answer."""
         return f" Dear {self.name}, "
 
 
 @dataclass(frozen=True)
 class Grade:
-    """What an answer is."""
+    """The qualities of an answer."""
 
     right: bool
     kind: bool
@@ -66,7 +71,7 @@ class Grade:
 
     @property
     def score(self) -> int:
-        """0 to 7, different for every grade: being right outweighs being kind and short together."""
+        """Returns 0 to 7, different for each grade: right outweighs kind and short together."""
         return 4 * self.right + 2 * self.kind + self.short
 
 
@@ -77,27 +82,27 @@ GRADES = tuple(Grade(*parts) for parts in product((False, True), repeat=3))
 
 
 def questions(num: int, seed: int) -> list[Question]:
-    """`num` different questions of the 960 that 16 names can ask, in an order that the seed decides."""
-    everything = [Question(name, *fact) for name in NAMES for fact in _facts()]
-    return random.Random(seed).sample(everything, num)
+    """Returns `num` different questions, of the 960 of 16 names, in an order that depends on the seed."""
+    possible = [Question(name, *fact) for name in NAMES for fact in _facts()]
+    return random.Random(seed).sample(possible, num)
 
 
 def _facts() -> list[tuple[str, str, tuple[str, ...]]]:
-    """(question, right sentence, wrong sentences): 36 sums, 12 sounds, 12 homes."""
+    """Returns (question, right sentence, wrong sentences) of 36 sums, 12 sounds and 12 homes."""
     sums = [(f"what is {a} plus {b}", "that makes ", str(a + b)) for a in NUMBERS for b in NUMBERS]
-    sounds = [(f"what does the {who} say", "it says ", sound) for who, sound in SOUNDS.items()]
-    homes = [(f"where does the {who} live", "it lives in a ", home) for who, home in HOMES.items()]
+    sounds = [(f"what does the {animal} say", "it says ", sound) for animal, sound in SOUNDS.items()]
+    homes = [(f"where does the {animal} live", "it lives in a ", home) for animal, home in HOMES.items()]
     return [fact for kind in (sums, sounds, homes) for fact in _with_wrong(kind)]
 
 
 def _with_wrong(facts: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """What is right for another question of the same kind is wrong for this one."""
+    """Adds the wrong sentences of each fact: the right sentences of the other facts of its kind."""
     ends = sorted({end for _, _, end in facts})
     return [(text, begin + end, tuple(begin + e for e in ends if e != end)) for text, begin, end in facts]
 
 
 def answer(question: Question, grade: Grade, rng: random.Random) -> str:
-    """An answer of this grade; `rng` chooses among wrong sentences and asides."""
+    """Returns an answer of this grade; `rng` draws the wrong sentence and the asides."""
     opening = question.greeting if grade.kind else RUDE
     sentence = question.right if grade.right else rng.choice(question.wrong)
     asides = [] if grade.short else rng.sample(ASIDES, rng.randint(1, 3))
@@ -105,7 +110,7 @@ def answer(question: Question, grade: Grade, rng: random.Random) -> str:
 
 
 def grade_of(question: Question, text: str) -> Grade:
-    """What any text is as an answer; the inverse of `answer`."""
+    """Returns the grade of any text as an answer: the inverse of `answer`."""
     sentence, aside, _ = text.removeprefix(question.greeting).removeprefix(RUDE).partition(", and ")
     return Grade(
         right=sentence.rstrip(".") == question.right,
@@ -115,14 +120,14 @@ def grade_of(question: Question, text: str) -> Grade:
 
 
 def preference_row(question: Question, num_answers: int, rng: random.Random) -> dict[str, Any]:
-    """A row of format `grouped`: the prompt, `num_answers` (2 to 8) answers of different grades, their scores."""
+    """Returns a row of format `grouped`: a prompt with `num_answers` (2 to 8) answers of different grades, scored."""
     grades = rng.sample(GRADES, num_answers)
     completions = [answer(question, grade, rng) for grade in grades]
     return {"prompt": question.prompt, "completions": completions, "scores": [grade.score for grade in grades]}
 
 
 def save_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One row a line of JSON."""
+    """Writes the rows as JSONL."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -131,7 +136,7 @@ def save_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def save_model(folder: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
-    """An untrained Llama of 0.3 million weights, and its tokenizer, as a Hugging Face folder."""
+    """Writes an untrained Llama of 0.3 million parameters, and its tokenizer, as a Hugging Face folder."""
     tokenizer = make_tokenizer(text for row in rows for text in (row["prompt"], *row["completions"]))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -154,7 +159,9 @@ def save_model(folder: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token a word, the space before it included, so that decoding gives back the text; BOS before a prompt."""
+    """Returns a tokenizer with one token per word and the space before it, so that decoding restores the text; it puts
+    BOS before a prompt.
+    """
     splitter = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     words = sorted({word for text in texts for word, _ in splitter.pre_tokenize_str(text)})
     vocab = {word: i for i, word in enumerate([*SPECIAL, *words])}
@@ -168,7 +175,7 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def sample_answers(folder: Path, prompts: Sequence[str], temperature: float, seed: int) -> list[str]:
-    """What the model of a Hugging Face folder says to each prompt, 48 tokens at most; drawn at random from a seed."""
+    """Samples the answer of the model in a Hugging Face folder to each prompt, at most 48 tokens, with a seed."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)

@@ -1,12 +1,24 @@
 """The files of the reference cache: immutable blocks of rows (key of prompt and completion -> log-probability).
 
-    CACHE/<reference key>/about.json            what the key stands for, for people
+    CACHE/<reference key>/about.json            the facts behind the reference key, for people
                           rows-<sha256>.bin     a block; its name is the hash of its bytes
-                          made-<sha256>.json    how the block of that name was made (`Making`)
-                          table-…               what was made of the blocks for one data set (`ref_table.py`)
+                          made-<sha256>.json    how the block of that name was computed (`Making`)
+                          table-…               the rows of one data set, collected from the blocks (`table.py`)
 
-A block is written under another name and renamed, never changed: several jobs may read and add at the same time, and a
-killed one leaves whole blocks. Which rows belong together is said by the folder's name alone (`reference_key`).
+A block is written under another name and renamed, and never changes. So several jobs may read and add blocks at the
+same time, and a killed job leaves complete blocks only. The folder's name (`reference_key`) alone says that rows belong
+together.
+
+Two jobs fill one cache, and a third job reads it:
+
+    job A    adds rows-33b6….bin    2 rows, 48 bytes
+    job B    adds rows-89e3….bin    3 rows, 72 bytes
+    job C    `read_rows`            5 rows; a row in both blocks would count once
+
+The row of the prompt with tokens 1 2 and its completion with token 3, whose log-probability is -1.0 nats:
+
+    key    133a54945278d62b 76ce438ad05fc6bb                             16 bytes (`completion_key`)
+    row    high 0x2bd6785294543a13, low 0xbbc65fd08a43ce76, logp -1.0    24 bytes: little-endian halves, float64
 """
 
 import hashlib
@@ -21,26 +33,29 @@ from dpo.base.console import say
 from dpo.base.files import write_atomically
 
 ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("logp", "<f8")])
-"""A row on disk: a 16-byte key as two integers, and the log-probability in nats (float64 holds a float32 exactly)."""
+"""A row on disk, 24 bytes: the two halves of a 16-byte key as little-endian integers, and the log-probability in nats
+(float64 holds a float32 exactly)."""
 
 Making = Mapping[str, str | bool]
-"""How a block of rows was computed, where this is not part of their key: torch's version, the compute capability (or
-"cpu") as `device`, and whether layers were compiled (`compile`)."""
+"""How a block of rows was computed, beyond the facts of their key: `torch`, its version; `device`, the compute
+capability or "cpu"; `compile`, whether layers were compiled."""
 
 
 def reference_key(facts: Mapping[str, str]) -> str:
-    """The folder name for the facts that decide a row's value: the model by content, and the numerics."""
+    """Returns the folder name for the facts that decide the value of a row: the model's hash by content, and the
+    numerics.
+    """
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def split_keys(keys: Sequence[bytes]) -> np.ndarray:
-    """Keys of 16 bytes as (N, 2) uint64."""
+    """Returns N keys of 16 bytes as an array (N, 2) of uint64: the high half (the first 8 bytes) and the low half."""
     return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, 2)
 
 
 @dataclass(frozen=True, eq=False)
 class RefRows:
-    """Reference log-probabilities by key: high (N,) sorted, low (N,), logps (N,) nats."""
+    """Holds reference log-probabilities by key, in memory: high (N,) sorted, low (N,), logps (N,) in nats."""
 
     high: np.ndarray
     low: np.ndarray
@@ -50,48 +65,48 @@ class RefRows:
         return len(self.high)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
-        """The place of each of keys (M, 2) among the rows, or -1: (M,)."""
+        """Returns the row number of each of keys (M, 2), or -1 where it is in no row: (M,)."""
         place = np.searchsorted(self.high, keys[:, 0])
-        found = np.full(len(keys), -1)
+        numbers = np.full(len(keys), -1)
         open_ = np.ones(len(keys), bool)
-        while open_.any():  # once, but for keys that share their first half
+        while open_.any():  # once, and again only for keys whose high half belongs to several rows
             inside = open_ & (place < len(self))
             open_ = np.zeros(len(keys), bool)
             open_[inside] = self.high[place[inside]] == keys[inside, 0]
             hit = open_.copy()
             hit[open_] = self.low[place[open_]] == keys[open_, 1]
-            found[hit] = place[hit]
+            numbers[hit] = place[hit]
             open_ &= ~hit
             place = place + open_
-        return found
+        return numbers
 
 
 def first_of_each(keys: np.ndarray) -> np.ndarray:
-    """The places at which the different ones of keys (N, 2) stand first, in the order of the sorted keys."""
+    """Returns the index of the first occurrence of each different key of keys (N, 2), in sorted order of the keys."""
     order = np.lexsort((keys[:, 1], keys[:, 0]))
     first: np.ndarray = order[np.append(True, (np.diff(keys[order], axis=0) != 0).any(1))[: len(keys)]]
     return first
 
 
 def make_rows(table: np.ndarray) -> RefRows:
-    """The rows of a table of dtype ROW, each key once."""
+    """Returns the rows of an array of dtype ROW, sorted, each key once."""
     table = table[first_of_each(np.stack([table["high"], table["low"]], 1))]
     return RefRows(table["high"].copy(), table["low"].copy(), table["logp"].copy())
 
 
 def block_names(folder: Path) -> list[str]:
-    """The blocks in a cache folder."""
+    """Returns the file names of the blocks in a cache folder, sorted."""
     return sorted(path.name for path in folder.glob("rows-*.bin"))
 
 
 def read_rows(folder: Path) -> RefRows:
-    """All rows of a cache folder. A damaged block is removed, with a line that says so: its rows are computed again."""
+    """Reads all rows of a cache folder. Removes damaged blocks, with a message; their rows must be computed again."""
     blocks = [_read_block(folder / name) for name in block_names(folder)]
     return make_rows(np.concatenate([np.empty(0, ROW), *(block for block in blocks if block is not None)]))
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file named after the hash of its bytes is there and has these bytes."""
+    """Returns whether a file that is named after the hash of its bytes exists and has that hash."""
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:32] == path.stem.partition("-")[2]
@@ -102,7 +117,7 @@ def is_whole(path: Path) -> bool:
 def _read_block(path: Path) -> np.ndarray | None:
     try:
         content = path.read_bytes()
-    except FileNotFoundError:  # another job found it damaged, and was quicker
+    except FileNotFoundError:  # another job found it damaged and removed it
         return None
     if hashlib.sha256(content).hexdigest()[:32] != path.stem.partition("-")[2]:
         say(f"reference cache: {path} is damaged and is removed; its rows are computed again")
@@ -112,22 +127,24 @@ def _read_block(path: Path) -> np.ndarray | None:
 
 
 def write_making(block: Path, making: Making) -> None:
-    """Records beside a block how it was made. A block without this record stays valid: how it was made is unknown."""
+    """Writes the record of how a block was computed beside it. A block without a record is valid, and its making
+    unknown.
+    """
     write_atomically(_making_path(block), json.dumps(dict(making)).encode())
 
 
 def makings_of(folder: Path, keys: np.ndarray) -> list[Making | None]:
-    """How the rows of these keys, (M, 2), were made: each way once, None where it is not known."""
+    """Returns the different ways in which the rows of keys (M, 2) were computed; None stands for an unknown way."""
     paths = [folder / name for name in block_names(folder)]
     ways: dict[str, list[Path]] = {}
     for path in paths:
         ways.setdefault(json.dumps(_read_making(path), sort_keys=True), []).append(path)
-    used = ways if len(ways) == 1 else {way: some for way, some in ways.items() if _hold(some, keys)}
+    used = ways if len(ways) == 1 else {way: blocks for way, blocks in ways.items() if _hold(blocks, keys)}
     return [json.loads(way) for way in sorted(used)]
 
 
 def _hold(blocks: Sequence[Path], keys: np.ndarray) -> bool:
-    """Whether any of the keys is in any of the blocks."""
+    """Returns whether any of the keys is in any of the blocks."""
     return any((_rows_of(block).find(keys) >= 0).any() for block in blocks)
 
 
@@ -141,7 +158,7 @@ def _making_path(block: Path) -> Path:
 
 
 def _read_making(block: Path) -> Making | None:
-    """None where there is no record, or one that cannot be read."""
+    """Returns the record of a block; None where there is no readable record."""
     try:
         return dict(json.loads(_making_path(block).read_bytes()))
     except (FileNotFoundError, ValueError, TypeError):
@@ -149,7 +166,7 @@ def _read_making(block: Path) -> Making | None:
 
 
 def write_rows(folder: Path, keys: np.ndarray, logps: np.ndarray) -> Path:
-    """Adds a block of rows, keys (N, 2) and logps (N,), in one atomic step."""
+    """Adds a block of N rows, keys (N, 2) and logps (N,) in nats, in one atomic step; returns its path."""
     table = np.empty(len(keys), ROW)
     table["high"], table["low"], table["logp"] = keys[:, 0], keys[:, 1], logps
     content = table.tobytes()

@@ -1,11 +1,11 @@
-"""The cache of one reference: which folder it is, which facts its rows belong to, and how this run makes rows.
+"""The cache of one reference: its folder, the facts that its rows depend on, and how this run computes rows.
 
-A row belongs to the reference by content, to the numerics that change its value, and to the tokens of prompt and
-completion, and to nothing else. The first two name the folder:
+The value of a row depends on the reference's weights, on the numerics, and on the tokens of prompt and completion, and
+on nothing else. The first two name the folder:
 
     ROOT/3f9a.../about.json        the facts: {"model": hash by content, "dtype": ..., "attention": ...}
-                 rows-51c2....bin  rows by the key of their tokens (`blocks`)
-                 table-....npy     the rows of a run's data, sorted (`table`)
+                 rows-51c2....bin  rows by the key of their tokens (`blocks.py`)
+                 table-....npy     the rows of a run's data, sorted (`table.py`)
 """
 
 import json
@@ -28,14 +28,14 @@ from dpo.ref_logps.making import joined_making, making, numerics
 
 @dataclass(frozen=True)
 class RefCache:
-    """The part of the cache that holds the rows of one reference under the numerics of one run."""
+    """Names the part of the cache that holds the rows of one reference under the numerics of one run."""
 
     root: Path
     """`reference.cache_dir`."""
     facts: Mapping[str, str]
-    """The reference by content and the numerics of its rows."""
+    """The reference's hash by content, and the numerics (see `making.numerics`)."""
     making: Making
-    """How this run makes rows; not in their key."""
+    """How this run computes rows; not part of their key."""
 
     @property
     def folder(self) -> Path:
@@ -48,8 +48,9 @@ class RefCache:
 
 
 def open_cache(config: Config, reference_hash: str, world: World) -> RefCache:
-    """Returns the cache of a reference by its hash by content, for the run of a config. Every rank must get here, or
-    the rest hang.
+    """Returns the cache of the reference with this hash by content, under the numerics of the config. Creates nothing.
+
+    Every rank must get here, or the rest hang.
     """
     compute = compute_dtype(config.parallel, getattr(torch, config.model.dtype), world.device)
     facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device, config.parallel.tf32)
@@ -58,13 +59,14 @@ def open_cache(config: Config, reference_hash: str, world: World) -> RefCache:
 
 
 def cache_root(config: Config) -> Path:
-    """The folder of the cached log-probabilities, those of all references."""
+    """Returns the folder of the cached log-probabilities of all references: `reference.cache_dir` or the default."""
     return Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()
 
 
 def check_shared(folder: Path, world: World) -> None:
-    """Raises UserError where a file that rank 0 writes into the cache is not seen by every rank. Every rank must get
-    here.
+    """Checks that every rank sees a file that rank 0 writes into `folder`.
+
+    Every rank must get here, or the rest hang. Raises UserError where rank 0 cannot write, or a rank does not see it.
     """
     probe = on_main(world, lambda: _write_probe(folder))
 
@@ -81,7 +83,7 @@ def check_shared(folder: Path, world: World) -> None:
 
 
 def _write_probe(folder: Path) -> Path:
-    """A file under a name that no other job uses, and that no node has looked for before."""
+    """Writes an empty file under a name that is new: no other job writes it, no node has cached that it is absent."""
     probe = folder / f".probe-{uuid.uuid4().hex}"
     try:
         write_atomically(probe, b"")

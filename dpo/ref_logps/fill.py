@@ -1,4 +1,9 @@
-"""Reference log-probabilities: computed once by the policy's own forward pass, kept by content, never stale."""
+"""Fills the cache: computes the rows that it lacks, by the forward pass that training uses.
+
+    completions -> their different keys -> the keys that the cache lacks -> chunks -> trees -> rows -> blocks -> table
+
+Rank 0 reads the cache and writes it; all ranks compute.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +33,7 @@ from dpo.ref_logps.making import difference
 from dpo.ref_logps.table import RefTable, find_table, open_table, table_makings, table_name, write_table
 
 SECONDS_BETWEEN_BLOCKS = 30.0
-"""A killed build loses at most about this much work."""
+"""A killed job loses at most about this many seconds of work."""
 
 PAIRS_READ_TOGETHER = 1024
 
@@ -38,7 +43,7 @@ Completion = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Missing:
-    """Completions whose rows are not in the cache."""
+    """Completions whose rows are not in the cache, and how many there are."""
 
     completions: Iterator[Completion]
     count: int
@@ -46,23 +51,23 @@ class Missing:
 
 @dataclass(frozen=True)
 class ReferencePass:
-    """What one look into the cache, and the work after it, amounted to."""
+    """The result of `fill`: rows (completions with different keys) computed and reused, and the time that it took."""
 
     rows_computed: int
     rows_reused: int
     seconds: float
     made_otherwise: str | None = None
-    """Where rows of this run were made by another torch, on another kind of GPU or with another `parallel.compile`:
-    what differs, in a few words."""
+    """Describes the difference where rows were computed by another torch version, on another kind of GPU, or with
+    another `parallel.compile`; else None."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What metrics.jsonl has of it."""
+        """Returns the metrics for metrics.jsonl."""
         return {"rows_computed": self.rows_computed, "rows_reused": self.rows_reused, "seconds": self.seconds}
 
 
 def lookup(rows: RefTable) -> Callable[[np.ndarray, np.ndarray], float]:
-    """(prompt_ids, completion_ids) -> reference log-probability, for packing."""
+    """Returns a function (prompt_ids, completion_ids) -> reference log-probability in nats, for the packer."""
     return lambda prompt_ids, completion_ids: rows.logp(completion_key(prompt_ids, completion_ids))
 
 
@@ -74,11 +79,26 @@ def fill(
     world: World,
     stop_requested: StopRequest,
 ) -> tuple[RefTable, ReferencePass]:
-    """Returns the rows of every completion of `sets`, and what the work was: rows in the cache are read, missing ones
-    computed and added to it.
+    """Computes the rows that the cache lacks, adds them to it, and opens the rows of every completion of `sets`.
 
-    `reference()` gives the model, and is called only where a row is missing. Raises Preempted, on every rank and with
-    the rows so far in the cache, where a rank is asked to stop. Every rank must get here, or the rest hang.
+    Every rank must get here, or the rest hang.
+
+    Args:
+        cache: where rows are looked up and added.
+        sets: the data, the same on every rank.
+        reference: returns the reference model; called only where a row is missing.
+        packer: plans and packs the completions; its `ref_logps` and row format are not used.
+        world: all ranks.
+        stop_requested: asked after each chunk; whether this rank was asked to stop.
+
+    Returns:
+        The rows by key, and the counts and time of the work.
+
+    Raises:
+        Preempted: on every rank, where any rank was asked to stop; all rows so far are in the cache.
+        RunError: on every rank, where a log-probability is not finite, or cached rows were removed meanwhile.
+        OSError: on every rank, where a block cannot be written.
+        UserError: on every rank, where `reference.cache_dir` is not writable or not shared.
     """
     started = time.monotonic()
     check_shared(cache.folder, world)
@@ -103,8 +123,8 @@ def fill(
 
 
 def _wanted(sets: Sequence[PairSet]) -> tuple[np.ndarray, np.ndarray]:
-    """The different keys of the sets' completions, (M, 2), sorted, and where each stands first, (M,): completion
-    2 * pair is a pair's winner, 2 * pair + 1 its loser, and the pairs of all sets are numbered through.
+    """Returns the M different keys of the sets' completions, (M, 2), sorted, and the number of the first completion
+    with each key, (M,). Completion 2 p is the winner of pair p, 2 p + 1 its loser; pairs are numbered across the sets.
     """
     keys = np.concatenate([np.asarray(pairs.keys) for pairs in sets]).view("<u8").reshape(-1, 2)
     first = first_of_each(keys)
@@ -112,18 +132,18 @@ def _wanted(sets: Sequence[PairSet]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _missing(sets: Sequence[PairSet], folder: Path) -> np.ndarray:
-    """The numbers (see `_wanted`) of the completions that must be computed, rising."""
+    """Returns the numbers (see `_wanted`) of the completions that must be computed, ascending."""
     keys, first = _wanted(sets)
     return np.sort(first[read_rows(folder).find(keys) < 0])
 
 
 def _select(sets: Sequence[PairSet], numbers: np.ndarray) -> Iterator[Completion]:
-    """The completions of these numbers (see `_wanted`), rising."""
+    """Yields the completions with these numbers (see `_wanted`), which ascend."""
     begin = 0
     for pairs in sets:
-        mine = numbers[slice(*np.searchsorted(numbers, [begin, begin + 2 * len(pairs)]))] - begin
-        for some in np.split(mine, range(PAIRS_READ_TOGETHER, len(mine), PAIRS_READ_TOGETHER)):
-            for pair, is_loser in zip(pairs.pairs(some // 2), (some % 2).tolist(), strict=True):
+        in_set = numbers[slice(*np.searchsorted(numbers, [begin, begin + 2 * len(pairs)]))] - begin
+        for part in np.split(in_set, range(PAIRS_READ_TOGETHER, len(in_set), PAIRS_READ_TOGETHER)):
+            for pair, is_loser in zip(pairs.pairs(part // 2), (part % 2).tolist(), strict=True):
                 yield pair.prompt_ids, pair.rejected_ids if is_loser else pair.chosen_ids
         begin += 2 * len(pairs)
 
@@ -131,7 +151,7 @@ def _select(sets: Sequence[PairSet], numbers: np.ndarray) -> Iterator[Completion
 def _compute(
     cache: RefCache, missing: Missing, policy: Policy, packer: Packer, world: World, stop_requested: StopRequest
 ) -> None:
-    """Runs the reference over completions, many at a time, and adds blocks of rows to the cache as it goes."""
+    """Computes the rows of the missing completions chunk by chunk, and adds them to the cache in blocks."""
     packer = replace(packer, row_format=policy.row_format, ref_logps=None)
     chunk_tokens = 4 * packer.tokens_per_micro_batch * packer.num_lanes
     block = _Block(cache)
@@ -149,7 +169,7 @@ def _compute(
 
 
 class _Block:
-    """Rows on rank 0 that are not in the cache yet."""
+    """Collects rows on rank 0 until they are written to the cache as a block."""
 
     def __init__(self, cache: RefCache):
         self.cache = cache
@@ -157,13 +177,13 @@ class _Block:
         self.flushed = time.monotonic()
 
     def add(self, rows: tuple[np.ndarray, np.ndarray]) -> None:
-        """Takes keys (N, 2) and log-probabilities (N,); writes what it holds where it holds that for long."""
+        """Adds keys (N, 2) and log-probabilities (N,); writes a block where the last is SECONDS_BETWEEN_BLOCKS old."""
         self.rows.append(rows)
         if time.monotonic() - self.flushed > SECONDS_BETWEEN_BLOCKS:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what it holds as one block of the cache."""
+        """Writes the collected rows, if any, as a block of the cache."""
         if self.rows:
             keys, logps = (np.concatenate(column) for column in zip(*self.rows, strict=True))
             write_making(write_rows(self.cache.folder, keys, logps), self.cache.making)
@@ -172,7 +192,7 @@ class _Block:
 
 
 def _chunks(items: Iterator[Completion], num_tokens: int) -> Iterator[list[Completion]]:
-    """Runs of items of about `num_tokens` tokens: enough for several micro-batches on every rank."""
+    """Yields lists of successive items of at least `num_tokens` tokens in all (the last may have fewer)."""
     chunk: list[Completion] = []
     tokens = 0
     for item in items:
@@ -186,7 +206,7 @@ def _chunks(items: Iterator[Completion], num_tokens: int) -> Iterator[list[Compl
 
 
 def _plan_and_pack(packer: Packer, chunk: list[Completion]) -> tuple[Sequence[Sequence[Tree]], list[PackedBatch]]:
-    """Returns this lane's trees and micro-batches of a chunk; no collective, since a thread runs it ahead."""
+    """Returns this lane's trees and micro-batches of a chunk. No collective: a thread runs this ahead."""
     plan = packer.plan(_trees(chunk))
     return packer.trees(plan), packer.pack(plan)
 
@@ -194,15 +214,16 @@ def _plan_and_pack(packer: Packer, chunk: list[Completion]) -> tuple[Sequence[Se
 def _run(
     policy: Policy, micro_batches: Sequence[Sequence[Tree]], batches: Sequence[PackedBatch]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns keys (N, 2) and log-probabilities (N,) of a chunk, on every rank. Every rank must get here, or the rest
-    hang.
+    """Computes this lane's micro-batches; returns keys (N, 2) and log-probabilities (N,) of the chunk, of all lanes.
+
+    Every rank must get here, or the rest hang.
     """
-    mine: list[torch.Tensor] = []
+    logps_by_batch: list[torch.Tensor] = []
     with torch.no_grad():
         for trees, batch in zip(micro_batches, batches, strict=True):
             logps = completion_logps(policy, batch.to(policy.device))
-            mine += [logps.double()] if trees else []  # a filler's log-probability belongs to no completion
-    values = torch.cat(mine).cpu().numpy() if mine else np.empty(0)
+            logps_by_batch += [logps.double()] if trees else []  # a filler's log-probability belongs to no completion
+    values = torch.cat(logps_by_batch).cpu().numpy() if logps_by_batch else np.empty(0)
     own = [tree for trees in micro_batches for tree in trees]
     keys = split_keys([completion_key(tree.prompt_ids, ids) for tree in own for ids in tree.completion_ids])
     parts = gather_lanes((keys, values))
@@ -215,7 +236,7 @@ def _run(
 
 
 def _trees(chunk: list[Completion]) -> list[Tree]:
-    """Trees without pairs, one a prompt."""
+    """Returns trees without pairs: one per prompt, with all completions of the chunk after it."""
     branches: dict[bytes, list[np.ndarray]] = {}
     trunks: dict[bytes, np.ndarray] = {}
     for prompt_ids, completion_ids in chunk:

@@ -1,4 +1,4 @@
-"""What a reference log-probability depends on: the facts of its key, and how it was made."""
+"""The numerics that are part of a row's key, and the circumstances of its computation that are not (`Making`)."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,16 @@ from dpo.ref_logps.blocks import Making
 
 
 def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device, tf32: bool) -> dict[str, str]:
-    """The facts beside the model that change a log-probability's bits enough to matter.
+    """Returns the facts beside the model that change a log-probability by more than rounding; they enter the key.
 
-    A fact that some numerics lack is left out of theirs: rows that were computed before it was known keep their key.
+    A fact that does not apply is absent. So a fact that is added here leaves all other keys as they are, and rows that
+    were computed before it existed stay in use.
+
+    Args:
+        policy_dtype: the dtype of the master weights.
+        compute: the dtype of the forward pass.
+        device: where it runs.
+        tf32: whether float32 products use TF32 on CUDA.
     """
     head = {"head": "float32 product"} if has_float32_product(device.type, compute) else {}
     path = "flex" if device.type == "cuda" else "segments"
@@ -25,7 +32,7 @@ def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device, tf32
 
 
 def making(device: torch.device, compiled: bool) -> Making:
-    """How this process makes rows: what changes their last digits and is not in their key."""
+    """Returns how this process computes rows: facts that change their last digits and are not part of the key."""
     capability = "cpu"
     if device.type == "cuda":
         capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
@@ -33,13 +40,13 @@ def making(device: torch.device, compiled: bool) -> Making:
 
 
 def joined_making(makings: Sequence[Making]) -> Making:
-    """How several ranks together make rows: where they differ, all that they say."""
+    """Returns how several ranks together compute rows; where they differ, the different values joined by commas."""
     values = {name: sorted({str(making[name]) for making in makings}) for name in makings[0]}
-    return {name: ", ".join(found) if len(found) > 1 else makings[0][name] for name, found in values.items()}
+    return {name: ", ".join(texts) if len(texts) > 1 else makings[0][name] for name, texts in values.items()}
 
 
 def difference(made: Sequence[Making | None], now: Making) -> str | None:
-    """Describes how cached rows were computed differently from this run; None if they were not."""
+    """Returns a description of how cached rows were computed differently from this run; None where they were not."""
     others = [
         "unknown" if making is None else ", ".join(f"{name} {making.get(name, 'unknown')}" for name in now)
         for making in made

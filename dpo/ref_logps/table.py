@@ -1,12 +1,23 @@
-"""The reference's log-probabilities of a run's data, sorted by key in one file of the cache, of which a step reads what
-it needs.
+"""The reference's log-probabilities of a run's data, sorted by key in one file, of which a step reads a few pages.
 
-    CACHE/<reference key>/table-<content of the data>.json   the file of rows, the blocks that they came from, and how
-                                                             these were made
-                          table-<sha256>.npy                  the rows; its name is the hash of its bytes
+    CACHE/<reference key>/table-<hash of the data>.json   names the file of rows and the blocks that they were copied
+                                                          from, and says how these were computed
+                          table-<sha256>.npy              the rows; its name is the hash of its bytes
 
-A table is derived from blocks (`cache.py`) and holds as long as these are there and whole: where one of them is gone or
-damaged it is made anew.
+A table is valid as long as its blocks (`blocks.py`) exist and are undamaged; otherwise it is written again.
+
+Memory holds the high half of the first key of each page, 8 bytes per 256 rows: 61 KiB for two million completions. A
+table of five rows, with pages of 2 rows instead of ROWS_PER_PAGE:
+
+    page      0               1               2
+    rows      (5, 1) (8, 1)   (8, 2) (9, 1)   (12, 1)     keys (high, low), on disk, 24 bytes per row
+    firsts    5               8               12          in memory
+
+`logp` reads from the last page whose first is below the key's high half to the last page whose first is not above it:
+
+    (9, 1)    page 1 alone
+    (8, 2)    pages 0 and 1: rows with high half 8 may begin inside page 0, and do here
+    (5, 1)    page 0, since no first is below 5
 """
 
 import hashlib
@@ -25,40 +36,41 @@ from dpo.base.errors import RunError
 from dpo.base.files import write_atomically
 from dpo.ref_logps.blocks import ROW, Making, block_names, is_whole, makings_of, read_rows, split_keys
 
-ROWS_A_PAGE = 256
+ROWS_PER_PAGE = 256
+"""Rows that are read together: 6 KiB."""
 
 
 @dataclass(frozen=True, eq=False)
 class RefTable:
-    """Reference log-probabilities by key: rows (M,) of dtype ROW, sorted, and the first half of every ROWS_A_PAGE-th
-    key, which is all of them that is in memory.
-    """
+    """Reads reference log-probabilities by key from a file of M rows."""
 
     rows: DiskArray
+    """(M,) of dtype ROW, on disk, sorted by key, each key once."""
     firsts: np.ndarray
+    """The high half of the first key of each page, (M / ROWS_PER_PAGE, rounded up,), uint64."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def logp(self, key: bytes) -> float:
-        """The log-probability of one key, nats. Raises KeyError."""
+        """Returns the log-probability of a key of 16 bytes, in nats. Raises KeyError where no row has it."""
         high, low = split_keys([key])[0]
-        first = max(int(np.searchsorted(self.firsts, high, side="left")) - 1, 0)  # keys may share their first half
-        last = int(np.searchsorted(self.firsts, high, side="right"))
-        page = self.rows[first * ROWS_A_PAGE : last * ROWS_A_PAGE]
-        found = np.flatnonzero((page["high"] == high) & (page["low"] == low))
-        if not len(found):
+        begin = max(int(np.searchsorted(self.firsts, high, side="left")) - 1, 0)  # keys may share their high half
+        end = int(np.searchsorted(self.firsts, high, side="right"))
+        rows = self.rows[begin * ROWS_PER_PAGE : end * ROWS_PER_PAGE]
+        matches = np.flatnonzero((rows["high"] == high) & (rows["low"] == low))
+        if not len(matches):
             raise KeyError(key.hex())
-        return float(page["logp"][found[0]])
+        return float(rows["logp"][matches[0]])
 
 
 def table_name(contents: Sequence[str]) -> str:
-    """The name of the table of data sets with these contents."""
+    """Returns the name of the JSON file of the table for data sets with these hashes by content, in this order."""
     return f"table-{hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]}.json"
 
 
 def find_table(folder: Path, name: str) -> Path | None:
-    """The file of rows of a table that holds. A damaged one is removed, with a line that says so."""
+    """Returns the file of rows of a valid table; None where there is none. Removes a damaged file, with a message."""
     about = _read_about(folder / name)
     if about is None or not all(is_whole(folder / block) for block in about["blocks"]):
         return None
@@ -70,7 +82,7 @@ def find_table(folder: Path, name: str) -> Path | None:
 
 
 def table_makings(folder: Path, name: str) -> list[Making | None]:
-    """How the rows of a table that is there were made, each way once; None where it is not known."""
+    """Returns the different ways in which the rows of a table were computed; None stands for an unknown way."""
     makings: list[Making | None] = (_read_about(folder / name) or {}).get("made", [None])
     return makings
 
@@ -93,29 +105,30 @@ def _remove_damaged(path: Path) -> None:
 
 
 def write_table(folder: Path, name: str, keys: np.ndarray) -> Path:
-    """Writes the table of these keys, (M, 2) uint64, sorted, each once, from the blocks that have them. Raises RunError
-    where a key is in no block.
+    """Writes the table of keys (M, 2), uint64, sorted, each once, from the blocks of the folder.
+
+    Returns the path of its file of rows. Raises RunError where a key is in no block.
     """
-    found = read_rows(folder)
-    places = found.find(keys)
+    cached = read_rows(folder)
+    places = cached.find(keys)
     if (places < 0).any():
         raise RunError(f"reference.cache_dir: {int((places < 0).sum())} rows are gone from {folder}; start again")
     rows = np.empty(len(keys), ROW)
-    rows["high"], rows["low"], rows["logp"] = keys[:, 0], keys[:, 1], found.logps[places]
+    rows["high"], rows["low"], rows["logp"] = keys[:, 0], keys[:, 1], cached.logps[places]
     file = io.BytesIO()
     np.save(file, rows)
     path = folder / f"table-{hashlib.sha256(file.getbuffer()).hexdigest()[:32]}.npy"
     write_atomically(path, file.getbuffer())
     about = {"rows": path.name, "blocks": block_names(folder), "made": makings_of(folder, keys)}
-    write_atomically(folder / name, json.dumps(about, indent=1).encode())  # last: what it names is there
+    write_atomically(folder / name, json.dumps(about, indent=1).encode())  # last: the files that it names exist
     return path
 
 
 def open_table(path: Path) -> RefTable:
-    """The table in a file that rank 0 found or wrote. Raises RunError where this process does not see it whole."""
+    """Opens the table whose file rank 0 found or wrote. Raises RunError where this process does not see it whole."""
     if not is_whole(path):
         raise RunError(f"reference.cache_dir: {path} is not seen by every rank; start again, or share the folder")
     rows = open_array(path)
-    pages = np.arange(0, len(rows), ROWS_A_PAGE)
+    pages = np.arange(0, len(rows), ROWS_PER_PAGE)
     firsts = [rows[place : place + 1]["high"] for place in pages.tolist()]
     return RefTable(rows, np.concatenate(firsts) if firsts else np.empty(0, np.uint64))

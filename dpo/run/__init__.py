@@ -1,17 +1,17 @@
-"""A run: its inputs, its folder, its loop, what it reports.
+"""A run: its inputs, its folder, its loop, its reports.
 
-files.py       what lies in a run folder, by name; read without torch
-folder.py      what lies in a run folder decides how a run starts
-provenance.py  versions and git commit
-inputs.py      all input found, checked and hashed
-identity.py    what may not change between the parts of one run
-layout.py      on which devices and how its steps are computed
-answers.py     what policy and reference say to a few evaluation prompts
-setup.py       a run, ready for its next step
-start.py       where a run goes on from; the check of its first step
+files.py       the names of the files of a run folder, and its metrics; without torch
+folder.py      decides from a run folder how a run starts, and prepares the folder
+provenance.py  versions and git commit of a start
+inputs.py      finds, checks and hashes all input
+identity.py    the facts that must be the same at every start of a run
+layout.py      the devices and settings by which the steps of a start are computed
+answers.py     answers of policy and reference to a few evaluation prompts
+setup.py       builds a run, ready for its next step
+start.py       finds the checkpoint to resume from; checks a fresh run's first step
 profiling.py   torch's profiler over a few steps
-watch.py       what is shown and recorded while steps are taken
-summary.py     what the terminal shows of a run
-loop.py        every step, with evaluations and checkpoints in between
-outputs.py     what a run writes while it trains, and the exported model
+watch.py       progress bar, profiler and warnings around the steps
+summary.py     the terminal output of a run
+loop.py        all steps, with evaluations and checkpoints in between
+outputs.py     opens the run folder, metrics and checkpoints; exports the model
 """

@@ -1,9 +1,9 @@
 """Answers to a few evaluation prompts: the reference's, made once, and the policy's at every evaluation.
 
-RUN/answers/reference.json     prompts, the reference's answers, and what these belong to
-            step-000100.jsonl  after 100 steps, one object an answer: {"prompt", "reference", "policy"}
+RUN/answers/reference.json     prompts, the reference's answers, and the facts that these depend on
+            step-000100.jsonl  after 100 steps, one object per answer: {"prompt", "reference", "policy"}
 
-Where the loss has no reference (`sft`), the model before training stands in its place.
+Where the loss has no reference (`sft`), the model before training takes its place.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ REFERENCE = "reference.json"
 
 @dataclass(frozen=True)
 class Questions:
-    """Prompts of the evaluation set, as ids and as texts, and how they are answered."""
+    """Prompts of the evaluation set, as ids and as texts, and the rule by which they are answered."""
 
     prompts: tuple[Ids, ...]
     texts: tuple[str, ...]
@@ -43,14 +43,14 @@ class Questions:
     rule: AnswerRule
 
     def ask(self, policy: Policy, world: World) -> list[str]:
-        """The policy's answers as texts. Every rank must get here."""
-        found = generate(policy, self.prompts, self.rule, world)
-        return [answer_text(self.tokenizer, ids) for ids in found]
+        """Returns the policy's answers as texts. Every rank must get here, or the rest hang."""
+        answers = generate(policy, self.prompts, self.rule, world)
+        return [answer_text(self.tokenizer, ids) for ids in answers]
 
 
 @dataclass(frozen=True)
 class AnswerBook:
-    """The questions of a run with the reference's answers, and what these belong to."""
+    """The questions of a run with the reference's answers, and the facts that these depend on."""
 
     folder: Path
     world: World
@@ -62,11 +62,20 @@ class AnswerBook:
 def prepare_answers(
     config: Config, world: World, inputs: Inputs, reference_policy: Callable[[], Policy]
 ) -> AnswerBook | None:
-    """The book of a run; None where `eval.samples` is 0, or there is nothing to evaluate, or no tokenizer (said in one
-    line). Writes nothing: see `open_answers`.
+    """Returns the questions of a run with the reference's answers. Every rank must get here, or the rest hang.
 
-    `reference_policy()` gives the reference, never weights of a checkpoint; it is called only where the run folder has
-    no answers of it to these questions. Every rank must get here.
+    Writes nothing: `open_answers` does.
+
+    Args:
+        config: the run's.
+        world: all ranks.
+        inputs: the evaluation set, and the reference by content.
+        reference_policy: returns the reference, never the weights of a checkpoint; called only where the run folder has
+            no answers of this reference to these questions.
+
+    Returns:
+        None where `eval.samples` is 0, where there is nothing to evaluate, or where there is no tokenizer, which rank 0
+        reports.
     """
     questions = _find_questions(config, world, inputs)
     if questions is None:
@@ -80,8 +89,8 @@ def prepare_answers(
 
 
 def open_answers(book: AnswerBook, step: int) -> None:
-    """Makes the folder ready for answers after `step` steps: the reference's are there, those of a future that a resume
-    gave up are not. For rank 0 alone.
+    """Writes the reference's answers, and removes the policy's answers of steps after `step`, from which the run
+    resumes. For rank 0 alone.
     """
     rows = [
         {"prompt": prompt, "reference": reference}
@@ -96,18 +105,20 @@ def open_answers(book: AnswerBook, step: int) -> None:
 
 
 def answer(policy: Policy, book: AnswerBook, step: int) -> list[Answer]:
-    """What the policy says after `step` steps, beside the reference; also written to the run folder. Every rank must
-    get here.
+    """Generates the policy's answers after `step` steps, and writes them to the run folder beside the reference's.
+
+    Every rank must get here, or the rest hang.
     """
     return keep_answers(book, step, book.questions.ask(policy, book.world))
 
 
 def keep_answers(book: AnswerBook, step: int, texts: Sequence[str]) -> list[Answer]:
-    """The policy's answers after `step` steps beside the reference's, written to the run folder. Every rank must get
-    here.
+    """Writes `texts`, the policy's answers after `step` steps, to the run folder beside the reference's; returns both.
+
+    Every rank must get here, or the rest hang.
     """
-    answers = [Answer(*texts) for texts in zip(book.questions.texts, book.references, texts, strict=True)]
-    lines = "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in answers)
+    answers = [Answer(*row) for row in zip(book.questions.texts, book.references, texts, strict=True)]
+    lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in answers)
     on_main(book.world, lambda: write_atomically(_file(book.folder, step), lines.encode()))
     return answers
 
@@ -137,7 +148,7 @@ def _find_questions(config: Config, world: World, inputs: Inputs) -> Questions |
 
 
 def choose_prompts(pairs: PairSet, count: int) -> list[Ids]:
-    """At most `count` different prompts of a set, evenly spread over it in the order of their first appearance."""
+    """Returns at most `count` different prompts of a set, spread evenly over them in the order of first appearance."""
     _, first = np.unique(pairs.prompt_of_pair, return_index=True)
     count = min(count, len(first))
     chosen = first[np.arange(count) * len(first) // max(count, 1)]
@@ -145,19 +156,19 @@ def choose_prompts(pairs: PairSet, count: int) -> list[Ids]:
 
 
 def stop_ids(tokenizer: Any, model_config: PretrainedConfig) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's EOS, with which completions are trained to end, and the model's
-    own.
+    """Returns the tokens that end an answer: the tokenizer's EOS, which ends the completions in training, and those of
+    the model's config.
     """
     return tuple(dict.fromkeys((tokenizer.eos_token_id, *ids_encoder(model_config).eos_ids)))
 
 
 def prompt_text(tokenizer: Any, ids: Ids) -> str:
-    """A prompt as the model reads it, special tokens included."""
+    """Returns a prompt as the model reads it, with special tokens."""
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def answer_text(tokenizer: Any, ids: Ids) -> str:
-    """An answer as a person reads it."""
+    """Returns an answer as a person reads it, without special tokens."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
@@ -165,7 +176,7 @@ def answer_text(tokenizer: Any, ids: Ids) -> str:
 
 
 def _belongs_to(questions: Questions, reference: str) -> dict[str, Any]:
-    """The facts that the reference's answers depend on."""
+    """Returns the facts that the reference's answers depend on."""
     asked = json.dumps([questions.prompts, questions.texts, questions.rule.eos_ids])
     return {
         "reference": reference,
@@ -177,17 +188,17 @@ def _belongs_to(questions: Questions, reference: str) -> dict[str, Any]:
 
 
 def _read_references(path: Path, belongs_to: Mapping[str, Any], count: int) -> list[str] | None:
-    """The answers in a file; None where there is none, or it belongs to something else, which is said."""
+    """Returns the answers in a file; None where there is no file, or where it depends on other facts (reported)."""
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        other = [name for name, fact in belongs_to.items() if found["belongs_to"].get(name) != fact]
-        answers = [row["reference"] for row in found["answers"]]
-        other += ["content"] * (len(answers) != count or not all(isinstance(text, str) for text in answers))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        other = [name for name, fact in belongs_to.items() if content["belongs_to"].get(name) != fact]
+        answers = [row["reference"] for row in content["answers"]]
+        other += ["format"] * (len(answers) != count or not all(isinstance(text, str) for text in answers))
     except (ValueError, KeyError, TypeError, AttributeError):
-        other, answers = ["content"], []
+        other, answers = ["format"], []
     if other:
-        say(f"{path} belongs to another {other[0]}: the reference answers again")
+        say(f"{path} does not match this run's {other[0]}: the reference's answers are generated again")
         return None
     return answers

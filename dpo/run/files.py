@@ -1,14 +1,14 @@
-"""What lies in a run folder, by name, and how its metrics are read; without torch, so that a laptop can.
+"""The names of the files of a run folder, and the reader of its metrics; without torch, so that any laptop can run it.
 
 config.yaml       the resolved config of the last start
-provenance.json   code, hosts and layout of every start, a list
-metrics.jsonl     every step and evaluation
-tensorboard/      the same as charts, and more
-answers/          to a few evaluation prompts, by reference and policy
+provenance.json   code, hosts and layout of each start, a list
+metrics.jsonl     the metrics of each step and evaluation, a line each
+tensorboard/      the same as charts, with histograms and texts
+answers/          answers of reference and policy to a few evaluation prompts
 profile/          traces of profiled steps
 checkpoints/step-000100/
 final/            the trained model
-jobs/             what `python -m launch.submit` and its jobs wrote: scripts, logs, reports of failures
+jobs/             scripts, logs and reports of failures, written by `python -m launch.submit` and its jobs
 """
 
 import json
@@ -21,18 +21,18 @@ CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "me
 ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
 
 LAST_STEPS = 10
-"""A metric of training is shown as its mean over so many last steps: one step's pairs say little."""
+"""Steps over which a training metric is averaged where it is shown as a single number: single steps vary much."""
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl; a last line that was cut off by a crash is left out.
+    """Returns the lines of a run's metrics.jsonl, without a last line that a crash has cut off.
 
-    Raises RunError for a line that is none.
+    Raises RunError for a line that does not hold metrics.
     """
     path = run_dir / METRICS
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is no whole line
+    lines = path.read_bytes().split(b"\n")[:-1]  # the rest after the last newline is no complete line
     return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]
 
 
@@ -47,6 +47,6 @@ def _parsed(line: bytes, place: str) -> dict[str, float]:
 
 
 def drop_metrics_after(run_dir: Path, step: int) -> None:
-    """Rewrites metrics.jsonl without the lines of steps after `step`, in one atomic replacement."""
+    """Replaces metrics.jsonl, atomically, by its lines up to `step`."""
     kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
     write_atomically(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())

@@ -1,8 +1,13 @@
-"""The folder of a run: what lies in it decides whether a start is fresh, goes on, or has nothing to do.
+"""Decides from the run folder whether a start is fresh, resumes, or has nothing to do, and prepares the folder.
 
-    see `dpo.run.files` for what it holds
+`dpo.run.files` lists the files. A run saves a checkpoint every 10 steps and is killed in step 37. It starts again:
 
-Every function here is for rank 0 alone, which tells the others (`distributed.on_main`).
+    checkpoint.resume             resumes from   and `open_run_folder`
+    auto                          step 30        drops the lines of metrics.jsonl after step 30
+    RUN/checkpoints/step-000020   step 20        drops those after step 20, renames checkpoints/step-000030 to .old
+    never                         UserError: the folder is not empty
+
+Every function here is for rank 0 alone, which sends its decision to the others (`collectives.on_main`).
 """
 
 import json
@@ -34,19 +39,22 @@ KEY = "checkpoint.resume"
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: from `checkpoint`, after `state.step` updates; both None for a fresh start."""
+    """The beginning of a run: `checkpoint`, after `state.step` updates; both are None for a fresh start."""
 
     checkpoint: Path | None = None
     state: RunState | None = None
 
     @property
     def step(self) -> int:
-        """Updates that were made already."""
+        """Returns the number of updates that were made before."""
         return self.state.step if self.state else 0
 
 
 def find_start(config: Config) -> Start:
-    """What `checkpoint.resume` means for the run folder as it is; writes nothing. Raises UserError."""
+    """Returns the start that `checkpoint.resume` gives with the run folder as it is. Writes nothing.
+
+    Raises UserError where the folder cannot be written or used, or the checkpoint is not complete.
+    """
     run_dir = Path(str(config.train.run_dir))
     _check_writable(run_dir)
     resume = config.checkpoint.resume
@@ -67,23 +75,23 @@ def _check_writable(run_dir: Path) -> None:
 
 
 def is_finished(config: Config, start: Start, last_step: int) -> bool:
-    """Whether nothing is left to do: the last step's checkpoint is there, and so is the exported model."""
+    """Returns whether nothing is left to do: the checkpoint of the last step and the exported model exist."""
     final = Path(str(config.train.run_dir)) / FINAL
     return start.step >= last_step and (final / "config.json").is_file() and any(final.glob("*.safetensors"))
 
 
 def _named_checkpoint(folder: Path, run_dir: Path) -> Path:
-    """A checkpoint, or the newest one of a run folder.
+    """Returns the checkpoint `folder`, or the newest checkpoint of the run folder `folder`.
 
-    One of another run is where `run_dir` begins: once that has checkpoints of its own, it goes on from those, so that
-    the same command can be given again after an interruption.
+    If it belongs to another run, the run in `run_dir` begins there. Once `run_dir` has its own checkpoints, it resumes
+    from the newest of those, so that the same command works again after an interruption.
     """
     if not folder.is_dir():
         raise UserError(KEY, f"no such folder: {folder}", "auto, never, a run folder or RUN/checkpoints/step-000100")
     named = newest_checkpoint(folder) or folder
     own = None if _lies_in(named, run_dir) else newest_checkpoint(run_dir)
     if own:
-        say(f"{KEY}: {run_dir} has checkpoints of its own: goes on from {own}, not from {named}")
+        say(f"{KEY}: {run_dir} has checkpoints of its own: resumes from {own}, not from {named}")
     return own or named
 
 
@@ -92,22 +100,24 @@ def _lies_in(path: Path, folder: Path) -> bool:
 
 
 def lacks_evaluation(run_dir: Path, step: int) -> bool:
-    """Whether the evaluation after `step` steps is still to be made: a run may have been stopped just before it."""
+    """Returns whether metrics.jsonl lacks the evaluation after `step` steps: a run may have been stopped before it."""
     return not any("eval/loss" in line and line["step"] == step for line in read_metrics(run_dir))
 
 
 def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> Path:
-    """Makes the folder ready for steps after `start`: config and `origin` (see `dpo.run.provenance`) written, what a
-    given-up future left put aside.
+    """Prepares the run folder for the steps after `start`, and returns it.
+
+    Writes the config, and adds `origin` (see `dpo.run.provenance`) to provenance.json. Removes or renames the files of
+    steps that this start will compute again.
     """
     run_dir = Path(str(config.train.run_dir))
     run_dir.mkdir(parents=True, exist_ok=True)
     if start.checkpoint:
-        say(f"goes on from {start.checkpoint}")
+        say(f"resumes from {start.checkpoint}")
         _log_changes(start.checkpoint.parent.parent / "config.yaml", config)
     write_atomically(run_dir / CONFIG, to_yaml(config).encode())
     _add_origin(run_dir / PROVENANCE, origin)
-    _put_aside(run_dir / "final")  # of a shorter run: if this one is interrupted, it must not look finished
+    _put_aside(run_dir / "final")  # of a shorter run: this run must not look finished where it is interrupted
     for checkpoint in newer_checkpoints(run_dir, start.step):
         _put_aside(checkpoint)
     if start.checkpoint and _lies_in(start.checkpoint, run_dir):
@@ -119,7 +129,7 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
 
 
 def _add_origin(path: Path, origin: Mapping[str, Any]) -> None:
-    """One start more, with a word where the code is not that of the start before."""
+    """Adds a start to provenance.json; reports where version or commit differ from the start before."""
     starts = read_starts(path)
     if starts is None:
         _put_aside(path)
@@ -131,7 +141,7 @@ def _add_origin(path: Path, origin: Mapping[str, Any]) -> None:
 
 
 def read_starts(path: Path) -> list[dict[str, Any]] | None:
-    """The starts of a run, oldest first; None where the file is broken: a run does not need its history."""
+    """Returns the starts of a run, oldest first; None where the file is damaged, since a run does not need it."""
     try:
         return [dict(start) for start in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
     except (ValueError, TypeError):
@@ -141,7 +151,7 @@ def read_starts(path: Path) -> list[dict[str, Any]] | None:
 def _log_changes(path: Path, config: Config) -> None:
     try:
         before = load_config(["--config", str(path)], "dpo.train")
-    except (OSError, UserError):  # of an older version, perhaps: the run itself does not need it
+    except (OSError, UserError):  # perhaps of an older version; the run does not need it
         return
     old, new = _by_key(before), _by_key(config)
     for key in new:
@@ -154,13 +164,13 @@ def _by_key(config: Config) -> dict[str, Any]:
 
 
 def _put_aside(path: Path) -> None:
-    """Keeps under another name what a run that begins before it would contradict."""
+    """Renames `path`, where it exists, to PATH.old or PATH.old-N: it belongs to steps that this run computes again."""
     if path.exists():
         number = next(i for i in range(10**6) if not _old(path, i).exists())
         moved = path.rename(_old(path, number))
-        for events in moved.rglob("*tfevents*"):  # by which TensorBoard finds what it shows
+        for events in moved.rglob("*tfevents*"):  # else TensorBoard would find and show them
             events.rename(events.with_name(events.name.replace("tfevents", "old")))
-        say(f"{path} is of an earlier run: moved to {moved}")
+        say(f"{path} belongs to an earlier run or to later steps: renamed to {moved}")
 
 
 def _old(path: Path, number: int) -> Path:

@@ -1,4 +1,4 @@
-"""What the user gave, found, checked and hashed to the last row before any weights are in memory."""
+"""Finds, checks and hashes all input, down to the last row, before any weights are loaded."""
 
 import sys
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from dpo.model.weights import find_model, hash_model, read_model_config
 
 @dataclass(frozen=True)
 class SourceModel:
-    """A model folder, its config, and its hash by content ("" where nothing depends on it)."""
+    """A model folder, its config, and its hash by content ("" where the loss has no reference)."""
 
     folder: Path
     config: PretrainedConfig
@@ -33,7 +33,7 @@ class SourceModel:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known before any weights are in memory."""
+    """All input of a run, as known before any weights are loaded."""
 
     model: SourceModel
     reference: SourceModel
@@ -41,13 +41,16 @@ class Inputs:
     order: PairOrder
     last_step: int
     last_item: int | None
-    """Where the sequence of pairs ends: after `train.epochs` epochs; None where `train.steps` says how long a run
-    is.
+    """The end of the sequence of pairs, after `train.epochs` epochs; None where `train.steps` sets the length of the
+    run.
     """
 
 
 def read_inputs(config: Config, world: World) -> Inputs:
-    """Finds and checks all input. Every rank must get here; UserErrors are raised on every rank alike."""
+    """Finds, checks and hashes all input. Every rank must get here, or the rest hang.
+
+    Raises UserError, on every rank, where any input is wrong.
+    """
     check_mesh(world, config.parallel)
     if is_quiet() or not (world.is_main and sys.stderr.isatty()):
         disable_progress_bars()
@@ -68,7 +71,9 @@ def read_inputs(config: Config, world: World) -> Inputs:
 
 
 def find_models(config: Config, world: World) -> tuple[Path, Path]:
-    """The folders of the policy's start and of the reference; one and the same by default."""
+    """Returns the folders of the model from which the policy starts and of the reference; by default the same. Every
+    rank must get here, or the rest hang.
+    """
     model = find_model(config.model.path, "model.path", world)
     if config.reference.path is None:
         return model, model
@@ -76,16 +81,28 @@ def find_models(config: Config, world: World) -> tuple[Path, Path]:
 
 
 def read_config(config: Config, world: World, folder: Path) -> PretrainedConfig:
-    """A model's config, read by every rank: its class may be code that came with the model, which cannot be sent."""
+    """Reads a model's config, on every rank: its class may be code of the model folder, which cannot be pickled. Every
+    rank must get here, or the rest hang.
+    """
     return first_on_each_node(world, lambda: read_model_config(folder, config.model.trust_remote_code))
 
 
 def check_machines(
     world: World, parallel: ParallelConfig, dtype: str, models: Sequence[PretrainedConfig], compiles: bool = True
 ) -> None:
-    """Raises UserError where the machine of any rank lacks what these models need on its GPU, before weights are read.
+    """Checks that the machine of each rank has the driver, compiler and GPU that these models need.
 
-    dtype: of the master weights; compiles: whether kernels will be, as for training. Every rank must get here.
+    Every rank must get here, or the rest hang.
+
+    Args:
+        world: all ranks.
+        parallel: gives the compute dtype.
+        dtype: the dtype of the master weights.
+        models: the configs of the models.
+        compiles: whether kernels will be compiled, as in training.
+
+    Raises:
+        UserError: on every rank, where any machine lacks them.
     """
     needs = needs_of(compute_dtype(parallel, getattr(torch, dtype), world.device), models, compiles)
     facts = together(lambda: gather_facts(world.device))
@@ -97,7 +114,10 @@ def check_machines(
 
 
 def check_same_data(data: PreferenceData, world: World) -> None:
-    """Raises UserError where a rank has other pairs than rank 0: each would compute its share of another step."""
+    """Raises UserError where a rank reads other pairs than rank 0: the ranks would compute parts of different steps.
+
+    Every rank must get here, or the rest hang.
+    """
     hashes = all_gather((data.train.content_hash, data.eval.content_hash))
     for rank, found in enumerate(hashes):
         if found != hashes[0]:
@@ -107,7 +127,9 @@ def check_same_data(data: PreferenceData, world: World) -> None:
 
 
 def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tuple[SourceModel, SourceModel]:
-    """The policy's start and the reference with their hashes; nothing is hashed for a loss without a reference."""
+    """Returns the model from which the policy starts, and the reference, with their hashes by content. Hashes nothing
+    where the loss has no reference. Every rank must get here, or the rest hang.
+    """
 
     def read(folder: Path) -> SourceModel:
         model_config = read_config(config, world, folder)

@@ -1,4 +1,4 @@
-"""On which devices and how the steps of a run are computed."""
+"""The layout of a start: the devices and settings by which its steps are computed."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,15 @@ def layout_here(config: Config, world: World) -> dict[str, Any]:
 
 
 def as_so_far(config: Config, start: Start, world: World) -> Config:
-    """Returns the config as `decided_so_far` on rank 0. Every rank must get here, or the rest hang."""
+    """Returns the config of `decided_so_far`, as rank 0 decides it. Every rank must get here, or the rest hang."""
     layout = layout_here(config, world)
     return on_main(world, lambda: decided_so_far(config, start, layout))
 
 
 def layout_of(config: Config, devices: Sequence[str]) -> dict[str, Any]:
-    """What decides on which devices and how a step is computed: a run that goes on with the same goes on to the last
-    bit. `devices`: the kind of device of each rank.
+    """Returns the facts on which the bits of a step depend: a run that resumes with the same layout resumes bitwise.
+
+    `devices`: the kind of device of each rank.
     """
     parallel = {key: value for key, value in asdict(config.parallel).items() if not key.endswith("timeout_seconds")}
     tokens = {"tokens_per_micro_batch": config.batch.tokens_per_micro_batch}
@@ -37,10 +38,12 @@ def layout_of(config: Config, devices: Sequence[str]) -> dict[str, Any]:
 
 
 def decided_so_far(config: Config, start: Start, layout: Mapping[str, Any]) -> Config:
-    """The config with the values that auto became when this run was last started with the same `layout`; where it never
-    was, keys stay auto, to be decided anew. One line says which. Without a checkpoint nothing changes.
+    """Replaces `auto` by the values that it had when this run was last started with the same `layout`; reports them.
 
-    Free memory changes from start to start: without this a run would go on otherwise than it was interrupted.
+    Without such a start the keys stay `auto`. Without a checkpoint the config is returned as it is.
+
+    The values of `auto` depend on free memory, which differs between starts. Without this function an interrupted run
+    would not resume bitwise.
     """
     undecided = config.parallel.undecided
     if start.checkpoint is None or not undecided:
@@ -48,9 +51,9 @@ def decided_so_far(config: Config, start: Start, layout: Mapping[str, Any]) -> C
     starts = read_starts(start.checkpoint.parent.parent / PROVENANCE) or []
     layouts = [each["layout"] for each in reversed(starts) if isinstance(each.get("layout"), dict)]
     fixed = {key: value for key, value in layout.items() if key not in undecided}
-    same = next((was for was in layouts if fixed.items() <= was.items()), None)
+    same = next((earlier for earlier in layouts if fixed.items() <= earlier.items()), None)
     if same is None:
-        say(f"parallel (auto): decided anew: {_changes(layouts[0], fixed) if layouts else 'the layout was not kept'}")
+        say(f"parallel (auto): decided again: {_changes(layouts[0], fixed) if layouts else 'the layout was not kept'}")
         return config
     values = {key: same[key] for key in undecided}
     words = ", ".join(f"{key} {value}" for key, value in values.items())

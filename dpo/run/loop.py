@@ -1,4 +1,4 @@
-"""The loop of a run: every step, with evaluations and checkpoints in between.
+"""The loop of a run: all steps, with evaluations and checkpoints in between.
 
 A run of six steps with `train.eval_every` 3 and `checkpoint.save_every` 2:
 
@@ -35,8 +35,17 @@ from dpo.step.update import train_step
 def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
     """Takes all steps from the run's start to its last, with evaluations and checkpoints in between.
 
-    Raises Preempted after a step at which any rank was asked to stop, with that step on its way to the disk. Every rank
-    must get here, or the rest hang.
+    Every rank must get here, or the rest hang.
+
+    Args:
+        run: the run, ready for its next step.
+        writer: of the metrics, on rank 0; None on the other ranks.
+        saver: of the checkpoints.
+
+    Raises:
+        Preempted: on every rank, after a step at which any rank was asked to stop; the checkpoint of that step is in
+            flight.
+        RunError: on every rank, where a gradient or an evaluation loss is not finite.
     """
     first, last, every = run.start.step + 1, run.inputs.last_step, run.config.train.eval_every
     if is_time(first - 1, every, last) and on_main(run.world, lambda: lacks_evaluation(run.dir, first - 1)):
@@ -64,7 +73,7 @@ def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
 
 
 def is_time(step: int, every: int | None, last_step: int) -> bool:
-    """Returns whether something is due after `step`: before the first step, every `every` steps, after the last."""
+    """Returns whether an action is due after `step`: before the first step, every `every` steps, after the last."""
     return step in (0, last_step) or (every is not None and step % every == 0)
 
 
@@ -84,17 +93,17 @@ def _step(run: Run, step: int, ahead: Iterator[list[PackedBatch]]) -> tuple[dict
 
 
 def _save(run: Run, writer: MetricsWriter | None, saver: Saver, step: int) -> None:
-    # No crash may leave a checkpoint whose steps are missing in metrics.jsonl.
+    # The metrics are synced first: no crash may leave a checkpoint whose steps are missing in metrics.jsonl.
     saver.save(RunState(step, run.identity), before_commit=writer.sync if writer else lambda: None)
 
 
 def _evaluate(run: Run, writer: MetricsWriter | None, saver: Saver, step: int) -> None:
-    """Evaluates after `step` steps. Raises Preempted, with that step saved, where any rank is asked to stop."""
+    """Evaluates after `step` steps. Raises Preempted where any rank is asked to stop; that step is saved first."""
     if not len(run.inputs.data.eval):
         return
     with telling_new_graphs(run, f"evaluation after step {step}"):
         result = evaluate(run.policy, run.inputs.data.eval, run.packer, run.config.loss, run.stop_requested)
-    if result is None:  # the next start makes it anew
+    if result is None:  # the next start evaluates this step again
         if step > run.start.step and not is_time(step, run.config.checkpoint.save_every, run.inputs.last_step):
             _save(run, writer, saver, step)
         raise Preempted(step)

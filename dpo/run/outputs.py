@@ -1,4 +1,4 @@
-"""What a run writes while it trains: its folder, metrics, answers and checkpoints."""
+"""Opens the files that a run writes: its folder, metrics, answers and checkpoints; exports the trained model."""
 
 import socket
 from collections.abc import Iterator
@@ -19,8 +19,10 @@ from dpo.run.setup import Run
 
 @contextmanager
 def open_outputs(run: Run) -> Iterator[tuple[MetricsWriter | None, Saver]]:
-    """Makes the run folder ready for the next step; gives the writer of metrics (None but on rank 0) and the saver of
-    checkpoints, whose last one is committed when this ends. Every rank must get here, and to its end, or the rest hang.
+    """Prepares the run folder for the next step; gives the writer of metrics (on rank 0, else None) and the saver.
+
+    At the end of the context the last checkpoint is committed. Every rank must get here, and to the end of the context,
+    or the rest hang.
     """
     hosts, layout = all_gather(socket.gethostname()), layout_here(run.config, run.world)
     origin = provenance(hosts, run.inputs.last_step) | {"layout": layout}
@@ -36,5 +38,5 @@ def open_outputs(run: Run) -> Iterator[tuple[MetricsWriter | None, Saver]]:
 
 
 def export_run(run: Run) -> None:
-    """Writes the trained model to the run folder. Every rank must get here, or the rest hang."""
+    """Exports the trained model to `final/` in the run folder. Every rank must get here, or the rest hang."""
     export(run.policy, run.inputs.model.folder, run.dir / FINAL, run.config, run.world)

@@ -11,18 +11,18 @@ from torch.profiler import ProfilerActivity, profile
 from dpo.base.console import say
 
 MEMORY_EVENTS = 100_000
-"""Allocations that a memory snapshot remembers, the latest ones; all ranks wait while it is written."""
+"""The maximum number of allocations in a memory snapshot, the latest; all ranks wait while it is written."""
 
 StepHook = Callable[[int], None]
-"""Called with the number of a step that is about to begin, or of one that has ended."""
+"""A function that is called with the number of a step, before it begins or after it has ended."""
 
 
 @contextmanager
 def profiled(steps: tuple[int, int] | None, folder: Path, device: torch.device) -> Iterator[tuple[StepHook, StepHook]]:
-    """Gives (begin, end), to be called around every step: what runs from the begin of steps[0] to the end of steps[1]
-    is recorded into `folder`/steps-10-12.pt.trace.json (and .memory.pickle on CUDA), named by what it holds.
+    """Records steps[0] to steps[1], inclusive; gives (begin, end), which must be called before and after each step.
 
-    A run that ends earlier writes what it has. For one rank: others give None for `steps` and record nothing.
+    Writes `folder`/steps-10-12.pt.trace.json, and on CUDA .memory.pickle, named after the recorded steps. Where the run
+    ends earlier, writes the steps so far. Only one rank should record; the others pass None for `steps`.
     """
     recorder = _Recorder(steps, folder, device)
     try:
@@ -32,13 +32,13 @@ def profiled(steps: tuple[int, int] | None, folder: Path, device: torch.device) 
 
 
 class _Recorder:
-    """The profiler while it runs; None before and after."""
+    """Starts and stops torch's profiler; `profiler` is None where it does not run."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, device: torch.device):
         self.steps, self.folder, self.on_cuda = steps, folder, device.type == "cuda"
         self.profiler: profile | None = None
         self.first = self.last = 0
-        """Steps that were recorded."""
+        """The first and the last recorded step."""
 
     def begin(self, step: int) -> None:
         if self.steps is None or self.profiler is not None or not self.steps[0] <= step <= self.steps[1]:
@@ -56,7 +56,7 @@ class _Recorder:
             self.finish()
 
     def finish(self) -> None:
-        """Writes what was recorded, if anything is."""
+        """Stops the profiler and writes the recorded steps, if any."""
         if self.profiler is None:
             return
         profiler, self.profiler = self.profiler, None

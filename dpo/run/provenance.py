@@ -1,4 +1,4 @@
-"""Which code a run is the work of: versions, and the git commit that the package was installed from."""
+"""The code that a start runs: versions of packages, and the git commit of this one."""
 
 import json
 import platform
@@ -14,8 +14,9 @@ PACKAGES = ("torch", "transformers", "datasets", "tokenizers")
 
 
 def provenance(hosts: Sequence[str], last_step: int) -> dict[str, Any]:
-    """One start of a run as `provenance.json` in its folder holds it; `hosts`: that of each rank; `commit` is None
-    where no git knows the package.
+    """Returns the entry of a start for `provenance.json`. `commit` is None where the package's commit is unknown.
+
+    `hosts`: the host name of each rank.
     """
     return {
         "version": _version("dpo"),
@@ -30,8 +31,9 @@ def provenance(hosts: Sequence[str], last_step: int) -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """`commit` of the checkout that the package lies in, and whether it has changes (`dirty`); else, of a package that
-    pip built from a repository, the commit that pip noted.
+    """Returns `commit` of the git checkout that contains the package, and whether it has changes (`dirty`).
+
+    For a package that pip installed from a repository: the commit that pip recorded.
     """
     if _git(folder, "ls-files", "--error-unmatch", str(Path(__file__).relative_to(PACKAGE))) is not None:
         changes = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ".")
@@ -49,7 +51,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 
 
 def _installed_commit() -> str | None:
-    """Of PEP 610's direct_url.json."""
+    """Returns the commit in PEP 610's direct_url.json; None where there is none."""
     try:
         text = distribution("dpo").read_text("direct_url.json")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""From checked input to everything that a run needs: policy, reference log-probabilities, optimizer."""
+"""Builds a run from its checked input: policy, reference log-probabilities, answers, optimizer."""
 
 import functools
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from dpo.step.optim import make_optimizer
 
 @dataclass(frozen=True)
 class Run:
-    """Everything of a run, ready for its next step."""
+    """All parts of a run, ready for its next step."""
 
     config: Config
     world: World
@@ -48,9 +48,9 @@ class Run:
     reference_pass: ReferencePass | None
     """None where the loss has no reference."""
     answers: AnswerBook | None
-    """None where no sampled answers are asked for, or can be given."""
+    """None where sampled answers are not configured or not possible (see `prepare_answers`)."""
     peak_flops: float | None
-    """FLOPs per second of all ranks at best; None where the device is not in the table of data sheets."""
+    """Peak FLOPs per second of all ranks together; None where a device is not in the table of data sheets."""
     stop_requested: StopRequest
 
     @property
@@ -60,7 +60,7 @@ class Run:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """Returns what a checkpoint records so that only the same run goes on from it."""
+        """Returns the facts that a checkpoint records, so that only the same run resumes from it."""
         return identity_of(self.config, self.inputs)
 
     @property
@@ -70,16 +70,16 @@ class Run:
 
     @property
     def begins_at_reference(self) -> bool:
-        """Returns whether the next step's policy is the reference: a fresh run from it. Its first step is checked."""
+        """Returns whether the policy of the next step is the reference: a fresh run, whose first step is checked."""
         same = self.inputs.model.hash == self.inputs.reference.hash
         return self.start.step == 0 and self.reference_pass is not None and same
 
     def best_seconds(self, forward_flops: float) -> float | None:
-        """Returns the seconds of a step at the devices' peak, by the FLOPs of its forward pass over all lanes."""
+        """Returns the seconds of a step at the devices' peak, given the FLOPs of its forward pass over all lanes."""
         return MODEL_UNITS * forward_flops / self.peak_flops if self.peak_flops else None
 
     def trees(self, step: int) -> list[Tree]:
-        """Returns the trees of a step, of all lanes: a function of (seed, step)."""
+        """Returns the trees of a step, of all lanes. They depend on (seed, step) alone."""
         return grow_trees(self.inputs.data.train.pairs(self.inputs.order.items(step, self.inputs.last_item)))
 
     def batches(self, step: int) -> list[PackedBatch]:
@@ -90,8 +90,10 @@ class Run:
         return self.packer.pack(plan)
 
     def answers_after(self, step: int) -> list[Answer]:
-        """Returns the policy's answers to the evaluation prompts after `step` steps, written to the run folder; before
-        the first step of a policy that is the reference, the reference's. Every rank must get here, or the rest hang.
+        """Returns the policy's answers to the evaluation prompts after `step` steps, and writes them to the run folder.
+
+        Before the first step of a policy that is the reference these are the reference's, and nothing is generated.
+        Every rank must get here, or the rest hang.
         """
         if self.answers is None:
             return []
@@ -101,8 +103,17 @@ class Run:
 
 
 def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_requested: StopRequest) -> Run:
-    """Builds a run at its beginning, or where its checkpoint ends. Raises Preempted where a rank is asked to stop while
-    the reference is computed. Every rank must get here, or the rest hang.
+    """Builds a run, at its beginning or as its checkpoint left it. Every rank must get here, or the rest hang.
+
+    Args:
+        config: with all values of `parallel` decided.
+        world: all ranks.
+        inputs: the models and data.
+        start: the checkpoint to load, if any.
+        stop_requested: whether this rank was asked to stop.
+
+    Raises:
+        Preempted: on every rank, where any rank was asked to stop while the reference was computed.
     """
     assert not config.parallel.undecided, config.parallel.undecided
     packer, reference_pass = make_packer(config, world, inputs.model.config), None
@@ -138,14 +149,16 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_r
 
 
 def _passes(config: Config, inputs: Inputs, start: Start) -> tuple[bool, ...]:
-    """Returns the passes that the policy will run: with gradients, and where something is computed without, without."""
+    """Returns the passes that the policy will run: with gradients (True), and without (False) where a run has any."""
     fills = start.checkpoint is None and config.loss.facts.uses_reference
     return (True, False) if fills or len(inputs.data.eval) else (True,)
 
 
 def _reference_loader(config: Config, world: World, inputs: Inputs, policy: Policy, packer: Packer) -> Any:
-    """Returns a cached function that gives the reference: the policy itself before its first update, where the two
-    have the same weights; else another model, loaded at the first call.
+    """Returns a cached function that returns the reference.
+
+    It is the policy itself before its first update, where both have the same weights; else another model, which is
+    loaded at the first call.
     """
     source = inputs.reference
 
@@ -171,8 +184,9 @@ def _fill(
 
 
 def _peak_flops(config: Config, policy: Policy, world: World) -> float | None:
-    """Returns the FLOPs per second of all ranks at best; None where any device is unknown. Every rank must get here, or
-    the rest hang.
+    """Returns the peak FLOPs per second of all ranks together; None where any device is unknown.
+
+    Every rank must get here, or the rest hang.
     """
     peaks = all_gather(peak_flops(world.device, compute_dtype(config.parallel, policy.dtype, world.device)))
     known = [peak for peak in peaks if peak]

@@ -1,4 +1,4 @@
-"""How a run starts: where it goes on from, whether anything is left to do, the check of a fresh run's first step."""
+"""The start of a run: the checkpoint to resume from, whether steps are left, the check of a fresh run's first step."""
 
 from dpo.base.console import say
 from dpo.config import Config
@@ -13,27 +13,30 @@ from dpo.step.first_step import Terms, verify_start
 
 
 def find_start_together(config: Config, world: World) -> Start:
-    """Returns where rank 0 finds that the run goes on. Every rank must get here, or the rest hang."""
+    """Returns the start that rank 0 finds (`find_start`). Every rank must get here, or the rest hang."""
     return on_main(world, lambda: find_start(config))
 
 
 def is_done(config: Config, start: Start, inputs: Inputs, world: World) -> bool:
-    """Returns whether nothing is left to do, which rank 0 then says. Raises UserError where the checkpoint is one of
-    another run. Every rank must get here, or the rest hang.
+    """Returns whether nothing is left to do, and reports so on rank 0. Every rank must get here, or the rest hang.
+
+    Raises UserError, on every rank, where the checkpoint belongs to another run.
     """
     identity = identity_of(config, inputs)
     on_main(world, lambda: check_identity(start, identity))
     if not on_main(world, lambda: is_finished(config, start, inputs.last_step)):
         return False
-    if world.is_main:  # a run may be told to end where it has passed already
+    if world.is_main:  # train.steps may be less than the steps that were made
         steps = max(start.step, inputs.last_step)
         say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
     return True
 
 
 def check_first_step(run: Run) -> Deviation | None:
-    """Holds a fresh run's policy to its reference on the first step's trees (`verify_start`); None where the run does
-    not begin at its reference. Every rank must get here, or the rest hang.
+    """Checks that a fresh run's policy agrees with its cached reference on the first step (`verify_start`).
+
+    Returns the measured deviation; None where the run does not begin at its reference. Every rank must get here, or the
+    rest hang.
     """
     if not run.begins_at_reference:
         return None
@@ -41,7 +44,7 @@ def check_first_step(run: Run) -> Deviation | None:
 
 
 def first_step_terms(run: Run) -> Terms:
-    """Returns the bounds that the first step of a run is held to."""
+    """Returns the bounds for the check of a run's first step."""
     scale = rounding_scale(run.compute_dtype, run.config.parallel.tf32 and run.world.device.type == "cuda")
     otherwise = run.reference_pass.made_otherwise if run.reference_pass else None
     return Terms(scale, run.config.reference.first_step_check, otherwise)

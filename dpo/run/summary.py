@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: a table at the start, a line a logged step, a table at the end."""
+"""The terminal output of a run: a table at the start, a line per logged step and evaluation, a table at the end."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,15 +19,16 @@ from dpo.step.metrics import prefixed
 from dpo.step.optim import lr_at, optimizer_elements
 
 COLUMNS = 100
+"""The maximum length of a line."""
 STEPS_LOOKED_AT = 4
-"""Steps whose trees are counted for the tokens of a step."""
+"""Steps whose trees are counted for the mean number of tokens per step."""
 
 
 # --- lines while it runs ---------------------------------------------------------------------------------------------
 
 
 def step_line(step: int, last_step: int, metrics: Mapping[str, float], seconds_left: float) -> str:
-    """One logged step in at most 100 columns; where metrics are so long that not all fit, the last are left out."""
+    """Returns the line of a logged step, in at most COLUMNS columns; omits the last metrics where they do not fit."""
     digits = len(str(last_step))
     parts = [f"step {step:>{digits}}/{last_step}", *_outcome(metrics, "train"), f"eta {clock(seconds_left)}"]
     speed = metrics["train/pairs_per_second"]
@@ -37,14 +38,14 @@ def step_line(step: int, last_step: int, metrics: Mapping[str, float], seconds_l
 
 
 def evaluation_line(step: int, last_step: int, metrics: Mapping[str, float]) -> str:
-    """One evaluation in at most 100 columns."""
+    """Returns the line of an evaluation, in at most COLUMNS columns."""
     digits = len(str(last_step))
     pairs = f"{metrics['eval/pairs']:,} pairs"
     return fitting([f"eval {step:>{digits}}/{last_step}", *_outcome(metrics, "eval"), pairs])
 
 
 def _outcome(metrics: Mapping[str, float], group: str) -> list[str]:
-    """Loss, and where there is a reference accuracy and margin."""
+    """Returns the loss, and with a reference accuracy and margin."""
     parts = [f"loss {metrics[f'{group}/loss']:.4f}"]
     if f"{group}/rewards/margins" in metrics:
         parts.append(f"acc {metrics[f'{group}/rewards/accuracies']:z.3f}")
@@ -53,7 +54,7 @@ def _outcome(metrics: Mapping[str, float], group: str) -> list[str]:
 
 
 def fitting(parts: Sequence[str]) -> str:
-    """The first parts that fit 100 columns, two spaces between them."""
+    """Returns the first parts that fit into COLUMNS columns, with two spaces between them."""
     line = parts[0]
     for part in parts[1:]:
         if len(line) + 2 + len(part) > COLUMNS:
@@ -63,7 +64,7 @@ def fitting(parts: Sequence[str]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """h:mm:ss, with days before it from one day on."""
+    """Returns a duration as h:mm:ss, from one day on as 1d h:mm:ss."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)
@@ -74,7 +75,7 @@ def clock(seconds: float) -> str:
 
 
 def start_lines(run: Run, deviation: Deviation | None) -> list[str]:
-    """Model, reference, pairs, steps, mesh, memory and folder of a run that is about to take its next step."""
+    """Returns the table that is shown before the first step: model, reference, pairs, steps, ranks, memory, folder."""
     first_step = [("first step", f"policy against its cached reference: {deviation}")] if deviation else []
     return _table(
         [
@@ -98,7 +99,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
 def _model(run: Run) -> str:
     kind = type(run.policy.model).__name__.removeprefix("FSDP")
     dtypes = f"{_name(run.policy.dtype)}, computes in {_name(run.compute_dtype)}"
-    return f"{run.config.model.path}: {kind}, {num_parameters(run.policy.model):,} weights in {dtypes}"
+    return f"{run.config.model.path}: {kind}, {num_parameters(run.policy.model):,} parameters in {dtypes}"
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -122,7 +123,7 @@ def _steps(run: Run) -> str:
 
 
 def tokens_per_step(run: Run) -> int:
-    """Tokens that the body runs in a step, over all ranks: the mean of the first steps."""
+    """Returns the tokens that the model's body computes per step, over all lanes: the mean of the first steps."""
     steps = range(1, min(STEPS_LOOKED_AT, run.inputs.last_step) + 1)
     return round(sum(tree.num_tokens for step in steps for tree in run.trees(step)) / len(steps))
 
@@ -131,24 +132,24 @@ def _ranks(run: Run) -> str:
     nodes = run.world.size // run.world.local_size
     copies = run.config.parallel.replicate
     parts = run.world.size // copies
-    layout = f", the model divided over {parts}" if parts > 1 else ""
-    layout += f", in {copies} copies" if copies > 1 else ""
+    layout = f", the model sharded over {parts}" if parts > 1 else ""
+    layout += f", in {copies} replicas" if copies > 1 else ""
     return f"{run.world.size} on {nodes} node{'s' * (nodes > 1)} ({run.world.device.type}){layout}"
 
 
 def _memory(run: Run) -> str:
     size = state_bytes(num_parameters(run.policy.model), run.config, run.world.size)
     shown = f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{size / 2**20:.1f} MiB"
-    return f"{shown} a rank for weights, gradients and optimizer; activations come on top"
+    return f"{shown} per rank for weights, gradients and optimizer; activations come on top"
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Weights of the whole model, tied ones once, whatever part of them this rank holds."""
+    """Returns the number of parameters of the whole model, tied parameters once; a DTensor counts in full."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def state_bytes(num_parameters: int, config: Config, num_ranks: int) -> float:
-    """Bytes that a rank holds all the time: its share of the weights, of their gradients, of the optimizer's state."""
+    """Returns the bytes per rank of the sharded state: weights, gradients, and the optimizer's state."""
     itemsize: int = getattr(torch, config.model.dtype).itemsize
     return num_parameters * itemsize * (2 + optimizer_elements(config.optim)) * config.parallel.replicate / num_ranks
 
@@ -157,9 +158,9 @@ def state_bytes(num_parameters: int, config: Config, num_ranks: int) -> float:
 
 
 def end_lines(run_dir: Path, lines: Sequence[Mapping[str, float]]) -> list[str]:
-    """What a finished run changed, from the lines of its metrics.jsonl, and where things are.
+    """Returns the table that is shown at the end: how the metrics in `lines` of metrics.jsonl changed, and the charts.
 
-    One step's pairs say little: of training the first step is compared with the mean of the last LAST_STEPS.
+    For training, the first step is compared with the mean of the last LAST_STEPS, since a single step varies much.
     """
     steps = [line for line in lines if "train/loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
@@ -175,7 +176,7 @@ def end_lines(run_dir: Path, lines: Sequence[Mapping[str, float]]) -> list[str]:
 
 
 def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], group: str) -> str:
-    """Loss, accuracy and margin of the first line and their means over the latest."""
+    """Returns loss, accuracy and margin of the first line -> their means over the latest lines."""
     names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
     keys = {f"{group}/{name}": shown for name, shown in names.items() if f"{group}/{name}" in first}
     changes = [
@@ -189,8 +190,9 @@ def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], g
 
 
 def introduce(run: Run, writer: MetricsWriter | None, deviation: Deviation | None) -> None:
-    """Tells, on rank 0, what is about to run: on the terminal, and as texts and histograms in TensorBoard; with what
-    the check of the first step measured, where there was one.
+    """Shows, on rank 0, the run that is about to start: on the terminal, and as texts and histograms in TensorBoard.
+
+    `deviation` is the result of the check of the first step, where there was one.
     """
     if writer is None:
         return
@@ -216,7 +218,7 @@ def introduce(run: Run, writer: MetricsWriter | None, deviation: Deviation | Non
 
 
 def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluation, answers: Sequence[Answer]) -> None:
-    """Tells, on rank 0, how an evaluation went."""
+    """Writes and shows, on rank 0, the result of an evaluation."""
     metrics = prefixed("eval", result.metrics)
     writer.write(step, metrics)
     if len(result.margins):
@@ -227,7 +229,7 @@ def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluati
 
 
 def conclude(run: Run) -> None:
-    """Tells, on rank 0, how the run ended: its steps, its model, how its metrics changed."""
+    """Shows, on rank 0, the end of the run: its steps, its model, how its metrics changed."""
     if not run.world.is_main:
         return
     say(f"done: {max(run.start.step, run.inputs.last_step)} steps, the model is in {run.dir / FINAL}")

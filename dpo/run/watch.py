@@ -1,4 +1,4 @@
-"""What is shown and recorded while the steps of a run are taken."""
+"""Progress bar, profiler and warnings around the steps of a run."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -11,23 +11,23 @@ from dpo.run.setup import Run
 
 
 def step_bar(run: Run) -> AbstractContextManager[Progress]:
-    """Returns the bar of a terminal; elsewhere the lines of logged steps are all."""
+    """Returns the progress bar of a terminal; without a terminal it shows nothing beside the lines of logged steps."""
     steps = run.inputs.last_step
     return progress("train", steps, "steps", run.world.is_main, done=run.start.step, lines_elsewhere=False)
 
 
 def profiled_steps(run: Run) -> AbstractContextManager[tuple[StepHook, StepHook]]:
-    """Records the steps of `train.profile_steps` on rank 0 (see `profiled`); warns where this start runs none."""
+    """Records the steps of `train.profile_steps` on rank 0 (see `profiled`); warns where none of them will be run."""
     steps = run.config.train.profile_steps if run.world.is_main else None
     first, last = run.start.step + 1, run.inputs.last_step
     if steps is not None and (steps[1] < first or steps[0] > last):
-        warn(f"train.profile_steps {list(steps)}: none of them is run, those of this start are {first} to {last}")
+        warn(f"train.profile_steps {list(steps)}: this start runs none of these steps, but {first} to {last}")
     return profiled(steps, run.dir / PROFILE, run.world.device)
 
 
 @contextmanager
 def telling_new_graphs(run: Run, what: str) -> Iterator[None]:
-    """Warns where `what`, done inside, compiled graphs, for which all ranks have waited."""
+    """Warns where the work inside, named `what`, compiled graphs, for which all ranks have waited."""
     before = num_graphs()
     yield
     new = num_graphs() - before

@@ -1,4 +1,4 @@
-"""A pass without gradients: the evaluation set through the path of training."""
+"""Evaluation: plans, packing and log-probabilities as in training, without gradients."""
 
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,18 +21,26 @@ from dpo.step.objective import pair_losses
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics of `pair_means` over a whole evaluation set, every pair weighing 1, and the reward margin of each
-    pair, (pairs,), in no order (none where the loss has no reference).
-    """
+    """The result of an evaluation over all P pairs of the evaluation set, each of which has weight 1."""
 
     metrics: dict[str, float]
+    """The metrics of `pair_means`."""
     margins: np.ndarray
+    """The reward margin of each pair, (P,), in no particular order; (0,) where the loss has no reference."""
 
 
 def evaluate(
     policy: Policy, pairs: PairSet, packer: Packer, loss: LossConfig, stop_requested: StopRequest
 ) -> Evaluation | None:
-    """An evaluation without gradients; None where a rank was asked to stop on the way. Every rank must get here."""
+    """Evaluates the policy on all pairs, without gradients. Every rank must get here, or the rest hang.
+
+    Args:
+        packer: packs the micro-batches, in a thread that runs ahead.
+        stop_requested: asked after each plan; whether this rank was asked to stop.
+
+    Returns:
+        The same result on every rank; None where any rank was asked to stop before the end.
+    """
     sums, margins = StepMetrics(policy.device), [torch.zeros(0, device=policy.device)]
     must_stop = False
     plans = evaluation_plans(pairs, packer)

@@ -1,4 +1,13 @@
-"""What a run measures: sums on the device, one exchange a step, then metrics.jsonl and TensorBoard on rank 0."""
+"""The metrics of a step or an evaluation: sums on the device, then one exchange per step, then means.
+
+The mean over all pairs is not the mean of the ranks' means, because ranks have different numbers of pairs. So the ranks
+exchange sums, and each rank divides the totals. A step of 4 pairs on two ranks:
+
+              losses   pairs   accurate
+    rank 0     2.1       3        2
+    rank 1     0.5       1        1
+    sums       2.6       4        3         -> loss 2.6 / 4 = 0.65, rewards/accuracies 3 / 4 = 0.75
+"""
 
 import resource
 import sys
@@ -20,22 +29,25 @@ MEASURED = (
     "rejected_logps",
     "winner_tokens",
 )
-"""Sums that the device adds up."""
+"""Sums that are accumulated on the device."""
 COUNTED = ("pairs", "tokens", "body_tokens")
-"""Sums that the host knows without asking the device."""
+"""Sums that the host knows without waiting for the device."""
 SUMS = (*MEASURED, *COUNTED, "square_norm")
 MAXIMA = ("peak_memory_bytes", "stop_requested")
 
 
 class StepMetrics:
-    """Sums over the micro-batches of a step (or of an evaluation) of one rank; `reduce` alone waits for the device."""
+    """Accumulates one rank's sums over the micro-batches of a step or an evaluation.
+
+    `add` does not wait for the device; `reduce` does.
+    """
 
     def __init__(self, device: torch.device):
         self.measured = torch.zeros(len(MEASURED), dtype=torch.float64, device=device)
         self.counted = dict.fromkeys(COUNTED, 0)
 
     def add(self, losses: Tensor, rewards: Tensor | None, pi_logps: Tensor, batch: PackedBatch) -> None:
-        """Adds one micro-batch: losses (T,), rewards (B,) or None without a reference, pi_logps (B,)."""
+        """Adds one micro-batch: losses (T,); rewards (B,), or None where the loss has no reference; pi_logps (B,)."""
         known = pi_logps.new_zeros(len(pi_logps)) if rewards is None else rewards
         chosen, rejected = known[batch.yw_idxs], known[batch.yl_idxs]
         sums = [
@@ -54,27 +66,33 @@ class StepMetrics:
         self.counted["body_tokens"] += len(batch.tokens)
 
     def reduce(self, square_norm: Tensor | None = None, stop_requested: bool = False) -> dict[str, float]:
-        """The sums over all ranks by name of SUMS, the maxima by name of MAXIMA.
+        """Exchanges the sums of all ranks: one all-gather, and the only time in a step that the host waits for the
+        device. Every rank must get here, or the rest hang.
 
-        `square_norm`: of this rank's part of the gradient. One exchange, and the one time in a step that the host
-        waits for the device; every rank must get here. Added up by rank in the same order everywhere, so equal to the
-        last bit.
+        Args:
+            square_norm: the square of the L2 norm of this rank's part of the gradient, a scalar; None: 0.
+            stop_requested: whether this rank was asked to stop.
+
+        Returns:
+            The sums over all ranks under the names of SUMS, and the maxima under the names of MAXIMA. Every rank adds
+            up the ranks in the same order, so the result is bitwise the same on all of them.
         """
         maxima = [peak_memory_bytes(self.measured.device), stop_requested]
         values = [*map(float, self.counted.values()), *map(float, maxima)]
-        pinned = self.measured.is_cuda  # else the copy would wait
+        pinned = self.measured.is_cuda  # a copy from pageable memory would wait for the device
         known = torch.tensor(values, dtype=torch.float64, pin_memory=pinned).to(self.measured, non_blocking=True)
         norm = self.measured.new_zeros(1) if square_norm is None else square_norm.to(self.measured).reshape(1)
-        mine = torch.cat([self.measured, known[: len(COUNTED)], norm, known[len(COUNTED) :]])
-        every = mine.new_empty(dist.get_world_size(), len(mine))
-        dist.all_gather(list(every.unbind()), mine)  # into one tensor: other names in torch 2.11 and 2.13
-        table = every.cpu()
+        own = torch.cat([self.measured, known[: len(COUNTED)], norm, known[len(COUNTED) :]])
+        gathered = own.new_empty(dist.get_world_size(), len(own))
+        # Not all_gather_into_tensor: torch 2.13 deprecates it in favor of all_gather_single, which torch 2.11 lacks.
+        dist.all_gather(list(gathered.unbind()), own)
+        table = gathered.cpu()
         sums, peaks = table[:, : len(SUMS)].sum(0), table[:, len(SUMS) :].amax(0)
         return dict(zip(SUMS, sums.tolist(), strict=True)) | dict(zip(MAXIMA, peaks.tolist(), strict=True))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this rank has held so far, bytes: the CUDA allocator's, or the process's resident set."""
+    """Returns the peak memory of this rank so far, bytes: of the CUDA allocator, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -82,18 +100,18 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def pair_means(sums: Mapping[str, float], has_reference: bool) -> dict[str, float]:
-    """The metrics that training and evaluation share, each a mean over all P pairs of the step or of the evaluation
+    """Returns the metrics that training and evaluation share: means over all P pairs of the step or of the evaluation
     set.
 
-    loss             sum of the pairs' losses / P: what is minimized, the SFT term included
-    loss_sft         sum over pairs of -pi_logp[winner] / sum over pairs of len(winner), nats a token
+    loss             sum of the pairs' losses / P: the objective, including the SFT term
+    loss_sft         sum over pairs of -pi_logp[winner] / sum over pairs of len(winner), nats per token
     logps/chosen     mean of the winners' summed log-probabilities, nats; logps/rejected of the losers'
     rewards/chosen   mean of beta (pi_logp - ref_logp) of the winners; rewards/rejected of the losers
     rewards/margins  rewards/chosen - rewards/rejected
     rewards/accuracies  share of pairs whose winner has the strictly greater reward
     pairs            P
 
-    The rewards are left out where the loss has no reference.
+    Without a reference (`has_reference` is False) there are no rewards.
     """
     pairs = max(sums["pairs"], 1)
     means = {
@@ -110,16 +128,18 @@ def pair_means(sums: Mapping[str, float], has_reference: bool) -> dict[str, floa
 
 
 def step_metrics(sums: Mapping[str, float], seconds: float, best_seconds: float | None = None) -> dict[str, float]:
-    """The metrics of a training step beside `pair_means`.
+    """Returns the metrics of a training step beside those of `pair_means`.
 
-    tokens             prompt and completion tokens that the body ran, all ranks, without padding and fillers
-    padding_fraction   1 - tokens / tokens given to the body
-    step_seconds       from asking for the data to the end of the update, on rank 0
+    tokens             prompt and completion tokens that the model's body computed, summed over ranks, without padding
+                       and fillers
+    padding_fraction   1 - tokens / all tokens that the body computed
+    step_seconds       from the request for the data to the end of the update, on rank 0
     pairs_per_second, tokens_per_second   the step's pairs and tokens / step_seconds
-    peak_memory_bytes  the greatest of the ranks' peaks so far
-    mfu                FLOPs that the step needs (`costs.step_flops`: 3 units of body and head, nothing twice) /
-                       step_seconds / what the ranks could do at best (`costs.peak_flops`); `best_seconds` is the step
-                       at that best; left out where it is None: a device that is not in the table
+    peak_memory_bytes  the maximum of the ranks' peaks so far
+    mfu                best_seconds / step_seconds
+
+    `best_seconds` is the time of the step's FLOPs (`costs.step_flops`: forward and backward once, no recomputation) at
+    the peak of all ranks' devices (`peaks.peak_flops`). It is None where that peak is unknown; there is no `mfu` then.
     """
     metrics = {
         "tokens": int(sums["tokens"]),

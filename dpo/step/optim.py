@@ -12,10 +12,10 @@ from dpo.config import OptimConfig
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over (sharded) master weights; its learning rate is set at every step from `lr_at`.
+    """Returns the configured optimizer of (sharded) master weights; the loop sets its learning rate before each step.
 
-    For weights on CUDA AdamW is torch's fused kernel; the others work on all tensors at once, torch's default there:
-    RMSprop has no fused kernel, and SGD's does not take DTensors.
+    On CUDA, AdamW uses torch's fused kernel. RMSprop and SGD use torch's default there, the foreach implementation:
+    RMSprop has no fused kernel, and SGD's does not support DTensor.
     """
     parameters = list(parameters)
     groups = [{"params": parameters, "lr": config.lr, "weight_decay": config.weight_decay}]
@@ -24,7 +24,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
             return torch.optim.RMSprop(groups, alpha=config.alpha, eps=config.eps, momentum=config.momentum)
         case "adamw":
             on_cuda = all(parameter.device.type == "cuda" for parameter in parameters)
-            # None, and not False, which would switch off what works on all tensors at once too.
+            # None, not False: False would also disable the foreach implementation.
             return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=on_cuda or None)
         case "sgd":
             return torch.optim.SGD(groups, momentum=config.momentum)
@@ -37,7 +37,7 @@ def optimizer_elements(config: OptimConfig) -> int:
 
 
 def lr_at(step: int, last_step: int, config: OptimConfig) -> float:
-    """The learning rate of a step s in 1 .. N = last_step, with W = warmup_steps:
+    """Returns the learning rate of step s in 1 .. N = last_step, with W = warmup_steps:
 
     s <= W: lr s / (W + 1); then constant: lr; linear: lr min(1, (N + 1 - s) / (N + 1 - W));
     cosine: lr (1 + cos(pi (s - W) / (N + 1 - W))) / 2.
@@ -57,14 +57,16 @@ def lr_at(step: int, last_step: int, config: OptimConfig) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Makes the next step use this learning rate."""
+    """Sets the learning rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def square_norm(parameters: Iterable[nn.Parameter], num_copies: int = 1) -> Tensor:
-    """Returns this rank's part of the square of the gradient's L2 norm, a float64 scalar on its device; no rank waits
-    for it. The sum over all ranks is the whole: each of the model's copies (HSDP) has the whole gradient.
+    """Returns this rank's share of the squared L2 norm of the gradient, a float64 scalar on the device; nothing waits.
+
+    The sum over all ranks is the squared norm. With HSDP each of the `num_copies` replicas holds the whole gradient, so
+    each rank divides by them.
     """
     gradients = [_local(p.grad) for p in parameters if p.grad is not None]
     return get_total_norm(gradients).double().square() / num_copies
@@ -75,8 +77,9 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def clip_gradient(parameters: Iterable[nn.Parameter], norm: float, max_norm: float | None) -> None:
-    """Scales a gradient whose L2 norm over all ranks is `norm` down to `max_norm`; None is no limit. The host knows the
-    norm, so nothing is sent to the device or waited for.
+    """Scales the gradient, whose L2 norm over all ranks is `norm`, down to at most `max_norm` (None: no limit).
+
+    `norm` is a number on the host, so the host does not wait for the device.
     """
     if max_norm is not None and norm > max_norm:
         torch._foreach_mul_([_local(p.grad) for p in parameters if p.grad is not None], max_norm / norm)

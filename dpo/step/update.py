@@ -1,4 +1,4 @@
-"""One update of the weights: the whole of it on one screen.
+"""One update of the weights, on one screen.
 
 batches -> pi_logps -> losses -> backward -> one exchange: metrics, gradient norm, stop request -> clip -> update
 """
@@ -26,17 +26,19 @@ def train_step(
     lr: float,
     stop_requested: StopRequest,
 ) -> dict[str, float]:
-    """Makes one update on the global batch; the gradient is that of the mean loss over its pairs, on any layout.
+    """Updates the weights once; the gradient is that of the mean loss over all pairs of the step, on any layout.
+
+    Every rank must get here, or the rest hang.
 
     Args:
-        batches: this lane's micro-batches; every lane has the same number of them, or the ranks hang.
+        batches: this lane's micro-batches; every lane must have the same number of them, or the ranks hang.
         lr: the learning rate of this update.
 
     Returns:
-        The step's sums over all ranks (`StepMetrics.reduce`), and `grad_norm`, L2, before clipping.
+        The step's sums over all ranks (`StepMetrics.reduce`), and `grad_norm`, the L2 norm before clipping.
 
     Raises:
-        RunError: on every rank and before the update, where the gradient is not finite.
+        RunError: on every rank, before the update, where the gradient is not finite.
     """
     set_lr(optimizer, lr)
     metrics = StepMetrics(policy.device)
@@ -46,8 +48,8 @@ def train_step(
         losses, rewards = pair_losses(pi_logps, batch, config.loss)  # (T,), (B,)
         (losses.sum() / batch.pairs_in_step).backward()  # FSDP sums over ranks
         metrics.add(losses, rewards, pi_logps, batch)
-    # The step's one exchange, and the one time that the host waits for the device: the update and the next step's work
-    # are queued behind each other. No rank may update before all know that the gradient is finite.
+    # The only exchange of the step, and the only time that the host waits for the device. No rank may update before
+    # all know that the gradient is finite. The update is enqueued, and the next step's kernels behind it.
     sums = metrics.reduce(square_norm(policy.model.parameters(), policy.parallel.replicate), stop_requested())
     grad_norm = math.sqrt(sums["square_norm"])
     if not math.isfinite(grad_norm):

@@ -18,7 +18,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from dpo.board import dashboard
 from dpo.board.charts import LAYOUT, OTHER, ROOT, Place, place
 from dpo.board.dashboard import Answer, Dashboard, answers_table, fenced
-from dpo.board.hparams import ENTRY, FIGURES, KEYS
+from dpo.board.hparams import ENTRY, KEYS, METRICS
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.step.metrics import SUMS, pair_means, prefixed, step_metrics
 from tests.support.boards import accumulators, hparams_entry, points_of
@@ -284,7 +284,7 @@ def test_the_entry_has_the_config_and_the_figures_of_its_sub_run(tmp_path: Path,
     assert "train.epochs" not in values  # null
     assert entry.columns == [key for key in KEYS if key != "train.epochs"]
     assert set(entry.metrics) <= points_of(tmp_path).keys()
-    assert len(entry.metrics) == len(FIGURES)
+    assert len(entry.metrics) == len(METRICS)
 
 
 def test_the_entry_is_written_again_not_twice(tmp_path: Path) -> None:

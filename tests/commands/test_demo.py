@@ -210,7 +210,7 @@ def short(config: Config, num_steps: int) -> Config:
 
 
 def test_the_stages_fit_together(world: Path) -> None:
-    """Three steps of each on one rank: DPO starts from the warm-up's model, as its own reference (ln 2), and the tables
+    """Three steps of each on one rank: DPO starts from the SFT model, as its own reference (ln 2), and the tables
     hold what the runs wrote: `before` of the first evaluation, `after` of the last."""
     run_training(short(demo.sft_config(world), 3))
     run_training(short(demo.dpo_config(world), 3))

@@ -257,7 +257,7 @@ def test_a_resumed_run_keeps_what_was_chosen(
         written = load_config(["--config", str(tmp_path / "run" / "config.yaml")], "dpo.train")
         found.append((line, written.parallel.activation_checkpointing))
     kept = ("parallel (auto): activation_checkpointing none: as in the run so far, on the same devices", "none")
-    anew = ("parallel (auto): decided anew: tokens_per_micro_batch 64 -> 100", "full")
+    anew = ("parallel (auto): decided again: tokens_per_micro_batch 64 -> 100", "full")
     assert found == [kept, anew, kept]
 
 

@@ -14,7 +14,7 @@ from dpo.checkpoint.saver import Saver
 def written_late() -> Iterator[None]:
     """No checkpoint is begun before this rank's training thread waits for it."""
     is_waited_for = threading.Event()
-    write, ended, leave = saving.write_checkpoint, Saver._ended, Saver.leave
+    write, ended, leave = saving.write_checkpoint, Saver._wait_for_writing, Saver.leave
 
     def write_late(*args: Any) -> None:
         is_waited_for.wait()
@@ -31,7 +31,7 @@ def written_late() -> Iterator[None]:
 
     with (
         patch.object(saving, "write_checkpoint", write_late),
-        patch.object(Saver, "_ended", waiting(ended)),
+        patch.object(Saver, "_wait_for_writing", waiting(ended)),
         patch.object(Saver, "leave", waiting(leave)),
     ):
         yield

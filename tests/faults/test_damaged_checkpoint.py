@@ -73,7 +73,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     damage(newest, how)
     capsys.readouterr()
     assert newest_checkpoint(tmp_path / "run") == older
-    assert f"checkpoint {newest} is passed over: " in capsys.readouterr().err
+    assert f"checkpoint {newest} is skipped: " in capsys.readouterr().err
     with pytest.raises(UserError, match=r"checkpoint\.resume: .*step-000004: .*; valid: "):
         read_state(newest, "checkpoint.resume")
 

@@ -55,7 +55,7 @@ def test_a_damaged_event_file_goes_on_from_what_can_be_read(stopped, place: str,
     assert exit_code(stopped) == 0
     copies = list(path.parent.glob("*damaged*"))
     assert [copy.read_bytes() for copy in copies] == [bytes(data)] * len(copies)
-    assert len(copies) == capsys.readouterr().err.count("is damaged: its charts go on")
+    assert len(copies) == capsys.readouterr().err.count("is damaged: its charts keep")
     steps = [[step for step, _ in line] for place, line in points_of(tmp_path / "run" / "tensorboard").items()]
     assert all(len(line) == len(set(line)) and line[-1] == 6 for line in steps if len(line) > 1)
 

@@ -38,14 +38,14 @@ def test_every_key_is_found(tmp_path: Path, number: int) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.sets(st.tuples(st.integers(0, 3), st.integers(0, 30)), min_size=1), st.integers(1, 5))
 def test_keys_that_share_their_first_half(
-    tmp_path_factory: pytest.TempPathFactory, have: set[tuple[int, int]], rows_a_page: int
+    tmp_path_factory: pytest.TempPathFactory, have: set[tuple[int, int]], rows_per_page: int
 ) -> None:
     """Many pages begin with the same half; the oracle is a dict."""
     folder = tmp_path_factory.mktemp("table")
     keys = np.array(sorted(have), np.uint64)
     write_rows(folder, keys, np.array([-31.0 * high - low for high, low in sorted(have)]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ref_table, "ROWS_A_PAGE", rows_a_page)
+        patch.setattr(ref_table, "ROWS_PER_PAGE", rows_per_page)
         table = open_table(write_table(folder, NAME, keys))
         for high in range(5):
             for low in range(31):

@@ -110,8 +110,8 @@ def test_a_run_tells_what_it_is(config: Config, capsys: pytest.CaptureFixture[st
     run(changed(config, train__log_every=4))
     lines = capsys.readouterr().err.splitlines()
     table = dict(line.split(maxsplit=1) for line in lines if not line.startswith(("step", "eval", "  ")))
-    assert "21,728 weights in float32, computes in float32" in table["model"]
-    assert table["memory"].startswith("0.2 MiB a rank")
+    assert "21,728 parameters in float32, computes in float32" in table["model"]
+    assert table["memory"].startswith("0.2 MiB per rank")
     assert "20 log-probabilities" in table["reference"]
     assert any(re.match(r"steps +6, each of 4 pairs in about ", line) for line in lines)
     shown = [line.split()[1] for line in lines if line.startswith(("step ", "eval "))]

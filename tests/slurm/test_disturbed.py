@@ -138,7 +138,7 @@ def goes_on_where_it_was_saved(job: Job) -> None:
 
 def resumed_from(job: Job) -> list[int]:
     """The steps of the checkpoints that it has gone on from."""
-    return [int(step) for step in re.findall(r"^goes on from .*step-(\d+)$", job.log, re.MULTILINE)]
+    return [int(step) for step in re.findall(r"^resumes from .*step-(\d+)$", job.log, re.MULTILINE)]
 
 
 def loses_a_worker(job: Job) -> None:
