@@ -1,8 +1,23 @@
-"""FlexAttention's mask of a packed row of trees, made on the host block by block, never of (L x L).
+"""FlexAttention's mask of a packed row of trees, made on the host block by block, without an (L x L) array.
 
-A query sees two runs of keys: some of its prompt, and its own completion up to itself (a prompt, or a prompt with its
-first completion, is one run). So three numbers a query say all, with a window too, and whether a block of 128 queries
-and 128 keys is empty, full or neither is counted from the runs' ends: a millisecond for 16,384 tokens.
+A query sees at most two runs of keys: its prompt (or, with a window, the end of it), and its own completion up to
+itself. The first completion stands right after its prompt, so that both are one run. Three places per query therefore
+describe the whole mask, with a window too (`key_runs`). For the row of `packing`:
+
+    place          0 1 2   3 4   5 6 7 | 8 9   10 11 12
+    token          p p p   a a   b b b | q q    c  c  c
+    prompt_from    0 0 0   0 0   0 0 0 | 8 8    8  8  8    the query sees the keys from `prompt_from`
+    prompt_end     0 0 0   0 0   3 3 3 | 8 8    8  8  8    to before `prompt_end`
+    own_from       0 0 0   0 0   5 5 5 | 8 8    8  8  8    and from `own_from` to itself
+
+`classify_blocks` counts from the ends of the runs whether a block of 128 queries and 128 keys is empty (skipped), full
+(computed without a mask) or partial (computed with `tree_mask_mod`): a millisecond for 16,384 tokens. A prompt of 128
+tokens with two completions of 128 has three blocks of queries (down) by three blocks of keys (across):
+
+                       prompt    first     second
+    prompt             partial   empty     empty
+    first completion   full      partial   empty
+    second completion  full      empty     partial
 """
 
 from collections.abc import Callable, Sequence
@@ -15,15 +30,15 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
-"""Queries and keys of a block, FlexAttention's own default; also what packed rows on CUDA are multiples of."""
+"""Queries, and keys, of a block: FlexAttention's default. The length of a packed row on CUDA is a multiple of it."""
 
 Window = int | None
-"""Keys a query may see, itself included, counted in positions; None is all."""
+"""The number of keys that a query may see, itself included, counted in positions; None is no limit."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where one tree lies in the packed row: it starts at `start` with a prompt, its completions follow."""
+    """The place of one tree in a packed row: its prompt begins at `start`, and its completions follow."""
 
     start: int
     prompt_len: int
@@ -31,24 +46,24 @@ class Span:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the tree."""
+        """Returns the tokens of the tree."""
         return self.prompt_len + sum(self.completion_lens)
 
 
 @dataclass(frozen=True)
 class HostMask:
-    """The mask of a row of L tokens in N = L / BLOCK (rounded up) blocks, in the memory of the host."""
+    """The mask of a row of L tokens, which are N = L / BLOCK (rounded up) blocks, in host memory."""
 
     key_runs: Tensor
     """(3, L) int32, see `key_runs`."""
     blocks: dict[str, Any]
-    """The tensors of a BlockMask by name: (1, 1, N) numbers of blocks, (1, 1, N, N) their indices, int32."""
+    """The tensors of a BlockMask by name, int32: counts of blocks (1, 1, N) and their indices (1, 1, N, N)."""
 
     def to(self, device: torch.device) -> BlockMask:
-        """The mask on a device; the host does not wait for the copies (`BlockMask.to` would).
+        """Returns the mask on a device; the host does not wait for the copies (`BlockMask.to` would).
 
-        All masks of rows of one length have tensors of the same shapes and the same code, so that what was compiled for
-        one runs them all.
+        The masks of all rows of one length have the same code and tensors of the same shapes, so that a kernel that was
+        compiled for one of these masks runs them all.
         """
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.blocks.items()}
         num_tokens = self.key_runs.shape[1]
@@ -57,7 +72,7 @@ class HostMask:
 
 
 def host_mask(spans: Sequence[Span], window: Window, pin: bool) -> HostMask:
-    """The mask of the row that the spans cover, its tensors pinned where it is meant for CUDA."""
+    """Returns the mask of the row that the spans cover; `pin` its tensors where they are meant for CUDA."""
 
     def put(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
@@ -67,15 +82,15 @@ def host_mask(spans: Sequence[Span], window: Window, pin: bool) -> HostMask:
     partial, full = classify_blocks(runs)
     blocks = {}
     for prefix, table in (("", partial), ("full_", full)):
-        for axis, rows in (("kv", table), ("q", table.T)):
-            # The numbers of a row's blocks, first those that it has: a stable sort of "has not".
-            blocks[f"{prefix}{axis}_num_blocks"] = put(rows.sum(1)[None, None])
-            blocks[f"{prefix}{axis}_indices"] = put(np.argsort(~rows, axis=1, kind="stable")[None, None])
+        for axis, is_listed in (("kv", table), ("q", table.T)):
+            # FlexAttention reads the first `num_blocks` indices of a row: True blocks sort before False ones.
+            blocks[f"{prefix}{axis}_num_blocks"] = put(is_listed.sum(1)[None, None])
+            blocks[f"{prefix}{axis}_indices"] = put(np.argsort(~is_listed, axis=1, kind="stable")[None, None])
     return HostMask(put(runs), blocks)
 
 
 def tree_mask_mod(runs: Tensor) -> Callable[..., Tensor]:
-    """FlexAttention's mask_mod of a row with these `key_runs`, on their device."""
+    """Returns FlexAttention's mask_mod of a row with these `key_runs` (3, L), which lie on the queries' device."""
     prompt_from, prompt_end, own_from = runs.unbind()
 
     def mask_mod(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -85,8 +100,10 @@ def tree_mask_mod(runs: Tensor) -> Callable[..., Tensor]:
 
 
 def key_runs(spans: Sequence[Span], window: Window) -> np.ndarray:
-    """(3, L) places `prompt_from`, `prompt_end`, `own_from`: the query at place q sees the keys from `prompt_from[q]`
-    to before `prompt_end[q]`, and from `own_from[q]` to q. No key is in both runs, and between them lies at least one.
+    """Returns the places `prompt_from`, `prompt_end` and `own_from`, (3, L).
+
+    The query at place q sees the keys from `prompt_from[q]` to before `prompt_end[q]`, and from `own_from[q]` to q. The
+    two runs never touch: at least one key lies between them, or the first run is empty.
     """
     runs = np.array([run for span in spans for run in _runs(span)], dtype=np.int64).reshape(-1, 4)
     lengths = runs[:, 1]
@@ -100,27 +117,29 @@ def key_runs(spans: Sequence[Span], window: Window) -> np.ndarray:
 
 
 def _runs(span: Span) -> list[tuple[int, int, int, int]]:
-    """(start of its own run of keys, tokens, start of the prompt apart from it, tokens of that prompt) of the prompt
-    and of each completion; one that stands right behind the prompt goes on with the prompt's run.
+    """Returns, for the prompt and for each completion, (place where its own run of keys begins, its tokens, place where
+    the prompt's run begins, tokens of the prompt's run). A completion right after the prompt extends the prompt's run.
     """
     prompt_end = place = span.start + span.prompt_len
     runs = [(span.start, span.prompt_len, span.start, 0)]
     for length in span.completion_lens:
-        apart = (place, length, span.start, span.prompt_len)
-        runs.append((span.start, length, span.start, 0) if place == prompt_end else apart)
+        two_runs = (place, length, span.start, span.prompt_len)
+        runs.append((span.start, length, span.start, 0) if place == prompt_end else two_runs)
         place += length
     return runs
 
 
 def classify_blocks(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, N) bools each, blocks of queries by blocks of keys: those that are seen in part, and those that are seen
-    whole, from `key_runs`. A block that reaches over the row's end is never whole.
+    """Returns which blocks are partial and which are full, (N, N) bool each, blocks of queries by blocks of keys.
+
+    Args:
+        runs: (3, L), see `key_runs`. A block that extends beyond the end of the row is never full.
     """
     prompt_from, prompt_end, own_from = runs
     place = np.arange(runs.shape[1])
     prompt_blocks_end = np.where(prompt_end > prompt_from, -(-prompt_end // BLOCK), 0)
     touched = _count(prompt_from // BLOCK, prompt_blocks_end) + _count(own_from // BLOCK, place // BLOCK + 1)
-    # The runs of a query never meet, so one of them alone covers what it sees of a whole block.
+    # The two runs of a query never touch, so a query that sees a whole block sees it in one of the runs alone.
     covered = _count(-(-prompt_from // BLOCK), prompt_end // BLOCK)
     covered += _count(-(-own_from // BLOCK), (place + 1) // BLOCK)
     full = covered == BLOCK
@@ -128,10 +147,13 @@ def classify_blocks(runs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _count(first: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """(N, N): how many queries of a block have a block of keys among their blocks `first` to before `end`, (L,)."""
+    """Returns, per block of queries and block of keys (N, N), how many of the queries have that block of keys in their
+    range of blocks, from `first` (L,) to before `end` (L,).
+    """
     num_blocks = -(-len(first) // BLOCK)
     size = num_blocks * (num_blocks + 1)
     row = np.arange(len(first)) // BLOCK * (num_blocks + 1)
-    # +1 where a query's blocks begin, -1 where they end, and the running sum over the keys; none is +1 - 1.
+    # +1 where the range of a query begins and -1 where it ends, then the running sum over blocks of keys. An empty
+    # range adds +1 and -1 at the same place.
     steps = np.bincount(row + first, minlength=size) - np.bincount(row + np.maximum(first, end), minlength=size)
     return steps.reshape(num_blocks, num_blocks + 1).cumsum(1)[:, :-1]

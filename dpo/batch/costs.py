@@ -1,16 +1,25 @@
-"""What a step costs by formula, in FLOPs, and what a device can do: the ground of the balance and of `train/mfu`.
+"""The FLOPs of a step by formula: plans are balanced by them, and `train/mfu` is computed from them.
 
-A forward pass costs, a multiplication and an addition being two FLOPs (`CostModel`):
+A multiplication and an addition are two FLOPs. A forward pass costs (`CostModel`)
 
-    tokens of the body          2 FLOPs a weight of the layers' matrix products
-    attended (query, key) pairs 4 FLOPs a width of the queries and a layer: scores, and the values' weighted sum
-    rows of the head            2 H V FLOPs: hidden size H, vocabulary V
+    per token of the body              2 FLOPs per parameter of the layers' matrix products
+    per attended (query, key) pair     4 FLOPs per layer and element of its queries: the score, and the weighted sum
+                                       of values
+    per row of the head                2 H V FLOPs: hidden size H, vocabulary V
 
-A step costs a multiple of it (`Units`): forward is one unit and the backward pass two, since each product there gives
-two gradients; what is computed again in the backward pass costs its forward once more. Fused attention keeps no
-scores: its backward pass computes them again, one of its two products, half a unit. Norms, rotations, softmax and the
-optimizer are left out: they are no matrix products, and no `FlopCounterMode` counts them. A layer with a sliding window
-is counted as if it saw everything: an upper bound, exact where no tree is longer than the window.
+A step costs a multiple of it (`Units`). The forward pass is one unit. The backward pass is two, because each product
+has two gradients. An operation that the backward pass recomputes costs its forward pass once more. Fused attention
+keeps no scores: its backward pass recomputes them, which is one of its two products, half a unit. Norms, rotations,
+softmax and the optimizer are left out: they are not matrix products, and `FlopCounterMode` does not count them either.
+A layer with a sliding window is counted like full attention: an upper bound, exact where no tree is longer than the
+window.
+
+An example: a layer with H = 4 hidden and 4 query elements, one head, an ungated MLP of 16, V = 10, and a tree with a
+prompt of 3 tokens and completions of 2 and 3. Its products have 4 * 4 * 4 + 2 * 4 * 16 = 192 parameters.
+
+    body         2 * 192    = 384 FLOPs per token   * (3 + 2 + 3)             = 8 tokens   3,072
+    attention    4 * 4      =  16 FLOPs per pair    * (6 + (6 + 3) + (9 + 6)) = 30 pairs     480
+    head         2 * 4 * 10 =  80 FLOPs per row     * (2 + 3)                 = 5 rows       400
 """
 
 from collections.abc import Sequence
@@ -23,54 +32,54 @@ from dpo.batch.trees import Tree
 
 @dataclass(frozen=True)
 class CostModel:
-    """FLOPs of a forward pass: of one token in the body, one attended (query, key) pair, one row of the head."""
+    """FLOPs of a forward pass: per token of the body, per attended (query, key) pair, per row of the head."""
 
     per_token: float = 1.0
     per_attended: float = 0.0
     per_scored: float = 0.0
     per_token_last: float = 0.0
-    """Of `per_token`: the last product of every layer, which activation checkpointing need not compute again."""
+    """The part of `per_token` of the last product of every layer, which full checkpointing does not recompute."""
 
     def cost(self, tree: Tree) -> float:
-        """FLOPs of the forward pass of one tree."""
+        """Returns the FLOPs of the forward pass of one tree."""
         return (
             self.per_token * tree.num_tokens + self.per_attended * tree.num_attended + self.per_scored * tree.num_scored
         )
 
 
 UNGATED = ("phi", "starcoder2", "nemotron", "gpt_bigcode")
-"""Model types with grouped heads whose MLP has two products, up and down, and no gate."""
+"""Model types with grouped key and value heads whose MLP has two products (up, down) and no gate."""
 
 MODEL_UNITS = 3.0
-"""Units of a step that computes nothing twice: what model FLOPs utilization (MFU) counts."""
+"""Units of a step without recomputation, by which model FLOPs utilization (MFU) is defined."""
 
 
 @dataclass(frozen=True)
 class Units:
-    """How often a step pays for the forward pass of the layers' products, of attention and of the head."""
+    """The FLOPs of a step as multiples of the forward pass: of the layers' products, of attention, of the head."""
 
     body: float = 3.0
-    """3, and 4 where whole layers are checkpointed. Of selective checkpointing 3.5 is a rough middle."""
+    """3; 4 with full checkpointing; 3.5 with selective checkpointing, a rough middle."""
     attention: float = 3.5
-    """3.5, and 4.5 where whole layers are checkpointed."""
+    """3.5; 4.5 with full checkpointing."""
     head: float = 3.0
-    """3, and one more for the part of the rows whose logits are computed again."""
+    """3, plus the share of the rows whose logits are recomputed."""
     spared: float = 0.0
-    """1 where whole layers are checkpointed: the second forward pass of a layer ends where the backward pass has all
-    that it needs, before the last product."""
+    """1 with full checkpointing: the recomputation of a layer stops before its last product, whose result the backward
+    pass does not need."""
 
 
 def cost_model(config: PretrainedConfig) -> CostModel:
-    """FLOPs of a forward pass by part, from the sizes of a model."""
+    """Returns the FLOPs of a forward pass by part, from the sizes in a model's config."""
     hidden, num_layers = config.hidden_size, config.num_hidden_layers
     num_heads = config.num_attention_heads
     width = num_heads * (getattr(config, "head_dim", None) or hidden // num_heads)
     kv_width = width * (getattr(config, "num_key_value_heads", None) or num_heads) // num_heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
     is_gated = hasattr(config, "num_key_value_heads") and config.model_type not in UNGATED
-    weights = hidden * (2 * width + 2 * kv_width) + (3 if is_gated else 2) * hidden * inner
+    parameters = hidden * (2 * width + 2 * kv_width) + (3 if is_gated else 2) * hidden * inner
     return CostModel(
-        per_token=2.0 * num_layers * weights,
+        per_token=2.0 * num_layers * parameters,
         per_attended=4.0 * num_layers * width,
         per_scored=2.0 * hidden * config.vocab_size,
         per_token_last=2.0 * num_layers * hidden * inner,
@@ -78,8 +87,11 @@ def cost_model(config: PretrainedConfig) -> CostModel:
 
 
 def units(activation_checkpointing: str, recomputed_share: float) -> Units:
-    """The units of a step under `parallel.activation_checkpointing` (none, selective, full), where the head computes
-    that part of its rows twice (`log_probs.recomputed_share`).
+    """Returns the units of a step.
+
+    Args:
+        activation_checkpointing: `parallel.activation_checkpointing`: none, selective or full.
+        recomputed_share: the share of rows whose logits are computed twice (`log_probs.recomputed_share`).
     """
     head = 3.0 + recomputed_share
     match activation_checkpointing:
@@ -93,7 +105,7 @@ def units(activation_checkpointing: str, recomputed_share: float) -> Units:
 
 
 def step_flops(trees: Sequence[Tree], costs: CostModel, units: Units) -> float:
-    """FLOPs of forward and backward over some trees, with prompts of P and completions of C_k tokens:
+    """Returns the FLOPs of forward and backward over trees with prompts of P and completions of C_k tokens:
 
     (body units x per_token - spared units x per_token_last) x sum over trees (P + sum C_k)
     + attention units x per_attended x sum over trees (P(P+1)/2 + sum (C_k P + C_k(C_k+1)/2))
@@ -104,6 +116,3 @@ def step_flops(trees: Sequence[Tree], costs: CostModel, units: Units) -> float:
         + units.attention * costs.per_attended * sum(tree.num_attended for tree in trees)
         + units.head * costs.per_scored * sum(tree.num_scored for tree in trees)
     )
-
-
-# --- devices ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,14 @@
-"""Where prompts and completions stand in a packed row, as attention needs it."""
+"""Where the prompts and completions of a packed row begin and end, in the forms that attention takes.
+
+On CUDA attention is one FlexAttention call with a mask for the whole row (`block_mask`). On a CPU it is one call per
+segment. The row of `packing` has two trees: a prompt of 3 tokens with completions of 2 and 3, and a prompt of 2 tokens
+with a completion of 3. It has three segments:
+
+    queries                          keys                                  mask
+    places 0 to 4: prompt and a      places 0 to 4                         causal
+    places 5 to 7: b                 places 0 to 2 (prompt) and 5 to 7     (3, 6): the prompt whole, b causal
+    places 8 to 12: prompt and c     places 8 to 12                        causal
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,25 +23,25 @@ from dpo.batch.block_mask import HostMask, Span, Window, host_mask
 
 @dataclass(frozen=True)
 class Layout:
-    """What attention must know of a packed row: its trees, and the masks of each window, made once a micro-batch.
+    """The trees of a packed row and their attention masks per window, made once per micro-batch.
 
-    Meant for CUDA, `masks[window]` is a HostMask, and once there a BlockMask. On a CPU it holds, for each tree, the
-    mask of each segment (see `segments`), None where plain causal attention is right.
+    For CUDA, `masks[window]` is a HostMask, and a BlockMask after `to`. For a CPU it is a list per tree of the mask of
+    each segment (see `segments`): None where plain causal attention is right.
     """
 
     spans: tuple[Span, ...]
     masks: Mapping[Window, Any]
 
     def to(self, device: torch.device) -> "Layout":
-        """The layout with its masks on a device; the host does not wait for the copies."""
+        """Returns the layout with its masks on a device; the host does not wait for the copies."""
         moved = {w: mask.to(device) if isinstance(mask, HostMask) else mask for w, mask in self.masks.items()}
         return replace(self, masks=moved)
 
 
 def make_layout(spans: Sequence[Span], windows: Sequence[Window], num_tokens: int, device: torch.device) -> Layout:
-    """The layout of a row of `num_tokens` tokens that is meant for `device`, made on the host.
+    """Returns the layout of a row of `num_tokens` tokens for `device`, made on the host.
 
-    The tokens behind the last tree are padding: a tree of their own, so that no row of the softmax is empty.
+    The tokens after the last tree are padding. They form a tree of their own, so that no row of the softmax is empty.
     """
     used = sum(span.num_tokens for span in spans)
     spans = (*spans, *([Span(used, num_tokens - used, ())] if num_tokens > used else []))
@@ -43,18 +53,18 @@ def make_layout(spans: Sequence[Span], windows: Sequence[Window], num_tokens: in
 
 
 def segments(span: Span) -> list[tuple[int, int, bool]]:
-    """The attention calls of a tree as (queries, keys, whether they are causal from the first key on).
+    """Returns the attention calls of a tree as (queries, keys, whether query i sees the keys up to i).
 
-    The prompt and the first completion are one causal run; each further completion looks at the prompt's keys and its
-    own, the queries standing at the end.
+    The prompt and the first completion are one causal call. Each further completion attends to the keys of the prompt
+    and, causally, to its own, which are the last of the keys.
     """
     first = span.prompt_len + (span.completion_lens[0] if span.completion_lens else 0)
     return [(first, first, True)] + [(n, span.prompt_len + n, False) for n in span.completion_lens[1:]]
 
 
 def segment_mask(num_queries: int, num_keys: int, causal: bool, window: Window) -> Tensor | None:
-    """A float mask (num_queries, num_keys), 0 or -inf, the last query at the last key; None for plain causal
-    attention.
+    """Returns the float mask of a segment, (num_queries, num_keys), 0 or -inf: the last query sees the last key. None
+    where plain causal attention is right.
     """
     if causal and (window is None or num_keys <= window):
         return None
@@ -64,7 +74,7 @@ def segment_mask(num_queries: int, num_keys: int, causal: bool, window: Window) 
 
 
 def attention_windows(config: PretrainedConfig) -> tuple[Window, ...]:
-    """The distinct attention windows of a model's layers: None is full attention."""
+    """Returns the distinct attention windows of a model's layers; None is full attention."""
     window = getattr(config, "sliding_window", None)
     if window is None or getattr(config, "use_sliding_window", True) is False:
         return (None,)

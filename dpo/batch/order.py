@@ -1,4 +1,24 @@
-"""Which pairs a step trains on: a function of the seed and the step alone."""
+"""Which pairs a step trains on: a function of the seed and the step alone.
+
+Epochs follow each other in one endless sequence of pair ids, and each step takes the next `pairs_per_step` of them. An
+example: 5 pairs, 2 per step, seed 0. Step 3 trains on the last pair of epoch 0 and the first pair of epoch 1.
+
+    epoch      0  0  0  0  0    1  1  1  1  1
+    place      0  1  2  3  4    5  6  7  8  9
+    pair id    2  0  3  4  1    1  3  4  0  2
+    step       1  1  2  2  3    3  4  4  5  5
+
+An epoch is the pairs sorted by a hash of (seed, epoch, pair), their key. It is never sorted as a whole, so that memory
+does not grow with the number of pairs. A first pass over the keys counts them in 65,536 buckets by their first 16 bits.
+To compute the 65,536 places of a window, another pass collects the pairs of the buckets that the window reaches, and
+these are sorted. An example with 10 pairs, 4 buckets and windows of 4 places:
+
+    pairs in buckets 0 to 3         2  3  3  2
+    running sum (`_bucket_ends`)    2  5  8  10
+    window 1 has places 4 to 7      it reaches bucket 1 (places 2 to 4) and bucket 2 (places 5 to 7)
+    their pairs, sorted by key      3  9  4  7  5  1
+    without places 2 and 3          4  7  5  1
+"""
 
 import functools
 import math
@@ -12,17 +32,18 @@ from dpo.config import Config
 from dpo.data.prepare import PreferenceData
 
 WINDOW = 2**16
-"""Places of an epoch that are worked out together: memory holds so many pair ids, not all."""
+"""Places of an epoch whose pair ids are computed together; memory holds the ids of a few windows, not of an epoch."""
 
 NUM_BUCKETS = 2**16
-"""Ranges of keys in which the pairs of an epoch are counted."""
+"""Equal ranges of keys in which the pairs of an epoch are counted."""
 
 
 def _hashed(seed: int, epoch: int, items: np.ndarray) -> np.ndarray:
-    """A uint64 for each item from (seed, epoch, item), another for each: SplitMix64 of Steele, Lea and Flood (OOPSLA
-    2014).
+    """Returns a uint64 hash of (seed, epoch, item) per item, a different one for each item of an epoch: SplitMix64 of
+    Steele, Lea and Flood (OOPSLA 2014).
 
-    Written out so that a run can be resumed under another numpy, whose generators promise no stable streams.
+    It is written out here so that a run can be resumed with another version of numpy, whose generators may change their
+    streams from version to version.
     """
     with np.errstate(over="ignore"):
         state = items.astype(np.uint64)
@@ -36,12 +57,11 @@ def _hashed(seed: int, epoch: int, items: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class PairOrder:
-    """The endless sequence of pair ids that a run trains on: epoch after epoch, a permutation of all pairs in each, in
-    which they are sorted by a hash of (seed, epoch, pair).
+    """The endless sequence of pair ids that a run trains on: epoch after epoch, each a permutation of all N pairs.
 
-    `prompt_of_pair` (N,) holds the number of each pair's prompt, from 0 by first appearance; an array, or what gives
-    arrays when it is sliced. With `group_by_prompt` prompts are permuted instead of pairs, and the pairs of one stand
-    together in file order.
+    `prompt_of_pair` (N,) holds the number of each pair's prompt, from 0 by first appearance. With `group_by_prompt`
+    prompts are permuted instead of pairs, and the pairs of a prompt stand together in file order. Without `shuffled`
+    pairs, or prompts, are in file order.
     """
 
     prompt_of_pair: np.ndarray | DiskArray
@@ -52,59 +72,60 @@ class PairOrder:
 
     @property
     def num_pairs(self) -> int:
-        """Pairs of an epoch."""
+        """Returns the pairs of an epoch, N."""
         return len(self.prompt_of_pair)
 
     def steps_of(self, epochs: int) -> int:
-        """Steps that see every pair `epochs` times; the last one may be partial."""
+        """Returns the number of steps that see every pair `epochs` times; the last step may be partial."""
         return math.ceil(epochs * self.num_pairs / self.pairs_per_step)
 
     def items(self, step: int, last_item: int | None = None) -> np.ndarray:
-        """The pair ids of a step (from 1): places [n(s-1), ns) of the sequence, cut at `last_item` when that is
-        given.
+        """Returns the pair ids of step s (from 1): places [n(s-1), ns) of the sequence for n pairs per step, cut at
+        place `last_item` where it is given.
         """
         start, stop = (step - 1) * self.pairs_per_step, step * self.pairs_per_step
         return self.between(start, stop if last_item is None else min(stop, last_item))
 
     def between(self, start: int, stop: int) -> np.ndarray:
-        """The pair ids at places [start, stop) of the sequence."""
+        """Returns the pair ids at places [start, stop) of the sequence, int64."""
         parts = [np.empty(0, np.int64)]
         while start < stop:
             epoch, place = divmod(start, self.num_pairs)
-            number, offset = divmod(place, WINDOW)
-            parts.append(self._window(epoch, number)[offset : offset + stop - start])
+            window, offset = divmod(place, WINDOW)
+            parts.append(self._window(epoch, window)[offset : offset + stop - start])
             assert len(parts[-1])
             start += len(parts[-1])
         return np.concatenate(parts)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019  (an order lives as long as its run)
     def _window(self, epoch: int, number: int) -> np.ndarray:
-        """The pair ids at places [WINDOW * number, WINDOW * (number + 1)) of an epoch: those whose keys are in a range
-        are found, and sorted.
+        """Returns the pair ids at places [WINDOW * number, WINDOW * (number + 1)) of an epoch: finds the pairs in the
+        buckets that these places reach, sorts them by key, and cuts both ends.
         """
         first, last = WINDOW * number, min(WINDOW * (number + 1), self.num_pairs)
         if not (self.shuffled or self.group_by_prompt):
             return np.arange(first, last)
         ends = self._bucket_ends(epoch)
         low, high = np.searchsorted(ends, [first, last - 1], side="right")
-        ids, found = [], []
+        ids, sort_keys = [], []
         for start, keys, buckets in self._keys(epoch):
             chosen = np.flatnonzero((buckets >= low) & (buckets <= high))
             ids.append(start + chosen)
-            found.append(keys[chosen])
+            sort_keys.append(keys[chosen])
         before = int(ends[low - 1]) if low else 0
-        order = np.argsort(np.concatenate(found), kind="stable")
+        order = np.argsort(np.concatenate(sort_keys), kind="stable")
         return np.concatenate(ids)[order[first - before : last - before]]
 
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def _bucket_ends(self, epoch: int) -> np.ndarray:
-        """How many pairs have their key in each bucket or one before it, (NUM_BUCKETS,)."""
+        """Returns, per bucket, how many pairs have their key in it or in an earlier bucket, (NUM_BUCKETS,)."""
         return np.cumsum(sum(np.bincount(buckets, minlength=NUM_BUCKETS) for _, _, buckets in self._keys(epoch)))
 
     def _keys(self, epoch: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-        """(first pair, keys, buckets) of many pairs at a time: what they are sorted by, uint64, and its first bits.
+        """Yields (first pair, keys, buckets) of up to WINDOW pairs at a time: the keys to sort by, uint64, and their
+        first bits, the number of a bucket.
 
-        Equal keys are those of one prompt's pairs, for the hash of another item is another.
+        Only pairs of the same prompt can have equal keys, since different items have different hashes.
         """
         num_bits = 64 if self.shuffled else self.num_pairs.bit_length()
         shift = max(0, num_bits - (NUM_BUCKETS.bit_length() - 1))
@@ -116,7 +137,9 @@ class PairOrder:
 
 
 def make_order(config: Config, data: PreferenceData) -> tuple[PairOrder, int, int | None]:
-    """The order of pairs, the number of the last step, and the place in the sequence where the last step ends."""
+    """Returns the order of pairs, the last step, and the place in the sequence at which the last step is cut, or None
+    where every step is whole.
+    """
     order = PairOrder(
         data.train.prompt_of_pair,
         config.batch.pairs_per_step,

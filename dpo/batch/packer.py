@@ -1,5 +1,6 @@
-"""The micro-batches of one lane: from the pairs of a step to packed tensors. The same path for training, evaluation and
-the reference pass."""
+"""The trees of a step -> the micro-batches of one lane: the same path for training, evaluation and the reference
+pass.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,12 +19,12 @@ from dpo.data.pair_set import PairSet
 from dpo.distributed.world import World
 
 PAIRS_PER_EVALUATION_PLAN = 1024
-"""An evaluation set is planned in parts of so many pairs: planning grows faster than linearly."""
+"""Pairs per plan of an evaluation set, which has one plan per part: the time to plan grows faster than linearly."""
 
 
 @dataclass(frozen=True)
 class Packer:
-    """Turns trees into the tensors of a lane; the same all through a run."""
+    """Turns the trees of a step into the micro-batches of one lane; it stays the same throughout a run."""
 
     lane: int
     num_lanes: int
@@ -60,8 +61,10 @@ def make_packer(config: Config, world: World, model_config: PretrainedConfig) ->
 
 
 def evaluation_plans(pairs: PairSet, packer: Packer) -> list[StepPlan]:
-    """Plans that together hold every pair of an evaluation set once, each with the denominators of the whole set."""
-    order = np.argsort(pairs.prompt_of_pair, kind="stable")  # so that trees are whole, but at the parts' ends
+    """Returns plans that together hold every pair of an evaluation set once, each with the denominators of the whole
+    set.
+    """
+    order = np.argsort(pairs.prompt_of_pair, kind="stable")  # so that trees are whole except at the ends of parts
     parts = np.split(order, range(PAIRS_PER_EVALUATION_PLAN, len(order), PAIRS_PER_EVALUATION_PLAN))
     plans = [packer.plan(grow_trees(pairs.pairs(part))) for part in parts if len(part)]
     winner_tokens = sum(plan.winner_tokens_in_step for plan in plans)

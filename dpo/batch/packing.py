@@ -1,4 +1,21 @@
-"""A micro-batch of trees to tensors: one packed row of tokens without padding between them; behind them on CUDA."""
+"""A micro-batch of trees -> tensors: one packed row of tokens, tree after tree.
+
+A row has no padding between tokens; on CUDA it is padded at its end (`padded_length`). A packed row of two trees, a
+prompt p with completions a and b and a prompt q with a completion c:
+
+    place      0 1 2  3 4  5 6 7 | 8 9  10 11 12
+    tokens     p p p  a a  b b b | q q   c  c  c    the prompt once, then its completions
+    positions  0 1 2  3 4  3 4 5 | 0 1   2  3  4    every completion continues its prompt
+    predicts   . . ab a .  b b . | . c   c  c  .    the completions whose tokens the place predicts
+
+The last token of a prompt predicts the first token of each of its completions, and the last token of a completion
+predicts nothing. Hence, with a preferred to b, and c in no pair:
+
+    predict_idxs    2 3   2 5 6   9 10 11     rows of hidden states that the head computes
+    targets         a a   b b b   c  c  c     the token ids that they predict
+    lengths         2     3       3           rows per completion
+    yw_idxs, yl_idxs    (0,), (1,)            completion 0 wins over completion 1
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,75 +31,83 @@ from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree
 
 RefLogps = Callable[[np.ndarray, np.ndarray], float]
-"""(prompt_ids, completion_ids) -> the completion's reference log-probability, nats."""
+"""(prompt_ids, completion_ids) -> the completion's log-probability under the reference, nats."""
 
 FILLER = Tree(np.zeros(1, np.int32), (np.zeros(1, np.int32),), ())
-"""The tree of a lane that has none in a micro-batch: a prompt and a completion of one token, and no pair.
+"""The tree of a lane that has no tree in a micro-batch: a prompt and a completion of one token each, and no pair.
 
-Without it the lane would leave the others waiting in their collectives; without pairs it adds exactly 0 to the loss,
-yet every parameter, head included, gets a gradient (of zeros) as on the other lanes.
+Without it the lane would not join the collectives of the micro-batch, and the other lanes would hang. Without a pair it
+adds exactly 0 to the loss, yet every parameter, the head's included, gets a gradient (of zeros) as on the other lanes.
 """
 
 
 @dataclass(frozen=True)
 class RowFormat:
-    """How packed rows are made for a model on a device."""
+    """The properties of a model and its device that packed rows depend on."""
 
     windows: tuple[Window, ...]
     """The attention windows of the model's layers."""
     device: torch.device
-    """The device that rows are meant for."""
+    """The device on which rows are used; they are made on the host."""
     dtype: torch.dtype = torch.float32
-    """Of log-probabilities."""
+    """The dtype of log-probabilities."""
     row_length: Callable[[int], int] = int
-    """Tokens of a row -> the length to which it is padded: `padded_length` on CUDA, where few compiled graphs serve few
-    lengths; no padding on a CPU. The head sees no padding."""
+    """Tokens of a row -> the length to which it is padded: `padded_length` on CUDA, so that there are few lengths to
+    compile for; no padding on a CPU. The head does not compute padding."""
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch of one lane, L tokens, B completions, R scored tokens, T pairs.
+    """One micro-batch of one lane: L tokens, B completions, R scored tokens, T pairs.
 
-    Made in the memory of the host, pinned where it is meant for CUDA; `to` brings it to the device.
+    It is made in host memory, pinned for CUDA; `to` copies it to the device.
     """
 
     tokens: Tensor
     """(L,) token ids, tree after tree: the prompt, then its completions; zeros where the row is padded."""
     positions: Tensor
-    """(L,) positions; each completion's begin at its prompt's length; padding stands at 0."""
+    """(L,) positions; a completion's positions begin at the length of its prompt; padding has position 0."""
     layout: Layout
-    """The trees' places, for attention."""
+    """The places of the trees, for attention."""
     predict_idxs: Tensor
-    """(R,) places in `tokens` whose hidden state predicts a completion token: a completion's first is predicted by
-    the prompt's last token."""
+    """(R,) places in `tokens` whose hidden state predicts a completion token, completion after completion; the prompt's
+    last token predicts the first token of each completion."""
     targets: Tensor
-    """(R,) the predicted token ids, completion after completion."""
+    """(R,) the predicted token ids."""
     lengths: Tensor
     """(B,) scored tokens of each completion, EOS included."""
     ref_logps: Tensor | None
-    """(B,) log-probabilities under the reference, nats, NaN for a filler; None where the packer knows no reference."""
+    """(B,) log-probabilities under the reference, nats; NaN for a tree without pairs; None where the packer has no
+    reference."""
     yw_idxs: Tensor
-    """(T,) each pair's winner, an index into the B completions."""
+    """(T,) the winner of each pair, an index into the B completions."""
     yl_idxs: Tensor
-    """(T,) each pair's loser."""
+    """(T,) the loser of each pair, likewise."""
     pairs_in_step: int
-    """Pairs of the whole step, all ranks and micro-batches: what the sum of losses is divided by."""
+    """Pairs of the whole step, all lanes and micro-batches: the denominator of the preference loss."""
     winner_tokens_in_step: int
-    """Scored tokens of the winners of the whole step, one count a pair: the SFT term's denominator."""
+    """Scored tokens of the winners of all pairs of the step, once per pair: the denominator of the SFT term."""
     forward_flops_in_step: float
-    """FLOPs of a forward pass over the trees of the whole step, all ranks and micro-batches."""
+    """FLOPs of a forward pass over the trees of the whole step, all lanes and micro-batches."""
     num_tokens: int
-    """Tokens that belong to pairs of the step: L without fillers and padding."""
+    """Tokens of this row's trees: L without padding, and 0 for a filler."""
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The batch on a device; the host does not wait for the copies."""
+        """Returns the batch on a device; the host does not wait for the copies."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
         return replace(self, layout=self.layout.to(device), **moved)
 
 
 def pack(trees: Sequence[Tree], plan: StepPlan, ref_logps: RefLogps | None, row_format: RowFormat) -> PackedBatch:
-    """Makes the tensors of one micro-batch of one lane; without trees, of the filler."""
+    """Makes the tensors of one micro-batch of one lane.
+
+    Args:
+        trees: the trees of the micro-batch; where there are none, `FILLER` is packed.
+        plan: the plan of the step, for its denominators.
+        ref_logps: looks up the reference's log-probabilities; None where the loss has no reference.
+        row_format: the properties of the model and its device.
+    """
     trees, num_tokens = trees or (FILLER,), sum(tree.num_tokens for tree in trees)
     spans = make_spans(trees)
     tokens = np.concatenate([ids for tree in trees for ids in (tree.prompt_ids, *tree.completion_ids)])
@@ -118,16 +143,19 @@ def _references(trees: Sequence[Tree], ref_logps: RefLogps) -> list[float]:
 
 
 def padded_length(num_tokens: int) -> int:
-    """The length of a row on CUDA: the next multiple of 128, FlexAttention's block, and above 8,192 tokens of a 32nd of
-    the power of two below: 95 lengths up to 16,384 tokens, 32 more with each doubling. At most a 32nd is padding from
-    4,096 tokens on, a 64th in the mean. Two blocks at least: torch.compile makes every size of 1 a graph of its own.
+    """Returns the length to which a row is padded on CUDA: 300 -> 384, 9,000 -> 9,216.
+
+    Up to 8,192 tokens it is the next multiple of 128, FlexAttention's block; above, the next multiple of 2^k / 32, with
+    2^k the largest power of two below the number of tokens. There are 95 lengths up to 16,384 tokens and 32 more per
+    doubling. From 4,096 tokens on at most 1/32 of a row is padding, 1/64 on average. A row has at least two blocks,
+    since torch.compile makes a graph of its own for a size of 1.
     """
     step = max(BLOCK, 1 << max((num_tokens - 1).bit_length() - 6, 0))
     return max(2 * BLOCK, -(-num_tokens // step) * step)
 
 
 def make_spans(trees: Sequence[Tree]) -> list[Span]:
-    """The trees' places in the row."""
+    """Returns the place of each tree in the row."""
     starts = np.cumsum([0] + [tree.num_tokens for tree in trees])
     return [
         Span(int(start), len(tree.prompt_ids), tuple(len(ids) for ids in tree.completion_ids))
@@ -136,7 +164,7 @@ def make_spans(trees: Sequence[Tree]) -> list[Span]:
 
 
 def make_positions(spans: Sequence[Span]) -> np.ndarray:
-    """(L,) position ids; every completion continues its prompt."""
+    """Returns the position ids, (L,); every completion continues its prompt."""
     parts = []
     for span in spans:
         parts.append(np.arange(span.prompt_len))
@@ -145,7 +173,9 @@ def make_positions(spans: Sequence[Span]) -> np.ndarray:
 
 
 def predict_places(spans: Sequence[Span]) -> np.ndarray:
-    """(R,) the place that predicts each completion token: the prompt's last for the first, else the token before it."""
+    """Returns the place that predicts each completion token, (R,): the prompt's last place for the first token of a
+    completion, else the place before the token.
+    """
     parts = []
     for span in spans:
         place = span.start + span.prompt_len
@@ -156,7 +186,7 @@ def predict_places(spans: Sequence[Span]) -> np.ndarray:
 
 
 def pair_indices(trees: Sequence[Tree]) -> tuple[np.ndarray, np.ndarray]:
-    """(T,) winners and (T,) losers as indices into all completions of the micro-batch."""
+    """Returns the winners (T,) and losers (T,) as indices into the B completions of the micro-batch."""
     starts = np.cumsum([0] + [len(tree.completion_ids) for tree in trees])
     pairs = [(start + w, start + lo) for start, tree in zip(starts, trees, strict=False) for w, lo in tree.pairs]
     table = np.array(pairs, dtype=np.int64).reshape(-1, 2)

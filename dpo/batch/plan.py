@@ -1,8 +1,8 @@
-"""Which lane computes what of a step: a pure function of the step's trees.
+"""Which lane computes which trees of a step, in which micro-batch: a pure function of the step's trees.
 
 Trees are balanced over the lanes by cost and packed into the same number of micro-batches on each lane. The gradient
-does not depend on it: it is a scheduling decision. An example: trees of 50, 40, 30, 20 and 10 tokens, at a cost of 1
-FLOP a token, on 2 lanes with 60 tokens per micro-batch:
+does not depend on the plan: it is a scheduling decision. An example: trees of 50, 40, 30, 20 and 10 tokens, at a cost
+of 1 FLOP per token, on 2 lanes with 60 tokens per micro-batch:
 
     balanced                lane 0: 50 + 20 + 10 = 80     lane 1: 40 + 30 = 70
     micro-batches needed    2: (50, 10), (20)             2: (40), (30)
@@ -20,15 +20,19 @@ from dpo.batch.trees import Tree
 class StepPlan:
     """The trees of one step by lane and micro-batch, `micro_batches[lane][micro]`, and the step's denominators.
 
-    Every lane has the same number of micro-batches; an empty one is filled by one tree without pairs when it is packed.
+    Every lane has the same number of micro-batches. An empty micro-batch is packed as one tree without pairs
+    (`packing.FILLER`).
     """
 
     micro_batches: tuple[tuple[tuple[Tree, ...], ...], ...]
     pairs_in_step: int
+    """Pairs of all lanes."""
     winner_tokens_in_step: int
+    """Tokens of the winners of all pairs; a completion that wins several pairs counts in each of them."""
     forward_flops: float
-    """What the cost model counts for one forward pass over all trees."""
+    """FLOPs of one forward pass over all trees, by the cost model."""
     num_oversized: int
+    """The number of trees with more tokens than `tokens_per_micro_batch`."""
 
     @property
     def num_micro_batches(self) -> int:
@@ -39,7 +43,7 @@ class StepPlan:
 def plan_step(trees: Sequence[Tree], num_lanes: int, tokens_per_micro_batch: int, costs: CostModel) -> StepPlan:
     """Balances trees over lanes by cost and packs them into micro-batches of at most `tokens_per_micro_batch` tokens.
 
-    A tree with more tokens than that has a micro-batch of its own. Every tree stands in exactly one place.
+    A tree with more tokens has a micro-batch of its own. Every tree is in exactly one micro-batch of one lane.
     """
     budget = tokens_per_micro_batch
     by_lane = [[trees[i] for i in part] for part in balance([costs.cost(tree) for tree in trees], num_lanes)]
@@ -54,10 +58,10 @@ def plan_step(trees: Sequence[Tree], num_lanes: int, tokens_per_micro_batch: int
 
 
 def balance(costs: Sequence[float], num_parts: int) -> list[list[int]]:
-    """Divides items into parts of nearly equal cost: longest first to the lightest part, then moves and swaps.
+    """Divides items into parts of nearly equal cost; returns the indices of each part's items.
 
-    Graham's LPT rule (1969), then local search on the heaviest part until it is within 0.1 % of the mean or cannot be
-    lightened.
+    Graham's LPT rule (1969) gives the items, in the order of falling cost, each to the lightest part. Then single moves
+    and swaps lighten the heaviest part until it is within 0.1 % of the mean or no move or swap lightens it.
     """
     parts: list[list[int]] = [[] for _ in range(num_parts)]
     loads = [0.0] * num_parts
@@ -73,36 +77,41 @@ def balance(costs: Sequence[float], num_parts: int) -> list[list[int]]:
 
 
 def _lighten(parts: list[list[int]], loads: list[float], costs: Sequence[float]) -> bool:
-    """One move or swap that lowers the heaviest part's load the most while its partner stays below it."""
+    """Lightens the heaviest part: moves an item to another part, or swaps it for an item there, whichever leaves the
+    heavier of the two parts lightest. Returns False, and changes nothing, where no move or swap helps.
+    """
     heavy = loads.index(max(loads))
     best: tuple[float, int, int, int | None] | None = None
     for other in range(len(parts)):
         gap = loads[heavy] - loads[other]
-        for mine in parts[heavy]:
-            for theirs in [None, *parts[other]]:
-                change = costs[mine] - (0.0 if theirs is None else costs[theirs])
-                worst = max(loads[heavy] - change, loads[other] + change)
-                if 1e-9 * loads[heavy] < change < gap and (best is None or worst < best[0]):
-                    best = (worst, other, mine, theirs)
+        for given in parts[heavy]:
+            for taken in [None, *parts[other]]:
+                change = costs[given] - (0.0 if taken is None else costs[taken])
+                heavier = max(loads[heavy] - change, loads[other] + change)
+                if 1e-9 * loads[heavy] < change < gap and (best is None or heavier < best[0]):
+                    best = (heavier, other, given, taken)
     if best is None:
         return False
-    _, other, mine, theirs = best
-    _exchange(parts, heavy, other, mine, theirs)
+    _, other, given, taken = best
+    _exchange(parts, heavy, other, given, taken)
     for part in (heavy, other):
         loads[part] = sum(costs[item] for item in parts[part])
     return True
 
 
-def _exchange(parts: list[list[int]], heavy: int, other: int, mine: int, theirs: int | None) -> None:
-    parts[heavy].remove(mine)
-    parts[other].append(mine)
-    if theirs is not None:
-        parts[other].remove(theirs)
-        parts[heavy].append(theirs)
+def _exchange(parts: list[list[int]], heavy: int, other: int, given: int, taken: int | None) -> None:
+    """Moves item `given` from the heavy part to the other one, and `taken`, where there is one, the other way."""
+    parts[heavy].remove(given)
+    parts[other].append(given)
+    if taken is not None:
+        parts[other].remove(taken)
+        parts[heavy].append(taken)
 
 
 def _first_fit(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
-    """Micro-batches within the budget: longest first into the first that has room (first-fit decreasing)."""
+    """Packs trees into micro-batches of at most `budget` tokens: longest first, each into the first micro-batch with
+    room (first-fit decreasing).
+    """
     bins: list[list[Tree]] = []
     room: list[int] = []
     for tree in sorted(trees, key=lambda tree: -tree.num_tokens):
@@ -118,7 +127,9 @@ def _first_fit(trees: Sequence[Tree], budget: int) -> list[list[Tree]]:
 def _micro_batches(
     trees: Sequence[Tree], num_micro_batches: int, budget: int, costs: CostModel
 ) -> tuple[tuple[Tree, ...], ...]:
-    """Packs a lane's trees into exactly `num_micro_batches`, the dearest first: lanes wait for each other in each."""
+    """Packs a lane's trees into exactly `num_micro_batches` micro-batches, in the order of falling cost: lanes wait for
+    each other in every micro-batch, so that those of similar cost should run at the same time.
+    """
     parts = [[trees[i] for i in part] for part in balance([costs.cost(tree) for tree in trees], num_micro_batches)]
     if any(len(part) > 1 and sum(tree.num_tokens for tree in part) > budget for part in parts):
         parts = _first_fit(trees, budget)

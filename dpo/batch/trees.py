@@ -1,4 +1,13 @@
-"""Pairs -> trees: each prompt once, with each of its completions once."""
+"""Pairs -> trees: each prompt once, with each of its completions once.
+
+An example: three pairs (winner, loser) of a step, with prompts p and q and completions a to e
+
+    p: a > b     q: d > e     p: c > b
+
+become two trees. The step computes p once, and b once although it is in two pairs:
+
+    Tree(p, (a, b, c), pairs ((0, 1), (2, 1)))     Tree(q, (d, e), pairs ((0, 1),))
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,26 +19,29 @@ from dpo.data.pair_set import Pair
 
 @dataclass(frozen=True)
 class Tree:
-    """A prompt, the completions of it that a step needs (each once), and the (winner, loser) pairs among them."""
+    """A prompt, its completions that a step needs (each once), and the pairs among them."""
 
     prompt_ids: np.ndarray
+    """(P,) int32."""
     completion_ids: tuple[np.ndarray, ...]
+    """(C_k,) int32 each."""
     pairs: tuple[tuple[int, int], ...]
+    """(winner, loser), indices of `completion_ids`."""
 
     @property
     def num_scored(self) -> int:
-        """Tokens of the completions: the rows that the head computes."""
+        """Returns the tokens of the completions: the rows of hidden states that the head computes."""
         return sum(len(ids) for ids in self.completion_ids)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the body computes: the prompt once and every completion once."""
+        """Returns the tokens that the body computes: the prompt once and every completion once."""
         return len(self.prompt_ids) + self.num_scored
 
     @property
     def num_attended(self) -> int:
-        """(query, key) pairs that attention must look at: P(P+1)/2 in the prompt, C*P + C(C+1)/2 for each
-        completion.
+        """Returns the number of (query, key) pairs that attention computes: P(P+1)/2 in the prompt and C*P + C(C+1)/2
+        per completion.
         """
         prompt = len(self.prompt_ids)
         return prompt * (prompt + 1) // 2 + sum(
@@ -38,24 +50,25 @@ class Tree:
 
 
 def grow_trees(pairs: Sequence[Pair]) -> list[Tree]:
-    """The trees of some pairs, in the order in which their prompts come first.
+    """Returns the trees of the pairs, in the order in which their prompts first appear.
 
-    Prompts are one when their ids are equal, and so are completions under one prompt. A pair that comes twice counts
-    twice and runs once.
+    Pairs with equal prompt ids share a tree, and completions with equal ids under a prompt share a branch. A pair that
+    is given twice counts twice in the loss, and is computed once.
     """
-    trunks: dict[bytes, np.ndarray] = {}
-    branches: dict[bytes, dict[bytes, np.ndarray]] = {}
-    marks: dict[bytes, list[tuple[bytes, bytes]]] = {}
+    prompts: dict[bytes, np.ndarray] = {}
+    completions: dict[bytes, dict[bytes, np.ndarray]] = {}
+    preferences: dict[bytes, list[tuple[bytes, bytes]]] = {}
     for pair in pairs:
         key, chosen, rejected = pair.prompt_ids.tobytes(), pair.chosen_ids.tobytes(), pair.rejected_ids.tobytes()
-        trunks.setdefault(key, pair.prompt_ids)
-        known = branches.setdefault(key, {})
-        known.setdefault(chosen, pair.chosen_ids)
-        known.setdefault(rejected, pair.rejected_ids)
-        marks.setdefault(key, []).append((chosen, rejected))
-    return [_tree(prompt_ids, branches[key], marks[key]) for key, prompt_ids in trunks.items()]
+        prompts.setdefault(key, pair.prompt_ids)
+        branches = completions.setdefault(key, {})
+        branches.setdefault(chosen, pair.chosen_ids)
+        branches.setdefault(rejected, pair.rejected_ids)
+        preferences.setdefault(key, []).append((chosen, rejected))
+    return [_tree(prompt_ids, completions[key], preferences[key]) for key, prompt_ids in prompts.items()]
 
 
 def _tree(prompt_ids: np.ndarray, completions: dict[bytes, np.ndarray], pairs: list[tuple[bytes, bytes]]) -> Tree:
+    """Returns the tree of a prompt; completions and pairs are given by the bytes of their ids."""
     index = {key: number for number, key in enumerate(completions)}
     return Tree(prompt_ids, tuple(completions.values()), tuple((index[w], index[lo]) for w, lo in pairs))

@@ -1,13 +1,13 @@
 """A row of a file -> `Example` -> token ids -> numbered pairs.
 
-formats/       a raw row -> `Example`, one reader a format
+formats/       a raw row -> `Example`, one reader per format
 sources.py     a source of the config -> its raw rows
-tokenizer.py   texts -> token ids: chat templates, the seam between prompt and completion
+tokenizer.py   texts -> token ids: chat templates, the boundary of prompt and completion
 tokens.py      `Example` -> `TokenizedExample`: limits, truncation, drops; keys of token ids
 token_rows.py  the tokenized rows of a source, cached on disk
 workers.py     the processes that tokenize, and how the run ends where the kernel kills one of them
-pair_set.py    the kept pairs as files of places in token rows
-holdout.py     prompts that are kept from training
-report.py      what was read, dropped and cut: the counts
+pair_set.py    the kept pairs, as files of places in token rows
+holdout.py     which prompts are held out of training
+report.py      counts of rows and pairs that were read, dropped and truncated
 prepare.py     all sources -> training and evaluation pairs
 """

@@ -1,12 +1,12 @@
 """From the sources of the config to the pairs of training and evaluation, in five stages.
 
-1. Every source is opened: its raw rows with their lines, its columns, its format (`sources.py`, `records.py`).
-2. Every row is tokenized, once: the result is cached on disk and memory-mapped (`token_rows.py`, `tokens.py`).
-3. The first broken row stops the run; pairs without a preference are counted, or stop it (`report.py`).
+1. Every source is opened: its raw rows with their lines, its columns, its format (`sources.py`, `formats/`).
+2. Every row is tokenized once; the token rows are cached on disk and memory-mapped (`token_rows.py`, `tokens.py`).
+3. The first broken row stops the run; pairs without a preference are counted, or stop the run (`report.py`).
 4. Prompts are held out of training sources (`holdout.py`).
-5. The sources are put one after the other and their kept pairs are numbered (`pair_set.py`).
+5. The sources are concatenated and their kept pairs are numbered (`pair_set.py`).
 
-Stages 4 and 5 and the counts are made once and cached too: a start on data that was seen before reads no row of it.
+Stages 4 and 5 and the counts are cached too: a later start with the same data computes none of them again.
 """
 
 import shutil
@@ -34,27 +34,32 @@ from dpo.data.tokens import limits_of
 __all__ = ["DataReport", "PairSet", "PreferenceData", "prepare_data"]
 
 FORMAT = 1
-"""The version of the cached pairs and their counts: whoever changes what they hold raises it."""
+"""The version of the cached pairs and their counts. A change of their contents or meaning must raise it."""
 TRAIN, EVAL, REPORT = "train", "eval", "report.json"
 
 
 @dataclass(frozen=True, eq=False)
 class PreferenceData:
-    """The pairs to train on, the pairs to evaluate (sources of `data.eval`, then what was held out), and the counts."""
+    """All data of a run."""
 
     train: PairSet
+    """The pairs to train on."""
     eval: PairSet
+    """The pairs to evaluate: of the sources of `data.eval`, then the held-out pairs of `data.train`."""
     report: DataReport
+    """The counts that a run prints."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Opened:
-    """A source of the config, where it stands there, and its rows as they come."""
+    """A source of the config and its raw rows."""
 
     key: str
+    """Its key in the config, `data.train[0]`."""
     config: SourceConfig
     source: Source
     format: str
+    """Its format, not `auto`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +70,19 @@ class _Tokenized(_Opened):
 
     @property
     def files(self) -> list[str]:
-        """Those that hold the rows, in order."""
+        """Returns the files of the token rows, in order."""
         return [str(file["filename"]) for file in self.rows.cache_files]
 
 
 def prepare_data(config: Config, model_config: Any) -> PreferenceData:
-    """Read, tokenize, check and number all data of a run; deterministic, and from the cache where it was done before.
+    """Reads, tokenizes, checks and numbers all data of a run; deterministic, and cached.
 
-    `model_config`: the transformers config of the model (vocabulary, positions, BOS and EOS). Raises UserError for
-    anything that is wrong with the data, the tokenizer, or with fewer training pairs than a step takes.
+    Args:
+        config: the config of the run.
+        model_config: the transformers config of the model, for its vocabulary, positions, BOS and EOS.
+
+    Raises:
+        UserError: the data or the tokenizer is wrong, or there are fewer training pairs than `batch.pairs_per_step`.
     """
     opened = [_open(source, f"data.train[{i}]") for i, source in enumerate(config.data.train)]
     opened += [_open(source, f"data.eval[{i}]") for i, source in enumerate(config.data.eval)]
@@ -88,6 +97,7 @@ def prepare_data(config: Config, model_config: Any) -> PreferenceData:
 
 
 def _open(config: SourceConfig, key: str) -> _Opened:
+    """Opens a source and checks its columns, or detects its format where that is `auto`."""
     source, where = open_source(config, key), f"{key}.format: {config.path}"
     if config.format == "auto":
         return _Opened(key, config, source, detect_format(source.columns, source.first_row(), where))
@@ -96,31 +106,33 @@ def _open(config: SourceConfig, key: str) -> _Opened:
 
 
 def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[_Tokenized]:
-    """The token rows of every source; no tokenizer is loaded where all come as tokens."""
+    """Tokenizes every source. Loads no tokenizer where all sources have the format `tokens`."""
     limits = limits_of(config.data.max_length, config.data.max_prompt_length, model_config)
     encoders: dict[bool, Encoder] = {True: ids_encoder(model_config)}
-    if not all(holds_ids(one.format) for one in opened):
+    if not all(holds_ids(entry.format) for entry in opened):
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.model.trust_remote_code)
         check_vocabulary(tokenizer, limits.vocab_size)
         encoders[False] = text_encoder(tokenizer)
     num_proc = config.data.num_proc
     return [
         _Tokenized(
-            **vars(one),
-            rows=tokenize_source(one.source, one.format, encoders[holds_ids(one.format)], limits, num_proc),
+            **vars(entry),
+            rows=tokenize_source(entry.source, entry.format, encoders[holds_ids(entry.format)], limits, num_proc),
         )
-        for one in opened
+        for entry in opened
     ]
 
 
 def _raise_first_dropped(sources: list[_Tokenized]) -> None:
-    for one in sources:
-        for reason, where in dropped_pairs(one.rows):
+    """Raises UserError for the first pair without a preference, where `data.on_bad_row` is `stop`."""
+    for entry in sources:
+        for reason, where in dropped_pairs(entry.rows):
             what = f"{reason}: a pair without a preference"
-            raise UserError(one.source.place(where), what, "no such pair, or data.on_bad_row drop")
+            raise UserError(entry.source.place(where), what, "no such pair, or data.on_bad_row drop")
 
 
 def _check_enough(data: PreferenceData, pairs_per_step: int) -> None:
+    """Raises UserError where there are fewer training pairs than a step takes."""
     num_pairs = len(data.train)
     if num_pairs < pairs_per_step:
         what = f"{num_pairs} pairs to train on, fewer than batch.pairs_per_step {pairs_per_step}"
@@ -137,17 +149,20 @@ def _check_enough(data: PreferenceData, pairs_per_step: int) -> None:
 
 
 def _content(train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> str:
-    """32 hex digits of all that `_number` depends on. The name of a file of token rows says what is in it, its size and
-    time of change whether it is still the one in which the places of ids were looked up.
+    """Returns a hash of everything that `_number` depends on, 32 hex digits.
+
+    The name of a file of token rows stands for its rows. Its size and modification time are hashed as well, because the
+    pair set holds places in this very file.
     """
-    files = [(path.name, path.stat()) for one in train + evals for path in map(Path, one.files)]
+    files = [(path.name, path.stat()) for entry in train + evals for path in map(Path, entry.files)]
     layout = [(name, info.st_size, info.st_mtime_ns) for name, info in files]
-    facts = [len(one.files) for one in train], [len(one.files) for one in evals], [one.config.holdout for one in train]
-    return digest([f"pairs {FORMAT}", repr((layout, facts, seed))])
+    num_files = [len(entry.files) for entry in train], [len(entry.files) for entry in evals]
+    holdouts = [entry.config.holdout for entry in train]
+    return digest([f"pairs {FORMAT}", repr((layout, (*num_files, holdouts), seed))])
 
 
 def _from_cache(folder: Path, train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> PreferenceData:
-    """What the folder holds; it is made where it is not there, and again where it is damaged."""
+    """Returns the data in a cache folder; makes the folder where it does not exist, and again where it is damaged."""
 
     def make() -> None:
         make_folder_atomically(folder, lambda draft: _number(draft, train, evals, seed))
@@ -156,7 +171,7 @@ def _from_cache(folder: Path, train: list[_Tokenized], evals: list[_Tokenized], 
         make()
     try:
         return _read(folder, train, evals)
-    except (OSError, ValueError) as failure:  # something is cut off or missing
+    except (OSError, ValueError) as failure:  # a file is cut off or missing
         say(f"{folder} is damaged and made again: {failure}")
         shutil.rmtree(folder)
         make()
@@ -164,34 +179,37 @@ def _from_cache(folder: Path, train: list[_Tokenized], evals: list[_Tokenized], 
 
 
 def _number(draft: Path, train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> None:
-    """Writes the pair sets of training and evaluation, and the report."""
-    for one in train + evals:
-        raise_first_error(one.rows, one.source)
-    splits = split_sources([(one.key, one.rows, one.config.holdout) for one in train], seed)
+    """Writes the pair sets of training and evaluation, and the report. Raises UserError for the first broken row."""
+    for entry in train + evals:
+        raise_first_error(entry.rows, entry.source)
+    splits = split_sources([(entry.key, entry.rows, entry.config.holdout) for entry in train], seed)
     is_kept = [split.train for split in splits]
-    mine = write_pair_set(draft / TRAIN, _files(train), np.concatenate(is_kept))
-    is_kept = [np.ones(len(one.rows), bool) for one in evals] + [split.held for split in splits]
-    others = write_pair_set(draft / EVAL, _files(evals + train), np.concatenate(is_kept))
-    reports = [report_source(one.key, one.source, one.format, one.rows) for one in train + evals]
+    train_set = write_pair_set(draft / TRAIN, _files(train), np.concatenate(is_kept))
+    is_kept = [np.ones(len(entry.rows), bool) for entry in evals] + [split.held for split in splits]
+    eval_set = write_pair_set(draft / EVAL, _files(evals + train), np.concatenate(is_kept))
+    reports = [report_source(entry.key, entry.source, entry.format, entry.rows) for entry in train + evals]
     reports[: len(train)] = map(_with_split, reports, splits)
-    shared = len(np.intersect1d(mine.prompts, others.prompts))  # hold-out makes none, a source of `data.eval` may
-    report = DataReport(tuple(reports), mine.num_pairs, others.num_pairs, shared)
+    shared = len(np.intersect1d(train_set.prompts, eval_set.prompts))  # from sources of `data.eval`, not from hold-out
+    report = DataReport(tuple(reports), train_set.num_pairs, eval_set.num_pairs, shared)
     (draft / REPORT).write_text(to_json(report), encoding="utf-8")
 
 
 def _read(folder: Path, train: list[_Tokenized], evals: list[_Tokenized]) -> PreferenceData:
+    """Returns the data that `_number` wrote. Raises OSError or ValueError where a file is damaged."""
     report = (folder / REPORT).read_text(encoding="utf-8")
     return PreferenceData(
         open_pair_set(folder / TRAIN, _files(train)),
-        open_pair_set(folder / EVAL, _files(evals + train)),  # what is held out comes after the sources of `data.eval`
-        from_json(report, [one.config.path for one in train + evals]),
+        open_pair_set(folder / EVAL, _files(evals + train)),  # held-out pairs come after the sources of `data.eval`
+        from_json(report, [entry.config.path for entry in train + evals]),
     )
 
 
 def _files(sources: list[_Tokenized]) -> list[str]:
-    return [name for one in sources for name in one.files]
+    """Returns the files of token rows of all sources, in order."""
+    return [name for entry in sources for name in entry.files]
 
 
 def _with_split(report: SourceReport, split: Split) -> SourceReport:
+    """Returns the report of a training source with the counts of hold-out."""
     held, removed = (int(split.pairs[mask].sum()) for mask in (split.held, split.removed))
     return replace(report, held_out_prompts=split.num_prompts, held_out_pairs=held, removed_pairs=removed)

@@ -1,4 +1,4 @@
-"""What became of the rows of every source: the counts that a run prints before its first step."""
+"""The counts of kept, dropped and truncated pairs of every source, which a run prints before its first step."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,40 +12,50 @@ from dpo.data.formats.examples import FORMATS
 from dpo.data.sources import Source
 from dpo.data.token_rows import blocks, lists, pairs_of
 
-NUM_PLACES = 3  # how many places of each reason are named
+NUM_PLACES = 3
+"""The number of dropped pairs of each reason that are named with their place."""
 COUNTS = ("prompt_truncated", "completions_truncated", "over_positions", "repeated_pairs", "contradicting_pairs",
           "audited_completions", "boundary_merges")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """Counts of one source. `pairs` are those kept by their content; of them `held_out_pairs` went to evaluation, and
-    `removed_pairs` to neither side, because their prompt was held out of another source (or is one with a held-out
-    prompt after truncation). `dropped`: pairs by reason; `places`: where the first of them
-    stand, `:line` or `:row N`."""
+    """The counts of one source."""
 
     key: str
     path: str
     format: str
     rows: int
     pairs: int
-    rows_without_pair: int  # rows in which no pair was listed, kept or dropped
+    """Pairs that carry a preference, also held-out and removed ones."""
+    rows_without_pair: int
+    """Rows that list no pair, neither a kept nor a dropped one."""
     dropped: dict[str, int]
+    """Pairs without a preference, by reason."""
     places: dict[str, tuple[str, ...]]
+    """The places of the first dropped pairs by reason: `:line` or `:row N`."""
     ignored_columns: tuple[str, ...]
-    prompt_truncated: int  # prompts of rows with a kept pair
-    completions_truncated: int  # completions in a kept pair
-    over_positions: int  # completions in a kept pair that end after the model's max_position_embeddings (RoPE)
+    prompt_truncated: int
+    """Truncated prompts of rows with a kept pair."""
+    completions_truncated: int
+    """Truncated completions in a kept pair."""
+    over_positions: int
+    """Completions in a kept pair that end after the model's max_position_embeddings (RoPE)."""
     repeated_pairs: int
     contradicting_pairs: int
-    audited_completions: int  # in the first rows: how many completions, and how many whose ids would differ if
-    boundary_merges: int  # prompt and completion were tokenized as one text
+    audited_completions: int
+    """Completions of the first rows, which were tokenized a second time together with their prompt."""
+    boundary_merges: int
+    """Of the audited completions, those whose ids differ when prompt and completion are tokenized as one text."""
     held_out_prompts: int = 0
     held_out_pairs: int = 0
+    """Kept pairs that were moved to evaluation."""
     removed_pairs: int = 0
+    """Kept pairs that are neither trained on nor evaluated: their prompt is held out of another source, or equals a
+    held-out prompt after truncation."""
 
     def lines(self) -> list[str]:
-        """Short lines for people; what is zero is left out."""
+        """Returns the counts as short lines for people, without counts of zero."""
         dropped = sum(self.dropped.values())
         counts = f"{self.rows:,} rows, {self.pairs:,} pairs kept, {dropped:,} dropped"
         lines = [f"{self.key} {self.path} ({self.format}): {counts}"]
@@ -54,7 +64,7 @@ class SourceReport:
             lines.append(f"  dropped, {reason}: {count:,} (at {', '.join(self.places[reason])}{more})")
         facts = (
             (self.rows_without_pair, "rows without a pair"),
-            (self.repeated_pairs, "pairs that repeat an earlier one of their row"),
+            (self.repeated_pairs, "pairs that repeat an earlier pair of their row"),
             (self.contradicting_pairs, "pairs whose opposite is listed too"),
             (self.prompt_truncated, "prompts cut at their beginning"),
             (self.completions_truncated, "completions cut at their end"),
@@ -65,7 +75,7 @@ class SourceReport:
         lines += [f"  {count:,} {text}" for count, text in facts if count]
         if self.boundary_merges:
             merged = f"{self.boundary_merges:,} of the first {self.audited_completions:,} completions"
-            lines.append(f"  prompt and completion are tokenized apart; as one text {merged} would get other ids")
+            lines.append(f"  prompt and completion are tokenized apart; as one text {merged} would have different ids")
         if self.ignored_columns:
             lines.append(f"  columns not used: {', '.join(self.ignored_columns)}")
         return lines
@@ -73,15 +83,17 @@ class SourceReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """The sources of training, then those of evaluation; `eval_prompts_in_training`: prompts on both sides because a
-    source of `data.eval` has them too."""
+    """The counts of all data of a run."""
 
     sources: tuple[SourceReport, ...]
+    """The sources of `data.train`, then the sources of `data.eval`."""
     train_pairs: int
     eval_pairs: int
     eval_prompts_in_training: int = 0
+    """Prompts of training that a source of `data.eval` has too."""
 
     def lines(self) -> list[str]:
+        """Returns the counts as lines for people."""
         lines = [line for source in self.sources for line in source.lines()]
         lines.append(f"{self.train_pairs:,} pairs to train on, {self.eval_pairs:,} to evaluate")
         if self.eval_prompts_in_training:
@@ -90,18 +102,19 @@ class DataReport:
 
 
 def to_json(report: DataReport) -> str:
-    """The report as a text, for `from_json`."""
+    """Returns the report as a text for `from_json`."""
     return json.dumps(asdict(report))
 
 
 def from_json(text: str, paths: Sequence[str]) -> DataReport:
-    """The report in a text, whose sources now lie at these paths."""
+    """Returns the report that `to_json` wrote, with the present paths of its sources."""
     fields = json.loads(text)
     fields["sources"] = tuple(map(_source_of, fields["sources"], paths))
     return DataReport(**fields)
 
 
 def _source_of(fields: dict[str, Any], path: str) -> SourceReport:
+    """Returns a source's counts from their JSON, with the tuples that JSON has as lists."""
     tuples = {
         "places": {reason: tuple(where) for reason, where in fields["places"].items()},
         "ignored_columns": tuple(fields["ignored_columns"]),
@@ -110,7 +123,14 @@ def _source_of(fields: dict[str, Any], path: str) -> SourceReport:
 
 
 def report_source(key: str, source: Source, format: str, rows: datasets.Dataset) -> SourceReport:
-    """Count what the token rows of a source say."""
+    """Returns the counts of a source, from its token rows; hold-out is not counted yet.
+
+    Args:
+        key: the source's key in the config, `data.train[0]`.
+        source: its raw rows.
+        format: its format, not `auto`.
+        rows: its token rows.
+    """
     num_pairs, empty_rows, counts = 0, 0, np.zeros(len(COUNTS), np.int64)
     dropped: dict[str, int] = {}
     places: dict[str, tuple[str, ...]] = {}
@@ -129,7 +149,7 @@ def report_source(key: str, source: Source, format: str, rows: datasets.Dataset)
 
 
 def dropped_pairs(rows: datasets.Dataset) -> Iterator[tuple[str, int]]:
-    """(reason, line or row number) of every dropped pair, in file order."""
+    """Yields (reason, line or row number) of every dropped pair, in file order."""
     for _, table in blocks(rows, ["dropped", "where"]):
         begins, reasons = lists(table, "dropped")
         where = np.repeat(table.column("where").to_numpy(), np.diff(begins))

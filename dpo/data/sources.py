@@ -1,9 +1,9 @@
-"""A source of the config becomes a `datasets.Dataset` of raw rows that know where they stand.
+"""A source of the config -> a `datasets.Dataset` of its raw rows, each with its line or row number.
 
-JSON and JSONL (gzip too) go through our own line reader, because `datasets` neither gives line numbers nor refuses
-wrong types: a row is then kept as its text. Parquet files, saved folders, folders of data files and hub ids go through
-`datasets`. Whatever is cached belongs to the content that was read and to the version of what is kept of it (FORMAT),
-so neither a changed file nor another version of the trainer meets a stale cache.
+JSON and JSONL files (gzip too) go through our own line reader, because `datasets` neither gives line numbers nor
+refuses wrong types; each row is then kept as its text. Parquet files, saved folders, folders of data files and hub ids
+go through `datasets`. The name of a cached file is a hash of the content that was read and of FORMAT, the version of
+the cached form, so that neither a changed file nor another version of the trainer meets a stale cache.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from dpo.data.formats.json_rows import json_rows
 from dpo.data.formats.row_fields import Row
 
 FORMAT = 1
-"""The version of what is cached of a source, its rows and its token rows: whoever changes what they hold raises it."""
+"""The version of the cached rows and token rows of a source. A change of their contents or meaning must raise it."""
 JSON_FEATURES = datasets.Features(
     {"row": datasets.Value("string"), "line": datasets.Value("int64"), "columns": datasets.Value("string")}
 )
@@ -34,36 +34,42 @@ DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".cs
 
 @dataclass(frozen=True)
 class Source:
-    """The raw rows of one source.
-
-    `rows` has the columns of JSON_FEATURES where `has_lines` (a row is then named by its line, from 1), else the
-    source's own (a row is then named by its number, from 0). `columns` is the union over all rows. `content`: 32 hex
-    digits, equal only for equal content kept in an equal FORMAT.
-    """
+    """The raw rows of one source."""
 
     path: str
     rows: datasets.Dataset
+    """With the columns of JSON_FEATURES where `has_lines`, else with the columns of the source."""
     columns: set[str]
+    """The columns of the source: the union over all rows."""
     content: str
+    """32 hex digits; equal for two sources only if their content and FORMAT are equal."""
     has_lines: bool
+    """Whether a row is named by its line (from 1) or by its number (from 0)."""
 
     def place(self, where: int) -> str:
-        """`file:line`, or `path:row N`."""
+        """Returns the place of a row for errors, `file:line` or `path:row N`, from its line or number."""
         return f"{self.path}:{where}" if self.has_lines else f"{self.path}:row {where}"
 
     def first_row(self) -> Row:
+        """Returns the first row as the source has it."""
         return decode_row(self.rows[0], 0, self.has_lines)[0]
 
 
 def decode_row(record: Row, index: int, has_lines: bool) -> tuple[Row, int]:
-    """A record of `Source.rows` -> the row as the source has it, and its line or its number."""
+    """Returns the row of a record of `Source.rows` as the source has it, and its line or number."""
     return (json.loads(record["row"]), record["line"]) if has_lines else (record, index)
 
 
 def open_source(config: SourceConfig, key: str) -> Source:
-    """Read, or find in the cache, the rows of the source that stands at `key` of the config, as `data.train[0]`.
+    """Reads the rows of a source, or finds them in the cache.
 
-    Raises UserError: nothing there, unreadable, broken JSON, a row that is not an object, no such split, no rows.
+    Args:
+        config: the source.
+        key: its key in the config, as `data.train[0]`, for errors.
+
+    Raises:
+        UserError: there is no such file, folder, hub id or split, it cannot be read, its JSON is broken, a row is not
+            an object, or there are no rows.
     """
     path = Path(config.path).expanduser()
     try:
@@ -84,6 +90,7 @@ def open_source(config: SourceConfig, key: str) -> Source:
 
 
 def _open_file(config: SourceConfig, path: Path, key: str) -> Source:
+    """Opens one Parquet, JSON or JSONL file."""
     if config.split != "train" or config.name is not None:
         wrong = "split" if config.split != "train" else "name"
         raise UserError(f"{key}.{wrong}", f"{config.path} is one file", f"no {wrong}")
@@ -98,6 +105,7 @@ def _open_file(config: SourceConfig, path: Path, key: str) -> Source:
 
 
 def _open_json(name: str, path: Path, content: str) -> Source:
+    """Opens one JSON or JSONL file with our own reader; `datasets` caches its rows under the hash `content`."""
     try:
         with quiet_progress():
             rows = datasets.Dataset.from_generator(
@@ -112,7 +120,7 @@ def _open_json(name: str, path: Path, content: str) -> Source:
 
 
 def _open_folder(config: SourceConfig, path: Path, key: str) -> Source:
-    """A folder of `save_to_disk`, or one of data files, which `load_dataset` reads."""
+    """Opens a folder that `save_to_disk` wrote, or a folder of data files, which `load_dataset` reads."""
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         rows = _open_saved(config, path, key)
         content = digest([*file_hashes(file["filename"] for file in rows.cache_files), str(rows.features)])
@@ -125,10 +133,10 @@ def _open_folder(config: SourceConfig, path: Path, key: str) -> Source:
 
 
 def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
-    """One set, or one of those that stand in the folder under the names of their splits."""
+    """Opens the data set of a folder that `save_to_disk` wrote, or one of its splits."""
     try:
         saved = datasets.load_from_disk(str(path))
-    except IndexError as error:  # what `datasets` raises where no file holds a row
+    except IndexError as error:  # `datasets` raises it where no file holds a row
         raise UserError(config.path, "empty, it has no rows", "at least one row") from error
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{key}.path", f"{config.path}: cannot be loaded: {first_line(error)}") from error
@@ -142,6 +150,7 @@ def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
 
 
 def _open_hub(config: SourceConfig, key: str) -> Source:
+    """Opens a data set of the Hugging Face hub, which `datasets` downloads or finds in its cache."""
     if not is_hub_id(config.path) or config.path.endswith(DATA_SUFFIXES):
         valid = "a file, a folder, a hub id org/name"
         raise UserError(f"{key}.path", f"no such file or folder: {config.path}", valid)
@@ -150,7 +159,7 @@ def _open_hub(config: SourceConfig, key: str) -> Source:
 
 
 def _load(path: str, key: str, *args: Any, **options: Any) -> datasets.Dataset:
-    """`load_dataset`, whose many ways to fail (network, hub, split, files) all become one UserError."""
+    """Calls `load_dataset`. Raises one UserError for all of its failures (network, hub, split, files)."""
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs some errors that it raises as well
     try:
@@ -165,32 +174,34 @@ def _load(path: str, key: str, *args: Any, **options: Any) -> datasets.Dataset:
 
 
 def digest(parts: Iterable[str]) -> str:
-    """Returns 32 hex digits of the parts, FORMAT and the version of `datasets`: a fingerprint as it takes them."""
+    """Returns a hash of the parts, of FORMAT and of the version of `datasets`: 32 hex digits, as a fingerprint of
+    `datasets` has.
+    """
     return hashlib.sha256("\0".join([str(FORMAT), datasets.__version__, *parts]).encode()).hexdigest()[:32]
 
 
 def file_hashes(paths: Iterable[Path | str]) -> Iterator[str]:
-    """The sha256 of each file's content."""
+    """Yields the sha256 of each file's content."""
     for path in paths:
         with Path(path).open("rb") as file:
             yield hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_path(name: str) -> Path:
-    """A place for `name` in the cache of `datasets` (HF_DATASETS_CACHE, by default under HF_HOME)."""
+    """Returns the path of `name` in the cache of `datasets` (HF_DATASETS_CACHE, by default under HF_HOME)."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
 
 
 def _folder_of(content: str) -> str:
-    """A cache folder of this content's own: `datasets` itself trusts a file's time of change."""
+    """Returns a cache folder for this content alone; `datasets` by itself would trust a file's modification time."""
     return str(cache_path(content))
 
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
-    """Without the bars of `datasets`, for what takes moments."""
+    """Hides the progress bars of `datasets`, which flicker for short work."""
     was_enabled = datasets.utils.is_progress_bar_enabled()
     datasets.utils.disable_progress_bars()
     try:
@@ -201,7 +212,9 @@ def quiet_progress() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The error's first line, or its kind; a wrapper that only says that generating failed gives way to its cause."""
+    """Returns the first line of an error's message, or its class where the message is empty; of its cause where the
+    error only says that generating failed.
+    """
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         return first_line(error.__cause__)
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

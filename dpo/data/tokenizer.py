@@ -1,4 +1,4 @@
-"""Texts -> token ids: tokenizers, chat templates, the seam between prompt and completion."""
+"""Texts -> token ids: tokenizers, chat templates, the boundary of prompt and completion."""
 
 import json
 from collections.abc import Sequence
@@ -16,25 +16,29 @@ from dpo.data.formats.example import Example
 from dpo.data.formats.row_fields import Message
 
 Ids = list[int]
+"""Token ids."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer and its ends; without one (`format: tokens`) the ends are those of the model's config."""
+    """A tokenizer with its BOS and EOS. For `format: tokens` there is no tokenizer, and BOS and EOS are the model's."""
 
-    tokenizer: Any  # transformers.PreTrainedTokenizerBase, or None
+    tokenizer: Any
+    """A transformers.PreTrainedTokenizerBase, or None."""
     bos_id: int | None
-    eos_ids: tuple[int, ...]  # the first is the one that is appended
+    eos_ids: tuple[int, ...]
+    """Tokens that end a completion; the first of them is appended to completions without an end."""
     adds_eos: bool = False
+    """Whether the tokenizer appends EOS to every text, so that it must be removed from prompts."""
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder or hub id. Raises UserError if it cannot be loaded or has no EOS token."""
+    """Returns the tokenizer of a folder or hub id. Raises UserError if it cannot be loaded or has no EOS token."""
     if not Path(path).is_dir() and not is_tokenizer_id(path):
         raise UserError("model.tokenizer", f"{path}: no such folder", "a folder with a tokenizer, a hub id org/name")
     try:
         if Path(path).is_dir() and not has_tokenizer(Path(path)):
-            raise OSError("it holds none")  # transformers makes an empty one from a model's config
+            raise OSError("it holds none")  # transformers would make an empty tokenizer from the model's config
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :")
@@ -45,44 +49,53 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
 
 
 def has_tokenizer(folder: Path) -> bool:
+    """Returns whether a folder has files of a tokenizer."""
     return any(folder.glob("tokenizer*")) or any(folder.glob("*vocab*"))
 
 
 def text_encoder(tokenizer: Any) -> Encoder:
+    """Returns the encoder of texts and chats; finds out by a trial whether the tokenizer appends EOS."""
     eos = tokenizer.eos_token_id
     adds_eos = _encode(tokenizer, "a", True)[-1] == eos != _encode(tokenizer, "a", False)[-1]
     return Encoder(tokenizer, tokenizer.bos_token_id, (eos,), adds_eos)
 
 
 def ids_encoder(model_config: Any) -> Encoder:
-    """For `format: tokens`: no tokenizer; BOS and EOS are the model's (a config may name several EOS)."""
+    """Returns the encoder of `format: tokens`: no tokenizer, and BOS and EOS (there may be several) of the model's
+    config.
+    """
     eos = getattr(model_config, "eos_token_id", None)
     eos_ids = tuple(eos) if isinstance(eos, list | tuple) else () if eos is None else (eos,)
     return Encoder(None, getattr(model_config, "bos_token_id", None), eos_ids)
 
 
 def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
-    """Raise UserError if the tokenizer has more tokens than the model has embeddings."""
+    """Raises UserError if the tokenizer has more tokens than the model has embeddings."""
     if len(tokenizer) > vocab_size:
         what = f"the tokenizer has {len(tokenizer)} tokens, the model's vocabulary {vocab_size}"
         raise UserError("model.tokenizer", f"{tokenizer.name_or_path}: {what}", "the tokenizer of the model")
 
 
 def encoder_content(encoder: Encoder) -> str:
-    """A text that is equal only for encoders that give equal ids: of what the tokenizer is, not of where it lies."""
+    """Returns a text that is equal only for encoders that give equal ids. It is made from the tokenizer's content, not
+    from its path.
+    """
     parts: list[Any] = [encoder.bos_id, encoder.eos_ids, encoder.adds_eos]
     if encoder.tokenizer is not None:
         tokenizer = encoder.tokenizer
         backend = getattr(tokenizer, "backend_tokenizer", None)
         table = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
         versions = [transformers.__version__, tokenizers.__version__, type(tokenizer).__name__]
-        probe = _encode(tokenizer, "a b", True)  # special tokens that are added outside of the backend
+        probe = _encode(tokenizer, "a b", True)  # shows special tokens that are added outside of the backend
         parts += [*versions, table, tokenizer.chat_template, tokenizer.special_tokens_map, probe]
     return json.dumps(parts, default=str)
 
 
 def encode(example: Example, encoder: Encoder) -> tuple[Ids, list[Ids]]:
-    """The ids of the prompt and of each completion, EOS appended, before any limit."""
+    """Returns the ids of the prompt and of each completion, EOS appended to texts and chats, before any limit.
+
+    Raises ValueError where the tokenizer has no chat template for messages, or the template does not serve.
+    """
     if encoder.tokenizer is None:
         return list(example.prompt), [list(ids) for ids in example.completions]  # type: ignore[arg-type]  # ids
     if isinstance(example.prompt, str):
@@ -95,7 +108,10 @@ def encode(example: Example, encoder: Encoder) -> tuple[Ids, list[Ids]]:
 
 
 def chat_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[Message]) -> tuple[str, list[str]]:
-    """What the chat template writes for the prompt, up to where the assistant begins, and for each answer after it."""
+    """Returns the chat template's text of the prompt, up to where the assistant begins, and of each answer after it.
+
+    Raises ValueError where the text of prompt and answer does not begin with the text of the prompt.
+    """
     prompt = _chat_text(tokenizer, messages, True)
     fulls = [_chat_text(tokenizer, [*messages, answer], False) for answer in answers]
     for full in fulls:
@@ -108,6 +124,7 @@ def chat_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[Me
 
 
 def _chat_text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    """Returns the chat template's text of messages. Raises ValueError where there is no template, or it fails."""
     if not tokenizer.chat_template:
         raise ValueError(
             "messages need a chat template, which the tokenizer lacks; valid: a tokenizer with one, or texts"
@@ -120,24 +137,29 @@ def _chat_text(tokenizer: Any, messages: Sequence[Message], add_generation_promp
 
 
 def _encode(tokenizer: Any, text: Any, add_special_tokens: bool) -> Ids:
+    """Returns the ids of a text, without transformers' warning about its length."""
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
 
 def _with_eos(ids: Ids, encoder: Encoder) -> Ids:
+    """Returns the ids with EOS at their end, appended unless it is there."""
     eos = encoder.eos_ids[0]
     return ids if ids[-1:] == [eos] else [*ids, eos]
 
 
 def _until_eos(ids: Ids, encoder: Encoder) -> Ids:
-    """Up to the first EOS; what a template writes after it is not part of the answer."""
+    """Returns the ids up to the first EOS, which is appended where there is none. Text that a template writes after EOS
+    is not part of the answer.
+    """
     eos = encoder.eos_ids[0]
     return ids[: ids.index(eos) + 1] if eos in ids else [*ids, eos]
 
 
 def merges_at_boundary(example: Example, encoder: Encoder) -> int | None:
-    """How many completions get other ids where prompt and completion are tokenized as one text; None for ids.
+    """Returns how many completions get different ids when prompt and completion are tokenized as one text; None for
+    `format: tokens` and for an example without pairs.
 
-    An audit of the boundary: nothing is trained on the joined ids, other trainers do.
+    This is an audit only: training uses ids that were tokenized apart, where other trainers use the joined ids.
     """
     if encoder.tokenizer is None or not example.pairs:
         return None

@@ -1,9 +1,19 @@
-"""An `Example` becomes token ids: what the model reads when it generates, and the completion as it should end.
+"""An `Example` -> token ids: the prompt as the model reads it when it generates, and completions that end with EOS.
 
-Prompt and completion are tokenized apart and never joined. Text: the prompt as the tokenizer encodes it, without an EOS
-that it adds; a completion without special tokens, and EOS. Chat: both parts of what the tokenizer's own chat template
-writes. Tokens: the ids as they are. Then each prompt keeps its last `max_prompt_length` tokens (and its BOS) and each
-completion its first `max_length - len(prompt)`. Pairs that carry no preference are dropped here, with the reason.
+Prompt and completion are tokenized apart and never joined.
+
+    text      the prompt as the tokenizer encodes it, without an EOS that it appends; the completion without special
+              tokens, then EOS
+    chat      the two parts of the text that the tokenizer's chat template writes
+    tokens    the ids as they are
+
+Then each prompt keeps its last `max_prompt_length` tokens (and its BOS), and each completion keeps its first
+`max_length - len(prompt)` tokens. Pairs without a preference are dropped here, with the reason. An example with
+`max_length` 7 and `max_prompt_length` 4, where 1 is BOS and 2 is EOS:
+
+    prompt      1 5 6 7 8     -> 1 6 7 8    BOS counts, and stays
+    chosen      11 12 13 2    -> 11 12 13   truncated: ends without EOS
+    rejected    14 2          -> 14 2
 """
 
 import hashlib
@@ -20,43 +30,47 @@ from dpo.data.tokenizer import Encoder, Ids, encode
 
 @dataclass(frozen=True)
 class Limits:
-    """The numbers that decide over ids: lengths in tokens (null: no limit), and what the model can take.
-
-    `max_positions` is how far the model's positions reach; where `positions_are_hard` nothing may be longer.
-    """
+    """The limits on token ids: lengths in tokens (None is no limit), and the limits of the model."""
 
     max_length: int | None
+    """The maximum length of prompt and completion together."""
     max_prompt_length: int | None
     vocab_size: int
     max_positions: int | None
+    """The number of positions of the model; None where its config does not tell."""
     positions_are_hard: bool
+    """Whether prompt and completion may not be longer than `max_positions`; else they are counted."""
 
 
 @dataclass(frozen=True)
 class TokenizedExample:
-    """One prompt, its K completions as ids, the kept pairs (winner, loser), and what was done to them.
+    """One prompt and its K completions as ids, the kept pairs, and counts of truncation.
 
-    `full_prompt_ids` is the prompt before truncation. `dropped` has one reason a dropped pair. The counts are over
-    completions that stand in a kept pair: cut ones, and those longer than the model's positions; `prompt_truncated`
-    and all counts are 0 where no pair is kept.
+    The counts are 0, and `prompt_truncated` is false, where no pair is kept.
     """
 
     prompt_ids: Ids
     full_prompt_ids: Ids
+    """The prompt before truncation."""
     completion_ids: tuple[Ids, ...]
     pairs: tuple[Index, ...]
+    """The kept pairs (winner, loser)."""
     dropped: tuple[str, ...]
+    """The reason of each dropped pair."""
     prompt_truncated: bool = False
     completions_truncated: int = 0
+    """Truncated completions in a kept pair."""
     over_positions: int = 0
+    """Completions in a kept pair that end after the model's positions."""
 
 
 def limits_of(max_length: int | None, max_prompt_length: int | None, model_config: Any) -> Limits:
-    """The limits of a run; how many positions a model has is hard where a longer row would be wrong, not only unusual.
+    """Returns the limits of a run. The number of positions is a hard limit where a longer sequence would be wrong, not
+    only unusual.
 
-    So it is for learned positions: a config with positions but no `rope_parameters` (GPT-2, OPT, …). And for RoPE whose
-    frequencies depend on the longest position in the row (`dynamic`, `longrope`): beyond their first range a
-    completion's log-probability would depend on what else is in its micro-batch.
+    This holds for learned positions: a config with positions but without `rope_parameters` (GPT-2, OPT, …). It also
+    holds for RoPE whose frequencies depend on the longest position of the row (`dynamic`, `longrope`): beyond their
+    original range the log-probability of a completion would depend on the rest of its micro-batch.
     """
     positions = getattr(model_config, "max_position_embeddings", None)
     rope = getattr(model_config, "rope_parameters", None) or {}
@@ -67,15 +81,16 @@ def limits_of(max_length: int | None, max_prompt_length: int | None, model_confi
     return Limits(max_length, max_prompt_length, model_config.vocab_size, positions, is_hard)
 
 
-# --- tokenizers -----------------------------------------------------------------------------------------------------
-
-
 # --- one example ----------------------------------------------------------------------------------------------------
 
 
 def tokenize(example: Example, encoder: Encoder, limits: Limits) -> TokenizedExample:
-    """Raises ValueError("what"): an id outside of the vocabulary, a prompt without a token, a chat template that does
-    not serve, and a completion that is longer than learned positions reach."""
+    """Returns the token ids of an example, truncated to the limits, and its pairs that carry a preference.
+
+    Raises:
+        ValueError: an id is outside of the vocabulary, the prompt has no token, the chat template does not serve, or a
+            completion ends after the model's last position where that is a hard limit.
+    """
     if not example.pairs:
         return TokenizedExample([], [], tuple([] for _ in example.completions), (), example.dropped)
     full_prompt, full_completions = encode(example, encoder)
@@ -103,7 +118,7 @@ def tokenize(example: Example, encoder: Encoder, limits: Limits) -> TokenizedExa
 
 
 def cut_prompt(ids: Ids, max_prompt_length: int | None, bos_id: int | None) -> Ids:
-    """The last `max_prompt_length` ids; a BOS at the beginning stays there and counts."""
+    """Returns the last `max_prompt_length` ids of a prompt; a BOS at its beginning stays there and counts."""
     if max_prompt_length is None or len(ids) <= max_prompt_length:
         return ids
     if ids[0] == bos_id:
@@ -112,8 +127,9 @@ def cut_prompt(ids: Ids, max_prompt_length: int | None, bos_id: int | None) -> I
 
 
 def _reason(pair: Index, is_empty: list[bool], full: Sequence[Ids], cut: Sequence[Ids]) -> str | None:
-    """Why a pair carries no preference, or None. The first that applies: empty, identical, no_room, then what
-    truncation made equal."""
+    """Returns why a pair carries no preference, or None: the first that applies of empty, identical, no_room and
+    identical_after_truncation.
+    """
     winner, loser = pair
     if is_empty[winner] or is_empty[loser]:
         return "empty"
@@ -125,18 +141,20 @@ def _reason(pair: Index, is_empty: list[bool], full: Sequence[Ids], cut: Sequenc
 
 
 def _is_empty(completion: str | Message | tuple[int, ...], ids: Ids, eos_ids: tuple[int, ...]) -> bool:
-    """Nothing is left of its text after strip, or there is only EOS."""
+    """Returns whether the text of a completion is empty after strip, or its ids are EOS only."""
     text = completion["content"] if isinstance(completion, Mapping) else completion
     return (isinstance(text, str) and not text.strip()) or all(token in eos_ids for token in ids)
 
 
 def _check_ids(ids: Ids, vocab_size: int) -> None:
+    """Raises ValueError for an id outside of the vocabulary."""
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise ValueError(f"token id {wrong} is outside of the model's vocabulary; valid: 0 to {vocab_size - 1}")
 
 
 def _count_over_positions(prompt_length: int, lengths: list[int], limits: Limits) -> int:
+    """Returns how many completions end after the model's positions. Raises ValueError where that is a hard limit."""
     if limits.max_positions is None:
         return 0
     over = [length for length in lengths if prompt_length + length > limits.max_positions]
@@ -148,16 +166,16 @@ def _count_over_positions(prompt_length: int, lengths: list[int], limits: Limits
     return len(over)
 
 
-# --- encoding -------------------------------------------------------------------------------------------------------
+# --- keys -----------------------------------------------------------------------------------------------------------
 
 
 def prompt_key(prompt_ids: np.ndarray) -> bytes:
-    """16 bytes that stand for a prompt's ids."""
+    """Returns a hash of a prompt's ids, 16 bytes."""
     return hashlib.blake2b(np.asarray(prompt_ids, "<i4").tobytes(), digest_size=16).digest()
 
 
 def completion_key(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> bytes:
-    """16 bytes that stand for a completion after a prompt: blake2b over both lengths and the ids, little-endian."""
+    """Returns a hash of a completion and its prompt, 16 bytes: blake2b over both lengths and all ids, little-endian."""
     lengths = np.asarray([len(prompt_ids), len(completion_ids)], "<i8")
     ids = (np.asarray(ids, "<i4").tobytes() for ids in (prompt_ids, completion_ids))
     return hashlib.blake2b(b"".join([lengths.tobytes(), *ids]), digest_size=16).digest()

@@ -1,13 +1,13 @@
-"""`PackedBatch` -> log-probabilities: a sharded policy, built, loaded and run.
+"""`PackedBatch` -> log-probabilities: how a sharded policy is built, loaded and run.
 
-weights.py       model folders: found, hashed, read and written, a shard a rank
+weights.py       finds, hashes, reads and writes model folders; each rank reads and writes its shards
 flex_options.py  FlexAttention's kernel options by architecture and head size
 attention.py     shared-prefix attention: segments on a CPU, FlexAttention on CUDA
-kernels.py       compiled layers counted, their kernels kept between starts
-parallelize.py   checkpointing, compilation and sharding, composed onto a model
-log_probs.py     hidden states -> log-probabilities, the vocabulary in chunks
+kernels.py       compiles layers, counts their graphs, keeps their kernels between starts
+parallelize.py   composes activation checkpointing, compilation and sharding onto a model
+log_probs.py     hidden states -> log-probabilities, a chunk of rows at a time
 policy.py        Policy, and its forward pass on packed trees
 build.py         a model folder -> a sharded policy
-warm_up.py       what steps run is compiled before the first of them
-generation.py    answers from a sharded policy
+warm_up.py       compiles all graphs of a run before its first step
+generation.py    generates answers with a sharded policy
 """

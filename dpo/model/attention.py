@@ -1,8 +1,9 @@
-"""Shared-prefix attention over packed trees: every completion sees its own prompt and itself, nothing else.
+"""Shared-prefix attention over packed trees: every completion attends to its own prompt and itself, nothing else.
 
-A micro-batch is one packed row of L tokens: tree after tree, and in a tree the prompt, then its completions. Positions
-of a completion continue where the prompt ended. On a CPU the row is worked off segment by segment with torch's fused
-attention; on CUDA the same layout is one FlexAttention call with a block mask.
+A micro-batch is one packed row of L tokens (`batch/packing.py` has a drawing): tree after tree, in each tree the
+prompt, then its completions. The positions of a completion continue those of the prompt. On a CPU the row is computed
+segment by segment with torch's fused attention (`batch/layout.py` has an example). On CUDA it is one FlexAttention call
+with a block mask (`batch/block_mask.py` has an example).
 """
 
 import functools
@@ -21,7 +22,7 @@ from dpo.batch.layout import Layout, segments
 from dpo.model.flex_options import flex_options
 
 ATTENTION = "dpo_tree"
-"""The name under which transformers finds this attention; it is part of the reference cache's key."""
+"""The name under which transformers finds this attention; it is part of the key of cached reference rows."""
 
 
 # --- on a CPU: segment by segment ------------------------------------------------------------------------------------
@@ -30,12 +31,22 @@ ATTENTION = "dpo_tree"
 def segment_attention(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, window: Window, scale: float | None
 ) -> Tensor:
-    """Attention of the packed row, (1, heads, L, D) from queries of that shape and keys and values (1, kv_heads, L,
-    D).
+    """Computes attention over the packed row, segment by segment.
+
+    Args:
+        query: (1, heads, L, D).
+        key: (1, kv_heads, L, D).
+        value: (1, kv_heads, L, D).
+        layout: the trees of the row, with the masks of `window`.
+        window: the attention window of the layer.
+        scale: the factor of the scores; None is D ** -0.5.
+
+    Returns:
+        (1, heads, L, D).
     """
     lengths = [num_queries for span in layout.spans for num_queries, *_ in segments(span)]
-    # Split once: the gradient of a slice is as long as the whole row, so that of all slices would be quadratic. Tokens
-    # before heads, as the projections around it have them in memory.
+    # Split once: the gradient of each slice would be as long as the whole row, which is quadratic for all slices.
+    # Tokens come before heads because the projections have them in memory in this order.
     pieces = zip(*(tensor.transpose(1, 2).split(lengths, dim=1) for tensor in (query, key, value)), strict=True)
     outputs = []
     for span, masks in zip(layout.spans, layout.masks[window], strict=True):
@@ -46,7 +57,14 @@ def segment_attention(
 def _tree_attention(
     pieces: Sequence[tuple[Tensor, ...]], prompt_len: int, masks: Sequence[Tensor | None], scale: float | None
 ) -> list[Tensor]:
-    """Each segment's output, (1, queries, heads, D), from its own (query, key, value), tokens before heads."""
+    """Returns the output of each segment of a tree, (1, queries, heads, D).
+
+    Args:
+        pieces: (query, key, value) of each segment, (1, queries, heads, D); the first segment begins with the prompt.
+        prompt_len: tokens of the prompt, whose keys and values the further segments attend to as well.
+        masks: the mask of each segment, None for plain causal attention.
+        scale: the factor of the scores.
+    """
     prompt_key, prompt_value = (tensor[:, :prompt_len] for tensor in pieces[0][1:])
     outputs = []
     for number, ((query, key, value), mask) in enumerate(zip(pieces, masks, strict=True)):
@@ -64,25 +82,28 @@ def _tree_attention(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # not annotated
 def _segment_attention_uncompiled(*args: Any) -> Tensor:
-    """Segment lengths change with every micro-batch: compiling the loop would compile it again and again."""
+    """Calls `segment_attention` outside of compiled graphs: segment lengths change with every micro-batch, and each
+    change would compile the loop again.
+    """
     return segment_attention(*args)
 
 
 # --- on CUDA: one FlexAttention call ---------------------------------------------------------------------------------
 
 SMALLEST_WIDTH = 16
-"""FlexAttention's kernels on CUDA do not run narrower heads."""
+"""The smallest head size that FlexAttention's kernels on CUDA run."""
 
 
 def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
-    """FlexAttention of the packed row: shapes as in `segment_attention`. Narrow heads are widened by zeros, which
-    change no score and add columns of zeros to the output.
+    """Computes attention over the packed row with FlexAttention; shapes as in `segment_attention`.
+
+    Narrow heads are padded with zeros, which change no score and add columns of zeros to the output.
     """
     width = query.shape[-1]
     scale = width**-0.5 if scale is None else scale
     if width < SMALLEST_WIDTH:
         query, key, value = (F.pad(x, (0, SMALLEST_WIDTH - width)) for x in (query, key, value))
-    # A compiled layer takes the plain function into its own graph.
+    # A compiled layer traces the plain function into its own graph.
     attend: Any = _flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     grouped = query.shape[1] != key.shape[1]
     options = _kernel_options(query)
@@ -99,8 +120,8 @@ def _kernel_options(query: Tensor) -> dict[str, Any] | None:
 
 
 def _flex_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: BlockMask, **options: Any) -> Any:
-    """FlexAttention that knows its rows to be whole blocks, also in a graph where their length is an unknown: its
-    kernels then look for no border. That all lengths are one comes first, so that one unknown is left to speak of.
+    """Calls FlexAttention after it asserts that the row is whole blocks, so that kernels for symbolic lengths need no
+    bounds checks. It asserts equal lengths first, so that one symbolic size remains.
     """
     num_tokens = query.shape[2]
     for other in (key.shape[2], value.shape[2], *block_mask.seq_lengths):
@@ -111,13 +132,15 @@ def _flex_attention(query: Tensor, key: Tensor, value: Tensor, block_mask: Block
 
 @functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
-    """Compiled at first use: that takes every rank seconds. The wrapping lets selective checkpointing see the call (as
-    `inductor_compiled_code`) and keep its result.
+    """Returns the compiled `_flex_attention`. Its first call compiles, which takes seconds on every rank.
+
+    The compiled region is wrapped so that selective checkpointing sees the call, as the operator
+    `inductor_compiled_code`, and saves its result.
     """
     return torch.compile(_flex_attention, options={"wrap_inductor_compiled_regions": True})
 
 
-# --- what transformers calls -----------------------------------------------------------------------------------------
+# --- called by transformers ------------------------------------------------------------------------------------------
 
 
 def tree_attention(  # noqa: PLR0913  (the signature that transformers calls)
@@ -132,13 +155,18 @@ def tree_attention(  # noqa: PLR0913  (the signature that transformers calls)
     layout: Layout | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function: output (1, L, heads, D). `dropout` is ignored: a run has none.
+    """Computes attention as transformers' attention interface asks for it; returns (1, L, heads, D) and no weights.
 
-    Raises UserError where the model asks for something that this attention does not do.
+    Args:
+        layout: the layout of the packed row, which the model hands on from its forward's arguments.
+        dropout: ignored, since a run has no dropout.
+
+    Raises:
+        UserError: the model asks for an option that this attention does not have, or does not hand on `layout`.
     """
-    wishes = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
-    if wishes:
-        what = f"{type(module).__name__} wants {', '.join(wishes)}, which shared-prefix attention does not do"
+    wanted = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if wanted:
+        what = f"{type(module).__name__} wants {', '.join(wanted)}, which shared-prefix attention does not do"
         raise UserError("model.path", f"not supported: {what}")
     if layout is None:
         what = f"{type(module).__name__} is not handed on what its model's forward is given: the places of the trees"
@@ -152,9 +180,9 @@ def tree_attention(  # noqa: PLR0913  (the signature that transformers calls)
 
 
 def register_attention() -> None:
-    """Makes `attn_implementation="dpo_tree"` known to transformers; calling it again changes nothing.
+    """Registers `attn_implementation="dpo_tree"` with transformers; further calls change nothing.
 
-    No mask goes with it. transformers then makes none, and does not look at the positions for the borders of sequences,
-    for which the host would wait in every forward pass.
+    It registers no mask function. transformers then makes no mask, and does not search the positions for the borders of
+    sequences, for which the host would wait for the device in every forward pass.
     """
     AttentionInterface.register(ATTENTION, tree_attention)

@@ -1,4 +1,4 @@
-"""A model folder -> a sharded policy: built on meta, checked, sharded, loaded."""
+"""A model folder -> a sharded policy: built on the meta device, checked, sharded, loaded."""
 
 import types
 from pathlib import Path
@@ -25,16 +25,27 @@ from dpo.model.weights import load_tensors
 def build_policy(
     config: PretrainedConfig, parallel: ParallelConfig, dtype: str, mesh: DeviceMesh, trust_remote_code: bool = False
 ) -> Policy:
-    """A model divided over the mesh, its weights not yet read: see `load_weights`. No rank ever holds all of it.
+    """Returns a policy sharded over the mesh, whose weights are not yet read (see `load_weights`).
 
-    Where activation_checkpointing or sync_gradients are auto they are `decided`; `dpo.train` decides before it builds.
+    No rank ever holds all parameters. Where `activation_checkpointing` or `sync_gradients` is auto, `decided` chooses;
+    `dpo.train` chooses before it builds.
+
+    Args:
+        config: the transformers config of the model.
+        parallel: how the model is sharded, checkpointed and compiled.
+        dtype: the dtype of the master weights, float32 or float64.
+        mesh: the ranks over which parameters are sharded.
+        trust_remote_code: whether a model's own code may run.
+
+    Raises:
+        UserError: the model cannot be trained exactly.
     """
     parallel = decided(parallel)
     on_cuda = mesh.device_type == "cuda"
     device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
     master = getattr(torch, dtype)
     if on_cuda:
-        torch.set_float32_matmul_precision("high" if parallel.tf32 else "highest")  # of the whole process
+        torch.set_float32_matmul_precision("high" if parallel.tf32 else "highest")  # for the whole process
     if on_cuda or is_compiled(parallel, device):
         keep_kernels()
     model = build_on_meta(config, master, trust_remote_code)
@@ -45,8 +56,8 @@ def build_policy(
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """The whole model without memory, with this trainer's attention and no dropout. Raises UserError where it cannot be
-    trained exactly.
+    """Returns the whole model on the meta device, with this trainer's attention and without dropout. Raises UserError
+    where the model cannot be trained exactly.
     """
     register_attention()
     try:
@@ -59,19 +70,19 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_cod
             raise
         raise _unsupported(config, "their attention cannot be replaced") from failure
     _check_structure(model)
-    # Taken before fully_shard, which renames the class by which transformers looks the conversions up.
+    # Before fully_shard, which renames the class by which transformers looks up the conversions.
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     model.logps = types.MethodType(_forward_logps, model)
-    # It looks for padding at the row's ends, for which the host would wait in every forward pass.
+    # The original looks for padding at both ends of the row, for which the host would wait in every forward pass.
     model.base_model.warn_if_padding_and_no_attention_mask = lambda *args: None
     _switch_dropout_off(model)
-    model.train()  # activation checkpointing works in training mode alone; dropout is off all the same
+    model.train()  # activation checkpointing needs training mode; dropout is off in it too
     built: PreTrainedModel = model
     return built
 
 
 def _check_structure(model: PreTrainedModel) -> None:
-    """Raises UserError where log-probabilities would silently be others than the model's own."""
+    """Raises UserError where the log-probabilities would silently differ from the model's own."""
     body_and_head = {model.base_model, model.get_output_embeddings()}
     for applies, reason in (
         (not model._supports_attention_backend, "their attention cannot be replaced"),
@@ -82,11 +93,14 @@ def _check_structure(model: PreTrainedModel) -> None:
 
 
 def _unsupported(config: PretrainedConfig, reason: str) -> UserError:
+    """Returns the error for a model that is refused."""
     return UserError("model.path", f"{config.model_type} models are not supported: {reason}")
 
 
 def _switch_dropout_off(model: nn.Module) -> None:
-    """Also where a model keeps the probability as a number, as OPT does (`dropout`, `layerdrop`)."""
+    """Sets all dropout probabilities to 0, also those that a model keeps as plain attributes, as OPT does (`dropout`,
+    `layerdrop`).
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -95,8 +109,8 @@ def _switch_dropout_off(model: nn.Module) -> None:
 
 
 def _materialize(model: PreTrainedModel, device: torch.device, compute_device: torch.device) -> None:
-    """Gives the sharded parameters memory on `device`; computes again the buffers that no checkpoint stores (RoPE's
-    frequencies), which lie where the model runs: offloading keeps parameters alone on the host.
+    """Allocates the sharded parameters on `device`, and computes the buffers that no checkpoint stores (RoPE's
+    frequencies) on `compute_device`: CPU offloading keeps parameters on the host, but not buffers.
     """
     model.to_empty(device=device)
     model.tie_weights()
@@ -108,7 +122,7 @@ def _materialize(model: PreTrainedModel, device: torch.device, compute_device: t
 
 
 def load_policy(config: Config, world: World, model_config: PretrainedConfig, folder: Path) -> Policy:
-    """A sharded policy with the weights of a folder. Every rank must get here."""
+    """Returns a sharded policy with the weights of a folder. Every rank must get here, or the rest hang."""
     mesh = make_mesh(world, config.parallel)
     policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
     load_weights(policy, folder)
@@ -116,14 +130,16 @@ def load_policy(config: Config, world: World, model_config: PretrainedConfig, fo
 
 
 def load_weights(policy: Policy, folder: Path) -> None:
-    """Reads the weights of a Hugging Face folder; each rank reads its shards alone. Every rank must get here."""
+    """Reads the weights of a Hugging Face folder; each rank reads its own shards. Every rank must get here, or the rest
+    hang.
+    """
     load_tensors(folder, stored_tensors(policy), policy.model.base_model_prefix)
     wrong = [name for name, p in policy.model.named_parameters() if p.dtype != policy.dtype]
     assert not wrong, f"master weights must be {policy.dtype}: {wrong[:3]}"
 
 
 def stored_tensors(policy: Policy) -> dict[str, Tensor]:
-    """The model's tensors under the names of its Hugging Face folder, tied ones once."""
+    """Returns the model's tensors by their names in its Hugging Face folder; tied tensors appear once."""
     tied = set(policy.model.all_tied_weights_keys)
     state = {name: tensor for name, tensor in policy.model.state_dict().items() if name not in tied}
     stored: dict[str, Tensor] = revert_weight_conversion(policy.model, state)

@@ -1,13 +1,14 @@
-"""FlexAttention's kernel options by architecture and head size: the one table, and where its values are from.
+"""FlexAttention's kernel options by architecture and head size, and the origin of each value.
 
-torch's own defaults are tiles that were tuned for speed where they were tuned, and spill registers to memory elsewhere
-(https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/template_heuristics/triton.py). A row stands in this
-table only where it spills less than the default and stays within the architecture's shared memory: 166,912 bytes a
-block on sm_80, 232,448 on sm_90 and sm_100
-(https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/compute-capabilities.html). Bytes spilled a thread,
-default -> here, and shared memory in brackets, of kernels for any length, bfloat16, 32 heads of queries and 8 of keys,
-read from the machine code that torch 2.13.0+cu130 and Triton 3.7.1 make of `attention.block_attention`. It was compiled
-on a CUDA that computes nothing: speed was not measured.
+torch's defaults are tile sizes that were tuned for some architectures and head sizes; for others they spill registers
+to memory (https://github.com/pytorch/pytorch/blob/v2.13.0/torch/_inductor/template_heuristics/triton.py). An entry of
+this table spills less than the default and stays within the architecture's shared memory: 166,912 bytes per block on
+sm_80, 232,448 on sm_90 and sm_100
+(https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/compute-capabilities.html).
+
+The bytes spilled per thread, default -> here, with the shared memory in brackets, of kernels for symbolic lengths,
+bfloat16, 32 heads of queries and 8 of keys. They were read from the machine code that torch 2.13.0+cu130 and Triton
+3.7.1 generate for `attention.block_attention`. It was compiled without a GPU: speed was not measured.
 
     width               sm_80                    sm_90                    sm_100
      64      forward       40 -> 0   (49,152)     672 -> 0  (114,688)      840 -> 0  (118,304)
@@ -18,7 +19,7 @@ on a CUDA that computes nothing: speed was not measured.
              backward   11208 -> 224 (103,040)   1952 -> 200 (131,712)     360 -> 176 (98,312)
     256      backward   11168 -> 224 (103,040)   2008 -> 200 (131,712)   13288 -> 176 (98,312)
 
-Of several that spill next to nothing the largest tile stands here: a smaller one reads keys and values more often.
+Among tiles that spill next to nothing the table has the largest: smaller tiles read keys and values more often.
 """
 
 from collections.abc import Mapping
@@ -27,25 +28,25 @@ from dataclasses import dataclass
 from torch.nn.attention.flex_attention import FlexKernelOptions
 
 Options = Mapping[str, bool | int]
-"""Names as in torch's FlexKernelOptions, with `fwd_` or `bwd_` before those of one kernel."""
+"""Options by their names in torch's FlexKernelOptions, after `fwd_` or `bwd_` where they are for one of the kernels."""
 
 ALWAYS: Options = {"ROWS_GUARANTEED_SAFE": True}
-"""Every query of a packed row sees itself, padding too, so no row of the softmax is empty."""
+"""Every query of a packed row sees itself, also in padding, so that no row of the softmax is empty."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """Options for a range of head sizes on one architecture, for dtypes of two bytes."""
+    """The options for a range of head sizes on one architecture, for dtypes of two bytes."""
 
     capability: tuple[int, int]
     """(major, minor): (9, 0) is sm_90."""
     widths: range
-    """Head sizes, in numbers."""
+    """Head sizes, in elements."""
     options: Options
 
 
 def _backward(queries: int, keys: int, stages: int) -> dict[str, int]:
-    """The tiles of both loops of the backward kernel, over queries (1) and over keys (2), on 8 warps."""
+    """Returns the tile sizes of both loops of the backward kernel, over queries (1) and over keys (2), on 8 warps."""
     tiles = {"bwd_BLOCK_M1": queries, "bwd_BLOCK_N1": keys, "bwd_BLOCK_M2": keys, "bwd_BLOCK_N2": queries}
     return tiles | {"bwd_num_stages": stages, "bwd_num_warps": 8}
 
@@ -69,8 +70,9 @@ TABLE = (
 
 
 def flex_options(width: int, itemsize: int, capability: tuple[int, int]) -> dict[str, bool | int]:
-    """The kernel options for heads of `width` numbers of `itemsize` bytes on a GPU; no name that this torch's
-    FlexAttention does not know. They change speed, not what is computed.
+    """Returns the kernel options for heads of `width` elements of `itemsize` bytes on a GPU of an architecture.
+
+    Options that the installed torch does not know are left out. Options change the speed, not the result.
     """
     chosen = dict(ALWAYS)
     for row in TABLE:

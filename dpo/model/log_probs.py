@@ -1,11 +1,17 @@
-"""Hidden states to log-probabilities of completions, without a tensor of (rows x vocabulary).
+"""Hidden states -> log-probabilities of completions, without a tensor of shape (R, V).
 
-The head is run a chunk of rows at a time, as many as a budget of bytes allows; the backward pass computes the logits
-of a chunk again instead of keeping them, but for the last chunk, which is still there: where one chunk holds all rows,
-nothing is computed twice. R rows predict R completion tokens of B completions; H is the hidden size, V the vocabulary.
+R rows of hidden states predict R tokens of B completions; H is the hidden size, V the vocabulary size. The head runs a
+chunk of rows at a time, as many as a budget of bytes allows. The backward pass recomputes the logits of a chunk instead
+of keeping them, except for the last chunk, which is still in memory: where one chunk has all rows, nothing is computed
+twice. An example: R = 10, V = 32,000, float32 and a budget of 512,000 bytes. A row of logits has 128,000 bytes, so that
+a chunk has 4 rows:
 
-Logits are never rounded to less than float32 on CUDA: the product of narrower factors (bfloat16) is written as float32.
-A CPU has no such product. There the logits are computed in the dtype of the head's weights, then widened.
+    forward     rows 0 to 1, rows 2 to 5, rows 6 to 9       one buffer of 4 rows holds each chunk in turn
+    backward    rows 6 to 9, in the buffer as forward left it
+                rows 2 to 5, rows 0 to 1, recomputed        `recomputed_share` is 0.6
+
+On CUDA logits are never rounded to less than float32: the product of narrower factors (bfloat16) is written as float32.
+A CPU has no such product. There logits are computed in the dtype of the head's weights, then converted to float32.
 """
 
 from typing import Any, NamedTuple
@@ -15,43 +21,44 @@ from torch import Tensor
 from torch.autograd import Function
 
 NARROW_BLOCKS = 16
-"""A chunk's gradient is converted to bfloat16 in blocks; the first is 1/16 of the chunk and the only one that needs
-memory of its own."""
+"""The gradient of a chunk is converted to bfloat16 in blocks. Only the first block, 1/16 of the chunk, needs memory of
+its own."""
 
 
 class Head(NamedTuple):
-    """The linear layer from hidden states to logits, and how it is run."""
+    """The linear layer from hidden states to logits, and the memory that it may take."""
 
     weight: Tensor
     """(V, H)."""
     bias: Tensor | None
     """(V,)."""
     max_bytes: int
-    """The most bytes that everything as wide as the vocabulary takes at once, in either pass; at least one row."""
+    """The maximum bytes of all tensors of width V at a time, in either pass; a chunk has at least one row."""
     device_type: str | None = None
-    """Where it is computed; None: where the weight lies. `dpo.estimate` runs what CUDA runs on tensors without
-    memory."""
+    """The device type whose code path is taken; None is the device of `weight`. `dpo.estimate` takes the path of CUDA
+    on tensors without memory."""
 
 
 class Chunking(NamedTuple):
-    """How rows are run through the head."""
+    """How the rows are divided into chunks and multiplied by the head."""
 
     is_wide: bool
     """See `has_float32_product`."""
     num_rows: int
-    """Rows whose logits are in memory at a time."""
+    """The rows of a chunk."""
 
 
 def completion_log_probs(hidden: Tensor, head: Head, targets: Tensor, lengths: Tensor) -> Tensor:
-    """Returns the log-probability of each completion given its prompt, summed over its tokens: (B,) nats.
+    """Returns the log-probability of each completion given its prompt, summed over its tokens, in nats.
 
     Args:
-        hidden: (R, H), the rows of a completion one after another.
+        hidden: (R, H), the rows of each completion one after another.
+        head: the linear layer to logits and its budget of memory.
         targets: (R,) token ids.
-        lengths: (B,) rows of each completion; one without rows gets 0.
+        lengths: (B,) rows of each completion; a completion without rows gets 0.
 
     Returns:
-        (B,) float32, float64 where the weights are.
+        (B,) float32, or float64 where the weights are float64.
     """
     weight, bias = head.weight, head.bias
     device_type = head.device_type or weight.device.type
@@ -66,10 +73,10 @@ def completion_log_probs(hidden: Tensor, head: Head, targets: Tensor, lengths: T
 
 
 def has_float32_product(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether a head with weights of `dtype` gets its logits as float32 from the product itself.
+    """Returns whether the matrix product of a head with weights of `dtype` writes its logits as float32.
 
-    So it is on CUDA (`torch.mm` with `out_dtype`, https://docs.pytorch.org/docs/stable/generated/torch.mm.html) where
-    the weights are narrower than float32. The cache of reference rows has it in its key.
+    It does on CUDA (`torch.mm` with `out_dtype`, https://docs.pytorch.org/docs/stable/generated/torch.mm.html) where
+    the weights are narrower than float32. The result is part of the key of cached reference rows.
     """
     return device_type == "cuda" and dtype.itemsize < torch.float32.itemsize
 
@@ -77,10 +84,17 @@ def has_float32_product(device_type: str, dtype: torch.dtype) -> bool:
 def rows_in_chunk(
     vocab_size: int, dtype: torch.dtype, head_bytes: int, device_type: str, needs_gradient: bool = True
 ) -> int:
-    """Rows whose logits fit into `head_bytes`; `dtype` is that in which the head computes.
+    """Returns the number of rows whose logits fit into `head_bytes`, at least one.
 
-    Bytes of a logit: 4 in float32, 8 in float64. In bfloat16 4 + 2 on a CPU, for a narrow copy of all logits; on CUDA
-    4, and with gradients 1/16 of 2 more, for the first of the blocks in which `_narrow_in_place` goes.
+    Bytes per logit: 4 in float32 and 8 in float64. In bfloat16, 4 + 2 on a CPU, for a narrow copy of all logits; on
+    CUDA 4, and with gradients 2/16 more, for the first block of `_narrow_in_place`.
+
+    Args:
+        vocab_size: V.
+        dtype: the dtype of the head's weights.
+        head_bytes: the maximum bytes of all tensors of width V.
+        device_type: the device type whose code path is taken.
+        needs_gradient: whether there will be a backward pass.
     """
     wide = _logits_dtype(dtype)
     bytes_each: float = wide.itemsize
@@ -92,25 +106,28 @@ def rows_in_chunk(
 
 
 def recomputed_share(num_rows: int, vocab_size: int, dtype: torch.dtype, head_bytes: int, device_type: str) -> float:
-    """Part of a micro-batch's rows, from 0 to 1, whose logits the backward pass computes again: all but a chunk's."""
+    """Returns the share of a micro-batch's rows, from 0 to 1, whose logits the backward pass recomputes: all rows but
+    those of the last chunk.
+    """
     return max(0.0, 1.0 - rows_in_chunk(vocab_size, dtype, head_bytes, device_type) / max(1, num_rows))
 
 
 def _logits_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype of logits for weights of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class ChunkedTokenLogProbs(Function):
-    """log softmax(hidden weight^T + bias)[targets], (R,) nats, with the logits of a chunk of rows in memory at a time.
+    """Computes log softmax(hidden weight^T + bias)[targets], (R,) nats, with the logits of one chunk at a time.
 
-    For a row with logits z, target t and output gradient g:  dz = g (onehot(t) - softmax(z)).
+    The gradient of a row with logits z, target t and output gradient g is dz = g (onehot(t) - softmax(z)).
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunking: Chunking
     ) -> Tensor:
-        """Returns the targets' log-probabilities (R,); keeps the inputs, and the log softmax of the last chunk."""
+        """Returns the log-probabilities of the targets (R,); saves the inputs and the log softmax of the last chunk."""
         ctx.chunks, ctx.is_wide = _chunks(hidden.shape[0], chunking.num_rows), chunking.is_wide
         out = torch.empty(hidden.shape[0], dtype=_logits_dtype(weight.dtype), device=hidden.device)
         buffer = _buffer(ctx.chunks, weight)
@@ -123,12 +140,12 @@ class ChunkedTokenLogProbs(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden (R, H), weight (V, H), bias (V,)."""
+        """Returns the gradients of hidden (R, H), weight (V, H) and bias (V,)."""
         hidden, weight, bias, targets = ctx.saved_tensors
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
-        kept, ctx.last_chunk = ctx.last_chunk, None  # it is overwritten, and nobody may hold it longer than needed
+        kept, ctx.last_chunk = ctx.last_chunk, None  # it is overwritten below, and freed with this call
         buffer = _buffer(ctx.chunks, weight) if kept is None else kept
-        # Sums over chunks in the logits' precision: bfloat16 would round at every chunk.
+        # Sums over chunks are in the precision of logits: bfloat16 would round after every chunk.
         sum_dtype = grad.dtype if len(ctx.chunks) > 1 else weight.dtype
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.empty_like(weight, dtype=sum_dtype) if need_weight else None
@@ -137,7 +154,8 @@ class ChunkedTokenLogProbs(Function):
             is_last = rows == ctx.chunks[-1]
             if kept is None or not is_last:
                 _log_softmax(hidden[rows], weight, bias, buffer, ctx.is_wide)
-            dz = buffer[: rows.stop - rows.start].exp_()  # of the negative logarithm, before it is scaled by g
+            # dz = softmax(z) - onehot(t) here; it is scaled by -g below.
+            dz = buffer[: rows.stop - rows.start].exp_()
             dz[torch.arange(len(dz), device=dz.device), targets[rows]] -= 1
             scale = -grad[rows, None]
             if grad_bias is not None:
@@ -147,24 +165,28 @@ class ChunkedTokenLogProbs(Function):
                 grad_hidden[rows] = torch.mm(narrow, weight) * scale
             if grad_weight is not None:
                 _add_product(grad_weight, None if ctx.is_wide else dz, narrow, hidden[rows] * scale, keep=not is_last)
-            del narrow  # the next chunk's logits take its place in the budget
+            del narrow  # frees its memory before the next chunk's logits
         return grad_hidden, _like(grad_weight, weight), _like(grad_bias, bias), None, None
 
 
 def _chunks(num_rows: int, chunk: int) -> list[slice]:
-    """At least one; all of the same size but the first, so that the last, which is kept, is a whole one."""
+    """Returns the rows of each chunk, at least one chunk. All chunks but the first have `chunk` rows, so that the
+    last, which is not recomputed, is as large as possible.
+    """
     stops = range(num_rows, 0, -chunk) or [0]
     return [slice(max(0, stop - chunk), stop) for stop in reversed(stops)]
 
 
 def _buffer(chunks: list[slice], weight: Tensor) -> Tensor:
-    """Memory for the logits of any chunk: one for all, since new memory costs a CPU about as much as filling it."""
+    """Returns the memory that the logits of all chunks share, since on a CPU new memory costs about as much as filling
+    it.
+    """
     last = chunks[-1]
     return weight.new_empty(last.stop - last.start, weight.shape[0], dtype=_logits_dtype(weight.dtype))
 
 
 def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor, is_wide: bool) -> Tensor:
-    """log softmax of the logits of some rows, (rows, V), in the first rows of the buffer."""
+    """Computes the log softmax of the logits of some rows, (rows, V), in the first rows of the buffer."""
     out = buffer[: len(hidden)]
     if is_wide:
         _float32_product(hidden, weight.T, out, keep=False)
@@ -172,12 +194,12 @@ def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Te
             out += bias
     else:
         _put_logits(hidden, weight, bias, out)
-    # In place: torch's kernels read a row's last time where they write it.
+    # In place: torch's kernels do not read a row's elements after they have written them.
     return torch.log_softmax(out, -1, out=out)
 
 
 def _put_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Computes logits in the dtype of the head's weights, then widens them, as the model's own forward does."""
+    """Computes logits in the dtype of the head's weights, then converts them, as the model's own forward does."""
     narrow = out if out.dtype == weight.dtype else None
     if bias is None:
         logits = torch.mm(hidden, weight.T, out=narrow)
@@ -188,9 +210,9 @@ def _put_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor
 
 
 def _float32_product(left: Tensor, right: Tensor, total: Tensor, keep: bool) -> None:
-    """total = left right + (total where it is kept), a float32 sum of products of narrow factors; for CUDA alone.
+    """Computes total = left right, plus total where `keep`: a float32 sum of products of narrow factors, on CUDA only.
 
-    A bias is added apart: whether `addmm` takes a narrow one beside a float32 result is not documented.
+    A bias is added separately, since it is not documented that `addmm` takes a narrow bias with a float32 result.
     """
     torch.addmm(total, left, right, out_dtype=total.dtype, beta=int(keep), out=total)
 
@@ -198,9 +220,10 @@ def _float32_product(left: Tensor, right: Tensor, total: Tensor, keep: bool) -> 
 def _narrow_in_place(dz: Tensor, dtype: torch.dtype) -> Tensor:
     """Converts dz (rows, V), contiguous float32, to a dtype of half its width, in the first half of its own memory.
 
-    Block [a, b) of the elements is written to the bytes of [a/2, b/2). Where b <= 2a these were read before, so no copy
-    is needed. Blocks therefore double in size, and only the first, 1/16 of the whole, is copied: 4 + 2/16 bytes per
-    element instead of 4 + 2, with six kernels instead of one.
+    Block [a, b) of the elements is written to the bytes of [a/2, b/2). Where b <= 2a these bytes were read before, so
+    that no copy is needed. Blocks therefore double in size, and only the first, 1/16 of the whole, is copied: 4 + 2/16
+    bytes per element instead of 4 + 2, with six kernels instead of one. An example with 32 elements: blocks [0, 2),
+    [2, 4), [4, 8), [8, 16), [16, 32), of which [8, 16) is written to the memory of [4, 8).
     """
     wide, count = dz.view(-1), dz.numel()
     narrow = wide.view(dtype)[:count]
@@ -213,8 +236,8 @@ def _narrow_in_place(dz: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _add_product(total: Tensor, dz: Tensor | None, narrow: Tensor, hidden: Tensor, keep: bool) -> None:
-    """total (V, H) = dz^T hidden + (total where it is kept), without another tensor of this size. No `dz`: it was
-    narrowed in place.
+    """Computes total (V, H) = dz^T hidden, plus total where `keep`, without another tensor of this size. `dz` is None
+    where `narrow` has taken its memory.
     """
     if total.dtype == narrow.dtype:
         torch.addmm(total, narrow.T, hidden.to(total.dtype), beta=int(keep), out=total)
@@ -225,4 +248,5 @@ def _add_product(total: Tensor, dz: Tensor | None, narrow: Tensor, hidden: Tenso
 
 
 def _like(grad: Tensor | None, parameter: Tensor | None) -> Tensor | None:
+    """Returns the gradient in the dtype of its parameter."""
     return None if grad is None or parameter is None else grad.to(parameter.dtype)

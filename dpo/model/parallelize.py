@@ -1,4 +1,4 @@
-"""How a model is divided over the ranks: activation checkpointing, compilation and sharding, composed onto it."""
+"""Composes activation checkpointing, compilation and sharding onto a model."""
 
 import types
 from collections import Counter
@@ -30,8 +30,16 @@ from dpo.model.kernels import Graphs, compile_layers
 
 
 def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConfig, compute: torch.dtype) -> Graphs:
-    """Composes checkpointing, compilation and sharding onto a model, in this order; the model knows of none of them.
-    Gives the count of the compiled layers' graphs, which goes on while they run.
+    """Composes activation checkpointing, compilation and sharding onto a model, in this order.
+
+    Args:
+        model: a model on the meta device, modified in place; its code does not change.
+        mesh: the ranks over which parameters are sharded.
+        parallel: how the model is sharded, checkpointed and compiled; nothing is auto.
+        compute: the dtype of the forward and backward pass.
+
+    Returns:
+        The counter of the compiled layers' graphs, which goes on counting while they run.
     """
     layers = decoder_layers(model)
     if parallel.activation_checkpointing != "none":
@@ -46,36 +54,37 @@ def parallelize(model: PreTrainedModel, mesh: DeviceMesh, parallel: ParallelConf
     )
     for layer in layers:
         shard(layer, reshard_after_forward=parallel.reshard_after_forward)
-    shard(model, reshard_after_forward=False)  # its backward, the head's, begins where its forward ends
+    shard(model, reshard_after_forward=False)  # backward of the head follows its forward at once
     register_fsdp_forward_method(model, "logps")
     for module in fsdp_modules(model):
-        # The loss is divided by the global number of pairs, so gradients are summed over ranks, not averaged. Without
-        # the second line gloo refuses the first.
+        # The loss is divided by the global number of pairs, so gradients are summed over ranks, not averaged. gloo
+        # refuses the first line without the second.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return graphs
 
 
 def _offload_policy(parallel: ParallelConfig, pinned: bool) -> OffloadPolicy:
+    """Returns FSDP's offload policy; pins the memory of offloaded parameters where there is an accelerator."""
     return CPUOffloadPolicy(pin_memory=pinned) if parallel.cpu_offload else OffloadPolicy()
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The repeated layers, in order: what is sharded, checkpointed and compiled one by one."""
+    """Returns the decoder layers in order, each of which is sharded, checkpointed and compiled by itself."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
-    """The root and the layers."""
+    """Returns the modules on which `fully_shard` was called: the root and the layers."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def checkpoint_layers(layers: Sequence[nn.Module], run: Callable[..., Any]) -> None:
-    """Has each layer's forward run by `run`, a `torch.utils.checkpoint.checkpoint`, where there are gradients.
+    """Wraps the forward of each layer in `run`, a `torch.utils.checkpoint.checkpoint`, where there are gradients.
 
-    It is the layer's forward that is wrapped, not its call: FSDP's hooks then run once, and torch.compile, which takes
-    the call, sees what is to be kept. transformers wraps the forward since 5.23; before, it wraps the call, and under
-    torch.compile nothing is kept.
+    It wraps the layer's forward, not its call, so that FSDP's hooks run once, and torch.compile, which compiles the
+    call, sees which results to save. transformers wraps the forward since 5.23; before, it wrapped the call, and
+    nothing was saved under torch.compile.
     """
 
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -89,12 +98,14 @@ def checkpoint_layers(layers: Sequence[nn.Module], run: Callable[..., Any]) -> N
 
 
 _ATTENTION_OPS = ("scaled_dot_product", "inductor_compiled_code", "flex_attention")
-"""Substrings of the names of operations whose results selective checkpointing keeps: attention on a CPU; FlexAttention
+"""Substrings of the names of operators whose results selective checkpointing saves: attention on a CPU; FlexAttention
 compiled alone; FlexAttention in a compiled layer."""
 
 
 def _selective_contexts() -> Any:
-    """Keeps the results of attention and of every second matrix product of a layer; the rest is computed again."""
+    """Returns the contexts of selective checkpointing, which saves the results of attention and of every second matrix
+    product of a layer, and recomputes the rest.
+    """
     num_products = {False: 0, True: 0}
 
     def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -114,11 +125,13 @@ _CHECKPOINTS: Mapping[str, Callable[..., Any]] = {
     "selective": partial(checkpoint, use_reentrant=False, context_fn=_selective_contexts),
     "full": partial(checkpoint, use_reentrant=False),
 }
-"""By parallel.activation_checkpointing."""
+"""The checkpoint functions by `parallel.activation_checkpointing`."""
 
 
 def compute_dtype(parallel: ParallelConfig, master: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the forward and backward pass; `auto` is bfloat16 on CUDA, the master weights' on a CPU."""
+    """Returns the dtype of the forward and backward pass; `auto` is bfloat16 on CUDA (float64 where the master weights
+    are), and the dtype of the master weights on a CPU.
+    """
     if parallel.compute_dtype != "auto":
         dtype: torch.dtype = getattr(torch, parallel.compute_dtype)
         return dtype
@@ -126,5 +139,5 @@ def compute_dtype(parallel: ParallelConfig, master: torch.dtype, device: torch.d
 
 
 def is_compiled(parallel: ParallelConfig, device: torch.device) -> bool:
-    """Whether layers go through torch.compile; `auto` is yes on CUDA alone."""
+    """Returns whether layers are compiled by torch.compile; `auto` is true on CUDA only."""
     return device.type == "cuda" if parallel.compile == "auto" else parallel.compile

@@ -1,6 +1,4 @@
-"""The model that is trained: built without memory, divided over the mesh, loaded shard by shard, run on packed
-trees.
-"""
+"""The policy: a sharded model, and its forward pass on packed trees (`build.py` makes it)."""
 
 import gc
 from dataclasses import dataclass
@@ -20,19 +18,21 @@ from dpo.model.parallelize import fsdp_modules
 
 @dataclass(frozen=True)
 class Policy:
-    """A sharded model and what must be known to run it."""
+    """A sharded model, and the settings of its forward and backward pass."""
 
     model: Any
+    """A transformers model on which `fully_shard` was called."""
     windows: tuple[Window, ...]
-    """The attention windows of its layers."""
+    """The distinct attention windows of its layers."""
     device: torch.device
+    """The device of the forward pass; with CPU offloading the parameters are on the host."""
     dtype: torch.dtype
-    """Of the master weights and the log-probabilities."""
+    """The dtype of the master weights and of log-probabilities."""
     parallel: ParallelConfig
     head_bytes: int
-    """The most bytes that everything as wide as the vocabulary takes at once."""
+    """The maximum bytes of all tensors as wide as the vocabulary at a time."""
     graphs: Graphs
-    """Graphs that its layers have taken so far; empty where they are not compiled."""
+    """The graphs compiled for its layers so far; empty where layers are not compiled."""
 
     @property
     def config(self) -> PretrainedConfig:
@@ -42,12 +42,14 @@ class Policy:
 
     @property
     def row_format(self) -> RowFormat:
-        """Returns how rows are packed for this model on its device."""
+        """Returns the format of packed rows for this model and its device."""
         return RowFormat(self.windows, self.device, self.dtype, padded_length if self.device.type == "cuda" else int)
 
 
 def free_memory() -> None:
-    """Frees models that nobody holds any more: a sharded one refers to itself, and would wait for a collection."""
+    """Frees the memory of models without references: a sharded model is a reference cycle, which only the garbage
+    collector frees.
+    """
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -65,7 +67,11 @@ def completion_logps(policy: Policy, batch: PackedBatch) -> Tensor:
 def _forward_logps(
     model: PreTrainedModel, batch: PackedBatch, head_bytes: int, device_type: str | None = None
 ) -> Tensor:
-    """Runs inside the root's FSDP forward, where the head's weights are whole; only rows that predict meet the head."""
+    """Returns the log-probabilities (B,) of a batch: the model's method `logps`.
+
+    `fully_shard` treats it as a forward method of the root, so that the head's weights are unsharded inside it. The
+    head computes only the rows that predict a completion token.
+    """
     hidden = model.base_model(
         input_ids=batch.tokens[None],
         position_ids=batch.positions[None],
@@ -78,17 +84,22 @@ def _forward_logps(
 
 
 def announce_backward(policy: Policy, is_last: bool) -> None:
-    """Says whether the coming backward pass reduces gradients over ranks (on every micro-batch, or on the last alone)
-    and whether parameters stay whole after it (up to the last, where they outlive the forward pass).
+    """Prepares FSDP for the next backward pass; `is_last` is true for the last micro-batch of a step.
+
+    Gradients are reduce-scattered after every micro-batch or after the last one alone, by `parallel.sync_gradients`.
+    Parameters stay unsharded between micro-batches unless `parallel.reshard_after_forward`; after the last they are
+    resharded.
     """
     reduces = is_last or policy.parallel.sync_gradients == "every_micro_batch"
     policy.model.set_requires_gradient_sync(reduces)
     policy.model.set_reshard_after_backward(is_last or policy.parallel.reshard_after_forward)
-    # What was reduced over copies (HSDP) would else stay beside the next micro-batch's activations.
+    # Else gradients that were all-reduced over copies (HSDP) stay in memory during the next micro-batch.
     policy.model.set_is_last_backward(reduces)
 
 
 def reshard(policy: Policy) -> None:
-    """Frees whole parameters that a pass without gradients left behind: they would outlive a change of the weights."""
+    """Reshards all parameters that a forward pass without gradients left unsharded; they would otherwise be used again
+    after the optimizer has changed the shards.
+    """
     for module in fsdp_modules(policy.model):
         module.reshard()

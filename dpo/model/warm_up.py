@@ -1,4 +1,4 @@
-"""All that steps and evaluations run is compiled before the first of them, on a few rows that are thrown away."""
+"""Compiles everything that steps and evaluations run before the first of them, by a few rows without an effect."""
 
 import time
 from collections.abc import Iterator
@@ -24,31 +24,38 @@ from dpo.model.parallelize import is_compiled
 from dpo.model.policy import Policy, announce_backward, completion_logps, reshard
 
 LENGTHS = (17 * BLOCK, 6 * BLOCK)
-"""Tokens of the rows. The first, as a number of tokens or of blocks, is the size of nothing else in a model. A length
-that torch took for a constant in the first row is an unknown from the second on.
+"""Tokens of the rows. No other size of a model equals the first length, in tokens or in blocks. A length that torch
+takes for a constant in the first row becomes symbolic with the second.
 """
 
 
 def warm_up(policy: Policy, packer: Packer, world: World, passes: tuple[bool, ...]) -> None:
-    """Compiles what `passes` ask for: True is a pass with gradients, False one without. Weights do not change, and no
-    gradient is left. Where nothing is compiled, nothing is run.
+    """Compiles the forward and backward passes of a policy by running them. Weights do not change, and no gradient
+    is left.
 
-    Every rank must get here with the same `passes`, or the rest hang.
+    It runs nothing where nothing is compiled, on a CPU without `parallel.compile`. Every rank must get here with the
+    same `passes`, or the rest hang.
+
+    Args:
+        policy: the sharded model.
+        packer: the packer of the run.
+        world: the ranks.
+        passes: the passes to compile: True is a pass with gradients, False a pass without.
     """
     compiled = is_compiled(policy.parallel, policy.device)
     if not compiled and policy.device.type != "cuda":
         return
-    what = "layers and attention" if compiled else "attention"
+    compiled_parts = "layers and attention" if compiled else "attention"
     if world.is_main:
-        how_long = "1 to 3 minutes at the first start, seconds where kernels are kept from another"
-        say(f"compiling {what}: {how_long}; they are kept in {kernel_folder()}")
+        duration = "1 to 3 minutes at the first start, seconds at later ones"
+        say(f"compiling {compiled_parts}: {duration}; kernels are kept in {kernel_folder()}")
     started, before = time.monotonic(), num_graphs()
     packer = replace(packer, row_format=policy.row_format)
     with first_length_unknown():
         for with_gradients in passes:
             for length in LENGTHS:
                 _run(policy, _row(packer, length), with_gradients)
-    reshard(policy)  # first: gradients are those of the sharded parameters
+    reshard(policy)  # before zero_grad, since sharded parameters hold the gradients
     policy.model.zero_grad(set_to_none=True)
     if world.is_main:
         kinds = f" ({describe_graphs(policy.graphs)})" if policy.graphs else ""
@@ -58,8 +65,8 @@ def warm_up(policy: Policy, packer: Packer, world: World, passes: tuple[bool, ..
 def load_and_warm(
     config: Config, world: World, model_config: PretrainedConfig, folder: Path, packer: Packer, passes: tuple[bool, ...]
 ) -> Policy:
-    """A sharded policy with the weights of a folder, and all compiled that `passes` ask for (see `warm_up`). Every rank
-    must get here.
+    """Returns a sharded policy with the weights of a folder, after `warm_up` has compiled `passes`. Every rank must get
+    here, or the rest hang.
     """
     policy = load_policy(config, world, model_config, folder)
     warm_up(policy, packer, world, passes)
@@ -68,8 +75,8 @@ def load_and_warm(
 
 @contextmanager
 def first_length_unknown() -> Iterator[None]:
-    """Inside, torch takes the first of `LENGTHS` for an unknown at once, which saves the graph that holds for it alone.
-    Versions that cannot, as 2.11, compile that graph, too.
+    """Has torch compile the first of `LENGTHS` as a symbolic size at once, which saves the graph for this length alone.
+    Versions of torch without this setting, as 2.11, compile that graph too.
     """
     settings: Any = torch.compiler.config
     if not hasattr(settings, "dynamic_values"):
@@ -80,7 +87,9 @@ def first_length_unknown() -> Iterator[None]:
 
 
 def _row(packer: Packer, length: int) -> PackedBatch:
-    """A tree of two tokens on each lane, the rest of the row padding: no model has too few positions for it."""
+    """Returns a row of `length` tokens: a tree of two tokens, the rest padding, for which every model has enough
+    positions.
+    """
     ids = np.zeros(1, np.int32)
     plan = packer.plan([Tree(ids, (ids,), ())] * packer.num_lanes)
     row_format = replace(packer.row_format, row_length=lambda _: length)
@@ -88,6 +97,7 @@ def _row(packer: Packer, length: int) -> PackedBatch:
 
 
 def _run(policy: Policy, batch: PackedBatch, with_gradients: bool) -> None:
+    """Runs a forward pass, and with gradients a backward pass whose gradients are 0."""
     announce_backward(policy, is_last=True)
     with torch.set_grad_enabled(with_gradients):
         logps = completion_logps(policy, batch.to(policy.device))

@@ -1,4 +1,4 @@
-"""Model folders in Hugging Face's form: found, checked, hashed by content, read and written a shard a rank."""
+"""Finds, checks, hashes, reads and writes model folders in Hugging Face's form, each rank its own shards."""
 
 import hashlib
 import json
@@ -23,24 +23,26 @@ from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
 
 CONFIG_NOISE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
-"""Keys of a model's config that change no value the model computes in our dtypes."""
+"""Keys of a model's config that do not change the model's results in our dtypes."""
 
 FILE_BYTES = 5 * 2**30
-"""Size at which an exported model goes on in another file, bytes."""
+"""The size of a file of an exported model, in bytes, above which another file is begun."""
 
 
 # --- found and checked -----------------------------------------------------------------------------------------------
 
 
 def find_model(path: str, key: str, world: World) -> Path:
-    """The local folder of a model: `path` itself, or a hub model downloaded once a node. Every rank must get here.
+    """Returns the local folder of a model: `path` itself, or a hub model, which is downloaded once per node.
 
-    Raises UserError, naming the config `key`, where there is none or it has no safetensors.
+    Every rank must get here, or the rest hang. Raises UserError, naming the config `key`, where there is no such model
+    or it has no safetensors.
     """
     return first_on_each_node(world, lambda: _find_model(path, key))
 
 
 def _find_model(path: str, key: str) -> Path:
+    """Returns the local folder of a model; downloads a hub model."""
     folder = Path(path)
     if not folder.exists():
         folder = _download(path, key)
@@ -56,6 +58,7 @@ def _find_model(path: str, key: str) -> Path:
 
 
 def _download(path: str, key: str) -> Path:
+    """Downloads a hub model, or finds it in the hub's cache; returns its folder."""
     if not is_hub_id(path):
         raise UserError(key, f"no such folder: {path}", "a Hugging Face model folder or hub id")
     try:
@@ -71,7 +74,7 @@ def _download(path: str, key: str) -> Path:
 
 
 def read_model_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """The model's config, refused (UserError) where this trainer cannot be exact for it."""
+    """Returns the model's config. Raises UserError where it cannot be read, or this trainer cannot be exact for it."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as failure:
@@ -83,7 +86,7 @@ def read_model_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig
 
 
 def _refusals(config: PretrainedConfig) -> list[tuple[bool, str]]:
-    """(whether it applies, why the model is refused)."""
+    """Returns the reasons to refuse a model, as (whether the reason applies, reason)."""
 
     def has(*names: str) -> bool:
         return any(getattr(config, name, None) not in (None, False, 0, 1, 1.0) for name in names)
@@ -107,41 +110,43 @@ def _refusals(config: PretrainedConfig) -> list[tuple[bool, str]]:
 
 
 def hash_model(folder: Path, config: PretrainedConfig, world: World) -> str:
-    """A hash of the model by content: every tensor's name, dtype, shape and bytes, and the config without names.
+    """Returns a hash of the model's content: every tensor's name, dtype, shape and bytes, and the config without names.
 
-    It does not depend on how the tensors lie in files. The ranks divide the tensors among them; every rank must get
-    here.
+    It does not depend on how the tensors are divided into files. Each rank hashes a part of the tensors. Every rank
+    must get here, or the rest hang.
     """
     digests = {
         name: digest for part in all_gather(together(lambda: _hash_tensors(folder, world))) for name, digest in part
     }
-    described = {k: v for k, v in config.to_dict().items() if k not in CONFIG_NOISE}
-    whole = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    settings = {k: v for k, v in config.to_dict().items() if k not in CONFIG_NOISE}
+    content = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for name in sorted(digests):
-        whole.update(digests[name])
-    return whole.hexdigest()
+        content.update(digests[name])
+    return content.hexdigest()
 
 
 def _hash_tensors(folder: Path, world: World) -> list[tuple[str, bytes]]:
+    """Returns (name, hash) of this rank's part of the tensors; the largest are dealt to the ranks first."""
     files = tensor_files(folder)
-    mine = sorted(files, key=lambda name: (-files[name][1].numel(), name))[world.rank :: world.size]
-    return [(name, _hash_tensor(files[name][0], name)) for name in mine]
+    own_names = sorted(files, key=lambda name: (-files[name][1].numel(), name))[world.rank :: world.size]
+    return [(name, _hash_tensor(files[name][0], name)) for name in own_names]
 
 
 def tensor_files(folder: Path) -> dict[str, tuple[Path, torch.Size]]:
-    """Name of each tensor in a folder -> (its file, its shape). Raises UserError for a broken file."""
-    found = {}
+    """Returns the file and the shape of each tensor in a folder, by name. Raises UserError for a broken file."""
+    files = {}
     for path in tensor_paths(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    found[name] = (path, torch.Size(file.get_slice(name).get_shape()))
+                    files[name] = (path, torch.Size(file.get_slice(name).get_shape()))
         except (SafetensorError, OSError) as failure:
             raise UserError(str(path), f"not a readable safetensors file: {failure}") from failure
-    return found
+    return files
 
 
 def _hash_tensor(path: Path, name: str) -> bytes:
+    """Returns a hash of a tensor's name, dtype, shape and bytes."""
     with safe_open(path, framework="pt") as file:
         tensor = file.get_tensor(name).contiguous()
     digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
@@ -153,7 +158,8 @@ def _hash_tensor(path: Path, name: str) -> bytes:
 
 
 def tensor_paths(folder: Path) -> list[Path]:
-    """The files that hold a model's tensors: those that its index names, or model.safetensors, or else all of them.
+    """Returns the files of a model's tensors: the files that its index names, else model.safetensors, else all
+    safetensors files.
 
     Some repositories have the same weights a second time, in a file of another form.
     """
@@ -166,10 +172,17 @@ def tensor_paths(folder: Path) -> list[Path]:
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> None:
-    """Fills tensors (DTensors too: each rank reads only its shard) with those of the same names in the folder.
+    """Fills tensors with the tensors of the same names in a folder; of a DTensor each rank reads its shard alone.
 
-    Checkpoints of the bare body lack `base_prefix.` in their names, and are understood. Raises UserError where a
-    tensor is missing or has another shape. Every rank must get here.
+    Every rank must get here, or the rest hang.
+
+    Args:
+        folder: a model folder.
+        tensors: the tensors to fill, by name.
+        base_prefix: the name of the model's body. Checkpoints of a body alone lack `base_prefix.` in their names.
+
+    Raises:
+        UserError: a tensor is missing or has another shape.
     """
     wanted = together(lambda: _find_tensors(folder, tensors, base_prefix))
     with storage_errors(folder):
@@ -177,7 +190,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix:
 
 
 def _find_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors under the names that they have in the folder."""
+    """Returns the tensors by their names in the folder. Raises UserError where one is missing or has another shape."""
     stored = tensor_files(folder)
     wanted = {_stored_name(name, stored, base_prefix + "."): tensor for name, tensor in tensors.items()}
     missing = sorted(set(wanted) - set(stored))
@@ -193,6 +206,7 @@ def _find_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix
 
 
 def _stored_name(name: str, stored: Mapping[str, Any], prefix: str) -> str:
+    """Returns the name of a tensor in the folder, without `prefix` where only that is stored."""
     bare = name.removeprefix(prefix)
     return bare if name not in stored and bare in stored else name
 
@@ -200,7 +214,7 @@ def _stored_name(name: str, stored: Mapping[str, Any], prefix: str) -> str:
 def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, world: World) -> None:
     """Writes tensors (DTensors too) as safetensors in `folder`, in files of at most about FILE_BYTES with an index.
 
-    Every rank must get here: each writes its shards, rank 0 then joins them.
+    Each rank writes its shards, then rank 0 joins them. Every rank must get here, or the rest hang.
     """
     cast = {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
@@ -219,7 +233,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch
 
 
 def _assign_files(sizes: Mapping[str, int]) -> dict[str, int]:
-    """Tensor name -> number of its file, from 1, in the order given."""
+    """Returns the number of each tensor's file, from 1, by name; files are filled in the order of `sizes`, in bytes."""
     files, number, room = {}, 1, FILE_BYTES
     for name, size in sizes.items():
         if size > room and room < FILE_BYTES:
@@ -229,7 +243,7 @@ def _assign_files(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def _tidy(folder: Path) -> None:
-    """Removes the shards; a single file gets the plain name that needs no index."""
+    """Removes the shards; renames a single file to model.safetensors, which needs no index."""
     shutil.rmtree(folder / "sharded", ignore_errors=True)
     files = list(folder.glob("*.safetensors"))
     if len(files) == 1:
@@ -239,12 +253,21 @@ def _tidy(folder: Path) -> None:
 
 
 def find_model_config(config: Config) -> PretrainedConfig:
-    """The config of model.path, a folder or hub id; no weights need to be there, and none are downloaded."""
+    """Returns the config of the model at `model.path`, a folder or hub id; needs no weights, and downloads none."""
     return read_named_config(config.model.path, "model.path", config.model.trust_remote_code)
 
 
 def read_named_config(name: str, key: str, trust_remote_code: bool) -> PretrainedConfig:
-    """The config of a model, a folder or hub id, that stands under a key of the config."""
+    """Returns the config of a model, a folder or hub id.
+
+    Args:
+        name: the folder or hub id.
+        key: the key of the trainer's config that names it, for errors.
+        trust_remote_code: whether a model's own code may run.
+
+    Raises:
+        UserError: there is no such model, its config cannot be read, or this trainer cannot be exact for it.
+    """
     path = Path(name)
     if path.exists() and not (path / "config.json").is_file():
         raise UserError(key, f"{path} has no config.json", "a Hugging Face model folder or hub id")

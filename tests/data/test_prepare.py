@@ -241,7 +241,7 @@ def test_report(tmp_path, tokenizer_folder):
         "  dropped, identical: 4 (at :4, :5, :6, …)",
         "  dropped, tie: 1 (at :9)",
         "  1 rows without a pair",
-        "  1 pairs that repeat an earlier one of their row",
+        "  1 pairs that repeat an earlier pair of their row",
         "  3 pairs whose opposite is listed too",
         "  1 prompts cut at their beginning",
         "  1 completions cut at their end",
@@ -258,7 +258,7 @@ def test_report_warns_of_positions_and_of_prompts_on_both_sides(tmp_path, tokeni
     assert (report.sources[0].over_positions, report.eval_prompts_in_training) == (1, 1)
     text = "\n".join(report.lines())
     assert "1 completions end after the model's max_position_embeddings: a WARNING" in text
-    assert "as one text 2 of the first 2 completions would get other ids" in text
+    assert "as one text 2 of the first 2 completions would have different ids" in text
     assert "WARNING: 1 prompts of data.eval are in training data too" in text
 
 

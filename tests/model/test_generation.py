@@ -187,7 +187,7 @@ def test_learned_positions_end_an_answer_early(
     expected = [plain_greedy(model, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     capsys.readouterr()
     assert generate(policy, prompts, AnswerRule((), NEW, 0.0, 0), world) == expected
-    assert f"5 answers end before {NEW} tokens, where the model's positions do" in capsys.readouterr().err
+    assert f"5 answers end before {NEW} tokens, where the model's positions end" in capsys.readouterr().err
 
 
 def test_rotary_positions_do_not_end(world: World, policy: Policy, capsys: pytest.CaptureFixture[str]) -> None:

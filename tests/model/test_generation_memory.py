@@ -20,7 +20,7 @@ from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from dpo.machine.facts import host_memory
 from dpo.model import generation
-from dpo.model.generation import AnswerRule, _free_bytes, cached_numbers, generate, keeps_layers_whole
+from dpo.model.generation import AnswerRule, _free_bytes, cached_elements, generate, keeps_layers_whole
 from dpo.model.parallelize import decoder_layers
 from dpo.model.policy import Policy, completion_logps
 from tests.model.test_generation import PROMPTS, load, plain_greedy, some_pairs
@@ -85,7 +85,7 @@ def test_the_cache_is_what_transformers_keeps(kind: str) -> None:
     with torch.no_grad():
         cache = model(input_ids=torch.ones(1, 5, dtype=torch.long), use_cache=True).past_key_values
     kept = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
-    assert cached_numbers(config) == numbers
+    assert cached_elements(config) == numbers
     assert (kept < 5 * numbers) if "sliding_window" in facts else (kept == 5 * numbers)
 
 
@@ -96,7 +96,7 @@ def test_a_cache_of_another_kind_is_not_known(kind: str) -> None:
     """
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {kind}")
-    assert cached_numbers(AutoConfig.for_model(kind)) is None
+    assert cached_elements(AutoConfig.for_model(kind)) is None
 
 
 # --- seen in the middle of it ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The rows of a JSON or JSONL file, each with its line, read strictly: what is broken is named by file and line."""
+"""The rows of a JSON or JSONL file, each with its line, read strictly: errors name the file and the line."""
 
 import gzip
 import json
@@ -10,16 +10,26 @@ from typing import Any, NoReturn
 from dpo.base.errors import UserError
 
 GZIP, BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
-SPACE = " \t\n\r"  # what JSON counts as white space
-Located = tuple[int, str, Any]  # line from 1, the row's own text, its value
+SPACE = " \t\n\r"
+"""White space as JSON defines it."""
+Located = tuple[int, str, Any]
+"""(line from 1, the row's text, its value)."""
 
 
 def json_rows(path: str, name: str) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON array, or of the lines of a JSONL file, gzipped or not; what it is, its content tells.
+    """Yields the objects of a JSON array or of the lines of a JSONL file, which may be gzipped. The content of the file
+    decides, not its name.
 
-    Yields {row: the object's own text, line: where it begins, from 1, columns: its sorted keys as a JSON list}. `name`
-    stands for the file in errors. Raises UserError `name:line: what` for broken JSON (also NaN, a key that comes twice,
-    half a surrogate pair, bytes that are not UTF-8, a broken gzip), for a row that is not an object, and for no rows.
+    Args:
+        path: the file.
+        name: the file's name in errors.
+
+    Yields:
+        {row: the object's text, line: the line in which it begins, from 1, columns: its sorted keys as a JSON list}.
+
+    Raises:
+        UserError: `name:line: what`, for broken JSON (also for NaN, a repeated key, half a surrogate pair, bytes that
+            are not UTF-8, a broken gzip), for a row that is not an object, and for a file without rows.
     """
     num_rows = 0
     for line, text, row in _located_rows(path, name):
@@ -32,6 +42,7 @@ def json_rows(path: str, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _located_rows(path: str, name: str) -> Iterator[Located]:
+    """Yields the rows of an array or of lines, whichever the file's first character that is not white space tells."""
     with Path(path).open("rb") as raw:
         is_gzip = raw.read(2) == GZIP
     with gzip.open(path) if is_gzip else Path(path).open("rb") as file:
@@ -44,14 +55,14 @@ def _located_rows(path: str, name: str) -> Iterator[Located]:
 
 
 def _text_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """(line from 1, text) of the lines, without the blank ones at the beginning."""
-    line, begun = 0, False
+    """Yields (line from 1, text) of the lines, without blank lines at the beginning."""
+    line, has_begun = 0, False
     try:
         for raw in file:
             line += 1
             text = (raw.removeprefix(BOM) if line == 1 else raw).decode("utf-8")
-            begun = begun or bool(text.strip(SPACE))
-            if begun:
+            has_begun = has_begun or bool(text.strip(SPACE))
+            if has_begun:
                 yield line, text
     except UnicodeDecodeError as error:
         raise UserError(f"{name}:{line}", f"not UTF-8 ({error.reason})", "JSON in UTF-8") from error
@@ -60,7 +71,7 @@ def _text_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
 
 
 def _line_rows(first: tuple[int, str], lines: Iterable[tuple[int, str]], name: str) -> Iterator[Located]:
-    """JSONL: one value a line; blank lines are skipped."""
+    """Yields the rows of JSONL, one value per line; skips blank lines."""
     yield _line_row(*first, name)
     for line, text in lines:
         if text.strip(SPACE):
@@ -68,6 +79,7 @@ def _line_rows(first: tuple[int, str], lines: Iterable[tuple[int, str]], name: s
 
 
 def _line_row(line: int, text: str, name: str) -> Located:
+    """Returns the row of a line of JSONL."""
     text = text.strip(SPACE)
     value, end = _decode(text, 0, line, name)
     if end < len(text):
@@ -76,7 +88,9 @@ def _line_row(line: int, text: str, name: str) -> Located:
 
 
 def _array_rows(first: tuple[int, str], lines: Iterable[tuple[int, str]], name: str) -> Iterator[Located]:
-    """One JSON array: decoded element by element, so that each knows its line; the text is held in memory."""
+    """Yields the rows of one JSON array. Holds its text in memory, and decodes it element by element, so that the line
+    of each is known.
+    """
     line, text = first[0], first[1] + "".join(text for _, text in lines)
     at, ends = text.index("[") + 1, ","
     while ends == ",":
@@ -97,7 +111,7 @@ def _array_rows(first: tuple[int, str], lines: Iterable[tuple[int, str]], name: 
 
 
 def _skip_space(text: str, at: int, line: int) -> tuple[int, int]:
-    """The next position that is not white space, and its line."""
+    """Returns the next position that is not white space, and its line."""
     while at < len(text) and text[at] in SPACE:
         line += text[at] == "\n"
         at += 1
@@ -105,11 +119,11 @@ def _skip_space(text: str, at: int, line: int) -> tuple[int, int]:
 
 
 def _decode(text: str, at: int, line: int, name: str) -> tuple[Any, int]:
-    """The value that begins at `at`, which stands on `line`, and where it ends."""
+    """Returns the value that begins at position `at`, which is on `line`, and the position where it ends."""
     try:
         value, end = DECODER.raw_decode(text, at)
         if "\\u" in text[at:end]:
-            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text, no tokenizer takes it
+            json.dumps(value, ensure_ascii=False).encode()  # raises for half a surrogate pair, which no tokenizer takes
         return value, end
     except json.JSONDecodeError as error:
         line += text.count("\n", at, error.pos)
@@ -121,6 +135,7 @@ def _decode(text: str, at: int, line: int, name: str) -> tuple[Any, int]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the object. Raises ValueError where a key is repeated."""
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -130,6 +145,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
+    """Raises ValueError for NaN, Infinity and -Infinity, which Python's decoder would take."""
     raise ValueError(f"{name} is not JSON; valid: a finite number or null")
 
 

@@ -11,7 +11,7 @@ PREFERENCES = ("pairs", "scores", "ranking")
 
 
 def tokens(row: Row) -> Example:
-    """{prompt_ids, chosen_ids, rejected_ids}, or {prompt_ids, completion_ids} with pairs, scores or ranking."""
+    """Reads {prompt_ids, chosen_ids, rejected_ids}, or {prompt_ids, completion_ids} with pairs, scores or ranking."""
     prompt = token_ids(field(row, "prompt_ids"), "prompt_ids")
     if "chosen_ids" in row or "rejected_ids" in row:
         if "completion_ids" in row:
@@ -24,7 +24,7 @@ def tokens(row: Row) -> Example:
 
 
 def grouped(row: Row) -> Example:
-    """{prompt, completions} with pairs [[winner, loser]…], scores (higher is better) or ranking (1 is best)."""
+    """Reads {prompt, completions} with pairs [[winner, loser]…], scores (higher is better) or ranking (1 is best)."""
     prompt = text_or_messages(field(row, "prompt"), "prompt")
     listed = list_of(field(row, "completions"), "completions")
     completions = tuple(answer_of(value, f"completions[{i}]", prompt) for i, value in enumerate(listed))
@@ -35,7 +35,9 @@ def grouped(row: Row) -> Example:
 
 
 def _preferences(row: Row, num: int) -> tuple[tuple[Index, ...], tuple[str, ...]]:
-    """The pairs among `num` completions and the reasons of those dropped, from the one key of the row that tells."""
+    """Returns the pairs among `num` completions, and the reasons of dropped pairs, from the row's column of
+    PREFERENCES.
+    """
     given = [key for key in PREFERENCES if key in row]
     if len(given) != 1:
         raise ValueError(f"{' and '.join(given) or 'nothing'} given; valid: exactly one of {', '.join(PREFERENCES)}")
@@ -50,13 +52,16 @@ def _preferences(row: Row, num: int) -> tuple[tuple[Index, ...], tuple[str, ...]
 
 
 def _ordered(worth: list[float]) -> tuple[tuple[Index, ...], tuple[str, ...]]:
-    """Every two completions of different worth as (better, worse), by rising indices; a `tie` for every equal two."""
-    twos = [(i, j) for i in range(len(worth)) for j in range(i + 1, len(worth))]
-    pairs = tuple((i, j) if worth[i] > worth[j] else (j, i) for i, j in twos if worth[i] != worth[j])
-    return pairs, ("tie",) * (len(twos) - len(pairs))
+    """Returns every two completions of different worth as (better, worse), by rising indices, and a `tie` for every two
+    of equal worth.
+    """
+    candidates = [(i, j) for i in range(len(worth)) for j in range(i + 1, len(worth))]
+    pairs = tuple((i, j) if worth[i] > worth[j] else (j, i) for i, j in candidates if worth[i] != worth[j])
+    return pairs, ("tie",) * (len(candidates) - len(pairs))
 
 
 def _pair(value: object, name: str, num: int) -> Index:
+    """Returns a listed [winner, loser], two different indices of `num` completions."""
     if not (isinstance(value, list) and len(value) == 2 and all(type(index) is int for index in value)):
         raise ValueError(f"{name} is {shown(value)}; valid: [winner, loser], two indices of completions")
     for index in value:
@@ -69,12 +74,14 @@ def _pair(value: object, name: str, num: int) -> Index:
 
 
 def _score(value: object, name: str) -> float:
+    """Returns a score, which must be finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} is {shown(value)}; valid: a finite number")
     return value
 
 
 def _rank(value: object, name: str) -> int:
+    """Returns a rank, a whole number from 1 (best)."""
     if type(value) is not int or value < 1:
         raise ValueError(f"{name} is {shown(value)}; valid: a whole number from 1 (best)")
     return value

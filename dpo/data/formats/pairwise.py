@@ -17,14 +17,14 @@ from dpo.data.formats.row_fields import (
 
 
 def sharegpt(row: Row) -> Example:
-    """{conversations, chosen, rejected} whose messages have `from` and `value`."""
+    """Reads {conversations, chosen, rejected} whose messages have `from` and `value`."""
     prompt = messages_of(field(row, "conversations"), "conversations", sharegpt_message)
     answers = (answer_message(field(row, name), name, sharegpt_message) for name in ("chosen", "rejected"))
     return Example(prompt, tuple(answers), ((0, 1),))
 
 
 def preference(row: Row) -> Example:
-    """{prompt, chosen, rejected} as text or chat, or chosen and rejected as whole conversations.
+    """Reads {prompt, chosen, rejected} as text or chat, or chosen and rejected as whole conversations.
 
     A whole conversation holds the prompt: all its messages but the last. A `prompt` text beside it is not used (sets
     like UltraFeedback repeat the question there); a `prompt` of messages must be the conversation's own.
@@ -41,7 +41,7 @@ def preference(row: Row) -> Example:
 
 
 def answer_of(value: object, name: str, prompt: str | Iterable[Message]) -> str | Message:
-    """A completion of the same kind as the prompt; text after a prompt of messages is the assistant's."""
+    """Returns a completion of the same kind as the prompt; a text after a prompt of messages is the assistant's."""
     if isinstance(prompt, str):
         return text_of(value, name)
     if isinstance(value, str):
@@ -50,7 +50,7 @@ def answer_of(value: object, name: str, prompt: str | Iterable[Message]) -> str 
 
 
 def _conversations(chosen: object, rejected: object, prompt: object) -> Example:
-    """Two whole conversations; one without a message before the answer is broken."""
+    """Reads two whole conversations, each with at least one message before the answer."""
     (context, answer), (other, worse) = (_split(v, k) for v, k in ((chosen, "chosen"), (rejected, "rejected")))
     if isinstance(prompt, list) and messages_of(prompt, "prompt") not in (context, other):
         raise ValueError("chosen and rejected do not begin with prompt; valid: whole conversations or one answer each")
@@ -58,6 +58,7 @@ def _conversations(chosen: object, rejected: object, prompt: object) -> Example:
 
 
 def _split(value: object, name: str) -> tuple[tuple[Message, ...], Message]:
+    """Returns the prompt and the answer of a conversation: all messages but the last, and the last."""
     messages = messages_of(value, name)
     if len(messages) < 2:
         raise ValueError(f"{name} has one message; valid: a whole conversation, or a prompt of messages beside it")

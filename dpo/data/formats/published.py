@@ -7,13 +7,13 @@ HH_ANSWER = "\n\nAssistant:"
 
 
 def hh(row: Row) -> Example:
-    """{chosen, rejected}: dialogues in one text; the prompt ends after the last "\\n\\nAssistant:"."""
+    """Reads {chosen, rejected}: dialogues in one text; the prompt ends after the last "\\n\\nAssistant:"."""
     (prompt, chosen), (other, rejected) = (_split_hh(text_of(field(row, k), k), k) for k in ("chosen", "rejected"))
     return Example(prompt, (chosen, rejected), ((0, 1),)) if prompt == other else PROMPTS_DIFFER
 
 
 def shp(row: Row) -> Example:
-    """Stanford Human Preferences {history, human_ref_A, human_ref_B, labels}: labels 1 means A is preferred, 0 B."""
+    """Reads Stanford Human Preferences {history, human_ref_A, human_ref_B, labels}: label 1 prefers A, label 0 B."""
     history = text_of(field(row, "history"), "history")
     answers = tuple(" " + text_of(field(row, name), name) for name in ("human_ref_A", "human_ref_B"))
     label = _choice(field(row, "labels"), "labels")
@@ -21,7 +21,9 @@ def shp(row: Row) -> Example:
 
 
 def tldr(row: Row) -> Example:
-    """OpenAI's summarize_from_feedback comparisons {info, summaries, choice}; choice is the index of the better one."""
+    """Reads OpenAI's summarize_from_feedback comparisons {info, summaries, choice}; choice is the better summary's
+    index.
+    """
     info = mapping(field(row, "info"), "info")
     names = ("subreddit", "title", "post")
     subreddit, title, post = (text_of(field(info, name, "info."), f"info.{name}") for name in names)
@@ -38,6 +40,7 @@ def tldr(row: Row) -> Example:
 
 
 def _split_hh(text: str, name: str) -> tuple[str, str]:
+    """Returns the prompt, up to the last HH_ANSWER, and the answer of a dialogue."""
     prompt, mark, answer = text.rpartition(HH_ANSWER)
     if not mark:
         raise ValueError(f"{name} has no {HH_ANSWER!r}, after which the answer begins")
@@ -45,6 +48,7 @@ def _split_hh(text: str, name: str) -> tuple[str, str]:
 
 
 def _choice(value: object, name: str) -> int:
+    """Returns a choice, 0 or 1."""
     if type(value) is not int or value not in (0, 1):
         raise ValueError(f"{name} is {shown(value)}; valid: 0 or 1")
     return value

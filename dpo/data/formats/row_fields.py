@@ -1,10 +1,16 @@
-"""Fields of a row and their types; what is wrong becomes `ValueError("field is …; valid: …")`."""
+"""Reads the fields of a row and checks their types.
+
+Every function here raises `ValueError("field is …; valid: …")` for a wrong value; its argument `name` is the field's
+name in that message.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Message = Mapping[str, str]  # role, content
+Message = Mapping[str, str]
+"""{role, content}."""
 Row = Mapping[str, Any]
+"""A raw row: the value of each field by its name."""
 
 ASSISTANT = "assistant"
 SHAREGPT_ROLES = {
@@ -13,6 +19,7 @@ SHAREGPT_ROLES = {
 
 
 def field(row: Row, name: str, prefix: str = "") -> Any:
+    """Returns a field's value, which must not be null; `prefix` is the place of the row in a larger one, for errors."""
     value = row.get(name)
     if value is None:
         raise ValueError(f"missing field {prefix}{name}; the row has: {', '.join(row) or 'nothing'}")
@@ -20,24 +27,28 @@ def field(row: Row, name: str, prefix: str = "") -> Any:
 
 
 def text_of(value: object, name: str) -> str:
+    """Returns the value, which must be a text."""
     if not isinstance(value, str):
         raise ValueError(f"{name} is {shown(value)}; valid: a text")
     return value
 
 
 def list_of(value: object, name: str) -> list[Any]:
+    """Returns the value, which must be a list."""
     if not isinstance(value, list):
         raise ValueError(f"{name} is {shown(value)}; valid: a list")
     return value
 
 
 def mapping(value: object, name: str) -> Row:
+    """Returns the value, which must be an object."""
     if not isinstance(value, Mapping):
         raise ValueError(f"{name} is {shown(value)}; valid: an object")
     return value
 
 
 def token_ids(value: object, name: str) -> tuple[int, ...]:
+    """Returns the token ids of a list of whole numbers; whether they are in the vocabulary is checked later."""
     ids = list_of(value, name)
     for i, token in enumerate(ids):
         if type(token) is not int:
@@ -46,19 +57,20 @@ def token_ids(value: object, name: str) -> tuple[int, ...]:
 
 
 def shown(value: object) -> str:
-    """The kind of a value, and the value where it is short enough to be read in an error."""
+    """Returns the kind of a value for an error, followed by the value where that is short."""
     kinds = {type(None): "null", dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
     kind = kinds.get(type(value), "a number")
     return f"{kind} ({value!r})" if len(repr(value)) <= 40 else kind
 
 
 def chat_message(value: object, name: str) -> Message:
-    """{role, content}; further keys are left out."""
+    """Returns {role, content} of an object with these keys; leaves out further keys."""
     row = mapping(value, name)
     return {key: text_of(field(row, key, f"{name}."), f"{name}.{key}") for key in ("role", "content")}
 
 
 def sharegpt_message(value: object, name: str) -> Message:
+    """Returns {role, content} of an object with the keys `from` and `value`."""
     row = mapping(value, name)
     sender = text_of(field(row, "from", f"{name}."), f"{name}.from")
     if sender not in SHAREGPT_ROLES:
@@ -69,6 +81,7 @@ def sharegpt_message(value: object, name: str) -> Message:
 def messages_of(
     value: object, name: str, message: Callable[[object, str], Message] = chat_message
 ) -> tuple[Message, ...]:
+    """Returns the messages of a list with at least one; `message` reads each of them."""
     messages = list_of(value, name)
     if not messages:
         raise ValueError(f"{name} is an empty list; valid: at least one message")
@@ -76,7 +89,7 @@ def messages_of(
 
 
 def answer_message(value: object, name: str, message: Callable[[object, str], Message] = chat_message) -> Message:
-    """The assistant's message, given as such or as a list of one."""
+    """Returns the assistant's message, given as a message or as a list with one message."""
     if isinstance(value, list):
         if len(value) != 1:
             raise ValueError(f"{name} has {len(value)} messages; valid: one, the assistant's")
@@ -88,6 +101,7 @@ def answer_message(value: object, name: str, message: Callable[[object, str], Me
 
 
 def text_or_messages(value: object, name: str) -> str | tuple[Message, ...]:
+    """Returns the value as a text or as messages, by its type."""
     if not isinstance(value, str | list):
         raise ValueError(f"{name} is {shown(value)}; valid: a text or a list of messages")
     return value if isinstance(value, str) else messages_of(value, name)
