@@ -34,7 +34,7 @@ Where do I add ...
     a data format          data/formats/: a reader, and an entry in `FORMATS` of examples.py; its name in config
     a key of the config    config/fields.py: a field with its docstring; its bounds in config/rules.py
     a metric               step/metrics.py; its chart in board/charts.py
-    an optimizer           step/optim.py, and its elements per weight in estimate/memory.py
+    an optimizer           step/optim.py, and `optimizer_elements` there
     a model family         nothing where it uses transformers' attention interface; else model/, and an exactness test
     an adapter kind        model/, between build.py and parallelize.py
     a parallel axis        distributed/world.py (the mesh), batch/plan.py (lanes), model/attention.py

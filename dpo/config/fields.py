@@ -34,8 +34,7 @@ class ReferenceConfig:
     """Folder of the cached log-probabilities, shared by jobs and nodes; null: $DPO_CACHE, else ~/.cache/dpo."""
     first_step_check: Literal["stop", "warn"] = "stop"
     """Before the first update policy and reference must agree if they are the same model. If their log-probabilities
-    differ by more than rounding: stop, or warn and continue (for models with larger rounding errors of their own, such
-    as a mixture of experts that routes tokens differently)."""
+    differ by more than rounding: stop, or warn and continue (for models with larger rounding errors of their own)."""
 
 
 @dataclass(frozen=True)

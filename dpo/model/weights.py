@@ -97,7 +97,7 @@ def _refusals(config: PretrainedConfig) -> list[tuple[bool, str]]:
     return [
         (not hasattr(config, "vocab_size"), "they are more than a language model, and only the text of one is trained"),
         (alibi, "ALiBi biases attention by distance, and attention that shares a prompt has no place for the bias"),
-        (has(*experts), "in a mixture of experts the routing of a token depends on what else is in its micro-batch"),
+        (has(*experts), "in a mixture of experts the routers' auxiliary loss would be left out"),
         (bool(getattr(config, "is_encoder_decoder", False)), "only decoders have a prompt to share"),
         (has("attn_logit_softcapping"), "attention that shares a prompt does not cap its logits"),
         (has("final_logit_softcapping", "logit_scale", "logits_scaling"), "its head scales or caps the logits"),
