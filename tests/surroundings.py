@@ -8,7 +8,9 @@ import gc
 import os
 import signal
 from collections.abc import MutableMapping
+from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 FOREIGN_PREFIXES = (
     *("SLURM_", "SBATCH_", "TORCHELASTIC_", "NCCL_", "GLOO_", "DPO_"),
     *("PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TRITON_", "CUDA_", "HF_", "TRANSFORMERS_"),
@@ -25,9 +27,10 @@ SIGNALS = (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal
 
 
 def leave_behind(environment: MutableMapping[str, str]) -> None:
-    """Gives this process, and all that it starts, the signals, environment and umask of a plain shell."""
+    """Gives this process, and all that it starts, what a plain shell in this checkout would."""
     for name in [name for name in environment if is_foreign(name)]:
         del environment[name]
+    environment["PYTHONPATH"] = str(ROOT)  # what is tested is this checkout, wherever a program under test is started
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in SIGNALS:
         if signal.getsignal(number) == signal.SIG_IGN:

@@ -41,7 +41,7 @@ class Preempted(Exception):
     """The run was asked to stop and has saved what it had, after `step` updates: exit code 0."""
 
     def __init__(self, step: int):
-        super().__init__(f"stopped after step {step}; the same command goes on from here")
+        super().__init__(f"stopped after step {step}; the same command resumes from here")
         self.step = step
 
 

@@ -69,7 +69,7 @@ def run_program(main: Callable[[], None]) -> int:
         return exit_code_of(failure)
     except KeyboardInterrupt as stop:
         if is_main:
-            what = "the same command goes on from the newest checkpoint, or starts again where there is none yet"
+            what = "the same command resumes from the newest checkpoint, or starts again where there is none yet"
             print(f"stopped; {what}", file=sys.stderr, flush=True)
         return exit_code_of(stop)
     except Exception as failure:

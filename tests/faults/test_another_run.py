@@ -175,7 +175,7 @@ def test_a_new_key_at_its_default_goes_on(
     assert find_start(dead).step == 4
     whole = run(six_steps(dead_root, tmp_path / "whole"))
     assert same_weights(whole / "final", run(dead) / "final")
-    assert f"goes on from {checkpoint_path(Path(str(dead.train.run_dir)), 4)}" in capsys.readouterr().err
+    assert f"resumes from {checkpoint_path(Path(str(dead.train.run_dir)), 4)}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", DEFAULTS)
