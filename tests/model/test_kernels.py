@@ -17,7 +17,6 @@ from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from dpo.config import ParallelConfig
-from dpo.model import kernels
 from dpo.model.kernels import VARIABLES, compile_layers, describe_graphs, keep_kernels, kernel_folder, num_graphs
 from dpo.model.parallelize import is_compiled
 from dpo.run import loop as program
