@@ -13,9 +13,9 @@ pyproject.toml). Each room's `__init__.py` has a line for each of its files.
            export.py       python -m dpo.export: a checkpoint -> a model folder
            doctor/         python -m dpo.doctor: will it run here, and how fast
            demo/           python -m dpo.demo: a small policy learns a preference on two processes
-    7      inspect/        python -m dpo.inspect: what the trainer will see of its data
+    7      inspect/        python -m dpo.inspect: the data as the trainer will see it
            estimate/       python -m dpo.estimate: the memory and time of a step on devices that are not here
-    6      run/            a run: its inputs, its folder, its loop, what it reports
+    6      run/            a run: its inputs, folder, loop and reports
     5      step/           one update: log-probabilities -> losses -> gradient -> weights; evaluation without gradient
            ref_logps/      the reference's log-probabilities: computed once, cached by content
            checkpoint/     weights and optimizer on disk: saved by a thread, verified, loaded on any ranks, exported
@@ -25,8 +25,8 @@ pyproject.toml). Each room's `__init__.py` has a line for each of its files.
            distributed/    the processes: process group and mesh, collectives, how programs stop and end
            board/          a run in TensorBoard; without torch
     1      config/         every key, its bounds, YAML and command line; without torch
-           machine/        what a rank's machine has: memory, driver, compiler, GPU
-    0      base/           what knows nothing of preferences; without torch
+           machine/        a rank's machine: memory, driver, compiler, GPU
+    0      base/           general parts that know nothing of preferences; without torch
 
 Where do I add ...
 
@@ -41,5 +41,5 @@ Where do I add ...
     a GPU                  machine/data_sheets.py: a line of the table
     a command              a file beside train.py, or a folder with __main__.py, that holds nothing others need
     another tracker        board/writer.py
-    another cluster        launch/, beside what talks to SLURM
+    another cluster        launch/, beside the files that talk to SLURM
 """

@@ -1,8 +1,8 @@
 """Command lines: the one place that divides them into options, a program's own flags, and exit codes.
 
 `--config run.yaml --loss.beta=0.5 --quiet` is three options: ("config", "run.yaml"), ("loss.beta", "0.5") and
-("quiet", None). A value may begin with one dash, but is not -h. Which options there are is for others to say: argparse
-knows a program's own flags, `dpo.config.reading` the keys of a config.
+("quiet", None). A value may begin with one dash, except for -h. Names are not checked here: argparse checks a program's
+own flags, and `dpo.config.reading` the keys of a config.
 """
 
 import argparse
@@ -15,10 +15,10 @@ from dpo.base.console import harmless, set_quiet
 from dpo.base.errors import Preempted, RunError, UserError, one_line
 
 COMMAND_LINE = "command line"
-"""The place of an error in what was typed."""
+"""The place of an error in the arguments of a program."""
 SWITCHES = ("help", "print_config", "quiet")
 """The flags of every program that take no value, so that the word after one is not its value."""
-QUIET = "leave out what tells of the progress; results, warnings and errors stay"
+QUIET = "leave out progress messages; results, warnings and errors stay"
 """The help text of --quiet."""
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -37,12 +37,12 @@ class Option:
 
     @property
     def is_config(self) -> bool:
-        """Whether it gives a key of the config, or the config's file."""
+        """Whether the option is a key of the config, or the config's file."""
         return self.is_key or self.key == "config"
 
     @property
     def is_key(self) -> bool:
-        """Whether it gives a key of the config, SECTION.KEY: a program's own flags have no dot."""
+        """Whether the option is a key of the config, SECTION.KEY: a program's own flags have no dot."""
         return self.key is not None and "." in self.key
 
 
@@ -72,10 +72,10 @@ def words_of(options: Sequence[Option]) -> list[str]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's parser, which raises UserError where argparse prints its usage and ends the process."""
+    """An argument parser that raises UserError where argparse prints its usage and ends the process."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises UserError with what argparse found."""
+        """Raises UserError with argparse's message."""
         raise UserError(COMMAND_LINE, message, f"see {self.prog} --help")
 
 
@@ -109,32 +109,32 @@ EXIT_CODES: Mapping[type[BaseException], int] = {
     UserError: 2,
     KeyboardInterrupt: 130,
 }
-"""By the kind of what ends a program early; anything else is a bug, and keeps its traceback."""
+"""Exit codes by the exception that ends a program; any other exception is a bug, and keeps its traceback."""
 
 
 def exit_code_of(failure: BaseException) -> int:
-    """Returns the exit code of a program that ends by this failure: 1 for a bug."""
+    """Returns the exit code of a program that this exception ends: 1 for a bug."""
     return next((code for kind, code in EXIT_CODES.items() if isinstance(failure, kind)), 1)
 
 
 def line_of(failure: BaseException) -> str:
-    """Returns what a user is told of a failure: its own words where this package wrote them, else after its kind."""
+    """Returns the error line of an exception: its message, after the exception's name if it is not ours."""
     is_ours = isinstance(failure, (UserError, RunError))
     return one_line(str(failure) if is_ours else f"{type(failure).__name__}: {failure}")
 
 
 def tell_error(line: str) -> None:
-    """Prints the one line that says why a program ends."""
+    """Prints the line that says why a program ends."""
     print(f"error: {harmless(one_line(line))}", file=sys.stderr, flush=True)
 
 
 def obey_quiet(argv: Sequence[str]) -> None:
-    """Silences `say` and bars from now on where a command line has --quiet."""
+    """Silences `say` and progress bars if the command line has --quiet."""
     set_quiet(any(option.key == "quiet" and option.value is None for option in split_options(argv)))
 
 
 def run_program(main: Callable[[], None]) -> int:
-    """Returns the exit code of a program that is one process, after it told its error; see EXIT_CODES.
+    """Runs a program that is one process, prints its error line, and returns its exit code; see EXIT_CODES.
 
     `dpo.distributed.program.run_program` does the same for ranks.
     """

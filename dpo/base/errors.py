@@ -1,7 +1,6 @@
 """The ways in which a program of this package ends early; `dpo.base.command` has their exit codes.
 
-A message that a user reads is made here, of the fields of a UserError, and nowhere taken apart again: whoever needs the
-place of an error reads `place`.
+`UserError` renders its own message from its fields. No code parses a message: it reads the fields.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,18 +10,18 @@ from contextlib import contextmanager
 class UserError(ValueError):
     """The user's input is wrong: exit code 2. Its text is one line, `PLACE: WHAT; valid: VALID`.
 
-    It keeps its fields where it is pickled, as when one rank sends it to the others.
+    Pickling keeps the fields, so that one rank can send the error to the others.
 
     Args:
-        place: where it is wrong, the wider place first: a key of the config (`data.train[0].path`) or a flag, after the
-            file or `command line` that gave it where that is known (`run.yaml: loss.beta`, `command line: --out`);
-            `file:line`; a file or folder; a host.
-        what: what is wrong there.
-        valid: what would be right; empty where `what` says it, or nobody can know.
+        place: a key of the config (`data.train[0].path`) or a flag, after the file or the words `command line` that
+            gave it where that is known (`run.yaml: loss.beta`, `command line: --out`); or `file:line`; or a file, a
+            folder or a host.
+        what: the fault at that place.
+        valid: the valid values or forms; empty where `what` names them, or where none is known.
     """
 
     def __init__(self, place: str, what: str, valid: str = ""):
-        super().__init__(place, what, valid)  # what pickle makes it anew from
+        super().__init__(place, what, valid)  # the arguments that pickle calls the class with
         self.place, self.what, self.valid = place, what, valid
 
     def __str__(self) -> str:
@@ -34,11 +33,11 @@ class UserError(ValueError):
 
 
 class RunError(RuntimeError):
-    """Something was found while running (a gradient that is not finite, a failed self-check): exit code 1."""
+    """A failure while running (a gradient that is not finite, a failed self-check): exit code 1."""
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved what it had, after `step` updates: exit code 0."""
+    """The run was asked to stop and has saved a checkpoint after `step` updates: exit code 0."""
 
     def __init__(self, step: int):
         super().__init__(f"stopped after step {step}; the same command resumes from here")
@@ -47,8 +46,9 @@ class Preempted(Exception):
 
 @contextmanager
 def renamed_places(places: Mapping[str, str]) -> Iterator[None]:
-    """Raises a UserError of the block that has a place of `places` with the name that `places` gives it: for a program
-    that takes from a flag of its own what stands under a key of the config elsewhere.
+    """Renames the place of a UserError that is raised in the block: each key of `places` becomes its value.
+
+    Used by programs that take the value of a config key from a flag of their own.
     """
     try:
         yield

@@ -2,7 +2,7 @@
 
     rows of the source ── num_proc processes ──> tokens-HASH/HASH-00000.arrow, HASH-00001.arrow, ... ──> one `Dataset`
 
-What is wrong with a row is not raised in the processes that tokenize: it stands in the row's `error` column, and the
+A process that tokenizes does not raise the error of a row. It writes it to the row's `error` column, and the
 first in file order is raised by `raise_first_error`. HASH is of the content of the source, of the tokenizer, the limits
 and `sources.FORMAT`, so a second start, with any number of processes, tokenizes nothing.
 """
@@ -126,7 +126,7 @@ def _write_part(path: str, rows: datasets.Dataset, part: range, row: Tokenize, r
 def tokenize_row(
     record: Row, index: int, format: str, has_lines: bool, encoder: Encoder, limits: Limits
 ) -> dict[str, Any]:
-    """One record of `Source.rows` as a row of FEATURES; a broken one has nothing but `error`."""
+    """Returns one record of `Source.rows` as a row of FEATURES; a broken record has `error` set, and no tokens."""
     row, where = decode_row(record, index, has_lines)
     try:
         example = to_example(format, row)
@@ -171,15 +171,16 @@ def raise_first_error(rows: datasets.Dataset, source: Source) -> None:
 
 
 def blocks(rows: datasets.Dataset, columns: list[str], size: int = BLOCK) -> Iterator[tuple[int, pa.Table]]:
-    """(number of its first row, table of those columns) of every `size` rows."""
+    """Yields `columns` in blocks of `size` rows: (number of the block's first row, its table)."""
     view = rows.select_columns(columns).with_format("arrow")
     for first in range(0, len(rows), size):
         yield first, view[first : first + size]
 
 
 def lists(table: pa.Table | pa.RecordBatch, column: str) -> tuple[np.ndarray, pa.Array]:
-    """A column of lists as (where each row's items begin, and the end of the last, (rows + 1,)) and all items; those of
-    a record batch are not copied.
+    """Returns a column of lists as offsets (rows + 1,), where each row's items begin and end, and all items.
+
+    The items of a record batch are not copied.
     """
     array = table.column(column)
     array = array.combine_chunks() if isinstance(array, pa.ChunkedArray) else array
@@ -193,19 +194,19 @@ def offsets(array: pa.ListArray) -> np.ndarray:
 
 
 def pairs_of(table: pa.Table | pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
-    """(where each row's pairs begin (rows + 1,), the pairs (P, 2))."""
+    """Returns offsets (rows + 1,), where each row's pairs begin and end, and the pairs of all rows (P, 2)."""
     begins, items = lists(table, "pairs")
     return begins, items.flatten().to_numpy().reshape(-1, 2)
 
 
 def keys16(array: pa.Array) -> np.ndarray:
-    """Keys of 16 bytes as (N,) of dtype S16."""
+    """Returns keys of 16 bytes as (N,) of dtype S16."""
     buffers = array.buffers()
     start = int(np.frombuffer(buffers[1], np.int32)[array.offset]) if len(array) else 0
     return np.frombuffer(buffers[2], "S16", len(array), start) if len(array) else np.empty(0, "S16")
 
 
 def column_keys(rows: datasets.Dataset, column: str) -> np.ndarray:
-    """A column of keys, (rows,) of dtype S16."""
+    """Returns a column of keys as (rows,) of dtype S16."""
     parts = [keys16(table.column(column).combine_chunks()) for _, table in blocks(rows, [column])]
     return np.concatenate(parts) if parts else np.empty(0, "S16")

@@ -49,7 +49,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Subject:
-    """The layout, the folders and the models to examine: those of a run, or the defaults."""
+    """The layout, the folders and the models to examine, from a config or by default."""
 
     parallel: ParallelConfig
     dtype: str

@@ -1,4 +1,4 @@
-"""Finds what a rank's machine has: host memory, the GPU and its driver, the C compiler and `Python.h`."""
+"""Examines a rank's machine: host memory, the GPU and its driver, the C compiler and `Python.h`."""
 
 import json
 import os

@@ -56,7 +56,7 @@ class ReferencePass:
     rows_computed: int
     rows_reused: int
     seconds: float
-    made_otherwise: str | None = None
+    made_differently: str | None = None
     """Describes the difference where rows were computed by another torch version, on another kind of GPU, or with
     another `parallel.compile`; else None."""
 

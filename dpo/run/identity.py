@@ -1,4 +1,4 @@
-"""What may not change between the parts of one run."""
+"""The identity of a run: the values that must not change when it resumes."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -11,7 +11,7 @@ from dpo.run.inputs import Inputs
 
 
 def identity_of(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """What may not change between the parts of one run, by config key; the rest may, and is logged."""
+    """Returns the values that must not change when the run resumes, by config key. All others may change."""
     plain = {
         "data.order": config.data.order,
         "train.seed": config.train.seed,
@@ -27,7 +27,7 @@ CONTENT_OF = {
     "data.train": "the pairs (of data.train, its holdout, data.max_length, data.max_prompt_length, model.tokenizer)",
     "reference.path": "the reference (of model.path where reference.path is null)",
 }
-"""What a hash in the identity is of."""
+"""The content that a hash in the identity belongs to, by config key."""
 
 
 def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
@@ -45,7 +45,7 @@ def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
                 was = f"is not what it was when the checkpoint was written (hash {str(before)[:8]}, now {value[:8]})"
                 what = f"the content of {CONTENT_OF[key]} {was}"
             raise UserError(
-                key, f"cannot go on from {start.checkpoint}: {what}", "the same as before, or another train.run_dir"
+                key, f"cannot resume from {start.checkpoint}: {what}", "the same as before, or another train.run_dir"
             )
 
 

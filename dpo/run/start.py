@@ -46,5 +46,5 @@ def check_first_step(run: Run) -> Deviation | None:
 def first_step_terms(run: Run) -> Terms:
     """Returns the bounds for the check of a run's first step."""
     scale = rounding_scale(run.compute_dtype, run.config.parallel.tf32 and run.world.device.type == "cuda")
-    otherwise = run.reference_pass.made_otherwise if run.reference_pass else None
+    otherwise = run.reference_pass.made_differently if run.reference_pass else None
     return Terms(scale, run.config.reference.first_step_check, otherwise)

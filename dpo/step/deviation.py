@@ -1,4 +1,4 @@
-"""How far a policy is from its reference before its first update, and how far it may be: pure functions.
+"""The deviation of a policy from its reference before its first update, and its limits: pure functions.
 
 A log-probability depends, in its last digits, on where its tree lies in the packed row, and reference pass and training
 pack one tree at different places. In exact float32 these digits do not matter, and every completion is held to its
@@ -33,7 +33,7 @@ from dpo.step.losses import LOSSES
 FEW_COMPLETIONS = 32
 """Below so many completions the measured noise is itself uncertain."""
 
-# --- what is measured ------------------------------------------------------------------------------------------------
+# --- measurements ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Completions:
     lengths: np.ndarray
     """(N,) tokens of each completion."""
     first_ids: Sequence[Sequence[int]]
-    """The first token ids of each completion, to name it by."""
+    """The first token ids of each completion, which error messages show."""
 
     @property
     def differences(self) -> np.ndarray:
@@ -60,21 +60,23 @@ class Completions:
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far the policy is from its reference, and from itself in another packing: see the head of this file."""
+    """The deviation of the policy from its reference, and from itself in another packing; the head of this file has the
+    formulas.
+    """
 
     spread: float
-    """Nats a square root of a token."""
+    """Nats per square root of a token."""
     drift: float
-    """Nats a token."""
+    """Nats per token."""
     noise: float
-    """Nats a square root of a token."""
+    """Nats per square root of a token."""
 
     def __str__(self) -> str:
         return f"spread {self.spread:.3g}, drift {self.drift:.3g}, noise {self.noise:.3g}"
 
 
 def measure(found: Completions) -> Deviation:
-    """Spread, drift and noise of some completions."""
+    """Returns the spread, drift and noise of some completions."""
     return Deviation(
         _spread(found.differences, found.lengths),
         float(abs(found.differences.sum()) / found.lengths.sum()),
@@ -83,28 +85,30 @@ def measure(found: Completions) -> Deviation:
 
 
 def _spread(differences: np.ndarray, lengths: np.ndarray) -> float:
-    """rms(|difference| / sqrt(tokens)): independent errors of tokens add up with the square root of their number."""
+    """Returns rms(|difference| / sqrt(tokens)): independent errors of tokens add up with the square root of their
+    number.
+    """
     return float(np.sqrt(np.mean(differences**2 / lengths)))
 
 
-# --- how it is judged ------------------------------------------------------------------------------------------------
+# --- limits ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that spread and drift may be."""
+    """The maximum spread and drift, in the units of `Deviation`."""
 
     spread: float
     drift: float
 
 
 _CAPS, _FLOORS = Limits(spread=0.25, drift=0.02), Limits(spread=0.01, drift=0.002)
-"""Fixed bounds in bfloat16: beyond the caps no rounding is accepted, below the floors none is questioned."""
+"""Bounds in bfloat16: a deviation above a cap always fails, and a deviation below a floor always passes."""
 
 
 def rounding_scale(compute: torch.dtype, tf32: bool) -> float | None:
-    """What the caps and floors are multiplied by: 1 in bfloat16, 1/8 in TF32, whose mantissa has 3 bits more. None in
-    exact float32 and float64, where every completion is held to `exact_bounds`.
+    """Returns the factor of the caps and floors: 1 in bfloat16, 1/8 in TF32, whose mantissa has 3 bits more. Returns
+    None in exact float32 and float64, where `exact_bounds` holds for every completion.
     """
     if compute == torch.bfloat16:
         return 1.0
@@ -112,12 +116,12 @@ def rounding_scale(compute: torch.dtype, tf32: bool) -> float | None:
 
 
 def caps(scale: float) -> Limits:
-    """The limits that hold whatever the noise is."""
+    """Returns the limits that hold for any noise."""
     return Limits(scale * _CAPS.spread, scale * _CAPS.drift)
 
 
 def limits(noise: float, lengths: np.ndarray, scale: float) -> Limits:
-    """The limits for completions of these lengths, from the measured noise."""
+    """Returns the limits for completions of `lengths` tokens, from the measured noise."""
     sigmas = 6 if len(lengths) < FEW_COMPLETIONS else 3
     return Limits(
         min(scale * _CAPS.spread, max(sigmas * noise, scale * _FLOORS.spread)),
@@ -126,24 +130,24 @@ def limits(noise: float, lengths: np.ndarray, scale: float) -> Limits:
 
 
 def exact_bounds(ref_logps: np.ndarray) -> np.ndarray:
-    """(N,) nats by which two exact float32 computations of a log-probability may differ."""
+    """Returns the nats, (N,), by which two exact float32 computations of a log-probability may differ."""
     bounds: np.ndarray = 1e-4 + 1e-5 * np.abs(ref_logps)
     return bounds
 
 
 class Verdict(IntEnum):
-    """How bad it is."""
+    """The verdict of the check, from good to bad."""
 
     PASSES = 0
     BEYOND_NOISE = 1
     """More than the model's own rounding explains, within the caps."""
     BEYOND_BOUNDS = 2
-    """Beyond the caps, the bounds of exact float32, or those of the loss."""
+    """Beyond the caps, the bounds of exact float32, or the bounds of the loss."""
     NOT_FINITE = 3
 
 
 def judge(found: Completions, scale: float | None) -> Verdict:
-    """The verdict on a step's log-probabilities; `scale` is that of `rounding_scale`."""
+    """Returns the verdict on a step's log-probabilities; `scale` comes from `rounding_scale`."""
     if not (np.isfinite(found.differences).all() and np.isfinite(found.again).all()):
         return Verdict.NOT_FINITE
     if scale is None:
@@ -156,14 +160,14 @@ def judge(found: Completions, scale: float | None) -> Verdict:
     return Verdict.BEYOND_NOISE if exceeds else Verdict.PASSES
 
 
-def _exceeds(deviation: Deviation, most: Limits) -> bool:
-    return deviation.spread > most.spread or deviation.drift > most.drift
+def _exceeds(deviation: Deviation, maximum: Limits) -> bool:
+    return deviation.spread > maximum.spread or deviation.drift > maximum.drift
 
 
 def worst(found: Completions, scale: float | None) -> str:
-    """The completion that is furthest from its reference, in words."""
+    """Describes the completion that is furthest from its reference."""
     allowed = exact_bounds(found.ref_logps) if scale is None else np.sqrt(found.lengths)
-    with np.errstate(invalid="ignore"):  # a reference that is no number
+    with np.errstate(invalid="ignore"):  # a reference that is NaN
         ratios = np.abs(found.differences) / allowed
     row = int(np.nan_to_num(ratios, nan=math.inf).argmax())
     what = f"pi_logp {found.pi_logps[row]:.6g}, ref_logp {found.ref_logps[row]:.6g} nats for the completion of"
@@ -178,9 +182,9 @@ class PairLosses:
     """The preference losses of some pairs, (T,) float64 each."""
 
     found: np.ndarray
-    """What training minimizes, by the indices of the packed batch."""
+    """The losses that training minimizes, computed from the packed batch."""
     expected: np.ndarray
-    """What they should be (`expected_losses`)."""
+    """The right values (`expected_losses`)."""
 
 
 _ROUNDING = 1e-9
@@ -201,7 +205,7 @@ def expected_losses(pi_logps: np.ndarray, ref_logps: np.ndarray, lengths: np.nda
 
 
 def losses_at_zero(loss: LossConfig) -> tuple[float, float]:
-    """Returns the loss of a pair whose log-ratios are 0, as its function in `LOSSES` has it, and as it should be."""
+    """Returns the loss of a pair whose log-ratios are 0: by its function in `LOSSES`, and by the entry's `at_zero`."""
     at_zero = LOSSES[loss.name].at_zero
     assert at_zero is not None, f"{loss.name} uses no reference"
     logps, lengths = np.full((2, 1), -1.0), np.ones((2, 1))
@@ -209,7 +213,7 @@ def losses_at_zero(loss: LossConfig) -> tuple[float, float]:
 
 
 def wrong_loss(losses: PairLosses) -> tuple[float, float] | None:
-    """Returns the loss that is furthest from what it should be, and what it should be; None where all are right."""
+    """Returns the loss that is furthest from its expected value, and that value; None where all losses are right."""
     with np.errstate(invalid="ignore"):
         excess = np.abs(losses.found - losses.expected) - _ROUNDING * (1 + np.abs(losses.expected))
     if not (excess > 0).any():

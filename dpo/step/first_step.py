@@ -41,23 +41,27 @@ KEY = "reference.first_step_check"
 
 @dataclass(frozen=True)
 class Terms:
-    """What a run's first step is held to."""
+    """The terms on which the first step passes."""
 
     scale: float | None
     """See `rounding_scale`."""
     on_failure: Literal["stop", "warn"]
     """`reference.first_step_check`."""
-    made_otherwise: str | None
+    made_differently: str | None
     """How the cached rows were computed differently from this run, or None. If set, a deviation above the noise only
     warns; above the caps it still ends the run."""
 
 
 def verify_start(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: LossConfig, terms: Terms) -> Deviation:
-    """Raises RunError unless the policy, before its first update, is its own reference on the first step's trees; gives
-    how far it is from it. Where `terms` say so, rank 0 warns instead.
+    """Checks that the policy, before its first update, is its own reference on the first step's trees.
 
-    The verdict is the same on every rank: it is over all completions of all of them. Every rank must get here, or the
-    rest hang.
+    The verdict is over the completions of all ranks, and the same on each. Every rank must get here, or the rest hang.
+
+    Returns:
+        The deviation of the policy from its reference.
+
+    Raises:
+        RunError: on every rank, where the check fails; rank 0 warns instead where `terms` say so.
     """
     found, losses = _compute(policy, packer, trees, loss)
     verdict, wrong = judge(found, terms.scale), wrong_loss(losses)
@@ -66,7 +70,7 @@ def verify_start(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: Lo
     message = f"step 1: {_explain(found, terms)}"
     if wrong is not None and verdict < Verdict.BEYOND_BOUNDS:
         verdict, message = Verdict.BEYOND_BOUNDS, f"step 1: {_explain_loss(*wrong)}"
-    is_excused = verdict == Verdict.BEYOND_NOISE and terms.made_otherwise is not None
+    is_excused = verdict == Verdict.BEYOND_NOISE and terms.made_differently is not None
     if verdict == Verdict.NOT_FINITE:
         raise RunError(message)
     if not is_excused and terms.on_failure == "stop":
@@ -77,17 +81,17 @@ def verify_start(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: Lo
 
 
 def _explain(found: Completions, terms: Terms) -> str:
-    """The measured values, what they may be, and what is at fault."""
+    """Returns the message for a failed check: the measured values, their limits, and the possible causes."""
     deviation = measure(found)
     text = f"the policy is not its own reference: {worst(found, terms.scale)}"
     text += f"; {deviation} over {len(found.lengths)} completions"
     if terms.scale is None:
         text += ", of which each may differ by 1e-4 + 1e-5 |ref_logp|"
     else:
-        most = limits(deviation.noise, found.lengths, terms.scale)
-        text += f", at most spread {most.spread:.3g}, drift {most.drift:.3g}"
-    if terms.made_otherwise:
-        text += f"; the reference's rows were made otherwise: {terms.made_otherwise}"
+        maximum = limits(deviation.noise, found.lengths, terms.scale)
+        text += f", at most spread {maximum.spread:.3g}, drift {maximum.drift:.3g}"
+    if terms.made_differently:
+        text += f"; the cached rows of the reference were computed differently: {terms.made_differently}"
     return f"{text}; the reference cache, the forward or the model's rounding is at fault"
 
 
@@ -97,7 +101,10 @@ def _explain_loss(found: float, expected: float) -> str:
 
 
 def _compute(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: LossConfig) -> tuple[Completions, PairLosses]:
-    """The step's completions in two packings, and the losses of its pairs, on every rank. Every rank must get here."""
+    """Returns the step's completions in two packings, and the losses of its pairs, the same on every rank.
+
+    Every rank must get here, or the rest hang.
+    """
     other = replace(packer, tokens_per_micro_batch=max(1, packer.tokens_per_micro_batch // 2))
     with torch.no_grad():
         mine = _run(policy, packer, packer.plan(trees), loss)
@@ -159,8 +166,8 @@ def _expected_losses(trees: Sequence[Tree], measured: Sequence[tuple[float, floa
 
 
 def moved_plan(plan: StepPlan) -> StepPlan:
-    """The plan with the trees of each micro-batch, and the completions of each tree, in reverse order: where a tree is
-    alone in its row, its completions still change their places.
+    """Returns the plan with the trees of each micro-batch, and the completions of each tree, in reverse order. So the
+    completions move even where a tree is alone in its row.
     """
     moved = [[tuple(_turned(tree) for tree in reversed(micro)) for micro in lane] for lane in plan.micro_batches]
     return replace(plan, micro_batches=tuple(tuple(lane) for lane in moved))

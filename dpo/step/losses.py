@@ -104,7 +104,7 @@ LOSSES: Mapping[LossName, Loss] = {
 """The losses by `loss.name`."""
 
 
-# --- from log-probabilities to what is minimized ---------------------------------------------------------------------
+# --- from log-probabilities to minimized losses ----------------------------------------------------------------------
 
 
 def preference_losses(

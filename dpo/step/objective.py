@@ -1,4 +1,4 @@
-"""From log-probabilities of a packed batch to what is minimized: the configured loss of each pair, and the rewards."""
+"""From the log-probabilities of a packed batch to the minimized loss of each pair, and the rewards."""
 
 from torch import Tensor
 

@@ -43,7 +43,7 @@ def test_what_makes_it_another_run_is_refused(dead: Config, key: str, capsys: py
     before = snapshot(run_dir)
     assert exit_code(changed(dead, **IDENTITY[key])) == 2
     (error,) = error_lines(capsys.readouterr().err)
-    assert error.startswith(f"error: CONFIG: {key}: cannot go on from {checkpoint_path(run_dir, 4)}: ")
+    assert error.startswith(f"error: CONFIG: {key}: cannot resume from {checkpoint_path(run_dir, 4)}: ")
     assert error.endswith("valid: the same as before, or another train.run_dir")
     assert snapshot(run_dir) == before
 
@@ -61,9 +61,11 @@ def test_other_pairs_are_refused(dead: Config, tmp_path: Path, capsys: pytest.Ca
         path = tmp_path / f"{name}.jsonl"
         path.write_text(text)
         assert exit_code(changed(dead, data__train=[SourceConfig(str(path))])) == 2, name
-        assert error_lines(capsys.readouterr().err)[0].startswith("error: CONFIG: data.train: cannot go on from "), name
+        assert error_lines(capsys.readouterr().err)[0].startswith("error: CONFIG: data.train: cannot resume from "), (
+            name
+        )
     assert exit_code(changed(dead, data__max_length=20, data__max_prompt_length=15)) == 2
-    assert error_lines(capsys.readouterr().err)[0].startswith("error: CONFIG: data.train: cannot go on from ")
+    assert error_lines(capsys.readouterr().err)[0].startswith("error: CONFIG: data.train: cannot resume from ")
 
 
 def test_another_reference_is_refused(dead: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,7 +74,7 @@ def test_another_reference_is_refused(dead: Config, tmp_path: Path, capsys: pyte
     for key in ("model__path", "reference__path"):
         assert exit_code(changed(dead, **{key: str(tmp_path / "other")})) == 2
         (error,) = error_lines(capsys.readouterr().err)
-        assert error.startswith("error: CONFIG: reference.path: cannot go on from ")
+        assert error.startswith("error: CONFIG: reference.path: cannot resume from ")
         assert "is not what it was when the checkpoint was written" in error
 
 
@@ -185,7 +187,7 @@ def test_a_new_key_at_another_value_is_refused(dead: Config, key: str, capsys: p
     assert exit_code(changed(dead, **IDENTITY[key])) == 2
     (error,) = error_lines(capsys.readouterr().err)
     assert error.startswith(
-        f"error: CONFIG: {key}: cannot go on from {checkpoint_path(Path(str(dead.train.run_dir)), 4)}"
+        f"error: CONFIG: {key}: cannot resume from {checkpoint_path(Path(str(dead.train.run_dir)), 4)}"
     )
     (value,) = IDENTITY[key].values()
     assert f": {DEFAULTS[key]!r} when the checkpoint was written, {value!r} now; " in error

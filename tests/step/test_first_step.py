@@ -273,7 +273,7 @@ def test_beyond_the_caps_a_run_stops_and_warn_goes_on(
     assert line["first_step/spread"] > 2.5
 
 
-def test_rows_that_were_made_otherwise_are_held_to_the_caps_alone() -> None:
+def test_rows_computed_differently_are_held_to_the_caps_alone() -> None:
     """Spread 0.1 with noise 0: beyond the floor 0.01, within the cap 0.25."""
     pi, lengths = np.full(64, -50.0), np.full(64, 25)
     signs = np.where(np.arange(64) % 2, 1.0, -1.0)

@@ -42,7 +42,7 @@ def move_rows(cache: Path, nats: float, **made: Any) -> None:
 @pytest.mark.parametrize(
     "made", [{"torch": "2.11.0"}, {"device": "sm_90"}, {"compile": True}], ids=lambda made: next(iter(made))
 )
-def test_rows_made_otherwise_are_beyond_their_noise_with_a_warning(
+def test_rows_computed_differently_are_beyond_their_noise_with_a_warning(
     filled: Path, made: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run goes on to its end; the warning says what differs and how far the rows are off."""
@@ -51,8 +51,9 @@ def test_rows_made_otherwise_are_beyond_their_noise_with_a_warning(
     (warning,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING: step 1:")]
     ((name, value),) = made.items()
     assert warning.startswith("WARNING: step 1: the policy is not its own reference: pi_logp -")
-    otherwise, now = warning.partition("the reference's rows were made otherwise: ")[2].split("; this run: ")
-    assert f"{name} {value}" in otherwise
+    difference = warning.partition("the cached rows of the reference were computed differently: ")[2]
+    before, now = difference.split("; this run: ")
+    assert f"{name} {value}" in before
     assert f"{name} {value}" not in now
     assert len(train_lines(filled / "second")) == 6
     (line,) = [line for line in read_metrics(filled / "second") if "first_step/spread" in line]
@@ -66,7 +67,7 @@ def test_rows_made_alike_are_not_excused(filled: Path, capsys: pytest.CaptureFix
     assert exit_code(six_steps(filled, filled / "second", **BFLOAT16)) == 1
     error = capsys.readouterr().err
     assert "error: step 1: the policy is not its own reference: pi_logp -" in error
-    assert "made otherwise" not in error
+    assert "computed differently" not in error
     assert not (filled / "second").exists()
 
 
@@ -75,7 +76,7 @@ def test_beyond_the_caps_nothing_is_excused(filled: Path, capsys: pytest.Capture
     assert exit_code(six_steps(filled, filled / "second", **BFLOAT16)) == 1
     error = capsys.readouterr().err
     assert "error: step 1: the policy is not its own reference: pi_logp -" in error
-    assert "made otherwise: torch 2.11.0" in error
+    assert "computed differently: torch 2.11.0" in error
 
 
 def test_exact_float32_excuses_nothing(tmp_path: Path) -> None:
