@@ -22,7 +22,7 @@ from transformers import PretrainedConfig
 
 from dpo.base.command import Parser, parse_arguments
 from dpo.base.console import harmless, say
-from dpo.base.errors import UserError, renamed_places
+from dpo.base.errors import InvalidValue, UserError, renamed_places
 from dpo.config import ParallelConfig
 from dpo.data.formats.example import Example
 from dpo.data.formats.json_rows import json_rows
@@ -89,8 +89,8 @@ def _json_questions(path: Path) -> list[Question]:
         place = f"{path}:{row['line']}"
         try:
             prompt = text_or_messages(field(json.loads(row["row"]), "prompt"), "prompt")
-        except ValueError as error:
-            raise UserError(place, str(error)) from error
+        except InvalidValue as error:
+            raise error.at(place) from error
         questions.append(Question(place, prompt))
     return questions
 
@@ -106,8 +106,8 @@ def read_prompts(questions: Sequence[Question], encoder: Encoder, limits: Limits
 def _read_prompt(question: Question, encoder: Encoder, limits: Limits) -> Ids:
     try:
         ids, _ = encode(Example(question.prompt, (), ()), encoder)
-    except ValueError as error:
-        raise UserError(question.place, str(error)) from error
+    except InvalidValue as error:
+        raise error.at(question.place) from error
     if not ids:
         raise UserError(question.place, "the prompt has no token", "at least one, after which an answer begins")
     if limits.positions_are_hard and limits.max_positions is not None and len(ids) >= limits.max_positions:

@@ -25,10 +25,30 @@ class UserError(ValueError):
         self.place, self.what, self.valid = place, what, valid
 
     def __str__(self) -> str:
-        return one_line(f"{self.place}: {self.what}" + (f"; valid: {self.valid}" if self.valid else ""))
+        return one_line(f"{self.place}: {render(self.what, self.valid)}")
 
     def at(self, place: str) -> "UserError":
         """Returns the same error at another place."""
+        return UserError(place, self.what, self.valid)
+
+
+class InvalidValue(ValueError):
+    """A value is wrong whose place the reader does not know; a caller that knows it raises the error `at` the place.
+
+    Args:
+        what: the fault, with the name of the value.
+        valid: as in `UserError`.
+    """
+
+    def __init__(self, what: str, valid: str = ""):
+        super().__init__(what, valid)
+        self.what, self.valid = what, valid
+
+    def __str__(self) -> str:
+        return render(self.what, self.valid)
+
+    def at(self, place: str) -> UserError:
+        """Returns the error with its place."""
         return UserError(place, self.what, self.valid)
 
 
@@ -56,6 +76,11 @@ def renamed_places(places: Mapping[str, str]) -> Iterator[None]:
         if failure.place not in places:
             raise
         raise failure.at(places[failure.place]) from failure
+
+
+def render(what: str, valid: str, label: str = "valid") -> str:
+    """Returns `WHAT; LABEL: VALID`, or `WHAT` alone where `valid` is empty."""
+    return f"{what}; {label}: {valid}" if valid else what
 
 
 def one_line(text: str) -> str:

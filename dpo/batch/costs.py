@@ -99,9 +99,8 @@ def units(activation_checkpointing: str, recomputed_share: float) -> Units:
             return Units(head=head)
         case "selective":
             return Units(body=3.5, head=head)
-        case "full":
-            return Units(body=4.0, attention=4.5, head=head, spared=1.0)
-    raise ValueError(f"parallel.activation_checkpointing: {activation_checkpointing!r}; valid: none, selective, full")
+    assert activation_checkpointing == "full", activation_checkpointing
+    return Units(body=4.0, attention=4.5, head=head, spared=1.0)
 
 
 def step_flops(trees: Sequence[Tree], costs: CostModel, units: Units) -> float:

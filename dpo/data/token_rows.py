@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
-from dpo.base.errors import UserError
+from dpo.base.errors import InvalidValue, UserError
 from dpo.base.files import make_folder_atomically
 from dpo.base.workers import Report
 from dpo.data.formats.examples import FORMATS, to_example
@@ -48,7 +48,8 @@ FEATURES = datasets.Features(
         "full_prompt_key": datasets.Value("binary"),  # 16 bytes, of the prompt before truncation
         "completion_keys": datasets.List(datasets.Value("binary")),
         "where": datasets.Value("int64"),  # line or row number
-        "error": datasets.Value("string"),
+        "error": datasets.Value("string"),  # of a broken row, else null
+        "valid": datasets.Value("string"),  # the valid values, where `error` does not say
         "prompt_truncated": datasets.Value("bool"),
         "completions_truncated": _INT,
         "over_positions": _INT,
@@ -132,9 +133,10 @@ def tokenize_row(
         example = to_example(format, row)
         tokenized = tokenize(example, encoder, limits)
         merges = merges_at_boundary(example, encoder) if index < NUM_AUDITED_ROWS else None
-    except ValueError as error:
-        return _columns(TokenizedExample([], [], (), (), ()), None) | {"where": where, "error": str(error)}
-    return _columns(tokenized, merges) | {"where": where, "error": None}
+    except InvalidValue as broken:
+        nothing = _columns(TokenizedExample([], [], (), (), ()), None)
+        return nothing | {"where": where, "error": broken.what, "valid": broken.valid}
+    return _columns(tokenized, merges) | {"where": where, "error": None, "valid": None}
 
 
 def _columns(tokenized: TokenizedExample, merges: int | None) -> dict[str, Any]:
@@ -158,13 +160,13 @@ def _columns(tokenized: TokenizedExample, merges: int | None) -> dict[str, Any]:
 
 
 def raise_first_error(rows: datasets.Dataset, source: Source) -> None:
-    """Raises UserError `file:line: what` for the first bad row of the token rows of a source."""
-    for _, table in blocks(rows, ["error", "where"]):
+    """Raises UserError at `file:line` for the first broken row of the token rows of a source."""
+    for _, table in blocks(rows, ["error", "valid", "where"]):
         errors = table.column("error")
         if errors.null_count < len(errors):
             first = int(np.flatnonzero(errors.is_valid().to_numpy())[0])
-            where = table.column("where")[first].as_py()
-            raise UserError(source.place(where), errors[first].as_py())
+            what, valid, where = (table.column(name)[first].as_py() for name in ("error", "valid", "where"))
+            raise UserError(source.place(where), what, valid)
 
 
 # --- columns as numpy, a block of rows at a time, so that a large set stays on disk ---------------------------------

@@ -10,7 +10,7 @@ import jinja2
 import tokenizers
 import transformers
 
-from dpo.base.errors import UserError
+from dpo.base.errors import InvalidValue, UserError
 from dpo.base.hub import is_tokenizer_id
 from dpo.data.formats.example import Example
 from dpo.data.formats.row_fields import Message
@@ -116,9 +116,10 @@ def chat_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[Me
     fulls = [_chat_text(tokenizer, [*messages, answer], False) for answer in answers]
     for full in fulls:
         if not full.startswith(prompt):
-            raise ValueError(
+            raise InvalidValue(
                 f"the tokenizer's chat template writes {full[:40]!r}… for prompt and answer, which does not begin with "
-                f"the {len(prompt)} characters that it writes for the prompt alone; valid: a template that only adds"
+                f"the {len(prompt)} characters that it writes for the prompt alone",
+                "a template that only adds",
             )
     return prompt, [full[len(prompt) :] for full in fulls]
 
@@ -126,14 +127,12 @@ def chat_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[Me
 def _chat_text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     """Returns the chat template's text of messages. Raises ValueError where there is no template, or it fails."""
     if not tokenizer.chat_template:
-        raise ValueError(
-            "messages need a chat template, which the tokenizer lacks; valid: a tokenizer with one, or texts"
-        )
+        raise InvalidValue("messages need a chat template, which the tokenizer lacks", "a tokenizer with one, or texts")
     try:
         listed = [dict(message) for message in messages]
         return str(tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=add_generation_prompt))
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise ValueError(f"the tokenizer's chat template refuses the messages: {error}") from error
+        raise InvalidValue(f"the tokenizer's chat template refuses the messages: {error}") from error
 
 
 def _encode(tokenizer: Any, text: Any, add_special_tokens: bool) -> Ids:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from dpo.base.errors import InvalidValue
 from dpo.data.formats.example import Example, Index
 from dpo.data.formats.row_fields import Message
 from dpo.data.tokenizer import Encoder, Ids, encode
@@ -97,7 +98,7 @@ def tokenize(example: Example, encoder: Encoder, limits: Limits) -> TokenizedExa
     for ids in (full_prompt, *full_completions):
         _check_ids(ids, limits.vocab_size)
     if not full_prompt:
-        raise ValueError("the prompt has no token; valid: at least one, from which the completion's first is predicted")
+        raise InvalidValue("the prompt has no token", "at least one, from which the completion's first is predicted")
     prompt = cut_prompt(full_prompt, limits.max_prompt_length, encoder.bos_id)
     room = None if limits.max_length is None else max(0, limits.max_length - len(prompt))
     completions = tuple(ids[:room] for ids in full_completions)
@@ -150,7 +151,7 @@ def _check_ids(ids: Ids, vocab_size: int) -> None:
     """Raises ValueError for an id outside of the vocabulary."""
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise ValueError(f"token id {wrong} is outside of the model's vocabulary; valid: 0 to {vocab_size - 1}")
+        raise InvalidValue(f"token id {wrong} is outside of the model's vocabulary", f"0 to {vocab_size - 1}")
 
 
 def _count_over_positions(prompt_length: int, lengths: list[int], limits: Limits) -> int:
@@ -159,9 +160,10 @@ def _count_over_positions(prompt_length: int, lengths: list[int], limits: Limits
         return 0
     over = [length for length in lengths if prompt_length + length > limits.max_positions]
     if over and limits.positions_are_hard:
-        raise ValueError(
+        raise InvalidValue(
             f"prompt and completion have {prompt_length + max(over)} tokens, the model's positions end at "
-            f"{limits.max_positions}; valid: data.max_length up to {limits.max_positions}"
+            f"{limits.max_positions}",
+            f"data.max_length up to {limits.max_positions}",
         )
     return len(over)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo.batch.block_mask import Span, host_mask
 from dpo.batch.layout import make_layout
 from dpo.distributed.world import World
-from dpo.doctor.parts import Failure, Finding, Part, Subject, attempt
+from dpo.doctor.parts import Failure, Finding, Part, Subject, attempt, with_remedy
 from dpo.machine.toolchain import needs_of
 from dpo.model.attention import block_attention, segment_attention
 
@@ -138,7 +138,7 @@ def describe_attention(subject: Subject, results: Sequence[Attention]) -> Findin
         deviation = (
             f"rank {results.index(worst)}: {worst.path} is {worst.error:.1e} from plain attention, {bound:g} allowed"
         )
-        problems.append(f"{deviation}; what helps: {WRONG}")
+        problems.append(with_remedy(deviation, WRONG))
     compiled, problem = _compiled(subject, results)
     return Finding(ATTENTION.name, (*lines, *compiled), problems=(*problems, *problem))
 
@@ -153,14 +153,14 @@ def _compiled(subject: Subject, results: Sequence[Attention]) -> tuple[list[str]
         is_needed = str(subject.parallel.compile).lower() == "true"
         helps = "apt-get install g++, or module load gcc; or parallel.compile false"
         if is_needed:
-            return [], [f"{reason}; what helps: {helps}"]
+            return [], [with_remedy(reason, helps)]
         return [f"{reason} (a run here does not need it)"], []
     compiled = [result.compiled for result in results if isinstance(result.compiled, tuple)]
     if not compiled:
         return [], []
     error, seconds = (max(values) for values in zip(*compiled, strict=True))
     line = f"FlexAttention compiled, float32, forward: {error:.1e} from plain attention, {seconds:.1f} s"
-    wrong = [f"FlexAttention compiled is {error:.1e} from plain attention; what helps: {WRONG}"]
+    wrong = [with_remedy(f"FlexAttention compiled is {error:.1e} from plain attention", WRONG)]
     return [line], [] if error <= BOUNDS["float32"] else wrong
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from dpo.distributed.world import World
-from dpo.doctor.parts import Finding, Part, Subject, by_host
+from dpo.doctor.parts import Finding, Part, Subject, by_host, with_remedy
 from dpo.doctor.words import counted
 from dpo.estimate.words import gib
 from dpo.machine.facts import Facts, gather_facts, host_memory
-from dpo.machine.toolchain import find_problems, find_warnings, needs_of
+from dpo.machine.toolchain import Problem, find_problems, find_warnings, needs_of
 
 BUSY = 0.9
 """Minimum share of a GPU's memory that is free where no other process uses it."""
@@ -102,7 +102,7 @@ def describe_versions(subject: Subject, versions: Sequence[dict[str, str]]) -> F
         for name in first:
             if other.get(name) != first[name]:
                 difference = f"{name} is {other.get(name)} on {other['host']} and {first[name]} on {host}"
-                problems.append(f"{difference}; what helps: the same environment on every node")
+                problems.append(with_remedy(difference, "the same environment on every node"))
     line = ", ".join(f"{name} {version}" for name, version in first.items())
     return Finding(VERSIONS.name, (line,), problems=tuple(dict.fromkeys(problems)))
 
@@ -118,7 +118,7 @@ class Toolchain:
     """The facts about a rank's host, and the problems that follow for a run."""
 
     facts: Facts
-    problems: list[str]
+    problems: list[Problem]
     warnings: list[str]
 
 
@@ -137,7 +137,7 @@ def describe_toolchain(subject: Subject, toolchains: Sequence[Toolchain]) -> Fin
     needed = "" if facts.gpu or facts.driver else " (only GPUs need them)"
     line = f"{driver}, C compiler {facts.compiler or 'none'}, {header}{needed}"
     hosts = [toolchain.facts.host for toolchain in toolchains]
-    problems = [[p.replace("; valid: ", "; what helps: ") for p in toolchain.problems] for toolchain in toolchains]
+    problems = [[with_remedy(p.what, p.remedy) for p in toolchain.problems] for toolchain in toolchains]
     warnings = tuple(dict.fromkeys(line for toolchain in toolchains for line in toolchain.warnings))
     return Finding(TOOLCHAIN.name, (line,), problems=by_host(hosts, problems), advice=warnings)
 

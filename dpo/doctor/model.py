@@ -13,7 +13,7 @@ from dpo.config import Config
 from dpo.distributed.collectives import all_gather, on_main
 from dpo.distributed.failures import estimate_command
 from dpo.distributed.world import World
-from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, agreed, attempt
+from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, agreed, attempt, with_remedy
 from dpo.estimate.at_start import choice_here
 from dpo.estimate.choice import Choice
 from dpo.estimate.lengths import find_lengths
@@ -120,7 +120,7 @@ def describe_memory(subject: Subject, memories: Sequence[Memory]) -> Finding:
     if state > least.free:
         room = f"{gib(least.free)} GiB of {where} are free"
         shortage = f"weights, gradients and optimizer take {gib(state)} GiB per rank, {room}"
-        problems.append(f"{shortage}; what helps: {_room(subject, least.on_host)}")
+        problems.append(with_remedy(shortage, _room(subject, least.on_host)))
     return Finding(MODEL.name, (line, *lines), problems=tuple(problems), advice=tuple(advice))
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PretrainedConfig
 
-from dpo.base.errors import RunError, UserError
+from dpo.base.errors import RunError, UserError, render
 from dpo.config import Config, ParallelConfig
 from dpo.distributed.collectives import all_gather, first_on_each_node, together
 from dpo.distributed.world import World
@@ -122,7 +122,7 @@ def examine(part: Part, subject: Subject, world: World) -> Finding:
     rank, reason = failures[0]
     where = "every rank" if len(failures) == world.size else f"rank {rank}"
     more = f" (and {len(failures) - 1} more)" if 1 < len(failures) < world.size else ""
-    return Finding(part.name, problems=(f"{where}{more}: {reason}; what helps: {part.remedy}",))
+    return Finding(part.name, problems=(with_remedy(f"{where}{more}: {reason}", part.remedy),))
 
 
 def attempt(work: Callable[[], T]) -> T | Failure:
@@ -147,6 +147,11 @@ def agreed(work: Callable[[], T]) -> T:
         return result
 
     return together(checked)
+
+
+def with_remedy(what: str, remedy: str) -> str:
+    """Returns the line of a problem."""
+    return render(what, remedy, label="what helps")
 
 
 def by_host(hosts: Sequence[str], texts: Sequence[Sequence[str]]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from dpo.base.errors import RunError
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World
-from dpo.doctor.parts import Finding, Part, Sizes, Subject, agreed
+from dpo.doctor.parts import Finding, Part, Sizes, Subject, agreed, with_remedy
 from dpo.doctor.words import counted, rate
 from dpo.estimate.words import gib, shown_seconds
 
@@ -122,7 +122,7 @@ def describe_storage(subject: Subject, ranks: Sequence[Storage]) -> Finding:
         needed = subject.sizes.disk_bytes(least.num_checkpoints)
         if needed > least.free:
             shortage = f"the run needs {gib(needed)} GiB in {least.folder}, {gib(least.free)} GiB are free"
-            problems.append(f"{shortage}; what helps: a train.run_dir with more room, a smaller checkpoint.keep")
+            problems.append(with_remedy(shortage, "a train.run_dir with more room, a smaller checkpoint.keep"))
     speed = f"{rate(written)} written and synced, {rate(read)} read, all ranks together"
     lines.append(f"{speed} ({FILE_BYTES >> 20} MiB per rank)")
     return Finding(STORAGE.name, tuple(lines), problems=tuple(problems))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from dpo.base.errors import UserError
+from dpo.base.errors import UserError, render
 from dpo.machine.facts import Facts, Gpu
 
 OLDEST_DRIVER = {"11": "450.80", "12": "525.60", "13": "580.65"}
@@ -79,15 +79,26 @@ def head_width(model: PretrainedConfig) -> int | None:
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A problem that would stop a run on a machine or keep it from the GPU, and the remedy."""
+
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return render(self.what, self.remedy)
+
+
 def check_toolchain(facts: Facts, needs: Needs) -> None:
     """Raises UserError, in one line, that names all problems that would stop a run on this machine."""
     problems = find_problems(facts, needs)
     if problems:
-        raise UserError(facts.host, "; and ".join(problems))
+        raise UserError(facts.host, "; and ".join(map(str, problems)))
 
 
-def find_problems(facts: Facts, needs: Needs) -> list[str]:
-    """Returns the problems that would stop a run or keep it from the GPU, each as one line that ends with a remedy."""
+def find_problems(facts: Facts, needs: Needs) -> list[Problem]:
+    """Returns the problems that would stop a run or keep it from the GPU."""
     checks = (*CHECKS, *CHECKS_OF_COMPILING) if needs.compiles else CHECKS
     return [problem for check in checks if (problem := check(facts, needs)) is not None]
 
@@ -108,7 +119,7 @@ def _unused_gpus(facts: Facts) -> str | None:
 # --- the checks ------------------------------------------------------------------------------------------------------
 
 
-def _check_driver(facts: Facts, needs: Needs) -> str | None:
+def _check_driver(facts: Facts, needs: Needs) -> Problem | None:
     """Returns the problem of a driver that does not start CUDA. torch may then report no GPU at all, and the run would
     train on the CPU.
     """
@@ -123,17 +134,17 @@ def _check_driver(facts: Facts, needs: Needs) -> str | None:
         else ("a job that asked for GPUs (sbatch --gpus-per-node), `nvidia-smi` without an error")
     )
     what = f"CUDA does not start: driver {facts.driver}, torch {facts.torch} for CUDA {facts.cuda}: {facts.cuda_error}"
-    return f"{what}; valid: {wanted}; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
+    return Problem(what, f"{wanted}; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU")
 
 
-def _check_ranks(facts: Facts, needs: Needs) -> str | None:
+def _check_ranks(facts: Facts, needs: Needs) -> Problem | None:
     if facts.gpu_index is None or facts.gpu_index < facts.num_gpus:
         return None
     what = f"rank {facts.gpu_index} of this node has no GPU of its own: there are {facts.num_gpus}"
-    return f"{what}; valid: --nproc-per-node {facts.num_gpus}, or CUDA_VISIBLE_DEVICES with a GPU for each rank"
+    return Problem(what, f"--nproc-per-node {facts.num_gpus}, or CUDA_VISIBLE_DEVICES with a GPU for each rank")
 
 
-def _check_capability(facts: Facts, needs: Needs) -> str | None:
+def _check_capability(facts: Facts, needs: Needs) -> Problem | None:
     if facts.gpu is None or facts.gpu.shared_bytes is None:
         return None
     lowest = LOWEST_CAPABILITY.get(needs.compute_dtype, LOWEST_OF_TRITON)
@@ -141,14 +152,14 @@ def _check_capability(facts: Facts, needs: Needs) -> str | None:
         return None
     what = f"{_named(facts.gpu)}; {needs.compute_dtype} attention needs {_dotted(lowest)}"
     other = ", or parallel.compute_dtype float32" if facts.gpu.capability >= LOWEST_OF_TRITON else ""
-    return f"{what}; valid: a GPU of capability {_dotted(lowest)} or newer{other}"
+    return Problem(what, f"a GPU of capability {_dotted(lowest)} or newer{other}")
 
 
-def _check_architecture(facts: Facts, needs: Needs) -> str | None:
+def _check_architecture(facts: Facts, needs: Needs) -> Problem | None:
     if facts.gpu is None or facts.cuda is None or has_kernels(facts.archs, facts.gpu.capability):
         return None
     what = f"{_named(facts.gpu)}; torch {facts.torch} has kernels for {', '.join(facts.archs)} alone"
-    return f"{what}; valid: a torch built for this GPU (https://pytorch.org/get-started/locally)"
+    return Problem(what, "a torch built for this GPU (https://pytorch.org/get-started/locally)")
 
 
 def has_kernels(archs: Sequence[str], capability: tuple[int, int]) -> bool:
@@ -171,30 +182,30 @@ def has_kernels(archs: Sequence[str], capability: tuple[int, int]) -> bool:
     )
 
 
-def _check_compiler(facts: Facts, needs: Needs) -> str | None:
+def _check_compiler(facts: Facts, needs: Needs) -> Problem | None:
     if facts.gpu is None or facts.compiler:
         return None
     unset = "neither gcc nor clang is in PATH, and CC is not set"
     where = unset if facts.cc is None else f"CC is {facts.cc!r}, which is not found"
-    return f"no C compiler, which Triton needs: {where}; valid: apt-get install gcc, or module load gcc"
+    return Problem(f"no C compiler, which Triton needs: {where}", "apt-get install gcc, or module load gcc")
 
 
-def _check_header(facts: Facts, needs: Needs) -> str | None:
+def _check_header(facts: Facts, needs: Needs) -> Problem | None:
     if facts.gpu is None or facts.has_python_h:
         return None
     what = f"no {facts.python_h}, which Triton compiles against"
     package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-    return f"{what}; valid: apt-get install {package} (Debian: python3-dev), or module load python"
+    return Problem(what, f"apt-get install {package} (Debian: python3-dev), or module load python")
 
 
-def _check_compiles(facts: Facts, needs: Needs) -> str | None:
+def _check_compiles(facts: Facts, needs: Needs) -> Problem | None:
     if facts.gpu is None or facts.compile_error is None:
         return None
     what = f"{facts.compiler} cannot compile what Triton needs: {facts.compile_error}"
-    return f"{what}; valid: apt-get install gcc libc6-dev, or module load gcc"
+    return Problem(what, "apt-get install gcc libc6-dev, or module load gcc")
 
 
-def _check_shared_memory(facts: Facts, needs: Needs) -> str | None:
+def _check_shared_memory(facts: Facts, needs: Needs) -> Problem | None:
     return _little_shared_memory(facts, needs) if facts.torch.startswith(TORCH_OF_SHARED_BYTES) else None
 
 
@@ -202,10 +213,12 @@ def _shared_memory_in_doubt(facts: Facts, needs: Needs) -> str | None:
     if facts.torch.startswith(TORCH_OF_SHARED_BYTES) or not needs.compiles:
         return None
     little = _little_shared_memory(facts, needs)
-    return little and f"with the kernels of torch {TORCH_OF_SHARED_BYTES}x this run would not start: {little}"
+    if little is None:
+        return None
+    return f"with the kernels of torch {TORCH_OF_SHARED_BYTES}x this run would not start: {little}"
 
 
-def _little_shared_memory(facts: Facts, needs: Needs) -> str | None:
+def _little_shared_memory(facts: Facts, needs: Needs) -> Problem | None:
     if facts.gpu is None or facts.gpu.shared_bytes is None:
         return None
     for width in needs.head_widths:
@@ -213,7 +226,7 @@ def _little_shared_memory(facts: Facts, needs: Needs) -> str | None:
         if wanted is not None and wanted > facts.gpu.shared_bytes:
             what = f"{facts.gpu.name} has {facts.gpu.shared_bytes:,} bytes of shared memory a block"
             why = f"FlexAttention takes {wanted:,} for heads of width {width} in {needs.compute_dtype}"
-            return f"{what}; {why}; valid: a GPU with more of it (A100, H100), or a model with narrower heads"
+            return Problem(f"{what}; {why}", "a GPU with more of it (A100, H100), or a model with narrower heads")
     return None
 
 
@@ -225,13 +238,13 @@ def shared_bytes(compute_dtype: str, capability: tuple[int, int], head_width: in
     return widths.get(head_width) or widths.get(1 << (head_width - 1).bit_length())
 
 
-CHECKS: tuple[Callable[[Facts, Needs], str | None], ...] = (
+CHECKS: tuple[Callable[[Facts, Needs], Problem | None], ...] = (
     _check_driver,
     _check_ranks,
     _check_capability,
     _check_architecture,
 )
-CHECKS_OF_COMPILING: tuple[Callable[[Facts, Needs], str | None], ...] = (
+CHECKS_OF_COMPILING: tuple[Callable[[Facts, Needs], Problem | None], ...] = (
     _check_compiler,
     _check_header,
     _check_compiles,

@@ -43,7 +43,7 @@ def _parsed(line: bytes, place: str) -> dict[str, float]:
             return metrics
     except (ValueError, KeyError, TypeError):
         pass
-    raise RunError(f"{place}: no line of metrics: {line[:60]!r}; valid: mend it, or move the file away")
+    raise RunError(f"{place}: no line of metrics: {line[:60]!r}; mend it, or move the file away")
 
 
 def drop_metrics_after(run_dir: Path, step: int) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,8 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> t
             return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=on_cuda or None)
         case "sgd":
             return torch.optim.SGD(groups, momentum=config.momentum)
-    raise ValueError(f"optim.name: {config.name!r} is no optimizer; valid: rmsprop, adamw, sgd")
+        case _:
+            assert_never(config.name)
 
 
 def optimizer_elements(config: OptimConfig) -> int:
@@ -53,7 +55,8 @@ def lr_at(step: int, last_step: int, config: OptimConfig) -> float:
             return config.lr * min(1.0, (last_step + 1 - step) / span)
         case "cosine":
             return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / span))
-    raise ValueError(f"optim.schedule: {config.schedule!r} is no schedule; valid: constant, linear, cosine")
+        case _:
+            assert_never(config.schedule)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -67,7 +67,7 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040)"
     ],
 )
 def test_each_thing_that_is_missing_has_one_line_that_helps(changes: dict[str, Any], what: str, helps: str) -> None:
-    problems = [line for line in find_problems(facts(**changes), NEEDS) if what in line]
+    problems = [str(problem) for problem in find_problems(facts(**changes), NEEDS) if what in problem.what]
     assert len(problems) == 1 and helps in problems[0] and "\n" not in problems[0], problems
     with pytest.raises(UserError, match=r"^n1: "):
         check_toolchain(facts(**changes), NEEDS)
@@ -134,7 +134,7 @@ def test_what_compiles_nothing_needs_a_gpu_that_runs_it(changes: dict[str, Any])
 )
 def test_shared_memory_must_hold_the_tiles_of_the_head(gpu: Gpu, dtype: str, width: int, fits: bool) -> None:
     problems = find_problems(facts(gpu=gpu, archs=()), Needs(dtype, (64, width)))
-    assert problems == [] if fits else f"heads of width {width}" in problems[0]
+    assert problems == [] if fits else f"heads of width {width}" in problems[0].what
 
 
 @pytest.mark.parametrize(("version", "stops"), [("2.13.0+cu130", True), ("2.13.1", True), ("2.11.0", False)])
@@ -143,7 +143,7 @@ def test_figures_of_one_torch_stop_no_other(version: str, stops: bool) -> None:
     found, needs = facts(gpu=A10, archs=(), torch=version), Needs("bfloat16", (256,))
     problems, warnings = find_problems(found, needs), find_warnings(found, needs)
     assert (len(problems), len(warnings)) == ((1, 0) if stops else (0, 1))
-    assert "FlexAttention takes 151,552 for heads of width 256" in (problems or warnings)[0]
+    assert "FlexAttention takes 151,552 for heads of width 256" in str((problems or warnings)[0])
     assert not find_warnings(found, Needs("bfloat16", (256,), compiles=False))
 
 
@@ -313,7 +313,7 @@ def test_a_driver_that_is_counted_and_too_old_is_told(another_python: Callable[[
     found = dataclasses.replace(gather_facts(torch.device("cuda", 0)), driver="535.54", cuda="13.0", is_hidden=False)
     assert (found.gpu, found.cuda_error) == (None, TOO_OLD)
     (problem,) = find_problems(found, NEEDS)
-    assert "driver 535.54" in problem and "driver 580.65 or newer" in problem
+    assert "driver 535.54" in problem.what and "driver 580.65 or newer" in problem.remedy
 
 
 def test_a_driver_that_hangs_is_told(another_python: Callable[[str], None], monkeypatch: pytest.MonkeyPatch) -> None:

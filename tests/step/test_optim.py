@@ -136,13 +136,6 @@ def test_the_rate_is_set_for_the_next_step() -> None:
     assert weight.item() == 2.0
 
 
-def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="valid: rmsprop, adamw, sgd"):
-        make_optimizer([nn.Parameter(torch.zeros(1))], OptimConfig("lion"))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="valid: constant, linear, cosine"):
-        lr_at(200, 300, OptimConfig(schedule="wsd"))  # type: ignore[arg-type]
-
-
 # --- the gradient's norm ---------------------------------------------------------------------------------------------
 
 

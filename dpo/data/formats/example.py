@@ -27,4 +27,4 @@ class Example:
 PROMPTS_DIFFER = Example("", (), (), ("prompts_differ",))
 
 Reader = Callable[[Row], Example]
-"""Reads a row, in which a null field is missing. Raises ValueError("what is wrong"); the caller adds file and line."""
+"""Reads a row, in which a null field is missing. Raises InvalidValue; the caller adds file and line."""

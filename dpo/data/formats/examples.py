@@ -129,5 +129,5 @@ def holds_ids(format: str) -> bool:
 
 
 def to_example(format: str, row: Row) -> Example:
-    """Returns the row as the format reads it; a null field is a missing one. Raises ValueError("what is wrong")."""
+    """Returns the row as the format reads it; a null field is a missing one. Raises InvalidValue."""
     return FORMATS[format].reader({key: value for key, value in row.items() if value is not None})

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dpo.base.errors import UserError
+from dpo.base.errors import InvalidValue, UserError
 
 GZIP, BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
 SPACE = " \t\n\r"
@@ -130,23 +130,25 @@ def _decode(text: str, at: int, line: int, name: str) -> tuple[Any, int]:
         raise UserError(f"{name}:{line}", f"broken JSON: {error.msg} at column {error.colno}") from error
     except UnicodeEncodeError as error:
         raise UserError(f"{name}:{line}", "broken JSON: half a surrogate pair", "whole characters") from error
+    except InvalidValue as error:
+        raise UserError(f"{name}:{line}", f"broken JSON: {error.what}", error.valid) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{name}:{line}", f"broken JSON: {error}") from error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the object. Raises ValueError where a key is repeated."""
+    """Returns the object. Raises InvalidValue where a key is repeated."""
     row = dict(pairs)
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} comes twice in one object")
+        raise InvalidValue(f"the key {twice!r} comes twice in one object")
     return row
 
 
 def _no_constant(name: str) -> NoReturn:
-    """Raises ValueError for NaN, Infinity and -Infinity, which Python's decoder would take."""
-    raise ValueError(f"{name} is not JSON; valid: a finite number or null")
+    """Raises InvalidValue for NaN, Infinity and -Infinity, which Python's decoder would take."""
+    raise InvalidValue(f"{name} is not JSON", "a finite number or null")
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)

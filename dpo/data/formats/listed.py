@@ -2,6 +2,7 @@
 
 import math
 
+from dpo.base.errors import InvalidValue
 from dpo.data.formats.example import Example, Index
 from dpo.data.formats.pairwise import answer_of
 from dpo.data.formats.row_fields import Row, field, list_of, shown, text_or_messages, token_ids
@@ -15,7 +16,7 @@ def tokens(row: Row) -> Example:
     prompt = token_ids(field(row, "prompt_ids"), "prompt_ids")
     if "chosen_ids" in row or "rejected_ids" in row:
         if "completion_ids" in row:
-            raise ValueError("completion_ids beside chosen_ids and rejected_ids; valid: one of the two ways")
+            raise InvalidValue("completion_ids beside chosen_ids and rejected_ids", "one of the two ways")
         names = ("chosen_ids", "rejected_ids")
         return Example(prompt, tuple(token_ids(field(row, name), name) for name in names), ((0, 1),))
     listed = list_of(field(row, "completion_ids"), "completion_ids")
@@ -40,12 +41,12 @@ def _preferences(row: Row, num: int) -> tuple[tuple[Index, ...], tuple[str, ...]
     """
     given = [key for key in PREFERENCES if key in row]
     if len(given) != 1:
-        raise ValueError(f"{' and '.join(given) or 'nothing'} given; valid: exactly one of {', '.join(PREFERENCES)}")
+        raise InvalidValue(f"{' and '.join(given) or 'nothing'} given", f"exactly one of {', '.join(PREFERENCES)}")
     values = list_of(row[given[0]], given[0])
     if given == ["pairs"]:
         return tuple(_pair(value, f"pairs[{i}]", num) for i, value in enumerate(values)), ()
     if len(values) != num:
-        raise ValueError(f"{given[0]} has {len(values)} items for {num} completions")
+        raise InvalidValue(f"{given[0]} has {len(values)} items for {num} completions")
     if given == ["scores"]:
         return _ordered([_score(value, f"scores[{i}]") for i, value in enumerate(values)])
     return _ordered([-_rank(value, f"ranking[{i}]") for i, value in enumerate(values)])
@@ -63,25 +64,25 @@ def _ordered(worth: list[float]) -> tuple[tuple[Index, ...], tuple[str, ...]]:
 def _pair(value: object, name: str, num: int) -> Index:
     """Returns a listed [winner, loser], two different indices of `num` completions."""
     if not (isinstance(value, list) and len(value) == 2 and all(type(index) is int for index in value)):
-        raise ValueError(f"{name} is {shown(value)}; valid: [winner, loser], two indices of completions")
+        raise InvalidValue(f"{name} is {shown(value)}", "[winner, loser], two indices of completions")
     for index in value:
         if not 0 <= index < num:
-            raise ValueError(f"{name}: index {index} is out of range; valid: 0 to {num - 1}")
+            raise InvalidValue(f"{name}: index {index} is out of range", f"0 to {num - 1}")
     winner, loser = value
     if winner == loser:
-        raise ValueError(f"{name}: winner and loser are both {winner}; valid: two different completions")
+        raise InvalidValue(f"{name}: winner and loser are both {winner}", "two different completions")
     return winner, loser
 
 
 def _score(value: object, name: str) -> float:
     """Returns a score, which must be finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {shown(value)}; valid: a finite number")
+        raise InvalidValue(f"{name} is {shown(value)}", "a finite number")
     return value
 
 
 def _rank(value: object, name: str) -> int:
     """Returns a rank, a whole number from 1 (best)."""
     if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {shown(value)}; valid: a whole number from 1 (best)")
+        raise InvalidValue(f"{name} is {shown(value)}", "a whole number from 1 (best)")
     return value

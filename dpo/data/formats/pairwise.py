@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from dpo.base.errors import InvalidValue
 from dpo.data.formats.example import PROMPTS_DIFFER, Example
 from dpo.data.formats.row_fields import (
     ASSISTANT,
@@ -53,7 +54,7 @@ def _conversations(chosen: object, rejected: object, prompt: object) -> Example:
     """Reads two whole conversations, each with at least one message before the answer."""
     (context, answer), (other, worse) = (_split(v, k) for v, k in ((chosen, "chosen"), (rejected, "rejected")))
     if isinstance(prompt, list) and messages_of(prompt, "prompt") not in (context, other):
-        raise ValueError("chosen and rejected do not begin with prompt; valid: whole conversations or one answer each")
+        raise InvalidValue("chosen and rejected do not begin with prompt", "whole conversations or one answer each")
     return Example(context, (answer, worse), ((0, 1),)) if context == other else PROMPTS_DIFFER
 
 
@@ -61,5 +62,5 @@ def _split(value: object, name: str) -> tuple[tuple[Message, ...], Message]:
     """Returns the prompt and the answer of a conversation: all messages but the last, and the last."""
     messages = messages_of(value, name)
     if len(messages) < 2:
-        raise ValueError(f"{name} has one message; valid: a whole conversation, or a prompt of messages beside it")
+        raise InvalidValue(f"{name} has one message", "a whole conversation, or a prompt of messages beside it")
     return messages[:-1], answer_message([messages[-1]], name)

@@ -1,5 +1,6 @@
 """Formats of published sets of texts, each with the prompt that its authors trained with."""
 
+from dpo.base.errors import InvalidValue
 from dpo.data.formats.example import PROMPTS_DIFFER, Example
 from dpo.data.formats.row_fields import Row, field, list_of, mapping, shown, text_of
 
@@ -29,7 +30,7 @@ def tldr(row: Row) -> Example:
     subreddit, title, post = (text_of(field(info, name, "info."), f"info.{name}") for name in names)
     summaries = list_of(field(row, "summaries"), "summaries")
     if len(summaries) != 2:
-        raise ValueError(f"summaries has {len(summaries)} items; valid: 2")
+        raise InvalidValue(f"summaries has {len(summaries)} items", "2")
     answers = []
     for i, value in enumerate(summaries):
         text = field(mapping(value, f"summaries[{i}]"), "text", f"summaries[{i}].")
@@ -43,12 +44,12 @@ def _split_hh(text: str, name: str) -> tuple[str, str]:
     """Returns the prompt, up to the last HH_ANSWER, and the answer of a dialogue."""
     prompt, mark, answer = text.rpartition(HH_ANSWER)
     if not mark:
-        raise ValueError(f"{name} has no {HH_ANSWER!r}, after which the answer begins")
+        raise InvalidValue(f"{name} has no {HH_ANSWER!r}, after which the answer begins")
     return prompt + mark, answer
 
 
 def _choice(value: object, name: str) -> int:
     """Returns a choice, 0 or 1."""
     if type(value) is not int or value not in (0, 1):
-        raise ValueError(f"{name} is {shown(value)}; valid: 0 or 1")
+        raise InvalidValue(f"{name} is {shown(value)}", "0 or 1")
     return value

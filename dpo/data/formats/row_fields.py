@@ -1,11 +1,12 @@
 """Reads the fields of a row and checks their types.
 
-Every function here raises `ValueError("field is …; valid: …")` for a wrong value; its argument `name` is the field's
-name in that message.
+Every function here raises InvalidValue for a wrong value; its argument `name` is the field's name in the message.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from dpo.base.errors import InvalidValue
 
 Message = Mapping[str, str]
 """{role, content}."""
@@ -22,28 +23,28 @@ def field(row: Row, name: str, prefix: str = "") -> Any:
     """Returns a field's value, which must not be null; `prefix` is the place of the row in a larger one, for errors."""
     value = row.get(name)
     if value is None:
-        raise ValueError(f"missing field {prefix}{name}; the row has: {', '.join(row) or 'nothing'}")
+        raise InvalidValue(f"missing field {prefix}{name}; the row has: {', '.join(row) or 'nothing'}")
     return value
 
 
 def text_of(value: object, name: str) -> str:
     """Returns the value, which must be a text."""
     if not isinstance(value, str):
-        raise ValueError(f"{name} is {shown(value)}; valid: a text")
+        raise InvalidValue(f"{name} is {shown(value)}", "a text")
     return value
 
 
 def list_of(value: object, name: str) -> list[Any]:
     """Returns the value, which must be a list."""
     if not isinstance(value, list):
-        raise ValueError(f"{name} is {shown(value)}; valid: a list")
+        raise InvalidValue(f"{name} is {shown(value)}", "a list")
     return value
 
 
 def mapping(value: object, name: str) -> Row:
     """Returns the value, which must be an object."""
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {shown(value)}; valid: an object")
+        raise InvalidValue(f"{name} is {shown(value)}", "an object")
     return value
 
 
@@ -52,7 +53,7 @@ def token_ids(value: object, name: str) -> tuple[int, ...]:
     ids = list_of(value, name)
     for i, token in enumerate(ids):
         if type(token) is not int:
-            raise ValueError(f"{name}[{i}] is {shown(token)}; valid: a token id")
+            raise InvalidValue(f"{name}[{i}] is {shown(token)}", "a token id")
     return tuple(ids)
 
 
@@ -74,7 +75,7 @@ def sharegpt_message(value: object, name: str) -> Message:
     row = mapping(value, name)
     sender = text_of(field(row, "from", f"{name}."), f"{name}.from")
     if sender not in SHAREGPT_ROLES:
-        raise ValueError(f"{name}.from is {sender!r}; valid: {', '.join(SHAREGPT_ROLES)}")
+        raise InvalidValue(f"{name}.from is {sender!r}", ", ".join(SHAREGPT_ROLES))
     return {"role": SHAREGPT_ROLES[sender], "content": text_of(field(row, "value", f"{name}."), f"{name}.value")}
 
 
@@ -84,7 +85,7 @@ def messages_of(
     """Returns the messages of a list with at least one; `message` reads each of them."""
     messages = list_of(value, name)
     if not messages:
-        raise ValueError(f"{name} is an empty list; valid: at least one message")
+        raise InvalidValue(f"{name} is an empty list", "at least one message")
     return tuple(message(item, f"{name}[{i}]") for i, item in enumerate(messages))
 
 
@@ -92,16 +93,16 @@ def answer_message(value: object, name: str, message: Callable[[object, str], Me
     """Returns the assistant's message, given as a message or as a list with one message."""
     if isinstance(value, list):
         if len(value) != 1:
-            raise ValueError(f"{name} has {len(value)} messages; valid: one, the assistant's")
+            raise InvalidValue(f"{name} has {len(value)} messages", "one, the assistant's")
         return answer_message(value[0], f"{name}[0]", message)
     answer = message(value, name)
     if answer["role"] != ASSISTANT:
-        raise ValueError(f"{name} has the role {answer['role']!r}; valid: {ASSISTANT}")
+        raise InvalidValue(f"{name} has the role {answer['role']!r}", ASSISTANT)
     return answer
 
 
 def text_or_messages(value: object, name: str) -> str | tuple[Message, ...]:
     """Returns the value as a text or as messages, by its type."""
     if not isinstance(value, str | list):
-        raise ValueError(f"{name} is {shown(value)}; valid: a text or a list of messages")
+        raise InvalidValue(f"{name} is {shown(value)}", "a text or a list of messages")
     return value if isinstance(value, str) else messages_of(value, name)
