@@ -65,14 +65,29 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def square_norm(parameters: Iterable[nn.Parameter], num_copies: int = 1) -> Tensor:
+def square_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Returns this rank's share of the squared L2 norm of the gradient, a float64 scalar on the device; nothing waits.
 
-    The sum over all ranks is the squared norm. With HSDP each of the `num_copies` replicas holds the whole gradient, so
-    each rank divides by them.
+    The sum over all ranks is the squared norm. With HSDP each replica holds the whole gradient, so each rank divides by
+    the number of replicas.
     """
-    gradients = [_local(p.grad) for p in parameters if p.grad is not None]
-    return get_total_norm(gradients).double().square() / num_copies
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    square = get_total_norm([_local(gradient) for gradient in gradients]).double().square()
+    return square / _num_replicas(gradients)
+
+
+def _num_replicas(gradients: Iterable[Tensor]) -> int:
+    """Returns the number of ranks that hold the same shard of the gradient."""
+    counts = {_replicas(gradient) for gradient in gradients}
+    assert len(counts) <= 1, f"shards of the gradient on different numbers of ranks: {counts}"
+    return max(counts, default=1)
+
+
+def _replicas(tensor: Tensor) -> int:
+    if not isinstance(tensor, DTensor):
+        return 1
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return math.prod(mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_replicate())
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def train_step(
         metrics.add(losses, rewards, pi_logps, batch)
     # The only exchange of the step, and the only time that the host waits for the device. No rank may update before
     # all know that the gradient is finite. The update is enqueued, and the next step's kernels behind it.
-    sums = metrics.reduce(square_norm(policy.model.parameters(), policy.parallel.replicate), stop_requested())
+    sums = metrics.reduce(square_norm(policy.model.parameters()), stop_requested())
     grad_norm = math.sqrt(sums["square_norm"])
     if not math.isfinite(grad_norm):
         raise RunError(f"the gradient norm is {grad_norm}; the weights were not updated")
