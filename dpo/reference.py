@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_program(main)
+    exit_program(main, "the same command continues: rows computed so far are in the cache")

@@ -24,6 +24,9 @@ torchrun --standalone --nproc-per-node 8 -m dpo.train --config FILE. Without tor
 rank."""
 
 
+AFTER_STOP = "the same command resumes from the newest checkpoint, or starts again where there is none yet"
+
+
 def run_training(config: Config) -> None:
     """Checks all input, then builds, trains and exports the policy. Every rank must get here, or the rest hang.
 
@@ -52,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_program(main)
+    exit_program(main, AFTER_STOP)

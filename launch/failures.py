@@ -20,6 +20,7 @@ from pathlib import Path
 
 from dpo.base.command import EXIT_CODES
 from dpo.base.errors import UserError
+from dpo.base.workers import signal_name
 
 _LOST_PEER = re.compile(
     r"gloo/transport/|Connection closed by peer|Connection reset by peer|Broken pipe"
@@ -152,7 +153,7 @@ def _table(stderr: str, host: str, message: str | None) -> Iterator[Failure]:
         code = int(row["code"])
         time = datetime.fromisoformat(row["time"]).timestamp() + 0.999  # printed in whole seconds, rounded down
         if code < 0:
-            how = f"killed by {_signal_name(-code)}, without a Python exception"
+            how = f"killed by {signal_name(-code)}, without a Python exception"
             yield Failure(host, int(row["rank"]), time, how, killed_by=-code)
         else:
             yield Failure(host, int(row["rank"]), time, message or f"exit code {code}")
@@ -166,13 +167,6 @@ def _last_traceback_line(stderr: str) -> str | None:
     """
     traceback = _TRACEBACK.search(stderr)
     return traceback["last"] if traceback else None
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def describe(failures: Sequence[Failure]) -> str:

@@ -41,6 +41,7 @@ FIXTURES = ("ranks", "another_python")
 
 SLOW: Sequence[str] = (
     "base/test_arrays.py",
+    "base/test_spawned.py",
     "base/test_workers.py",
     "batch/test_plan.py",
     "board/test_dashboard.py",

@@ -9,4 +9,5 @@ hub.py       tells ids of the Hugging Face hub from local paths
 status.py    reports to the launcher how a program ended
 prefetch.py  a thread builds the next item while the caller uses the current one
 workers.py   work in forked processes, which end with the process that started them
+spawned.py   a function in a spawned process, which shares nothing with this one
 """

@@ -128,13 +128,19 @@ def tell_error(line: str) -> None:
     print(f"error: {harmless(one_line(line))}", file=sys.stderr, flush=True)
 
 
+def tell_stop(advice: str) -> None:
+    """Prints the line of a program that Ctrl-C ends; `advice` says how to go on, empty: nothing to say."""
+    print(f"stopped; {advice}" if advice else "stopped", file=sys.stderr, flush=True)
+
+
 def obey_quiet(argv: Sequence[str]) -> None:
     """Silences `say` and progress bars if the command line has --quiet."""
     set_quiet(any(option.key == "quiet" and option.value is None for option in split_options(argv)))
 
 
-def run_program(main: Callable[[], None]) -> int:
-    """Runs a program that is one process, prints its error line, and returns its exit code; see EXIT_CODES.
+def run_program(main: Callable[[], None], after_stop: str = "") -> int:
+    """Runs a program that is one process, prints its error line, and returns its exit code; see EXIT_CODES. Ctrl-C
+    prints `stopped`, and `after_stop`.
 
     `dpo.distributed.program.run_program` does the same for ranks.
     """
@@ -142,6 +148,7 @@ def run_program(main: Callable[[], None]) -> int:
     try:
         main()
     except KeyboardInterrupt as stop:
+        tell_stop(after_stop)
         return exit_code_of(stop)
     except (UserError, RunError, OSError) as failure:
         tell_error(line_of(failure))

@@ -3,14 +3,15 @@
     this process ── fork ──> worker: work(report)
                  <── pipe ── counts of what is done; then None, or the exception that ended the work
 
-This is the only place where the package forks and runs on in Python: see `_undisturbed` for what a fork must not do. A
-`multiprocessing.Pool`, which `Dataset.map(num_proc=...)` starts, is not used because it can wait for ever: a worker
-that is killed while it waits for work keeps the lock that `Pool.terminate` then asks for.
+The only forks of the package that go on to run its code are made here; `_undisturbed` says why a worker must not
+collect inherited garbage. A `multiprocessing.Pool`, which `Dataset.map(num_proc=...)` starts, is not used because it
+can wait for ever: a worker that is killed while it waits for work keeps the lock that `Pool.terminate` then asks for.
 """
 
 import ctypes
 import gc
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ Report = Callable[[int], object]
 Work = Callable[[Report], None]
 
 _FORK = get_context("fork")
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_PRCTL, _PR_SET_PDEATHSIG = ctypes.CDLL(None).prctl, 1  # linux/prctl.h
 
 
 class WorkerDied(RuntimeError):
@@ -39,6 +40,14 @@ class WorkerDied(RuntimeError):
         self.exit_code = exit_code
 
 
+def signal_name(number: int) -> str:
+    """Returns the name of a signal, SIGKILL for 9; `signal 35` for a real-time signal, which has none."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
 def run_in_workers(works: Sequence[Work], report: Report) -> None:
     """Runs each of `works` in a process forked from this one and returns once all are done.
 
@@ -47,11 +56,12 @@ def run_in_workers(works: Sequence[Work], report: Report) -> None:
 
     Args:
         works: called in the workers, each with a `report` of its own
-        report: called in this process with what the workers report
+        report: called in this process with each count that a worker reports
 
     Raises:
         WorkerDied: a worker ended without an exception, for example by the kernel for want of memory
-        Exception: the first that any of `works` raised, with the worker's traceback as a note
+        Exception: the first that any of `works` raised, with the worker's traceback as a note; a RuntimeError of the
+            same text in place of one that cannot be pickled
     """
     workers: list[tuple[ForkProcess, Connection]] = []
     try:
@@ -72,7 +82,7 @@ def _undisturbed() -> Iterator[None]:
     A worker must not collect the garbage that it inherits. The destructor of a process group, for one, waits for the
     group's threads, and a fork does not copy threads: such a worker hangs or dies of SIGSEGV. So the collector is off
     at the fork, and the worker freezes all that it inherits before it turns it on. Freezing is left to the worker
-    because `gc.unfreeze` here would also unfreeze what others froze.
+    because `gc.unfreeze` here would also unfreeze objects that other code froze.
 
     Source: https://docs.python.org/3/library/gc.html#gc.freeze
     """
@@ -97,7 +107,7 @@ def _start(work: Work) -> tuple[ForkProcess, Connection]:
 
 
 def _follow(workers: dict[Connection, ForkProcess], report: Report) -> None:
-    """Passes on what the workers report until all are done."""
+    """Calls `report` with the counts of the workers until all have ended their work."""
     while workers:
         for pipe in wait(list(workers)):
             assert isinstance(pipe, Connection)
@@ -105,7 +115,7 @@ def _follow(workers: dict[Connection, ForkProcess], report: Report) -> None:
             if isinstance(message, Exception):
                 raise message
             if message is None:
-                workers.pop(pipe).join()
+                workers.pop(pipe)
             else:
                 report(message)
 
@@ -128,24 +138,31 @@ def _work(work: Work, pipe: Connection, parent: int) -> None:
     gc.freeze()
     gc.enable()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the parent alone answers it
-    _end_with(parent)
+    end_with(parent)
     end: Exception | None = None
     try:
         work(pipe.send)
     except Exception as failure:
-        failure.add_note(f"Raised in a worker:\n{traceback.format_exc()}")
-        end = failure
+        end = _picklable(failure)
+        end.add_note(f"Raised in a worker:\n{traceback.format_exc()}")
     pipe.send(end)
 
 
-def _end_with(parent: int) -> None:
+def _picklable(failure: Exception) -> Exception:
+    """Returns the exception, or a RuntimeError of the same text where pickling it does not give it back."""
+    try:
+        pickle.loads(pickle.dumps(failure))
+    except Exception:  # whatever the exception's own methods raise
+        return RuntimeError(f"{type(failure).__name__}: {failure}")
+    return failure
+
+
+def end_with(parent: int) -> None:
     """Asks the kernel to kill this process when the parent ends; ends it now if that has happened already.
 
-    The kernel looks at the *thread* that forked. `run_in_workers` forks and waits in one thread, which therefore lives
-    as long as its workers.
+    The kernel looks at the *thread* that started this process, which must therefore wait for it.
 
     Source: https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
-    if os.getppid() != parent:
+    if _PRCTL(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL)) != 0 or os.getppid() != parent:
         os._exit(1)

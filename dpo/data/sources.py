@@ -23,7 +23,7 @@ from dpo.config import SourceConfig
 from dpo.data.formats.json_rows import json_rows
 from dpo.data.formats.row_fields import Row
 
-FORMAT = 1
+FORMAT = 2
 """The version of the cached rows and token rows of a source. A change of their contents or meaning must raise it."""
 JSON_FEATURES = datasets.Features(
     {"row": datasets.Value("string"), "line": datasets.Value("int64"), "columns": datasets.Value("string")}

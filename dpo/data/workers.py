@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from dpo.base.errors import RunError
-from dpo.base.workers import Report, Work, WorkerDied, run_in_workers
+from dpo.base.workers import Report, Work, WorkerDied, run_in_workers, signal_name
 
 
 def tokenize_in_workers(works: Sequence[Work], report: Report) -> None:
@@ -30,7 +30,7 @@ def _how(exit_code: int) -> str:
     """Returns how a process ended, by its exit code or the negative number of a signal."""
     if exit_code == -signal.SIGKILL:
         return "was killed, as the kernel does when the host's memory runs out"
-    return f"ended early, by {signal.Signals(-exit_code).name if exit_code < 0 else f'exit code {exit_code}'}"
+    return f"ended early, by {signal_name(-exit_code) if exit_code < 0 else f'exit code {exit_code}'}"
 
 
 def _message(how: str, num: int) -> str:

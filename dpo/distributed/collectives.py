@@ -78,9 +78,13 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
+ONE_OF_EACH_LANE = slice(None)
+"""The ranks whose data count, one per lane: all of them, since each lane is one rank."""
+
+
 def gather_lanes(value: T) -> list[T]:
     """Returns the values of all lanes, by lane, so that data of a lane counts once, however many ranks share the lane.
 
     Every rank must get here, or the rest hang.
     """
-    return all_gather(value)  # each lane is one rank
+    return all_gather(value)[ONE_OF_EACH_LANE]

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from dpo.base.command import exit_code_of, line_of, obey_quiet, tell_error
+from dpo.base.command import exit_code_of, line_of, obey_quiet, tell_error, tell_stop
 from dpo.base.console import say, warn
 from dpo.base.errors import Preempted, RunError, UserError
 from dpo.base.status import write_status
@@ -21,13 +21,13 @@ from dpo.distributed.startup import join
 from dpo.machine.versions import untested_versions
 
 
-def exit_program(main: Callable[[], None]) -> NoReturn:
+def exit_program(main: Callable[[], None], after_stop: str = "") -> NoReturn:
     """Runs `main` and ends this process with the exit code of `run_program`, without the interpreter's own shutdown.
 
     In two of about sixty runs of two ranks on gloo, a thread of torch that still ran while Python shut down aborted the
     process ("terminate called without an active exception"), so that a finished run looked like a crash.
     """
-    code = run_program(main)
+    code = run_program(main, after_stop)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # the reader of a pipe is gone
@@ -35,13 +35,16 @@ def exit_program(main: Callable[[], None]) -> NoReturn:
     os._exit(code)
 
 
-def run_program(main: Callable[[], None]) -> int:
+def run_program(main: Callable[[], None], after_stop: str = "") -> int:
     """Runs `main`, prints its error in one line, and returns the exit code of this rank (`base.command.EXIT_CODES`).
 
     Rank 0 alone prints a UserError or RunError, which all ranks raise alike. A failure that one rank may meet alone
     (see `met_alone`) is printed by that rank, which ends at once: the other ranks may wait for it in a collective, and
     torchrun ends them when it sees the first rank end. Any other exception is a bug and propagates with its traceback.
     Every failure is also written to the file that torchrun names (`record_failure`).
+
+    Args:
+        after_stop: the advice that rank 0 prints after Ctrl-C; empty: none.
 
     Returns:
         0 if the program is done, or was asked to stop and has saved; 1 for a failure while running; 2 for wrong input
@@ -69,8 +72,7 @@ def run_program(main: Callable[[], None]) -> int:
         return exit_code_of(failure)
     except KeyboardInterrupt as stop:
         if is_main:
-            what = "the same command resumes from the newest checkpoint, or starts again where there is none yet"
-            print(f"stopped; {what}", file=sys.stderr, flush=True)
+            tell_stop(after_stop)
         return exit_code_of(stop)
     except Exception as failure:
         line = met_alone(failure)

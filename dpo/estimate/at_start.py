@@ -7,20 +7,15 @@ abort.
 """
 
 import os
-import signal
-import traceback
-from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 from transformers import PretrainedConfig
 
 from dpo.base.console import say, warn
 from dpo.base.errors import RunError, UserError
+from dpo.base.spawned import described, in_own_process
 from dpo.config import Config
 from dpo.distributed.collectives import all_gather, on_main
 from dpo.distributed.world import World
@@ -33,9 +28,6 @@ from dpo.model.weights import read_model_config
 from dpo.run.folder import Start
 from dpo.run.inputs import Inputs
 from dpo.run.layout import as_so_far
-
-Result = TypeVar("Result")
-Arguments = TypeVarTuple("Arguments")
 
 
 def decide_parallel(config: Config, start: Start, inputs: Inputs, world: World) -> tuple[Config, str | None]:
@@ -78,7 +70,7 @@ def _choice_if_possible(config: Config, world: World, inputs: Inputs, memory: fl
         if isinstance(failure, UserError) and config.parallel.undecided:
             raise
         is_line = isinstance(failure, (UserError, RunError))
-        return without_estimate(config.parallel.undecided, str(failure) if is_line else _one_line(failure))
+        return without_estimate(config.parallel.undecided, str(failure) if is_line else described(failure))
 
 
 def _choice(config: Config, world: World, inputs: Inputs, memory: float) -> Choice:
@@ -132,48 +124,3 @@ def _rehearse(config: Config, folder: Path, lengths: Lengths, cluster: Cluster) 
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     model_config = read_model_config(folder, config.model.trust_remote_code)
     return decide_by_rehearsal(Case(config, model_config, lengths, cluster))
-
-
-def in_own_process(work: Callable[[*Arguments], Result], *args: *Arguments) -> Result:
-    """Runs `work`, which must be importable by name, in a process that is spawned for it, and returns its result.
-
-    Raises:
-        UserError: as `work` raised it.
-        RunError: with one line that describes any other failure of `work` or of its process.
-    """
-    ours, theirs = get_context("spawn").Pipe(duplex=False)
-    process = get_context("spawn").Process(target=_serve, args=(theirs, work, args), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        outcome: tuple[Result, BaseException | None] = ours.recv()
-        process.join()
-    except EOFError:
-        process.join()
-        failed = RunError(f"its process ended without a result, with exit code {process.exitcode}")
-        raise failed from None
-    result, failure = outcome
-    if failure is not None:
-        raise failure
-    return result
-
-
-def _serve(pipe: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Sends (result, None) or (None, failure) of `work` through the pipe. Ignores the signals that end or stop a run:
-    the parent handles them.
-    """
-    for number in (signal.SIGINT, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    try:
-        pipe.send((work(*args), None))
-    except UserError as failure:
-        pipe.send((None, failure))
-    except Exception as failure:
-        pipe.send((None, RunError(_one_line(failure))))
-
-
-def _one_line(failure: Exception) -> str:
-    """Returns a failure as one line, with the place that raised it."""
-    frame = traceback.extract_tb(failure.__traceback__)[-1]
-    place = f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} in {frame.name}"
-    return f"{type(failure).__name__}: {' '.join(str(failure).split())[:300]} ({place})"

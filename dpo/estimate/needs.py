@@ -23,6 +23,13 @@ class Trial:
     config: Config
     num_ranks: int
 
+    @property
+    def num_lanes(self) -> int:
+        """Returns the number of lanes over which the trees of a step are divided: each lane is one rank, as in
+        `World.num_lanes`.
+        """
+        return self.num_ranks
+
 
 def with_dtype(config: Config, device: Device) -> Config:
     """Returns the config with `parallel.compute_dtype` auto replaced by its meaning on the device."""
@@ -34,7 +41,7 @@ def with_dtype(config: Config, device: Device) -> Config:
 def plans_of(trial: Trial, model_config: PretrainedConfig, steps: Sequence[Sequence[Tree]]) -> list[StepPlan]:
     """Returns the plans of some steps."""
     tokens, costs = trial.config.batch.tokens_per_micro_batch, cost_model(model_config)
-    return [plan_step(trees, trial.num_ranks, tokens, costs) for trees in steps]
+    return [plan_step(trees, trial.num_lanes, tokens, costs) for trees in steps]
 
 
 def memory_of(

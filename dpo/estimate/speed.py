@@ -98,7 +98,7 @@ def step_speed(
         return step_flops(trees, costs, units_of(config.parallel, trees, model_config.vocab_size, device_type))
 
     slowest = [sum(max(map(flops, micro)) for micro in zip(*plan.micro_batches, strict=True)) for plan in plans]
-    total = fmean(sum(flops(trees) for rank in plan.micro_batches for trees in rank) for plan in plans)
+    total = fmean(sum(flops(trees) for lane in plan.micro_batches for trees in lane) for plan in plans)
     model_flops = MODEL_UNITS * fmean(plan.forward_flops for plan in plans)
     arithmetic = Part("arithmetic", 0, fmean(slowest) / (peak * cluster.mfu))
     transfers = _transfers(config, groups, plans, cluster)

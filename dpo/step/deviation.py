@@ -214,9 +214,9 @@ def losses_at_zero(loss: LossConfig) -> tuple[float, float]:
 
 def wrong_loss(losses: PairLosses) -> tuple[float, float] | None:
     """Returns the loss that is furthest from its expected value, and that value; None where all losses are right."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # a loss that is NaN or infinite is wrong: its excess is NaN
         excess = np.abs(losses.found - losses.expected) - _ROUNDING * (1 + np.abs(losses.expected))
-    if not (excess > 0).any():
+    if (excess <= 0).all():
         return None
-    pair = int(excess.argmax())
+    pair = int(np.nan_to_num(excess, nan=math.inf).argmax())
     return float(losses.found[pair]), float(losses.expected[pair])

@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from dpo.base.console import warn
 from dpo.base.errors import RunError
@@ -75,7 +76,7 @@ def verify_start(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: Lo
         raise RunError(message)
     if not is_excused and terms.on_failure == "stop":
         raise RunError(f"{message}; to train all the same: --{KEY} warn")
-    if packer.lane == 0:  # rank 0 is in the first lane
+    if dist.get_rank() == 0:
         warn(message)
     return measure(found)
 

@@ -10,7 +10,6 @@ exchange sums, and each rank divides the totals. A step of 4 pairs on two ranks:
 """
 
 import resource
-import sys
 from collections.abc import Mapping
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo.batch.packing import PackedBatch
+from dpo.distributed.collectives import ONE_OF_EACH_LANE
 
 MEASURED = (
     "losses",
@@ -32,7 +32,10 @@ MEASURED = (
 """Sums that are accumulated on the device."""
 COUNTED = ("pairs", "tokens", "body_tokens")
 """Sums that the host knows without waiting for the device."""
-SUMS = (*MEASURED, *COUNTED, "square_norm")
+LANE_SUMS = (*MEASURED, *COUNTED)
+"""Sums of the data, of which each lane has a part."""
+SUMS = (*LANE_SUMS, "square_norm")
+"""The sums, the last of which is over the shards of all ranks."""
 MAXIMA = ("peak_memory_bytes", "stop_requested")
 
 
@@ -87,16 +90,16 @@ class StepMetrics:
         # Not all_gather_into_tensor: torch 2.13 deprecates it in favor of all_gather_single, which torch 2.11 lacks.
         dist.all_gather(list(gathered.unbind()), own)
         table = gathered.cpu()
-        sums, peaks = table[:, : len(SUMS)].sum(0), table[:, len(SUMS) :].amax(0)
-        return dict(zip(SUMS, sums.tolist(), strict=True)) | dict(zip(MAXIMA, peaks.tolist(), strict=True))
+        of_lanes, norms, of_ranks = table.split([len(LANE_SUMS), 1, len(MAXIMA)], dim=1)
+        sums = torch.cat([of_lanes[ONE_OF_EACH_LANE].sum(0), norms.sum(0)])
+        return dict(zip(SUMS, sums.tolist(), strict=True)) | dict(zip(MAXIMA, of_ranks.amax(0).tolist(), strict=True))
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """Returns the peak memory of this rank so far, bytes: of the CUDA allocator, or the process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def pair_means(sums: Mapping[str, float], has_reference: bool) -> dict[str, float]:

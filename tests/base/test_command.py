@@ -97,14 +97,23 @@ def test_wrong_flags_are_one_line_and_do_not_end_the_process(words: list[str], w
 def test_exit_codes(
     failure: BaseException | None, code: int, told: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As the README lists them; the error is one line, which cannot steer a terminal."""
+    """As the README lists them; the error is one line, which cannot steer a terminal. Ctrl-C is no error."""
 
     def main() -> None:
         if failure is not None:
             raise failure
 
     assert run_program(main) == code
-    assert capsys.readouterr().err == (f"error: {told}\n" if told else "")
+    stopped = "stopped\n" if code == 130 else ""
+    assert capsys.readouterr().err == (f"error: {told}\n" if told else stopped)
+
+
+def test_after_ctrl_c_a_program_says_how_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> None:
+        raise KeyboardInterrupt
+
+    assert run_program(main, "the same command resumes") == 130
+    assert capsys.readouterr().err == "stopped; the same command resumes\n"
 
 
 def test_a_bug_keeps_its_traceback() -> None:

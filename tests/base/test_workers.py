@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.base.workers import Report, WorkerDied, run_in_workers
+from dpo.base.workers import Report, WorkerDied, run_in_workers, signal_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,6 +86,37 @@ def test_a_worker_that_exits_by_itself() -> None:
 
 
 # --- garbage --------------------------------------------------------------------------------------------------------
+
+
+class TakesTwo(Exception):
+    """Pickled by its text alone, with which it cannot be made again."""
+
+    def __init__(self, first: str, second: str):
+        super().__init__(f"{first} {second}")
+
+
+class HoldsAFunction(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__("so it is", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("failure", "text"), [(TakesTwo("so", "it is"), "TakesTwo: so it is"), (HoldsAFunction(), "HoldsAFunction")]
+)
+def test_a_failure_that_cannot_be_pickled_keeps_its_text(failure: Exception, text: str) -> None:
+    def work(report: Report) -> None:
+        raise failure
+
+    with pytest.raises(RuntimeError, match=rf"^{text}") as raised:
+        run_in_workers([work], lambda _: None)
+    assert any("in work\n    raise failure" in note for note in raised.value.__notes__)
+
+
+@pytest.mark.parametrize(("number", "name"), [(9, "SIGKILL"), (15, "SIGTERM"), (signal.SIGRTMIN + 1, "signal 35")])
+def test_names_of_signals(number: int, name: str) -> None:
+    assert signal_name(number) == name
 
 
 class Garbage:

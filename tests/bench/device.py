@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
+from dpo.base.spawned import in_own_process
 from dpo.batch.costs import MODEL_UNITS
 from dpo.batch.packer import Packer, make_packer
 from dpo.batch.plan import StepPlan
@@ -33,7 +34,6 @@ from dpo.distributed.preemption import never
 from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World, make_mesh
-from dpo.estimate.at_start import in_own_process
 from dpo.estimate.lengths import largest_micro_batches
 from dpo.estimate.memory import step_memory
 from dpo.machine.data_sheets import GIB

@@ -1,20 +1,17 @@
 """What auto becomes: the choice by hand-made numbers, the bound against the rehearsal, and a run's own choice."""
 
 import json
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpo.base.errors import RunError, UserError
+from dpo.base.errors import UserError
 from dpo.checkpoint.store import RunState, checkpoint_path
 from dpo.config import Config, load_config
 from dpo.config.rules import decided
 from dpo.estimate import at_start, choice
-from dpo.estimate.at_start import in_own_process
 from dpo.estimate.choice import Case, Option, bound_bytes, choose, decide_by_bound, decide_by_rehearsal, groups_of
 from dpo.estimate.devices import DEVICES, GIB, Device, steady
 from dpo.estimate.lengths import Lengths
@@ -22,6 +19,7 @@ from dpo.estimate.needs import Trial, needed_bytes
 from dpo.estimate.speed import Cluster, Part, Speed
 from dpo.run.folder import Start
 from dpo.run.layout import decided_so_far, layout_of
+from tests.base.test_spawned import USERS, die, fail
 from tests.estimate.test_estimate import PLAIN, tree
 from tests.support.models import family_config
 from tests.support.ranks import Ranks
@@ -127,31 +125,6 @@ def test_speeds_that_decide_are_the_same_at_every_start() -> None:
     cpu = replace(DEVICE, name="cpu")
     assert steady(cpu, "float32").peak("float32") == steady(cpu, "float32").peak("float32")
     assert steady(DEVICES["h100"], "float64").peak("float64") == 67e12 / 2
-
-
-# --- a process of its own ---------------------------------------------------------------------------------------------
-
-
-USERS = UserError("model.path", "so it is", "another")
-
-
-def fail(failure: Exception) -> None:
-    raise failure
-
-
-def die(*_: Any) -> None:
-    """As the kernel ends a process where a machine has no memory left."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_process_of_its_own_gives_results_and_failures() -> None:
-    assert in_own_process(max, 3, 7) == 7
-    with pytest.raises(UserError, match=r"^model\.path: so it is; valid: another$"):
-        in_own_process(fail, USERS)
-    with pytest.raises(RunError, match=r"^ValueError: so it is \(estimate/test_choice\.py:\d+ in fail\)$"):
-        in_own_process(fail, ValueError("so it is"))
-    with pytest.raises(RunError, match=r"^its process ended without a result, with exit code -9$"):
-        in_own_process(die)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def hold(*args, **options):
 
 token_rows.tokenize_row = hold
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell started all in the background
-exit_program(train.main)
+exit_program(train.main, train.AFTER_STOP)
 """
 """Each worker tells its number at its first row, and waits for ever."""
 

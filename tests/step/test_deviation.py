@@ -75,6 +75,14 @@ def test_the_loss_that_is_off_the_most_is_told(offset: float) -> None:
     assert wrong_loss(PairLosses(right * [1 + offset, 1 + offset, 1], right)) == (2500 * (1 + offset), 2500.0)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_wrong(bad: float) -> None:
+    """Also where the loss of the same pair alone is not finite, and beside one that is off by a finite number."""
+    right = np.array([0.7, bad])
+    found, expected = wrong_loss(PairLosses(np.array([0.8, bad]), right)) or (0.0, 0.0)
+    np.testing.assert_equal((found, expected), (bad, bad))
+
+
 def test_no_pairs_are_right() -> None:
     assert wrong_loss(PairLosses(np.empty(0), np.empty(0))) is None
 
