@@ -102,6 +102,24 @@ PRIVATE_PARTS = (
         "model/test_kernels.py::test_each_kind_of_layer_has_graphs_of_its_own",
     ),
     PrivatePart(
+        "torch._inductor.config.triton.mix_order_reduction",
+        ("dpo/model/kernels.py",),
+        "a fusion that guards on lengths, and would compile one more graph in the middle of a run",
+        "model/test_kernels.py::test_no_length_is_compiled_after_the_second",
+    ),
+    PrivatePart(
+        "torch._inductor.config.wrap_inductor_compiled_regions",
+        ("dpo/model/attention.py",),
+        "shows compiled attention to selective checkpointing as one operator",
+        "model/test_recomputed.py::test_what_is_computed_again",
+    ),
+    PrivatePart(
+        "torch._higher_order_ops.wrap.inductor_compiled_code",
+        ("dpo/model/parallelize.py",),
+        "the name of that operator",
+        "model/test_recomputed.py::test_what_is_computed_again",
+    ),
+    PrivatePart(
         "torch._inductor.runtime.cache_dir_utils.default_cache_dir",
         (KERNELS,),
         "inductor sets its variable to this folder when it is imported: such a value is not the user's",
@@ -263,6 +281,12 @@ PRIVATE_PARTS = (
         "model/test_recomputed.py::test_what_is_computed_again",
     ),
     PrivatePart(
+        "transformers.modeling_utils.PreTrainedModel.warn_if_padding_and_no_attention_mask",
+        ("dpo/model/build.py",),
+        "looks for padding at both ends of a row, for which the host would wait in every forward pass",
+        "test_private_parts.py::test_it_is_there",
+    ),
+    PrivatePart(
         "datasets.Dataset._fingerprint",
         ("dpo/data/sources.py",),
         "the content of a hub's dataset, without reading it",
@@ -277,6 +301,23 @@ PRIVATE_PARTS = (
             "launch/test_submit.py::test_a_dry_run_prints_the_same_script_without_slurm",
         )
         for path in ("slurm.slurm._make_sbatch_string", "core._submit")
+    ),
+    *(
+        PrivatePart(
+            f"submitit.core.utils.{name}",
+            (file,),
+            "the exception of a job that sbatch refused, or whose task left no result",
+            test,
+        )
+        for name, file, test in (
+            ("FailedJobError", "launch/executors.py", "launch/test_submit.py::test_sbatchs_refusal_is_one_line"),
+            ("FailedSubmissionError", "launch/executors.py", "launch/test_submit.py::test_sbatchs_refusal_is_one_line"),
+            (
+                "UncompletedJobError",
+                "launch/slurm_job.py",
+                "launch/test_node.py::test_too_many_timeouts_end_the_job_but_preemptions_do_not",
+            ),
+        )
     ),
     # TensorBoard, whose writers are torch's or TensorFlow's; a run must not import either
     PrivatePart(f"{PROTO}.event_pb2.Event", (DASHBOARD, EVENT_FILES, HPARAMS), "a line of an event file", ON_DISK),
