@@ -94,7 +94,7 @@ def encoder_content(encoder: Encoder) -> str:
 def encode(example: Example, encoder: Encoder) -> tuple[Ids, list[Ids]]:
     """Returns the ids of the prompt and of each completion, EOS appended to texts and chats, before any limit.
 
-    Raises ValueError where the tokenizer has no chat template for messages, or the template does not serve.
+    Raises InvalidValue where the tokenizer has no chat template for messages, or the template does not serve.
     """
     if encoder.tokenizer is None:
         return list(example.prompt), [list(ids) for ids in example.completions]  # type: ignore[arg-type]  # ids
@@ -110,7 +110,7 @@ def encode(example: Example, encoder: Encoder) -> tuple[Ids, list[Ids]]:
 def chat_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[Message]) -> tuple[str, list[str]]:
     """Returns the chat template's text of the prompt, up to where the assistant begins, and of each answer after it.
 
-    Raises ValueError where the text of prompt and answer does not begin with the text of the prompt.
+    Raises InvalidValue where the text of prompt and answer does not begin with the text of the prompt.
     """
     prompt = _chat_text(tokenizer, messages, True)
     fulls = [_chat_text(tokenizer, [*messages, answer], False) for answer in answers]
@@ -125,7 +125,7 @@ def chat_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[Me
 
 
 def _chat_text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
-    """Returns the chat template's text of messages. Raises ValueError where there is no template, or it fails."""
+    """Returns the chat template's text of messages. Raises InvalidValue where there is no template, or it fails."""
     if not tokenizer.chat_template:
         raise InvalidValue("messages need a chat template, which the tokenizer lacks", "a tokenizer with one, or texts")
     try:
@@ -136,8 +136,13 @@ def _chat_text(tokenizer: Any, messages: Sequence[Message], add_generation_promp
 
 
 def _encode(tokenizer: Any, text: Any, add_special_tokens: bool) -> Ids:
-    """Returns the ids of a text, without transformers' warning about its length."""
-    return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+    """Returns the ids of a text, without transformers' warning about its length. Raises InvalidValue where the
+    tokenizer fails.
+    """
+    try:
+        return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
+    except ValueError as error:
+        raise InvalidValue(f"the tokenizer refuses {text[:40]!r}: {error}") from error
 
 
 def _with_eos(ids: Ids, encoder: Encoder) -> Ids:

@@ -89,7 +89,7 @@ def tokenize(example: Example, encoder: Encoder, limits: Limits) -> TokenizedExa
     """Returns the token ids of an example, truncated to the limits, and its pairs that carry a preference.
 
     Raises:
-        ValueError: an id is outside of the vocabulary, the prompt has no token, the chat template does not serve, or a
+        InvalidValue: an id is outside of the vocabulary, the prompt has no token, the chat template does not serve, or a
             completion ends after the model's last position where that is a hard limit.
     """
     if not example.pairs:
@@ -148,14 +148,14 @@ def _is_empty(completion: str | Message | tuple[int, ...], ids: Ids, eos_ids: tu
 
 
 def _check_ids(ids: Ids, vocab_size: int) -> None:
-    """Raises ValueError for an id outside of the vocabulary."""
+    """Raises InvalidValue for an id outside of the vocabulary."""
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         wrong = min(ids) if min(ids) < 0 else max(ids)
         raise InvalidValue(f"token id {wrong} is outside of the model's vocabulary", f"0 to {vocab_size - 1}")
 
 
 def _count_over_positions(prompt_length: int, lengths: list[int], limits: Limits) -> int:
-    """Returns how many completions end after the model's positions. Raises ValueError where that is a hard limit."""
+    """Returns how many completions end after the model's positions. Raises InvalidValue where that is a hard limit."""
     if limits.max_positions is None:
         return 0
     over = [length for length in lengths if prompt_length + length > limits.max_positions]

@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 
+from dpo.base.errors import InvalidValue
 from dpo.data.formats.example import Example
-from dpo.data.tokenizer import encode, ids_encoder, merges_at_boundary, text_encoder
+from dpo.data.tokenizer import Encoder, encode, ids_encoder, merges_at_boundary, text_encoder
 from dpo.data.tokens import Limits, cut_prompt, limits_of, tokenize
 from tests.support.data_fixtures import BOS, EOS, QZ, VOCAB_SIZE, TinyModelConfig, ids, make_tokenizer
 
@@ -105,6 +106,16 @@ def test_chat_template_that_does_not_serve(template, what):
     with pytest.raises(ValueError) as error:
         chat(template, USER)
     assert what in str(error.value)
+
+
+def test_a_tokenizer_that_fails_is_the_rows_error():
+    """Else a worker ends with a traceback that names no line."""
+
+    def fail(text, **_):
+        raise ValueError("no such byte")
+
+    with pytest.raises(InvalidValue, match=r"^the tokenizer refuses 'Hi': no such byte$"):
+        encode(pair("Hi", "Yes", "No"), Encoder(fail, None, (EOS,)))
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
