@@ -42,24 +42,34 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def six_steps(folders: Path, run_dir: Path, **changes: Any) -> Config:
+    """Six steps of four of ten pairs, warm-up and cosine, a checkpoint and an evaluation every second step."""
+    facts = {
+        "data__eval": [SourceConfig(str(folders / "eval.jsonl"))],
+        "batch__pairs_per_step": 4,
+        "batch__tokens_per_micro_batch": 80,
+        "train__steps": 6,
+        "train__eval_every": 2,
+        "optim__lr": 1e-3,
+        "optim__warmup_steps": 3,
+        "optim__schedule": "cosine",
+        "checkpoint__save_every": 2,
+        "checkpoint__keep": None,
+    }
+    return make_config(folders / "model", folders / "pairs.jsonl", run_dir, **(facts | changes))
+
+
 @pytest.fixture
 def config(folders: Path, tmp_path: Path) -> Config:
-    """Six steps of four of ten pairs, warm-up and cosine, a checkpoint and an evaluation every second step."""
-    return make_config(
-        folders / "model",
-        folders / "pairs.jsonl",
-        tmp_path / "whole",
-        data__eval=[SourceConfig(str(folders / "eval.jsonl"))],
-        batch__pairs_per_step=4,
-        batch__tokens_per_micro_batch=80,
-        train__steps=6,
-        train__eval_every=2,
-        optim__lr=1e-3,
-        optim__warmup_steps=3,
-        optim__schedule="cosine",
-        checkpoint__save_every=2,
-        checkpoint__keep=None,
-    )
+    """`six_steps` in a folder of the test."""
+    return six_steps(folders, tmp_path / "whole")
+
+
+@pytest.fixture(scope="module")
+def whole(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an uninterrupted run of `six_steps`; tests only read it."""
+    root = tmp_path_factory.mktemp("whole")
+    return run(six_steps(folders, root / "whole", reference__cache_dir=str(root / "cache")))
 
 
 def twin(config: Config, tmp_path: Path) -> Config:
@@ -79,8 +89,7 @@ def assert_same_run(whole: Path, parts: Path) -> None:
 # --- bitwise ---------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
-    "rmsprop": {"optim__name": "rmsprop", "optim__weight_decay": 0.1},
-    "rmsprop, momentum": {"optim__name": "rmsprop", "optim__momentum": 0.9},
+    "rmsprop, momentum": {"optim__name": "rmsprop", "optim__momentum": 0.9, "optim__weight_decay": 0.1},
     "adamw": {"optim__name": "adamw", "optim__weight_decay": 0.1},
     "sgd": {"optim__name": "sgd", "optim__lr": 0.1},
     "sgd, momentum": {"optim__name": "sgd", "optim__lr": 0.1, "optim__momentum": 0.9, "optim__weight_decay": 0.1},
@@ -98,9 +107,8 @@ def test_an_interrupted_run_goes_on_to_the_last_bit(config: Config, tmp_path: Pa
     assert_same_run(whole, parts)
 
 
-def test_two_interruptions(config: Config, tmp_path: Path) -> None:
+def test_two_interruptions(config: Config, whole: Path, tmp_path: Path) -> None:
     """Before the first checkpoint (a fresh start follows), and after the second."""
-    whole = run(config)
     parts = run_until(twin(config, tmp_path), 2)
     run_until(twin(config, tmp_path), 5)
     run(twin(config, tmp_path))
@@ -110,12 +118,16 @@ def test_two_interruptions(config: Config, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"loss__name": "sft"},
-        {"loss__name": "ipo", "loss__length_normalized": True, "loss__sft_weight": 0.3},
-        {"batch__group_by_prompt": True, "data__order": "sequential"},
-        {"train__steps": None, "train__epochs": 2, "data__order": "sequential", "batch__pairs_per_step": 4},
-        {"parallel__compute_dtype": "bfloat16", "parallel__activation_checkpointing": "full"},
-        {"parallel__cpu_offload": True},
+        {"loss__name": "sft", "parallel__cpu_offload": True},
+        {
+            "loss__name": "ipo",
+            "loss__length_normalized": True,
+            "loss__sft_weight": 0.3,
+            "parallel__compute_dtype": "bfloat16",
+            "parallel__activation_checkpointing": "full",
+            "batch__group_by_prompt": True,
+        },
+        {"train__steps": None, "train__epochs": 2, "data__order": "sequential"},
     ],
 )
 def test_every_kind_of_run_goes_on(config: Config, tmp_path: Path, changes: dict[str, object]) -> None:
@@ -129,16 +141,16 @@ def test_every_kind_of_run_goes_on(config: Config, tmp_path: Path, changes: dict
     assert same_weights(whole / "final", parts / "final")
 
 
-def test_a_run_that_died_between_its_last_checkpoint_and_the_export(config: Config, tmp_path: Path) -> None:
-    whole, parts = run(config), run(twin(config, tmp_path))
+def test_a_run_that_died_between_its_last_checkpoint_and_the_export(folders: Path, whole: Path, tmp_path: Path) -> None:
+    parts = Path(shutil.copytree(whole, tmp_path / "parts"))
     shutil.rmtree(parts / "final")
-    run(twin(config, tmp_path))
+    run(six_steps(folders, parts))
     assert_same_run(whole, parts)
 
 
-def test_a_deleted_cache_is_rebuilt_from_the_reference(config: Config, tmp_path: Path) -> None:
+def test_a_deleted_cache_is_rebuilt_from_the_reference(config: Config, whole: Path, tmp_path: Path) -> None:
     """The resumed policy must never become the reference: at this learning rate it is nats away from it."""
-    whole, parts = run(config), run_until(twin(config, tmp_path), 5)
+    parts = run_until(twin(config, tmp_path), 5)
     shutil.rmtree(tmp_path / "reference-cache")
     run(twin(config, tmp_path))
     assert_same_run(whole, parts)
@@ -183,28 +195,27 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 # --- the optimizer's settings ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "optimizer, changes",
-    [
-        ("adamw", {"optim__weight_decay": 0.5}),
-        ("adamw", {"optim__betas": (0.5, 0.5)}),
-        ("rmsprop", {"optim__alpha": 0.5}),
-        ("rmsprop", {"optim__eps": 1e-3}),
-        ("rmsprop", {"optim__momentum": 0.0}),
-        ("sgd", {"optim__momentum": 0.1}),
-    ],
-)
-def test_changed_settings_of_the_optimizer_count(
-    config: Config, tmp_path: Path, optimizer: str, changes: dict[str, object]
-) -> None:
+CHANGES: dict[str, list[dict[str, object]]] = {
+    "adamw": [{"optim__weight_decay": 0.5}, {"optim__betas": (0.5, 0.5)}],
+    "rmsprop": [{"optim__alpha": 0.5}, {"optim__eps": 1e-3}, {"optim__momentum": 0.0}],
+    "sgd": [{"optim__momentum": 0.1}],
+}
+
+
+@pytest.mark.parametrize("optimizer", CHANGES)
+def test_changed_settings_of_the_optimizer_count(config: Config, tmp_path: Path, optimizer: str) -> None:
     """A checkpoint has the optimizer's state, not its settings: they are those of the config that goes on."""
     config = changed(config, optim__name=optimizer, optim__momentum=0.0 if optimizer == "adamw" else 0.9)
     run_until(config, 5)
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    as_before, otherwise = run(config), run(changed(twin(config, tmp_path), **changes))
-    same = [a == b for a, b in zip(train_lines(as_before)[:4], train_lines(otherwise)[:4], strict=True)]
-    assert all(same)
-    assert not same_weights(as_before / "final", otherwise / "final")
+    folders = [tmp_path / f"parts-{number}" for number in range(len(CHANGES[optimizer]))]
+    for folder in folders:
+        shutil.copytree(tmp_path / "whole", folder)
+    as_before = run(config)
+    for folder, changes in zip(folders, CHANGES[optimizer], strict=True):
+        otherwise = run(changed(config, train__run_dir=str(folder), **changes))
+        same = [a == b for a, b in zip(train_lines(as_before)[:4], train_lines(otherwise)[:4], strict=True)]
+        assert all(same)
+        assert not same_weights(as_before / "final", otherwise / "final"), changes
 
 
 def test_a_state_that_does_not_fit_is_one_line(
@@ -212,19 +223,19 @@ def test_a_state_that_does_not_fit_is_one_line(
 ) -> None:
     """Momentum switched on: the checkpoint has no buffer for it, and says which tensor is missing."""
     config = changed(config, optim__name="sgd")
-    run_until(config, 5)
+    run_until(config, 3)
     capsys.readouterr()
     assert exit_code(changed(config, optim__momentum=0.9)) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert str(checkpoint_path(tmp_path / "whole", 4)) in error
+    assert str(checkpoint_path(tmp_path / "whole", 2)) in error
     assert "momentum_buffer" in error
 
 
 # --- kept ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_from_the_older_one(config: Config, tmp_path: Path) -> None:
-    whole, parts = run(config), run_until(twin(config, tmp_path), 6)
+def test_a_run_goes_on_from_the_older_one(config: Config, whole: Path, tmp_path: Path) -> None:
+    parts = run_until(twin(config, tmp_path), 6)
     (checkpoint_path(parts, 4) / "COMPLETE").unlink()
     (parts / "checkpoints" / "step-000006.tmp").mkdir()
     (parts / "checkpoints" / "step-000006.tmp" / "__7_0.distcp").write_bytes(b"of a run on eight ranks")
@@ -241,19 +252,31 @@ def test_a_run_goes_on_from_the_older_one(config: Config, tmp_path: Path) -> Non
     assert not list((parts / "checkpoints").glob("*.tmp"))
 
 
-@pytest.mark.parametrize("keep, kept", [(1, [6]), (2, [4, 6]), (None, [2, 4, 6])])
-def test_keep(config: Config, tmp_path: Path, keep: int | None, kept: list[int]) -> None:
-    run(changed(config, checkpoint__keep=keep))
-    found = sorted((tmp_path / "whole" / "checkpoints").iterdir())
-    assert found == [checkpoint_path(tmp_path / "whole", step) for step in kept]
+@pytest.mark.parametrize("keep, kept", [(1, [6]), (2, [4, 6])])
+def test_keep(config: Config, tmp_path: Path, keep: int, kept: list[int]) -> None:
+    run(changed(config, checkpoint__keep=keep, data__eval=[], train__eval_every=None))
+    assert saved_steps(tmp_path / "whole") == kept
 
 
-def test_a_checkpoint_at_the_end_in_any_case(config: Config, tmp_path: Path) -> None:
-    run(changed(config, checkpoint__save_every=None))
-    assert list((tmp_path / "whole" / "checkpoints").iterdir()) == [checkpoint_path(tmp_path / "whole", 6)]
-    run(changed(twin(config, tmp_path), checkpoint__save_every=4))
-    names = sorted(path.name for path in (tmp_path / "parts" / "checkpoints").iterdir())
-    assert names == ["step-000004", "step-000006"]
+def test_all_are_kept(whole: Path) -> None:
+    """`checkpoint.keep` is null."""
+    assert saved_steps(whole) == [2, 4, 6]
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """The steps of the checkpoints of a run, which holds nothing else beside them."""
+    found = sorted((run_dir / "checkpoints").iterdir())
+    steps = [int(path.name.removeprefix("step-")) for path in found]
+    assert found == [checkpoint_path(run_dir, step) for step in steps]
+    return steps
+
+
+@pytest.mark.parametrize("save_every, saved", [(None, [3]), (2, [2, 3])])
+def test_a_checkpoint_at_the_end_in_any_case(
+    config: Config, tmp_path: Path, save_every: int | None, saved: list[int]
+) -> None:
+    run(changed(config, train__steps=3, checkpoint__save_every=save_every))
+    assert saved_steps(tmp_path / "whole") == saved
 
 
 # --- by a thread -----------------------------------------------------------------------------------------------------
@@ -315,7 +338,7 @@ def groups_of_writing(config: Config) -> tuple[set[str], set[str]]:
 @pytest.mark.xdist_group("ranks")
 def test_writing_uses_its_own_group_alone(config: Config, ranks: Ranks) -> None:
     """On the group of training its exchanges would be taken for those of a step."""
-    for used, given in ranks(2, groups_of_writing, config):
+    for used, given in ranks(2, groups_of_writing, changed(config, train__steps=2)):
         assert used == given
         assert len(given) == 1
 
@@ -342,11 +365,10 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, half_done: bool) -> None
 
 @pytest.mark.parametrize("half_done", [False, True])
 def test_a_crash_while_saving_leaves_the_one_before(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half_done: bool
+    config: Config, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half_done: bool
 ) -> None:
     """keep is 1: were the old one removed first, there would be none."""
-    config = changed(config, checkpoint__keep=1)
-    whole, parts = run(config), twin(config, tmp_path)
+    parts = changed(twin(config, tmp_path), checkpoint__keep=1)
     with monkeypatch.context() as patch:
         fail_at(patch, 2, half_done)
         assert exit_code(parts) == 1

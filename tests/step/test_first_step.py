@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from dpo.batch.packer import Packer
 from dpo.batch.plan import StepPlan
 from dpo.config import Config, LossConfig
-from dpo.ref_logps import cache
+from dpo.ref_logps import cache as ref_cache
 from dpo.ref_logps.blocks import ROW, makings_of, read_rows, write_making, write_rows
 from dpo.ref_logps.making import difference, joined_making
 from dpo.ref_logps.table import table_makings, write_table
@@ -39,6 +40,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(root / "model", "llama")
     save_pairs(root / "pairs.jsonl", NUM_PAIRS)
     return root
+
+
+@pytest.fixture(scope="module")
+def filled(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference cache of a run: all rows in float32."""
+    root = tmp_path_factory.mktemp("filled")
+    run(make(folders, root / "run", reference__cache_dir=str(root / "cache")))
+    return root / "cache"
+
+
+@pytest.fixture
+def cache(filled: Path, tmp_path: Path) -> Path:
+    """A test's own copy of `filled`, where runs look for it."""
+    return Path(shutil.copytree(filled, tmp_path / "reference-cache"))
 
 
 def make(folders: Path, run_dir: Path, **changes: object) -> Config:
@@ -94,28 +109,25 @@ def test_the_second_packing_has_half_of_the_tokens_and_other_places(
     assert len(prompts) > 1 and moved == prompts[::-1]
 
 
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_first_loss_is_that_of_an_indifferent_policy(folders: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["ipo, small beta", "ipo, normalized", "hinge", "robust"])
+def test_the_first_loss_is_that_of_an_indifferent_policy(folders: Path, tmp_path: Path, cache: Path, name: str) -> None:
     """No false alarm, and train/loss within 1e-5 (relative, for the large ones of ipo)."""
     loss, expected = LOSSES[name]
     config = make(folders, tmp_path / "run", **{f"loss__{key}": value for key, value in vars(loss).items()})
     assert train_lines(run(config))[0]["train/loss"] == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
-def test_the_sft_term_comes_on_top(folders: Path, tmp_path: Path) -> None:
+def test_the_sft_term_comes_on_top(folders: Path, tmp_path: Path, cache: Path) -> None:
     line = train_lines(run(make(folders, tmp_path / "run", loss__sft_weight=0.5)))[0]
     assert line["train/loss"] == pytest.approx(math.log(2) + 0.5 * line["train/loss_sft"], rel=1e-6)
     assert line["train/loss_sft"] > 1
 
 
-@pytest.mark.parametrize("changes", [{"parallel__compute_dtype": "bfloat16"}, {"batch__tokens_per_micro_batch": 1}])
-def test_no_false_alarm_in_another_layout_or_precision(
-    folders: Path, tmp_path: Path, changes: dict[str, object]
-) -> None:
-    """Rows computed in one packing, checked in another; bfloat16 has its own tolerance."""
-    run(make(folders, tmp_path / "first", **changes))
-    again = make(folders, tmp_path / "second", batch__group_by_prompt=True, train__seed=3)
-    assert train_lines(run(again))[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
+def test_no_false_alarm_in_another_layout(folders: Path, tmp_path: Path, cache: Path) -> None:
+    """Rows computed in one packing, all trees in one row, are checked in another, each tree in a row of its own."""
+    changes = {"batch__tokens_per_micro_batch": 1, "batch__group_by_prompt": True, "train__seed": 3}
+    lines = train_lines(run(make(folders, tmp_path / "run", **changes)))
+    assert lines[0]["train/loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 def test_exact_bounds() -> None:
@@ -177,60 +189,66 @@ def test_limits(noise: float, num: int, scale: float, spread: float, drift: floa
 
 
 def test_a_row_a_little_beyond_the_tolerance_ends_the_run(
-    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folders: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """0.7 of what is allowed passes, 1.3 does not (the recomputation itself may be off by 0.3): exit code 1."""
-    cache = tmp_path / "reference-cache"
-    run(make(folders, tmp_path / "first"))
     shift_rows(cache, 0.7, only=2)
-    run(make(folders, tmp_path / "second"))
+    run(make(folders, tmp_path / "first"))
     shift_rows(cache, 0.6, only=2)
-    assert exit_code(make(folders, tmp_path / "third")) == 1
+    assert exit_code(make(folders, tmp_path / "second")) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert error.startswith("error: step 1: the policy is not its own reference: pi_logp -")
-    assert not (tmp_path / "third").exists()
+    assert not (tmp_path / "second").exists()
 
 
-def test_the_worst_row_is_the_one_named(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_worst_row_is_the_one_named(
+    folders: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """All rows are off, one of them ten times as far: the line has its log-probabilities, length and first ids."""
-    cache = tmp_path / "reference-cache"
-    run(make(folders, tmp_path / "first"))
     right = read_rows(next(cache.iterdir())).logps[5]
     shift_rows(cache, 2.0)
     shift_rows(cache, 18.0, only=5)
     wrong = read_rows(next(cache.iterdir())).logps[5]
-    assert exit_code(make(folders, tmp_path / "second")) == 1
+    assert exit_code(make(folders, tmp_path / "run")) == 1
     error = capsys.readouterr().err
     assert f"pi_logp {right:.6g}, ref_logp {wrong:.6g} nats for the completion of " in error
 
 
 @pytest.mark.parametrize("loss", ["ipo", "hinge", "robust"])
-def test_other_losses_are_checked_too(folders: Path, tmp_path: Path, loss: str) -> None:
-    run(make(folders, tmp_path / "first", loss__name=loss))
-    shift_rows(tmp_path / "reference-cache", 5.0, only=0)
-    assert exit_code(make(folders, tmp_path / "second", loss__name=loss)) == 1
+def test_other_losses_are_checked_too(folders: Path, tmp_path: Path, cache: Path, loss: str) -> None:
+    shift_rows(cache, 5.0, only=0)
+    assert exit_code(make(folders, tmp_path / "run", loss__name=loss)) == 1
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_no_number_ends_the_run(
-    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+    folders: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A block that is whole, and holds nonsense; no key lets it pass, and none is named."""
-    run(make(folders, tmp_path / "first"))
-    (folder,) = (tmp_path / "reference-cache").iterdir()
+    (folder,) = cache.iterdir()
     (block,) = folder.glob("rows-*")
     table = np.frombuffer(block.read_bytes(), ROW).copy()
     block.unlink()
-    table["logp"][3] = value
+    table["logp"][3] = math.inf
     write_rows(folder, np.stack([table["high"], table["low"]], 1), table["logp"])
     for check in ("stop", "warn"):
-        assert exit_code(make(folders, tmp_path / "second", reference__first_step_check=check)) == 1
+        assert exit_code(make(folders, tmp_path / "run", reference__first_step_check=check)) == 1
     error = capsys.readouterr().err
     assert error.count("error: step 1: the policy is not its own reference") == 2
     assert "first_step_check" not in error
 
 
-def test_a_resumed_policy_is_not_its_reference_and_is_not_checked(folders: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["pi_logps", "again", "ref_logps"])
+@pytest.mark.parametrize("scale", [None, 1.0])
+def test_a_value_that_is_no_number_is_no_deviation(value: float, name: str, scale: float | None) -> None:
+    """In any of the three, with exact bounds and with those of bfloat16."""
+    logps = np.full(4, -10.0)
+    found = Completions(logps, logps, logps, np.full(4, 5), [[1]] * 4)
+    assert judge(found, scale) == Verdict.PASSES
+    assert judge(replace(found, **{name: np.array([-10.0, -10.0, value, -10.0])}), scale) == Verdict.NOT_FINITE
+
+
+def test_a_resumed_policy_is_not_its_reference_and_is_not_checked(folders: Path, tmp_path: Path, cache: Path) -> None:
     """At learning rate 0.01 the policy is far away after a step; going on from there is no fault."""
     changes = {"optim__lr": 1e-2, "optim__warmup_steps": 0, "optim__max_grad_norm": None}
     run(make(folders, tmp_path / "run", **changes))
@@ -314,8 +332,8 @@ def test_rows_of_unlike_ranks_are_made_by_all_of_them() -> None:
 def fill_as(config: Config, torch_version: str) -> None:
     """A run on a rank that says it has another torch than rank 0."""
     rank = int(os.environ["RANK"])
-    real = cache.making
-    with patch.object(cache, "making", lambda *args: real(*args) | {"torch": f"{torch_version}.{rank}"}):
+    real = ref_cache.making
+    with patch.object(ref_cache, "making", lambda *args: real(*args) | {"torch": f"{torch_version}.{rank}"}):
         run(config)
 
 
@@ -328,12 +346,10 @@ def test_a_block_says_how_every_rank_made_its_rows(folders: Path, tmp_path: Path
 
 
 @pytest.mark.xdist_group("ranks")
-def test_two_ranks_measure_what_one_does(folders: Path, tmp_path: Path, ranks: Ranks) -> None:
+def test_two_ranks_measure_what_one_does(folders: Path, tmp_path: Path, cache: Path, ranks: Ranks) -> None:
     """The sums are over all completions of all ranks, in micro-batches of any size."""
-    cache = str(tmp_path / "cache")
-    run(make(folders, tmp_path / "first", reference__cache_dir=cache))
-    move_rows(Path(cache), 1.0)
-    changes = {"reference__cache_dir": cache, "reference__first_step_check": "warn"}
+    move_rows(cache, 1.0)
+    changes = {"reference__first_step_check": "warn"}
     one = run(make(folders, tmp_path / "one", **changes))
     two = ranks(2, run, make(folders, tmp_path / "two", batch__tokens_per_micro_batch=40, **changes))[0]
     lines = [next(line for line in read_metrics(folder) if "first_step/spread" in line) for folder in (one, two)]

@@ -25,9 +25,11 @@ from tests.gpu.emulation import emulated_kernel
 from tests.support.models import plain_model
 from tests.support.runs import make_config, run
 
-ROWS = 40
+pytestmark = pytest.mark.xdist_group("first-step-noise")  # its run takes long: once, in one worker
+
+ROWS = 25
 """Of the data; each is one pair, but for a few that are dropped."""
-PAIRS = 32
+PAIRS = 20
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Prompt, completion, and the completion that it is compared with."""
@@ -113,10 +115,10 @@ def test_what_is_measured_stands_in_the_metrics_once(seen: Seen) -> None:
 
 
 def other_weights(seen: Seen) -> np.ndarray:
-    """100 steps of supervised fine-tuning on the pairs' prompts and completions, AdamW at 1e-5."""
+    """25 steps of supervised fine-tuning on the pairs' prompts and completions, AdamW at 4e-5."""
     model = plain_model(seen.model).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    for step in range(100):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-5)
+    for step in range(25):
         prompt, ids, _ = seen.rows[step % len(seen.rows)]
         tokens = torch.tensor(np.concatenate([prompt, ids])).long()[None]
         model(tokens, labels=tokens).loss.backward()
@@ -175,7 +177,6 @@ FAULTS: dict[str, Callable[[Seen], np.ndarray]] = {
     "rows exchanged": rolled,
     "one pair's rows exchanged": one_pair_exchanged,
     "positions + 1": lambda seen: logps(plain_model(seen.model), seen.rows, 1),
-    "positions - 1": lambda seen: logps(plain_model(seen.model), seen.rows, -1),
     "one answer sees its neighbour": one_sees_its_neighbour,
     "another template": reworded(other_template),
     "one newline less": reworded(one_newline_less),

@@ -189,9 +189,17 @@ def make(folders: Path, run_dir: Path, **changes: object) -> Config:
     return make_config(folders / "model", folders / "pairs.jsonl", run_dir, **(facts | changes))
 
 
-def test_a_first_step_against_the_plain_model(folders: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two_steps(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `make`, in several micro-batches a step."""
+    root = tmp_path_factory.mktemp("two-steps")
+    changes = {"batch__tokens_per_micro_batch": 64, "reference__cache_dir": str(root / "cache")}
+    return run(make(folders, root / "run", **changes))
+
+
+def test_a_first_step_against_the_plain_model(folders: Path, two_steps: Path) -> None:
     """logps and the SFT term of the six pairs, each completion alone; tokens: prompt once, completions once."""
-    line = train_lines(run(make(folders, tmp_path / "run", batch__tokens_per_micro_batch=64)))[0]
+    line = train_lines(two_steps)[0]
     rows = [json.loads(text) for text in (folders / "pairs.jsonl").read_text().splitlines()]
     model = plain_model(folders / "model")
     logps = np.array([[plain_logp(model, r["prompt_ids"], c).item() for c in r["completion_ids"]] for r in rows])
@@ -210,7 +218,8 @@ def test_the_gradient_norm_is_before_clipping_and_without_it(folders: Path, tmp_
     """The same metric whether a limit far below it is set, one far above, or none."""
     norms = []
     for limit in (1e-3, 1e3, None):
-        run_dir = run(make(folders, tmp_path / f"run-{limit}", optim__max_grad_norm=limit, train__steps=1))
+        changes = {"train__steps": 1, "data__eval": []}
+        run_dir = run(make(folders, tmp_path / f"run-{limit}", optim__max_grad_norm=limit, **changes))
         norms.append(train_lines(run_dir)[0]["train/grad_norm"])
     assert norms[0] == norms[1] == norms[2] > 1e-2
 
@@ -218,15 +227,21 @@ def test_the_gradient_norm_is_before_clipping_and_without_it(folders: Path, tmp_
 EVAL = ["eval/loss", "eval/loss_sft", "eval/logps/chosen", "eval/logps/rejected"]
 
 
-@pytest.mark.parametrize("pairs_a_part", [1, 7, 30])
+@pytest.fixture(scope="module")
+def whole(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """The evaluations of a run with the SFT term, each of all 30 pairs planned at once."""
+    root = tmp_path_factory.mktemp("whole")
+    assert batches.PAIRS_PER_EVALUATION_PLAN >= 30
+    return eval_lines(run(make(folders, root / "run", loss__sft_weight=0.5, reference__cache_dir=str(root / "cache"))))
+
+
+@pytest.mark.parametrize("pairs_a_part", [1, 7])
 def test_an_evaluation_in_parts_is_that_of_the_whole(
-    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs_a_part: int
+    folders: Path, whole: list[dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs_a_part: int
 ) -> None:
-    """30 pairs planned 1, 7 or 30 at a time. The SFT term's denominators are those of the whole set: were they those
-    of a part, the loss of 30 parts would be 30 times too large in it.
+    """30 pairs planned 1 or 7 at a time. The SFT term's denominators are those of the whole set: were they those of a
+    part, the loss of 30 parts would be 30 times too large in it.
     """
-    config = make(folders, tmp_path / "whole", loss__sft_weight=0.5)
-    whole = eval_lines(run(config))
     monkeypatch.setattr(batches, "PAIRS_PER_EVALUATION_PLAN", pairs_a_part)
     parts = eval_lines(run(make(folders, tmp_path / "parts", loss__sft_weight=0.5)))
     assert worst_relative(whole, parts, EVAL) < 1e-5
@@ -235,12 +250,11 @@ def test_an_evaluation_in_parts_is_that_of_the_whole(
     assert whole[0]["eval/pairs"] == 30
 
 
-def test_an_evaluation_against_the_plain_model(folders: Path, tmp_path: Path) -> None:
+def test_an_evaluation_against_the_plain_model(folders: Path, two_steps: Path) -> None:
     """Before the first step and, through final/, after the last: margins and accuracies from log-probabilities."""
-    run_dir = run(make(folders, tmp_path / "run"))
-    first, last = eval_lines(run_dir)
+    first, last = eval_lines(two_steps)
     rows = [json.loads(text) for text in (folders / "eval.jsonl").read_text().splitlines()]
-    before, after = plain_model(folders / "model"), plain_model(run_dir / "final")
+    before, after = plain_model(folders / "model"), plain_model(two_steps / "final")
     margins = []
     for row in rows:
         ratio = [
@@ -266,13 +280,12 @@ def test_a_line_is_flat_and_on_the_disk_at_once(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_the_charts_show_the_same_numbers(folders: Path, tmp_path: Path) -> None:
+def test_the_charts_show_the_same_numbers(two_steps: Path) -> None:
     """TensorBoard keeps float32; every metric of metrics.jsonl is a point at its step, in the chart of its name."""
-    run_dir = run(make(folders, tmp_path / "run"))
     points = {
-        (chart, step): value for chart, line in points_of(run_dir / "tensorboard").items() for step, value in line
+        (chart, step): value for chart, line in points_of(two_steps / "tensorboard").items() for step, value in line
     }
-    metrics = [(name, line["step"], value) for line in read_metrics(run_dir) for name, value in line.items()]
+    metrics = [(name, line["step"], value) for line in read_metrics(two_steps) for name, value in line.items()]
     lines = {(place(name), step): value for name, step, value in metrics if name != "step"}
     assert points.keys() == lines.keys()
     assert points == pytest.approx(lines, rel=1e-6)
