@@ -165,9 +165,14 @@ def counted_over_formula(family: str, parallel: ParallelConfig, world: World) ->
     return counted_flops(lambda: one_step(policy, packer, trees, config)) / formula
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("head_memory_mib", [64, 1])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "head_memory_mib", "checkpointing"),
+    [
+        ("llama", 64, "full"),
+        ("llama", 1, "none"),
+        *((family, *k) for family in FAMILIES for k in ((64, "none"), (1, "full"))),
+    ],
+)
 def test_flops_of_a_step(family: str, head_memory_mib: int, checkpointing: Any, world: World) -> None:
     """Asked is a ratio between 0.98 and 1.05; it is 1, as every product is in the formula. A budget of 1 MiB takes 87
     rows of logits, 64 MiB all of a micro-batch.
@@ -231,10 +236,10 @@ def least_tokens(pairs: Sequence[Pair]) -> int:
 @pytest.mark.parametrize("workload", ["hh", "pandalm"])
 def test_the_body_is_given_no_token_twice(workload: str, tokens_per_micro_batch: int, world: World) -> None:
     """A step of 64 pairs of the real sets: at most 1.02 times P + sum C over all micro-batches. Chosen and rejected
-    apart, each with its prompt, would be more than that.
+    apart, each with its prompt, would be more than that. Of the token ids only their equality matters.
     """
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    model_config = AutoConfig.for_model("llama", vocab_size=49152, **sizes)
+    model_config = AutoConfig.for_model("llama", vocab_size=1000, **sizes)
     config = make_config(ParallelConfig(), tokens_per_micro_batch)
     policy, packer = (
         random_policy(model_config, config.parallel, world),
@@ -244,7 +249,10 @@ def test_the_body_is_given_no_token_twice(workload: str, tokens_per_micro_batch:
     policy.model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: given.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    pairs = WORKLOADS[workload].pairs(64)
+    pairs = [
+        Pair(pair.prompt_ids % 1000, pair.chosen_ids % 1000, pair.rejected_ids % 1000)
+        for pair in WORKLOADS[workload].pairs(64)
+    ]
     one_step(policy, packer, grow_trees(pairs), config)
     assert sum(given) <= 1.02 * least_tokens(pairs)
     unshared = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)

@@ -4,12 +4,15 @@ The corpora of bad configs and bad data files are in `test_config.py` and `test_
 meet only in a run.
 """
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -18,6 +21,7 @@ from transformers import BloomConfig, MixtralConfig, PreTrainedTokenizerFast
 from dpo.distributed.program import run_program
 from dpo.train import main
 from tests.support.models import VOCAB, save_model, save_pairs
+from tests.support.ranks import Ranks
 
 
 def save_tokenizer(folder: Path, num_tokens: int = VOCAB, eos: str | None = "</s>") -> None:
@@ -144,9 +148,26 @@ def test_a_good_input_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert (tmp_path / "runs" / "c" / "final" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("argument", ["--loss.beta=-1", "--data.train=[{path: missing.jsonl}]"])
-def test_under_torchrun_the_line_appears_exactly_once(argument: str, tmp_path: Path) -> None:
-    """Two ranks; an error of the config, before there is a process group, and one of the data, after."""
+def train_as_rank(folder: Path) -> tuple[int, str]:
+    """(exit code, stderr) of `dpo.train` with c.yaml on this rank."""
+    stderr = io.StringIO()
+    argv = ["dpo.train", "--config", str(folder / "c.yaml")]
+    with contextlib.redirect_stderr(stderr), mock.patch.object(sys, "argv", argv):
+        return run_program(main), stderr.getvalue()
+
+
+@pytest.mark.xdist_group("ranks")
+def test_one_of_two_ranks_tells_what_is_wrong_with_the_config(tmp_path: Path, ranks: Ranks) -> None:
+    """All find it, before there is a process group."""
+    (tmp_path / "c.yaml").write_text("model: {path: m}\ndata: {train: [{path: d.jsonl}]}\nloss: {beta: -1}\n")
+    (code, said), other = ranks(2, train_as_rank, tmp_path)
+    assert code == 2 and said.startswith("error: ") and "loss.beta" in said and said.count("\n") == 1
+    assert other == (2, "")
+
+
+def test_under_torchrun_the_line_appears_exactly_once(tmp_path: Path) -> None:
+    """Two ranks, and an error of the data, which is found when there is a process group."""
+    argument = "--data.train=[{path: missing.jsonl}]"
     save_pairs(tmp_path / "data.jsonl", 64)
     save_model(tmp_path / "model", "llama")
     save_tokenizer(tmp_path / "model")

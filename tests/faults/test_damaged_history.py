@@ -2,11 +2,13 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
 
 from dpo.base.errors import RunError
+from dpo.config import Config
 from dpo.data.tokenizer import load_tokenizer
 from dpo.demo.world import preference_row, questions, save_model, save_rows
 from dpo.run.files import read_metrics
@@ -14,27 +16,38 @@ from tests.support.boards import points_of
 from tests.support.models import save_model as save_bare_model
 from tests.support.runs import changed, exit_code, make_config, run, train_lines
 
+pytestmark = pytest.mark.xdist_group("damaged-history")
 
-@pytest.fixture
-def stopped(tmp_path: Path):
-    """The config of a run of six steps, which has made four."""
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The config of a run that has made its four steps; to be copied."""
+    root = tmp_path_factory.mktemp("damaged-history")
     rng = random.Random(0)
     rows = [preference_row(question, 2, rng) for question in questions(10, 0)]
-    save_model(tmp_path / "model", rows, 0)
-    save_rows(tmp_path / "pairs.jsonl", rows)
+    save_model(root / "model", rows, 0)
+    save_rows(root / "pairs.jsonl", rows)
     config = make_config(
-        tmp_path / "model",
-        tmp_path / "pairs.jsonl",
-        tmp_path / "run",
+        root / "model",
+        root / "pairs.jsonl",
+        root / "run",
         batch__pairs_per_step=4,
         train__steps=4,
         optim__warmup_steps=0,
         checkpoint__save_every=2,
         eval__samples=1,
         eval__max_new_tokens=3,
+        reference__cache_dir=str(root / "cache"),
     )
     run(config)
-    return changed(config, train__steps=6)
+    return config
+
+
+@pytest.fixture
+def stopped(four_steps: Config, tmp_path: Path) -> Config:
+    """The config of a run of six steps, which has made four."""
+    shutil.copytree(str(four_steps.train.run_dir), tmp_path / "run")
+    return changed(four_steps, train__run_dir=str(tmp_path / "run"), train__steps=6)
 
 
 def the_event_file(folder: Path) -> Path:

@@ -1,9 +1,6 @@
 """`kill -9` of a real process, in the middle of the reference pass and in the middle of training: the run goes on."""
 
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,25 +10,29 @@ import pytest
 from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
 from dpo.config import Config, to_yaml
 from tests.support.models import save_model, save_pairs
-from tests.support.runs import changed, make_config, reference_line, run, same_weights, train_lines, without_clock
+from tests.support.processes import start_program
+from tests.support.runs import make_config, reference_line, run, same_weights, train_lines, without_clock
 
 NUM_PAIRS = 12
-SLOW_REFERENCE = """
-import time
+HELD_REFERENCE = """
+import threading
 from dpo.ref_logps import fill as reference_pass
-whole = reference_pass._run
+whole, calls = reference_pass._run, []
+def run_or_hold(*args):
+    calls.append(1)
+    return threading.Event().wait() if len(calls) == 6 else whole(*args)
 reference_pass.SECONDS_BETWEEN_BLOCKS = 0
 reference_pass._chunks = lambda items, tokens: ([item] for item in items)
-reference_pass._run = lambda *args: (whole(*args), time.sleep(0.2))[0]
+reference_pass._run = run_or_hold
 """
-"""A block a completion, five a second."""
-SLOW_TRAINING = """
-import time
-from dpo import train
+"""A block a completion; the sixth is never computed."""
+HELD_TRAINING = """
+import threading
 from dpo.run import loop
 step = loop._step
-loop._step = lambda *args: (time.sleep(0.3), step(*args))[1]
+loop._step = lambda run, number, *others: threading.Event().wait() if number == 6 else step(run, number, *others)
 """
+"""Step 6 never begins."""
 HELD_WRITING = """
 import threading
 from dpo.checkpoint import store as checkpoint
@@ -54,18 +55,36 @@ sys.exit(run_program(main))
 """
 
 
+pytestmark = pytest.mark.xdist_group("killed")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, pairs.jsonl, and whole/, the run that nobody killed."""
+    root = tmp_path_factory.mktemp("killed")
+    save_model(root / "model", "llama")
+    save_pairs(root / "pairs.jsonl", NUM_PAIRS)
+    run(nine_steps(root, root / "whole", reference__cache_dir=str(root / "cache")))
+    return root
+
+
 @pytest.fixture
-def config(tmp_path: Path) -> Config:
+def config(folders: Path, tmp_path: Path) -> Config:
+    return nine_steps(folders, tmp_path / "run")
+
+
+def nine_steps(folders: Path, run_dir: Path, **changes: object) -> Config:
     """Nine steps of four of twelve pairs, a checkpoint every second."""
     return make_config(
-        save_model(tmp_path / "model", "llama"),
-        save_pairs(tmp_path / "pairs.jsonl", NUM_PAIRS),
-        tmp_path / "run",
+        folders / "model",
+        folders / "pairs.jsonl",
+        run_dir,
         batch__pairs_per_step=4,
         train__steps=9,
         optim__lr=1e-3,
         optim__warmup_steps=0,
         checkpoint__save_every=2,
+        **changes,
     )
 
 
@@ -73,46 +92,44 @@ def kill_when(config: Config, slowed: str, is_time: Callable[[], bool]) -> None:
     """Trains in a process of its own, and kills it as soon as `is_time()`."""
     path = Path(str(config.train.run_dir)).with_suffix(".yaml")
     path.write_text(to_yaml(config))
-    command = [sys.executable, "-c", slowed + MAIN, "--config", str(path)]
-    threads = {"OMP_NUM_THREADS": "1"}  # as here: equal to the last bit is promised for as many threads
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=os.environ | threads)
+    process = start_program(slowed + MAIN, ["--config", str(path)], path.with_suffix(".stderr"))
     try:
         end = time.monotonic() + 120
         while not is_time():
-            assert process.poll() is None, process.communicate()[1].decode()[-2000:]
+            assert process.is_alive(), path.with_suffix(".stderr").read_text()[-2000:]
             assert time.monotonic() < end, "the process does nothing"
             time.sleep(0.02)
     finally:
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def assert_equal(run_dir: Path, whole: Path) -> None:
+    """Metrics and weights, to the last bit."""
+    assert without_clock(train_lines(run_dir)) == without_clock(train_lines(whole))
+    assert same_weights(run_dir / "final", whole / "final")
 
 
 def test_a_killed_reference_pass_goes_on(config: Config, tmp_path: Path) -> None:
-    """Killed when five of 24 rows are there: no more than a few are computed twice."""
+    """Killed when five of 24 rows are there, none of which is computed twice."""
     cache = tmp_path / "reference-cache"
-    kill_when(config, SLOW_REFERENCE, lambda: len(list(cache.rglob("rows-*"))) >= 5)
-    blocks = len(list(cache.rglob("rows-*")))
-    assert blocks < 2 * NUM_PAIRS
+    kill_when(config, HELD_REFERENCE, lambda: len(list(cache.rglob("rows-*"))) == 5)
     assert not (tmp_path / "run").exists()
-    assert reference_line(run(config)) == (2 * NUM_PAIRS - blocks, blocks)
+    assert reference_line(run(config)) == (2 * NUM_PAIRS - 5, 5)
 
 
-def test_a_killed_training_goes_on_to_the_last_bit(config: Config, tmp_path: Path) -> None:
-    """Killed after step 5, when the checkpoint of step 4 is the newest, perhaps while writing whatever comes next."""
-    whole = run(changed(config, train__run_dir=str(tmp_path / "whole")))
-    kill_when(config, SLOW_TRAINING, lambda: len(train_lines(tmp_path / "run")) >= 5)
-    assert len(train_lines(tmp_path / "run")) < 9
-    parts = run(config)
-    assert without_clock(train_lines(parts)) == without_clock(train_lines(whole))
-    assert same_weights(whole / "final", parts / "final")
+def test_a_killed_training_goes_on_to_the_last_bit(config: Config, folders: Path, tmp_path: Path) -> None:
+    """Killed after step 5, when the checkpoint of step 4 is the newest, or is being written still."""
+    kill_when(config, HELD_TRAINING, lambda: len(train_lines(tmp_path / "run")) == 5)
+    assert_equal(run(config), folders / "whole")
 
 
 @pytest.mark.parametrize("function", ["_make_draft", "_commit", "_inventory"])
-def test_killed_while_a_checkpoint_is_written(config: Config, tmp_path: Path, function: str) -> None:
+def test_killed_while_a_checkpoint_is_written(config: Config, folders: Path, tmp_path: Path, function: str) -> None:
     """Training is past step 4, whose checkpoint is nothing yet, or all files but state.json and the marker, or all but
     the marker: the run goes on from step 2, and no draft stays.
     """
-    whole = run(changed(config, train__run_dir=str(tmp_path / "whole")))
     checkpoints = tmp_path / "run/checkpoints"
     is_held = checkpoints / "held"
 
@@ -124,7 +141,5 @@ def test_killed_while_a_checkpoint_is_written(config: Config, tmp_path: Path, fu
     left = {path.name for path in checkpoints.iterdir()}
     assert left == {"step-000002"} | ({"step-000004.tmp"} if function != "_make_draft" else set())
     assert newest_checkpoint(tmp_path / "run") == checkpoint_path(tmp_path / "run", 2)
-    parts = run(config)
-    assert without_clock(train_lines(parts)) == without_clock(train_lines(whole))
-    assert same_weights(whole / "final", parts / "final")
+    assert_equal(run(config), folders / "whole")
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-000008", "step-000009"]

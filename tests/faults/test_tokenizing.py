@@ -3,10 +3,9 @@
 import contextlib
 import gc
 import io
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,10 +21,10 @@ from dpo.data.prepare import prepare_data
 from dpo.distributed.program import run_program
 from tests.support.garbage import collect_and_tokenize, leave_group
 from tests.support.models import family_config, save_model, save_pairs
+from tests.support.processes import start_program
 from tests.support.ranks import Ranks
 from tests.support.runs import changed, error_lines, make_config
 
-ROOT = Path(__file__).parents[2]
 NUM_PROC = 3
 
 
@@ -56,13 +55,13 @@ def test_garbage_of_the_parent_is_not_collected(config: Config, tmp_path: Path) 
 # --- a run in a process group of its own -----------------------------------------------------------------------------
 
 MAIN = """
-import os, signal, sys, threading
+import os, signal, threading
 from dpo import train
 from dpo.data import token_rows
 from dpo.distributed.program import exit_program
 
 def hold(*args, **options):
-    os.write(int(os.environ["PIDS"]), os.getpid().to_bytes(4, "big"))
+    pids.send_bytes(os.getpid().to_bytes(4, "big"))
     threading.Event().wait()
 
 token_rows.tokenize_row = hold
@@ -78,26 +77,24 @@ class Held:
     def __init__(self, config: Config, folder: Path):
         (folder / "config.yaml").write_text(to_yaml(config))
         words = ["--config", str(folder / "config.yaml"), "--quiet"]
-        self.pids, theirs = os.pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", MAIN, *words],
-            env=os.environ | {"PIDS": str(theirs)},
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            text=True,
-            pass_fds=[theirs],
-            start_new_session=True,
-        )
-        os.close(theirs)
-        told = [os.read(self.pids, 4) for _ in range(NUM_PROC)]
-        assert all(told), self.process.communicate()[1]
-        self.workers = [int.from_bytes(one, "big") for one in told]
+        self.stderr = folder / "stderr"
+        self.pids, theirs = multiprocessing.Pipe(duplex=False)
+        self.process = start_program(MAIN, words, self.stderr, pids=theirs)
+        theirs.close()
+        assert self.process.pid is not None
+        self.pid = self.process.pid
+        try:
+            self.workers = [int.from_bytes(self.pids.recv_bytes(), "big") for _ in range(NUM_PROC)]
+        except EOFError:
+            raise AssertionError(self.stderr.read_text()) from None
 
     def end(self) -> tuple[int, str]:
         """The exit code and stderr, once no process is left that the run started: all of them hold the pipe."""
-        assert os.read(self.pids, 1) == b""
-        stderr = self.process.communicate()[1]
-        return self.process.returncode, stderr
+        with pytest.raises(EOFError):
+            self.pids.recv_bytes()
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode, self.stderr.read_text()
 
 
 @pytest.fixture
@@ -105,8 +102,8 @@ def held(config: Config, tmp_path: Path) -> Iterator[Held]:
     run = Held(config, tmp_path)
     yield run
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(run.process.pid, signal.SIGKILL)
-    os.close(run.pids)
+        os.killpg(run.pid, signal.SIGKILL)
+    run.pids.close()
 
 
 def test_no_worker_is_left_by_a_run_that_is_killed(held: Held) -> None:
@@ -116,7 +113,7 @@ def test_no_worker_is_left_by_a_run_that_is_killed(held: Held) -> None:
 
 def test_ctrl_c_is_one_line(held: Held) -> None:
     """A terminal sends it to the run and to its workers."""
-    os.killpg(held.process.pid, signal.SIGINT)
+    os.killpg(held.pid, signal.SIGINT)
     code, stderr = held.end()
     assert code == 130
     assert stderr == (

@@ -9,6 +9,8 @@ from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World
 from tests.gpu.emulation import emulated
 
+CUDA_ALONE = pytest.mark.cuda_alone
+"""Marks a case that differs from another one on CUDA, but not where it is emulated."""
 NO_GPU = "needs a GPU: make test-gpu"
 
 
@@ -20,6 +22,8 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield request.getfixturevalue("cuda")
     elif torch.cuda.is_available():
         pytest.skip("runs on the GPU")
+    elif request.node.get_closest_marker("cuda_alone"):
+        pytest.skip("another case shows it on a CPU")
     else:
         with emulated():
             yield torch.device("cpu")

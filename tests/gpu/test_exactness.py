@@ -14,6 +14,7 @@ from dpo.batch.layout import make_layout
 from dpo.batch.packing import padded_length
 from dpo.distributed.world import World
 from dpo.model.attention import block_attention, segment_attention
+from tests.gpu.conftest import CUDA_ALONE
 from tests.model.test_policy import assert_equal, load, oracle, run
 from tests.support.models import FAMILIES, VOCAB, save_model
 
@@ -41,14 +42,14 @@ def test_families(family: str, world: World, tmp_path: Path) -> None:
     assert_equal(run(policy, budget=1, row_length=padded_length), oracle(folder), TOLERANCE)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=CUDA_ALONE)])
 def test_wide_heads(head_dim: int, world: World, tmp_path: Path) -> None:
     folder = save_wide(tmp_path, head_dim)
     policy = load(world, folder, compute_dtype="float32")
     assert_equal(run(policy, row_length=padded_length), oracle(folder), TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2"])
+@pytest.mark.parametrize("family", [*(pytest.param(f, marks=CUDA_ALONE) for f in ("llama", "gpt2")), "llama-tied"])
 def test_the_chunked_head(family: str, world: World, tmp_path: Path) -> None:
     """Three rows of logits at a time."""
     folder = save_model(tmp_path, family)
@@ -68,7 +69,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+SHARDING = list(OPTIONS)[5:]
+"""Options that do the same on a CPU where nothing is emulated: tests/layouts/test_parallel.py."""
+
+
+@pytest.mark.parametrize(
+    "option", [pytest.param(o, marks=CUDA_ALONE) if o in SHARDING else o for o in OPTIONS], ids=list(OPTIONS)
+)
 def test_options(option: str, world: World, tmp_path: Path) -> None:
     """Keys of `parallel` that change how, not what."""
     folder = save_model(tmp_path, "mistral")
@@ -76,7 +83,9 @@ def test_options(option: str, world: World, tmp_path: Path) -> None:
     assert_equal(run(policy, budget=1, row_length=padded_length), oracle(folder), TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt-neox", "gpt2", "mistral"])
+@pytest.mark.parametrize(
+    "family", [*(pytest.param(f, marks=CUDA_ALONE) for f in ("llama", "gpt2")), "gpt-neox", "mistral"]
+)
 def test_bfloat16(family: str, world: World, tmp_path: Path) -> None:
     """What `auto` computes in on CUDA: log-probabilities within 0.05 sqrt(tokens), but not those of float32; gradients
     in float32, each within 10 %.
@@ -104,7 +113,9 @@ def random_row(num_tokens: int, seed: int) -> list[Span]:
 
 
 @pytest.mark.parametrize("window", [None, 50, 300])
-@pytest.mark.parametrize(("kv_heads", "width"), [(4, 16), (2, 64), (1, 8)])
+@pytest.mark.parametrize(
+    ("kv_heads", "width"), [pytest.param(4, 16, marks=CUDA_ALONE), (2, 64), pytest.param(1, 8, marks=CUDA_ALONE)]
+)
 def test_rows_of_many_blocks(window: Window, kv_heads: int, width: int, device: torch.device) -> None:
     """1,024 tokens in 8 x 8 blocks, empty, full and in between, some of them padding: values and gradients are those
     of the loop over segments.

@@ -1,8 +1,6 @@
 """Whole runs on CUDA: trained, interrupted, gone on with, and on two GPUs."""
 
 import os
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from dpo.batch.costs import cost_model
 from dpo.batch.packing import RowFormat, pack, padded_length
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
-from dpo.config import Config, LossConfig, ParallelConfig, to_yaml
+from dpo.config import Config, LossConfig, ParallelConfig
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import make_mesh
 from dpo.model.build import build_policy, load_weights
@@ -23,10 +21,12 @@ from dpo.model.policy import announce_backward, completion_logps
 from dpo.model.weights import read_model_config
 from dpo.run.files import FINAL
 from dpo.step.objective import pair_losses
+from tests.gpu.conftest import CUDA_ALONE
 from tests.gpu.emulation import emulated
 from tests.model.test_policy import BETA, oracle, ref_logp, some_pairs
 from tests.support.data_fixtures import make_tokenizer
 from tests.support.models import plain_logp, plain_model, save_model
+from tests.support.processes import start
 from tests.support.ranks import Ranks
 from tests.support.runs import (
     eval_lines,
@@ -58,22 +58,29 @@ def config_of(folders: Path, run_dir: Path, **changes: Any) -> Config:
     return six_steps(folders, run_dir, **(facts | changes))
 
 
-def run_on_cpu(config: Config, folder: Path) -> Path:
-    """The same run in a process that sees no GPU: `python -m dpo.train`."""
-    (folder / "cpu.yaml").write_text(to_yaml(config))
-    words = [sys.executable, "-m", "dpo.train", "--config", str(folder / "cpu.yaml")]
-    subprocess.run(words, check=True, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, timeout=240)
+def run_on_cpu(config: Config) -> Path:
+    """The same run in a process that sees no GPU."""
+    process = start(without_gpu, config)
+    process.join(240)
+    process.kill()
+    assert process.exitcode == 0
     return Path(str(config.train.run_dir))
 
 
-@pytest.mark.parametrize("optimizer", ["rmsprop", "adamw"])
+def without_gpu(config: Config) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    torch.set_num_threads(1)
+    run(config)
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", pytest.param("adamw", marks=CUDA_ALONE)])
 def test_a_run_is_that_of_the_cpu(optimizer: str, folders: Path, device: torch.device, tmp_path: Path) -> None:
     """Reference pass, check of the first step, six updates at the paper's learning rate, evaluations with sampled
     answers, checkpoints, export: metrics within 1e-4 of the CPU's, and a model that loads.
     """
     changes = {"optim__name": optimizer, "optim__lr": 1e-6}
     here = run(config_of(folders, tmp_path / "here", **changes))
-    there = run_on_cpu(config_of(folders, tmp_path / "there", **changes), tmp_path)
+    there = run_on_cpu(config_of(folders, tmp_path / "there", **changes))
     assert worst_relative(train_lines(here), train_lines(there), LEARNED) <= 1e-4
     assert worst_relative(eval_lines(here), eval_lines(there), ["eval/loss", "eval/logps/chosen"]) <= 1e-4
     assert reference_line(here)[0] > 0
@@ -86,16 +93,17 @@ def test_a_run_is_that_of_the_cpu(optimizer: str, folders: Path, device: torch.d
     [
         {"parallel__compute_dtype": "auto"},
         {"parallel__cpu_offload": True},
-        {"parallel__compile": True, "parallel__activation_checkpointing": "selective"},
-        {"optim__name": "adamw"},
+        pytest.param(  # emulated, test_exactness compiles layers
+            {"parallel__compile": True, "parallel__activation_checkpointing": "selective"}, marks=CUDA_ALONE
+        ),
+        pytest.param({"optim__name": "adamw"}, marks=CUDA_ALONE),
     ],
 )
 def test_an_interrupted_run_goes_on_bitwise(
     changes: dict[str, Any], folders: Path, device: torch.device, tmp_path: Path
 ) -> None:
     """Ended before step 4, gone on with from the checkpoint after step 2: the metrics and weights of a whole run."""
-    if device.type == "cpu" and "parallel__compile" in changes:
-        pytest.skip("test_exactness compiles layers; three runs of it take half a minute")
+    changes = changes | {"train__steps": 4, "eval__samples": 0}
     whole = run(config_of(folders, tmp_path / "whole", **changes))
     cut = config_of(folders, tmp_path / "cut", **changes)
     run_until(cut, 4)

@@ -49,7 +49,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def launch(*words: str) -> subprocess.Popen[str]:
-    """The program with a run on two CPU ranks of this machine."""
+    """The program with a run on CPU ranks of this machine."""
     argv = [sys.executable, "-m", "launch.submit", "--config", "tiny.yaml", *words]
     pipe = subprocess.PIPE
     return subprocess.Popen(argv, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
@@ -59,14 +59,14 @@ def wait_for_steps(run: Path, steps: int, job: int) -> None:
     """Until a run has made more steps than `steps`."""
     while len(train_lines(run)) <= steps:
         os.killpg(job, 0)  # it must be alive
-        time.sleep(0.1)
+        time.sleep(0.02)
 
 
 def test_a_run_in_the_background(work: Path) -> None:
     """Ctrl-C ends the follower alone; SIGUSR2 has the run save and start again, no step missing or twice; the command
     that is printed cancels it and leaves no process.
     """
-    program = launch("--cluster", "local", "--ranks-per-node", "2", "--train.steps", "100000", "--follow")
+    program = launch("--cluster", "local", "--ranks-per-node", "1", "--train.steps", "100000", "--follow")
     run = work / "runs/tiny"
     wait_for_steps(run, 5, program.pid)
     os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to all in its group
@@ -76,7 +76,7 @@ def test_a_run_in_the_background(work: Path) -> None:
     assert f"the job keeps running; to cancel it: kill -- -{submission.job}" in err
     os.kill(int(submission.job), signal.SIGUSR2)
     while not history(reports):
-        time.sleep(0.1)
+        time.sleep(0.02)
     wait_for_steps(run, len(train_lines(run)) + 5, int(submission.job))
     cancel = out.splitlines()[-1]
     assert cancel == f"cancel  kill -- -{submission.job}"

@@ -28,7 +28,7 @@ SAVES = """
 import pathlib, signal, sys, time
 place, rank = pathlib.Path(PLACE), sys.argv[1]
 assert signal.getsignal(signal.SIGUSR2) is signal.SIG_IGN, "would die of a signal that comes before its handler"
-time.sleep(1.5)  # imports
+while not (place / "imported").exists(): time.sleep(0.02)
 stop = []
 signal.signal(signal.SIGUSR2, lambda *_: stop.append(1))
 (place / f"ready-{rank}").touch()
@@ -53,8 +53,10 @@ def _own_signals() -> Iterator[None]:
 
 
 @pytest.fixture
-def supervised(tmp_path: Path) -> Callable[..., Ended]:
-    """Runs a parent with two children that run `code`; a signal comes once both are ready, or earlier."""
+def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ended]:
+    """Runs a parent with two children that run `code`; a signal comes once both are ready, or while they import."""
+    monkeypatch.setattr(supervise, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(supervise, "_REPEAT_SECONDS", 0.1)
 
     def start(
         code: str,
@@ -68,10 +70,14 @@ def supervised(tmp_path: Path) -> Callable[..., Ended]:
 
         def send(number: int) -> None:
             while not early and len(list(tmp_path.glob("ready-*"))) < 2:
-                time.sleep(0.05)
+                time.sleep(0.02)
             if not over.wait(0.3):
                 os.kill(os.getpid(), number)
+            imported.touch()
 
+        imported = tmp_path / "imported"
+        if not early:
+            imported.touch()
         if number is not None:
             threading.Thread(target=send, args=(number,), daemon=True).start()
         words = [sys.executable, "-c", PARENT, code.replace("PLACE", repr(str(tmp_path)))]

@@ -50,32 +50,11 @@ def stops_once(folder: Path) -> None:
     signal.signal(signal.SIGUSR2, lambda number, _: asked.append(number))
     (folder / f"ready-{RANK}").touch()
     while not asked:
-        time.sleep(0.05)
+        time.sleep(0.02)
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     (folder / f"saved-{RANK}").touch()
     if RANK == 0:
         write_status({"state": "preempted", "step": 4})
-
-
-def tells(folder: Path) -> None:
-    """Finds something, as a program of this package does."""
-    from dpo.base.errors import RunError
-    from dpo.distributed.program import run_program
-
-    def main() -> None:
-        raise RunError("step 3: the gradient norm is nan")
-
-    sys.exit(run_program(main))
-
-
-def loses_a_node(folder: Path) -> None:
-    """Rank 0 finds out that the other node is gone when it is told to stop."""
-    asked: list[int] = []
-    signal.signal(signal.SIGUSR2, lambda number, _: asked.append(number))
-    (folder / f"ready-{RANK}").touch()
-    while not asked:
-        time.sleep(0.05)
-    fail(LOST)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,13 @@ import errno
 import fcntl
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -20,9 +18,9 @@ from dpo.config import ParallelConfig
 from dpo.model.kernels import VARIABLES, compile_layers, describe_graphs, keep_kernels, kernel_folder, num_graphs
 from dpo.model.parallelize import is_compiled
 from dpo.run import loop as program
+from tests.model.small_layer import Layer, run_lengths
+from tests.support.processes import start_program
 from tests.support.runs import run, save_six_steps, six_steps
-
-REPO = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -37,39 +35,18 @@ def test_auto_is_on_cuda(compile: object, on_cuda: bool, on_cpu: bool) -> None:
 # --- graphs ----------------------------------------------------------------------------------------------------------
 
 
-class Layer(nn.Module):
-    """A norm, whose fusion with a reduction over the tokens guards their number on CUDA, and a product."""
-
-    def __init__(self, window: int | None, size: int = 8):
-        super().__init__()
-        self.norm, self.product, self.sliding_window = nn.RMSNorm(size), nn.Linear(size, size), window
-
-    def forward(self, rows: Tensor) -> Tensor:
-        """(1, L, size) to the same shape."""
-        return rows + self.product(self.norm(rows)) * (self.sliding_window or 1)
-
-
-def run_lengths(layers: list[Layer], lengths: tuple[int, ...], with_gradients: bool) -> None:
-    """Rows of these lengths, whose gradient is wanted as that of embeddings is."""
-    for length in lengths:
-        with torch.set_grad_enabled(with_gradients):
-            rows = torch.randn(1, length, layers[0].norm.weight.shape[0], requires_grad=with_gradients)
-            for layer in layers:
-                rows = layer(rows)
-        if with_gradients:
-            rows.sum().backward()
-
-
 ANY_ORDER = (16384, 640, 8192, 1280, 8064, 512, 1024)
 
 
 def test_no_length_is_compiled_after_the_second() -> None:
-    """By inductor, forward and backward. Without gradients there is one graph, the length being an unknown by then.
+    """By inductor, forward and backward, to what the layer was. Without gradients there is one graph, the length being
+    an unknown by then.
 
     Up to 4,096 tokens: inductor's backward on a CPU guards that length for so narrow a norm.
     """
     torch.compiler.reset()
-    layers = [Layer(None), Layer(None)]
+    layers, plain = [Layer(None), Layer(None)], Layer(None)
+    plain.load_state_dict(layers[0].state_dict())
     graphs = compile_layers(layers)
     for with_gradients in (True, False):
         run_lengths(layers, (512, 768), with_gradients)
@@ -78,17 +55,20 @@ def test_no_length_is_compiled_after_the_second() -> None:
     for with_gradients in (False, True):
         run_lengths(layers, (4096, 640, 2048, 1280, 512, 1024), with_gradients)
     assert num_graphs() == before
+    rows = torch.randn(1, 768, 8)
+    torch.testing.assert_close(layers[0](rows), plain(rows))
+    assert layers[0].state_dict().keys() == plain.state_dict().keys()
     torch.compiler.reset()
 
 
 def test_each_kind_of_layer_has_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in Gemma 3, where five layers with a window are followed by one without. Two references of other sizes in the
-    same process stay under torch's limit of graphs, behind which layers would run uncompiled.
+    """As in Gemma 3, where five layers with a window are followed by one without. A reference of another size in the
+    same process stays under torch's limit of graphs, behind which layers would run uncompiled.
     """
     torch.compiler.reset()
     compile_module = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda layer, options: compile_module(layer, backend="aot_eager"))
-    for size in (8, 16, 24):
+    for size in (8, 16):
         layers = [Layer(4, size), Layer(None, size), Layer(4, size)]
         graphs = compile_layers(layers)
         for with_gradients in (True, False):
@@ -104,17 +84,6 @@ def test_graphs_are_told_by_kind() -> None:
     counts = {("B", True): 1, ("A, window 4", True): 2, ("A, window 4", False): 1}
     wanted = "A, window 4: 2 graphs with gradients, 1 without; B: 1 graph with gradients, 0 without"
     assert describe_graphs(counts) == wanted
-
-
-def test_a_compiled_layer_is_the_layer() -> None:
-    torch.compiler.reset()
-    layer, plain = Layer(None), Layer(None)
-    plain.load_state_dict(layer.state_dict())
-    compile_layers([layer])
-    rows = torch.randn(1, 256, 8)
-    torch.testing.assert_close(layer(rows), plain(rows))
-    assert layer.state_dict().keys() == plain.state_dict().keys()
-    torch.compiler.reset()
 
 
 # --- kept ------------------------------------------------------------------------------------------------------------
@@ -145,18 +114,14 @@ def test_inductor_looks_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             os.environ.pop(variable, None)
 
 
-def test_the_folder_that_inductor_sets_itself_is_not_the_users(tmp_path: Path) -> None:
-    """In a process that has imported all of a run: importing inductor sets the variable to a folder in /tmp."""
-    show = "from dpo import train; from dpo.model.kernels import keep_kernels; import os; keep_kernels()"
-    show += "; print(os.environ['TORCHINDUCTOR_CACHE_DIR'])"
-    environment = os.environ | {"DPO_CACHE": str(tmp_path)}
-    found = {}
-    for folder in (None, str(tmp_path / "mine")):
-        own = {"TORCHINDUCTOR_CACHE_DIR": folder} if folder else {}
-        rest = {name: value for name, value in environment.items() if name not in VARIABLES}
-        done = subprocess.run([sys.executable, "-c", show], env=rest | own, capture_output=True, text=True, check=True)
-        found[folder] = done.stdout.strip()
-    assert found == {None: f"{tmp_path}/kernels/inductor", str(tmp_path / "mine"): str(tmp_path / "mine")}
+def test_the_folder_that_inductor_sets_itself_is_not_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing inductor sets the variable to a folder in /tmp, unless the user has: this process has imported it."""
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
+    inductors = {"TORCHINDUCTOR_CACHE_DIR": default_cache_dir()}
+    users = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "mine")}
+    for environment, folder in ((inductors, f"{tmp_path}/kernels/inductor"), (users, str(tmp_path / "mine"))):
+        keep_kernels(environment)
+        assert environment["TORCHINDUCTOR_CACHE_DIR"] == folder
 
 
 def no_locks(file: object, operation: int) -> None:
@@ -201,31 +166,26 @@ def test_no_lock_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def compile_once() -> None:
-    """What a start does, in a process of its own: prints how many graphs it found compiled, and how many not."""
-    keep_kernels()
-    layer = Layer(None)
-    compile_layers([layer])
-    for with_gradients in (True, False):
-        run_lengths([layer], (256, 384), with_gradients)
-    print(json.dumps({name: counters["inductor"]["fxgraph_cache_" + name] for name in ("hit", "miss", "bypass")}))
+COMPILE_ONCE = """
+import json, pathlib, sys
+from tests.model.small_layer import compile_once
+pathlib.Path(sys.argv[1]).write_text(json.dumps(compile_once()))
+"""
 
 
-def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
+def test_a_second_start_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It finds every graph, forward and backward, in the folder of the first, and writes no code there."""
-    environment = os.environ | {"DPO_CACHE": str(tmp_path)}
+    monkeypatch.setenv("DPO_CACHE", str(tmp_path))
     for variable in VARIABLES:
-        environment.pop(variable, None)
-    code = "from tests.model.test_kernels import compile_once; compile_once()"
+        monkeypatch.delenv(variable, raising=False)
     found, files = [], []
-    for _ in range(2):
-        start = subprocess.run(
-            [sys.executable, "-c", code], env=environment, cwd=REPO, check=True, capture_output=True, text=True
-        )
-        found.append(json.loads(start.stdout))
+    for number in ("first", "second"):
+        start = start_program(COMPILE_ONCE, [str(tmp_path / number)], tmp_path / "stderr")
+        start.join()
+        assert start.exitcode == 0, (tmp_path / "stderr").read_text()
+        found.append(json.loads((tmp_path / number).read_text()))
         files.append(set((tmp_path / "kernels").rglob("*.so")))
-    # Forward and backward for the first length, the same for any, forward without gradients.
-    assert found == [{"hit": 0, "miss": 5, "bypass": 0}, {"hit": 5, "miss": 0, "bypass": 0}]
+    assert found == [{"hit": 0, "miss": 2, "bypass": 0}, {"hit": 2, "miss": 0, "bypass": 0}]
     assert files[0] and files[1] == files[0]
 
 

@@ -60,12 +60,12 @@ def policy_peak(vocab_size: int, head_bytes: int = HEAD_BYTES, tied: bool = True
 
 
 def test_activations_do_not_grow_with_the_vocabulary() -> None:
-    """From 32k to 256k, weights and their gradients apart: less than 10 % more, though a row of logits takes eight
-    times as much. With full logits, 400 rows of 1 MiB, it would be a multiple: the meter does see them.
+    """From 16k to 128k, weights and their gradients apart: less than 10 % more, though a row of logits takes eight
+    times as much. With full logits, 400 rows of 512 KiB, it would be a multiple: the meter does see them.
     """
-    small, large = policy_peak(2**15), policy_peak(2**18)
+    small, large = policy_peak(2**14), policy_peak(2**17)
     assert large <= 1.10 * small
-    assert policy_peak(2**18, head_bytes=2**40) > 5 * large
+    assert policy_peak(2**17, head_bytes=2**40) > 5 * large
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -86,10 +86,10 @@ def test_the_head_takes_its_budget_and_no_more(tied: bool) -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_of_the_weights_shape_there_are_gradients_alone(tied: bool) -> None:
-    """(V, H) at a vocabulary of 256k, in a hundred chunks: the embedding's gradient and the head's, by the allocator's
+    """(V, H) at a vocabulary of 128k, in fifty chunks: the embedding's gradient and the head's, by the allocator's
     count, since autograd adds gradients in place only where nobody looks on.
     """
-    vocab_size = 2**18
+    vocab_size = 2**17
     model, batch = small_llama(vocab_size, tied), packed_batch()
     peak = allocated_peak(lambda: _forward_logps(model, batch, HEAD_BYTES).sum().backward())
     assert peak <= 2 * vocab_size * HIDDEN * 4 + policy_peak(vocab_size, tied=tied)

@@ -1,4 +1,4 @@
-"""Real processes for distributed tests: started once a session, since importing torch takes longer than most tests."""
+"""Real processes for distributed tests: started once a session, and started again after a failure."""
 
 import multiprocessing
 import os
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tests.support.processes import start
 from tests.surroundings import spare_the_collector, spare_the_disk
 
 SECONDS = 240
@@ -47,9 +48,7 @@ class Ranks:
 
 def _start() -> tuple[Any, Connection]:
     ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(theirs,), daemon=False)
-    process.start()
-    return process, ours
+    return start(_serve, theirs), ours
 
 
 def _answer(pipe: Connection) -> tuple[bool, Any]:
