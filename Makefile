@@ -1,4 +1,4 @@
-# Everything a newcomer types; `.ci/run` types the same.
+# The commands of README.md; `.ci/run` runs the same.
 PYTHON ?= python3
 BIN := .venv/bin
 TOOLS := chromium chromedriver ip
@@ -28,18 +28,18 @@ test-3.12 test-3.13: test-%:
 	$(MAKE) --no-print-directory PYTHON="$$found" .venv-$*/installed && \
 	.venv-$*/bin/python -m pytest -n 2 --dist loadgroup -m quick
 
-test-gpu: .venv/installed      ## what only a GPU shows, and with two of them NCCL; says what it skips
+test-gpu: .venv/installed      ## tests that need a GPU, with two GPUs also NCCL; prints what it skips
 	DPO_TEST_GPU=1 $(BIN)/python -m pytest tests/gpu -rs
 
 # Needs torch's CUDA wheel, which pip takes by itself on Linux where no CPU build is pinned or preferred: 5 GB on the disk.
-test-cuda-host: .venv-cuda/installed  ## what the host does for a GPU, on a CUDA that computes nothing (gcc, Python.h; no GPU)
+test-cuda-host: .venv-cuda/installed  ## host-side CUDA tests without a GPU, on stub CUDA libraries (gcc, Python.h)
 	.venv-cuda/bin/python -m pytest tests/gpu/test_host_side.py tests/gpu/test_flex_compiles.py -rs
 
-bench-gpu: .venv/installed     ## the README's row of the GPUs at hand: speed, memory, the first step's check; one node
+bench-gpu: .venv/installed     ## speed, memory and the first step's check on the GPUs of one node, as a row for a table
 	$(BIN)/torchrun --standalone --nproc-per-node gpu -m tests.bench.device
 
 test-slurm: .venv/installed    ## jobs on a real SLURM of two nodes on this machine (root; apt installs it), in minutes
-	$(BIN)/python -m tests.slurm.cluster $(BIN)/python -m pytest tests/slurm || test $$? = 77  # it says why
+	$(BIN)/python -m tests.slurm.cluster $(BIN)/python -m pytest tests/slurm || test $$? = 77  # no such cluster here: it prints why
 
 bench: .venv/installed-bench .venv-trl/installed  ## tables and plots of speed and memory into bench/, in two hours on an idle machine
 	$(BIN)/python -m tests.bench.peer
@@ -89,5 +89,5 @@ NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "
 	.venv-trl/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-clean:                         ## what make made
+clean:                         ## remove everything that make created
 	rm -rf .venv .venv-oldest .venv-newest .venv-3.12 .venv-3.13 .venv-cuda .venv-trl runs bench

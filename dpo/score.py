@@ -133,7 +133,7 @@ def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, 
 
 
 def further_metrics(result: Evaluation, lengths: np.ndarray, beta: float) -> dict[str, float]:
-    """Returns the metrics of a score beside those of `metrics.pair_means`.
+    """Returns the metrics of a score that `metrics.pair_means` does not give.
 
     `lengths`: the tokens of prompt, winner and loser of each of N pairs, (N, 3).
 
@@ -164,7 +164,7 @@ def split_by_source(data: PreferenceData, pairs: PairSet, num_train: int, is_eva
     train, evals = data.report.sources[:num_train], data.report.sources[num_train:]
     sources = (*evals, *train) if is_eval else train
     number = np.searchsorted(np.cumsum([source.rows for source in sources]), pairs.row_of_pair, side="right")
-    parts = {source.key: pairs.some(number == i) for i, source in enumerate(sources)}
+    parts = {source.key: pairs.select(number == i) for i, source in enumerate(sources)}
     return {key: part for key, part in parts.items() if len(part)}
 
 

@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from dpo.base.command import Parser, parse_arguments, split_options, words_of
@@ -64,7 +64,7 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
     """Parses and checks a command line.
 
     Args:
-        argv: the words of the command line; None: those of this process.
+        argv: the words of the command line; None: sys.argv[1:].
 
     Raises:
         UserError: if a flag is unknown, missing or wrong, or flags conflict.
@@ -124,15 +124,15 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--nodes", type=_positive, default=1, metavar="N", help="number of nodes (default: 1)")
     about = "GPUs per node, with one rank per GPU: 8, or with a type a100:8; 0: ranks on CPUs"
     group.add_argument("--gpus-per-node", metavar="N", help=about)
-    about = "ranks per node if --gpus-per-node does not say it: on CPUs, or on GPUs of --sbatch gres=gpu:8"
+    about = "ranks per node without --gpus-per-node: on CPUs, or on GPUs requested by --sbatch gres=gpu:8"
     group.add_argument("--ranks-per-node", type=_positive, metavar="N", help=about)
     about = f"maximum time that the job runs before it is requeued: {FORMATS}; required for SLURM"
     group.add_argument("--time", metavar="TIME", help=about)
 
 
 def _add_restarts(group: argparse._ArgumentGroup) -> None:
-    about = "seconds before the end of --time at which the ranks are told to save; they have three quarters of these"
-    about += " seconds to finish (default: 120)"
+    about = "seconds before the end of --time at which the ranks get a signal to save; they have three quarters of"
+    about += " these seconds to finish (default: 120)"
     group.add_argument("--signal-delay", type=_positive, default=120, metavar="S", help=about)
     about = "maximum number of times that a job of SLURM is restarted when its time is up; preemptions have no limit,"
     about += " but if --time is 10 minutes or less they count as time-outs, as do ranks killed in the last fifth of"
@@ -216,7 +216,7 @@ def _ranks_per_node(args: argparse.Namespace) -> int:
     if gpus is None and ranks is None:
         raise UserError("command line: --ranks-per-node", "is missing, there are no GPUs", "an integer >= 1")
     if gpus is not None and ranks not in (None, _count(gpus)):
-        what = f"must be --gpus-per-node, a rank a GPU, got {ranks} and {gpus}"
+        what = f"must be --gpus-per-node, one rank per GPU, got {ranks} and {gpus}"
         raise UserError("command line: --ranks-per-node", what, "leave it out")
     return int(ranks) if gpus is None else _count(gpus)
 
@@ -236,10 +236,19 @@ def _sbatch_options(args: argparse.Namespace) -> tuple[tuple[str, str | bool], .
         name, equals, value = text.partition("=")
         if not re.fullmatch(r"[a-z][a-z-]+", name):
             raise UserError("command line: --sbatch", f"got {text!r}", "a long option of sbatch, KEY or KEY=VALUE")
-        if name in _ASKED_BY_US or name in (*_PLAIN, "time") or name in options:
-            raise UserError("command line: --sbatch", f"{name} is not for it", "another flag of this program")
+        _check_sbatch(name, options)
         options[name] = value if equals else True
     return tuple(options.items())
+
+
+def _check_sbatch(name: str, given: Collection[str]) -> None:
+    """Raises UserError if --sbatch must not set the option `name`; `given`: the options that are set already."""
+    if name in _ASKED_BY_US:
+        raise UserError("command line: --sbatch", f"cannot set {name}, which the launcher sets", "other options")
+    if name in (*_PLAIN, "time"):
+        raise UserError("command line: --sbatch", f"cannot set {name}, which has its own flag", f"--{name}")
+    if name in given:
+        raise UserError("command line: --sbatch", f"{name} is given twice", "once")
 
 
 def _check(request: Request) -> None:
@@ -250,12 +259,12 @@ def _check(request: Request) -> None:
     if request.cluster == "slurm" and request.minutes is None:
         raise UserError("command line: --time", "is missing", FORMATS)
     if request.minutes is not None and 60 * request.minutes <= request.signal_delay:
-        what = f"must be below --time, got {request.signal_delay} s of {60 * request.minutes} s"
+        what = f"must be below --time, {60 * request.minutes} s, got {request.signal_delay} s"
         raise UserError("command line: --signal-delay", what, "seconds for saving a checkpoint")
     if request.container_mounts and not request.container_image:
-        raise UserError("command line: --container-mounts", "there is no --container-image", "both")
+        raise UserError("command line: --container-mounts", "needs --container-image", "both flags")
     if request.max_parallel and not request.sweep:
-        raise UserError("command line: --max-parallel", "there is no --sweep", "both")
+        raise UserError("command line: --max-parallel", "needs --sweep", "both flags")
 
 
 def unused_here(request: Request) -> list[str]:

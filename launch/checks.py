@@ -19,13 +19,13 @@ def check_paths(config: Config, words: Sequence[str]) -> None:
 
     Args:
         config: the config of the run.
-        words: its command line, from which the error tells where the path was set.
+        words: its command line; the error names the place in it that set the path.
     """
     for key, path in _paths(config):
         is_id = is_tokenizer_id if key == "model.tokenizer" else is_hub_id
         is_local = not is_id(path) or (key.startswith("data.") and _DATA_FILE.fullmatch(path))
         if is_local and not Path(path).expanduser().exists():
-            failure = UserError(key, f"no such file or folder: {path}", "one that the nodes see too")
+            failure = UserError(key, f"no such file or folder: {path}", "a path that exists on every node")
             raise with_place(failure, words)
 
 
@@ -47,7 +47,7 @@ def check_free(run_dir: Path) -> None:
         if (outcome is None or outcome.state not in FINAL) and is_active(submission):
             raise UserError(
                 "train.run_dir",
-                f"job {submission.job} works or waits in {run_dir}",
+                f"job {submission.job} is running or queued for {run_dir}",
                 "another train.run_dir, or cancel the job first",
             )
 

@@ -67,7 +67,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunFacts]:
     run_folders = {folder.resolve(): folder for folder in folders if (folder / CONFIG).is_file()}
     others = [str(folder) for folder in folders if folder.resolve() not in run_folders]
     if run_folders and others:
-        warn(f"skipped, since there is no {CONFIG} in it: {', '.join(others)}")
+        warn(f"skipped, without a {CONFIG}: {', '.join(others)}")
     if not run_folders:
         raise UserError("command line: RUN", f"none of the folders given has a {CONFIG}", "run folders, runs/sweep/*")
     return [read_run(folder) for folder in run_folders.values()]
@@ -77,7 +77,7 @@ def read_run(folder: Path) -> RunFacts:
     """Reads the config, state and metrics of a run folder. Raises UserError or RunError if a file in it is broken."""
     config = read_yaml_file(str(folder / CONFIG))
     if not isinstance(config, dict) or not all(isinstance(section, dict) for section in config.values()):
-        raise UserError(str(folder / CONFIG), "is no config", "what a run writes there")
+        raise UserError(str(folder / CONFIG), "is not a config", "the file as a run wrote it")
     values = flat(config)
     lines = read_metrics(folder)
     steps = [line for line in lines if "train/loss" in line]
@@ -102,7 +102,7 @@ def _last_step(folder: Path, config: Mapping[str, Value]) -> int | None:
         last_step: int | None = json.loads(path.read_text(encoding="utf-8"))[-1]["last_step"]
         return last_step
     except json.JSONDecodeError as failure:
-        raise UserError(str(path), f"broken: {failure}", "what a run writes there") from failure
+        raise UserError(str(path), f"broken: {failure}", "the file as a run wrote it") from failure
 
 
 # --- compare ---------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def _shown(folder: Path) -> Path:
 
 
 def comparable(configs: Sequence[Mapping[str, Value]], keys: Sequence[str]) -> Iterator[dict[str, Value]]:
-    """Yields the configs with text in place of values of a key that has several types: a column of the tab has one."""
+    """Yields the configs with text in place of values of a key that has several types: a column has one type."""
     mixed = [key for key in keys if len({_kind(config.get(key)) for config in configs}) > 1]
     for config in configs:
         yield {**config, **{key: _text(config.get(key)) for key in mixed}}

@@ -53,7 +53,7 @@ def decide(end: End, max_crashes: int) -> Outcome:
 
 
 def _state(end: End) -> str:
-    """Returns the state that rank 0 wrote, "done" or "preempted"; if it wrote none, whether a signal came decides."""
+    """Returns the state that rank 0 wrote, "done" or "preempted"; if none, "preempted" after a signal, else "done"."""
     return str(end.status.get("state", "preempted" if end.asked_to_stop else "done"))
 
 

@@ -27,7 +27,7 @@ def slurm_parameters(request: Request, name: str, after: Sequence[str] = ()) -> 
     done.
     """
     options: dict[str, str | bool] = {"requeue": True, **dict(request.sbatch)}
-    if after:  # SLURM keeps a job in the queue for ever whose dependency has failed, unless told otherwise
+    if after:  # by default a job whose dependency has failed stays in the queue forever
         options |= {"dependency": ":".join(["afterok", *after]), "kill-on-invalid-dep": "yes"}
     parameters: dict[str, Any] = {
         "job_name": name,

@@ -4,7 +4,7 @@ When a rank fails, the ranks that wait for it fail too ("Connection closed by pe
 it saw first on its own node, which is often one of these consequences. Example, with the failures of two nodes:
 
     rank 3  10:00:02.1  RuntimeError: Connection closed by peer     blame 2: lost a peer
-    rank 1  10:00:01.9  killed by SIGKILL                           blame 0: stands for itself
+    rank 1  10:00:01.9  killed by SIGKILL                           blame 0: a failure of its own
     rank 0  10:00:02.0  killed by SIGTERM                           blame 3: ended by torchrun
 
 `first_cause` takes the lowest blame, then the earliest time: rank 1.
@@ -26,7 +26,7 @@ _LOST_PEER = re.compile(
     r"gloo/transport/|Connection closed by peer|Connection reset by peer|Broken pipe"
     r"|^Dist(Backend|Network|Store)Error|ncclRemoteError|NCCL communicator was aborted|^SignalException"
 )
-"""Messages of a rank that lost another rank, or waited for it in vain; and of a torchrun that was ended by a signal."""
+"""Messages of a rank that lost another rank or whose wait for it timed out, and of a torchrun that a signal ended."""
 
 _BROKEN_MACHINE = re.compile(
     r"uncorrectable (ECC|NVLink)|fallen off the bus|GPU is lost|no CUDA-capable device|Stale file handle", re.IGNORECASE
@@ -60,8 +60,8 @@ class Failure:
     """The signal that ended the process; 0: none."""
     traceback: str = ""
     """The traceback of a bug; empty for errors that are meant for the user."""
-    told: str = ""
-    """The line that the program told its user; empty for a bug."""
+    user_line: str = ""
+    """The error line that the program printed for the user; empty for a bug."""
     exit_code: int = 1
     """The exit code of the rank: 2 if the input of the user is wrong, else 1."""
 
@@ -94,9 +94,9 @@ class Failure:
 
     def __str__(self) -> str:
         if self.is_users:
-            return self.told
+            return self.user_line
         process = "torchrun" if self.rank is None else f"rank {self.rank}"
-        return f"{process} on {self.host}: {self.told or self.message}"
+        return f"{process} on {self.host}: {self.user_line or self.message}"
 
 
 def first_cause(failures: Iterable[Failure]) -> Failure | None:
@@ -142,7 +142,7 @@ def _read_error(path: Path, host: str, rank: int | None) -> Failure:
     if isinstance(message, str):
         return Failure(host, rank, time, message)
     extra = message["extraInfo"]
-    stack, ours = extra["py_callstack"], {key: extra[key] for key in ("told", "exit_code") if key in extra}
+    stack, ours = extra["py_callstack"], {key: extra[key] for key in ("user_line", "exit_code") if key in extra}
     traceback = stack if stack.startswith("Traceback") else ""
     return Failure(host, rank, extra.get("seconds", time), message["message"], traceback=traceback, **ours)
 

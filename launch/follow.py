@@ -2,7 +2,7 @@
 
 The log of a single job is printed as it grows; of several jobs only changes of state are printed. Jobs report their own
 state in files; squeue answers for jobs that cannot. submitit's `results()` is not used: it asks sacct, and on clusters
-without accounting waits for ever.
+without accounting waits forever.
 """
 
 import sys
@@ -22,7 +22,7 @@ _LOOK_SECONDS = 0.5
 _QUEUE_SECONDS = 10.0
 """Time between calls of squeue, which load SLURM's controller for all users."""
 _LAST_REPORT_SECONDS = 3.0
-"""Time that a job has, after it has left the queue, until its report of how it ended must be readable."""
+"""Time that the report of how a job ended has to become readable after the job has left the queue."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _watch(jobs: Sequence[Followed]) -> list[Outcome]:
     while True:
         outcomes = [watch.look() for watch in watches]
         if log:
-            log.show()  # after the look: if that saw the end, the log is whole
+            log.show()  # after `look`: if that found the end of the job, the log is complete
         for watch in watches:
             watch.tell()
         ends = [outcome for outcome in outcomes if outcome is not None]
@@ -103,10 +103,10 @@ class _Watch:
     def __init__(self, job: Followed):
         self.job = job
         self.state = ""
-        self.told = ""
+        self.printed = ""
         self.next_question = 0.0
         self.misses = 0
-        """Number of questions in a row after which the job was not in the queue. Its report may arrive later."""
+        """Number of successive answers without the job in the queue. Its report may arrive later."""
 
     def look(self) -> Outcome | None:
         """Returns how the job ended, or None if it has not ended."""
@@ -130,9 +130,9 @@ class _Watch:
 
     def tell(self) -> None:
         """Prints the state of the job if it has changed since the last call."""
-        if self.state != self.told:
+        if self.state != self.printed:
             say(f"{self.job.name} (job {self.job.submission.job}): {self.state}")
-            self.told = self.state
+            self.printed = self.state
 
 
 def _why(state: str | None, outcome: Outcome | None) -> str:

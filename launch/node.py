@@ -4,7 +4,7 @@
 |-----------------------------------------------------|-------------------------------------------------------------|
 | all ranks are done                                  | is done                                                     |
 | SIGUSR2: time is up, or preempted; the ranks saved  | starts again; after time-outs at most --max-timeouts times  |
-| SIGUSR2, but the ranks did not end in time          | starts again from the checkpoint before; counted likewise   |
+| SIGUSR2, but the ranks did not end in time          | starts again from the previous checkpoint; same limit       |
 | a rank raised an exception                          | fails, with the exception of the rank that failed first     |
 | a rank was killed, or a node was lost               | starts again; without progress at most --max-crashes times  |
 | SIGTERM, and SLURM lets the job run: preempted      | as SIGUSR2                                                  |

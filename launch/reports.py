@@ -1,6 +1,6 @@
 """The files in which the nodes of a job report its state, for each other and for the commands that follow it.
 
-RUN/jobs/2026-01-31_10.15.00_4f1a/   one submission; beside it lie scripts, pickles and logs
+RUN/jobs/2026-01-31_10.15.00_4f1a/   one submission; scripts, pickles and logs are next to it
     submitted.json                   cluster and job id: written by `launch.submit`
     outcome.json                     the state of the job: written by the first node alone
     history.jsonl                    one line for each time the job ended

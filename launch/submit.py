@@ -83,7 +83,8 @@ def submit_to_slurm(plan: Plan) -> None:
     try:
         submissions = executors.submit_to_slurm(request, folder, name, [SlurmJob(job) for job in jobs], after)
     except RunError as failure:
-        raise RunError(f"{failure}; queued already: scancel {' '.join(after)}" if after else str(failure)) from failure
+        cancel = f"; to cancel queued jobs: {cancel_command('slurm', after)}" if after else ""
+        raise RunError(f"{failure}{cancel}") from failure
     for run, job, submission in zip(plan.runs, jobs, submissions, strict=True):
         followed.append(_record(job, submission, run.dir.name))
     tell(plan, submissions, after)

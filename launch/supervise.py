@@ -29,7 +29,7 @@ _KEPT_LINES = 2000
 
 
 class Signals:
-    """Records signals. The handlers only take notes, so that no operation is interrupted half-way."""
+    """Records signals. The handlers only set attributes, so that no operation is interrupted half-way."""
 
     def __init__(self, goes_on: Callable[[], bool | None]) -> None:
         self.stop_since: float | None = None
@@ -115,7 +115,7 @@ def run(
 
 
 def _ignore_stop() -> None:
-    """Ignores SIGUSR2. Runs in the child before exec, through which a signal stays ignored, in the ranks too."""
+    """Ignores SIGUSR2. Runs in the child before exec; an ignored signal stays ignored after it, also in the ranks."""
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
 
 

@@ -68,7 +68,7 @@ def _check_keys(keys: Sequence[str], words: Sequence[str]) -> None:
     given = {option.key for option in split_options(words)}
     for key in keys:
         if key == "train.run_dir":
-            what = "train.run_dir is the folder of all runs, each has its own in it"
+            what = "train.run_dir contains the folders of all runs"
             raise UserError("command line: --sweep", what, "other keys")
         if keys.count(key) > 1 or key in given:
             raise UserError("command line: --sweep", f"{key} is given twice", "once, in --sweep")
@@ -85,7 +85,7 @@ def _planned_run(words: Sequence[str], settings: Sequence[tuple[str, str]], name
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Returns key -> its name in a folder's name: without its section, unless two keys would then look alike."""
+    """Returns key -> its name in a folder's name: without its section, unless two names would then be equal."""
     tails = [key.partition(".")[2] for key in keys]
     return {key: tail if tails.count(tail) == 1 else key for key, tail in zip(keys, tails, strict=True)}
 

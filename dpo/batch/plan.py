@@ -128,7 +128,7 @@ def _micro_batches(
     trees: Sequence[Tree], num_micro_batches: int, budget: int, costs: CostModel
 ) -> tuple[tuple[Tree, ...], ...]:
     """Packs a lane's trees into exactly `num_micro_batches` micro-batches, in the order of falling cost: lanes wait for
-    each other in every micro-batch, so that those of similar cost should run at the same time.
+    each other in every micro-batch, so micro-batches of similar cost are aligned.
     """
     parts = [[trees[i] for i in part] for part in balance([costs.cost(tree) for tree in trees], num_micro_batches)]
     if any(len(part) > 1 and sum(tree.num_tokens for tree in part) > budget for part in parts):

@@ -30,7 +30,7 @@ GROUPS = {
     "peak_memory_bytes": SPEED,
     "mfu": SPEED,
 }
-"""The group of a metric that is not of chosen or rejected alone, by its name after train/ or eval/."""
+"""The group of each metric but those of only chosen or rejected, by its name after train/ or eval/."""
 
 
 class Place(NamedTuple):

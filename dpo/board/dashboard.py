@@ -41,8 +41,8 @@ class Answer:
 class Dashboard:
     """Writes RUN/tensorboard from step `first_step` on, on rank 0 alone. Each point is flushed at once.
 
-    The constructor removes the points of an interrupted run at steps >= `first_step`. A TensorBoard that has read them
-    already discards them with the first new point of the same chart, at the latest.
+    The constructor removes the points of an interrupted run at steps >= `first_step`. A TensorBoard that has already
+    read them discards them at the latest when it reads the first new point of the same chart.
     """
 
     def __init__(self, folder: Path, first_step: int):

@@ -95,7 +95,7 @@ def _session(values: Mapping[str, Value]) -> SessionStartInfo:
 
 
 def _key_columns(columns: Sequence[str], values: Mapping[str, Value]) -> list[HParamInfo]:
-    """Returns the columns that have a value: the tab's other views omit runs without a value in a column."""
+    """Returns the columns for which the run has a value: the tab's other views omit runs that lack one."""
     kinds = {bool: DATA_TYPE_BOOL, int: DATA_TYPE_FLOAT64, float: DATA_TYPE_FLOAT64, str: DATA_TYPE_STRING}
     return [
         HParamInfo(name=key, type=kinds[type(values[key])], differs=number < NUM_SHOWN)

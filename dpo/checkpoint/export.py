@@ -45,7 +45,7 @@ def _complete(draft: Path, out: Path, model_folder: Path, config: Config, dtype:
     model_config.dtype = dtype
     model_config.save_pretrained(draft)
     generation = model_folder / "generation_config.json"
-    if generation.is_file():  # copied, since transformers refuses to save some that it loads
+    if generation.is_file():  # copied: transformers refuses to save some configs that it loads
         shutil.copyfile(generation, draft / generation.name)
     _save_tokenizer(config.model.tokenizer or str(model_folder), draft, config.model.trust_remote_code)
     shutil.rmtree(out, ignore_errors=True)
@@ -58,5 +58,5 @@ def _save_tokenizer(path: str, draft: Path, trust_remote_code: bool) -> None:
         return
     try:
         load_tokenizer(path, trust_remote_code).save_pretrained(draft)
-    except UserError as failure:  # the run did not need it: its model is exported all the same
+    except UserError as failure:  # the run used token ids; its model is exported without a tokenizer
         say(f"the exported model has no tokenizer: {failure}")

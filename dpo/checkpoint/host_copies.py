@@ -6,7 +6,7 @@ Three calls, by two threads, make a copy of a state on CUDA:
     training thread     hold    before the next update: makes the current stream wait for the copies
     checkpoint thread   wait    blocks until the copies are complete; then it reads them
 
-From a CPU `take` copies at once, and `hold` and `wait` do nothing.
+On CPU `take` copies synchronously, and `hold` and `wait` do nothing.
 """
 
 from contextlib import AbstractContextManager, nullcontext

@@ -15,7 +15,7 @@ A checkpoint thread runs collectives: all ranks write their shards, rank 0 commi
 process group of its own, so that they do not mix with those of the training thread.
 
 Where thread 2 fails with RunError, rank 0 warns at once, and training continues: `save(4)` tries again. Where thread 4
-fails as well, `save(6)` raises its RunError on every rank. `finish` raises that of the last checkpoint.
+fails as well, `save(6)` raises its RunError on every rank. `finish` raises the error of the last checkpoint.
 """
 
 import threading
@@ -52,7 +52,7 @@ class Saver:
         self.copies = HostCopies(self.world.device)
         self.writing: Future[None] | None = None
         self.has_failed = False
-        """Whether the last checkpoint that is no longer in flight failed."""
+        """Whether the last checkpoint whose thread has ended failed."""
 
     def save(self, state: RunState, before_commit: Callable[[], None]) -> None:
         """Waits for the checkpoint in flight, enqueues the copies of the state, and starts the thread that writes them.
@@ -100,7 +100,7 @@ class Saver:
         """Waits at most `seconds` for the checkpoint in flight of a failed run; warns where it is not written by then.
 
         That checkpoint predates the failure and is valid, and the threads of other ranks may need this rank's thread to
-        complete it. They may also be gone: hence the limit.
+        complete it. If those ranks are gone, it never completes: hence the limit.
         """
         writing, self.writing = self.writing, None
         if writing is None:
@@ -120,7 +120,7 @@ def open_saver(
     world: World,
     timeout_seconds: int,
 ) -> Iterator[Saver]:
-    """Gives a saver whose last checkpoint is committed at the end of the context, also where the run is preempted.
+    """Yields a saver. The end of the context commits its last checkpoint, also after a preemption.
 
     Every rank must get here, and to the end of the context, or the rest hang.
 

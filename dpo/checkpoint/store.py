@@ -33,12 +33,12 @@ from dpo.distributed.world import World
 MARKER = "COMPLETE"
 DRAFT = ".tmp"
 HASHED_BYTES = 64 * 2**20
-"""Bytes up to which the marker records a file's hash (so also for DCP's .metadata, which is read with pickle)."""
+"""The marker records the hash of files up to this size, which includes DCP's .metadata (read with pickle)."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """The state of a run beside its tensors: the updates made so far, and the identity that a resume must match."""
+    """The state of a run apart from its tensors: the number of updates, and the identity that a resume must match."""
 
     step: int
     identity: dict[str, Any]
@@ -86,14 +86,14 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
             storage = dcp.FileSystemWriter(draft, per_thread_copy_ahead=0)
             dcp.save(tensors, storage_writer=storage, planner=save_planner(plans), process_group=group)
     except RunError:
-        forget_plans(plans)  # some ranks may have cached theirs and others not: the next checkpoint would fail
+        forget_plans(plans)  # if only some ranks had cached plans, the next checkpoint would fail
         raise
 
     def commit() -> None:
         try:
             before_commit()
             _commit(draft, target, state, shelf.keep)
-        except OSError as failure:  # with the path: the run is many steps further when this is reported
+        except OSError as failure:  # names the path: this is reported many steps later
             raise RunError(f"{target}: {line_of(failure)}") from failure
 
     on_main(world, commit, group)
@@ -106,8 +106,8 @@ def save_planner(plans: str) -> dcp.DefaultSavePlanner:
     code takes longer with more ranks and tensors, and holds the GIL that rank 0's training thread needs. With the cache
     each rank only reports that its tensors are laid out as before; where they are not, all ranks plan again.
 
-    torch caches plans per process in the planner's class, by default under the class's name, for any ranks and any run.
-    So `plans` must be a name that one group and one run use alone.
+    torch caches plans per process in the planner's class, by default under the class's name. So `plans` must be a
+    name that no other process group and no other run uses.
     """
     planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
     planner._cached_plans_key = plans
@@ -141,7 +141,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         dcp.load(tensors, checkpoint_id=str(folder))
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
-        group.update(wanted)  # those of the config, which may differ from the checkpoint's
+        group.update(wanted)  # the config's settings override the checkpoint's
 
 
 def load_model(folder: Path, model: nn.Module) -> None:
@@ -198,7 +198,7 @@ def _fault(folder: Path) -> str | None:
         return f"{MARKER} is broken"
     present = _inventory(folder)
     wrong = [name for name, facts in recorded.items() if present.get(name) != facts]
-    return f"{wrong[0]} is missing or not as it was written" if wrong else None
+    return f"{wrong[0]} is missing or has changed" if wrong else None
 
 
 def _by_age(folder: Path) -> list[Path]:

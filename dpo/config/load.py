@@ -69,7 +69,7 @@ def load_config(argv: Sequence[str] | None, prog: str, description: str = "") ->
     """Reads and checks the config that a command line gives, and fills in train.run_dir.
 
     Args:
-        argv: the words of the command line; None: those of this process.
+        argv: the words of the command line; None: sys.argv[1:].
         prog: the module that `python -m` runs, for the text of --help.
         description: what the program does, for the text of --help.
 

@@ -36,7 +36,7 @@ class StrictLoader(yaml.SafeLoader):
         pairs = node.value if isinstance(node, yaml.MappingNode) else []
         for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
             if key.value in first_lines:
-                problem = f"key {key.value!r} stands twice (first on line {first_lines[key.value]})"
+                problem = f"key {key.value!r} is a duplicate (first on line {first_lines[key.value]})"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             first_lines[key.value] = key.start_mark.line + 1
         pairs_read: dict[Any, Any] = super().construct_mapping(node, deep)

@@ -79,7 +79,8 @@ def choose_prompts(keys: np.ndarray, holdout: int | float | None, seed: int, whe
     unique = np.unique(keys)
     num = holdout if isinstance(holdout, int) else max(1, round(holdout * len(unique)))
     if num >= len(unique):
-        raise UserError(where, f"{num} prompts of {len(unique)} leave none to train on", "fewer")
+        what = f"holding out {num} of {len(unique)} prompts leaves none to train on"
+        raise UserError(where, what, "a smaller holdout")
     data, secret = unique.tobytes(), str(seed).encode()
     hashes = [hashlib.blake2b(data[i : i + 16], key=secret, digest_size=16).digest() for i in range(0, len(data), 16)]
     return unique[np.argsort(np.array(hashes, "S16"), kind="stable")[:num]]

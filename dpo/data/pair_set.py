@@ -97,7 +97,7 @@ class PairSet:
         """Returns the tokens of prompt, winner and loser of each pair, (N, 3) int32."""
         return np.asarray(self.sizes)
 
-    def some(self, mask: np.ndarray) -> "PairSet":
+    def select(self, mask: np.ndarray) -> "PairSet":
         """Returns the set of the pairs for which `mask` (N,) is true."""
         return replace(self, **{name: getattr(self, name)[mask] for name in NAMES})
 

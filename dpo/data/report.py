@@ -46,7 +46,7 @@ class SourceReport:
     audited_completions: int
     """Completions of the first rows, which were tokenized a second time together with their prompt."""
     boundary_merges: int
-    """Of the audited completions, those whose ids differ when prompt and completion are tokenized as one text."""
+    """Number of audited completions whose ids differ when prompt and completion are tokenized as one text."""
     held_out_prompts: int = 0
     held_out_pairs: int = 0
     """Kept pairs that were moved to evaluation."""

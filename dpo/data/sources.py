@@ -78,9 +78,8 @@ def open_source(config: SourceConfig, key: str) -> Source:
         else:
             source = _open_folder(config, path, key) if path.is_dir() else _open_hub(config, key)
     except PermissionError as error:
-        raise UserError(
-            f"{key}.path", f"{config.path}: cannot be read: {error.strerror}", "what you may read"
-        ) from error
+        valid = "a file or folder that this user may read"
+        raise UserError(f"{key}.path", f"{config.path}: cannot be read: {error.strerror}", valid) from error
     if len(source.rows) == 0:
         raise UserError(config.path, "empty, it has no rows", "at least one row")
     return source

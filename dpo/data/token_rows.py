@@ -29,10 +29,10 @@ from dpo.data.tokenizer import Encoder, encoder_content, merges_at_boundary
 from dpo.data.tokens import Limits, TokenizedExample, completion_key, prompt_key, tokenize
 from dpo.data.workers import tokenize_in_workers
 
-NUM_AUDITED_ROWS = 256  # the first of every source, in which joined tokenizing is compared: it costs as much again
-MAX_NUM_PROC, SMALL_SET = 8, 4000  # below that many rows the processes cost more than they save
-ROWS_PER_REPORT = 1000  # by which the bar moves on
-BLOCK = 8192  # rows that are looked at together
+NUM_AUDITED_ROWS = 256  # rows per source audited for merges at the boundary; the audit doubles their cost
+MAX_NUM_PROC, SMALL_SET = 8, 4000  # with fewer rows, processes cost more than they save
+ROWS_PER_REPORT = 1000  # rows per progress report
+BLOCK = 8192  # rows per block (`blocks`)
 
 Tokenize = Callable[[Row, int], dict[str, Any]]
 """A record of `Source.rows` and its number -> a row of FEATURES."""
@@ -43,7 +43,7 @@ FEATURES = datasets.Features(
         "prompt_ids": _IDS,
         "completion_ids": datasets.List(_IDS),
         "pairs": datasets.List(_IDS),  # the kept ones, [winner, loser]
-        "dropped": datasets.List(datasets.Value("string")),  # one reason a dropped pair
+        "dropped": datasets.List(datasets.Value("string")),  # one reason per dropped pair
         "prompt_key": datasets.Value("binary"),  # 16 bytes, of prompt_ids
         "full_prompt_key": datasets.Value("binary"),  # 16 bytes, of the prompt before truncation
         "completion_keys": datasets.List(datasets.Value("binary")),
@@ -54,7 +54,7 @@ FEATURES = datasets.Features(
         "completions_truncated": _INT,
         "over_positions": _INT,
         "repeated_pairs": _INT,  # the same [winner, loser] again
-        "contradicting_pairs": _INT,  # [a, b] where [b, a] stands too
+        "contradicting_pairs": _INT,  # [a, b] whose reverse is listed too
         "audited_completions": _INT,
         "boundary_merges": _INT,
     }

@@ -89,8 +89,8 @@ def tokenize(example: Example, encoder: Encoder, limits: Limits) -> TokenizedExa
     """Returns the token ids of an example, truncated to the limits, and its pairs that carry a preference.
 
     Raises:
-        InvalidValue: an id is outside of the vocabulary, the prompt has no token, the chat template does not serve, or a
-            completion ends after the model's last position where that is a hard limit.
+        InvalidValue: an id is outside of the vocabulary, the prompt has no token, the chat template does not serve, or
+            a completion ends after the model's last position where that is a hard limit.
     """
     if not example.pairs:
         return TokenizedExample([], [], tuple([] for _ in example.completions), (), example.dropped)

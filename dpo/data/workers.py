@@ -42,7 +42,7 @@ def _message(how: str, num: int) -> str:
 @contextmanager
 def _serial_tokenizers() -> Iterator[None]:
     """Keeps the tokenizers library from using threads in processes that are forked inside: a fork does not copy the
-    threads of its pool, and a core each is taken by the processes.
+    threads of its pool, and each process already uses one core.
     """
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

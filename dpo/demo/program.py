@@ -72,15 +72,13 @@ class Answers:
 
 def start_afresh(out: Path) -> None:
     """Makes `out` an empty folder with the demo's marker. Raises UserError where `out` has other files."""
+    valid = "a folder of an earlier demo, or a path that does not exist"
     if out.exists() and not out.is_dir():
-        raise UserError("command line: --out", f"{out} is a file", "a folder of an earlier demo, or a free name")
+        raise UserError("command line: --out", f"{out} is a file", valid)
     if out.is_dir() and any(out.iterdir()):
         if not (out / MARKER).is_file():
-            raise UserError(
-                "command line: --out",
-                f"{out} has files and no {MARKER}, so it is not a demo's to replace",
-                "a folder of an earlier demo, or a free name",
-            )
+            what = f"{out} has files but no {MARKER}: no demo made it, so it is not replaced"
+            raise UserError("command line: --out", what, valid)
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text("Made by python -m dpo.demo; the next demo in this folder removes all its files.\n")
@@ -137,9 +135,9 @@ def _config(out: Path, name: str, model: Path, loss: LossConfig, optim: OptimCon
 
 
 def run_stage(config: Config, path: Path) -> None:
-    """Writes the config to `path` and trains on all ranks, with their output on the terminal.
+    """Writes the config to `path` and trains on all ranks, whose output goes to the terminal.
 
-    Raises SystemExit with the exit code where the training fails; its error is on stderr by then.
+    Raises SystemExit with the exit code of the training where it fails and has printed its error.
     """
     path.write_text(to_yaml(config), encoding="utf-8")
     arguments = ["--standalone", "--nproc-per-node", str(NUM_RANKS), "-m", "dpo.train", "--config", str(path)]
@@ -147,7 +145,7 @@ def run_stage(config: Config, path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", *arguments]
     code = subprocess.run(command, env=stage_environment(path.parent), check=False).returncode
     if code:
-        print(f"demo: {path} ended with exit code {code}; the reason stands above", file=sys.stderr, flush=True)
+        print(f"demo: {path} ended with exit code {code}; its error is printed above", file=sys.stderr, flush=True)
         raise SystemExit(code)
 
 

@@ -29,14 +29,14 @@ def record_failure(failure: Exception, details: str) -> None:
     seconds    the time with fractions; torch's `timestamp` in whole seconds does not tell the rank that failed first
                from ranks that lost that rank
     exit_code  of this rank
-    told       the line that the user is told; empty for a bug
+    user_line  the error line that is printed for the user; empty for a bug
     """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
         now = time.time()
-        told = line_of(failure) if isinstance(failure, (UserError, RunError)) else ""
+        user_line = line_of(failure) if isinstance(failure, (UserError, RunError)) else ""
         extra = {"py_callstack": details, "timestamp": str(int(now)), "seconds": now}
-        extra |= {"exit_code": exit_code_of(failure), "told": told}
+        extra |= {"exit_code": exit_code_of(failure), "user_line": user_line}
         message = {"message": f"{type(failure).__name__}: {failure}", "extraInfo": extra}
         Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
@@ -161,7 +161,7 @@ def _remedy() -> str:
     return (
         "what helps: a smaller batch.tokens_per_micro_batch, parallel.activation_checkpointing full,"
         " parallel.sync_gradients every_micro_batch (or, on a GPU, parallel.cpu_offload true);"
-        f" to see what a step needs, and what would fit: {command}{unknown}"
+        f" for the memory of a step and settings that fit, run: {command}{unknown}"
     )
 
 

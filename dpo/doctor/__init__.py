@@ -9,6 +9,6 @@ host.py       devices, versions of libraries, driver and compiler
 speed.py      matrix products; an all-gather along each axis of the mesh
 storage.py    the disks of the run folder and of the reference cache
 model.py      the memory and disk that the config's model takes
-attention.py  attention against attention written plainly
+attention.py  compares attention with a plain implementation
 words.py      findings as one screen of text
 """

@@ -1,4 +1,4 @@
-"""Compares attention, forward and backward, on a small packed row with attention written plainly."""
+"""Compares attention, forward and backward, on a small packed row, with a plain implementation."""
 
 import time
 from collections.abc import Callable, Sequence

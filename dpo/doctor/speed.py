@@ -223,5 +223,5 @@ LINKS = Part(
     "all-gather",
     measure_links,
     describe_links,
-    remedy="one network for all nodes; NCCL_DEBUG=INFO logs what NCCL tried, GLOO_SOCKET_IFNAME names a card",
+    remedy="one network for all nodes; NCCL_DEBUG=INFO logs NCCL's attempts, GLOO_SOCKET_IFNAME names a card",
 )

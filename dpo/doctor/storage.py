@@ -91,7 +91,7 @@ def check_shared(file: Path) -> None:
     def look() -> None:
         unseen = [rank for rank, other in enumerate(files) if not other.is_file()]
         if unseen:
-            raise RunError(f"{file.parent} is not shared: what rank {unseen[0]} writes is not seen by every rank")
+            raise RunError(f"{file.parent} is not shared: not every rank sees a file that rank {unseen[0]} wrote")
 
     agreed(look)
 

@@ -27,7 +27,7 @@ from dpo.estimate.speed import DEFAULT_MFU, Cluster
 from dpo.model.weights import read_model_config
 from dpo.run.folder import Start
 from dpo.run.inputs import Inputs
-from dpo.run.layout import as_so_far
+from dpo.run.layout import with_earlier_choice
 
 
 def decide_parallel(config: Config, start: Start, inputs: Inputs, world: World) -> tuple[Config, str | None]:
@@ -42,7 +42,7 @@ def decide_parallel(config: Config, start: Start, inputs: Inputs, world: World) 
     Raises:
         UserError: the model cannot be built, and a key is undecided.
     """
-    config = as_so_far(config, start, world)
+    config = with_earlier_choice(config, start, world)
     memory = min(all_gather(_memory_here(world)))
     choice = on_main(world, lambda: _choice_if_possible(config, world, inputs, memory))
     if world.is_main:

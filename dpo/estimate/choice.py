@@ -153,8 +153,8 @@ def options(case: Case, groups: Groups) -> list[Option]:
 
 
 def _weighed_seconds(option: Option) -> float:
-    """Returns the seconds by which options are compared: those of `last_micro_batch` are raised, so that it is
-    preferred only where it saves more than GAIN.
+    """Returns the seconds by which options are compared: the seconds of `last_micro_batch` are divided by
+    1 - GAIN, so that it is preferred only where it saves more than GAIN.
     """
     return option.seconds / (1 - GAIN if option.values.get("sync_gradients") == "last_micro_batch" else 1)
 

@@ -46,8 +46,8 @@ class AnswerRule:
 def generate(policy: Policy, prompts: Sequence[Sequence[int]], rule: AnswerRule, world: World) -> list[Ids]:
     """Returns the answer to each prompt: the ids after the prompt, without EOS.
 
-    An answer ends before `max_new_tokens` where the model's learned positions end; rank 0 then says so. Every rank must
-    get here with the same prompts, or the rest hang; every rank gets all answers. The state of training does not
+    An answer ends before `max_new_tokens` where the model's learned positions end; rank 0 prints a line. Every rank
+    must get here with the same prompts, or the rest hang; every rank gets all answers. The state of training does not
     change.
 
     Args:
@@ -102,9 +102,9 @@ def _generating(policy: Policy, keeps_layers: bool) -> Iterator[None]:
     """Sets the model up for `generate`, and for training again at the end, also after a failure.
 
     Attention is transformers' "sdpa", since our own has no KV cache. With `keeps_layers` layers stay unsharded from
-    token to token, instead of one all-gather per token. cuDNN's attention is off: it builds a plan for every length,
-    which takes about 0.4 s (https://github.com/sgl-project/sglang/issues/4650). Compiled layers run uncompiled: each
-    new length of the cache would compile another graph and count against the compiler's limit.
+    token to token, instead of one all-gather per token. cuDNN attention is disabled: it plans each length anew, which
+    takes about 0.4 s (https://github.com/sgl-project/sglang/issues/4650). Compiled layers run uncompiled: each new
+    length of the cache would compile another graph and count against the compiler's limit.
     """
     model = policy.model
     attention, defaults, is_training = model.config._attn_implementation, model.generation_config, model.training

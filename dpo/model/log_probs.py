@@ -106,8 +106,8 @@ def rows_in_chunk(
 
 
 def recomputed_share(num_rows: int, vocab_size: int, dtype: torch.dtype, head_bytes: int, device_type: str) -> float:
-    """Returns the share of a micro-batch's rows, from 0 to 1, whose logits the backward pass recomputes: all rows but
-    those of the last chunk.
+    """Returns the share of a micro-batch's rows, from 0 to 1, whose logits the backward pass recomputes: all rows
+    except the last chunk's.
     """
     return max(0.0, 1.0 - rows_in_chunk(vocab_size, dtype, head_bytes, device_type) / max(1, num_rows))
 

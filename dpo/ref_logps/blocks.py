@@ -2,7 +2,7 @@
 
     CACHE/<reference key>/about.json            the facts behind the reference key, for people
                           rows-<sha256>.bin     a block; its name is the hash of its bytes
-                          made-<sha256>.json    how the block of that name was computed (`Making`)
+                          made-<sha256>.json    how the block of that name was computed (`Circumstances`)
                           table-…               the rows of one data set, collected from the blocks (`table.py`)
 
 A block is written under another name and renamed, and never changes. So several jobs may read and add blocks at the
@@ -36,7 +36,7 @@ ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("logp", "<f8")])
 """A row on disk, 24 bytes: the two halves of a 16-byte key as little-endian integers, and the log-probability in nats
 (float64 holds a float32 exactly)."""
 
-Making = Mapping[str, str | bool]
+Circumstances = Mapping[str, str | bool]
 """How a block of rows was computed, beyond the facts of their key: `torch`, its version; `device`, the compute
 capability or "cpu"; `compile`, whether layers were compiled."""
 
@@ -126,19 +126,19 @@ def _read_block(path: Path) -> np.ndarray | None:
     return np.frombuffer(content, ROW)
 
 
-def write_making(block: Path, making: Making) -> None:
-    """Writes the record of how a block was computed beside it. A block without a record is valid, and its making
-    unknown.
+def write_circumstances(block: Path, circumstances: Circumstances) -> None:
+    """Writes the record of how a block was computed beside it. A block without a record is valid, and its
+    circumstances are unknown.
     """
-    write_atomically(_making_path(block), json.dumps(dict(making)).encode())
+    write_atomically(_circumstances_path(block), json.dumps(dict(circumstances)).encode())
 
 
-def makings_of(folder: Path, keys: np.ndarray) -> list[Making | None]:
+def circumstances_of(folder: Path, keys: np.ndarray) -> list[Circumstances | None]:
     """Returns the different ways in which the rows of keys (M, 2) were computed; None stands for an unknown way."""
     paths = [folder / name for name in block_names(folder)]
     ways: dict[str, list[Path]] = {}
     for path in paths:
-        ways.setdefault(json.dumps(_read_making(path), sort_keys=True), []).append(path)
+        ways.setdefault(json.dumps(_read_circumstances(path), sort_keys=True), []).append(path)
     used = ways if len(ways) == 1 else {way: blocks for way, blocks in ways.items() if _hold(blocks, keys)}
     return [json.loads(way) for way in sorted(used)]
 
@@ -153,14 +153,14 @@ def _rows_of(block: Path) -> RefRows:
     return make_rows(np.empty(0, ROW) if table is None else table)
 
 
-def _making_path(block: Path) -> Path:
+def _circumstances_path(block: Path) -> Path:
     return block.with_name(f"made-{block.stem.partition('-')[2]}.json")
 
 
-def _read_making(block: Path) -> Making | None:
+def _read_circumstances(block: Path) -> Circumstances | None:
     """Returns the record of a block; None where there is no readable record."""
     try:
-        return dict(json.loads(_making_path(block).read_bytes()))
+        return dict(json.loads(_circumstances_path(block).read_bytes()))
     except (FileNotFoundError, ValueError, TypeError):
         return None
 

@@ -22,8 +22,8 @@ from dpo.config import Config
 from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.world import World
 from dpo.model.parallelize import compute_dtype, is_compiled
-from dpo.ref_logps.blocks import Making, reference_key
-from dpo.ref_logps.making import joined_making, making, numerics
+from dpo.ref_logps.blocks import Circumstances, reference_key
+from dpo.ref_logps.circumstances import circumstances_here, joined_circumstances, numerics
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class RefCache:
     root: Path
     """`reference.cache_dir`."""
     facts: Mapping[str, str]
-    """The reference's hash by content, and the numerics (see `making.numerics`)."""
-    making: Making
+    """The reference's hash by content, and the numerics (see `circumstances.numerics`)."""
+    circumstances: Circumstances
     """How this run computes rows; not part of their key."""
 
     @property
@@ -54,8 +54,8 @@ def open_cache(config: Config, reference_hash: str, world: World) -> RefCache:
     """
     compute = compute_dtype(config.parallel, getattr(torch, config.model.dtype), world.device)
     facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device, config.parallel.tf32)
-    now = joined_making(all_gather(making(world.device, is_compiled(config.parallel, world.device))))
-    return RefCache(cache_root(config), facts, now)
+    own = circumstances_here(world.device, is_compiled(config.parallel, world.device))
+    return RefCache(cache_root(config), facts, joined_circumstances(all_gather(own)))
 
 
 def cache_root(config: Config) -> Path:
@@ -74,7 +74,7 @@ def check_shared(folder: Path, world: World) -> None:
         if not probe.is_file():
             raise UserError(
                 "reference.cache_dir",
-                f"rank {world.rank} does not see what rank 0 writes to {folder}",
+                f"rank {world.rank} does not see a file that rank 0 wrote to {folder}",
                 "a folder that all nodes share",
             )
 

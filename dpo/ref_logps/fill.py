@@ -27,10 +27,10 @@ from dpo.distributed.collectives import all_gather, gather_lanes, on_main, toget
 from dpo.distributed.preemption import StopRequest
 from dpo.distributed.world import World, use_device
 from dpo.model.policy import Policy, completion_logps, free_memory
-from dpo.ref_logps.blocks import first_of_each, read_rows, split_keys, write_making, write_rows
+from dpo.ref_logps.blocks import first_of_each, read_rows, split_keys, write_circumstances, write_rows
 from dpo.ref_logps.cache import RefCache, check_shared
-from dpo.ref_logps.making import difference
-from dpo.ref_logps.table import RefTable, find_table, open_table, table_makings, table_name, write_table
+from dpo.ref_logps.circumstances import difference
+from dpo.ref_logps.table import RefTable, find_table, open_table, table_circumstances, table_name, write_table
 
 SECONDS_BETWEEN_BLOCKS = 30.0
 """A killed job loses at most about this many seconds of work."""
@@ -115,7 +115,7 @@ def fill(
             free_memory()
         table = on_main(world, lambda: write_table(cache.folder, name, _wanted(sets)[0]))
     rows = together(lambda: open_table(table))
-    other = on_main(world, lambda: difference(table_makings(cache.folder, name), cache.making))
+    other = on_main(world, lambda: difference(table_circumstances(cache.folder, name), cache.circumstances))
     if world.is_main:
         num_reused = len(rows) - num_missing
         say(f"reference: {num_missing} log-probabilities computed, {num_reused} from the cache {cache.root}")
@@ -186,7 +186,7 @@ class _Block:
         """Writes the collected rows, if any, as a block of the cache."""
         if self.rows:
             keys, logps = (np.concatenate(column) for column in zip(*self.rows, strict=True))
-            write_making(write_rows(self.cache.folder, keys, logps), self.cache.making)
+            write_circumstances(write_rows(self.cache.folder, keys, logps), self.cache.circumstances)
         self.rows.clear()
         self.flushed = time.monotonic()
 

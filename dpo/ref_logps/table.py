@@ -34,7 +34,7 @@ from dpo.base.arrays import DiskArray, open_array
 from dpo.base.console import say
 from dpo.base.errors import RunError
 from dpo.base.files import write_atomically
-from dpo.ref_logps.blocks import ROW, Making, block_names, is_whole, makings_of, read_rows, split_keys
+from dpo.ref_logps.blocks import ROW, Circumstances, block_names, circumstances_of, is_whole, read_rows, split_keys
 
 ROWS_PER_PAGE = 256
 """Rows that are read together: 6 KiB."""
@@ -81,10 +81,10 @@ def find_table(folder: Path, name: str) -> Path | None:
     return None
 
 
-def table_makings(folder: Path, name: str) -> list[Making | None]:
+def table_circumstances(folder: Path, name: str) -> list[Circumstances | None]:
     """Returns the different ways in which the rows of a table were computed; None stands for an unknown way."""
-    makings: list[Making | None] = (_read_about(folder / name) or {}).get("made", [None])
-    return makings
+    made: list[Circumstances | None] = (_read_about(folder / name) or {}).get("made", [None])
+    return made
 
 
 def _read_about(path: Path) -> dict[str, Any] | None:
@@ -119,7 +119,7 @@ def write_table(folder: Path, name: str, keys: np.ndarray) -> Path:
     np.save(file, rows)
     path = folder / f"table-{hashlib.sha256(file.getbuffer()).hexdigest()[:32]}.npy"
     write_atomically(path, file.getbuffer())
-    about = {"rows": path.name, "blocks": block_names(folder), "made": makings_of(folder, keys)}
+    about = {"rows": path.name, "blocks": block_names(folder), "made": circumstances_of(folder, keys)}
     write_atomically(folder / name, json.dumps(about, indent=1).encode())  # last: the files that it names exist
     return path
 
@@ -127,7 +127,7 @@ def write_table(folder: Path, name: str, keys: np.ndarray) -> Path:
 def open_table(path: Path) -> RefTable:
     """Opens the table whose file rank 0 found or wrote. Raises RunError where this process does not see it whole."""
     if not is_whole(path):
-        raise RunError(f"reference.cache_dir: {path} is not seen by every rank; start again, or share the folder")
+        raise RunError(f"reference.cache_dir: not every rank sees {path}; start again, or share the folder")
     rows = open_array(path)
     pages = np.arange(0, len(rows), ROWS_PER_PAGE)
     firsts = [rows[place : place + 1]["high"] for place in pages.tolist()]

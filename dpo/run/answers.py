@@ -156,8 +156,8 @@ def choose_prompts(pairs: PairSet, count: int) -> list[Ids]:
 
 
 def stop_ids(tokenizer: Any, model_config: PretrainedConfig) -> tuple[int, ...]:
-    """Returns the tokens that end an answer: the tokenizer's EOS, which ends the completions in training, and those of
-    the model's config.
+    """Returns the tokens that end an answer: the tokenizer's EOS, which ends the completions in training, and the EOS
+    tokens of the model's config.
     """
     return tuple(dict.fromkeys((tokenizer.eos_token_id, *ids_encoder(model_config).eos_ids)))
 

@@ -1,8 +1,8 @@
-"""The names of the files of a run folder, and the reader of its metrics; without torch, so that any laptop can run it.
+"""The names of the files of a run folder, and the reader of its metrics; imports no torch, to run on any laptop.
 
 config.yaml       the resolved config of the last start
 provenance.json   code, hosts and layout of each start, a list
-metrics.jsonl     the metrics of each step and evaluation, a line each
+metrics.jsonl     the metrics of each step and evaluation, one line each
 tensorboard/      the same as charts, with histograms and texts
 answers/          answers of reference and policy to a few evaluation prompts
 profile/          traces of profiled steps
@@ -32,7 +32,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     path = run_dir / METRICS
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")[:-1]  # the rest after the last newline is no complete line
+    lines = path.read_bytes().split(b"\n")[:-1]  # the bytes after the last newline are not a complete line
     return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]
 
 
@@ -43,7 +43,7 @@ def _parsed(line: bytes, place: str) -> dict[str, float]:
             return metrics
     except (ValueError, KeyError, TypeError):
         pass
-    raise RunError(f"{place}: no line of metrics: {line[:60]!r}; mend it, or move the file away")
+    raise RunError(f"{place}: not a line of metrics: {line[:60]!r}; correct it, or move the file away")
 
 
 def drop_metrics_after(run_dir: Path, step: int) -> None:

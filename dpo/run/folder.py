@@ -4,7 +4,7 @@
 
     checkpoint.resume             resumes from   and `open_run_folder`
     auto                          step 30        drops the lines of metrics.jsonl after step 30
-    RUN/checkpoints/step-000020   step 20        drops those after step 20, renames checkpoints/step-000030 to .old
+    RUN/checkpoints/step-000020   step 20        drops the lines after step 20, renames checkpoints/step-000030 to .old
     never                         UserError: the folder is not empty
 
 Every function here is for rank 0 alone, which sends its decision to the others (`collectives.on_main`).
@@ -69,7 +69,7 @@ def find_start(config: Config) -> Start:
 def _check_writable(run_dir: Path) -> None:
     present = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not present.is_dir():
-        raise UserError("train.run_dir", f"{run_dir}: {present} is a file", "a folder, or a name that is free")
+        raise UserError("train.run_dir", f"{run_dir}: {present} is a file", "a folder, or a path that does not exist")
     if not os.access(present, os.W_OK | os.X_OK):
         raise UserError("train.run_dir", f"{run_dir}: cannot write to {present}", "a folder to write in")
 
@@ -100,7 +100,7 @@ def _lies_in(path: Path, folder: Path) -> bool:
 
 
 def lacks_evaluation(run_dir: Path, step: int) -> bool:
-    """Returns whether metrics.jsonl lacks the evaluation after `step` steps: a run may have been stopped before it."""
+    """Returns whether metrics.jsonl lacks the evaluation after `step` steps, before which a run may have stopped."""
     return not any("eval/loss" in line and line["step"] == step for line in read_metrics(run_dir))
 
 
@@ -117,7 +117,7 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
         _log_changes(start.checkpoint.parent.parent / "config.yaml", config)
     write_atomically(run_dir / CONFIG, to_yaml(config).encode())
     _add_origin(run_dir / PROVENANCE, origin)
-    _put_aside(run_dir / "final")  # of a shorter run: this run must not look finished where it is interrupted
+    _put_aside(run_dir / "final")  # a shorter run's model: with it, this run would look finished when interrupted
     for checkpoint in newer_checkpoints(run_dir, start.step):
         _put_aside(checkpoint)
     if start.checkpoint and _lies_in(start.checkpoint, run_dir):

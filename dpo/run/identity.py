@@ -42,7 +42,7 @@ def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
         if before != value:
             what = f"{before!r} when the checkpoint was written, {value!r} now"
             if key in CONTENT_OF:
-                was = f"is not what it was when the checkpoint was written (hash {str(before)[:8]}, now {value[:8]})"
+                was = f"has changed since the checkpoint was written (hash {str(before)[:8]}, now {value[:8]})"
                 what = f"the content of {CONTENT_OF[key]} {was}"
             raise UserError(
                 key, f"cannot resume from {start.checkpoint}: {what}", "the same as before, or another train.run_dir"

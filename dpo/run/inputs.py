@@ -59,7 +59,7 @@ def read_inputs(config: Config, world: World) -> Inputs:
     reference_config = read_config(config, world, folders[1])
     check_machines(world, config.parallel, config.model.dtype, [model_config, reference_config])
     if world.is_main:
-        say("data: reading, and tokenizing what is not in the cache")
+        say("data: reading, and tokenizing rows that are not in the cache")
     data = first_on_each_node(world, lambda: prepare_data(config, model_config))
     check_same_data(data, world)
     if world.is_main:

@@ -21,10 +21,10 @@ def layout_here(config: Config, world: World) -> dict[str, Any]:
     return layout_of(config, all_gather(kind))
 
 
-def as_so_far(config: Config, start: Start, world: World) -> Config:
-    """Returns the config of `decided_so_far`, as rank 0 decides it. Every rank must get here, or the rest hang."""
+def with_earlier_choice(config: Config, start: Start, world: World) -> Config:
+    """Returns the config of `earlier_choice`, as rank 0 decides it. Every rank must get here, or the rest hang."""
     layout = layout_here(config, world)
-    return on_main(world, lambda: decided_so_far(config, start, layout))
+    return on_main(world, lambda: earlier_choice(config, start, layout))
 
 
 def layout_of(config: Config, devices: Sequence[str]) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def layout_of(config: Config, devices: Sequence[str]) -> dict[str, Any]:
     return {"devices": dict(sorted(Counter(devices).items()))} | tokens | parallel
 
 
-def decided_so_far(config: Config, start: Start, layout: Mapping[str, Any]) -> Config:
+def earlier_choice(config: Config, start: Start, layout: Mapping[str, Any]) -> Config:
     """Replaces `auto` by the values that it had when this run was last started with the same `layout`; reports them.
 
     Without such a start the keys stay `auto`. Without a checkpoint the config is returned as it is.
@@ -53,11 +53,12 @@ def decided_so_far(config: Config, start: Start, layout: Mapping[str, Any]) -> C
     fixed = {key: value for key, value in layout.items() if key not in undecided}
     same = next((earlier for earlier in layouts if fixed.items() <= earlier.items()), None)
     if same is None:
-        say(f"parallel (auto): decided again: {_changes(layouts[0], fixed) if layouts else 'the layout was not kept'}")
+        why = _changes(layouts[0], fixed) if layouts else "no earlier layout is recorded"
+        say(f"parallel (auto): decided again: {why}")
         return config
     values = {key: same[key] for key in undecided}
     words = ", ".join(f"{key} {value}" for key, value in values.items())
-    say(f"parallel (auto): {words}: as in the run so far, on the same devices")
+    say(f"parallel (auto): {words}: kept from the last start on the same devices")
     return replace(config, parallel=replace(config.parallel, **values))
 
 

@@ -19,7 +19,7 @@ from dpo.run.setup import Run
 
 @contextmanager
 def open_outputs(run: Run) -> Iterator[tuple[MetricsWriter | None, Saver]]:
-    """Prepares the run folder for the next step; gives the writer of metrics (on rank 0, else None) and the saver.
+    """Prepares the run folder for the next step; yields the writer of metrics (None except on rank 0) and the saver.
 
     At the end of the context the last checkpoint is committed. Every rank must get here, and to the end of the context,
     or the rest hang.

@@ -19,7 +19,7 @@ StepHook = Callable[[int], None]
 
 @contextmanager
 def profiled(steps: tuple[int, int] | None, folder: Path, device: torch.device) -> Iterator[tuple[StepHook, StepHook]]:
-    """Records steps[0] to steps[1], inclusive; gives (begin, end), which must be called before and after each step.
+    """Records steps[0] to steps[1], inclusive; yields (begin, end), which must be called before and after each step.
 
     Writes `folder`/steps-10-12.pt.trace.json, and on CUDA .memory.pickle, named after the recorded steps. Where the run
     ends earlier, writes the steps so far. Only one rank should record; the others pass None for `steps`.

@@ -92,7 +92,7 @@ class Run:
     def answers_after(self, step: int) -> list[Answer]:
         """Returns the policy's answers to the evaluation prompts after `step` steps, and writes them to the run folder.
 
-        Before the first step of a policy that is the reference these are the reference's, and nothing is generated.
+        At step 0 of a run that begins at its reference, returns the reference's answers without generating.
         Every rank must get here, or the rest hang.
         """
         if self.answers is None:
@@ -103,7 +103,7 @@ class Run:
 
 
 def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_requested: StopRequest) -> Run:
-    """Builds a run, at its beginning or as its checkpoint left it. Every rank must get here, or the rest hang.
+    """Builds a run at step 0, or at the step of its checkpoint. Every rank must get here, or the rest hang.
 
     Args:
         config: with all values of `parallel` decided.
@@ -155,10 +155,9 @@ def _passes(config: Config, inputs: Inputs, start: Start) -> tuple[bool, ...]:
 
 
 def _reference_loader(config: Config, world: World, inputs: Inputs, policy: Policy, packer: Packer) -> Any:
-    """Returns a cached function that returns the reference.
+    """Returns a function that loads the reference at its first call, and returns the same model at later calls.
 
-    It is the policy itself before its first update, where both have the same weights; else another model, which is
-    loaded at the first call.
+    Where policy and reference have the same weights, it returns the policy, which must not have been updated yet.
     """
     source = inputs.reference
 

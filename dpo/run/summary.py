@@ -45,7 +45,7 @@ def evaluation_line(step: int, last_step: int, metrics: Mapping[str, float]) -> 
 
 
 def _outcome(metrics: Mapping[str, float], group: str) -> list[str]:
-    """Returns the loss, and with a reference accuracy and margin."""
+    """Returns the loss, and where the loss has a reference the accuracy and margin."""
     parts = [f"loss {metrics[f'{group}/loss']:.4f}"]
     if f"{group}/rewards/margins" in metrics:
         parts.append(f"acc {metrics[f'{group}/rewards/accuracies']:z.3f}")
@@ -140,7 +140,7 @@ def _ranks(run: Run) -> str:
 def _memory(run: Run) -> str:
     size = state_bytes(num_parameters(run.policy.model), run.config, run.world.size)
     shown = f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{size / 2**20:.1f} MiB"
-    return f"{shown} per rank for weights, gradients and optimizer; activations come on top"
+    return f"{shown} per rank for weights, gradients and optimizer, without activations"
 
 
 def num_parameters(model: nn.Module) -> int:

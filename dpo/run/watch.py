@@ -11,7 +11,7 @@ from dpo.run.setup import Run
 
 
 def step_bar(run: Run) -> AbstractContextManager[Progress]:
-    """Returns the progress bar of a terminal; without a terminal it shows nothing beside the lines of logged steps."""
+    """Returns the progress bar of a terminal. Without a terminal it prints nothing; logged steps have lines."""
     steps = run.inputs.last_step
     return progress("train", steps, "steps", run.world.is_main, done=run.start.step, lines_elsewhere=False)
 
@@ -21,13 +21,13 @@ def profiled_steps(run: Run) -> AbstractContextManager[tuple[StepHook, StepHook]
     steps = run.config.train.profile_steps if run.world.is_main else None
     first, last = run.start.step + 1, run.inputs.last_step
     if steps is not None and (steps[1] < first or steps[0] > last):
-        warn(f"train.profile_steps {list(steps)}: this start runs none of these steps, but {first} to {last}")
+        warn(f"train.profile_steps {list(steps)}: no step is profiled: this start runs steps {first} to {last}")
     return profiled(steps, run.dir / PROFILE, run.world.device)
 
 
 @contextmanager
 def telling_new_graphs(run: Run, what: str) -> Iterator[None]:
-    """Warns where the work inside, named `what`, compiled graphs, for which all ranks have waited."""
+    """Warns if the with-block compiled graphs: all ranks waited for them. `what` names the block."""
     before = num_graphs()
     yield
     new = num_graphs() - before

@@ -9,7 +9,7 @@ step's log-probabilities are computed twice, in different packings. Over all com
     spread = rms(|pi - ref| / sqrt(n))      <= min(0.25, max(3 noise, 0.01))
     drift  = |sum(pi - ref)| / sum(n)       <= min(0.02, max(6 noise / sqrt(sum(n)), 0.002))
 
-The minimized loss is checked too, without a second formula:
+The minimized loss is checked as well. No formula is repeated:
 
 1. each pair's loss must equal the entry of `LOSSES`, applied to the measured log-probabilities of this pair's own
    completions. An error in packing, indices, reference, lengths or configuration makes them differ;
@@ -42,7 +42,7 @@ class Completions:
 
     pi_logps: np.ndarray
     """(N,) log-probabilities under the policy, nats, float64."""
-    again: np.ndarray
+    repacked_logps: np.ndarray
     """(N,) the same, computed in the second packing."""
     ref_logps: np.ndarray
     """(N,) the reference's, from the cache."""
@@ -75,12 +75,12 @@ class Deviation:
         return f"spread {self.spread:.3g}, drift {self.drift:.3g}, noise {self.noise:.3g}"
 
 
-def measure(found: Completions) -> Deviation:
-    """Returns the spread, drift and noise of some completions."""
+def measure(completions: Completions) -> Deviation:
+    """Returns the spread, drift and noise of the completions of a step."""
     return Deviation(
-        _spread(found.differences, found.lengths),
-        float(abs(found.differences.sum()) / found.lengths.sum()),
-        _spread(found.pi_logps - found.again, found.lengths),
+        _spread(completions.differences, completions.lengths),
+        float(abs(completions.differences.sum()) / completions.lengths.sum()),
+        _spread(completions.pi_logps - completions.repacked_logps, completions.lengths),
     )
 
 
@@ -146,17 +146,17 @@ class Verdict(IntEnum):
     NOT_FINITE = 3
 
 
-def judge(found: Completions, scale: float | None) -> Verdict:
+def judge(completions: Completions, scale: float | None) -> Verdict:
     """Returns the verdict on a step's log-probabilities; `scale` comes from `rounding_scale`."""
-    if not (np.isfinite(found.differences).all() and np.isfinite(found.again).all()):
+    if not (np.isfinite(completions.differences).all() and np.isfinite(completions.repacked_logps).all()):
         return Verdict.NOT_FINITE
     if scale is None:
-        is_within = (np.abs(found.differences) <= exact_bounds(found.ref_logps)).all()
+        is_within = (np.abs(completions.differences) <= exact_bounds(completions.ref_logps)).all()
         return Verdict.PASSES if is_within else Verdict.BEYOND_BOUNDS
-    deviation = measure(found)
+    deviation = measure(completions)
     if _exceeds(deviation, caps(scale)):
         return Verdict.BEYOND_BOUNDS
-    exceeds = _exceeds(deviation, limits(deviation.noise, found.lengths, scale))
+    exceeds = _exceeds(deviation, limits(deviation.noise, completions.lengths, scale))
     return Verdict.BEYOND_NOISE if exceeds else Verdict.PASSES
 
 
@@ -164,14 +164,15 @@ def _exceeds(deviation: Deviation, maximum: Limits) -> bool:
     return deviation.spread > maximum.spread or deviation.drift > maximum.drift
 
 
-def worst(found: Completions, scale: float | None) -> str:
+def worst(completions: Completions, scale: float | None) -> str:
     """Describes the completion that is furthest from its reference."""
-    allowed = exact_bounds(found.ref_logps) if scale is None else np.sqrt(found.lengths)
+    allowed = exact_bounds(completions.ref_logps) if scale is None else np.sqrt(completions.lengths)
     with np.errstate(invalid="ignore"):  # a reference that is NaN
-        ratios = np.abs(found.differences) / allowed
+        ratios = np.abs(completions.differences) / allowed
     row = int(np.nan_to_num(ratios, nan=math.inf).argmax())
-    what = f"pi_logp {found.pi_logps[row]:.6g}, ref_logp {found.ref_logps[row]:.6g} nats for the completion of"
-    return f"{what} {found.lengths[row]} tokens that begins with the ids {list(found.first_ids[row])}"
+    what = f"pi_logp {completions.pi_logps[row]:.6g}, ref_logp {completions.ref_logps[row]:.6g} nats"
+    which = f"{completions.lengths[row]} tokens that begins with the ids {list(completions.first_ids[row])}"
+    return f"{what} for the completion of {which}"
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------

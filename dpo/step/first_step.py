@@ -64,11 +64,11 @@ def verify_start(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: Lo
     Raises:
         RunError: on every rank, where the check fails; rank 0 warns instead where `terms` say so.
     """
-    found, losses = _compute(policy, packer, trees, loss)
-    verdict, wrong = judge(found, terms.scale), wrong_loss(losses)
+    completions, losses = _compute(policy, packer, trees, loss)
+    verdict, wrong = judge(completions, terms.scale), wrong_loss(losses)
     if verdict == Verdict.PASSES and wrong is None:
-        return measure(found)
-    message = f"step 1: {_explain(found, terms)}"
+        return measure(completions)
+    message = f"step 1: {_explain(completions, terms)}"
     if wrong is not None and verdict < Verdict.BEYOND_BOUNDS:
         verdict, message = Verdict.BEYOND_BOUNDS, f"step 1: {_explain_loss(*wrong)}"
     is_excused = verdict == Verdict.BEYOND_NOISE and terms.made_differently is not None
@@ -78,18 +78,18 @@ def verify_start(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: Lo
         raise RunError(f"{message}; to train all the same: --{KEY} warn")
     if dist.get_rank() == 0:
         warn(message)
-    return measure(found)
+    return measure(completions)
 
 
-def _explain(found: Completions, terms: Terms) -> str:
+def _explain(completions: Completions, terms: Terms) -> str:
     """Returns the message for a failed check: the measured values, their limits, and the possible causes."""
-    deviation = measure(found)
-    text = f"the policy is not its own reference: {worst(found, terms.scale)}"
-    text += f"; {deviation} over {len(found.lengths)} completions"
+    deviation = measure(completions)
+    text = f"the policy is not its own reference: {worst(completions, terms.scale)}"
+    text += f"; {deviation} over {len(completions.lengths)} completions"
     if terms.scale is None:
         text += ", of which each may differ by 1e-4 + 1e-5 |ref_logp|"
     else:
-        maximum = limits(deviation.noise, found.lengths, terms.scale)
+        maximum = limits(deviation.noise, completions.lengths, terms.scale)
         text += f", at most spread {maximum.spread:.3g}, drift {maximum.drift:.3g}"
     if terms.made_differently:
         text += f"; the cached rows of the reference were computed differently: {terms.made_differently}"
@@ -108,16 +108,16 @@ def _compute(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: LossCo
     """
     other = replace(packer, tokens_per_micro_batch=max(1, packer.tokens_per_micro_batch // 2))
     with torch.no_grad():
-        mine = _run(policy, packer, packer.plan(trees), loss)
-        again = _run(policy, other, moved_plan(other.plan(trees)), loss)
+        first_packing = _run(policy, packer, packer.plan(trees), loss)
+        second_packing = _run(policy, other, moved_plan(other.plan(trees)), loss)
     reshard(policy)
-    parts = gather_lanes((mine, again))
+    parts = gather_lanes((first_packing, second_packing))
     first = {key: row for (rows, _), _ in parts for key, row in rows.items()}
     second = {key: row for _, (rows, _) in parts for key, row in rows.items()}
     keys = sorted(first)  # the order of sums, so that they do not depend on the layout
     pi_logps, ref_logps, lengths, first_ids = zip(*(first[key] for key in keys), strict=True)
-    moved = np.array([second[key][0] for key in keys])
-    completions = Completions(np.array(pi_logps), moved, np.array(ref_logps), np.array(lengths), first_ids)
+    repacked = np.array([second[key][0] for key in keys])
+    completions = Completions(np.array(pi_logps), repacked, np.array(ref_logps), np.array(lengths), first_ids)
     pairs = [losses_at_zero(loss), *(pair for packing in parts for _, losses in packing for pair in losses)]
     return completions, PairLosses(*np.array(pairs).reshape(-1, 2).T)
 

@@ -131,7 +131,7 @@ def pair_means(sums: Mapping[str, float], has_reference: bool) -> dict[str, floa
 
 
 def step_metrics(sums: Mapping[str, float], seconds: float, best_seconds: float | None = None) -> dict[str, float]:
-    """Returns the metrics of a training step beside those of `pair_means`.
+    """Returns the metrics of a training step that `pair_means` does not give.
 
     tokens             prompt and completion tokens that the model's body computed, summed over ranks, without padding
                        and fillers

@@ -77,5 +77,5 @@ def test_prompts_that_truncation_makes_equal_are_not_on_both_sides(tmp_path):
 def test_holdout_of_everything():
     keys = np.array([bytes([i]) * 16 for i in (1, 2, 1)], "S16")
     for holdout in (2, 3, 0.9):
-        with pytest.raises(UserError, match=r"^data\.train\[0\]\.holdout: \d prompts of 2 leave none to train on"):
+        with pytest.raises(UserError, match=r"^data\.train\[0\]\.holdout: holding out \d of 2 prompts leaves none to"):
             choose_prompts(keys, holdout, 0, "data.train[0].holdout")

@@ -150,8 +150,8 @@ def test_some_of_a_set(tmp_path, tokenizer_folder):
     alone = prepare_data(
         make_config(write_jsonl(tmp_path / "b.jsonl", ROWS[:4]), tokenizer=tokenizer_folder), MODEL
     ).train
-    assert all_pairs(train.some(first)) == plain_pairs(ROWS[:4]) == all_pairs(alone)
-    assert train.some(first).content_hash == alone.content_hash != train.content_hash
+    assert all_pairs(train.select(first)) == plain_pairs(ROWS[:4]) == all_pairs(alone)
+    assert train.select(first).content_hash == alone.content_hash != train.content_hash
 
 
 def test_content_hash_is_of_the_pairs_in_order(tmp_path, tokenizer_folder):

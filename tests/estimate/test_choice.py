@@ -18,7 +18,7 @@ from dpo.estimate.lengths import Lengths
 from dpo.estimate.needs import Trial, needed_bytes
 from dpo.estimate.speed import Cluster, Part, Speed
 from dpo.run.folder import Start
-from dpo.run.layout import decided_so_far, layout_of
+from dpo.run.layout import earlier_choice, layout_of
 from tests.base.test_spawned import USERS, die, fail
 from tests.estimate.test_estimate import PLAIN, tree
 from tests.support.models import family_config
@@ -229,7 +229,7 @@ def test_a_resumed_run_keeps_what_was_chosen(
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("parallel (auto): ")]
         written = load_config(["--config", str(tmp_path / "run" / "config.yaml")], "dpo.train")
         found.append((line, written.parallel.activation_checkpointing))
-    kept = ("parallel (auto): activation_checkpointing none: as in the run so far, on the same devices", "none")
+    kept = ("parallel (auto): activation_checkpointing none: kept from the last start on the same devices", "none")
     anew = ("parallel (auto): decided again: tokens_per_micro_batch 64 -> 100", "full")
     assert found == [kept, anew, kept]
 
@@ -253,24 +253,24 @@ def test_other_devices_are_another_layout(tmp_path: Path) -> None:
         (["H100", "H200"], ("auto", "auto")),
     ):
         now = changed(config, parallel__timeout_seconds=7)
-        found = decided_so_far(now, start, layout_of(now, devices)).parallel
+        found = earlier_choice(now, start, layout_of(now, devices)).parallel
         assert (found.activation_checkpointing, found.sync_gradients) == values
     given = changed(config, parallel__activation_checkpointing="none")
-    assert decided_so_far(given, start, layout_of(given, ["H100"] * 2)).parallel.undecided == ("sync_gradients",)
+    assert earlier_choice(given, start, layout_of(given, ["H100"] * 2)).parallel.undecided == ("sync_gradients",)
     other = changed(config, parallel__cpu_offload=True)
-    assert decided_so_far(other, start, layout_of(other, ["H100"] * 2)).parallel.undecided
+    assert earlier_choice(other, start, layout_of(other, ["H100"] * 2)).parallel.undecided
 
 
 @pytest.mark.parametrize("starts", [[], [{}], [{"layout": None}], [{"layout": {}}]])
 def test_a_history_that_says_nothing_decides_nothing(tmp_path: Path, starts: list[dict[str, Any]]) -> None:
     config = make_config("m", "d", tmp_path / "run")
-    assert decided_so_far(config, resumed(tmp_path, *starts), layout_of(config, ["cpu"])) == config
+    assert earlier_choice(config, resumed(tmp_path, *starts), layout_of(config, ["cpu"])) == config
     (tmp_path / "run" / "provenance.json").write_text("no JSON")
-    assert decided_so_far(config, Start(checkpoint_path(tmp_path / "run", 2)), layout_of(config, ["cpu"])) == config
+    assert earlier_choice(config, Start(checkpoint_path(tmp_path / "run", 2)), layout_of(config, ["cpu"])) == config
 
 
 def test_a_fresh_start_takes_nothing_from_a_history(tmp_path: Path) -> None:
     config = make_config("m", "d", tmp_path / "run")
     before = choice.with_values(config, {"activation_checkpointing": "full", "sync_gradients": "last_micro_batch"})
     resumed(tmp_path, {"layout": layout_of(before, ["cpu"])})
-    assert decided_so_far(config, Start(), layout_of(config, ["cpu"])) == config
+    assert earlier_choice(config, Start(), layout_of(config, ["cpu"])) == config

@@ -75,7 +75,7 @@ def test_another_reference_is_refused(dead: Config, tmp_path: Path, capsys: pyte
         assert exit_code(changed(dead, **{key: str(tmp_path / "other")})) == 2
         (error,) = error_lines(capsys.readouterr().err)
         assert error.startswith("error: CONFIG: reference.path: cannot resume from ")
-        assert "is not what it was when the checkpoint was written" in error
+        assert "has changed since the checkpoint was written" in error
 
 
 def test_the_same_content_elsewhere_is_the_same_run(dead: Config, dead_root: Path, tmp_path: Path) -> None:

@@ -103,10 +103,10 @@ def test_a_broken_line_of_metrics_is_named(stopped, line: bytes, tmp_path: Path,
     lines = path.read_bytes().splitlines(keepends=True)
     lines[2] = line + b"\n"
     path.write_bytes(b"".join(lines))
-    with pytest.raises(RunError, match=r"metrics\.jsonl:3: no line of metrics"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl:3: not a line of metrics"):
         read_metrics(tmp_path / "run")
     assert exit_code(stopped) == 1
-    assert "metrics.jsonl:3: no line of metrics" in capsys.readouterr().err
+    assert "metrics.jsonl:3: not a line of metrics" in capsys.readouterr().err
     assert path.read_bytes() == b"".join(lines)
 
 

@@ -51,16 +51,16 @@ def test_every_failure_is_recorded(
 
 
 @pytest.mark.parametrize(
-    ("failure", "told", "exit_code", "shown"),
+    ("failure", "user_line", "exit_code", "shown"),
     [
-        (UserError("loss.beta", "bad", "good"), "a.yaml: loss.beta: bad; valid: good", 2, "{told}"),
-        (UserError("a.jsonl:3", "bad"), "a.jsonl:3: bad", 2, "{told}"),
-        (RunError("step 3: nan"), "step 3: nan", 1, "rank 0 on host: {told}"),
+        (UserError("loss.beta", "bad", "good"), "a.yaml: loss.beta: bad; valid: good", 2, "{user_line}"),
+        (UserError("a.jsonl:3", "bad"), "a.jsonl:3: bad", 2, "{user_line}"),
+        (RunError("step 3: nan"), "step 3: nan", 1, "rank 0 on host: {user_line}"),
         (OSError("No space left on device"), "", 1, "rank 0 on host: OSError: No space left on device"),
     ],
 )
 def test_the_launcher_reads_what_a_rank_was_told(
-    failure: Exception, told: str, exit_code: int, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failure: Exception, user_line: str, exit_code: int, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The line that the rank prints, with the file that gave the key, and its exit code: from fields of the file, not
     from the words of the message.
@@ -70,9 +70,9 @@ def test_the_launcher_reads_what_a_rank_was_told(
     path.parent.mkdir(parents=True)
     recorded(failure, path, monkeypatch)
     (found,) = failures_of_node(tmp_path, tmp_path / "torchrun.json", "", "host", first_rank=0)
-    assert (found.told, found.exit_code, found.traceback) == (told, exit_code, "")
+    assert (found.user_line, found.exit_code, found.traceback) == (user_line, exit_code, "")
     assert found.is_users == (exit_code == 2)
-    assert str(found) == shown.format(told=told)
+    assert str(found) == shown.format(user_line=user_line)
 
 
 def test_nothing_is_written_where_nobody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

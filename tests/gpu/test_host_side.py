@@ -1,4 +1,4 @@
-"""What the host does for a GPU, on a CUDA that computes nothing (idle_cuda.c): `make test-cuda-host`.
+"""What the host does for a GPU, on stub CUDA libraries without computation (idle_cuda.c): `make test-cuda-host`.
 
 A run goes its CUDA path to the end; a step waits once and sends the bytes of the formula. No value is looked at: device
 memory reads as zeros.

@@ -201,7 +201,7 @@ def test_what_a_glob_finds_beside_runs_is_left_out_and_said(
     captured = capsys.readouterr()
     assert [line[0] for line in words_of(captured.out)] == ["run", "a", "train", "sorted"]
     left_out = f"{tmp_path / 'cache'}, {tmp_path / 'notes.txt'}"
-    assert f"WARNING: skipped, since there is no config.yaml in it: {left_out}\n" in captured.err
+    assert f"WARNING: skipped, without a config.yaml: {left_out}\n" in captured.err
 
 
 def test_no_run_at_all(tmp_path: Path, program: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +213,7 @@ def test_no_run_at_all(tmp_path: Path, program: Callable[..., int], capsys: pyte
     ("file", "text", "message"),
     [
         ("config.yaml", "loss: [1\n", "config.yaml:2: not valid YAML"),
-        ("config.yaml", "loss\n", "config.yaml: is no config"),
+        ("config.yaml", "loss\n", "config.yaml: is not a config"),
     ],
 )
 def test_a_broken_file_is_named(
@@ -228,7 +228,7 @@ def test_a_broken_line_of_metrics_is_named(
 ) -> None:
     (save_run(tmp_path / "a", []) / "metrics.jsonl").write_text("{\n{}\n")
     assert program(tmp_path / "a") == 1
-    assert "metrics.jsonl:1: no line of metrics" in capsys.readouterr().err
+    assert "metrics.jsonl:1: not a line of metrics" in capsys.readouterr().err
 
 
 def test_a_name_to_sort_by_that_nobody_knows(

@@ -59,7 +59,7 @@ def test_who_was_first(failures: list[Failure], to_blame: int) -> None:
 
 
 DONE, SAVED = {"state": "done", "step": 9}, {"state": "preempted", "step": 4}
-USERS = Failure("node0", 0, 1.0, "UserError: a.yaml: bad", told="a.yaml: bad", exit_code=2)
+USERS = Failure("node0", 0, 1.0, "UserError: a.yaml: bad", user_line="a.yaml: bad", exit_code=2)
 BY_RANK_1 = "rank 1 on node1: ValueError: boom"
 
 
@@ -111,7 +111,7 @@ def test_what_becomes_of_the_job(facts: dict[str, Any], state: str, message: str
 def test_what_the_user_is_told() -> None:
     """What was written for the user is shown as it is; of a bug the traceback too."""
     what = "step 3: the gradient norm is nan"
-    told = End(1, False, False, {}, [replace(raised(0, 1.0, f"RunError: {what}"), told=what)])
+    told = End(1, False, False, {}, [replace(raised(0, 1.0, f"RunError: {what}"), user_line=what)])
     assert decide(told, 2).message == f"rank 0 on node0: {what}"
     assert decide(End(1, False, False, {}, [raised(0, 1.0)]), 2).traceback == "Traceback ...\n"
 

@@ -119,7 +119,7 @@ def test_a_job_in_the_run_folder_is_not_disturbed(
     assert launch() == 0
     slurm.answer("squeue", "PENDING\n")
     assert launch() == 2
-    assert "error: train.run_dir: job 4242 works or waits in runs/my; valid: " in capsys.readouterr().err
+    assert "error: train.run_dir: job 4242 is running or queued for runs/my; valid: " in capsys.readouterr().err
     slurm.refuse("squeue", "slurm_load_jobs error: Unable to contact slurm controller\n")
     assert launch() == 2  # the controller starts anew; its jobs work on
     assert "WARNING: squeue: slurm_load_jobs error: Unable to contact" in capsys.readouterr().err
@@ -148,7 +148,8 @@ def test_a_refused_array_names_the_reference_pass_that_waits(
     slurm.refuse("sbatch", "sbatch: error: Invalid job array specification\n", after=1)
     assert launch("--sweep", "loss.beta=0.1,0.5") == 1
     err = capsys.readouterr().err
-    assert err == "error: sbatch refuses the job: Invalid job array specification; queued already: scancel 4242\n"
+    refused = "error: sbatch refuses the job: Invalid job array specification"
+    assert err == f"{refused}; to cancel queued jobs: scancel 4242\n"
 
 
 def test_a_dry_run_on_this_machine_is_the_torchrun_line(launch: Launch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,7 @@ def test_names_are_safe_and_distinct(config: Path) -> None:
         (["--sweep", "loss.beta="], "--sweep: got 'loss.beta='"),
         (["--sweep", "loss.beta=0.1,,0.2"], "--sweep: got 'loss.beta=0.1,,0.2'"),
         (["--sweep", "beta=0.1"], "--sweep: got 'beta=0.1'"),
-        (["--sweep", "train.run_dir=a,b"], "train.run_dir is the folder of all runs"),
+        (["--sweep", "train.run_dir=a,b"], "train.run_dir contains the folders of all runs"),
         (["--sweep", "loss.beta=0.1", "loss.beta=0.2"], "loss.beta is given twice"),
         (["--loss.beta", "0.3", "--sweep", "loss.beta=0.1"], "loss.beta is given twice"),
         (["--loss.beta=0.3", "--sweep", "loss.beta=0.1"], "loss.beta is given twice"),

@@ -22,7 +22,7 @@ from dpo.distributed.program import run_program
 from dpo.model.build import load_policy
 from dpo.ref_logps import fill as reference_pass
 from dpo.ref_logps.blocks import read_rows, split_keys
-from dpo.ref_logps.making import numerics
+from dpo.ref_logps.circumstances import numerics
 from dpo.run import setup
 from dpo.step.optim import make_optimizer
 from tests.support.models import plain_logp, plain_model, save_model, save_pairs

@@ -96,5 +96,5 @@ def test_a_key_without_a_row_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_does_not_see_the_table_says_so(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="not seen by every rank"):
+    with pytest.raises(RunError, match="not every rank sees"):
         open_table(tmp_path / "table-0.npy")

@@ -18,9 +18,9 @@ from dpo.batch.packer import Packer
 from dpo.batch.plan import StepPlan
 from dpo.config import Config, LossConfig
 from dpo.ref_logps import cache as ref_cache
-from dpo.ref_logps.blocks import ROW, makings_of, read_rows, write_making, write_rows
-from dpo.ref_logps.making import difference, joined_making
-from dpo.ref_logps.table import table_makings, write_table
+from dpo.ref_logps.blocks import ROW, circumstances_of, read_rows, write_circumstances, write_rows
+from dpo.ref_logps.circumstances import difference, joined_circumstances
+from dpo.ref_logps.table import table_circumstances, write_table
 from dpo.run.files import read_metrics
 from dpo.run.start import first_step_terms
 from dpo.step import first_step
@@ -307,11 +307,11 @@ def test_how_blocks_were_made_survives_the_table(tmp_path: Path) -> None:
     """Two blocks made alike, then one made otherwise: only who needs its rows is told."""
     keys = np.arange(12, dtype=np.uint64).reshape(-1, 2)
     here, there = ({"torch": version, "device": "cpu", "compile": False} for version in ("2.13", "2.11"))
-    write_making(write_rows(tmp_path, keys[:3], np.arange(3.0)), here)
-    write_making(write_rows(tmp_path, keys[3:], np.arange(3.0)), there)
-    assert makings_of(tmp_path, keys[:3]) == [here]
+    write_circumstances(write_rows(tmp_path, keys[:3], np.arange(3.0)), here)
+    write_circumstances(write_rows(tmp_path, keys[3:], np.arange(3.0)), there)
+    assert circumstances_of(tmp_path, keys[:3]) == [here]
     write_table(tmp_path, "table-a.json", keys)
-    made = table_makings(tmp_path, "table-a.json")
+    made = table_circumstances(tmp_path, "table-a.json")
     assert made == [there, here]
     assert difference(made, here) == (
         "torch 2.11, device cpu, compile False; this run: torch 2.13, device cpu, compile False"
@@ -323,17 +323,19 @@ def test_how_blocks_were_made_survives_the_table(tmp_path: Path) -> None:
 def test_rows_of_unlike_ranks_are_made_by_all_of_them() -> None:
     """Two kinds of GPU, once each, whatever the order of the ranks; what is alike stands as one rank says it."""
     ranks = [{"torch": "2.13", "device": device, "compile": True} for device in ("sm_90", "sm_80", "sm_90")]
-    assert joined_making(ranks) == {"torch": "2.13", "device": "sm_80, sm_90", "compile": True}
-    assert joined_making(ranks[:1]) == ranks[0]
-    assert difference([joined_making(ranks)], joined_making(ranks[::-1])) is None
-    assert difference([ranks[0]], joined_making(ranks)) is not None
+    assert joined_circumstances(ranks) == {"torch": "2.13", "device": "sm_80, sm_90", "compile": True}
+    assert joined_circumstances(ranks[:1]) == ranks[0]
+    assert difference([joined_circumstances(ranks)], joined_circumstances(ranks[::-1])) is None
+    assert difference([ranks[0]], joined_circumstances(ranks)) is not None
 
 
 def fill_as(config: Config, torch_version: str) -> None:
     """A run on a rank that says it has another torch than rank 0."""
     rank = int(os.environ["RANK"])
-    real = ref_cache.making
-    with patch.object(ref_cache, "making", lambda *args: real(*args) | {"torch": f"{torch_version}.{rank}"}):
+    real = ref_cache.circumstances_here
+    with patch.object(
+        ref_cache, "circumstances_here", lambda *args: real(*args) | {"torch": f"{torch_version}.{rank}"}
+    ):
         run(config)
 
 

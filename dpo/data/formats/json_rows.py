@@ -42,7 +42,7 @@ def json_rows(path: str, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _located_rows(path: str, name: str) -> Iterator[Located]:
-    """Yields the rows of an array or of lines, whichever the file's first character that is not white space tells."""
+    """Yields the rows of an array or of lines, by the first character that is not white space: `[` begins an array."""
     with Path(path).open("rb") as raw:
         is_gzip = raw.read(2) == GZIP
     with gzip.open(path) if is_gzip else Path(path).open("rb") as file:
@@ -83,7 +83,7 @@ def _line_row(line: int, text: str, name: str) -> Located:
     text = text.strip(SPACE)
     value, end = _decode(text, 0, line, name)
     if end < len(text):
-        raise UserError(f"{name}:{line}", f"broken JSON: more after the row, at column {end + 1}", "one row a line")
+        raise UserError(f"{name}:{line}", f"broken JSON: more after the row, at column {end + 1}", "one row per line")
     return line, text, value
 
 
@@ -107,7 +107,7 @@ def _array_rows(first: tuple[int, str], lines: Iterable[tuple[int, str]], name: 
         raise UserError(f"{name}:{line}", "broken JSON: a comma or ] is missing between the rows of the array")
     at, line = _skip_space(text, at, line)
     if at < len(text):
-        raise UserError(f"{name}:{line}", "broken JSON: something follows the array", "one array, or one row a line")
+        raise UserError(f"{name}:{line}", "broken JSON: something follows the array", "one array, or one row per line")
 
 
 def _skip_space(text: str, at: int, line: int) -> tuple[int, int]:
@@ -142,7 +142,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise InvalidValue(f"the key {twice!r} comes twice in one object")
+        raise InvalidValue(f"the key {twice!r} is a duplicate")
     return row
 
 

@@ -52,12 +52,12 @@ def _preferences(row: Row, num: int) -> tuple[tuple[Index, ...], tuple[str, ...]
     return _ordered([-_rank(value, f"ranking[{i}]") for i, value in enumerate(values)])
 
 
-def _ordered(worth: list[float]) -> tuple[tuple[Index, ...], tuple[str, ...]]:
-    """Returns every two completions of different worth as (better, worse), by rising indices, and a `tie` for every two
-    of equal worth.
+def _ordered(scores: list[float]) -> tuple[tuple[Index, ...], tuple[str, ...]]:
+    """Returns each pair of completions with different scores as (better, worse), by rising indices, and a `tie` for
+    each pair with equal scores.
     """
-    candidates = [(i, j) for i in range(len(worth)) for j in range(i + 1, len(worth))]
-    pairs = tuple((i, j) if worth[i] > worth[j] else (j, i) for i, j in candidates if worth[i] != worth[j])
+    candidates = [(i, j) for i in range(len(scores)) for j in range(i + 1, len(scores))]
+    pairs = tuple((i, j) if scores[i] > scores[j] else (j, i) for i, j in candidates if scores[i] != scores[j])
     return pairs, ("tie",) * (len(candidates) - len(pairs))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo.config import Config
-from dpo.ref_logps.blocks import makings_of, read_rows, write_making, write_rows
+from dpo.ref_logps.blocks import circumstances_of, read_rows, write_circumstances, write_rows
 from dpo.run.files import read_metrics
 from tests.support.runs import exit_code, run, save_six_steps, six_steps, train_lines
 
@@ -45,11 +45,11 @@ def move_rows(cache: Path, nats: float, **made: Any) -> None:
     (folder,) = cache.iterdir()
     rows = read_rows(folder)
     keys = np.stack([rows.high, rows.low], 1)
-    (making,) = makings_of(folder, keys)
-    assert making is not None
+    (circumstances,) = circumstances_of(folder, keys)
+    assert circumstances is not None
     for old in (*folder.glob("rows-*"), *folder.glob("made-*")):
         old.unlink()
-    write_making(write_rows(folder, keys, rows.logps + nats), {**making, **made})
+    write_circumstances(write_rows(folder, keys, rows.logps + nats), {**circumstances, **made})
 
 
 @pytest.mark.parametrize(

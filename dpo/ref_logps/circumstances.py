@@ -1,4 +1,4 @@
-"""The numerics that are part of a row's key, and the circumstances of its computation that are not (`Making`)."""
+"""The numerics that are part of a row's key, and the circumstances of its computation that are not."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 
 from dpo.model.attention import ATTENTION
 from dpo.model.log_probs import has_float32_product
-from dpo.ref_logps.blocks import Making
+from dpo.ref_logps.blocks import Circumstances
 
 
 def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device, tf32: bool) -> dict[str, str]:
@@ -31,7 +31,7 @@ def numerics(policy_dtype: str, compute: torch.dtype, device: torch.device, tf32
     } | head
 
 
-def making(device: torch.device, compiled: bool) -> Making:
+def circumstances_here(device: torch.device, compiled: bool) -> Circumstances:
     """Returns how this process computes rows: facts that change their last digits and are not part of the key."""
     capability = "cpu"
     if device.type == "cuda":
@@ -39,17 +39,17 @@ def making(device: torch.device, compiled: bool) -> Making:
     return {"torch": str(torch.__version__), "device": capability, "compile": compiled}
 
 
-def joined_making(makings: Sequence[Making]) -> Making:
+def joined_circumstances(of_ranks: Sequence[Circumstances]) -> Circumstances:
     """Returns how several ranks together compute rows; where they differ, the different values joined by commas."""
-    values = {name: sorted({str(making[name]) for making in makings}) for name in makings[0]}
-    return {name: ", ".join(texts) if len(texts) > 1 else makings[0][name] for name, texts in values.items()}
+    values = {name: sorted({str(facts[name]) for facts in of_ranks}) for name in of_ranks[0]}
+    return {name: ", ".join(texts) if len(texts) > 1 else of_ranks[0][name] for name, texts in values.items()}
 
 
-def difference(made: Sequence[Making | None], now: Making) -> str | None:
+def difference(made: Sequence[Circumstances | None], now: Circumstances) -> str | None:
     """Returns a description of how cached rows were computed differently from this run; None where they were not."""
     others = [
-        "unknown" if making is None else ", ".join(f"{name} {making.get(name, 'unknown')}" for name in now)
-        for making in made
-        if making is None or any(making.get(name) != now[name] for name in now)
+        "unknown" if facts is None else ", ".join(f"{name} {facts.get(name, 'unknown')}" for name in now)
+        for facts in made
+        if facts is None or any(facts.get(name) != now[name] for name in now)
     ]
     return f"{'; '.join(others)}; this run: {', '.join(f'{name} {now[name]}' for name in now)}" if others else None
