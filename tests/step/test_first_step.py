@@ -238,7 +238,7 @@ def test_a_value_that_is_no_number_ends_the_run(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("name", ["pi_logps", "again", "ref_logps"])
+@pytest.mark.parametrize("name", ["pi_logps", "repacked_logps", "ref_logps"])
 @pytest.mark.parametrize("scale", [None, 1.0])
 def test_a_value_that_is_no_number_is_no_deviation(value: float, name: str, scale: float | None) -> None:
     """In any of the three, with exact bounds and with those of bfloat16."""

@@ -22,7 +22,7 @@ WITHIN, BEYOND = 0.1, 2.0
 @pytest.fixture(scope="module")
 def bfloat16_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run in bfloat16 whose cache has all rows."""
-    root = save_six_steps(tmp_path_factory.mktemp("making"))
+    root = save_six_steps(tmp_path_factory.mktemp("circumstances"))
     run(first_step(root, root / "first", **BFLOAT16))
     (line,) = [line for line in read_metrics(root / "first") if "first_step/noise" in line]
     assert 6 * line["first_step/noise"] < 0.025, "few completions may be 6 noises off"
