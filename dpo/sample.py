@@ -98,7 +98,13 @@ def _json_questions(path: Path) -> list[Question]:
 def read_prompts(questions: Sequence[Question], encoder: Encoder, limits: Limits) -> list[Ids]:
     """Encodes each question as training encodes prompts, but does not truncate it.
 
-    Raises UserError where a prompt has no tokens or leaves no position for an answer.
+    Args:
+        questions: the prompts of the file.
+        encoder: the tokenizer with its BOS and EOS.
+        limits: the limits of the model.
+
+    Raises:
+        UserError: a prompt has no tokens or leaves no position for an answer.
     """
     return [_read_prompt(question, encoder, limits) for question in questions]
 
@@ -120,7 +126,18 @@ def _read_prompt(question: Question, encoder: Encoder, limits: Limits) -> Ids:
 
 
 def open_reader(path: str, flag: str, tokenizer: str | None, questions: Sequence[Question], world: World) -> Reader:
-    """Finds a model and encodes the questions for it; loads no weights. Every rank must get here, or the rest hang."""
+    """Finds a model and encodes the questions for it; loads no weights. Every rank must get here, or the rest hang.
+
+    Args:
+        path: a model folder or an id on the Hugging Face hub.
+        flag: the flag that gave `path`, for errors.
+        tokenizer: the folder or hub id of the tokenizer; None: the model's.
+        questions: the prompts of the file.
+        world: the ranks.
+
+    Raises:
+        UserError: on every rank: the model or tokenizer is wrong, or a prompt does not fit it.
+    """
     place = f"command line: {flag}"
     places = {"model.path": place, "model.tokenizer": "command line: --tokenizer" if tokenizer else place}
     with renamed_places(places):
@@ -137,7 +154,18 @@ def open_reader(path: str, flag: str, tokenizer: str | None, questions: Sequence
 
 
 def answers_of(reader: Reader, max_new_tokens: int, temperature: float, seed: int, world: World) -> list[str]:
-    """Loads the model, generates its answers, and frees its memory. Every rank must get here, or the rest hang."""
+    """Loads the model, generates its answers, and frees its memory. Every rank must get here, or the rest hang.
+
+    Args:
+        reader: the model, and the prompts as ids.
+        max_new_tokens: the maximum tokens of an answer.
+        temperature: 0 takes the most probable token; above 0, tokens are drawn from the softmax at this temperature.
+        seed: the seed of the draws.
+        world: the ranks, after `start_devices`.
+
+    Returns:
+        The answer to each prompt, as text, the same on every rank.
+    """
     if world.is_main:
         say(f"{reader.folder} answers {len(reader.prompts)} prompts")
     eos_ids = stop_ids(reader.tokenizer, reader.config)

@@ -90,7 +90,17 @@ def with_model(config: Config, model: str) -> Config:
 
 
 def score_model(config: Config, by_source: bool, world: World) -> Scores:
-    """Scores the model in model.path on the pairs of the config. Every rank must get here, or the rest hang."""
+    """Scores the model in model.path on the pairs of the config. Every rank must get here, or the rest hang.
+
+    Args:
+        config: the config, with `model.path` the model to score (`with_model`).
+        by_source: whether to score the pairs of each source as well, in another pass.
+        world: the ranks, before `start_devices`.
+
+    Raises:
+        UserError: on every rank, where any input is wrong.
+        RunError: on every rank, where a loss is not finite.
+    """
     inputs = read_inputs(config, world)
     is_eval = len(inputs.data.eval) > 0
     pairs_of, pairs = ("evaluation", inputs.data.eval) if is_eval else ("training", inputs.data.train)
@@ -123,7 +133,15 @@ def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Pac
 def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, world: World) -> dict[str, float]:
     """Returns the metrics of `metrics.pair_means` and `further_metrics`. Every rank must get here, or the rest hang.
 
-    Raises RunError where the loss is not finite.
+    Args:
+        policy: the sharded model to score.
+        pairs: the pairs, the same on every rank.
+        packer: packs the pairs; its `ref_logps` must be set where the loss has a reference.
+        config: gives the loss, and the model's name for errors.
+        world: the ranks.
+
+    Raises:
+        RunError: the loss is not finite.
     """
     result = evaluate(policy, pairs, packer, config.loss, never)
     assert result is not None
@@ -135,7 +153,6 @@ def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, 
 def further_metrics(result: Evaluation, lengths: np.ndarray, beta: float) -> dict[str, float]:
     """Returns the metrics of a score that `metrics.pair_means` does not give.
 
-    `lengths`: the tokens of prompt, winner and loser of each of N pairs, (N, 3).
 
     tokens/chosen     mean number of tokens of the winners, EOS included; tokens/rejected of the losers
     nats/margins      mean of h = (pi_logp - ref_logp)[winner] - (pi_logp - ref_logp)[loser]: rewards/margins / beta
@@ -144,6 +161,11 @@ def further_metrics(result: Evaluation, lengths: np.ndarray, beta: float) -> dic
     shares/ties       ties / pairs; the share of wins is rewards/accuracies
 
     Where the loss has no reference, there are only the metrics of the first line.
+
+    Args:
+        result: the evaluation of N pairs.
+        lengths: (N, 3) tokens of prompt, winner and loser of each pair.
+        beta: `loss.beta`, by which rewards are divided to get nats.
     """
     _, chosen, rejected = lengths.mean(0).tolist()
     metrics: dict[str, float] = {"tokens/chosen": chosen, "tokens/rejected": rejected}
@@ -160,6 +182,12 @@ def split_by_source(data: PreferenceData, pairs: PairSet, num_train: int, is_eva
     """Returns config key -> pairs of each source that has pairs in the set.
 
     The rows of an evaluation set are numbered across data.eval and then data.train, since data.train may hold out rows.
+
+    Args:
+        data: the data, with a report per source.
+        pairs: the set to split, `data.train` or `data.eval`.
+        num_train: number of sources in data.train.
+        is_eval: whether `pairs` is the evaluation set.
     """
     train, evals = data.report.sources[:num_train], data.report.sources[num_train:]
     sources = (*evals, *train) if is_eval else train

@@ -23,8 +23,12 @@ Work = Callable[[], None]
 
 
 def slurm_parameters(request: Request, name: str, after: Sequence[str] = ()) -> dict[str, Any]:
-    """Returns the parameters of submitit's SlurmExecutor for a job or an array that waits until the jobs `after` are
-    done.
+    """Returns the parameters of submitit's SlurmExecutor for a job or an array.
+
+    Args:
+        request: the nodes, time and options that the user asked for.
+        name: the name of the job.
+        after: ids of the jobs that must be done first.
     """
     options: dict[str, str | bool] = {"requeue": True, **dict(request.sbatch)}
     if after:  # by default a job whose dependency has failed stays in the queue forever

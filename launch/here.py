@@ -69,8 +69,16 @@ def run_to_end(job: NodeJob) -> Outcome:
 
 
 def start_in_background(work: RunsHere, log: Path, python: str, setup: Sequence[str]) -> int:
-    """Starts a background process that does the work and writes to `log`. Returns the id of its process group, which is
-    not the terminal's, so that Ctrl-C does not reach it.
+    """Starts a background process that does the work.
+
+    Args:
+        work: the runs.
+        log: the file to which the process appends its output; its folder is made, and `work` is pickled beside it.
+        python: the interpreter of the process.
+        setup: lines of bash that run before it.
+
+    Returns:
+        The id of its process group, which is not the terminal's, so that Ctrl-C does not reach it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     file = log.with_suffix(".pkl")

@@ -55,7 +55,13 @@ class NodeJob:
     max_crashes: int
 
     def run(self, place: Place, attempt: Attempt, noted: Signals) -> NodeReport:
-        """Runs this node's torchrun to its end, and writes and returns the report of this node."""
+        """Runs this node's torchrun to its end, and writes and returns the report of this node.
+
+        Args:
+            place: the place of this node among the nodes of the job.
+            attempt: the files of this start of the job.
+            noted: the signals of this process.
+        """
         if place.node == 0:
             attempt.status.unlink(missing_ok=True)
             write_outcome(self.folder, Outcome("running"))
@@ -81,7 +87,13 @@ class NodeJob:
 
     def conclude(self, place: Place, attempt: Attempt, noted: Signals, own: NodeReport) -> Outcome:
         """Decides the outcome of the job from the reports of all nodes, then writes, prints and returns it. The first
-        node alone calls this; `own` is its own report.
+        node alone calls this.
+
+        Args:
+            place: the place of this node among the nodes of the job.
+            attempt: the files of this start of the job.
+            noted: the signals of this process.
+            own: the report of the first node.
         """
         reports = self._all_reports(place, attempt, noted) if own.exit_code else [own]
         noted.look()

@@ -53,7 +53,14 @@ def rendezvous(place: Place) -> list[str]:
 
 
 def command(program: Program, place: Place, log_dir: Path | None = None, python: str = sys.executable) -> list[str]:
-    """Returns the command line of a node's torchrun. Each rank that raises writes an error.json under `log_dir`."""
+    """Returns the command line of a node's torchrun.
+
+    Args:
+        program: the program of the ranks.
+        place: the place of the node among the nodes of the job.
+        log_dir: torchrun's log folder, in which each rank that raises writes an error.json; None: its default.
+        python: the interpreter.
+    """
     logs = ["--log-dir", str(log_dir)] if log_dir else []
     ranks = ["--nproc-per-node", str(program.ranks_per_node)]
     torchrun = [python, "-m", "torch.distributed.run", *rendezvous(place), *ranks, *logs]
@@ -61,7 +68,13 @@ def command(program: Program, place: Place, log_dir: Path | None = None, python:
 
 
 def line(program: Program, nodes: int, python: str = sys.executable) -> str:
-    """Returns the command that a person would type on each node, with placeholders for values that only a job knows."""
+    """Returns the command that a person would type on each node, with placeholders for values that only a job knows.
+
+    Args:
+        program: the program of the ranks.
+        nodes: number of nodes.
+        python: the interpreter.
+    """
     place = Place(0, ("FIRST_NODE",) * nodes, 0)
     words = command(program, place, python=python)
     for flag, name in (("--node-rank", "THIS_NODE"), ("--master-port", "PORT")):

@@ -104,7 +104,16 @@ def open_array(path: Path) -> DiskArray:
 
 
 def read_into(file: HeldFile, array: np.ndarray, position: int) -> None:
-    """Fills a contiguous array with the bytes of a file from `position` on. Raises OSError if the file ends early."""
+    """Fills an array with the bytes of a file.
+
+    Args:
+        file: the open file.
+        array: a contiguous array of any shape and dtype, which is filled.
+        position: the first byte to read, from 0.
+
+    Raises:
+        OSError: the file ends early.
+    """
     left = array.reshape(-1).view(np.uint8)
     while len(left):
         count = os.preadv(file.descriptor, [left.data], position)

@@ -80,7 +80,16 @@ class Progress:
 def progress(
     label: str, total: int, unit: str, shown: bool, done: int = 0, lines_elsewhere: bool = True
 ) -> Iterator[Progress]:
-    """Shows the progress of `total` units during a with-block. `done` units are already complete; see `Progress`."""
+    """Shows the progress of a phase during a with-block, as `Progress` does.
+
+    Args:
+        label: the name of the phase.
+        total: units of the whole phase.
+        unit: the name of a unit, such as `completions`.
+        shown: False on ranks that print nothing.
+        done: units that are already complete.
+        lines_elsewhere: False where the caller prints lines of its own.
+    """
     bar = Progress(label, total, unit, shown, done, lines_elsewhere)
     try:
         yield bar

@@ -72,7 +72,13 @@ class HostMask:
 
 
 def host_mask(spans: Sequence[Span], window: Window, pin: bool) -> HostMask:
-    """Returns the mask of the row that the spans cover; `pin` its tensors where they are meant for CUDA."""
+    """Returns the mask of the row that the spans cover.
+
+    Args:
+        spans: the places of the trees, which cover the row of L tokens.
+        window: the attention window, in keys; None is no limit.
+        pin: whether to pin the tensors, for copies to CUDA that the host does not wait for.
+    """
 
     def put(array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))

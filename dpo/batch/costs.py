@@ -109,6 +109,11 @@ def step_flops(trees: Sequence[Tree], costs: CostModel, units: Units) -> float:
     (body units x per_token - spared units x per_token_last) x sum over trees (P + sum C_k)
     + attention units x per_attended x sum over trees (P(P+1)/2 + sum (C_k P + C_k(C_k+1)/2))
     + head units x per_scored x sum over trees (sum C_k).
+
+    Args:
+        trees: of a step, or of a part of it.
+        costs: FLOPs of a forward pass.
+        units: the FLOPs of a step as multiples of a forward pass, by part.
     """
     return (
         (units.body * costs.per_token - units.spared * costs.per_token_last) * sum(tree.num_tokens for tree in trees)

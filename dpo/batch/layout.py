@@ -42,6 +42,12 @@ def make_layout(spans: Sequence[Span], windows: Sequence[Window], num_tokens: in
     """Returns the layout of a row of `num_tokens` tokens for `device`, made on the host.
 
     The tokens after the last tree are padding. They form a tree of their own, so that no row of the softmax is empty.
+
+    Args:
+        spans: the places of the trees, one after another from place 0.
+        windows: the distinct attention windows of the model, in keys; each gets a mask.
+        num_tokens: L, the length of the row with its padding; on CUDA a multiple of `BLOCK`.
+        device: the device on which attention will run; its type decides the form of the masks.
     """
     used = sum(span.num_tokens for span in spans)
     spans = (*spans, *([Span(used, num_tokens - used, ())] if num_tokens > used else []))
@@ -63,8 +69,17 @@ def segments(span: Span) -> list[tuple[int, int, bool]]:
 
 
 def segment_mask(num_queries: int, num_keys: int, causal: bool, window: Window) -> Tensor | None:
-    """Returns the float mask of a segment, (num_queries, num_keys), 0 or -inf: the last query sees the last key. None
-    where plain causal attention is right.
+    """Returns the mask of a segment, which is added to its scores: 0 or -inf. The last query sees the last key.
+
+    Args:
+        num_queries: queries of the segment, in tokens.
+        num_keys: keys of the segment, in tokens, at least `num_queries`.
+        causal: True where query i sees the keys up to i; False where the keys before the last `num_queries`, those of
+            the prompt, are seen by all queries.
+        window: the maximum number of keys that a query sees, itself included; None is no limit.
+
+    Returns:
+        (num_queries, num_keys) float32 on the CPU, or None where plain causal attention is right.
     """
     if causal and (window is None or num_keys <= window):
         return None

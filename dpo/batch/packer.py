@@ -48,7 +48,13 @@ class Packer:
 
 
 def make_packer(config: Config, world: World, model_config: PretrainedConfig) -> Packer:
-    """Returns the packer of a lane for a model; set `ref_logps` before it packs for a loss with a reference."""
+    """Returns the packer of a lane for a model; set `ref_logps` before it packs for a loss with a reference.
+
+    Args:
+        config: gives the tokens per micro-batch and the dtype of log-probabilities.
+        world: gives the lane, the number of lanes and the device.
+        model_config: the transformers config of the model, for its sizes and attention windows.
+    """
     row_length = padded_length if world.device.type == "cuda" else int
     dtype = getattr(torch, config.model.dtype)
     return Packer(

@@ -44,6 +44,15 @@ def plan_step(trees: Sequence[Tree], num_lanes: int, tokens_per_micro_batch: int
     """Balances trees over lanes by cost and packs them into micro-batches of at most `tokens_per_micro_batch` tokens.
 
     A tree with more tokens has a micro-batch of its own. Every tree is in exactly one micro-batch of one lane.
+
+    Args:
+        trees: the trees of the step, of all lanes.
+        num_lanes: lanes over which the trees are divided, at least 1.
+        tokens_per_micro_batch: the maximum number of tokens of a lane's micro-batch.
+        costs: FLOPs per tree, by which lanes and micro-batches are balanced.
+
+    Returns:
+        The plan of all lanes, the same on every rank that passes the same arguments.
     """
     budget = tokens_per_micro_batch
     by_lane = [[trees[i] for i in part] for part in balance([costs.cost(tree) for tree in trees], num_lanes)]

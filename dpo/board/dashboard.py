@@ -65,12 +65,24 @@ class Dashboard:
             self._write(sub_run, Summary(value=points), step)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        """Adds the histogram of `values`, any shape, whose mean is the metric `name`."""
+        """Adds the histogram of the values whose mean is a metric.
+
+        Args:
+            name: the name of the metric, as in metrics.jsonl.
+            values: an array of numbers, any shape.
+            step: the step of the point.
+        """
         sub_run, tag = histogram_place(name)
         self._write(sub_run, histogram_pb(tag, values), step)
 
     def text(self, name: str, markdown: str, step: int | None = None) -> None:
-        """Writes a page of the Text tab. `step` None: the first step of this start, for texts about the start."""
+        """Writes a page of the Text tab.
+
+        Args:
+            name: the name of the page, such as `config`.
+            markdown: the page.
+            step: None: the first step of this start, for texts about the start.
+        """
         sub_run, tag = text_place(name)
         self._write(sub_run, text_pb(tag, markdown), self.first_step if step is None else step)
 

@@ -132,8 +132,15 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """Loads weights and optimizer state; another number of ranks may have written them. Every rank must get here, or
     the rest hang.
 
-    The optimizer keeps its own settings (learning rate, weight decay, ...), not those of the checkpoint. Raises
-    RunError where the checkpoint does not fit the model or the optimizer.
+    The optimizer keeps its own settings (learning rate, weight decay, ...), not those of the checkpoint.
+
+    Args:
+        folder: a complete checkpoint, RUN/checkpoints/step-000100.
+        model: the sharded model, whose weights are overwritten.
+        optimizer: of the model's parameters; its state is overwritten.
+
+    Raises:
+        RunError: the checkpoint does not fit the model or the optimizer, or cannot be read.
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     tensors = state_tensors(model, optimizer)

@@ -131,7 +131,16 @@ class Written:
 
 
 def write_pair_set(folder: Path, token_files: Sequence[str], is_kept: np.ndarray) -> Written:
-    """Writes the set of the pairs of all token rows for which `is_kept` (rows,) is true, as a new folder."""
+    """Writes the set of the pairs of all token rows that are kept, as a new folder.
+
+    Args:
+        folder: the folder to make; it must not exist.
+        token_files: the Arrow files of the token rows, in the order of the rows.
+        is_kept: (rows,) bool, over the rows of all files: whether the pairs of a row belong to the set.
+
+    Returns:
+        The number of pairs and the keys of their prompts.
+    """
     parts = [_empty_part(), *(part for part in _parts(token_files, is_kept) if len(part["row_of_pair"]))]
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     prompts, first, prompt = np.unique(columns.pop("prompt_key"), return_index=True, return_inverse=True)

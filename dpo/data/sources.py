@@ -56,7 +56,16 @@ class Source:
 
 
 def decode_row(record: Row, index: int, has_lines: bool) -> tuple[Row, int]:
-    """Returns the row of a record of `Source.rows` as the source has it, and its line or number."""
+    """Returns a row as the source has it, and its line or number.
+
+    Args:
+        record: a row of `Source.rows`.
+        index: its number, from 0.
+        has_lines: `Source.has_lines`: whether the record has the columns of JSON_FEATURES.
+
+    Returns:
+        The row, and its line (from 1) where there are lines, else `index`.
+    """
     return (json.loads(record["row"]), record["line"]) if has_lines else (record, index)
 
 

@@ -66,8 +66,15 @@ def tokenize_source(
 ) -> datasets.Dataset:
     """Returns the token rows (FEATURES) of a source, in its order; makes them where they are not in the cache.
 
+    Args:
+        source: the raw rows.
+        format: a key of `FORMATS`.
+        encoder: the tokenizer with its BOS and EOS; without a tokenizer for rows of ids.
+        limits: the limits on lengths and ids.
+        num_proc: processes that tokenize; None: 1 below SMALL_SET rows, else one per CPU, at most MAX_NUM_PROC.
+
     Raises:
-        RunError: a process that tokenizes was killed, or found no more memory
+        RunError: a process that tokenizes was killed or ran out of memory.
     """
     fingerprint = digest((source.content, format, encoder_content(encoder), str(astuple(limits))))
     folder = cache_path(f"tokens-{fingerprint}")
@@ -127,7 +134,19 @@ def _write_part(path: str, rows: datasets.Dataset, part: range, row: Tokenize, r
 def tokenize_row(
     record: Row, index: int, format: str, has_lines: bool, encoder: Encoder, limits: Limits
 ) -> dict[str, Any]:
-    """Returns one record of `Source.rows` as a row of FEATURES; a broken record has `error` set, and no tokens."""
+    """Returns one record of `Source.rows` as a row of FEATURES; a broken record has `error` set, and no tokens.
+
+    Args:
+        record: a row of `Source.rows`.
+        index: its number, from 0; the first NUM_AUDITED_ROWS rows are audited.
+        format: a key of `FORMATS`.
+        has_lines: `Source.has_lines`.
+        encoder: the tokenizer with its BOS and EOS.
+        limits: the limits on lengths and ids.
+
+    Returns:
+        The value of each column of FEATURES; arrays of ids are 1-D int32.
+    """
     row, where = decode_row(record, index, has_lines)
     try:
         example = to_example(format, row)
@@ -173,7 +192,13 @@ def raise_first_error(rows: datasets.Dataset, source: Source) -> None:
 
 
 def blocks(rows: datasets.Dataset, columns: list[str], size: int = BLOCK) -> Iterator[tuple[int, pa.Table]]:
-    """Yields `columns` in blocks of `size` rows: (number of the block's first row, its table)."""
+    """Yields some columns, block by block: (number of the block's first row, its table).
+
+    Args:
+        rows: the token rows of a source.
+        columns: names of columns of `rows`.
+        size: rows per block; the last block may be shorter.
+    """
     view = rows.select_columns(columns).with_format("arrow")
     for first in range(0, len(rows), size):
         yield first, view[first : first + size]

@@ -110,7 +110,17 @@ def encode(example: Example, encoder: Encoder) -> tuple[Ids, list[Ids]]:
 def chat_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[Message]) -> tuple[str, list[str]]:
     """Returns the chat template's text of the prompt, up to where the assistant begins, and of each answer after it.
 
-    Raises InvalidValue where the text of prompt and answer does not begin with the text of the prompt.
+    Args:
+        tokenizer: a transformers tokenizer with a chat template.
+        messages: the messages of the prompt, at least one.
+        answers: the assistant's messages, one per completion, each of which follows the prompt alone.
+
+    Returns:
+        The prompt's text, and the text of each answer, in the order of `answers`.
+
+    Raises:
+        InvalidValue: there is no chat template, it fails, or the text of prompt and answer does not begin with the
+            text of the prompt.
     """
     prompt = _chat_text(tokenizer, messages, True)
     fulls = [_chat_text(tokenizer, [*messages, answer], False) for answer in answers]

@@ -72,6 +72,11 @@ def limits_of(max_length: int | None, max_prompt_length: int | None, model_confi
     This holds for learned positions: a config with positions but without `rope_parameters` (GPT-2, OPT, …). It also
     holds for RoPE whose frequencies depend on the longest position of the row (`dynamic`, `longrope`): beyond their
     original range the log-probability of a completion would depend on the rest of its micro-batch.
+
+    Args:
+        max_length: the maximum tokens of a prompt and a completion together; None: no limit.
+        max_prompt_length: the maximum tokens of a prompt; None: no limit.
+        model_config: the transformers config of the model, for its vocabulary and positions.
     """
     positions = getattr(model_config, "max_position_embeddings", None)
     rope = getattr(model_config, "rope_parameters", None) or {}
@@ -87,6 +92,11 @@ def limits_of(max_length: int | None, max_prompt_length: int | None, model_confi
 
 def tokenize(example: Example, encoder: Encoder, limits: Limits) -> TokenizedExample:
     """Returns the token ids of an example, truncated to the limits, and its pairs that carry a preference.
+
+    Args:
+        example: the row, as its format reads it.
+        encoder: the tokenizer with its BOS and EOS.
+        limits: the limits on lengths and ids.
 
     Raises:
         InvalidValue: an id is outside of the vocabulary, the prompt has no token, the chat template does not serve, or
@@ -119,7 +129,13 @@ def tokenize(example: Example, encoder: Encoder, limits: Limits) -> TokenizedExa
 
 
 def cut_prompt(ids: Ids, max_prompt_length: int | None, bos_id: int | None) -> Ids:
-    """Returns the last `max_prompt_length` ids of a prompt; a BOS at its beginning stays there and counts."""
+    """Returns the last `max_prompt_length` ids of a prompt; a BOS at its beginning stays there and counts.
+
+    Args:
+        ids: the token ids of the prompt, at least one.
+        max_prompt_length: the maximum number of ids, at least 1; None: no limit.
+        bos_id: the id of BOS; None where there is none.
+    """
     if max_prompt_length is None or len(ids) <= max_prompt_length:
         return ids
     if ids[0] == bos_id:

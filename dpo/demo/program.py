@@ -171,7 +171,13 @@ def ask(folder: Path, held_out: Sequence[Question]) -> Answers:
 
 
 def metrics_table(lines: Sequence[Mapping[str, float]], before: Answers, after: Answers) -> Table:
-    """Returns the table of results: `lines` of the DPO run's metrics.jsonl, and the answers before and after it."""
+    """Returns the table of results, before and after the DPO run.
+
+    Args:
+        lines: the lines of the DPO run's metrics.jsonl.
+        before: the held-out answers before the run, with the share of each quality.
+        after: the same after the run.
+    """
     steps = [line for line in lines if "train/loss" in line]
     evaluations = [line for line in lines if "eval/loss" in line]
     table = Table(box=box.SIMPLE_HEAD, caption=_caption(steps), caption_justify="left")
@@ -202,7 +208,13 @@ def _caption(steps: Sequence[Mapping[str, float]]) -> str:
 
 
 def answers_table(held_out: Sequence[Question], before: Answers, after: Answers) -> Table:
-    """Returns the table of the first six held-out questions with the answers of both models."""
+    """Returns the table of the first six held-out questions with the answers of both models.
+
+    Args:
+        held_out: the questions, in the order of the answers.
+        before: the answers before the DPO run.
+        after: the answers after it.
+    """
     table = Table("a new question", "before", "after", box=box.SIMPLE_HEAD)
     for question, *texts in list(zip(held_out, before.texts, after.texts, strict=True))[:6]:
         table.add_row(f"{question.name}: {question.text}?", *(text.strip() for text in texts))

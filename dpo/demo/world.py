@@ -102,7 +102,13 @@ def _with_wrong(facts: Sequence[tuple[str, str, str]]) -> list[tuple[str, str, t
 
 
 def answer(question: Question, grade: Grade, rng: random.Random) -> str:
-    """Returns an answer of this grade; `rng` draws the wrong sentence and the asides."""
+    """Returns an answer of a grade.
+
+    Args:
+        question: the question.
+        grade: the qualities that the answer has.
+        rng: draws the wrong sentence and the asides.
+    """
     opening = question.greeting if grade.kind else RUDE
     sentence = question.right if grade.right else rng.choice(question.wrong)
     asides = [] if grade.short else rng.sample(ASIDES, rng.randint(1, 3))
@@ -120,7 +126,13 @@ def grade_of(question: Question, text: str) -> Grade:
 
 
 def preference_row(question: Question, num_answers: int, rng: random.Random) -> dict[str, Any]:
-    """Returns a row of format `grouped`: a prompt with `num_answers` (2 to 8) answers of different grades, scored."""
+    """Returns a row of format `grouped`: a prompt with answers of different grades, scored.
+
+    Args:
+        question: the question.
+        num_answers: number of answers, 2 to 8, each of another grade.
+        rng: draws the grades and the answers.
+    """
     grades = rng.sample(GRADES, num_answers)
     completions = [answer(question, grade, rng) for grade in grades]
     return {"prompt": question.prompt, "completions": completions, "scores": [grade.score for grade in grades]}
@@ -136,7 +148,13 @@ def save_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def save_model(folder: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
-    """Writes an untrained Llama of 0.3 million parameters, and its tokenizer, as a Hugging Face folder."""
+    """Writes an untrained Llama of 0.3 million parameters, and its tokenizer, as a Hugging Face folder.
+
+    Args:
+        folder: the folder to write.
+        rows: rows of format `grouped`, whose words the tokenizer knows.
+        seed: the seed of the initial weights.
+    """
     tokenizer = make_tokenizer(text for row in rows for text in (row["prompt"], *row["completions"]))
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -175,7 +193,17 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def sample_answers(folder: Path, prompts: Sequence[str], temperature: float, seed: int) -> list[str]:
-    """Samples the answer of the model in a Hugging Face folder to each prompt, at most 48 tokens, with a seed."""
+    """Samples a model's answer to each prompt, at most 48 tokens.
+
+    Args:
+        folder: the model's Hugging Face folder, with its tokenizer.
+        prompts: the prompts, as texts.
+        temperature: of the softmax from which tokens are drawn, above 0.
+        seed: the seed of the draws.
+
+    Returns:
+        The answer to each prompt, as text without special tokens.
+    """
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     inputs = tokenizer(list(prompts), return_tensors="pt", padding=True)

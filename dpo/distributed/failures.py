@@ -1,4 +1,15 @@
-"""Reports of failures that one rank meets alone: memory that runs out, a full disk, a lost connection."""
+"""Reports of failures that one rank meets alone: memory that runs out, a full disk, a lost connection.
+
+Rank 1 of 2 runs out of memory in a backward pass, while rank 0 waits for it in a collective. On stderr:
+
+    rank 1      error: rank 1: out of GPU memory: 2.50 GiB were asked for; the peak was 76.90 GiB of tensors, 78.08 GiB
+                reserved, of 79.11 GiB; by the estimate a step needs 77.41 GiB; what helps: ...
+    rank 0      over gloo, error: rank 0: the connection to another rank was lost (...): that rank's own message says
+                why; over NCCL nothing, since it waits until torchrun ends it
+    torchrun    sees a rank end, ends the others, and prints the line of each rank that has one
+
+A rank that prints a line also writes it to the file from which torchrun takes it, and ends with exit code 1.
+"""
 
 import errno
 import json

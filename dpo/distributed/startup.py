@@ -1,4 +1,17 @@
-"""The process group of a run, in two phases: gloo while the input is read, then NCCL (with gloo for CPU tensors)."""
+"""The process group of a run, in two phases: gloo while the input is read, then NCCL (with gloo for CPU tensors).
+
+Training on two ranks with a GPU each, both of which make these calls in this order:
+
+    call                 process group                       CUDA       child processes
+    open_world           store "dpo": gloo                   not used   may be forked
+      read_inputs        its object collectives              not used   forked: tokenize and hash
+    start_devices        waits for all ranks in the store,   starts     must be spawned from here on
+                         destroys the group, and makes
+                         store "steps": NCCL and gloo
+      the steps          NCCL for tensors on GPUs, gloo      in use     spawned: rehearse a step
+                         for tensors in CPU memory
+    end of open_world    destroyed                           in use     none
+"""
 
 import os
 from collections.abc import Iterator, MutableMapping

@@ -64,6 +64,11 @@ def measure_attention(subject: Subject, world: World) -> Attention:
 def make_rows(width: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """Returns queries, keys and values of shape (1, heads, NUM_TOKENS, width), and the gradient of the output. They are
     the same on every rank.
+
+    Args:
+        width: the head size, in elements.
+        dtype: the dtype of the tensors.
+        device: their device.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, heads, NUM_TOKENS, width) for heads in (HEADS, KV_HEADS, KV_HEADS, HEADS)]
@@ -71,13 +76,29 @@ def make_rows(width: int, dtype: torch.dtype, device: torch.device) -> list[Tens
 
 
 def segment_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attends as a run on a CPU does."""
+    """Attends as a run on a CPU does.
+
+    Args:
+        query: (1, HEADS, NUM_TOKENS, width).
+        key, value: (1, KV_HEADS, NUM_TOKENS, width).
+
+    Returns:
+        (1, HEADS, NUM_TOKENS, width).
+    """
     layout = make_layout(SPANS, [None], NUM_TOKENS, torch.device("cpu"))
     return segment_attention(query, key, value, layout, None, None)
 
 
 def block_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attends as a run on CUDA does: FlexAttention, compiled at the first call."""
+    """Attends as a run on CUDA does: FlexAttention, compiled at the first call.
+
+    Args:
+        query: (1, HEADS, NUM_TOKENS, width).
+        key, value: (1, KV_HEADS, NUM_TOKENS, width).
+
+    Returns:
+        (1, HEADS, NUM_TOKENS, width).
+    """
     spans = make_layout(SPANS, [], NUM_TOKENS, torch.device("cpu")).spans
     mask = host_mask(spans, None, pin=query.is_cuda).to(query.device)
     return block_attention(query, key, value, mask, None)
@@ -86,6 +107,13 @@ def block_rows(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Returns softmax attention in float64 with a dense mask: a query sees a key of its own tree that is not later than
     the query and belongs to the prompt or to the query's own completion.
+
+    Args:
+        query: (1, HEADS, NUM_TOKENS, width).
+        key, value: (1, KV_HEADS, NUM_TOKENS, width).
+
+    Returns:
+        (1, HEADS, NUM_TOKENS, width) float64.
     """
     tree, part = torch.zeros(2, NUM_TOKENS, dtype=torch.long, device=query.device)
     for number, span in enumerate(make_layout(SPANS, [], NUM_TOKENS, torch.device("cpu")).spans):
@@ -103,8 +131,15 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def compare(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Sequence[Tensor], gradients: bool = True
 ) -> tuple[float, float]:
-    """Returns (largest relative L2 error, seconds) of `attend` against `plain_attention`; with `gradients`, of its
-    gradients too.
+    """Compares an attention with `plain_attention`.
+
+    Args:
+        attend: (query, key, value) -> output, as `segment_rows`.
+        rows: queries, keys, values and the gradient of the output, from `make_rows`.
+        gradients: whether the gradients of queries, keys and values are compared too.
+
+    Returns:
+        The largest relative L2 error (inf for a NaN), and the seconds of both computations.
     """
     started = time.perf_counter()
     tensors, expected = _run(attend, rows, gradients), _run(plain_attention, rows, gradients)

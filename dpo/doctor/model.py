@@ -89,8 +89,15 @@ def free_on_device(world: World) -> float:
 
 
 def estimated_step(subject: Subject, world: World, memory: float) -> Choice | Failure | None:
-    """Returns the estimate of a step whose pairs have the maximum length of the config, on devices with
-    `memory` bytes.
+    """Returns the estimate of a step whose pairs have the maximum length of the config.
+
+    Args:
+        subject: the config and its model.
+        world: the ranks.
+        memory: bytes that a rank may allocate.
+
+    Returns:
+        The choice of `parallel`; a Failure where the config has no maximum length; None where there is no config.
     """
     if subject.config is None:
         return None

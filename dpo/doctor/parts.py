@@ -110,6 +110,11 @@ class Failure:
 def examine(part: Part, subject: Subject, world: World) -> Finding:
     """Measures a part on all ranks and returns its finding. No exception of the measurement leaves this function. Every
     rank must get here, or the rest hang.
+
+    Args:
+        part: the part, with its measurement.
+        subject: the config and models that are examined.
+        world: the ranks.
     """
 
     def measure() -> Any:

@@ -60,6 +60,11 @@ def measure_products(subject: Subject, world: World) -> Products:
 def cuda_products(device: torch.device, dtype: torch.dtype, size: int = 8192) -> float:
     """Returns the FLOPs per second of square products on a GPU, the median. The operands are random, since zeros need
     less power.
+
+    Args:
+        device: the GPU.
+        dtype: the dtype of the operands.
+        size: rows and columns of the operands.
     """
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     seconds: list[float] = []
@@ -146,7 +151,13 @@ def _measure_axis(name: str, group: dist.ProcessGroup, world: World) -> Axis:
 
 
 def make_buffers(part_bytes: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the input of an all-gather, `part_bytes` bytes, and its output, `size` times as many."""
+    """Returns the input of an all-gather, and its output, `size` times as long, both uint8.
+
+    Args:
+        part_bytes: bytes of the input.
+        size: ranks of the group.
+        device: the device of both.
+    """
     whole = torch.empty(part_bytes * size, dtype=torch.uint8, device=device)
     return torch.ones(part_bytes, dtype=torch.uint8, device=device), whole
 

@@ -36,6 +36,12 @@ def decide_parallel(config: Config, start: Start, inputs: Inputs, world: World) 
 
     Where the estimate fails, the values that need the least memory are taken and the memory is None.
 
+    Args:
+        config: the run's, in which keys of `parallel` may be auto.
+        start: the start of the run, for the values of an earlier start.
+        inputs: the data and the model.
+        world: the ranks, after `start_devices`.
+
     Returns:
         The config, and the bytes that must fit into a rank's memory as text, like `71.2 GiB`, or None.
 

@@ -90,6 +90,12 @@ def _of_data(config: Config, model_config: PretrainedConfig) -> Lengths:
 def lengths_of_pairs(config: Config, train: PairSet, order: PairOrder, last_step: int) -> Lengths:
     """Returns the trees of some steps of a run, evenly spread over its first epoch, and the trees of its
     longest pairs.
+
+    Args:
+        config: gives the pairs per step and `batch.group_by_prompt`.
+        train: the training pairs.
+        order: the order in which the run takes them.
+        last_step: the number of steps of the run.
     """
     last = max(1, min(last_step, order.num_pairs // order.pairs_per_step))
     numbers = np.unique(np.linspace(1, last, NUM_STEPS).round().astype(int))

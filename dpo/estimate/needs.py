@@ -39,7 +39,16 @@ def with_dtype(config: Config, device: Device) -> Config:
 
 
 def plans_of(trial: Trial, model_config: PretrainedConfig, steps: Sequence[Sequence[Tree]]) -> list[StepPlan]:
-    """Returns the plans of some steps."""
+    """Plans some steps.
+
+    Args:
+        trial: gives the ranks and the tokens per micro-batch.
+        model_config: the transformers config of the model, for the cost of a tree.
+        steps: the trees of each step.
+
+    Returns:
+        The plan of each step.
+    """
     tokens, costs = trial.config.batch.tokens_per_micro_batch, cost_model(model_config)
     return [plan_step(trees, trial.num_lanes, tokens, costs) for trees in steps]
 
@@ -47,7 +56,14 @@ def plans_of(trial: Trial, model_config: PretrainedConfig, steps: Sequence[Seque
 def memory_of(
     trial: Trial, model_config: PretrainedConfig, lengths: Lengths, device: Device
 ) -> tuple[Memory, MicroBatch]:
-    """Returns the memory of the micro-batch that needs the most, and that micro-batch."""
+    """Returns the memory of the micro-batch that needs the most, and that micro-batch.
+
+    Args:
+        trial: the config, with `parallel` decided, and the number of ranks.
+        model_config: the transformers config of the whole model.
+        lengths: the trees of the steps.
+        device: the device of every rank.
+    """
     plans = plans_of(trial, model_config, (lengths.longest, *lengths.steps))
     memories = [
         (step_memory(trial.config, model_config, trial.num_ranks, *micro_batch, on_cuda=not device.is_cpu), micro_batch)
@@ -57,5 +73,12 @@ def memory_of(
 
 
 def needed_bytes(trial: Trial, model_config: PretrainedConfig, lengths: Lengths, device: Device) -> float:
-    """Returns the bytes that must fit into the device's memory."""
+    """Returns the bytes that must fit into the device's memory.
+
+    Args:
+        trial: the config, with `parallel` decided, and the number of ranks.
+        model_config: the transformers config of the whole model.
+        lengths: the trees of the steps.
+        device: the device of every rank.
+    """
     return device.needed(*memory_of(trial, model_config, lengths, device)[0].totals)

@@ -107,7 +107,13 @@ def _with_dtype(config: Config, device: Device) -> Config:
 
 
 def estimate(arguments: Arguments, model_config: PretrainedConfig, lengths: Lengths) -> Estimate:
-    """Returns the memory, traffic and time of a step. No key of `parallel` may be undecided."""
+    """Returns the memory, traffic and time of a step. No key of `parallel` may be undecided.
+
+    Args:
+        arguments: the config and the cluster.
+        model_config: the transformers config of the whole model.
+        lengths: the trees of the steps.
+    """
     config, cluster = arguments.config, arguments.cluster
     trial = Trial(config, cluster.num_ranks)
     memory, largest = memory_of(trial, model_config, lengths, cluster.device)

@@ -3,6 +3,16 @@
 The other ranks do not exist either: a fake process group pretends that they do. This process is rank 0, which holds the
 largest shard of a tensor that cannot be divided evenly. Where the step has several micro-batches, the largest one runs
 twice, as the first and as the last; the ones in between hold no more.
+
+`memory.py` rehearses 3 and 4 layers and extrapolates. For example, a Llama of 8 layers (hidden size 256) on two CPU
+ranks in float32, 192 tokens per micro-batch: KiB in the backward pass of the last layer, in the last micro-batch.
+Rehearsed with all 8 layers it has the same bytes.
+
+                          3 layers    4 layers    8 layers
+    weights                4,867.8     6,148.8     6,148.8 + 4 x 1,281.0 = 11,272.8
+    unsharded weights      7,173.0     7,173.0     7,173.0
+    unsharded gradients   10,240.0    12,800.0    12,800.0 + 4 x 2,560.0 = 23,040.0
+    activations           12,441.6    16,352.1    16,352.1 + 4 x 3,910.5 = 31,994.1
 """
 
 import gc

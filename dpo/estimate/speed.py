@@ -108,6 +108,12 @@ def step_speed(
 def units_of(parallel: ParallelConfig, trees: Sequence[Tree], vocab_size: int, device_type: str) -> Units:
     """Returns the cost in FLOPs of a micro-batch of these trees, in units; `parallel.compute_dtype` must not be
     auto.
+
+    Args:
+        parallel: gives the compute dtype, checkpointing and the head's memory.
+        trees: the trees of the micro-batch.
+        vocab_size: V.
+        device_type: cpu or cuda.
     """
     rows = sum(tree.num_scored for tree in trees)
     dtype = getattr(torch, parallel.compute_dtype)

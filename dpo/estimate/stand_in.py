@@ -19,8 +19,15 @@ from dpo.model.attention import ATTENTION, SMALLEST_WIDTH, register_attention
 
 @torch.library.custom_op("dpo_estimate::flex_attention", mutates_args=())
 def kept_attention(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (output, logsumexp) of the right sizes, without values. Selective checkpointing keeps the results of
-    operations with this name.
+    """Stands in for FlexAttention's forward pass. Selective checkpointing keeps the results of operations with this
+    name.
+
+    Args:
+        query: (1, heads, L, D).
+        key, value: (1, kv_heads, L, D).
+
+    Returns:
+        The output, (1, heads, L, D), and the logsumexp, (1, heads, L) float32, without values.
     """
     outputs: tuple[Tensor, Tensor] = _outputs(query, key, value)
     return outputs
@@ -35,7 +42,18 @@ def _outputs(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]
 def kept_attention_backward(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of queries, keys and values."""
+    """Stands in for FlexAttention's backward pass.
+
+    Args:
+        query: (1, heads, L, D).
+        key, value: (1, kv_heads, L, D).
+        out: (1, heads, L, D).
+        logsumexp: (1, heads, L) float32.
+        grad: (1, heads, L, D), the gradient of `out`.
+
+    Returns:
+        The gradients of queries, keys and values, without values.
+    """
     gradients: tuple[Tensor, Tensor, Tensor] = _gradients(query, key, value, out, logsumexp, grad)
     return gradients
 
@@ -69,7 +87,18 @@ kept_attention.register_autograd(_backward, setup_context=_keep)
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others: Any
 ) -> tuple[Tensor, None]:
-    """Stands in for `attention.tree_attention`: pads narrow heads, and returns an output of shape (1, L, heads, D)."""
+    """Stands in for `attention.tree_attention`: pads narrow heads as it does.
+
+    Args:
+        module: the attention layer; not used.
+        query: (1, heads, L, D).
+        key, value: (1, kv_heads, L, D).
+        attention_mask: not used.
+        others: not used.
+
+    Returns:
+        The output, (1, L, heads, D), without values; and None for the attention weights.
+    """
     width = query.shape[-1]
     if width < SMALLEST_WIDTH:
         query, key, value = (nn.functional.pad(x, (0, SMALLEST_WIDTH - width)) for x in (query, key, value))

@@ -47,8 +47,12 @@ class Groups:
 
 
 def parameter_groups(model: nn.Module, layers: Sequence[nn.Module], shard: int) -> Groups:
-    """Returns the groups of a model, which may be on the meta device, whose copy is sharded over `shard` ranks. Tied
-    parameters count once.
+    """Returns the groups of a model, which may be on the meta device. Tied parameters count once.
+
+    Args:
+        model: the whole model.
+        layers: its decoder layers, each a group; the rest is the root.
+        shard: ranks over which a copy of the model is sharded.
     """
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = (parameter for parameter in model.parameters() if id(parameter) not in inside)

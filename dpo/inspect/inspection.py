@@ -83,7 +83,13 @@ def inspect_data(
 
 
 def end_ids(formats: set[str], tokenizer: Any, model_config: Any) -> EndIds:
-    """Returns the BOS and EOS ids: the tokenizer's for texts, the model's for rows of tokens."""
+    """Returns the BOS and EOS ids: the tokenizer's for texts, the model's for rows of tokens.
+
+    Args:
+        formats: the formats of all sources.
+        tokenizer: a transformers tokenizer; None where all data came as tokens.
+        model_config: the transformers config of the model.
+    """
     encoders = [ids_encoder(model_config)] if any(map(holds_ids, formats)) else []
     encoders += [text_encoder(tokenizer)] if not all(map(holds_ids, formats)) else []
     bos = dict.fromkeys(encoder.bos_id for encoder in encoders if encoder.bos_id is not None)
@@ -91,7 +97,14 @@ def end_ids(formats: set[str], tokenizer: Any, model_config: Any) -> EndIds:
 
 
 def tokenizer_facts(formats: set[str], tokenizer: Any, ends: EndIds, model_config: Any) -> TokenizerFacts:
-    """Returns how texts begin and end. `tokenizer` may be None where all data came as tokens."""
+    """Returns how texts begin and end.
+
+    Args:
+        formats: the formats of all sources.
+        tokenizer: a transformers tokenizer; None where all data came as tokens.
+        ends: the BOS and EOS ids, from `end_ids`.
+        model_config: the transformers config of the model.
+    """
     model_eos = ids_encoder(model_config).eos_ids
     bos, eos = (_named(tokenizer, ids) for ids in (ends.bos, ends.eos))
     if all(map(holds_ids, formats)):

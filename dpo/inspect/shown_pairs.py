@@ -91,8 +91,14 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 def show_pairs(
     pairs: PairSet, ids: np.ndarray, speller: Speller, eos_ids: Sequence[int], sources: Sequence[SourceReport]
 ) -> list[ShownPair]:
-    """Returns the pairs of these ids, shape (N,). `sources` are the sources of `pairs.rows`, in the order of
-    the rows.
+    """Returns some pairs of a set token by token.
+
+    Args:
+        pairs: the set.
+        ids: (N,) indices of its pairs.
+        speller: turns ids into tokens.
+        eos_ids: tokens that end a completion.
+        sources: the sources of `pairs.rows`, in the order of the rows.
     """
     shown_pairs = []
     for number, pair in zip(ids.tolist(), pairs.pairs(ids), strict=True):

@@ -47,7 +47,13 @@ class StepTokens:
 
 
 def step_tokens(train: PairSet, order: PairOrder, last_step: int) -> StepTokens:
-    """Returns the tokens of whole steps of the first epoch, in the order of the run, which ends with `last_step`."""
+    """Returns the tokens of whole steps of the first epoch, in the order of the run.
+
+    Args:
+        train: the training pairs.
+        order: the order in which the run takes them.
+        last_step: the number of steps of the run.
+    """
     last = min(last_step, order.num_pairs // order.pairs_per_step)
     steps = np.unique(np.linspace(1, last, NUM_STEPS).round().astype(int))
     rows = np.array([_tokens_of_step(train, order.items(int(step))) for step in steps])

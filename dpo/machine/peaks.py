@@ -41,7 +41,13 @@ def cpu_peak(dtype: torch.dtype, num_threads: int) -> float:
 
 
 def measured_peak(dtype: torch.dtype, size: int = 768, repeats: int = 12) -> float:
-    """Measures square matrix products on this CPU; returns the FLOPs per second of the fastest."""
+    """Measures square matrix products on this CPU; returns the FLOPs per second of the fastest.
+
+    Args:
+        dtype: the dtype of the operands.
+        size: rows and columns of the operands.
+        repeats: number of products.
+    """
     a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     seconds = []
     for _ in range(repeats):

@@ -62,7 +62,13 @@ class Needs:
 
 
 def needs_of(compute_dtype: torch.dtype, models: Sequence[PretrainedConfig], compiles: bool = True) -> Needs:
-    """Returns the needs of a run of these models in a compute dtype."""
+    """Returns the needs of a run of these models in a compute dtype.
+
+    Args:
+        compute_dtype: the dtype of the forward pass.
+        models: the transformers configs of all models.
+        compiles: whether kernels are compiled at first use, as in training.
+    """
     widths = {width for model in models if (width := head_width(model)) is not None}
     return Needs(str(compute_dtype).removeprefix("torch."), tuple(sorted(widths)), compiles)
 
@@ -233,6 +239,11 @@ def _little_shared_memory(facts: Facts, needs: Needs) -> Problem | None:
 def shared_bytes(compute_dtype: str, capability: tuple[int, int], head_width: int) -> int | None:
     """Returns the bytes of shared memory that attention needs per thread block, from `SHARED_BYTES`; None if the table
     has no entry. A width without an entry counts as the next power of two, for which kernels are compiled.
+
+    Args:
+        compute_dtype: bfloat16, float32 or float64.
+        capability: the compute capability of the GPU, (major, minor).
+        head_width: the head size, in elements.
     """
     widths = SHARED_BYTES.get((compute_dtype, capability), {})
     return widths.get(head_width) or widths.get(1 << (head_width - 1).bit_length())

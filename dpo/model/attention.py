@@ -95,9 +95,19 @@ SMALLEST_WIDTH = 16
 
 
 def block_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float | None) -> Tensor:
-    """Computes attention over the packed row with FlexAttention; shapes as in `segment_attention`.
+    """Computes attention over the packed row with FlexAttention.
 
     Narrow heads are padded with zeros, which change no score and add columns of zeros to the output.
+
+    Args:
+        query: (1, heads, L, D), L a multiple of `BLOCK`.
+        key: (1, kv_heads, L, D).
+        value: (1, kv_heads, L, D).
+        mask: the mask of the row, on the same device.
+        scale: the factor of the scores; None is D ** -0.5.
+
+    Returns:
+        (1, heads, L, D), in the dtype of `query`.
     """
     width = query.shape[-1]
     scale = width**-0.5 if scale is None else scale
@@ -155,11 +165,21 @@ def tree_attention(  # noqa: PLR0913  (the signature that transformers calls)
     layout: Layout | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Computes attention as transformers' attention interface asks for it; returns (1, L, heads, D) and no weights.
+    """Computes attention as transformers' attention interface asks for it.
 
     Args:
-        layout: the layout of the packed row, which the model hands on from its forward's arguments.
+        module: the attention layer of the model, which errors name.
+        query: (1, heads, L, D).
+        key, value: (1, kv_heads, L, D).
+        attention_mask: ignored: transformers makes none for this attention.
+        scaling: the factor of the scores; None is D ** -0.5.
         dropout: ignored, since a run has no dropout.
+        sliding_window: the attention window of the layer, in keys; None is no limit.
+        layout: the layout of the packed row, which the model hands on from its forward's arguments.
+        others: `softcap`, `s_aux` and `position_bias` are refused where they are set; other options are ignored.
+
+    Returns:
+        The output, (1, L, heads, D), contiguous; and None for the attention weights.
 
     Raises:
         UserError: the model asks for an option that this attention does not have, or does not hand on `layout`.

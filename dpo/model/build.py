@@ -56,8 +56,15 @@ def build_policy(
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    """Returns the whole model on the meta device, with this trainer's attention and without dropout. Raises UserError
-    where the model cannot be trained exactly.
+    """Returns the whole model on the meta device, with this trainer's attention and without dropout.
+
+    Args:
+        config: the transformers config of the model.
+        dtype: the dtype of the master weights.
+        trust_remote_code: whether a model's own code may run.
+
+    Raises:
+        UserError: the model cannot be trained exactly.
     """
     register_attention()
     try:
@@ -122,7 +129,20 @@ def _materialize(model: PreTrainedModel, device: torch.device, compute_device: t
 
 
 def load_policy(config: Config, world: World, model_config: PretrainedConfig, folder: Path) -> Policy:
-    """Returns a sharded policy with the weights of a folder. Every rank must get here, or the rest hang."""
+    """Returns a sharded policy with the weights of a folder. Every rank must get here, or the rest hang.
+
+    Args:
+        config: gives the dtype of the master weights and how the model is sharded.
+        world: the ranks, after `start_devices`.
+        model_config: the transformers config of the model.
+        folder: a Hugging Face folder with the weights of this model.
+
+    Returns:
+        The policy, sharded; each rank has read its own shards.
+
+    Raises:
+        UserError: the model cannot be trained exactly, or the folder lacks weights of it.
+    """
     mesh = make_mesh(world, config.parallel)
     policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
     load_weights(policy, folder)

@@ -70,9 +70,17 @@ TABLE = (
 
 
 def flex_options(width: int, itemsize: int, capability: tuple[int, int]) -> dict[str, bool | int]:
-    """Returns the kernel options for heads of `width` elements of `itemsize` bytes on a GPU of an architecture.
+    """Returns FlexAttention's kernel options for a head size and dtype on a GPU of an architecture.
 
     Options that the installed torch does not know are left out. Options change the speed, not the result.
+
+    Args:
+        width: the head size, in elements.
+        itemsize: bytes per element of the queries.
+        capability: the compute capability of the GPU, (major, minor): (9, 0) is sm_90.
+
+    Returns:
+        Options by their names in torch's FlexKernelOptions.
     """
     chosen = dict(ALWAYS)
     for row in TABLE:

@@ -3,6 +3,17 @@
 An answer is greedy, or drawn from the plain softmax at a temperature. A draw is a function of (seed, prompt, place in
 the answer) and uses no random generator. An answer therefore depends on the number of ranks and on the other prompts
 only through the rounding of logits.
+
+Prompts are answered in waves. An example: 2 lanes, 2 rows per lane (instead of `ROWS_PER_LANE`), at most 8 new tokens,
+and a model with 16 learned positions:
+
+    prompt             0   1   2   3   4   5
+    its tokens         4   6  13   5   8  16
+    limit              8   8   3   8   8   0    no position is left for an answer to prompt 5, which is empty
+
+    wave   limit   lane 0        lane 1
+    1      8       prompts 0, 3  prompts 1, 4
+    2      3       prompt 2      prompt 2 too: its forward passes join the all-gathers, its answer is dropped
 """
 
 import hashlib
@@ -137,6 +148,11 @@ def _reshard_layers(policy: Policy, after_forward: bool) -> None:
 def keeps_layers_whole(layer_bytes: int, cache_bytes: int | None, free_bytes: int) -> bool:
     """Returns whether a rank can hold all unsharded layers and its KV cache in 4/5 of its free memory; False where the
     size of the cache is not known.
+
+    Args:
+        layer_bytes: bytes of all unsharded layers in their compute dtype.
+        cache_bytes: bytes of the KV cache of the rows that the rank answers at a time; None where not known.
+        free_bytes: bytes that the rank can still allocate.
     """
     return cache_bytes is not None and layer_bytes + cache_bytes <= 0.8 * free_bytes
 
@@ -233,7 +249,13 @@ def _until_eos(ids: Ids, eos_ids: Sequence[int]) -> Ids:
 
 
 def uniform(seed: int, prompt: Sequence[int], place: int) -> float:
-    """Returns the number in (0, 1] that draws token `place` (from 0) of the answer to a prompt."""
+    """Returns the number in (0, 1] that draws a token of the answer to a prompt.
+
+    Args:
+        seed: the seed of generation; another seed gives other numbers.
+        prompt: the token ids of the prompt.
+        place: the place of the token in the answer, from 0.
+    """
     ids = " ".join(str(int(token)) for token in prompt)
     digest = hashlib.blake2b(f"{seed} {place} {ids}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") + 1) / 2**64

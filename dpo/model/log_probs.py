@@ -108,6 +108,13 @@ def rows_in_chunk(
 def recomputed_share(num_rows: int, vocab_size: int, dtype: torch.dtype, head_bytes: int, device_type: str) -> float:
     """Returns the share of a micro-batch's rows, from 0 to 1, whose logits the backward pass recomputes: all rows
     except the last chunk's.
+
+    Args:
+        num_rows: R, rows of the micro-batch that the head computes.
+        vocab_size: V.
+        dtype: the dtype of the head's weights.
+        head_bytes: the maximum bytes of all tensors of width V.
+        device_type: the device type whose code path is taken, cpu or cuda.
     """
     return max(0.0, 1.0 - rows_in_chunk(vocab_size, dtype, head_bytes, device_type) / max(1, num_rows))
 
@@ -127,7 +134,19 @@ class ChunkedTokenLogProbs(Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunking: Chunking
     ) -> Tensor:
-        """Returns the log-probabilities of the targets (R,); saves the inputs and the log softmax of the last chunk."""
+        """Returns the log-probability of each target; saves the inputs and the log softmax of the last chunk.
+
+        Args:
+            ctx: autograd's context.
+            hidden: (R, H).
+            weight: (V, H), in the dtype of `hidden`.
+            bias: (V,) or None.
+            targets: (R,) int64 token ids.
+            chunking: how many rows have logits at a time.
+
+        Returns:
+            (R,) nats, float32, or float64 where the weights are float64.
+        """
         ctx.chunks, ctx.is_wide = _chunks(hidden.shape[0], chunking.num_rows), chunking.is_wide
         out = torch.empty(hidden.shape[0], dtype=_logits_dtype(weight.dtype), device=hidden.device)
         buffer = _buffer(ctx.chunks, weight)

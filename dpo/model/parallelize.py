@@ -1,4 +1,16 @@
-"""Composes activation checkpointing, compilation and sharding onto a model."""
+"""Composes activation checkpointing, compilation and sharding onto a model.
+
+A Llama of two layers, with `activation_checkpointing` full and compilation; the lines stand in the order of the calls:
+
+    model.layers.0.forward, model.layers.1.forward    wrapped in `checkpoint`
+    model.layers.0, model.layers.1                    compiled: the call, with the checkpointed forward inside
+    model.layers.0      fully_shard, unit of 9 parameters: q, k, v, o, gate, up, down and 2 norms
+    model.layers.1      fully_shard, unit of 9 parameters
+    the whole model     fully_shard, the root unit of the other 3: embed_tokens, norm and lm_head (2 if they are tied)
+
+The parameters of a unit are all-gathered together, and their gradients reduce-scattered together. `model.logps` is a
+forward method of the root, since it reads the head's weights.
+"""
 
 import types
 from collections import Counter
@@ -131,6 +143,11 @@ _CHECKPOINTS: Mapping[str, Callable[..., Any]] = {
 def compute_dtype(parallel: ParallelConfig, master: torch.dtype, device: torch.device) -> torch.dtype:
     """Returns the dtype of the forward and backward pass; `auto` is bfloat16 on CUDA (float64 where the master weights
     are), and the dtype of the master weights on a CPU.
+
+    Args:
+        parallel: gives `compute_dtype`.
+        master: the dtype of the master weights.
+        device: the device of the forward pass.
     """
     if parallel.compute_dtype != "auto":
         dtype: torch.dtype = getattr(torch, parallel.compute_dtype)

@@ -1,4 +1,18 @@
-"""The policy: a sharded model, and its forward pass on packed trees (`build.py` makes it)."""
+"""The policy: a sharded model, and its forward pass on packed trees (`build.py` makes it).
+
+A step of two micro-batches on a model of layers 0 and 1; the root holds the embedding, the last norm and the head. FSDP
+does, in this order, with `parallel.sync_gradients` last_micro_batch:
+
+    reshard_after_forward       true                                                      false
+    micro-batch 1   forward     unshard root, 0; reshard 0; unshard 1; reshard 1          unshard root, 0, 1
+                    backward    unshard 1; reshard 1; unshard 0; reshard 0, root          nothing
+    micro-batch 2   forward     as in micro-batch 1                                       nothing
+                    backward    unshard 1; reshard, reduce-scatter 1; unshard 0;          reshard, reduce-scatter 1;
+                                reshard, reduce-scatter 0; reshard, reduce-scatter root   the same 0; the same root
+
+With every_micro_batch the backward pass of micro-batch 1 reduce-scatters 1, 0 and root as well: a rank then keeps its
+shard of the gradient between micro-batches, and with last_micro_batch the unsharded gradient.
+"""
 
 import gc
 from dataclasses import dataclass

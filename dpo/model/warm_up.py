@@ -67,6 +67,17 @@ def load_and_warm(
 ) -> Policy:
     """Returns a sharded policy with the weights of a folder, after `warm_up` has compiled `passes`. Every rank must get
     here, or the rest hang.
+
+    Args:
+        config: gives the dtype of the master weights and how the model is sharded.
+        world: the ranks, after `start_devices`.
+        model_config: the transformers config of the model.
+        folder: a Hugging Face folder with the weights of this model.
+        packer: the packer of the run.
+        passes: the passes to compile: True is a pass with gradients, False a pass without; the same on every rank.
+
+    Raises:
+        UserError: the model cannot be trained exactly, or the folder lacks weights of it.
     """
     policy = load_policy(config, world, model_config, folder)
     warm_up(policy, packer, world, passes)

@@ -35,8 +35,14 @@ FILE_BYTES = 5 * 2**30
 def find_model(path: str, key: str, world: World) -> Path:
     """Returns the local folder of a model: `path` itself, or a hub model, which is downloaded once per node.
 
-    Every rank must get here, or the rest hang. Raises UserError, naming the config `key`, where there is no such model
-    or it has no safetensors.
+    Every rank must get here, or the rest hang.
+
+    Args:
+        path: a local folder, or an id on the Hugging Face hub.
+        key: the config key that gave `path`, for errors, such as `model.path`.
+
+    Raises:
+        UserError: naming `key`: there is no such model, or it has no safetensors.
     """
     return first_on_each_node(world, lambda: _find_model(path, key))
 
@@ -114,6 +120,13 @@ def hash_model(folder: Path, config: PretrainedConfig, world: World) -> str:
 
     It does not depend on how the tensors are divided into files. Each rank hashes a part of the tensors. Every rank
     must get here, or the rest hang.
+
+    Args:
+        folder: the Hugging Face folder of the model.
+        config: its transformers config.
+
+    Returns:
+        64 hex digits, the same on every rank.
     """
     digests = {
         name: digest for part in all_gather(together(lambda: _hash_tensors(folder, world))) for name, digest in part
@@ -215,6 +228,14 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch
     """Writes tensors (DTensors too) as safetensors in `folder`, in files of at most about FILE_BYTES with an index.
 
     Each rank writes its shards, then rank 0 joins them. Every rank must get here, or the rest hang.
+
+    Args:
+        folder: an existing folder, which all ranks see.
+        tensors: the tensors by their names in the files; every rank passes the same names.
+        dtype: the dtype in which floating-point tensors are written.
+
+    Raises:
+        RunError: a rank cannot write to the folder.
     """
     cast = {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()

@@ -166,7 +166,19 @@ def _read_circumstances(block: Path) -> Circumstances | None:
 
 
 def write_rows(folder: Path, keys: np.ndarray, logps: np.ndarray) -> Path:
-    """Adds a block of N rows, keys (N, 2) and logps (N,) in nats, in one atomic step; returns its path."""
+    """Adds a block of N rows to a cache folder in one atomic step.
+
+    Args:
+        folder: the folder of the cache, which exists.
+        keys: (N, 2) uint64, high and low half of each completion's key.
+        logps: (N,) log-probabilities under the reference, nats; stored as float64.
+
+    Returns:
+        The path of the block, which is named after the hash of its bytes.
+
+    Raises:
+        OSError: the block cannot be written.
+    """
     table = np.empty(len(keys), ROW)
     table["high"], table["low"], table["logp"] = keys[:, 0], keys[:, 1], logps
     content = table.tobytes()

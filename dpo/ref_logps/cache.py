@@ -48,9 +48,14 @@ class RefCache:
 
 
 def open_cache(config: Config, reference_hash: str, world: World) -> RefCache:
-    """Returns the cache of the reference with this hash by content, under the numerics of the config. Creates nothing.
+    """Returns the cache of a reference under the numerics of the config. Creates nothing.
 
     Every rank must get here, or the rest hang.
+
+    Args:
+        config: gives `reference.cache_dir` and the numerics.
+        reference_hash: the hash of the reference by content (`weights.hash_model`).
+        world: the ranks.
     """
     compute = compute_dtype(config.parallel, getattr(torch, config.model.dtype), world.device)
     facts = {"model": reference_hash} | numerics(config.model.dtype, compute, world.device, config.parallel.tf32)

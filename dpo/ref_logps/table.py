@@ -105,9 +105,19 @@ def _remove_damaged(path: Path) -> None:
 
 
 def write_table(folder: Path, name: str, keys: np.ndarray) -> Path:
-    """Writes the table of keys (M, 2), uint64, sorted, each once, from the blocks of the folder.
+    """Writes the table of some keys, with the rows of the blocks of the folder.
 
-    Returns the path of its file of rows. Raises RunError where a key is in no block.
+    Args:
+        folder: the folder of the cache, with its blocks.
+        name: the file name of the table's JSON file, from `table_name`.
+        keys: (M, 2) uint64, high and low half of each key, sorted, each key once.
+
+    Returns:
+        The path of the table's file of rows.
+
+    Raises:
+        RunError: a key is in no block.
+        OSError: the table cannot be written.
     """
     cached = read_rows(folder)
     places = cached.find(keys)

@@ -105,17 +105,30 @@ def open_answers(book: AnswerBook, step: int) -> None:
 
 
 def answer(policy: Policy, book: AnswerBook, step: int) -> list[Answer]:
-    """Generates the policy's answers after `step` steps, and writes them to the run folder beside the reference's.
+    """Generates the policy's answers, and writes them to the run folder beside the reference's.
 
     Every rank must get here, or the rest hang.
+
+    Args:
+        policy: the sharded model.
+        book: the questions, with the reference's answers.
+        step: updates made so far, 0 before the first.
+
+    Returns:
+        One row per question: prompt, the reference's answer and the policy's.
     """
     return keep_answers(book, step, book.questions.ask(policy, book.world))
 
 
 def keep_answers(book: AnswerBook, step: int, texts: Sequence[str]) -> list[Answer]:
-    """Writes `texts`, the policy's answers after `step` steps, to the run folder beside the reference's; returns both.
+    """Writes the policy's answers to the run folder beside the reference's; returns both.
 
     Every rank must get here, or the rest hang.
+
+    Args:
+        book: the questions, with the reference's answers.
+        step: updates made so far, which names the file.
+        texts: the policy's answers, in the order of the questions.
     """
     answers = [Answer(*row) for row in zip(book.questions.texts, book.references, texts, strict=True)]
     lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in answers)

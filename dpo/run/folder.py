@@ -75,7 +75,13 @@ def _check_writable(run_dir: Path) -> None:
 
 
 def is_finished(config: Config, start: Start, last_step: int) -> bool:
-    """Returns whether nothing is left to do: the checkpoint of the last step and the exported model exist."""
+    """Returns whether nothing is left to do: the checkpoint of the last step and the exported model exist.
+
+    Args:
+        config: gives the run folder.
+        start: the start that `find_start` found.
+        last_step: the number of steps of the whole run.
+    """
     final = Path(str(config.train.run_dir)) / FINAL
     return start.step >= last_step and (final / "config.json").is_file() and any(final.glob("*.safetensors"))
 
@@ -107,8 +113,12 @@ def lacks_evaluation(run_dir: Path, step: int) -> bool:
 def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> Path:
     """Prepares the run folder for the steps after `start`, and returns it.
 
-    Writes the config, and adds `origin` (see `dpo.run.provenance`) to provenance.json. Removes or renames the files of
-    steps that this start will compute again.
+    Removes or renames the files of steps that this start will compute again.
+
+    Args:
+        config: the config of this start, which is written.
+        start: the start that `find_start` found.
+        origin: the facts of this start (see `dpo.run.provenance`), which are added to provenance.json.
     """
     run_dir = Path(str(config.train.run_dir))
     run_dir.mkdir(parents=True, exist_ok=True)

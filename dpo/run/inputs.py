@@ -83,6 +83,14 @@ def find_models(config: Config, world: World) -> tuple[Path, Path]:
 def read_config(config: Config, world: World, folder: Path) -> PretrainedConfig:
     """Reads a model's config, on every rank: its class may be code of the model folder, which cannot be pickled. Every
     rank must get here, or the rest hang.
+
+    Args:
+        config: gives `model.trust_remote_code`.
+        world: the ranks.
+        folder: the model's folder, as `find_models` returns it.
+
+    Raises:
+        UserError: the config cannot be read, or the trainer cannot be exact for the model.
     """
     return first_on_each_node(world, lambda: read_model_config(folder, config.model.trust_remote_code))
 
@@ -129,6 +137,11 @@ def check_same_data(data: PreferenceData, world: World) -> None:
 def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tuple[SourceModel, SourceModel]:
     """Returns the model from which the policy starts, and the reference, with their hashes by content. Hashes nothing
     where the loss has no reference. Every rank must get here, or the rest hang.
+
+    Args:
+        config: gives the loss.
+        world: the ranks, each of which hashes a part of the tensors.
+        folders: of the model and of the reference, from `find_models`; equal folders are read once.
     """
 
     def read(folder: Path) -> SourceModel:

@@ -22,7 +22,13 @@ def layout_here(config: Config, world: World) -> dict[str, Any]:
 
 
 def with_earlier_choice(config: Config, start: Start, world: World) -> Config:
-    """Returns the config of `earlier_choice`, as rank 0 decides it. Every rank must get here, or the rest hang."""
+    """Returns the config of `earlier_choice`, as rank 0 decides it. Every rank must get here, or the rest hang.
+
+    Args:
+        config: the config, in which keys of `parallel` may be auto.
+        start: the start that `find_start` found.
+        world: the ranks.
+    """
     layout = layout_here(config, world)
     return on_main(world, lambda: earlier_choice(config, start, layout))
 
@@ -44,6 +50,11 @@ def earlier_choice(config: Config, start: Start, layout: Mapping[str, Any]) -> C
 
     The values of `auto` depend on free memory, which differs between starts. Without this function an interrupted run
     would not resume bitwise.
+
+    Args:
+        config: the config, in which keys of `parallel` may be auto.
+        start: the start that `find_start` found.
+        layout: the layout of this start, from `layout_here`.
     """
     undecided = config.parallel.undecided
     if start.checkpoint is None or not undecided:

@@ -23,6 +23,11 @@ def profiled(steps: tuple[int, int] | None, folder: Path, device: torch.device) 
 
     Writes `folder`/steps-10-12.pt.trace.json, and on CUDA .memory.pickle, named after the recorded steps. Where the run
     ends earlier, writes the steps so far. Only one rank should record; the others pass None for `steps`.
+
+    Args:
+        steps: the first and the last step to record, from 1; None records nothing.
+        folder: the folder of the traces; made when they are written.
+        device: the device of the steps, whose kind decides what is recorded.
     """
     recorder = _Recorder(steps, folder, device)
     try:

@@ -20,7 +20,14 @@ def find_start_together(config: Config, world: World) -> Start:
 def is_done(config: Config, start: Start, inputs: Inputs, world: World) -> bool:
     """Returns whether nothing is left to do, and reports so on rank 0. Every rank must get here, or the rest hang.
 
-    Raises UserError, on every rank, where the checkpoint belongs to another run.
+    Args:
+        config: the run's.
+        start: the start that `find_start_together` found.
+        inputs: the run's data and models, of which the checkpoint must be.
+        world: the ranks.
+
+    Raises:
+        UserError: on every rank, where the checkpoint belongs to another run.
     """
     identity = identity_of(config, inputs)
     on_main(world, lambda: check_identity(start, identity))

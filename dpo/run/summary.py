@@ -28,7 +28,14 @@ STEPS_LOOKED_AT = 4
 
 
 def step_line(step: int, last_step: int, metrics: Mapping[str, float], seconds_left: float) -> str:
-    """Returns the line of a logged step, in at most COLUMNS columns; omits the last metrics where they do not fit."""
+    """Returns the line of a logged step, in at most COLUMNS columns; omits the last metrics where they do not fit.
+
+    Args:
+        step: updates made so far.
+        last_step: the number of steps of the whole run.
+        metrics: the step's metrics, named `train/...`.
+        seconds_left: estimated seconds to the end of the run.
+    """
     digits = len(str(last_step))
     parts = [f"step {step:>{digits}}/{last_step}", *_outcome(metrics, "train"), f"eta {clock(seconds_left)}"]
     speed = metrics["train/pairs_per_second"]
@@ -38,7 +45,13 @@ def step_line(step: int, last_step: int, metrics: Mapping[str, float], seconds_l
 
 
 def evaluation_line(step: int, last_step: int, metrics: Mapping[str, float]) -> str:
-    """Returns the line of an evaluation, in at most COLUMNS columns."""
+    """Returns the line of an evaluation, in at most COLUMNS columns.
+
+    Args:
+        step: updates made before the evaluation.
+        last_step: the number of steps of the whole run.
+        metrics: the metrics of the evaluation, named `eval/...`.
+    """
     digits = len(str(last_step))
     pairs = f"{metrics['eval/pairs']:,} pairs"
     return fitting([f"eval {step:>{digits}}/{last_step}", *_outcome(metrics, "eval"), pairs])
@@ -149,7 +162,13 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def state_bytes(num_parameters: int, config: Config, num_ranks: int) -> float:
-    """Returns the bytes per rank of the sharded state: weights, gradients, and the optimizer's state."""
+    """Returns the bytes per rank of the sharded state: weights, gradients, and the optimizer's state.
+
+    Args:
+        num_parameters: parameters of the whole model.
+        config: gives the dtype of the master weights, the optimizer and the number of replicas.
+        num_ranks: ranks of the run.
+    """
     itemsize: int = getattr(torch, config.model.dtype).itemsize
     return num_parameters * itemsize * (2 + optimizer_elements(config.optim)) * config.parallel.replicate / num_ranks
 
@@ -192,7 +211,10 @@ def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], g
 def introduce(run: Run, writer: MetricsWriter | None, deviation: Deviation | None) -> None:
     """Shows, on rank 0, the run that is about to start: on the terminal, and as texts and histograms in TensorBoard.
 
-    `deviation` is the result of the check of the first step, where there was one.
+    Args:
+        run: the run.
+        writer: the writer of metrics; None except on rank 0.
+        deviation: the result of the check of the first step; None where there was no check.
     """
     if writer is None:
         return
@@ -218,7 +240,15 @@ def introduce(run: Run, writer: MetricsWriter | None, deviation: Deviation | Non
 
 
 def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluation, answers: Sequence[Answer]) -> None:
-    """Writes and shows, on rank 0, the result of an evaluation."""
+    """Writes and shows, on rank 0, the result of an evaluation.
+
+    Args:
+        run: the run.
+        writer: the writer of metrics.
+        step: updates made before the evaluation.
+        result: the metrics, and the reward margin of each pair.
+        answers: the sampled answers of this step; may be empty.
+    """
     metrics = prefixed("eval", result.metrics)
     writer.write(step, metrics)
     if len(result.margins):

@@ -121,7 +121,13 @@ def caps(scale: float) -> Limits:
 
 
 def limits(noise: float, lengths: np.ndarray, scale: float) -> Limits:
-    """Returns the limits for completions of `lengths` tokens, from the measured noise."""
+    """Returns the limits of the deviation over N completions, from the measured noise.
+
+    Args:
+        noise: the measured noise, nats per square root of a token.
+        lengths: (N,) tokens of each completion.
+        scale: the factor of caps and floors, from `rounding_scale`.
+    """
     sigmas = 6 if len(lengths) < FEW_COMPLETIONS else 3
     return Limits(
         min(scale * _CAPS.spread, max(sigmas * noise, scale * _FLOORS.spread)),

@@ -35,7 +35,11 @@ def evaluate(
     """Evaluates the policy on all pairs, without gradients. Every rank must get here, or the rest hang.
 
     Args:
-        packer: packs the micro-batches, in a thread that runs ahead.
+        policy: the sharded model.
+        pairs: the evaluation set, the same on every rank.
+        packer: packs the micro-batches, in a thread that runs ahead; its `ref_logps` must be set where the loss has a
+            reference.
+        loss: the loss that is evaluated, with its SFT term.
         stop_requested: asked after each plan; whether this rank was asked to stop.
 
     Returns:

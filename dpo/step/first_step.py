@@ -2,6 +2,15 @@
 
 The step's log-probabilities are computed twice, in different packings, so that the model measures its own rounding;
 `deviation.py` has the bounds.
+
+The second packing has half the tokens per micro-batch, and reverses trees and completions. Three trees of one lane: a
+prompt p of 4 tokens with completions a (3) and b (3), q of 2 with c (3) and d (2), r of 1 with e (1) and f (1):
+
+    first packing, 20 tokens per micro-batch     p a b q c d r e f
+    second packing, 10 tokens per micro-batch    p b a | r f e q d c     two micro-batches
+
+Every completion has another place in its row and other neighbours. A correct policy gives it the same log-probability
+in both packings up to rounding, the measured noise; the first is compared with the cached `ref_logps`.
 """
 
 from collections.abc import Sequence
@@ -57,6 +66,13 @@ def verify_start(policy: Policy, packer: Packer, trees: Sequence[Tree], loss: Lo
     """Checks that the policy, before its first update, is its own reference on the first step's trees.
 
     The verdict is over the completions of all ranks, and the same on each. Every rank must get here, or the rest hang.
+
+    Args:
+        policy: the sharded model, before its first update.
+        packer: the packer of the run, with `ref_logps`.
+        trees: the trees of the first step, all lanes, the same on every rank.
+        loss: the loss, which must use a reference.
+        terms: decides which deviations fail, and whether a failure ends the run.
 
     Returns:
         The deviation of the policy from its reference.

@@ -90,7 +90,13 @@ def of_margin(function: Callable[[Tensor, LossConfig], Tensor]) -> LossFunction:
 def no_losses(
     log_ratios: Tensor, pi_logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, config: LossConfig
 ) -> Tensor:
-    """Returns zeros (T,): `sft` is the SFT term and nothing else."""
+    """Returns zeros (T,): `sft` is the SFT term and nothing else.
+
+    Args:
+        pi_logps: (B,) nats; the result has its dtype and device.
+        yw_idxs: (T,) int64; the result has its length.
+        log_ratios, lengths, yl_idxs, config: not used, but part of a `LossFunction`.
+    """
     return torch.zeros_like(pi_logps[yw_idxs])
 
 
@@ -115,12 +121,18 @@ def preference_losses(
     yl_idxs: Tensor,
     config: LossConfig,
 ) -> Tensor:
-    """Returns the configured preference loss of each pair, (T,).
+    """Returns the configured preference loss of each pair.
 
     Args:
-        ref_logps: (B,) nats; None if and only if the loss uses no reference.
+        pi_logps: (B,) nats under the policy, floating point; the losses have its dtype.
+        ref_logps: (B,) nats, in the dtype of `pi_logps`; None if and only if the loss uses no reference.
+        lengths: (B,) integers: scored tokens of each completion, EOS included.
+        yw_idxs, yl_idxs: (T,) int64: the winner and the loser of each pair, indices of the B completions.
         config: `length_normalized` divides the log-ratio of each completion by its length, which makes h nats per
             token: section 5.1.2 of Lambert et al. 2024, https://arxiv.org/abs/2411.15124.
+
+    Returns:
+        (T,), one loss per pair, not averaged, with gradient.
     """
     assert (ref_logps is not None) == config.facts.uses_reference, config.name
     log_ratios = torch.full_like(pi_logps, math.nan) if ref_logps is None else pi_logps - ref_logps
@@ -135,6 +147,16 @@ def sft_losses(pi_logps: Tensor, yw_idxs: Tensor, pairs_in_step: int, winner_tok
     Scaled so that the *mean over the step's pairs* is sum(-pi_logps[w]) / sum(len(w)), the negative log-likelihood of
     the winners in nats per token, both sums over the whole step; a winner in three pairs counts three times.
     Used beside a preference loss in Pang et al. 2024 (RPO), https://arxiv.org/abs/2404.19733.
+
+    Args:
+        pi_logps: (B,) nats under the policy.
+        yw_idxs: (T,) int64: the winner of each pair, an index of the B completions.
+        pairs_in_step: number of pairs of the whole step, all ranks and micro-batches.
+        winner_tokens_in_step: scored tokens of the winners of all these pairs, once per pair; 0, in a step without
+            pairs, counts as 1.
+
+    Returns:
+        (T,) nats, scaled as above, with gradient.
     """
     return -pi_logps[yw_idxs] * (pairs_in_step / max(winner_tokens_in_step, 1))
 
@@ -142,11 +164,22 @@ def sft_losses(pi_logps: Tensor, yw_idxs: Tensor, pairs_in_step: int, winner_tok
 def total_losses(preference: Tensor, sft: Tensor, config: LossConfig) -> Tensor:
     """Returns the minimized losses, (T,): the preference losses plus the SFT term times `sft_weight`, or times 1 where
     the loss includes it.
+
+    Args:
+        preference: (T,), from `preference_losses`.
+        sft: (T,), from `sft_losses`.
+        config: gives the weight of the SFT term.
     """
     weight = 1.0 if config.facts.includes_sft else config.sft_weight
     return preference + weight * sft if weight else preference
 
 
 def implicit_rewards(pi_logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """Returns beta (pi_logp - ref_logp), (B,), nats times beta, without gradient: section 4 of the DPO paper."""
+    """Returns beta (pi_logp - ref_logp), (B,), nats times beta, without gradient: section 4 of the DPO paper.
+
+    Args:
+        pi_logps: (B,) nats under the policy.
+        ref_logps: (B,) nats under the reference, in the same order.
+        beta: `loss.beta`.
+    """
     return beta * (pi_logps - ref_logps).detach()

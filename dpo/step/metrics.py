@@ -50,7 +50,14 @@ class StepMetrics:
         self.counted = dict.fromkeys(COUNTED, 0)
 
     def add(self, losses: Tensor, rewards: Tensor | None, pi_logps: Tensor, batch: PackedBatch) -> None:
-        """Adds one micro-batch: losses (T,); rewards (B,), or None where the loss has no reference; pi_logps (B,)."""
+        """Adds the sums of one micro-batch. The host does not wait for the device.
+
+        Args:
+            losses: (T,), from `pair_losses`; their gradient is not used.
+            rewards: (B,) nats times beta; None where the loss has no reference, which counts as rewards of 0.
+            pi_logps: (B,) nats under the policy.
+            batch: the micro-batch, on the same device.
+        """
         known = pi_logps.new_zeros(len(pi_logps)) if rewards is None else rewards
         chosen, rejected = known[batch.yw_idxs], known[batch.yl_idxs]
         sums = [
@@ -141,8 +148,12 @@ def step_metrics(sums: Mapping[str, float], seconds: float, best_seconds: float 
     peak_memory_bytes  the maximum of the ranks' peaks so far
     mfu                best_seconds / step_seconds
 
-    `best_seconds` is the time of the step's FLOPs (`costs.step_flops`: forward and backward once, no recomputation) at
-    the peak of all ranks' devices (`peaks.peak_flops`). It is None where that peak is unknown; there is no `mfu` then.
+    Args:
+        sums: the sums over all ranks, from `StepMetrics.reduce`.
+        seconds: `step_seconds`, above 0.
+        best_seconds: seconds that the step's FLOPs (`costs.step_flops`: forward and backward once, no recomputation)
+            take at the peak of all ranks' devices (`peaks.peak_flops`); None where that peak is unknown: there is no
+            `mfu` then.
     """
     metrics = {
         "tokens": int(sums["tokens"]),

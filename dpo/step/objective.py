@@ -8,11 +8,19 @@ from dpo.step.losses import implicit_rewards, preference_losses, sft_losses, tot
 
 
 def pair_losses(pi_logps: Tensor, batch: PackedBatch, config: LossConfig) -> tuple[Tensor, Tensor | None]:
-    """Returns the losses (T,) and the rewards (B,) of one micro-batch; None as rewards without a reference.
+    """Returns the losses and the rewards of one micro-batch.
 
     The sum of the losses of all micro-batches of all ranks, divided by `batch.pairs_in_step`, is the step's
     `train/loss`. Rewards are beta (pi_logp - ref_logp), summed over tokens also where the loss is length-normalized,
     without gradient.
+
+    Args:
+        pi_logps: (B,) nats, in the dtype of `batch.ref_logps`.
+        batch: the micro-batch of which these are the completions, on the device of `pi_logps`.
+        config: the loss; `beta` also scales the rewards.
+
+    Returns:
+        The losses, (T,), with gradient, and the rewards, (B,), in nats times beta; None as rewards without a reference.
     """
     preference = batch_preferences(pi_logps, batch, config)
     sft = sft_losses(pi_logps, batch.yw_idxs, batch.pairs_in_step, batch.winner_tokens_in_step)
@@ -22,7 +30,17 @@ def pair_losses(pi_logps: Tensor, batch: PackedBatch, config: LossConfig) -> tup
 
 
 def batch_preferences(pi_logps: Tensor, batch: PackedBatch, config: LossConfig) -> Tensor:
-    """Returns the preference losses (T,) of one micro-batch, without the SFT term."""
+    """Returns the preference loss of each pair of one micro-batch, without the SFT term.
+
+    Args:
+        pi_logps: (B,) nats, in the dtype of `batch.ref_logps`.
+        batch: the micro-batch of which these are the completions; its `ref_logps` must be set where the loss has a
+            reference.
+        config: the loss.
+
+    Returns:
+        The preference losses, (T,), one per pair, with gradient.
+    """
     ref_logps = reference_of(batch, config)
     return preference_losses(pi_logps, ref_logps, batch.lengths, batch.yw_idxs, batch.yl_idxs, config)
 

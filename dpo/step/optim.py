@@ -43,6 +43,11 @@ def lr_at(step: int, last_step: int, config: OptimConfig) -> float:
 
     s <= W: lr s / (W + 1); then constant: lr; linear: lr min(1, (N + 1 - s) / (N + 1 - W));
     cosine: lr (1 + cos(pi (s - W) / (N + 1 - W))) / 2.
+
+    Args:
+        step: the step s, from 1.
+        last_step: N, the number of steps of the whole run, not of this start.
+        config: gives `lr`, `warmup_steps` and `schedule`.
     """
     warmup = config.warmup_steps
     if step <= warmup:
@@ -95,9 +100,14 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def clip_gradient(parameters: Iterable[nn.Parameter], norm: float, max_norm: float | None) -> None:
-    """Scales the gradient, whose L2 norm over all ranks is `norm`, down to at most `max_norm` (None: no limit).
+    """Scales the gradient so that its L2 norm is at most `max_norm`.
 
     `norm` is a number on the host, so the host does not wait for the device.
+
+    Args:
+        parameters: (sharded) parameters, whose gradients are scaled in place; those without a gradient are skipped.
+        norm: the L2 norm of the whole gradient, over all ranks.
+        max_norm: `optim.max_grad_norm`; None: no limit.
     """
     if max_norm is not None and norm > max_norm:
         torch._foreach_mul_([_local(p.grad) for p in parameters if p.grad is not None], max_norm / norm)

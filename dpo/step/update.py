@@ -31,8 +31,13 @@ def train_step(
     Every rank must get here, or the rest hang.
 
     Args:
-        batches: this lane's micro-batches; every lane must have the same number of them, or the ranks hang.
+        policy: the sharded model; its parameters must have no gradient yet.
+        optimizer: of the policy's parameters; its learning rate is set to `lr`.
+        batches: this lane's micro-batches, at least one, in host memory; every lane must have the same number of them,
+            or the ranks hang.
+        config: gives the loss and the maximum norm of the gradient.
         lr: the learning rate of this update.
+        stop_requested: called once; whether this rank was asked to stop.
 
     Returns:
         The step's sums over all ranks (`StepMetrics.reduce`), and `grad_norm`, the L2 norm before clipping.

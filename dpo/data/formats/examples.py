@@ -106,8 +106,18 @@ FORMATS: Mapping[str, Format] = {format.name: format for format in _ENTRIES}
 
 
 def detect_format(columns: set[str], first_row: Row, where: str) -> str:
-    """Returns the first format of the table that a source with these columns (the union over all rows) and this first
-    row fits. Raises UserError, beginning with `where`, if there is none.
+    """Returns the first format of the table that a source fits.
+
+    Args:
+        columns: the columns of the source, the union over all rows.
+        first_row: the first row, whose values tell formats with equal columns apart.
+        where: the place of the source, with which the error begins.
+
+    Returns:
+        The format's name, a key of `FORMATS`.
+
+    Raises:
+        UserError: no format fits.
     """
     for format in FORMATS.values():
         if format.has_columns(columns) and format.fits(columns, first_row):
@@ -117,7 +127,16 @@ def detect_format(columns: set[str], first_row: Row, where: str) -> str:
 
 
 def check_columns(format: str, columns: set[str], where: str) -> None:
-    """Raises UserError, beginning with `where`, if the columns of a source lack what its format needs."""
+    """Raises UserError if the columns of a source lack any that its format needs.
+
+    Args:
+        format: a key of `FORMATS`.
+        columns: the columns of the source, the union over all rows.
+        where: the place of the source, with which the error begins.
+
+    Raises:
+        UserError: a column is missing.
+    """
     if not FORMATS[format].has_columns(columns):
         what = f"the columns {', '.join(sorted(columns))} are not those of {format}"
         raise UserError(where, what, FORMATS[format].shape)

@@ -42,7 +42,16 @@ def preference(row: Row) -> Example:
 
 
 def answer_of(value: object, name: str, prompt: str | Iterable[Message]) -> str | Message:
-    """Returns a completion of the same kind as the prompt; a text after a prompt of messages is the assistant's."""
+    """Returns a completion of the same kind as the prompt; a text after a prompt of messages is the assistant's.
+
+    Args:
+        value: the field's value: a text, a message, or a list with one message.
+        name: the field's name, for errors.
+        prompt: the prompt, whose kind decides.
+
+    Raises:
+        InvalidValue: the value is of another kind, or the message is not the assistant's.
+    """
     if isinstance(prompt, str):
         return text_of(value, name)
     if isinstance(value, str):

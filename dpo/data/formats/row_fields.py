@@ -20,7 +20,16 @@ SHAREGPT_ROLES = {
 
 
 def field(row: Row, name: str, prefix: str = "") -> Any:
-    """Returns a field's value, which must not be null; `prefix` is the place of the row in a larger one, for errors."""
+    """Returns a field's value, which must not be null.
+
+    Args:
+        row: the row, or an object inside it.
+        name: the field's name.
+        prefix: the place of `row` in a larger one, for errors, such as `messages[0].`.
+
+    Raises:
+        InvalidValue: the field is missing or null.
+    """
     value = row.get(name)
     if value is None:
         raise InvalidValue(f"missing field {prefix}{name}; the row has: {', '.join(row) or 'nothing'}")
@@ -82,7 +91,16 @@ def sharegpt_message(value: object, name: str) -> Message:
 def messages_of(
     value: object, name: str, message: Callable[[object, str], Message] = chat_message
 ) -> tuple[Message, ...]:
-    """Returns the messages of a list with at least one; `message` reads each of them."""
+    """Returns the messages of a list with at least one.
+
+    Args:
+        value: the field's value.
+        name: the field's name, for errors.
+        message: reads one message: (value, name for errors) -> {role, content}.
+
+    Raises:
+        InvalidValue: the value is no list, is empty, or has an item that is no message.
+    """
     messages = list_of(value, name)
     if not messages:
         raise InvalidValue(f"{name} is an empty list", "at least one message")
@@ -90,7 +108,16 @@ def messages_of(
 
 
 def answer_message(value: object, name: str, message: Callable[[object, str], Message] = chat_message) -> Message:
-    """Returns the assistant's message, given as a message or as a list with one message."""
+    """Returns the assistant's message, given as a message or as a list with one message.
+
+    Args:
+        value: the field's value.
+        name: the field's name, for errors.
+        message: reads one message: (value, name for errors) -> {role, content}.
+
+    Raises:
+        InvalidValue: there is not exactly one message, or it has another role.
+    """
     if isinstance(value, list):
         if len(value) != 1:
             raise InvalidValue(f"{name} has {len(value)} messages", "one, the assistant's")
