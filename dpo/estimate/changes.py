@@ -32,11 +32,14 @@ class Change:
         return words_of(self.keys)
 
 
-def find_changes(trial: Trial, largest_tree: int, needed: Callable[[Trial], float], memory: float) -> list[Change]:
+def find_changes(
+    trial: Trial, before: float, largest_tree: int, needed: Callable[[Trial], float], memory: float
+) -> list[Change]:
     """Returns the changes that help a step that does not fit.
 
     Args:
         trial: the step that does not fit.
+        before: the bytes that it needs of a device's memory.
         largest_tree: tokens of the largest tree, the lower bound of `batch.tokens_per_micro_batch`.
         needed: returns the bytes that a trial needs of a device's memory.
         memory: the device's memory, bytes.
@@ -49,16 +52,16 @@ def find_changes(trial: Trial, largest_tree: int, needed: Callable[[Trial], floa
     singles = list(single_changes(trial, largest_tree))
     alone = [tried(keys) for keys in singles]
     if any(change.fits for change in alone):
-        return _helpful(alone, needed(trial))
+        return _helpful(alone, before)
     together = {key: value for keys in singles for key, value in keys.items()}
     all_of_them = [tried(together)] if len(singles) > 1 else []
     if any(change.fits for change in all_of_them):
-        return _helpful(alone, needed(trial)) + all_of_them
+        return _helpful(alone, before) + all_of_them
     larger = (tried(together | keys) for keys in more_ranks(trial))
     enough = [change for change in [next((c for c in larger if c.fits), None)] if change is not None]
     if not trial.config.parallel.cpu_offload:
         enough.append(tried(together | {"parallel.cpu_offload": True}))
-    return _helpful(alone, needed(trial)) + all_of_them + enough
+    return _helpful(alone, before) + all_of_them + enough
 
 
 def _helpful(changes: Sequence[Change], before: float) -> list[Change]:

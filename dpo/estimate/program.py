@@ -140,13 +140,15 @@ def _advice(
     return advice(trial, speed, fits)
 
 
-def _changes(arguments: Arguments, trial: Trial, model_config: PretrainedConfig, lengths: Lengths) -> list[Change]:
-    """Returns the changes that help a trial that does not fit."""
-    device = arguments.cluster.device
+def _changes(result: Estimate, lengths: Lengths) -> list[Change]:
+    """Returns the changes that help a step that does not fit."""
+    device, trial = result.cluster.device, Trial(result.config, result.cluster.num_ranks)
     largest_tree = max(tree.num_tokens for trees in (lengths.longest, *lengths.steps) for tree in trees)
-    return find_changes(
-        trial, largest_tree, lambda tried: needed_bytes(tried, model_config, lengths, device), device.memory
-    )
+
+    def needed(tried: Trial) -> float:
+        return needed_bytes(tried, result.model_config, lengths, device)
+
+    return find_changes(trial, result.needed, largest_tree, needed, device.memory)
 
 
 def main() -> None:
@@ -165,7 +167,7 @@ def main() -> None:
     trial, heading = Trial(arguments.config, arguments.cluster.num_ranks), []
     if not result.fits:
         say("trying changes that may make the step fit")
-        changes = _changes(arguments, trial, model_config, lengths)
+        changes = _changes(result, lengths)
         print("\n".join(lines_of_changes(changes, arguments.cluster.device)), flush=True)
         first = next((change for change in changes if change.fits), None)
         if first is None:

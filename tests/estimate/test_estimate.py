@@ -48,7 +48,8 @@ from tests.support.live_bytes import LiveBytes
 from tests.support.models import family_config, save_pairs
 from tests.support.runs import changed, error_lines, exit_code_of, make_config
 
-HIDDEN, MLP, VOCAB, DEPTH = 64, 96, 512, 7
+HIDDEN, MLP, VOCAB = 64, 96, 512
+DEPTH, DEEP = 4, 6
 LAYER = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP + 2 * HIDDEN  # q, k, v, o; gate, up, down; two norms
 ROOT = 2 * VOCAB * HIDDEN + HIDDEN  # embeddings, head, norm
 PLAIN = {"parallel__activation_checkpointing": "none", "parallel__sync_gradients": "last_micro_batch"}
@@ -107,16 +108,17 @@ def seen(config: Any, num_ranks: int, num_trees: int, depth: int = DEPTH, on_cud
 def test_weights_gradients_and_what_is_gathered(compiled: bool) -> None:
     """Four ranks, bfloat16 over float32, gradients on every micro-batch, in the middle of the last backward pass:
 
-    weights, gradients   a quarter of the numbers in float32; gradients of the first micro-batch
+    weights, gradients   a quarter of the numbers in float32; gradients of the first micro-batch, and at most those of
+                         a layer whole, which are reduced
     gathered weights     in bfloat16: the root, the layer that works, and the next one, which is gathered already
     whole gradients      in bfloat16 the head's, which waits for the rest of the root, and at most those of the layer
                          that works
     """
     config = config_with(parallel__sync_gradients="every_micro_batch", parallel__compile=compiled)
-    peak = seen(config, 4, 8).peaks[Moment(1, "backward", 3)]
+    peak = seen(config, 4, 8).peaks[Moment(1, "backward", 2)]
     weights = 4 * (DEPTH * LAYER + ROOT) // 4
     assert peak[WEIGHTS] == pytest.approx(weights, abs=256)  # and the frequencies of the rotary embedding
-    assert peak[GRADIENTS] + peak[REDUCED] >= weights - 4 * LAYER
+    assert weights <= peak[GRADIENTS] + peak[REDUCED] <= weights + 4 * LAYER
     assert 2 * (ROOT + LAYER) <= peak[GATHERED] <= 2 * (ROOT + 4 * LAYER)
     assert 2 * VOCAB * HIDDEN < peak[WHOLE] <= 2 * (VOCAB * HIDDEN + LAYER)
 
@@ -139,15 +141,8 @@ def test_unsharded_gradients_outlive_a_micro_batch_that_does_not_reduce(num_tree
     one micro-batch."""
     peaks = seen(config_with(), 4, num_trees).peaks
     last = max(moment.micro_batch for moment in peaks)
-    whole = peaks[Moment(last, "forward", 3)][WHOLE]
+    whole = peaks[Moment(last, "forward", 2)][WHOLE]
     assert whole == (4 * (DEPTH * LAYER + ROOT) if has_gradients else 0)
-
-
-def test_a_checkpointed_layer_keeps_its_input() -> None:
-    """From one layer to the next, on CUDA: (L, H) in bfloat16, with rows padded to two blocks."""
-    peaks = seen(config_with(parallel__activation_checkpointing="full"), 4, 4).peaks
-    kept = [peaks[Moment(0, "forward", layer)][ACTIVATIONS] for layer in (3, 4, 5)]
-    assert kept[1] - kept[0] == kept[2] - kept[1] == 2 * ROW * HIDDEN
 
 
 def test_attention_on_cuda_keeps_queries_keys_values_and_output() -> None:
@@ -156,7 +151,7 @@ def test_attention_on_cuda_keeps_queries_keys_values_and_output() -> None:
     in float32; and every second of a layer's seven products (the 1st, 3rd, 5th and 7th: q, v, gate, down), beside the
     layer's input. On torch's CUDA allocator a Llama 8B kept 56.5 KB a token and layer: 46.2 and these 2 x 5,120."""
     peaks = seen(config_with(parallel__activation_checkpointing="selective", parallel__compile=False), 4, 4).peaks
-    kept = [peaks[Moment(0, "forward", layer)][ACTIVATIONS] for layer in (3, 4)]
+    kept = [peaks[Moment(0, "forward", layer)][ACTIVATIONS] for layer in (1, 2)]
     attention, products, layer_input = (
         3 * 2 * ROW * HIDDEN + 4 * 4 * ROW,
         2 * ROW * (3 * HIDDEN + MLP),
@@ -183,7 +178,7 @@ def test_a_compiled_layer_keeps_what_the_partitioner_says(
     full       the layer's input
     """
     peaks = seen(config_with(parallel__activation_checkpointing=kind), 4, 4).peaks
-    kept = [peaks[Moment(0, "forward", layer)][ACTIVATIONS] for layer in (3, 4, 5)]
+    kept = [peaks[Moment(0, "forward", layer)][ACTIVATIONS] for layer in (1, 2, 3)]
     expected = ROW * (2 * (hidden * HIDDEN + mlp * MLP) + 4 * (heads + norms))
     assert kept[1] - kept[0] == kept[2] - kept[1] == expected
 
@@ -241,7 +236,7 @@ def test_logits_are_those_of_the_device() -> None:
     """64 scored rows of 512 logits in bfloat16, in the head's forward pass: 4 bytes each on CUDA, where the product is
     float32; 2 more on a CPU, for the product's own. The budget holds all.
     """
-    at_head = {on_cuda: seen(config_with(), 4, 4, on_cuda=on_cuda).peaks for on_cuda in (True, False)}
+    at_head = {on_cuda: seen(config_with(), 4, 4, 2, on_cuda).peaks for on_cuda in (True, False)}
     logits = {on_cuda: peaks[Moment(0, "forward", HEAD)][LOGITS] for on_cuda, peaks in at_head.items()}
     assert logits == {True: 64 * VOCAB * 4, False: 64 * VOCAB * 6}
 
@@ -249,7 +244,7 @@ def test_logits_are_those_of_the_device() -> None:
 def test_logits_stay_within_their_budget() -> None:
     """64 scored rows of 512 float32 logits are 128 KiB; never more than a budget of 1 MiB, and at a vocabulary of
     16 times the size not more either."""
-    few = seen(config_with(parallel__head_memory_mib=1), 4, 4).peaks
+    few = seen(config_with(parallel__head_memory_mib=1), 4, 4, depth=2).peaks
     wide = llama(2)
     wide.vocab_size = 16 * VOCAB
     config = config_with(parallel__head_memory_mib=1)
@@ -261,24 +256,34 @@ def test_logits_stay_within_their_budget() -> None:
 def test_gloo_copies_what_it_gathers_and_scatters() -> None:
     """On a CPU the root's gradients, in float32, are copied whole while they are reduced, or a layer's are."""
     config = config_with(parallel__compute_dtype="float32", parallel__sync_gradients="every_micro_batch")
-    peaks = seen(config, 4, 8, on_cuda=False).peaks
+    peaks = seen(config, 4, 8, 2, on_cuda=False).peaks
     assert max(peak[COPIED] for peak in peaks.values()) in (4 * ROOT, 4 * LAYER)
-    assert not any(peak[COPIED] for peak in seen(config, 4, 8).peaks.values())
+    assert not any(peak[COPIED] for peak in seen(config, 4, 8, 2).peaks.values())
 
 
 # --- few layers to many -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("on_cuda", [True, False])
 @pytest.mark.parametrize(
-    "keys",
+    ("keys", "on_cuda"),
     [
-        {},
-        {"parallel__compile": False},
-        {"parallel__activation_checkpointing": "full", "parallel__sync_gradients": "every_micro_batch"},
-        {"parallel__reshard_after_forward": False, "parallel__activation_checkpointing": "selective"},
-        {"parallel__replicate": 2, "parallel__sync_gradients": "every_micro_batch"},
-        {"parallel__cpu_offload": True, "parallel__replicate": 2, "parallel__sync_gradients": "every_micro_batch"},
+        ({}, True),
+        ({}, False),
+        ({"parallel__activation_checkpointing": "full", "parallel__sync_gradients": "every_micro_batch"}, True),
+        ({"parallel__reshard_after_forward": False, "parallel__activation_checkpointing": "selective"}, False),
+        (
+            {
+                "parallel__reshard_after_forward": False,
+                "parallel__activation_checkpointing": "selective",
+                "parallel__compile": False,
+            },
+            True,
+        ),
+        ({"parallel__replicate": 2, "parallel__sync_gradients": "every_micro_batch"}, False),
+        (
+            {"parallel__cpu_offload": True, "parallel__replicate": 2, "parallel__sync_gradients": "every_micro_batch"},
+            True,
+        ),
     ],
 )
 def test_drawn_out_layers_are_the_layers_themselves(keys: dict[str, Any], on_cuda: bool) -> None:
@@ -286,10 +291,10 @@ def test_drawn_out_layers_are_the_layers_themselves(keys: dict[str, Any], on_cud
     dtype = "bfloat16" if on_cuda else "float32"
     config = config_with(**{"optim__name": "sgd", "parallel__compute_dtype": dtype} | keys)
     away = (WEIGHTS, GRADIENTS) if config.parallel.cpu_offload and on_cuda else ()
-    whole = seen(config, 4, 8, on_cuda=on_cuda).peaks.values()
-    drawn = step_memory(config, llama(), 4, *step_of(config, 4, 8), on_cuda)
+    whole = seen(config, 4, 8, DEEP, on_cuda).peaks.values()
+    drawn = step_memory(config, llama(DEEP), 4, *step_of(config, 4, 8), on_cuda)
     assert drawn.peak == max(sum(n for kind, n in peak.items() if kind not in away) for peak in whole)
-    assert drawn.groups == Groups((LAYER,) * DEPTH, ROOT)
+    assert drawn.groups == Groups((LAYER,) * DEEP, ROOT)
 
 
 def test_the_garbage_collector_changes_nothing() -> None:
@@ -299,21 +304,20 @@ def test_the_garbage_collector_changes_nothing() -> None:
         torch._dynamo.reset()
         gc.set_threshold(threshold)
         try:
-            peaks = seen(config_with(parallel__compute_dtype="bfloat16"), 4, 8).peaks
+            peaks = seen(config_with(), 4, 8, depth=2).peaks
         finally:
             gc.set_threshold(*thresholds)
         totals.append({moment: peak.total() for moment, peak in peaks.items()})
     assert totals[0] == totals[1]
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gpt-neox-tied", "qwen3", "mistral"])
 @pytest.mark.parametrize("on_cuda", [True, False])
-def test_every_family_can_be_estimated(family: str, on_cuda: bool) -> None:
-    """Also with 3 ranks, which divide none of its shapes, and with one rank."""
-    for num_ranks in (1, 3):
-        config = config_with(parallel__compute_dtype="bfloat16" if on_cuda else "float32")
-        memory = step_memory(config, family_config(family), num_ranks, *step_of(config, num_ranks, 6), on_cuda)
-        assert memory.device[WEIGHTS] > 0 and memory.device[ACTIVATIONS] > 0
+def test_one_rank_can_be_estimated(on_cuda: bool) -> None:
+    """Its shard is the whole model."""
+    config = config_with(parallel__compute_dtype="bfloat16" if on_cuda else "float32")
+    memory = step_memory(config, llama(2), 1, *step_of(config, 1, 2), on_cuda)
+    assert memory.device[WEIGHTS] == pytest.approx(4 * (2 * LAYER + ROOT), abs=256)
+    assert memory.device[ACTIVATIONS] > 0
 
 
 def test_offloading_moves_the_state_to_the_host() -> None:
@@ -498,7 +502,8 @@ def changes_for(memory: float, **keys: Any) -> list[tuple[str, bool]]:
         return trial.config.batch.tokens_per_micro_batch + gradients + activations + state
 
     config = config_with(**{"batch__tokens_per_micro_batch": 1024} | keys)
-    found = find_changes(Trial(config, 8), 300, needed, memory)
+    trial = Trial(config, 8)
+    found = find_changes(trial, needed(trial), 300, needed, memory)
     return [(change.words, change.fits) for change in found]
 
 
@@ -564,7 +569,9 @@ def test_what_does_not_fit_says_so_and_what_would(small: Path, capsys, monkeypat
     """2 GiB are the process's own; 16 MiB remain, where 12,288 tokens need several times as much."""
     tight = replace(DEVICES["l4"], memory=2 * GIB + 16 * 2**20)
     monkeypatch.setitem(DEVICES, "l4", tight)
-    assert run(small, "--ranks", "1", "--device", "l4", "--completion-tokens", "64", "--prompt-tokens", "64") == 1
+    words = ["--ranks", "1", "--device", "l4", "--completion-tokens", "64", "--prompt-tokens", "64"]
+    words += ["--parallel.activation_checkpointing", "full", "--parallel.sync_gradients", "every_micro_batch"]
+    assert run(small, *words, "--parallel.compile", "false") == 1
     shown = capsys.readouterr()
     assert "does not fit: 2." in shown.out and error_lines(shown.err)[0].startswith("error: does not fit: ")
     assert "fits --" in shown.out and "--batch.tokens_per_micro_batch" in shown.out
@@ -619,5 +626,6 @@ def test_wrong_words_are_one_line(small: Path, capsys, words: list[str], message
 
 
 def test_the_number_of_ranks_may_stand_in_the_config(small: Path, capsys) -> None:
-    assert run(small, "--parallel.shard", "4", "--parallel.replicate", "2") == 0
+    words = ["--parallel.compile", "false", "--completion-tokens", "8", "--prompt-tokens", "8"]
+    assert run(small, "--parallel.shard", "4", "--parallel.replicate", "2", *words) == 0
     assert "2 copies over 8 H100" in capsys.readouterr().out

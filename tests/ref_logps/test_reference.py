@@ -2,12 +2,14 @@
 
 import gc
 import json
+import os
 import shutil
 import sys
 import threading
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -53,12 +55,39 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def config_of(folders: Path, root: Path) -> Config:
+    """One step on four of the eight pairs, run in `root`."""
+    return make_config(
+        folders / "model", folders / "pairs.jsonl", root / "run", batch__pairs_per_step=4, train__steps=1
+    )
+
+
 @pytest.fixture
 def config(folders: Path, tmp_path: Path) -> Config:
-    """One step on four of the eight pairs."""
-    return make_config(
-        folders / "model", folders / "pairs.jsonl", tmp_path / "run", batch__pairs_per_step=4, train__steps=1
-    )
+    return config_of(folders, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def first_run(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of the run of `config` with its cache, and the names of the threads that packed its reference pass."""
+    root, packed_by, pack = tmp_path_factory.mktemp("first"), [], reference_pass._plan_and_pack
+
+    def noted(*args: Any) -> Any:
+        packed_by.append(threading.current_thread().name)
+        return pack(*args)
+
+    with (
+        patch.object(reference_pass, "_plan_and_pack", noted),
+        patch.dict(os.environ, {"DPO_CACHE": str(root / "reference-cache")}),
+    ):
+        return run(config_of(folders, root)).parent, packed_by
+
+
+@pytest.fixture
+def filled(config: Config, first_run: tuple[Path, list[str]], tmp_path: Path) -> Config:
+    """The config, after a run of it: its folder and its cache are those of `first_run`."""
+    shutil.copytree(first_run[0], tmp_path, dirs_exist_ok=True)
+    return config
 
 
 def rows_of(path: Path) -> list[dict[str, list]]:
@@ -73,11 +102,10 @@ def write_rows(path: Path, rows: list[dict[str, list]]) -> Path:
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def test_values_are_those_of_plain_hugging_face(config: Config, folders: Path, tmp_path: Path) -> None:
+def test_values_are_those_of_plain_hugging_face(filled: Config, folders: Path, tmp_path: Path) -> None:
     """Each completion alone through `from_pretrained`; two float32 computations of some tens of nats: 1e-5 relative."""
-    run(config)
     rows, model = read_rows(cache_folders(tmp_path)[0]), plain_model(folders / "model")
-    assert len(rows) == ALL
+    assert len(rows) == ALL and reference_line(str(filled.train.run_dir)) == (ALL, 0)
     for row in rows_of(folders / "pairs.jsonl"):
         for ids in row["completion_ids"]:
             expected = plain_logp(model, row["prompt_ids"], ids).item()
@@ -105,22 +133,14 @@ def test_another_reference_is_that_models_log_probabilities(config: Config, fold
     assert abs(line["train/loss"] - np.log(2)) > 1e-3  # the check of the first step rightly did not run
 
 
-def test_packing_runs_ahead_on_another_thread(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_runs_ahead_on_another_thread(first_run: tuple[Path, list[str]]) -> None:
     """As in training; the values are those of the test above, whichever thread packs."""
-    packed_by, pack = [], reference_pass._plan_and_pack
-
-    def noted(*args: Any) -> Any:
-        packed_by.append(threading.current_thread().name)
-        return pack(*args)
-
-    monkeypatch.setattr(reference_pass, "_plan_and_pack", noted)
-    assert reference_line(run(config)) == (ALL, 0)
-    assert packed_by and all(name.startswith("prefetch") for name in packed_by)
+    assert first_run[1] and all(name.startswith("prefetch") for name in first_run[1])
 
 
-def test_a_copy_of_the_model_as_reference_is_its_own_start(config: Config, folders: Path, tmp_path: Path) -> None:
+def test_a_copy_of_the_model_as_reference_is_its_own_start(filled: Config, folders: Path, tmp_path: Path) -> None:
     shutil.copytree(folders / "model", tmp_path / "copy")
-    own, copied = run(config), run(afresh(config, reference__path=str(tmp_path / "copy")))
+    own, copied = filled.train.run_dir, run(afresh(filled, reference__path=str(tmp_path / "copy")))
     assert reference_line(copied) == (0, ALL)
     assert without_clock(train_lines(own)) == without_clock(train_lines(copied))
     assert train_lines(copied)[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-5)
@@ -148,41 +168,40 @@ def test_sft_has_no_reference(config: Config, tmp_path: Path) -> None:
 # --- found again -----------------------------------------------------------------------------------------------------
 
 KEPT = {
-    "nothing": {},
-    "learning rate": {"optim__lr": 1e-3},
-    "optimizer": {"optim__name": "sgd"},
-    "loss": {"loss__name": "ipo", "loss__beta": 0.5},
-    "order": {"data__order": "sequential"},
-    "seed": {"train__seed": 3},
-    "grouped": {"batch__group_by_prompt": True},
-    "micro-batches": {"batch__tokens_per_micro_batch": 40},
-    "pairs per step": {"batch__pairs_per_step": 8},
-    "head memory": {"parallel__head_memory_mib": 1},
-    "checkpointing": {"parallel__activation_checkpointing": "full"},
-    "resharding": {"parallel__reshard_after_forward": False},
+    "optim__lr": 1e-3,
+    "optim__name": "sgd",
+    "loss__name": "ipo",
+    "loss__beta": 0.5,
+    "data__order": "sequential",
+    "train__seed": 3,
+    "batch__group_by_prompt": True,
+    "batch__tokens_per_micro_batch": 40,
+    "batch__pairs_per_step": 8,
+    "parallel__head_memory_mib": 1,
+    "parallel__activation_checkpointing": "full",
+    "parallel__reshard_after_forward": False,
+}
+"""Keys of which the values in the cache are independent; all change at once."""
+LIMITS = {
     "limits that cut nothing": {"data__max_length": 64, "data__max_prompt_length": 40},
     "no limits": {"data__max_length": None, "data__max_prompt_length": None},
 }
 
 
-def test_a_second_run_computes_nothing_whatever_else_changes(config: Config) -> None:
-    run(config)
-    assert reference_line(str(config.train.run_dir)) == (ALL, 0)
-    found = {name: reference_line(run(afresh(config, **changes))) for name, changes in KEPT.items()}
-    assert found == dict.fromkeys(KEPT, (0, ALL))
+def test_a_second_run_computes_nothing_whatever_else_changes(filled: Config) -> None:
+    found = {name: reference_line(run(afresh(filled, **KEPT, **limits))) for name, limits in LIMITS.items()}
+    assert found == dict.fromkeys(LIMITS, (0, ALL))
 
 
-def test_a_second_run_looks_for_no_key(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_looks_for_no_key(filled: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of its data is there: neither the keys of all completions nor the blocks are read."""
-    run(config)
     monkeypatch.setattr(reference_pass, "_wanted", None)
     monkeypatch.setattr(reference_pass, "read_rows", None)
-    assert reference_line(run(afresh(config))) == (0, ALL)
+    assert reference_line(run(afresh(filled))) == (0, ALL)
 
 
-def test_the_model_may_be_renamed_moved_and_sharded_anew(config: Config, folders: Path, tmp_path: Path) -> None:
+def test_the_model_may_be_renamed_moved_and_sharded_anew(filled: Config, folders: Path, tmp_path: Path) -> None:
     """The same tensors in several files, under another folder's name, with another `_name_or_path` and version."""
-    run(config)
     shutil.copytree(folders / "model", tmp_path / "deep" / "other name")
     model = AutoModelForCausalLM.from_pretrained(folders / "model")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
@@ -191,7 +210,7 @@ def test_the_model_may_be_renamed_moved_and_sharded_anew(config: Config, folders
     facts |= {"transformers_version": "4.0.0", "_name_or_path": "somebody/else", "architectures": None}
     (tmp_path / "sharded" / "config.json").write_text(json.dumps(facts))
     for folder in (tmp_path / "deep" / "other name", tmp_path / "sharded"):
-        assert reference_line(run(afresh(config, model__path=str(folder)))) == (0, ALL)
+        assert reference_line(run(afresh(filled, model__path=str(folder)))) == (0, ALL)
 
 
 def edit_weights(folder: Path, out: Path, name: str, value: float) -> None:
@@ -202,27 +221,25 @@ def edit_weights(folder: Path, out: Path, name: str, value: float) -> None:
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
 
-def test_one_byte_of_one_weight_makes_all_rows_new(config: Config, folders: Path, tmp_path: Path) -> None:
+def test_one_byte_of_one_weight_makes_all_rows_new(filled: Config, folders: Path, tmp_path: Path) -> None:
     """The smallest change a float32 can have, in a norm that few would hash: nextafter of it."""
-    run(config)
     name = "model.norm.weight"
     before = load_file(folders / "model" / "model.safetensors")[name][3]
     after = torch.nextafter(before, torch.tensor(torch.inf)).item()
     edit_weights(folders / "model", tmp_path / "changed", name, after)
-    assert reference_line(run(afresh(config, model__path=str(tmp_path / "changed")))) == (ALL, 0)
+    assert reference_line(run(afresh(filled, model__path=str(tmp_path / "changed")))) == (ALL, 0)
     assert len(cache_folders(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
-def test_a_changed_config_makes_all_rows_new(config: Config, folders: Path, tmp_path: Path, key: str) -> None:
-    run(config)
+def test_a_changed_config_makes_all_rows_new(filled: Config, folders: Path, tmp_path: Path, key: str) -> None:
     shutil.copytree(folders / "model", tmp_path / "changed")
     path = tmp_path / "changed" / "config.json"
     facts = json.loads(path.read_text())
     owner = facts["rope_parameters"] if key == "rope_theta" else facts
     owner[key] = 2 * owner[key]
     path.write_text(json.dumps(facts))
-    assert reference_line(run(afresh(config, model__path=str(path.parent)))) == (ALL, 0)
+    assert reference_line(run(afresh(filled, model__path=str(path.parent)))) == (ALL, 0)
 
 
 def test_tf32_has_rows_of_its_own() -> None:
@@ -254,10 +271,9 @@ def test_the_float32_product_has_rows_of_its_own() -> None:
     }
 
 
-def test_other_numerics_are_other_rows(config: Config, tmp_path: Path) -> None:
-    run(config)
-    assert reference_line(run(afresh(config, parallel__compute_dtype="bfloat16"))) == (ALL, 0)
-    double = afresh(config, model__dtype="float64", parallel__reduce_dtype="float64")
+def test_other_numerics_are_other_rows(filled: Config, tmp_path: Path) -> None:
+    assert reference_line(run(afresh(filled, parallel__compute_dtype="bfloat16"))) == (ALL, 0)
+    double = afresh(filled, model__dtype="float64", parallel__reduce_dtype="float64")
     assert reference_line(run(double)) == (ALL, 0)
     assert len(cache_folders(tmp_path)) == 3
 
@@ -265,31 +281,29 @@ def test_other_numerics_are_other_rows(config: Config, tmp_path: Path) -> None:
 # --- grown -----------------------------------------------------------------------------------------------------------
 
 
-def test_more_data_computes_its_own_rows_alone(config: Config, folders: Path, tmp_path: Path) -> None:
+def test_more_data_computes_its_own_rows_alone(filled: Config, folders: Path, tmp_path: Path) -> None:
     """A ninth row: 2 new completions. A tenth that answers the first prompt again, once as before: 1 new completion."""
-    run(config)
     rows = rows_of(folders / "pairs.jsonl")
     ninth = {"prompt_ids": [1, 50, 51], "completion_ids": [[60, 2], [61, 62, 2]], "pairs": [[0, 1]]}
     more = write_rows(tmp_path / "more.jsonl", [*rows, ninth])
-    assert reference_line(run(afresh(config, data__train=[SourceConfig(str(more))]))) == (2, ALL)
+    assert reference_line(run(afresh(filled, data__train=[SourceConfig(str(more))]))) == (2, ALL)
     tenth = rows[0] | {"completion_ids": [rows[0]["completion_ids"][0], [63, 2]]}
     write_rows(more, [*rows, ninth, tenth])
-    assert reference_line(run(afresh(config, data__train=[SourceConfig(str(more))]))) == (1, ALL + 2)
+    assert reference_line(run(afresh(filled, data__train=[SourceConfig(str(more))]))) == (1, ALL + 2)
 
 
-def test_cut_completions_alone_are_new(config: Config, folders: Path) -> None:
+def test_cut_completions_alone_are_new(filled: Config, folders: Path) -> None:
     """max_length 24 and a prompt limit of 23, which no prompt exceeds: a completion is new iff prompt + it > 24.
 
     TRL 1.16 served the old value here.
     """
-    run(config)
     lengths = [
         len(row["prompt_ids"]) + len(ids) for row in rows_of(folders / "pairs.jsonl") for ids in row["completion_ids"]
     ]
     num_cut = sum(length > 24 for length in lengths)
     assert 0 < num_cut < ALL
     assert all(len(row["prompt_ids"]) <= 23 for row in rows_of(folders / "pairs.jsonl"))
-    shorter = afresh(config, data__max_length=24, data__max_prompt_length=23)
+    shorter = afresh(filled, data__max_length=24, data__max_prompt_length=23)
     assert reference_line(run(shorter)) == (num_cut, ALL - num_cut)
 
 
