@@ -131,7 +131,7 @@ def _loss_problems(loss: LossConfig) -> Iterator[Problem]:
         what = f"{name} has no label smoothing, got {loss.label_smoothing}"
         yield Problem(("loss.label_smoothing", "loss.name"), what, f"0, {_or_a_loss_that(lambda f: f.smooths)}")
     if loss.length_normalized and not facts.normalizes:
-        what = f"{name} is a mean per token already, got true"
+        what = f"{name} is not divided by lengths, got true"
         yield Problem(
             ("loss.length_normalized", "loss.name"), what, f"false, {_or_a_loss_that(lambda f: f.normalizes)}"
         )

@@ -39,7 +39,7 @@ def config_of(**loss: object) -> Config:
         ),
         (
             {"name": "new", "length_normalized": True},
-            "loss.length_normalized: loss.name new is a mean per token already, got true; valid: false, or loss.name"
+            "loss.length_normalized: loss.name new is not divided by lengths, got true; valid: false, or loss.name"
             " dpo, ipo, hinge or robust",
         ),
         (
