@@ -73,34 +73,30 @@ def doctor(tmp_path: Path, *words: str) -> int:
 
 
 @pytest.mark.usefixtures("_uncompiled")
-def test_alone_it_fits_on_a_screen_and_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor(tmp_path) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 24 and max(map(len, lines)) <= COLUMNS
-    assert lines[0] == "1 rank on 1 node, gloo" and lines[-1] == "a run works here"
-    for name in ("devices", "versions", "toolchain", "products", "all-gather", "run folder", "cache", "attention"):
-        assert any(line.startswith(name) for line in lines), name
-    assert not list(tmp_path.glob("**/*.doctor")) and not (tmp_path / "run").exists()
-
-
-@pytest.mark.usefixtures("_uncompiled")
-def test_what_is_found_is_told_at_once_and_what_takes_long_before(
+def test_alone_it_fits_on_a_screen_told_part_by_part_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seen: list[str] = []
+    """What is found is told at once, and what takes long before."""
+    seen: list[tuple[str, str]] = []
 
     def examined(part: Part, *args: Any) -> Finding:
-        seen.append("".join(capsys.readouterr()))
+        seen.append(capsys.readouterr())
         return examine(part, *args)
 
     monkeypatch.setattr(program, "examine", examined)
     assert doctor(tmp_path) == 0
+    seen.append(capsys.readouterr())
+    lines = "".join(out for out, _ in seen).splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= COLUMNS
+    assert lines[0] == "1 rank on 1 node, gloo" and lines[-1] == "a run works here"
     parts = (*program.BEFORE_DEVICES, *program.ON_DEVICES)
-    assert len(seen) == len(parts)
-    for part, before, after in zip(parts, seen, seen[1:], strict=False):
+    told = ["".join(both) for both in seen]
+    assert len(told) == len(parts) + 1
+    for part, before, after in zip(parts, told, told[1:], strict=False):
         assert after.startswith(part.name), after
         assert ("compiling" in before) == (part is attention.ATTENTION)
-    assert "attention: compiling FlexAttention, up to a minute the first time\n" in seen[-1]
+    assert "attention: compiling FlexAttention, up to a minute the first time\n" in told[-2]
+    assert not list(tmp_path.glob("**/*.doctor")) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.timeout(200)
@@ -125,26 +121,18 @@ def test_under_torchrun_two_ranks_measure_their_axis(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_uncompiled")
-@pytest.mark.parametrize(
-    ("changes", "helps"),
-    [
-        ({"compiler": None}, "apt-get install gcc, or module load gcc"),
-        ({"has_python_h": False}, "-dev (Debian: python3-dev)"),
-        ({"gpu": None, "cuda_error": "driver on your system is too old"}, "driver 580.65 or newer"),
-    ],
-)
-def test_what_the_toolchain_lacks_ends_with_1_and_what_helps(
-    changes: dict[str, Any],
-    helps: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_what_is_lacking_ends_with_1_and_what_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(host, "gather_facts", lambda device: facts(**changes))
+    """No compiler, and a full disk."""
+    monkeypatch.setattr(host, "gather_facts", lambda device: facts(compiler=None))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000))
     assert doctor(tmp_path) == 1
     out, err = capsys.readouterr()
-    assert helps in " ".join(out.split()) and "FAIL" in out
-    assert err.splitlines()[-1] == "error: a run would fail here: toolchain"
+    told = " ".join(out.split())
+    assert "apt-get install gcc, or module load gcc" in told and "FAIL" in out
+    assert "what helps: a train.run_dir with more room, a smaller checkpoint.keep" in told
+    assert err.splitlines()[-1] == "error: a run would fail here: toolchain, run folder"
 
 
 def test_gpus_without_a_toolchain_are_not_started(world: World, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,17 +159,15 @@ def test_no_compiler_in_path_fails_where_layers_are_compiled(
 
 
 @pytest.mark.usefixtures("_uncompiled")
-def test_a_wrong_attention_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_attention_is_found(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """One part in a thousand, fifty times what float32 rounds."""
 
     def wrong(*args: Any) -> torch.Tensor:
         return segment_attention(*args) * 1.001
 
     monkeypatch.setattr(attention, "segment_attention", wrong)
-    assert doctor(tmp_path) == 1
-    assert "1.0e-03 from plain attention" in " ".join(capsys.readouterr().out.split())
+    (problem,) = examine(attention.ATTENTION, subject(tmp_path), world).problems
+    assert "1.0e-03 from plain attention" in problem
 
 
 def test_a_gradient_that_is_not_a_number_is_found() -> None:
@@ -256,8 +242,9 @@ def test_the_disk_that_a_run_needs(keep: int | None, num_saves: int | None, pres
 
 
 def test_the_sizes_are_those_that_a_run_writes(tmp_path: Path) -> None:
-    """Six steps, saved every second one: three checkpoints; torch and safetensors add names to the numbers."""
-    config = six_steps(save_six_steps(tmp_path), tmp_path / "run", checkpoint__save_every=2, checkpoint__keep=None)
+    """Three steps, each saved; torch and safetensors add names to the numbers."""
+    facts = {"train__steps": 3, "train__eval_every": None, "checkpoint__save_every": 1, "checkpoint__keep": None}
+    config = six_steps(save_six_steps(tmp_path), tmp_path / "run", **facts)
     large = LlamaConfig(vocab_size=16_384, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     LlamaForCausalLM(large).save_pretrained(tmp_path / "model")  # 2 million weights
     found = sizes_of(config, read_model_config(tmp_path / "model", False))
@@ -285,17 +272,6 @@ def test_a_disk_that_is_too_small_for_the_checkpoints(tmp_path: Path) -> None:
     assert not storage.describe_storage(subject(tmp_path, sizes=SIZES), [replace(here, free=240)]).problems
     assert not storage.describe_storage(subject(tmp_path, sizes=SIZES), [replace(here, num_checkpoints=1)]).problems
     assert not storage.describe_storage(subject(tmp_path), [here]).problems
-
-
-@pytest.mark.usefixtures("_uncompiled")
-def test_a_full_disk_ends_with_1_and_what_helps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(2**40, 2**40 - 1000, 1000))
-    assert doctor(tmp_path) == 1
-    out, err = capsys.readouterr()
-    assert "what helps: a train.run_dir with more room, a smaller checkpoint.keep" in " ".join(out.split())
-    assert err.splitlines()[-1] == "error: a run would fail here: run folder"
 
 
 def test_memory_that_weights_gradients_and_optimizer_alone_exceed(tmp_path: Path) -> None:
@@ -340,10 +316,13 @@ def test_a_step_of_the_longest_pairs_is_estimated_without_data(
     assert f"fits: {needs} of " in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("_uncompiled")
-def test_pairs_without_a_bound_are_left_to_the_estimate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor(tmp_path, "--data.max_length", "null", "--data.max_prompt_length", "null") == 0
-    told = " ".join(capsys.readouterr().out.split())
+def test_pairs_without_a_bound_are_left_to_the_estimate(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dpo.doctor", "--config", "c.yaml"])
+    config = make_config("m", "d", tmp_path / "run", data__max_length=None, data__max_prompt_length=None)
+    mine = subject(tmp_path, config=config, sizes=SIZES, models=(family_config("llama"),))
+    told = " ".join(examine(model.MODEL, mine, world).lines)
     assert (
         "the memory of a step is not known (data.max_length is null); for" in told
         and "for the lengths of the data: python -m dpo.estimate" in told
@@ -390,6 +369,7 @@ def _named(target: str) -> Any:
     return getattr(sys.modules[module], name)
 
 
+@pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(
     "name", ["products", "all-gather", "run folder", "cache", "model", "attention", "devices", "toolchain"]
 )
@@ -409,6 +389,7 @@ def folders_of_their_own(root: str) -> tuple[Finding, Finding]:
             return examine(storage.STORAGE, subject(Path()), world), examine(storage.CACHE, subject(Path()), world)
 
 
+@pytest.mark.xdist_group("ranks")
 def test_folders_that_the_ranks_do_not_share(ranks: Ranks, tmp_path: Path) -> None:
     for found in ranks(2, folders_of_their_own, str(tmp_path)):
         for finding, key in zip(found, ("train.run_dir", "reference.cache_dir"), strict=True):
@@ -423,6 +404,7 @@ def gather_over_two_axes() -> Finding:
         return examine(speed.LINKS, subject(Path(), parallel=ParallelConfig(replicate=2)), world)
 
 
+@pytest.mark.xdist_group("ranks")
 def test_every_axis_of_the_mesh_has_its_line(ranks: Ranks) -> None:
     found = ranks(4, gather_over_two_axes)
     assert all(one == found[0] for one in found) and not found[0].problems
