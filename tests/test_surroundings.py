@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 PROBE = """
@@ -42,3 +44,13 @@ def test_what_a_run_inherits_is_left_behind() -> None:
     )  # fmt: skip
     assert result.stderr.endswith("KeyboardInterrupt\n"), result.stderr
     assert "AssertionError" not in result.stderr
+
+
+@pytest.mark.xdist_group("told")
+def test_tests_of_a_group_run_in_one_process(request: pytest.FixtureRequest) -> None:
+    """Else each process of `make test` starts ranks, a browser and whole runs that tests share. xdist writes the group
+    into a test's id, which pytest 9.2 ignores: https://github.com/pytest-dev/pytest-xdist/issues/1386.
+    """
+    if not getattr(request.config.option, "loadgroup", False):
+        pytest.skip("not started by `pytest -n 2 --dist loadgroup`, as by make test")
+    assert request.node.nodeid.endswith("@told")
