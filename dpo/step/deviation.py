@@ -125,7 +125,7 @@ def limits(noise: float, lengths: np.ndarray, scale: float) -> Limits:
 
     Args:
         noise: the measured noise, nats per square root of a token.
-        lengths: (N,) tokens of each completion.
+        lengths: (N,) integers, tokens of each completion.
         scale: the factor of caps and floors, from `rounding_scale`.
     """
     sigmas = 6 if len(lengths) < FEW_COMPLETIONS else 3
@@ -202,7 +202,9 @@ def expected_losses(pi_logps: np.ndarray, ref_logps: np.ndarray, lengths: np.nda
     """Returns the preference losses of T pairs, (T,), by the values of their own completions.
 
     Args:
-        pi_logps: (2, T) nats, of the winners and of the losers; ref_logps and lengths (tokens) likewise.
+        pi_logps: (2, T) nats under the policy: of the winners, of the losers.
+        ref_logps: (2, T) nats under the reference.
+        lengths: (2, T) tokens.
         loss: its function in `LOSSES` is applied to each pair alone.
     """
     log_ratios = (pi_logps - ref_logps) / (lengths if loss.length_normalized else 1)
