@@ -291,6 +291,16 @@ def test_beyond_the_caps_a_run_stops_and_warn_goes_on(
     assert line["first_step/spread"] > 2.5
 
 
+def test_noise_is_between_the_packings_spread_and_drift_are_to_the_reference() -> None:
+    """Over 4 and 16 tokens: packings 0.2 and 0.4 nats apart, so 0.1 each; the reference 1 and 3, so 1/2 and 3/4."""
+    pi_logps = np.array([-10.0, -20.0])
+    repacked_logps, ref_logps = pi_logps - [0.2, 0.4], pi_logps - [1, 3]
+    deviation = measure(Completions(pi_logps, repacked_logps, ref_logps, np.array([4, 16]), [[1]] * 2))
+    assert deviation.noise == pytest.approx(0.1)
+    assert deviation.spread == pytest.approx(math.sqrt((0.25 + 0.5625) / 2))
+    assert deviation.drift == pytest.approx(4 / 20)
+
+
 def test_rows_computed_differently_are_held_to_the_caps_alone() -> None:
     """Spread 0.1 with noise 0: beyond the floor 0.01, within the cap 0.25."""
     pi, lengths = np.full(64, -50.0), np.full(64, 25)
