@@ -30,7 +30,8 @@ pyproject.toml). Each room's `__init__.py` has a line for each of its files.
 
 Where do I add ...
 
-    a loss                 step/losses.py: a function and an entry in `LOSSES`; its facts in config/loss_facts.py
+    a loss                 step/losses.py: a function and an entry in `LOSSES`; config/loss_facts.py: name, facts;
+                           config/fields.py: its line in the help of loss.name
     a data format          data/formats/: a reader, and an entry in `FORMATS` of examples.py; its name in config
     a key of the config    config/fields.py: a field with its docstring; its bounds in config/rules.py
     a metric               step/metrics.py; its chart in board/charts.py
