@@ -34,9 +34,8 @@ def line_charts(page: Browser) -> dict[str, Any]:
     colours = """[...new Set([...node.shadowRoot.querySelectorAll('path.line')]
         .filter((path) => path.getAttribute('d').includes('L')).map((path) => getComputedStyle(path).stroke))].sort()"""
     charts = page.each("vz-line-chart2", colours)
-    if not charts or not all(charts):
-        return {}
-    return {"groups": groups(page), "lines": dict(zip(titles, charts, strict=True))}
+    lines = by_title(titles, charts)
+    return {"groups": groups(page), "lines": lines} if lines else {}
 
 
 def groups(page: Browser) -> list[str]:
@@ -58,7 +57,12 @@ def areas(page: Browser, chart: str, mark: str) -> dict[str, int]:
     """Tag and sub-run of a card -> how many marks its chart has."""
     titles = page.each("tf-card-heading", "`${node.tag} ${node.run}`")
     counts = page.each(chart, f"node.shadowRoot.querySelectorAll('{mark}').length")
-    return dict(zip(titles, counts, strict=True)) if counts and all(counts) else {}
+    return by_title(titles, counts)
+
+
+def by_title(titles: Sequence[str], shown: Sequence[Any]) -> dict[str, Any]:
+    """Title of a card -> what it shows; nothing while a card shows nothing, or came after the titles were read."""
+    return dict(zip(titles, shown, strict=True)) if shown and all(shown) and len(titles) == len(shown) else {}
 
 
 def text(page: Browser) -> dict[str, Any]:
