@@ -339,6 +339,15 @@ def test_offloading_moves_the_state_to_the_host() -> None:
     assert moved.device == kept.device and set(moved.host) == {COPY}
 
 
+def test_replicas_keep_what_they_reduced_until_the_last_backward_pass_ends() -> None:
+    """Two replicas of two shards, offloaded: beside the gradients on the host, half of the layers' numbers in float32,
+    all-reduced, on the device.
+    """
+    config = config_with(parallel__cpu_offload=True, parallel__replicate=2)
+    peak = seen(config, 4, 4).peaks[Moment(0, "backward", 0)]
+    assert 4 * DEPTH * LAYER // 2 <= peak[REDUCED] <= 4 * (DEPTH * LAYER + 2 * ROOT)
+
+
 # --- the optimizer ----------------------------------------------------------------------------------------------------
 
 OPTIMIZERS = [
