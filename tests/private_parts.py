@@ -357,3 +357,47 @@ PRIVATE_PARTS = (
         for name in ("metadata", "api_pb2", "plugin_data_pb2.HParamsPluginData", "plugin_data_pb2.SessionStartInfo")
     ),
 )
+
+
+@dataclass(frozen=True)
+class ForeignText:
+    """A text of a library, whose form nobody promises and which is read for its meaning."""
+
+    file: str
+    name: str
+    """The constant of `file` that has the text's form, or a part of the form itself."""
+    what: str
+    test: str
+    """As in `PrivatePart`: it gets the text from the library itself, where this machine can make it write one."""
+
+
+LAUNCH_FAILURES, RANK_FAILURES = "launch/failures.py", "dpo/distributed/failures.py"
+KILLED_RANK = "launch/test_node.py::test_a_killed_rank_is_named_and_does_not_restart_the_job_for_ever"
+OTHER_NODE = "launch/test_node.py::test_the_true_exception_of_another_node_is_shown"
+NO_MEMORY = "faults/test_no_memory.py::test_no_memory_is_one_line"
+
+FOREIGN_TEXTS = (
+    ForeignText(LAUNCH_FAILURES, "_TABLE_ROW", "torchrun's table of ranks that failed", KILLED_RANK),
+    ForeignText(
+        LAUNCH_FAILURES, "*/attempt_*/*/error.json", "where torchrun keeps the error file of a rank", OTHER_NODE
+    ),
+    ForeignText(LAUNCH_FAILURES, "extraInfo", "the error file that torchelastic writes", OTHER_NODE),
+    ForeignText(LAUNCH_FAILURES, "_LOST_PEER", "messages of gloo, NCCL and torchelastic", OTHER_NODE),
+    ForeignText(
+        LAUNCH_FAILURES,
+        "_BROKEN_MACHINE",
+        "messages of NVIDIA's driver",
+        "launch/test_decision.py::test_a_broken_machine_is_no_bug",
+    ),
+    ForeignText(RANK_FAILURES, "_NO_DEVICE_MEMORY", "messages of CUDA, NCCL and cuBLAS without memory", NO_MEMORY),
+    ForeignText(RANK_FAILURES, "_NO_HOST_MEMORY", "the message of torch's CPU allocator", NO_MEMORY),
+    ForeignText(
+        RANK_FAILURES, "_LOST", "messages of gloo", "faults/test_one_rank_fails.py::test_a_fault_on_one_rank_ends_both"
+    ),
+    ForeignText(
+        "launch/squeue.py",
+        "ENDED",
+        "squeue's names of states",
+        "launch/test_follow.py::test_a_cancelled_job_ends_without_a_word_of_its_own",
+    ),
+)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.private_parts import PRIVATE_PARTS, PrivatePart
+from tests.private_parts import FOREIGN_TEXTS, PRIVATE_PARTS, ForeignText, PrivatePart
 
 ROOT = Path(__file__).parents[1]
 OURS = ("dpo", "launch")
@@ -138,8 +138,16 @@ def test_every_row_is_used(part: PrivatePart) -> None:
         assert named or any(covers(part, use) for use in private_uses(source)), file
 
 
-@pytest.mark.parametrize("part", PRIVATE_PARTS, ids=lambda part: part.path)
-def test_the_test_that_breaks_first_exists(part: PrivatePart) -> None:
+@pytest.mark.parametrize("text", FOREIGN_TEXTS, ids=lambda text: f"{text.file}-{text.name}")
+def test_every_text_is_read(text: ForeignText) -> None:
+    """By the constant that is named, or as a text of the file."""
+    tree = ast.parse((ROOT / text.file).read_text(encoding="utf-8"))
+    constants = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert text.name in constants | set(_texts(tree))
+
+
+@pytest.mark.parametrize("part", (*PRIVATE_PARTS, *FOREIGN_TEXTS), ids=lambda part: f"{part.test}")
+def test_the_test_that_breaks_first_exists(part: PrivatePart | ForeignText) -> None:
     file, _, name = part.test.partition("::")
     tree = ast.parse((ROOT / "tests" / file).read_text(encoding="utf-8"))
     assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
