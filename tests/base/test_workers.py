@@ -151,7 +151,7 @@ def test_workers_collect_their_own_garbage_and_none_that_they_inherit(tmp_path: 
             gc.enable()
         run_in_workers([work, work], lambda _: None)
         assert gc.isenabled() == collects
-        assert gc.get_freeze_count() == frozen
+        assert_as_frozen(frozen)
         assert not list((tmp_path / "inherited").iterdir())
         assert len(list((tmp_path / "own").iterdir())) == 2
         gc.collect()
@@ -161,13 +161,20 @@ def test_workers_collect_their_own_garbage_and_none_that_they_inherit(tmp_path: 
         gc.enable()
 
 
+def assert_as_frozen(before: int) -> None:
+    """Nothing more is frozen, and nothing was unfrozen, which would be all. A few may have lost their last reference,
+    in other threads of this process too.
+    """
+    assert before // 2 < gc.get_freeze_count() <= before
+
+
 def test_what_others_froze_stays_frozen() -> None:
     """Nothing is unfrozen afterwards: all that this session froze (`spare_the_collector`) would be collected again."""
     gc.collect()
     gc.freeze()
     frozen = gc.get_freeze_count()
     run_in_workers([lambda report: None], lambda _: None)
-    assert gc.get_freeze_count() == frozen > 0
+    assert_as_frozen(frozen)
 
 
 # --- the end of the process that waits --------------------------------------------------------------------------------
