@@ -43,4 +43,12 @@ Where do I add ...
     a command              a file beside train.py, or a folder with __main__.py, that holds nothing others need
     another tracker        board/writer.py
     another cluster        launch/, beside the files that talk to SLURM
+
+Words of the code:
+
+    completion   an answer to a prompt, with its EOS; a pair names two of them, winner and loser
+    tree         a prompt with its completions and the pairs among them; the prompt is computed once
+    row          the trees of a micro-batch, packed one after the other
+    lane         the index of a rank among those that divide the trees of a step; each lane is one rank today
+    spread       the deviation of a policy from its reference per completion; drift: over all tokens (step/deviation.py)
 """

@@ -65,10 +65,16 @@ class Reader:
 # --- questions -------------------------------------------------------------------------------------------------------
 
 
+SUFFIXES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz")
+"""The endings of files of prompts: one prompt per line, or rows with a field `prompt`."""
+
+
 def read_questions(path: Path) -> list[Question]:
     """Reads the prompts of a file. Raises UserError, with file and line, where they are not valid."""
     if not path.is_file():
         raise UserError("command line: --prompts", f"no such file: {path}", "a .txt, .json or .jsonl file")
+    if not path.name.endswith(SUFFIXES):
+        raise UserError("command line: --prompts", f"{path} has no known ending", ", ".join(SUFFIXES))
     found = _text_questions(path) if path.suffix == ".txt" else _json_questions(path)
     if not found:
         raise UserError("command line: --prompts", f"{path} has no prompts", "one per line")

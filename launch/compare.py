@@ -22,7 +22,7 @@ from dpo.base.console import say, warn
 from dpo.base.errors import UserError
 from dpo.board.hparams import KEYS, Value, flat, write_entry
 from dpo.config.strict_yaml import read_yaml_file
-from dpo.run.files import CONFIG, FINAL, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
+from dpo.run.files import CONFIG, FINAL, JOBS, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
 
 DESCRIPTION = """Compares runs: the config keys that differ, the number of steps, and the newest metrics; the run with
 the best evaluation comes first. Also writes the runs' entries for TensorBoard's HParams tab, with the same keys."""
@@ -63,9 +63,9 @@ def read_runs(folders: Sequence[Path]) -> list[RunFacts]:
     """
     missing = [folder for folder in folders if not folder.exists()]
     if missing:
-        raise UserError("command line: RUN", f"no such folder: {missing[0]}", "a run folder")
+        raise UserError("command line: RUN", f"no such folder: {missing[0]}", f"a folder with a {CONFIG}")
     run_folders = {folder.resolve(): folder for folder in folders if (folder / CONFIG).is_file()}
-    others = [str(folder) for folder in folders if folder.resolve() not in run_folders]
+    others = [str(folder) for folder in folders if folder.resolve() not in run_folders and folder.name != JOBS]
     if run_folders and others:
         warn(f"skipped, without a {CONFIG}: {', '.join(others)}")
     if not run_folders:

@@ -137,7 +137,8 @@ def chat_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[Me
 def _chat_text(tokenizer: Any, messages: Sequence[Message], add_generation_prompt: bool) -> str:
     """Returns the chat template's text of messages. Raises InvalidValue where there is no template, or it fails."""
     if not tokenizer.chat_template:
-        raise InvalidValue("messages need a chat template, which the tokenizer lacks", "a tokenizer with one, or texts")
+        what = "messages need a chat template, which the tokenizer lacks"
+        raise InvalidValue(what, "a model.tokenizer with one, or texts")
     try:
         listed = [dict(message) for message in messages]
         return str(tokenizer.apply_chat_template(listed, tokenize=False, add_generation_prompt=add_generation_prompt))

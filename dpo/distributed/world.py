@@ -75,7 +75,11 @@ def check_mesh(world: World, parallel: ParallelConfig) -> int:
     """Returns the number of ranks over which a copy of the model is sharded. Raises UserError if replicate * shard is
     not the number of ranks.
     """
-    shard = parallel.shard or max(world.size // parallel.replicate, 1)
+    if parallel.shard is None and world.size % parallel.replicate != 0:
+        divisors = [number for number in range(1, world.size + 1) if world.size % number == 0]
+        what = f"{parallel.replicate} replicas do not divide {world.size} ranks evenly"
+        raise UserError("parallel.replicate", what, ", ".join(map(str, divisors)))
+    shard = parallel.shard or world.size // parallel.replicate
     if parallel.replicate * shard != world.size:
         raise UserError(
             "parallel.shard",

@@ -74,4 +74,10 @@ def earlier_choice(config: Config, start: Start, layout: Mapping[str, Any]) -> C
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value)
+    changed = [key for key, value in now.items() if before.get(key) != value]
+    return ", ".join(f"{key} {_shown(before.get(key))} -> {_shown(now[key])}" for key in changed)
+
+
+def _shown(value: Any) -> str:
+    """Returns a value of a layout as text; the devices of ranks as `4 sm_90`."""
+    return " and ".join(f"{count} {kind}" for kind, count in value.items()) if isinstance(value, dict) else str(value)

@@ -4,6 +4,7 @@ from dpo.base.console import say
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
+from dpo.run.files import FINAL
 from dpo.run.folder import Start, find_start, is_finished
 from dpo.run.identity import check_identity, identity_of
 from dpo.run.inputs import Inputs
@@ -34,8 +35,9 @@ def is_done(config: Config, start: Start, inputs: Inputs, world: World) -> bool:
     if not on_main(world, lambda: is_finished(config, start, inputs.last_step)):
         return False
     if world.is_main:  # train.steps may be less than the steps that were made
-        steps = max(start.step, inputs.last_step)
-        say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in final/")
+        steps, final = max(start.step, inputs.last_step), f"{config.train.run_dir}/{FINAL}"
+        more = "to train on, raise train.steps or train.epochs; to begin anew, set another train.run_dir"
+        say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in {final}; {more}")
     return True
 
 

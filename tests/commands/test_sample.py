@@ -191,12 +191,13 @@ def test_on_ranks(ranks: Ranks, folders: Path, tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[str, str, list[str], str]] = {
     # file name (IT in the error), its content, further words, the error
     "no file": ("", "", [], "command line: --prompts: no such file: IT; valid: "),
+    "no known ending": ("p.yaml", "a", [], "command line: --prompts: IT has no known ending; valid: .txt, .json, "),
     "no prompts": ("p.txt", "\n \n", [], "command line: --prompts: IT has no prompts; valid: "),
     "no rows": ("p.jsonl", "", [], "IT: empty, it has no rows; valid: "),
     "broken": ("p.jsonl", '{"prompt": "a"}\n{"prompt"', [], "IT:2: broken JSON: "),
-    "no field": ("p.jsonl", '\n{"text": "a"}', [], "IT:2: missing field prompt; the row has: text"),
+    "no field": ("p.jsonl", '\n{"text": "a"}', [], "IT:2: missing or null field prompt; the row has: text"),
     "a number": ("p.jsonl", '{"prompt": 3}', [], "IT:1: prompt is a number (3); valid: a text or a list of messages"),
-    "no role": ("p.jsonl", '{"prompt": [{"content": "a"}]}', [], "IT:1: missing field prompt[0].role; the row has: "),
+    "no role": ("p.jsonl", '{"prompt": [{"content": "a"}]}', [], "IT:1: missing or null field prompt[0].role; the row"),
     "too long": ("p.txt", "a\n" + "x" * 256, [], "IT:2: the prompt has 257 tokens, the model's positions end at 256; "),
     "no tokens": ("p.txt", "a", ["--max-new-tokens", "0"], "command line: --max-new-tokens: must be >= 1, got 0; "),
     "negative": ("p.txt", "a", ["--temperature", "-1"], "command line: --temperature: must be >= 0, got -1.0; "),

@@ -52,7 +52,7 @@ def test_bad_row_of_parquet(tmp_path, tokenizer_folder):
     """A column that is null in one row; rows are numbered from 0."""
     rows = [{"chosen": "a\n\nAssistant: b", "rejected": "a\n\nAssistant: c"}, {"chosen": "a\n\nAssistant: b"}]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
-    with pytest.raises(UserError, match=r"a\.parquet:row 1: missing field rejected; the row has: chosen$"):
+    with pytest.raises(UserError, match=r"a\.parquet:row 1: missing or null field rejected; the row has: chosen$"):
         prepare_data(make_config(str(tmp_path / "a.parquet"), tokenizer=tokenizer_folder), MODEL)
 
 

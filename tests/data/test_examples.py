@@ -153,8 +153,8 @@ TLDR = {"info": {"subreddit": "s", "title": "t", "post": "p"}, "summaries": [{"t
 @pytest.mark.parametrize(
     ("format", "row", "what"),
     [
-        ("preference", {"prompt": "p", "chosen": "a"}, "missing field rejected; the row has: prompt, chosen"),
-        ("preference", {"prompt": "p", "chosen": "a", "rejected": None}, "missing field rejected"),
+        ("preference", {"prompt": "p", "chosen": "a"}, "missing or null field rejected; the row has: prompt, chosen"),
+        ("preference", {"prompt": "p", "chosen": "a", "rejected": None}, "missing or null field rejected"),
         ("preference", {"prompt": "p", "chosen": "a", "rejected": 3}, "rejected is a number (3); valid: a text"),
         ("preference", {"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt is a number (3); valid: a text or"),
         ("preference", {"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}, "chosen has one message; valid: a whole"),
@@ -162,7 +162,7 @@ TLDR = {"info": {"subreddit": "s", "title": "t", "post": "p"}, "summaries": [{"t
         ("preference", {"prompt": [], "chosen": "a", "rejected": "b"}, "prompt is an empty list"),
         ("preference", {"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "chosen[0] has the role 'user'"),
         ("preference", {"prompt": [OTHER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "do not begin with"),
-        ("preference", {"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, "missing field prompt[0].c"),
+        ("preference", {"prompt": [{"role": "user"}], "chosen": "a", "rejected": "b"}, "null field prompt[0].content"),
         ("preference", {"prompt": [USER, "x"], "chosen": "a", "rejected": "b"}, "prompt[1] is a text ('x'); valid:"),
         ("hh", {"chosen": "Assistant: b", "rejected": "\n\nAssistant: c"}, "chosen has no '\\n\\nAssistant:'"),
         ("hh", {"chosen": [USER, GOOD], "rejected": "x"}, "chosen is a list; valid: a text"),
@@ -189,9 +189,9 @@ TLDR = {"info": {"subreddit": "s", "title": "t", "post": "p"}, "summaries": [{"t
         ("tokens", {"prompt_ids": [1], "chosen_ids": [1], "rejected_ids": [2], "completion_ids": []}, "one of the two"),
         ("shp", {"history": "h", "human_ref_A": "a", "human_ref_B": "b", "labels": 2}, "labels is a number (2); valid"),
         ("tldr", TLDR | {"choice": True}, "choice is a truth value (True); valid: 0 or 1"),
-        ("tldr", TLDR | {"info": {"subreddit": "s", "title": "t", "post": None}}, "missing field info.post"),
+        ("tldr", TLDR | {"info": {"subreddit": "s", "title": "t", "post": None}}, "missing or null field info.post"),
         ("tldr", TLDR | {"summaries": [{"text": "a"}]}, "summaries has 1 items; valid: 2"),
-        ("tldr", TLDR | {"summaries": [{"text": "a"}, {"note": "b"}]}, "missing field summaries[1].text"),
+        ("tldr", TLDR | {"summaries": [{"text": "a"}, {"note": "b"}]}, "missing or null field summaries[1].text"),
     ],
 )  # fmt: skip
 def test_broken_row(format, row, what):

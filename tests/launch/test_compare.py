@@ -188,7 +188,7 @@ def test_a_folder_that_is_not_there(
 ) -> None:
     save_run(tmp_path / "a", [])
     line = error_of(program(tmp_path / "a", tmp_path / "none"), capsys)
-    assert line == f"error: command line: RUN: no such folder: {tmp_path / 'none'}; valid: a run folder"
+    assert line == f"error: command line: RUN: no such folder: {tmp_path / 'none'}; valid: a folder with a config.yaml"
 
 
 def test_what_a_glob_finds_beside_runs_is_left_out_and_said(
@@ -196,6 +196,7 @@ def test_what_a_glob_finds_beside_runs_is_left_out_and_said(
 ) -> None:
     save_run(tmp_path / "a", lines(2, 0.5, 0.9))
     (tmp_path / "cache").mkdir()
+    (tmp_path / "jobs").mkdir()  # of a sweep: beside its runs in any case
     (tmp_path / "notes.txt").touch()
     assert program(*sorted(tmp_path.iterdir())) == 0
     captured = capsys.readouterr()

@@ -16,7 +16,7 @@ from dpo.batch.trees import grow_trees
 from dpo.config import LossConfig, ParallelConfig
 from dpo.data.pair_set import Pair
 from dpo.distributed.startup import open_world
-from dpo.distributed.world import make_mesh
+from dpo.distributed.world import World, make_mesh
 from dpo.model.build import build_policy, load_weights
 from dpo.model.policy import announce_backward, completion_logps
 from dpo.model.weights import read_model_config
@@ -112,7 +112,23 @@ def test_the_gradient_is_that_of_the_plain_model(ranks: Ranks, folder: Path, nam
             assert error <= tolerance, (parameter, error)
 
 
-def test_a_mesh_that_does_not_fit_the_ranks_is_refused() -> None:
-    """3 x 1 on a world of one rank."""
-    with open_world(60) as world, pytest.raises(UserError, match=r"^parallel\.shard: replicate 3 x shard 1 is not"):
-        make_mesh(world, ParallelConfig(replicate=3))
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"replicate": 3}, "parallel.replicate: 3 replicas do not divide 8 ranks evenly; valid: 1, 2, 4, 8"),
+        (
+            {"replicate": 2, "shard": 3},
+            "parallel.shard: replicate 2 x shard 3 is not the number of ranks 8; valid: rep",
+        ),
+        (
+            {"shard": 4},
+            "parallel.shard: replicate 1 x shard 4 is not the number of ranks 8; valid: replicate * shard = 8",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fit_the_ranks_is_refused(keys: dict[str, int], message: str) -> None:
+    """At the key that was set."""
+    world = World(0, 8, 0, 8, torch.device("cpu"))
+    with pytest.raises(UserError) as failure:
+        make_mesh(world, ParallelConfig(**keys))  # type: ignore[arg-type]
+    assert str(failure.value).startswith(message)

@@ -127,7 +127,8 @@ def _decode(text: str, at: int, line: int, name: str) -> tuple[Any, int]:
         return value, end
     except json.JSONDecodeError as error:
         line += text.count("\n", at, error.pos)
-        raise UserError(f"{name}:{line}", f"broken JSON: {error.msg} at column {error.colno}") from error
+        fault = error.msg.removesuffix(" at")  # "Unterminated string starting at"
+        raise UserError(f"{name}:{line}", f"broken JSON: {fault} at column {error.colno}") from error
     except UnicodeEncodeError as error:
         raise UserError(f"{name}:{line}", "broken JSON: half a surrogate pair", "whole characters") from error
     except InvalidValue as error:

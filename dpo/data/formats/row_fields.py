@@ -32,7 +32,7 @@ def field(row: Row, name: str, prefix: str = "") -> Any:
     """
     value = row.get(name)
     if value is None:
-        raise InvalidValue(f"missing field {prefix}{name}; the row has: {', '.join(row) or 'nothing'}")
+        raise InvalidValue(f"missing or null field {prefix}{name}; the row has: {', '.join(row) or 'nothing'}")
     return value
 
 
