@@ -10,6 +10,7 @@ dpo the launcher imports base, config, board.hparams and run.files only.
     0  supervise.py   torchrun as a child process: signals, time limits
     0  torchrun.py    the command line and environment of torchrun
     1  arguments.py   the command line of the launcher
+    1  compare.py     python -m launch.compare
     1  reports.py     the files in which a job reports its state
     2  checks.py      checks before anything is queued
     2  decision.py    decides how the job ended and whether it starts again: a pure function
@@ -20,5 +21,4 @@ dpo the launcher imports base, config, board.hparams and run.files only.
     4  here.py        runs on this machine, one after another
     4  slurm_job.py   the callable that submitit runs on SLURM and requeues
     5  submit.py      python -m launch.submit
-    1  compare.py     python -m launch.compare
 """

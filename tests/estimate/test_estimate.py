@@ -619,7 +619,7 @@ def test_on_this_machine(small: Path, capsys) -> None:
         (["--ranks", "2", "--mfu", "40"], "error: command line: --mfu: must be <= 1, got 40.0; valid: a share"),
         (["--ranks", "2", "--device", "h1"], "error: command line: --device: no such device: h1; valid: gb300, gb200"),
         (["--ranks", "2", "--link-gb-s", "fast"], "error: command line: argument --link-gb-s: invalid float"),
-        (["--ranks", "3", "--parallel.replicate", "2"], "error: command line: parallel.shard: replicate 2 x shard 1"),
+        (["--ranks", "3", "--parallel.replicate", "2"], "error: command line: parallel.replicate: 2 replicas do not"),
         (["--ranks", "2", "--model.path", "/"], "error: command line: model.path: / has no config.json"),
         (["--ranks", "2", "--data.max_length", "null"], "error: command line: --prompt-tokens, --completion-tokens:"),
         (
