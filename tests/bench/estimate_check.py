@@ -80,10 +80,10 @@ def plan_of(config: Config, num_ranks: int) -> StepPlan:
     return plan_step(TREES, num_ranks, config.batch.tokens_per_micro_batch, cost_model(MODEL))
 
 
-def estimated(config: Config, num_ranks: int = NUM_RANKS, on_cuda: bool = False, model: LlamaConfig = MODEL) -> Memory:
+def estimated(config: Config, num_ranks: int = NUM_RANKS, on_cuda: bool = False) -> Memory:
     """What `dpo.estimate` says of a step."""
     largest = largest_micro_batches([plan_of(config, num_ranks)])[0]
-    return step_memory(config, model, num_ranks, *largest, on_cuda)
+    return step_memory(config, MODEL, num_ranks, *largest, on_cuda)
 
 
 # --- on a rank -------------------------------------------------------------------------------------------------------
@@ -106,9 +106,9 @@ def two_steps(config: Config, model: LlamaConfig = MODEL) -> None:
             train_step(policy, optimizer, batches, config, config.optim.lr, lambda: False)
 
 
-def given_out(config: Config, model: LlamaConfig = MODEL) -> int:
+def given_out(config: Config) -> int:
     """The most bytes that torch's allocator had given out at once: tensors, and what kernels and gloo take."""
-    return allocated_peak(lambda: two_steps(config, model))
+    return allocated_peak(lambda: two_steps(config))
 
 
 def resident(config: Config) -> int:

@@ -264,26 +264,16 @@ def test_gloo_copies_what_it_gathers_and_scatters() -> None:
 # --- few layers to many -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("on_cuda", [True, False])
 @pytest.mark.parametrize(
-    ("keys", "on_cuda"),
+    "keys",
     [
-        ({}, True),
-        ({}, False),
-        ({"parallel__activation_checkpointing": "full", "parallel__sync_gradients": "every_micro_batch"}, True),
-        ({"parallel__reshard_after_forward": False, "parallel__activation_checkpointing": "selective"}, False),
-        (
-            {
-                "parallel__reshard_after_forward": False,
-                "parallel__activation_checkpointing": "selective",
-                "parallel__compile": False,
-            },
-            True,
-        ),
-        ({"parallel__replicate": 2, "parallel__sync_gradients": "every_micro_batch"}, False),
-        (
-            {"parallel__cpu_offload": True, "parallel__replicate": 2, "parallel__sync_gradients": "every_micro_batch"},
-            True,
-        ),
+        {},
+        {"parallel__compile": False},
+        {"parallel__activation_checkpointing": "full", "parallel__sync_gradients": "every_micro_batch"},
+        {"parallel__reshard_after_forward": False, "parallel__activation_checkpointing": "selective"},
+        {"parallel__replicate": 2, "parallel__sync_gradients": "every_micro_batch"},
+        {"parallel__cpu_offload": True, "parallel__replicate": 2, "parallel__sync_gradients": "every_micro_batch"},
     ],
 )
 def test_drawn_out_layers_are_the_layers_themselves(keys: dict[str, Any], on_cuda: bool) -> None:
@@ -309,6 +299,16 @@ def test_the_garbage_collector_changes_nothing() -> None:
             gc.set_threshold(*thresholds)
         totals.append({moment: peak.total() for moment, peak in peaks.items()})
     assert totals[0] == totals[1]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt-neox-tied", "qwen3", "mistral"])
+@pytest.mark.parametrize("on_cuda", [True, False])
+def test_every_family_can_be_estimated(family: str, on_cuda: bool) -> None:
+    """Also with 3 ranks, which divide none of its shapes, and with one rank."""
+    for num_ranks in (1, 3):
+        config = config_with(parallel__compute_dtype="bfloat16" if on_cuda else "float32")
+        memory = step_memory(config, family_config(family), num_ranks, *step_of(config, num_ranks, 6), on_cuda)
+        assert memory.device[WEIGHTS] > 0 and memory.device[ACTIVATIONS] > 0
 
 
 @pytest.mark.parametrize("on_cuda", [True, False])

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,8 +22,6 @@ from tests.support.runs import changed, run, six_steps, train_lines, without_clo
 
 README = Path(__file__).parents[2] / "README.md"
 NODES = {"node0": "10.78.0.1", "node1": "10.78.0.2"}
-LOOPBACK = "127.0.1.1"
-"""What many distributions let a host's own name resolve to; the other node cannot connect to it."""
 HOSTS = Path("/etc/netns")
 """Where `ip netns exec` looks for what it lays over /etc."""
 
@@ -31,9 +29,9 @@ SECONDS = 120
 
 
 @contextmanager
-def two_nodes() -> Iterator[list[str]]:
-    """The namespaces of the NODES, where each node's own name resolves to LOOPBACK; skips where that takes more rights
-    than this process has.
+def two_nodes(own_address: Mapping[str, str]) -> Iterator[list[str]]:
+    """The namespaces of the NODES, where each node's own name resolves to `own_address[name]`; skips where that takes
+    more rights than this process has.
     """
     if os.geteuid() != 0 or not shutil.which("ip") or not shutil.which("unshare"):
         pytest.skip("network namespaces need root, ip and unshare")
@@ -57,7 +55,7 @@ def two_nodes() -> Iterator[list[str]]:
             namespaces[1],
         )
         for namespace, name in zip(namespaces, NODES, strict=True):
-            connect(namespace, name, NODES | {name: LOOPBACK})
+            connect(namespace, name, NODES | {name: own_address[name]})
         yield namespaces
     finally:
         for namespace in namespaces:
@@ -66,7 +64,7 @@ def two_nodes() -> Iterator[list[str]]:
             HOSTS.rmdir()
 
 
-def connect(namespace: str, name: str, hosts: dict[str, str]) -> None:
+def connect(namespace: str, name: str, hosts: Mapping[str, str]) -> None:
     """Gives a node its address and its hosts file."""
     ip("-n", namespace, "link", "set", "lo", "up")
     ip("-n", namespace, "address", "add", f"{NODES[name]}/24", "dev", "eth0")
@@ -128,19 +126,17 @@ def wait_for(processes: list[subprocess.Popen[bytes]]) -> list[int]:
     return [process.wait() for process in processes]
 
 
-def test_the_readmes_line_trains_on_two_nodes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loopback", [False, True], ids=["own name in the network", "own name a loopback"])
+def test_the_readmes_line_trains_on_two_nodes(loopback: bool, tmp_path: Path) -> None:
     """Every metric equals that of a run of one process to 1e-5 relative, in float64, at the first step too: accuracies
     and rewards apart, there, which are those of a policy equal to its reference but for rounding.
-
-    A node's own name resolves to a loopback address, which is the harder case: where it does not, gloo needs no help
-    (tests/distributed/test_network.py).
     """
     save_model(tmp_path / "model", "gpt2")
     save_pairs(tmp_path / "pairs.jsonl", 12)
     save_pairs(tmp_path / "eval.jsonl", 4, seed=1)
     config = six_steps(tmp_path, tmp_path / "one", model__dtype="float64", parallel__reduce_dtype="float64")
     one = without_clock(train_lines(run(config)))
-    with two_nodes() as namespaces:
+    with two_nodes(dict.fromkeys(NODES, "127.0.1.1") if loopback else NODES) as namespaces:
         changes = {"train__run_dir": str(tmp_path / "two"), "reference__cache_dir": str(tmp_path / "cache-of-two")}
         said = train_on_two_nodes(namespaces, changed(config, **changes))
     assert "2 on 2 nodes" in said[0]
