@@ -72,6 +72,7 @@ SLOW: Sequence[str] = (
     "ref_logps/test_blocks.py",
     "ref_logps/test_reference.py",
     "run/test_answers.py",
+    "run/test_disk.py",
     "run/test_folder.py",
     "run/test_profiling.py",
     "run/test_provenance.py",

@@ -1,52 +1,21 @@
 """The memory per rank that the config's model takes before any activation, and the disk that a run of it takes."""
 
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
 
-from dpo.config import Config
 from dpo.distributed.collectives import all_gather, on_main
 from dpo.distributed.failures import estimate_command
 from dpo.distributed.world import World
-from dpo.doctor.parts import Failure, Finding, Part, Sizes, Subject, agreed, attempt, with_remedy
+from dpo.doctor.parts import Failure, Finding, Part, Subject, agreed, attempt, with_remedy
 from dpo.estimate.at_start import choice_here
 from dpo.estimate.choice import Choice
 from dpo.estimate.lengths import find_lengths
 from dpo.estimate.words import gib, shown_count
 from dpo.machine.facts import host_memory
-from dpo.model.build import build_on_meta
-from dpo.step.optim import optimizer_elements
-
-
-def sizes_of(config: Config, model_config: PretrainedConfig) -> Sizes:
-    """Returns the sizes of a run of this model. Raises UserError where the model cannot be trained."""
-    dtype, export_dtype = getattr(torch, config.model.dtype), getattr(torch, config.checkpoint.export_dtype)
-    model = build_on_meta(model_config, dtype, config.model.trust_remote_code)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    elements = 1 + optimizer_elements(config.optim)
-    return Sizes(
-        num_parameters,
-        num_parameters * dtype.itemsize * (1 + elements),
-        num_parameters * dtype.itemsize * elements,
-        num_parameters * export_dtype.itemsize,
-        config.checkpoint.keep,
-        num_saves(config),
-    )
-
-
-def num_saves(config: Config) -> int | None:
-    """Returns the number of checkpoints that a run writes; None where it depends on the number of pairs, which are not
-    read here.
-    """
-    every, steps = config.checkpoint.save_every, config.train.steps
-    if every is None:
-        return 1
-    return None if steps is None else math.ceil(steps / every)
 
 
 @dataclass(frozen=True)

@@ -13,38 +13,9 @@ from dpo.config import Config, ParallelConfig
 from dpo.distributed.collectives import all_gather, first_on_each_node, together
 from dpo.distributed.world import World
 from dpo.model.parallelize import compute_dtype
+from dpo.run.disk import Sizes
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The bytes that a run of a model keeps in memory and on disk."""
-
-    num_parameters: int
-    state: int
-    """Bytes of weights, gradients and optimizer of one copy of the model, on all its ranks together."""
-    checkpoint: int
-    """Bytes of one checkpoint: weights and optimizer."""
-    final: int
-    """Bytes of the exported model."""
-    keep: int | None
-    """Checkpoints that are kept; None: all."""
-    num_saves: int | None
-    """Checkpoints that the run writes; None where it depends on the number of pairs."""
-
-    def disk_bytes(self, present: int) -> int:
-        """Returns the bytes that the run still writes where `present` checkpoints exist already.
-
-        They are the checkpoints that are kept and, besides, either the checkpoint that is written before the oldest is
-        removed or the exported model. Where all of an unknown number are kept, one checkpoint and the model are
-        counted.
-        """
-        bounds = [number for number in (self.keep, self.num_saves) if number is not None]
-        kept = min(bounds, default=1)
-        is_replaced = self.keep is not None and (self.num_saves is None or self.num_saves > self.keep)
-        last = max(self.checkpoint, self.final) if is_replaced else self.final
-        return max(kept - present, 0) * self.checkpoint + last
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World, check_mesh
 from dpo.doctor.attention import ATTENTION
 from dpo.doctor.host import DEVICES, TOOLCHAIN, VERSIONS
-from dpo.doctor.model import MODEL, sizes_of
+from dpo.doctor.model import MODEL
 from dpo.doctor.parts import Finding, Part, Subject, examine
 from dpo.doctor.speed import LINKS, PRODUCTS
 from dpo.doctor.storage import CACHE, STORAGE
@@ -31,6 +31,7 @@ from dpo.doctor.words import header, lines_of, verdict
 from dpo.model.kernels import keep_kernels
 from dpo.model.weights import find_model_config, read_named_config
 from dpo.ref_logps.cache import cache_root
+from dpo.run.disk import sizes_of
 
 DESCRIPTION = """Shows on one screen whether a run would work here and how fast the machine is: devices, versions,
 compiler, matrix products, all-gathers, the disks of the run folder and of the cache, the memory that the model takes

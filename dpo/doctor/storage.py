@@ -14,9 +14,10 @@ from pathlib import Path
 from dpo.base.errors import RunError
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World
-from dpo.doctor.parts import Finding, Part, Sizes, Subject, agreed, with_remedy
+from dpo.doctor.parts import Finding, Part, Subject, agreed, with_remedy
 from dpo.doctor.words import counted, rate
 from dpo.estimate.words import gib, shown_seconds
+from dpo.run.disk import Sizes
 
 FILE_BYTES = 64 * 2**20
 """Bytes of each rank's file: enough that the time is not the latency of the file system."""

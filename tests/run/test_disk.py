@@ -1,0 +1,61 @@
+"""The bytes that a run keeps on disk, against what a run writes."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dpo.model.weights import read_model_config
+from dpo.run.disk import Sizes, num_saves, sizes_of
+from dpo.run.loop import is_time
+from tests.support.runs import make_config, run, save_six_steps, six_steps
+
+SIZES = Sizes(num_parameters=10, state=120, checkpoint=80, final=40, keep=2, num_saves=None)
+"""10 weights in float32 with RMSprop: 3 and 2 numbers each, 1 of it exported."""
+
+
+@pytest.mark.parametrize(
+    ("keep", "num_saves", "present", "needed"),
+    [
+        (2, None, 0, 240),  # a third is written before the first is removed
+        (2, 9, 0, 240),
+        (2, None, 1, 160),
+        (2, None, 2, 80),
+        (2, None, 5, 80),
+        (2, 2, 0, 200),  # two, and the exported model
+        (2, 1, 0, 120),
+        (None, 3, 0, 280),
+        (None, 3, 2, 120),
+        (None, None, 0, 120),  # at least
+    ],
+)
+def test_the_disk_that_a_run_needs(keep: int | None, num_saves: int | None, present: int, needed: int) -> None:
+    assert replace(SIZES, keep=keep, num_saves=num_saves).disk_bytes(present) == needed
+
+
+def test_the_sizes_are_those_that_a_run_writes(tmp_path: Path) -> None:
+    """Three steps, each saved; torch and safetensors add names to the numbers."""
+    facts = {"train__steps": 3, "train__eval_every": None, "checkpoint__save_every": 1, "checkpoint__keep": None}
+    config = six_steps(save_six_steps(tmp_path), tmp_path / "run", **facts)
+    large = LlamaConfig(vocab_size=16_384, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
+    LlamaForCausalLM(large).save_pretrained(tmp_path / "model")  # 2 million weights
+    found = sizes_of(config, read_model_config(tmp_path / "model", False))
+    run(config)
+    written = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert found.num_saves == len(written) == 3
+    assert (
+        found.checkpoint <= sum(file.stat().st_size for file in written[0].glob("*.distcp")) < 1.02 * found.checkpoint
+    )
+    assert found.final <= (tmp_path / "run" / "final" / "model.safetensors").stat().st_size < 1.02 * found.final
+    assert found.state == found.checkpoint + 4 * found.num_parameters
+
+
+def test_the_number_of_checkpoints_is_that_of_the_steps_with_one() -> None:
+    for steps, every in ((6, 2), (7, 2), (1, 100), (6, None)):
+        config = make_config("m", "d", "r", train__steps=steps, checkpoint__save_every=every)
+        written = sum(is_time(step, every, steps) for step in range(1, steps + 1))
+        assert num_saves(config) == written
+        epochs = make_config("m", "d", "r", train__epochs=3, checkpoint__save_every=every)
+        assert num_saves(epochs, last_step=steps) == written
+    assert num_saves(make_config("m", "d", "r", train__epochs=3)) is None
