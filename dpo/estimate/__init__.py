@@ -19,5 +19,6 @@ speed.py      the seconds of a step
 devices.py    the memory and the links of a rank's device
 changes.py    changes that make a step fit
 advice.py     changes that speed up a step that is bound by traffic
+forecast.py   what a run needs of a cluster
 words.py      an estimate as lines of text
 """

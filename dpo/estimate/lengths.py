@@ -25,6 +25,15 @@ NUM_STEPS = 16  # steps of the data that are planned, evenly spread
 
 
 @dataclass(frozen=True)
+class Extent:
+    """The number of steps and pairs of a run."""
+
+    num_steps: int
+    num_pairs: int
+    num_eval_pairs: int
+
+
+@dataclass(frozen=True)
 class Lengths:
     """The trees that steps compute."""
 
@@ -33,6 +42,8 @@ class Lengths:
     """The trees of a step of the longest pairs."""
     description: str
     """Where the lengths come from, for the user."""
+    extent: Extent | None = None
+    """None where the data was not read."""
 
 
 def find_lengths(
@@ -81,10 +92,12 @@ def _why_not_read(config: Config) -> str | None:
 
 
 def _of_data(config: Config, model_config: PretrainedConfig) -> Lengths:
-    config = replace(config, data=replace(config.data, eval=[]))
+    here = [source for source in config.data.eval if Path(source.path).exists()]
+    config = replace(config, data=replace(config.data, eval=here))
     data = prepare_data(config, model_config)
     order, last_step, _ = make_order(config, data)
-    return lengths_of_pairs(config, data.train, order, last_step)
+    lengths = lengths_of_pairs(config, data.train, order, last_step)
+    return replace(lengths, extent=Extent(last_step, len(data.train), len(data.eval)))
 
 
 def lengths_of_pairs(config: Config, train: PairSet, order: PairOrder, last_step: int) -> Lengths:

@@ -21,7 +21,7 @@ SGD 0, and 1 with momentum. The update needs temporary tensors besides:
 import copy
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PretrainedConfig
 
@@ -90,7 +90,23 @@ def step_memory(
     further = depth - depths[-1]
     moments = {m: _extrapolated([p[m] for p in peaks], further) for m in peaks[0]}
     local = elements[-1] + further * (elements[-1] - elements[0])
-    return _at_peak(config, moments, local, max(few[0].local_elements), on_cuda, all_groups(few[-1].groups, depth))
+    memory = _at_peak(config, moments, local, max(few[0].local_elements), on_cuda, all_groups(few[-1].groups, depth))
+    sizes = [copy_bytes(config, rehearsal.local_elements, on_cuda) for rehearsal in few]
+    return replace(memory, host=memory.host + Counter({COPY: sizes[-1] + further * (sizes[-1] - sizes[0])}))
+
+
+def copy_bytes(config: Config, local_elements: Sequence[int], pinned: bool) -> int:
+    """Returns the bytes of a rank's host copy of weights and optimizer.
+
+    Args:
+        config: gives the dtype of the weights and the optimizer.
+        local_elements: elements of this rank's shard of each parameter.
+        pinned: whether the copy is in pinned memory, for which torch rounds the bytes of each tensor up to a power of
+            two.
+    """
+    sizes = [elements * ITEMSIZES[config.model.dtype] for elements in local_elements]
+    kept = [1 << (size - 1).bit_length() if pinned and size else size for size in sizes]
+    return (1 + optimizer_elements(config.optim)) * sum(kept)
 
 
 def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
@@ -131,7 +147,7 @@ def all_groups(groups: Groups, depth: int) -> Groups:
 def _at_peak(
     config: Config, moments: dict[Moment, Bytes], local: int, largest: int, on_cuda: bool, groups: Groups
 ) -> Memory:
-    """Returns the memory at the moment with the most bytes on the device.
+    """Returns the memory at the moment with the most bytes on the device, without a checkpoint's copy.
 
     Args:
         config: the run's config.
@@ -152,7 +168,6 @@ def _at_peak(
     device = {name: Counter({k: n for k, n in peak.items() if k not in away}) for name, peak in named.items()}
     moment = max(device, key=lambda name: device[name].total())
     host = max((Counter({k: peak[k] for k in away}) for peak in named.values()), key=lambda peak: peak.total())
-    host[COPY] = local * itemsize + state[OPTIMIZER]
     return Memory(device[moment], host, moment, groups)
 
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from datasets import disable_progress_bars
@@ -23,12 +24,15 @@ from dpo.estimate.advice import advice
 from dpo.estimate.changes import Change, find_changes, with_keys
 from dpo.estimate.choice import Case, decide, with_values
 from dpo.estimate.devices import DEVICES, Device, this_machine
-from dpo.estimate.lengths import Lengths, find_lengths
+from dpo.estimate.forecast import forecast, line_of_run, write_forecast
+from dpo.estimate.lengths import Extent, Lengths, find_lengths
 from dpo.estimate.needs import Trial, memory_of, needed_bytes, plans_of, with_dtype
 from dpo.estimate.speed import DEFAULT_MFU, Cluster, Speed, step_speed
 from dpo.estimate.traffic import Groups
 from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wrapped
+from dpo.machine.data_sheets import find_sheet
 from dpo.model.weights import find_model_config
+from dpo.run.disk import sizes_of
 
 DEFAULT_RANKS_PER_NODE = 8
 
@@ -37,7 +41,8 @@ Beside the keys below: --ranks N GPUs in all (default: parallel.shard x parallel
 {", ".join(DEVICES)}, or cpu, this machine (default: h100); --ranks-per-node N (default: 8); --mfu X share of the
 device's peak that the arithmetic reaches while it runs (default: {DEFAULT_MFU}); --link-gb-s X and --node-link-gb-s X
 GB a second and GPU in one direction, within a node and between nodes (default: the device's); --prompt-tokens N and
---completion-tokens N in the place of the data's lengths. The exit code is 1 where it does not fit."""
+--completion-tokens N in the place of the data's lengths; --json FILE also writes what the run needs: seconds,
+memory of the hosts, bytes on disk. The exit code is 1 where it does not fit."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,8 @@ class Arguments:
     cluster: Cluster
     prompt_tokens: int | None
     completion_tokens: int | None
+    json: Path | None
+    """A file to which the forecast of the run is written too."""
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -63,10 +70,11 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     for flag in ("--mfu", "--link-gb-s", "--node-link-gb-s"):
         parser.add_argument(flag, type=float)
     parser.add_argument("--device", default="h100")
+    parser.add_argument("--json", type=Path)
     own, rest = split_words(parser, argv)
     config = load_config(rest, "dpo.estimate", DESCRIPTION)
     for name, value in vars(own).items():
-        if name != "device" and value is not None and not value > 0:
+        if name not in ("device", "json") and value is not None and not value > 0:
             raise UserError(f"command line: --{name.replace('_', '-')}", f"must be > 0, got {value}", "a number > 0")
     if own.mfu is not None and own.mfu > 1:
         raise UserError("command line: --mfu", f"must be <= 1, got {own.mfu}", "a share of the peak, like 0.4")
@@ -74,7 +82,7 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     check_mesh(World(0, num_ranks, 0, num_ranks, torch.device("cpu")), config.parallel)
     ranks_per_node = min(own.ranks_per_node or DEFAULT_RANKS_PER_NODE, num_ranks)
     cluster = Cluster(_device(own, ranks_per_node), num_ranks, ranks_per_node, own.mfu or DEFAULT_MFU)
-    return Arguments(_with_dtype(config, cluster.device), cluster, own.prompt_tokens, own.completion_tokens)
+    return Arguments(_with_dtype(config, cluster.device), cluster, own.prompt_tokens, own.completion_tokens, own.json)
 
 
 def _ranks_of(config: Config) -> int:
@@ -85,12 +93,22 @@ def _ranks_of(config: Config) -> int:
 
 
 def _device(own: argparse.Namespace, ranks_per_node: int) -> Device:
-    if own.device not in (*DEVICES, "cpu"):
-        raise UserError("command line: --device", f"no such device: {own.device}", f"{', '.join(DEVICES)}, cpu")
-    device = this_machine(ranks_per_node) if own.device == "cpu" else DEVICES[own.device]
+    device = this_machine(ranks_per_node) if own.device == "cpu" else _named_device(own.device)
     link = device.link if own.link_gb_s is None else own.link_gb_s * 1e9
     node_link = device.node_link if own.node_link_gb_s is None else own.node_link_gb_s * 1e9
     return replace(device, link=link, node_link=node_link)
+
+
+def _named_device(name: str) -> Device:
+    """Returns the device with this key of the table, or with this name as CUDA or SLURM gives it:
+    nvidia_h100_80gb_hbm3.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    sheet = find_sheet(name.replace("_", " "))
+    if sheet is None:
+        raise UserError("command line: --device", f"no such device: {name}", f"{', '.join(DEVICES)}, cpu")
+    return DEVICES[sheet.key]
 
 
 def _with_dtype(config: Config, device: Device) -> Config:
@@ -151,6 +169,15 @@ def _changes(result: Estimate, lengths: Lengths) -> list[Change]:
     return find_changes(trial, result.needed, largest_tree, needed, device.memory)
 
 
+def _tell_forecast(arguments: Arguments, result: Estimate, extent: Extent | None) -> None:
+    """Prints what the whole run needs, and writes it where the command line names a file."""
+    sizes = sizes_of(arguments.config, result.model_config, extent.num_steps if extent else None)
+    found = forecast(result, sizes, extent)
+    print("\n".join(wrapped([line_of_run(found, arguments.cluster.num_ranks)])), flush=True)
+    if arguments.json:
+        write_forecast(arguments.json, found)
+
+
 def main() -> None:
     """Runs `python -m dpo.estimate`. Raises RunError where the step does not fit."""
     arguments = read_arguments(sys.argv[1:])
@@ -164,6 +191,7 @@ def main() -> None:
         print("\n".join(wrapped([choice.line])), flush=True)
     result = estimate(arguments, model_config, lengths)
     print("\n".join(lines_of(result)), flush=True)
+    _tell_forecast(arguments, result, lengths.extent)
     trial, heading = Trial(arguments.config, arguments.cluster.num_ranks), []
     if not result.fits:
         say("trying changes that may make the step fit")

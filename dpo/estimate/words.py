@@ -91,7 +91,7 @@ def _parts(estimate: Estimate) -> list[str]:
         ("process and fragmentation, assumed", estimate.process),
     ]
     rows += estimate.memory.host.items() if estimate.cluster.device.is_cpu else []
-    return [f"  {name:<36}{_size(n):>12}" for name, n in rows]
+    return [f"  {name:<36}{shown_bytes(n):>12}" for name, n in rows]
 
 
 def verdict(estimate: Estimate) -> str:
@@ -104,7 +104,7 @@ def _host_line(estimate: Estimate) -> list[str]:
     if estimate.cluster.device.is_cpu:
         return []
     node, kinds = estimate.memory.host.total() * estimate.cluster.ranks_per_node, ", ".join(estimate.memory.host)
-    return [f"host memory of each node {_size(node)}: {kinds}"]
+    return [f"host memory of each node {shown_bytes(node)}: {kinds}"]
 
 
 def _step(estimate: Estimate) -> list[str]:
@@ -112,7 +112,9 @@ def _step(estimate: Estimate) -> list[str]:
     device = cluster.device
     rows = [f"a step of {estimate.config.batch.pairs_per_step} pairs, {_tera(speed.flops)} TFLOP on all ranks:"]
     for part in speed.parts:
-        moved = f"{_size(part.bytes)} from each rank" if part.bytes else f"at {cluster.mfu:.0%} of the device's peak"
+        moved = (
+            f"{shown_bytes(part.bytes)} from each rank" if part.bytes else f"at {cluster.mfu:.0%} of the device's peak"
+        )
         rows.append(f"  {part.name:<16}{shown_seconds(part.seconds):>10}   {moved}")
     overlapped, serial = speed.overlapped, speed.serial
     rows.append(
@@ -142,7 +144,8 @@ def _tera(number: float) -> str:
     return f"{number / 1e12:,.0f}" if number >= 1e14 else f"{number / 1e12:.3g}"
 
 
-def _size(number: float) -> str:
+def shown_bytes(number: float) -> str:
+    """Returns bytes in GiB, or in MiB below a tenth of a GiB."""
     return f"{gib(number)} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.1f} MiB"
 
 

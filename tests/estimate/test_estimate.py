@@ -612,6 +612,14 @@ def test_on_this_machine(small: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "device"),
+    [("a100", "A100"), ("nvidia_h100_80gb_hbm3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"), ("l40s", "L40S")],
+)
+def test_a_device_by_the_name_that_slurm_or_cuda_gives(name: str, device: str) -> None:
+    assert program._named_device(name).name == device
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "error: command line: --ranks: is missing, and parallel.shard is null; valid: --ranks N"),
