@@ -1,8 +1,8 @@
 # The commands of README.md; `.ci/run` runs the same.
 PYTHON ?= python3
 BIN := .venv/bin
-TOOLS := chromium chromedriver ip
-PACKAGES := chromium chromium-driver iproute2
+TOOLS := chromium chromedriver ip bwrap
+PACKAGES := chromium chromium-driver iproute2 bubblewrap
 # Two ranks share this machine's cores; more threads than cores only wait for each other.
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -52,7 +52,7 @@ bench: .venv/installed-bench .venv-trl/installed  ## tables and plots of speed a
 tools:                         ## Debian packages that some tests use, by apt; without them these tests are skipped
 	which $(TOOLS) > /dev/null || { apt-get update -qq && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -qq --no-install-recommends $(PACKAGES) > /dev/null; } || \
-	echo 'no apt-get, or not root: tests that need a browser or network namespaces are skipped'
+	echo 'no apt-get, or not root: tests that need a browser, network namespaces or a container are skipped'
 
 check: .venv/installed         ## style, spelling, types, and which room may import which
 	$(BIN)/ruff check .

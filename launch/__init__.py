@@ -9,16 +9,22 @@ dpo the launcher imports base, config, board.hparams and run.files only.
     0  squeue.py      asks SLURM for the state of a job
     0  supervise.py   torchrun as a child process: signals, time limits
     0  torchrun.py    the command line and environment of torchrun
-    1  arguments.py   the command line of the launcher
-    1  compare.py     python -m launch.compare
-    1  reports.py     the files in which a job reports its state
-    2  checks.py      checks before anything is queued
-    2  decision.py    decides how the job ended and whether it starts again: a pure function
-    2  sweep.py       the runs of a command line
-    3  follow.py      shows jobs until they end
-    3  node.py        the program on each node of a job; read its table first
-    4  executors.py   submitit's executor
-    4  here.py        runs on this machine, one after another
-    4  slurm_job.py   the callable that submitit runs on SLURM and requeues
-    5  submit.py      python -m launch.submit
+    1  flags.py       the flags of the launcher, with their help texts
+    1  site.py        asks SLURM what the nodes of a partition have
+    2  arguments.py   the command line of the launcher
+    2  compare.py     python -m launch.compare
+    2  reports.py     the files in which a job reports its state
+    3  checks.py      checks before anything is queued
+    3  containers.py  the folders that a container must see, and the command that enters it
+    3  decision.py    decides how the job ended and whether it starts again: a pure function
+    3  forecast.py    asks dpo.estimate, in a process of its own, what a run needs
+    3  sweep.py       the runs of a command line
+    4  follow.py      shows jobs until they end
+    4  node.py        the program on each node of a job; read its table first
+    4  resources.py   derives the time to save, memory, CPUs and restarts: pure functions
+    5  executors.py   submitit's executor
+    5  here.py        runs on this machine, one after another
+    5  known.py       learns what a run needs and what the cluster gives
+    5  slurm_job.py   the callable that submitit runs on SLURM and requeues
+    6  submit.py      python -m launch.submit
 """

@@ -4,16 +4,17 @@ import argparse
 import re
 import sys
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
-from dpo.base.command import Parser, parse_arguments, split_options, words_of
+from dpo.base.command import parse_arguments, split_options, words_of
 from dpo.base.errors import UserError
 from launch.durations import FORMATS, minutes_of
+from launch.flags import PLAIN, make_parser
 
-PROG = "launch.submit"
-DESCRIPTION = """Submits a training run to SLURM: one task per node, each with the torchrun that you would type
-yourself. Keys of the config, such as --loss.beta 0.5, are passed to the run. After a preemption, and when its time is
-up, the run resumes by itself."""
+LEAST_SIGNAL_DELAY = 120
+"""Seconds; also the value where the needs of the run are not known."""
 _ASKED_BY_US = (
     "array",
     "error",
@@ -42,14 +43,21 @@ class Request:
     """GPUs per node as SLURM takes them: 8, or a100:8; None: no GPUs."""
     ranks_per_node: int
     minutes: int | None
-    signal_delay: int
-    """Seconds between SIGUSR2 and the end of the job."""
+    device: str | None
+    measured: str | None
+    no_estimate: bool
+    prepare: bool
+    prepare_partition: str | None
+    signal_delay: int | None
+    """Seconds between SIGUSR2 and the end of the job; None: not decided yet (see `launch.resources`)."""
     max_timeouts: int
     max_crashes: int
     max_parallel: int | None
     cpus_per_gpu: int | None
     """CPUs for each rank."""
     python: str
+    """The interpreter of the ranks."""
+    apptainer: str | None
     container_image: str | None
     container_mounts: str | None
     setup: tuple[str, ...]
@@ -58,6 +66,23 @@ class Request:
     """Further options of sbatch; True for an option without a value."""
     follow: bool
     dry_run: bool
+    srun: tuple[str, ...] = ()
+    """Further arguments of srun."""
+
+    @property
+    def seconds_to_save(self) -> int:
+        """Returns the seconds between SIGUSR2 and the end of the job."""
+        return self.signal_delay or LEAST_SIGNAL_DELAY
+
+    @property
+    def launcher_python(self) -> str:
+        """Returns the interpreter of the launcher on the nodes, which stays outside an image of Apptainer."""
+        return sys.executable if self.apptainer else self.python
+
+    def sbatch_option(self, name: str) -> str | None:
+        """Returns the value of an option of sbatch; None if it is not set or has no value."""
+        value = dict(self.sbatch).get(name)
+        return value if isinstance(value, str) else None
 
 
 def parse_request(argv: Sequence[str] | None = None) -> Request:
@@ -71,7 +96,7 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
         SystemExit: with code 0, after --help has printed.
     """
     options = split_options(sys.argv[1:] if argv is None else argv)
-    args = parse_arguments(_parser(), words_of([option for option in options if not option.is_key]))
+    args = parse_arguments(make_parser(), words_of([option for option in options if not option.is_key]))
     keys = words_of([option for option in options if option.is_key])
     config = [word for file in args.config for word in ("--config", file)]  # `load_config` refuses a second file
     request = Request(
@@ -82,12 +107,18 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
         gpus=_gpus(args),
         ranks_per_node=_ranks_per_node(args),
         minutes=minutes_of(args.time) if args.time else None,
+        device=args.device,
+        measured=args.measured,
+        no_estimate=args.no_estimate,
+        prepare=args.prepare,
+        prepare_partition=args.prepare_partition,
         signal_delay=args.signal_delay,
         max_timeouts=args.max_timeouts,
         max_crashes=args.max_crashes,
         max_parallel=args.max_parallel,
         cpus_per_gpu=args.cpus_per_gpu,
-        python=args.python,
+        python=args.python or ("python3" if args.apptainer else sys.executable),
+        apptainer=args.apptainer,
         container_image=args.container_image,
         container_mounts=args.container_mounts,
         setup=tuple(args.setup),
@@ -98,101 +129,6 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
     )
     _check(request)
     return request
-
-
-def _parser() -> Parser:
-    parser = Parser(prog=f"python -m {PROG}", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="YAML file of the run; --SECTION.KEY VALUE replaces its values",
-    )
-    _add_where(parser.add_argument_group("where and how long"))
-    _add_restarts(parser.add_argument_group("stopping and restarting"))
-    _add_sweep(parser.add_argument_group("many runs"))
-    _add_sbatch(parser.add_argument_group("options of sbatch"))
-    _add_job(parser.add_argument_group("environment of the job"))
-    _add_watching(parser.add_argument_group("watching"))
-    return parser
-
-
-def _add_where(group: argparse._ArgumentGroup) -> None:
-    about = "slurm (default): a job of SLURM; local: in the background on this machine; debug: in this process"
-    group.add_argument("--cluster", choices=("slurm", "local", "debug"), default="slurm", help=about)
-    group.add_argument("--nodes", type=_positive, default=1, metavar="N", help="number of nodes (default: 1)")
-    about = "GPUs per node, with one rank per GPU: 8, or with a type a100:8; 0: ranks on CPUs"
-    group.add_argument("--gpus-per-node", metavar="N", help=about)
-    about = "ranks per node without --gpus-per-node: on CPUs, or on GPUs requested by --sbatch gres=gpu:8"
-    group.add_argument("--ranks-per-node", type=_positive, metavar="N", help=about)
-    about = f"maximum time that the job runs before it is requeued: {FORMATS}; required for SLURM"
-    group.add_argument("--time", metavar="TIME", help=about)
-
-
-def _add_restarts(group: argparse._ArgumentGroup) -> None:
-    about = "seconds before the end of --time at which the ranks get a signal to save; they have three quarters of"
-    about += " these seconds to finish (default: 120)"
-    group.add_argument("--signal-delay", type=_positive, default=120, metavar="S", help=about)
-    about = "maximum number of times that a job of SLURM is restarted when its time is up; preemptions have no limit,"
-    about += " but if --time is 10 minutes or less they count as time-outs, as do ranks killed in the last fifth of"
-    about += " --time (default: 10)"
-    group.add_argument("--max-timeouts", type=_natural, default=10, metavar="N", help=about)
-    about = "maximum number of times that the job is restarted after a rank was killed (out of memory, a lost GPU or"
-    about += " node) without a new checkpoint in between; an exception always ends the job (default: 3)"
-    group.add_argument("--max-crashes", type=_natural, default=3, metavar="N", help=about)
-
-
-def _add_sweep(group: argparse._ArgumentGroup) -> None:
-    about = "start one run for every combination of values, each in its own folder under train.run_dir"
-    group.add_argument("--sweep", nargs="+", default=[], metavar="KEY=A,B,...", help=about)
-    about = "maximum number of runs of a sweep at the same time"
-    group.add_argument("--max-parallel", type=_positive, metavar="N", help=about)
-
-
-_PLAIN = ("partition", "account", "qos", "constraint", "mail-user", "mail-type", "mem")
-
-
-def _add_sbatch(group: argparse._ArgumentGroup) -> None:
-    for name in _PLAIN:
-        group.add_argument(f"--{name}", metavar=name.rpartition("-")[2].upper(), help=f"sbatch's --{name}")
-    about = "CPUs per GPU, or per rank on nodes without GPUs"
-    group.add_argument("--cpus-per-gpu", type=_positive, metavar="N", help=about)
-    about = "any other option of sbatch, as in --sbatch reservation=mine, --sbatch exclusive; may be repeated"
-    group.add_argument("--sbatch", action="append", default=[], metavar="KEY[=VALUE]", help=about)
-
-
-def _add_job(group: argparse._ArgumentGroup) -> None:
-    about = "shell command to run before the run starts, as in --setup 'module load cuda'; may be repeated"
-    group.add_argument("--setup", action="append", default=[], metavar="LINE", help=about)
-    about = "environment variable of the ranks, recorded in the run folder; may be repeated"
-    group.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help=about)
-    about = "Python interpreter of the job, for example the one in a container (default: this interpreter)"
-    group.add_argument("--python", default=sys.executable, metavar="FILE", help=about)
-    about = "image in which pyxis runs the ranks; it must contain scontrol; the working directory is mounted"
-    group.add_argument("--container-image", metavar="IMAGE", help=about)
-    group.add_argument("--container-mounts", metavar="FROM:TO,...", help="further folders that pyxis mounts")
-
-
-def _add_watching(group: argparse._ArgumentGroup) -> None:
-    about = "print the log of the first node until the job ends; Ctrl-C leaves the job running"
-    group.add_argument("--follow", action="store_true", help=about)
-    about = "print the script for sbatch and the torchrun command; submit nothing"
-    group.add_argument("--dry-run", action="store_true", help=about)
-
-
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _natural(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _at_least(least: int, text: str) -> int:
-    if not re.fullmatch(r"\d+", text) or int(text) < least:
-        raise argparse.ArgumentTypeError(f"must be an integer >= {least}, got {text!r}")
-    return int(text)
 
 
 # --- flags that need more than a type ---------------------------------------------------------------------------------
@@ -230,7 +166,7 @@ def _name_and_value(flag: str, text: str, form: str, name_form: str) -> tuple[st
 
 def _sbatch_options(args: argparse.Namespace) -> tuple[tuple[str, str | bool], ...]:
     """Returns the options of sbatch: first the flags of the same name, then those of --sbatch. Raises UserError."""
-    plain = {name: getattr(args, name.replace("-", "_")) for name in _PLAIN}
+    plain = {name: getattr(args, name.replace("-", "_")) for name in PLAIN}
     options: dict[str, str | bool] = {name: value for name, value in plain.items() if value is not None}
     for text in args.sbatch:
         name, equals, value = text.partition("=")
@@ -245,7 +181,7 @@ def _check_sbatch(name: str, given: Collection[str]) -> None:
     """Raises UserError if --sbatch must not set the option `name`; `given`: the options that are set already."""
     if name in _ASKED_BY_US:
         raise UserError("command line: --sbatch", f"cannot set {name}, which the launcher sets", "other options")
-    if name in (*_PLAIN, "time"):
+    if name in (*PLAIN, "time"):
         raise UserError("command line: --sbatch", f"cannot set {name}, which has its own flag", f"--{name}")
     if name in given:
         raise UserError("command line: --sbatch", f"{name} is given twice", "once")
@@ -258,13 +194,38 @@ def _check(request: Request) -> None:
         raise UserError("command line: --nodes", what, "1, or --cluster slurm")
     if request.cluster == "slurm" and request.minutes is None:
         raise UserError("command line: --time", "is missing", FORMATS)
-    if request.minutes is not None and 60 * request.minutes <= request.signal_delay:
-        what = f"must be below --time, {60 * request.minutes} s, got {request.signal_delay} s"
+    if request.minutes is not None and 60 * request.minutes <= request.seconds_to_save:
+        what = f"must be below --time, {60 * request.minutes} s, got {request.seconds_to_save} s"
         raise UserError("command line: --signal-delay", what, "seconds for saving a checkpoint")
-    if request.container_mounts and not request.container_image:
-        raise UserError("command line: --container-mounts", "needs --container-image", "both flags")
+    if request.container_image and request.apptainer:
+        raise UserError("command line: --apptainer", "--container-image is given too", "one of them")
+    if request.container_mounts and not (request.container_image or request.apptainer):
+        what = "needs --apptainer or --container-image"
+        raise UserError("command line: --container-mounts", what, "both flags")
+    if request.prepare_partition and not request.prepare:
+        raise UserError("command line: --prepare-partition", "needs --prepare", "both flags")
+    if request.measured and not Path(request.measured).is_file():
+        raise UserError(
+            "command line: --measured", f"no such file: {request.measured}", "a file of dpo.doctor --report"
+        )
     if request.max_parallel and not request.sweep:
         raise UserError("command line: --max-parallel", "needs --sweep", "both flags")
+
+
+_OF_GPU_NODES = ("constraint", "exclude", "exclusive", "mem", "nodelist")
+PREPARE_CPUS = 8
+PREPARE_MEMORY = "16G"
+
+
+def for_preparing(request: Request) -> Request:
+    """Returns the request of the job of --prepare: one process on one node without GPUs, with the other options."""
+    kept = [(name, value) for name, value in request.sbatch if not name.startswith(("g", *_OF_GPU_NODES))]
+    if request.prepare_partition:
+        kept = [("partition", request.prepare_partition), *(pair for pair in kept if pair[0] != "partition")]
+    if request.sbatch_option("mem"):  # else SLURM may not limit memory, and have no value for a node's
+        kept.append(("mem", PREPARE_MEMORY))
+    changes: dict[str, Any] = {"nodes": 1, "gpus": None, "ranks_per_node": 1, "cpus_per_gpu": PREPARE_CPUS}
+    return replace(request, **changes, sbatch=tuple(kept), max_parallel=None)
 
 
 def unused_here(request: Request) -> list[str]:
@@ -273,6 +234,9 @@ def unused_here(request: Request) -> list[str]:
         "--time": request.minutes,
         "--cpus-per-gpu": request.cpus_per_gpu,
         "--container-image": request.container_image,
+        "--device": request.device,
+        "--measured": request.measured,
+        "--prepare-partition": request.prepare_partition,
         "--max-parallel": request.max_parallel,
         "--setup": request.setup if request.cluster == "debug" else None,
     }

@@ -38,7 +38,7 @@ def slurm_parameters(request: Request, name: str, after: Sequence[str] = ()) -> 
         "nodes": request.nodes,
         "ntasks_per_node": 1,
         "time": request.minutes,
-        "signal_delay_s": request.signal_delay,
+        "signal_delay_s": request.seconds_to_save,
         "setup": list(request.setup),
         "stderr_to_stdout": True,
         "srun_args": _srun_args(request),
@@ -57,13 +57,7 @@ def _srun_args(request: Request) -> list[str]:
     """Returns srun's arguments: every task has all CPUs of its node, and srun does not end tasks when another task
     ends, since the first node must still collect the reports of all nodes.
     """
-    args = ["--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]
-    if request.container_image:
-        here = os.fspath(Path.cwd())
-        mounts = [f"{here}:{here}"] + ([request.container_mounts] if request.container_mounts else [])
-        args += [f"--container-image={request.container_image}", f"--container-mounts={','.join(mounts)}"]
-        args += [f"--container-workdir={here}"]
-    return args
+    return ["--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0", *request.srun]
 
 
 def sbatch_script(request: Request, folder: Path, name: str, count: int = 1, after: Sequence[str] = ()) -> str:
@@ -77,7 +71,7 @@ def sbatch_script(request: Request, folder: Path, name: str, count: int = 1, aft
         after: ids of the jobs to wait for.
     """
     where = folder.absolute()
-    command = f"{shlex.quote(request.python)} -u -m submitit.core._submit {shlex.quote(str(where))}"
+    command = f"{shlex.quote(request.launcher_python)} -u -m submitit.core._submit {shlex.quote(str(where))}"
     parameters = slurm_parameters(request, name, after)
     script: str = _make_sbatch_string(command, where, map_count=count if count > 1 else None, **parameters)
     return script
@@ -105,7 +99,9 @@ def submit_to_slurm(
         works: the callable of each job.
         after: ids of the jobs to wait for.
     """
-    executor = submitit.SlurmExecutor(folder, max_num_timeout=request.max_timeouts, python=shlex.quote(request.python))
+    executor = submitit.SlurmExecutor(
+        folder, max_num_timeout=request.max_timeouts, python=shlex.quote(request.launcher_python)
+    )
     executor.update_parameters(**slurm_parameters(request, name, after))
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints its exceptions too

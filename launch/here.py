@@ -24,8 +24,8 @@ from launch.torchrun import Place
 class RunsHere:
     """The runs that one process starts, one after another."""
 
-    references: tuple[NodeJob, ...]
-    """Jobs that fill the reference cache; if one fails, the runs are not started."""
+    firsts: tuple[NodeJob, ...]
+    """Jobs that prepare the input or fill the reference cache; if one fails, the runs are not started."""
     runs: tuple[NodeJob, ...]
     folder: Path
     """Folder of the report about all runs; of a single run, the folder of its own reports."""
@@ -33,7 +33,11 @@ class RunsHere:
 
 def run_here(work: RunsHere) -> None:
     """Starts all runs, one after another. Raises SystemExit with the exit code of the first that failed, if any did."""
-    outcomes = [run_to_end(job) for job in work.references]
+    outcomes = []
+    for job in work.firsts:
+        outcomes.append(run_to_end(job))
+        if outcomes[-1].state != "done":
+            break
     if all(outcome.state == "done" for outcome in outcomes):
         outcomes = [run_to_end(job) for job in work.runs]
     failures = [outcome for outcome in outcomes if outcome.state == "failed"]

@@ -3,10 +3,11 @@
 The command line and the config are checked completely before anything is queued.
 """
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpo.base.command import run_program
@@ -14,14 +15,34 @@ from dpo.base.console import warn
 from dpo.base.errors import RunError
 from dpo.run.files import JOBS
 from launch import executors, torchrun
-from launch.arguments import Request, parse_request, unused_here
+from launch.arguments import Request, for_preparing, parse_request, unused_here
 from launch.checks import check_free, check_paths
+from launch.containers import Bound, bound_folders, interpreter, lines_of, make_folders, pyxis_arguments
 from launch.follow import Followed, cancel_command, follow
 from launch.here import RunsHere, run_here, start_in_background
+from launch.known import learn
 from launch.node import NodeJob
 from launch.reports import Submission, new_submission, write_submission
+from launch.resources import with_settings
 from launch.slurm_job import SlurmJob
-from launch.sweep import PlannedRun, planned_runs, reference_passes
+from launch.sweep import PlannedRun, planned_runs, prepare_passes, reference_passes
+
+
+@dataclass(frozen=True)
+class First:
+    """A job that must end before the runs start."""
+
+    module: str
+    words: tuple[str, ...]
+    request: Request
+    """Its nodes and options."""
+    purpose: str
+    """For the user."""
+
+    @property
+    def name(self) -> str:
+        """Returns the part of its name that follows the name of the run: prepare or reference."""
+        return self.module.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -30,8 +51,12 @@ class Plan:
 
     request: Request
     runs: Sequence[PlannedRun]
-    references: Sequence[tuple[str, ...]]
-    """Command lines of `dpo.reference`, whose jobs must end before the runs start."""
+    firsts: Sequence[First]
+    """In their order: each of them waits for those of other modules before it, the runs for all."""
+    lines: Sequence[str]
+    """The settings of the job, with the numbers behind them, for the user."""
+    folders: Sequence[Bound]
+    """The folders that a container must see; empty without a container."""
 
     @property
     def root(self) -> Path:
@@ -45,51 +70,85 @@ def main() -> None:
     runs = planned_runs(request)
     for run in runs:
         check_paths(run.config, run.words)
-    plan = Plan(request, runs, reference_passes(runs))
+    if not request.dry_run:
+        executors.check_cluster(request)
+        for run in runs:
+            check_free(run.dir)
+    plan = make_plan(request, runs)
     if request.dry_run:
         print_scripts(plan)
-        return
-    executors.check_cluster(request)
-    for run in runs:
-        check_free(run.dir)
-    if request.cluster == "slurm":
+    elif request.cluster == "slurm":
         submit_to_slurm(plan)
     else:
         submit_here(plan)
 
 
-def _program(request: Request, module: str, words: tuple[str, ...]) -> torchrun.Program:
-    return torchrun.Program(module, words, request.ranks_per_node, request.env)
+def make_plan(request: Request, runs: Sequence[PlannedRun]) -> Plan:
+    """Returns the plan of some runs: decides what the user left open, and warns of values that look wrong."""
+    lines: list[str] = []
+    known = learn(request, runs[0]) if request.cluster == "slurm" and not request.no_estimate else None
+    if known:
+        request, settings = with_settings(request, known)
+        lines += [setting.line for setting in settings]
+        for setting in settings:
+            if setting.warning:
+                warn(setting.warning)
+    folders: list[Bound] = []
+    if request.apptainer or request.container_image:
+        folders = bound_folders([run.config for run in runs], os.environ | dict(request.env))
+        request = replace(request, srun=tuple(pyxis_arguments(request, folders)))
+    prepares = prepare_passes(runs) if request.prepare else []
+    firsts = [First("dpo.prepare", words, for_preparing(request), "prepares models and data") for words in prepares]
+    firsts += [First("dpo.reference", w, request, "fills the reference cache") for w in reference_passes(runs)]
+    return Plan(request, runs, firsts, lines, folders)
 
 
-def _job(request: Request, module: str, words: tuple[str, ...], run_dir: Path) -> NodeJob:
+def _program(plan: Plan, request: Request, module: str, words: tuple[str, ...]) -> torchrun.Program:
+    return torchrun.Program(module, words, request.ranks_per_node, request.env, interpreter(request, plan.folders))
+
+
+def _job(plan: Plan, request: Request, module: str, words: tuple[str, ...], run_dir: Path) -> NodeJob:
     """Returns a job with a new folder for its reports."""
-    return NodeJob(_program(request, module, words), new_submission(run_dir), request.signal_delay, request.max_crashes)
+    program = _program(plan, request, module, words)
+    return NodeJob(program, new_submission(run_dir), request.seconds_to_save, request.max_crashes)
+
+
+def _first_job(plan: Plan, first: First) -> NodeJob:
+    return _job(plan, first.request, first.module, first.words, plan.root)
 
 
 # --- the queue --------------------------------------------------------------------------------------------------------
 
 
 def submit_to_slurm(plan: Plan) -> None:
-    """Queues the jobs that fill the reference cache, and the run or the array of runs that waits for them."""
+    """Queues the jobs that go first, and the run or the array of runs that waits for them."""
+    make_folders(plan.folders)
     request, folder, name = plan.request, plan.root / JOBS, plan.root.name
-    followed: list[Followed] = []
-    for words in plan.references:
-        job = _job(request, "dpo.reference", words, plan.root)
-        submission = executors.submit_to_slurm(request, folder, f"{name}-reference", [SlurmJob(job)])[0]
-        followed.append(_record(job, submission, "reference"))
-    after = [item.submission.job for item in followed]
-    jobs = [_job(request, "dpo.train", run.words, run.dir) for run in plan.runs]
+    firsts: list[tuple[First, Followed]] = []
     try:
+        for first in plan.firsts:
+            job, after = _first_job(plan, first), _ids_before(first, firsts)
+            works = [SlurmJob(job)]
+            submission = executors.submit_to_slurm(first.request, folder, f"{name}-{first.name}", works, after)[0]
+            firsts.append((first, _record(job, submission, first.name)))
+        jobs = [_job(plan, request, "dpo.train", run.words, run.dir) for run in plan.runs]
+        after = [item.submission.job for _, item in firsts]
         submissions = executors.submit_to_slurm(request, folder, name, [SlurmJob(job) for job in jobs], after)
     except RunError as failure:
-        cancel = f"; to cancel queued jobs: {cancel_command('slurm', after)}" if after else ""
+        queued = [item.submission.job for _, item in firsts]
+        cancel = f"; to cancel queued jobs: {cancel_command('slurm', queued)}" if queued else ""
         raise RunError(f"{failure}{cancel}") from failure
+    followed = [item for _, item in firsts]
     for run, job, submission in zip(plan.runs, jobs, submissions, strict=True):
         followed.append(_record(job, submission, run.dir.name))
-    tell(plan, submissions, after)
+    tell(plan, submissions, [(item.submission.job, first.purpose) for first, item in firsts])
     if request.follow:
         follow(followed)
+
+
+def _ids_before(first: First, firsts: Sequence[tuple[First, Followed]]) -> list[str]:
+    """Returns the ids of the jobs of other modules, which must end before this one."""
+    return [item.submission.job for other, item in firsts if other.module != first.module]
 
 
 def _record(job: NodeJob, submission: Submission, name: str) -> Followed:
@@ -97,39 +156,46 @@ def _record(job: NodeJob, submission: Submission, name: str) -> Followed:
     return Followed(name, submission, job.folder)
 
 
-def tell(plan: Plan, submissions: Sequence[Submission], after: Sequence[str] = ()) -> None:
-    """Prints for each job its id and run folder, and the commands that follow and cancel it.
+def tell(plan: Plan, submissions: Sequence[Submission], firsts: Sequence[tuple[str, str]] = ()) -> None:
+    """Prints the settings, for each job its id and run folder, and the commands that follow and cancel it.
 
     Args:
         plan: the runs.
         submissions: the job of each run.
-        after: ids of the jobs that fill the reference cache first.
+        firsts: (id, purpose) of the jobs that must end first.
     """
-    for job in after:
-        print(f"job     {job}  fills the reference cache first")
+    for line in plan.lines:
+        print(line)
+    for job, purpose in firsts:
+        print(f"job     {job}  {purpose} first")
     for run, submission in zip(plan.runs, submissions, strict=True):
         print(f"job     {submission.job}\nrun     {run.dir}\nfollow  tail -F {shlex.quote(submission.log)}")
-    jobs = dict.fromkeys([*after, *(submission.whole for submission in submissions)])
+    jobs = dict.fromkeys([*(job for job, _ in firsts), *(submission.whole for submission in submissions)])
     print(f"cancel  {cancel_command(submissions[0].cluster, list(jobs))}", flush=True)
 
 
 def print_scripts(plan: Plan) -> None:
-    """Prints the script for sbatch and the torchrun command of each job, and submits nothing."""
-    for words in plan.references:
-        _print_script(plan, f"{plan.root.name}-reference")
-        _print_line(plan.request, "dpo.reference", words)
-    _print_script(plan, plan.root.name, len(plan.runs), ["REFERENCE_JOB"] * len(plan.references))
+    """Prints the settings, and the script for sbatch and the torchrun command of each job; submits nothing."""
+    for line in [*plan.lines, *lines_of(plan.folders)]:
+        print(f"# {line}")
+    placeholders: list[tuple[First, str]] = []
+    for first in plan.firsts:
+        after = [name for other, name in placeholders if other.module != first.module]
+        _print_script(plan, first.request, f"{plan.root.name}-{first.name}", 1, after)
+        _print_line(plan, first.request, first.module, first.words)
+        placeholders.append((first, f"{first.name.upper()}_JOB"))
+    _print_script(plan, plan.request, plan.root.name, len(plan.runs), [name for _, name in placeholders])
     for run in plan.runs:
-        _print_line(plan.request, "dpo.train", run.words)
+        _print_line(plan, plan.request, "dpo.train", run.words)
 
 
-def _print_script(plan: Plan, name: str, count: int = 1, after: Sequence[str] = ()) -> None:
-    if plan.request.cluster == "slurm":
-        print(executors.sbatch_script(plan.request, plan.root / JOBS, name, count, after))
+def _print_script(plan: Plan, request: Request, name: str, count: int, after: Sequence[str]) -> None:
+    if request.cluster == "slurm":
+        print(executors.sbatch_script(request, plan.root / JOBS, name, count, after))
 
 
-def _print_line(request: Request, module: str, words: tuple[str, ...]) -> None:
-    line = torchrun.line(_program(request, module, words), request.nodes, request.python)
+def _print_line(plan: Plan, request: Request, module: str, words: tuple[str, ...]) -> None:
+    line = torchrun.line(_program(plan, request, module, words), request.nodes, request.python)
     print(f"# on each node, in {Path.cwd()}\n{line}\n")
 
 
@@ -142,15 +208,18 @@ def submit_here(plan: Plan) -> None:
     unused = unused_here(request)
     if unused:
         warn(f"--cluster {request.cluster} ignores {', '.join(unused)}")
-    jobs = [_job(request, "dpo.train", run.words, run.dir) for run in plan.runs]
-    references = [_job(request, "dpo.reference", words, plan.root) for words in plan.references]
+    make_folders(plan.folders)
+    jobs = [_job(plan, request, "dpo.train", run.words, run.dir) for run in plan.runs]
+    firsts = [_first_job(plan, first) for first in plan.firsts]
     folder = jobs[0].folder if len(jobs) == 1 else new_submission(plan.root)
-    work = RunsHere(tuple(references), tuple(jobs), folder)
+    work = RunsHere(tuple(firsts), tuple(jobs), folder)
     if request.cluster == "debug":
         run_here(work)
         return
     log = folder.with_name(f"{folder.name}_log.out")
-    submission = Submission("local", str(start_in_background(work, log, request.python, request.setup)), str(log))
+    submission = Submission(
+        "local", str(start_in_background(work, log, request.launcher_python, request.setup)), str(log)
+    )
     for reports in {folder, *(job.folder for job in jobs)}:
         write_submission(reports, submission)
     tell(plan, [submission] * len(jobs))

@@ -26,6 +26,7 @@ _PEER_SECONDS = 30.0
 _TERM_SECONDS = 10.0
 """Time between SIGTERM to torchrun and SIGKILL to all its descendants; a tenth of `grace` if that is shorter."""
 _KEPT_LINES = 2000
+_TORCHRUN = "torch.distributed.run"
 
 
 class Signals:
@@ -138,7 +139,7 @@ def _wait(process: subprocess.Popen[str], noted: Signals, grace: float, peer_fai
             repeat_at = now + _REPEAT_SECONDS
             noted.look()
             if noted.stop_since is not None and not noted.ended:
-                send(signal.SIGUSR2, children(process.pid))
+                send(signal.SIGUSR2, children(torchrun_of(process.pid)))
             if deadline == float("inf") and peer_failed():
                 deadline = now + _PEER_SECONDS
         if noted.stop_since is not None:
@@ -166,6 +167,22 @@ def _end(process: subprocess.Popen[str], patience: float) -> None:
 
 
 # --- processes, as /proc shows them -----------------------------------------------------------------------------------
+
+
+def torchrun_of(pid: int) -> int:
+    """Returns the process of torchrun: the innermost that has torchrun in its command line, since a container's
+    program that was started with the same words may stay above it. `pid` where there is none yet.
+    """
+    found = [below for below in [pid, *descendants(pid)] if _TORCHRUN in _words(below)]
+    return found[-1] if found else pid
+
+
+def _words(pid: int) -> list[str]:
+    """Returns the command line of a process; nothing where it has just ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def children(pid: int) -> list[int]:

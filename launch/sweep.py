@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from typing import Any
 from dpo.base.command import split_options
 from dpo.base.errors import UserError
 from dpo.config import Config, load_config
-from launch.arguments import PROG, Request
+from launch.arguments import Request
+from launch.flags import PROG
 
 _LONGEST_NAME = 40
 """Maximum number of characters of a value in the name of a folder."""
@@ -105,19 +106,34 @@ def _check_distinct(runs: Sequence[PlannedRun]) -> None:
             raise UserError("command line: --sweep", what, "each value once")
 
 
-# --- the reference cache, which the runs of a sweep share -------------------------------------------------------------
+# --- work that the runs of a sweep share ------------------------------------------------------------------------------
 
 
 def reference_passes(runs: Sequence[PlannedRun]) -> list[tuple[str, ...]]:
     """Returns the command lines of `dpo.reference` that fill the cache before a sweep starts: one for each set of rows
     that its runs need. A single run fills the cache itself; a run whose loss has no reference needs none.
     """
+    shared = [run for run in runs if run.config.loss.facts.uses_reference] if len(runs) > 1 else []
+    return _first_of_each(shared, _reference_facts)
+
+
+def prepare_passes(runs: Sequence[PlannedRun]) -> list[tuple[str, ...]]:
+    """Returns the command lines of `dpo.prepare`: one for each set of models and data that the runs need."""
+    return _first_of_each(runs, lambda config: (*_model_facts(config), config.data, config.train.seed))
+
+
+def _first_of_each(runs: Sequence[PlannedRun], facts_of: Callable[[Config], tuple[Any, ...]]) -> list[tuple[str, ...]]:
+    """Returns the command lines of the first run of each group with equal facts."""
     passes: list[tuple[Any, tuple[str, ...]]] = []
-    for run in runs if len(runs) > 1 else []:
-        facts = _reference_facts(run.config)
-        if run.config.loss.facts.uses_reference and facts not in [known for known, _ in passes]:
+    for run in runs:
+        facts = facts_of(run.config)
+        if facts not in [known for known, _ in passes]:
             passes.append((facts, run.words))
     return [words for _, words in passes]
+
+
+def _model_facts(config: Config) -> tuple[Any, ...]:
+    return (config.model.path, config.reference.path or config.model.path, config.model.tokenizer or config.model.path)
 
 
 def _reference_facts(config: Config) -> tuple[Any, ...]:
@@ -126,6 +142,5 @@ def _reference_facts(config: Config) -> tuple[Any, ...]:
     """
     sources = [dataclasses.replace(source, holdout=None) for source in (*config.data.train, *config.data.eval)]
     data = dataclasses.replace(config.data, train=sources, eval=[], order="shuffled", num_proc=None)
-    model = (config.reference.path or config.model.path, config.model.tokenizer or config.model.path)
     precision = (config.model.dtype, config.parallel.compute_dtype, config.parallel.tf32)
-    return (*model, *precision, config.reference.cache_dir, data)
+    return (*_model_facts(config)[1:], *precision, config.reference.cache_dir, data)

@@ -21,6 +21,8 @@ class Program:
     ranks_per_node: int
     env: tuple[tuple[str, str], ...] = ()
     """Environment variables from --env: (name, value)."""
+    interpreter: tuple[str, ...] = ()
+    """The words that start Python in a container; empty: the interpreter of the launcher."""
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,11 @@ def command(program: Program, place: Place, log_dir: Path | None = None, python:
         program: the program of the ranks.
         place: the place of the node among the nodes of the job.
         log_dir: torchrun's log folder, in which each rank that raises writes an error.json; None: its default.
-        python: the interpreter.
+        python: the interpreter, unless the program has one of its own.
     """
     logs = ["--log-dir", str(log_dir)] if log_dir else []
     ranks = ["--nproc-per-node", str(program.ranks_per_node)]
-    torchrun = [python, "-m", "torch.distributed.run", *rendezvous(place), *ranks, *logs]
+    torchrun = [*(program.interpreter or (python,)), "-m", "torch.distributed.run", *rendezvous(place), *ranks, *logs]
     return [*torchrun, "-m", program.module, *program.words]
 
 

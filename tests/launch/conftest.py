@@ -17,12 +17,12 @@ cat {name}.answer 2> /dev/null || true
 
 
 class FakeSlurm:
-    """sbatch, srun, scontrol and squeue."""
+    """sbatch, srun, scontrol, sinfo and squeue."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         folder.mkdir()
-        for name in ("sbatch", "srun", "scontrol", "squeue"):
+        for name in ("sbatch", "srun", "scontrol", "sinfo", "squeue"):
             (folder / name).write_text(SCRIPT.format(folder=folder, name=name))
             (folder / name).chmod(0o755)
         self.answer("sbatch", "Submitted batch job 4242\n")

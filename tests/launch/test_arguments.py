@@ -106,7 +106,7 @@ def test_what_a_job_on_this_machine_does_not_use() -> None:
         (["--sbatch", "partition=p"], "--sbatch: cannot set partition, which has its own flag; valid: --partition"),
         (["--sbatch", "time=5"], "--sbatch: cannot set time, which has its own flag; valid: --time"),
         (["--sbatch", "nice=1", "--sbatch", "nice=2"], "--sbatch: nice is given twice"),
-        (["--container-mounts", "/a:/a"], "--container-mounts: needs --container-image"),
+        (["--container-mounts", "/a:/a"], "--container-mounts: needs --apptainer or --container-image"),
         (["--max-parallel", "2"], "--max-parallel: needs --sweep"),
     ],
 )

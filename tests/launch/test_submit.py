@@ -9,18 +9,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import submitit
 
 from dpo.base.command import run_program
 from launch import submit
+from launch.node import NodeJob
 from launch.reports import Outcome, write_outcome
 from tests.launch.conftest import FakeSlurm
+from tests.launch.test_resources import KNOWN
 
 Launch = Callable[..., int]
 
 
 @pytest.fixture
 def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
-    """The exit code of the program in this process, in a folder with my.yaml and its data; two nodes of two ranks."""
+    """The exit code of the program in this process, in a folder with my.yaml and its data; two nodes of two ranks.
+
+    Nothing is known of the run, unless a test says so.
+    """
+    monkeypatch.setattr(submit, "learn", lambda request, run: None)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     Path("pairs.jsonl").touch()
@@ -88,10 +95,8 @@ def test_what_goes_through(launch: Launch, slurm: FakeSlurm) -> None:
     assert found["exclude"] == "'n[1-2]'" and found["cpus-per-task"] == "8"
     assert "\nmodule load cuda\nulimit -l unlimited\n" in script
     here = Path.cwd()
-    assert (
-        f"--container-image=docker://x --container-mounts={here}:{here},/data:/data --container-workdir={here}"
-        in script
-    )
+    mounts = rf"--container-image=docker://x --container-mounts={here}:{here},(\S+:\S+,)*/data:/data"
+    assert re.search(rf"{mounts} --container-workdir={here}", script)
 
 
 def test_a_sweep_is_an_array_behind_its_reference_pass(
@@ -110,6 +115,70 @@ def test_a_sweep_is_an_array_behind_its_reference_pass(
     assert out.endswith("cancel  scancel 4242\n")
     assert len(list(Path("runs/my/jobs").glob("4242_?_submitted.pkl"))) == 4
     assert len(list(Path("runs/my").glob("beta=*/jobs/*/submitted.json"))) == 4
+
+
+def test_the_needs_of_a_run_decide_what_is_asked_for(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers are those of `test_resources`; the ranks learn the delay too."""
+    monkeypatch.setattr(submit, "learn", lambda request, run: KNOWN)
+    assert launch("--signal-delay", "100") == 0
+    out, err = capsys.readouterr()
+    assert [line.split()[0] for line in out.splitlines()] == [
+        *("signal", "memory", "cpus", "time"),
+        *("job", "run", "follow", "cancel"),
+    ]
+    assert err.startswith("WARNING: --signal-delay 100 is too short to save, 200 would be enough: ")
+    assert launch("--dry-run") == 0
+    assert capsys.readouterr().out.startswith("# signal  200 s before the end of --time: ")
+    shutil.rmtree("runs")
+    assert launch() == 0
+    found = options(slurm.script(2))
+    assert (found["signal"], found["mem"], found["cpus-per-task"]) == ("USR2@200", "184320M", "16")
+    assert [work.signal_delay for work in works()] == [200]
+
+
+def test_no_estimate(launch: Launch, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "learn", None)  # to call it would fail
+    assert launch("--no-estimate") == 0
+    assert options(slurm.script(1))["signal"] == "USR2@120"
+
+
+def test_a_job_prepares_models_and_data_first(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without GPUs, and the run waits for it."""
+    gpu_options = ("--mem", "900G", "--constraint", "h100", "--sbatch", "exclusive", "--account", "me")
+    assert launch("--prepare", "--prepare-partition", "cpu", "--partition", "gpu", *gpu_options) == 0
+    first, second = options(slurm.script(1)), options(slurm.script(2))
+    assert first["partition"] == "cpu" and second["partition"] == "gpu"
+    assert first["nodes"] == "1" and first["cpus-per-task"] == "8" and first["mem"] == "16G"
+    assert first["account"] == second["account"] == "me"
+    assert not {"gpus-per-node", "constraint", "exclusive"} & set(first) and "dependency" not in first
+    assert second["dependency"] == "afterok:4242"
+    assert capsys.readouterr().out.startswith("job     4242  prepares models and data first\njob     4242\n")
+    assert launch("--prepare", "--dry-run") == 0
+    assert "--nproc-per-node 1 -m dpo.prepare --config my.yaml" in capsys.readouterr().out
+
+
+def test_the_reference_of_a_sweep_waits_for_its_preparation(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two sets of data are prepared by two jobs, which do not wait for each other."""
+    Path("other.jsonl").touch()
+    sources = "data.train=[{path: pairs.jsonl}],[{path: other.jsonl}]"
+    assert launch("--prepare", "--sweep", sources, "loss.beta=0.1,0.5", "--dry-run") == 0
+    out = capsys.readouterr().out
+    waits = re.findall("^#SBATCH --dependency=(.*)$", out, re.MULTILINE)
+    both = "afterok:PREPARE_JOB:PREPARE_JOB"
+    assert waits == [both, both, f"{both}:REFERENCE_JOB:REFERENCE_JOB"]
+    assert out.count("-m dpo.prepare") == out.count("-m dpo.reference") == 2 and out.count("-m dpo.train") == 4
+
+
+def works() -> list[NodeJob]:
+    """The jobs that were queued."""
+    pickles = Path("runs/my/jobs").glob("*_submitted.pkl")
+    return [submitit.core.utils.DelayedSubmission.load(path).function.job for path in pickles]
 
 
 def test_a_job_in_the_run_folder_is_not_disturbed(

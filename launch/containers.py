@@ -1,0 +1,105 @@
+"""Runs in a container: the folders that it must see, and the command that enters it.
+
+Apptainer: the launcher stays outside, on the node, and starts torchrun inside. The ranks are visible to it, since
+Apptainer shares the node's processes unless told otherwise:
+
+    srun python -m submitit...            on the node; asks SLURM, sends signals
+      apptainer exec --nv ... IMAGE       replaces ignored signals by the default
+        sh -c 'trap "" USR2; exec ...'    ignores SIGUSR2 again, as ranks that still import must
+          python3 -m torch.distributed.run
+            ranks
+
+pyxis: srun enters the image before the launcher, so the image must contain SLURM's scontrol and squeue.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo.base.files import default_cache_dir
+from dpo.config import Config
+from launch.arguments import Request
+
+_IGNORE_STOP = ("sh", "-c", 'trap "" USR2; exec "$@"', "sh")
+"""Words before a command that is started with SIGUSR2 ignored."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """A folder that the container must see under its own path."""
+
+    path: Path
+    reason: str
+
+
+def bound_folders(configs: Sequence[Config], environment: Mapping[str, str]) -> list[Bound]:
+    """Returns the folders of the host that runs need; none lies inside another.
+
+    Args:
+        configs: of the runs.
+        environment: the variables of the ranks; `HF_HOME` and others name caches.
+    """
+    found: dict[Path, str] = {}
+    for path, reason in (pair for config in configs for pair in _needed(config, environment)):
+        found.setdefault(path.expanduser().absolute(), reason)
+    return [Bound(path, reason) for path, reason in found.items() if not any(other in path.parents for other in found)]
+
+
+def _needed(config: Config, environment: Mapping[str, str]) -> Iterator[tuple[Path, str]]:
+    yield Path.cwd(), "the working directory"
+    local = {
+        "model.path": config.model.path,
+        "model.tokenizer": config.model.tokenizer,
+        "reference.path": config.reference.path,
+        **{f"data.train[{i}].path": source.path for i, source in enumerate(config.data.train)},
+        **{f"data.eval[{i}].path": source.path for i, source in enumerate(config.data.eval)},
+    }
+    for key, name in local.items():
+        path = Path(name).expanduser() if name else None
+        if path and path.exists():
+            real = path.resolve()  # models are often links into another folder
+            yield (path if path.is_dir() else path.parent), key
+            yield (real if real.is_dir() else real.parent), key
+    yield Path(str(config.train.run_dir)), "train.run_dir"
+    cache = environment.get("DPO_CACHE") or default_cache_dir()
+    yield Path(config.reference.cache_dir or cache), "reference.cache_dir"
+    yield Path(cache), "DPO_CACHE: kernels"
+    yield Path(environment.get("HF_HOME") or "~/.cache/huggingface"), "HF_HOME: models and tokenized rows"
+    for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
+        if environment.get(name):
+            yield Path(environment[name]), name
+
+
+def interpreter(request: Request, folders: Sequence[Bound]) -> tuple[str, ...]:
+    """Returns the words that start Python for torchrun: in the image of --apptainer, or on the node."""
+    if request.apptainer is None:
+        return ()
+    binds = ",".join([str(bound.path) for bound in folders] + ([request.container_mounts or ""]))
+    options = ("--nv", "--bind", binds.rstrip(","), "--pwd", os.fspath(Path.cwd()))
+    return ("apptainer", "exec", *options, request.apptainer, *_IGNORE_STOP, request.python)
+
+
+def pyxis_arguments(request: Request, folders: Sequence[Bound]) -> list[str]:
+    """Returns srun's arguments for the image of --container-image; none without one."""
+    if request.container_image is None:
+        return []
+    mounts = [f"{bound.path}:{bound.path}" for bound in folders]
+    mounts += [request.container_mounts] if request.container_mounts else []
+    here = Path.cwd()
+    return [
+        f"--container-image={request.container_image}",
+        f"--container-mounts={','.join(mounts)}",
+        f"--container-workdir={here}",
+    ]
+
+
+def make_folders(folders: Sequence[Bound]) -> None:
+    """Makes the folders that do not exist yet: only a folder that exists can be bound."""
+    for bound in folders:
+        bound.path.mkdir(parents=True, exist_ok=True)
+
+
+def lines_of(folders: Sequence[Bound]) -> list[str]:
+    """Returns one line per folder, for the user."""
+    return [f"bound   {bound.path}  ({bound.reason})" for bound in folders]

@@ -1,0 +1,72 @@
+"""Learns what a run needs and what the cluster gives, before a job is queued."""
+
+import os
+import re
+import time
+import uuid
+from pathlib import Path
+
+from dpo.base.console import say, warn
+from launch.arguments import Request
+from launch.forecast import Forecast, Unknown, ask_forecast
+from launch.resources import Known
+from launch.site import ask_site
+from launch.sweep import PlannedRun
+
+ASSUMED_RATE = 5e8
+"""Bytes per second at which checkpoints are assumed to be written where it cannot be measured."""
+_FILE_BYTES = 64 * 2**20
+
+
+def learn(request: Request, run: PlannedRun) -> Known | None:
+    """Returns what is known about a run; None, with a warning that gives the reason, where the estimate fails. Raises
+    UserError where the estimate finds that the input is wrong.
+
+    Args:
+        request: the nodes, ranks and device.
+        run: the run, or the first of a sweep.
+    """
+    say("estimating what the run needs")
+    try:
+        forecast = ask_forecast(request, run.words, run.config)
+    except Unknown as reason:
+        warn(f"the run's needs are not known, so --time, --mem and --signal-delay are not checked: {reason}")
+        return None
+    if not forecast.fits:
+        warn(f"a step does not fit by the estimate on {forecast.device}: {forecast.verdict}; python -m dpo.estimate")
+    rate, source = write_rate(run.dir, forecast)
+    site = ask_site(str(dict(request.sbatch).get("partition", "")) or None, bool(request.gpus))
+    return Known(forecast, rate, source, site, steps_done(run.dir))
+
+
+def write_rate(run_dir: Path, forecast: Forecast) -> tuple[float, str]:
+    """Returns the bytes per second at which checkpoints are written, and where this comes from: the measured file that
+    the estimate has read, or a file that is written and synced now beside the run folder.
+    """
+    if forecast.write_rate:
+        return forecast.write_rate, "measured there"
+    folder = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.is_dir())
+    file = folder / f".{uuid.uuid4().hex}.trial"
+    try:
+        return _FILE_BYTES / _timed_write(file), "one process here, now"
+    except OSError as failure:
+        return ASSUMED_RATE, f"assumed: {failure.strerror}"
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def _timed_write(file: Path) -> float:
+    """Writes random bytes, which no file system can compress; returns the seconds until they are on the disk."""
+    content = os.urandom(2**20)
+    started = time.perf_counter()
+    with file.open("wb", buffering=0) as out:
+        for _ in range(_FILE_BYTES // len(content)):
+            out.write(content)
+        os.fsync(out.fileno())
+    return time.perf_counter() - started
+
+
+def steps_done(run_dir: Path) -> int:
+    """Returns the step of the newest complete checkpoint of a run; 0 if it has none."""
+    names = (marker.parent.name for marker in (run_dir / "checkpoints").glob("step-*/COMPLETE"))
+    return max((int(step[1]) for name in names if (step := re.fullmatch(r"step-(\d+)", name))), default=0)

@@ -1,0 +1,183 @@
+"""Runs in containers: the folders that they must see, and a run in one that sees nothing else.
+
+bubblewrap stands in for Apptainer: its image has this machine's system, the interpreter and this project, and of all
+other folders only those that are bound.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dpo.config import Config, SourceConfig, to_yaml
+from launch.arguments import Request, parse_request
+from launch.containers import Bound, bound_folders, interpreter, lines_of, make_folders, pyxis_arguments
+from launch.reports import history, read_outcome, submissions
+from tests.support.models import save_model, save_pairs
+from tests.support.runs import changed, make_config, train_lines
+
+ROOT = Path(__file__).parents[2]
+
+APPTAINER = f"""#!{sys.executable}
+import os, signal, subprocess, sys
+signal.signal(signal.SIGUSR2, signal.SIG_DFL)  # the real one is a Go program, which resets ignored signals
+words = sys.argv[1:]
+assert words.pop(0) == "exec" and words.pop(0) == "--nv" and words.pop(0) == "--bind"
+binds = [bind.partition(":")[0] for bind in words.pop(0).split(",")]
+assert words.pop(0) == "--pwd"
+here, image, command = words[0], words[1], words[2:]
+assert image == "image.sif"
+system = [f"/{{name}}" for name in ("usr", "bin", "lib", "lib64", "etc", "sys") if os.path.exists(f"/{{name}}")]
+system += [sys.base_prefix, sys.prefix]
+box = ["bwrap", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--setenv", "CONTAINER", "yes"]
+for path in system:
+    box += ["--ro-bind", path, path]
+for path in binds:
+    box += ["--bind", path, path]
+child = subprocess.Popen([*box, "--chdir", here, *command])  # the real one stays above its container too
+signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+sys.exit(child.wait())
+"""
+
+
+def request(*words: str) -> Request:
+    """A request for two ranks on the CPUs of this machine."""
+    return parse_request(["--config", "my.yaml", "--cluster", "local", "--ranks-per-node", "2", *words])
+
+
+def paths(folders: list[Bound]) -> dict[str, str]:
+    """Path -> reason."""
+    return {str(bound.path): bound.reason for bound in folders}
+
+
+def config_in(folder: Path) -> Config:
+    """A run whose model is a link into another folder, and whose data is a file."""
+    for name in ("models/tiny", "data", "links", "work"):
+        (folder / name).mkdir(parents=True)
+    (folder / "data" / "pairs.jsonl").touch()
+    (folder / "links" / "model").symlink_to(folder / "models" / "tiny")
+    return make_config(folder / "links" / "model", folder / "data" / "pairs.jsonl", "runs/my")
+
+
+def test_the_folders_that_a_run_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run folder lies in the working directory, and needs no place of its own."""
+    config = config_in(tmp_path)
+    monkeypatch.chdir(tmp_path / "work")
+    environment = {"DPO_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_CACHE": "/hub"}
+    assert paths(bound_folders([config], environment)) == {
+        str(tmp_path / "work"): "the working directory",
+        str(tmp_path / "links" / "model"): "model.path",
+        str(tmp_path / "models" / "tiny"): "model.path",
+        str(tmp_path / "data"): "data.train[0].path",
+        str(tmp_path / "cache"): "reference.cache_dir",
+        str(tmp_path / "hf"): "HF_HOME: models and tokenized rows",
+        "/hub": "HF_HUB_CACHE",
+    }
+
+
+def test_ids_of_the_hub_lie_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = changed(make_config("org/model", "org/data", "runs/my"), reference__cache_dir="/shared/cache")
+    found = paths(bound_folders([config], {"DPO_CACHE": "/cache", "HF_HOME": "/hf"}))
+    assert set(found) == {str(tmp_path), "/shared/cache", "/cache", "/hf"}
+
+
+def test_a_folder_inside_another_is_bound_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = changed(config_in(tmp_path), train__run_dir=str(tmp_path / "runs" / "my"))
+    monkeypatch.chdir(tmp_path)
+    assert list(paths(bound_folders([config], {"DPO_CACHE": "/cache", "HF_HOME": "/cache/hf"}))) == [
+        str(tmp_path),
+        "/cache",
+    ]
+
+
+def test_the_command_that_enters_apptainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [Bound(Path("/work"), "the working directory"), Bound(Path("/data"), "data")]
+    words = interpreter(request("--apptainer", "image.sif", "--container-mounts", "/a:/b"), folders)
+    entered = ("apptainer", "exec", "--nv", "--bind", "/work,/data,/a:/b", "--pwd", str(tmp_path), "image.sif")
+    assert words == (*entered, "sh", "-c", 'trap "" USR2; exec "$@"', "sh", "python3")
+    own = interpreter(request("--apptainer", "i", "--python", "/opt/bin/python"), folders)
+    assert own[-1] == "/opt/bin/python" and own[4] == "/work,/data"
+    assert interpreter(request(), folders) == ()
+
+
+def test_the_arguments_of_pyxis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folders = [Bound(tmp_path, "the working directory"), Bound(Path("/data"), "data")]
+    assert pyxis_arguments(request("--container-image", "nvcr.io#x", "--container-mounts", "/a:/b"), folders) == [
+        "--container-image=nvcr.io#x",
+        f"--container-mounts={tmp_path}:{tmp_path},/data:/data,/a:/b",
+        f"--container-workdir={tmp_path}",
+    ]
+    assert pyxis_arguments(request(), folders) == []
+
+
+def test_folders_are_made_before_they_are_bound(tmp_path: Path) -> None:
+    make_folders([Bound(tmp_path / "new" / "cache", "DPO_CACHE")])
+    assert (tmp_path / "new" / "cache").is_dir()
+    assert lines_of([Bound(Path("/data"), "data.train[0].path")]) == ["bound   /data  (data.train[0].path)"]
+
+
+# --- a run in a container ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with my.yaml, and `apptainer` on PATH; model and data lie in folders of their own."""
+    if shutil.which("bwrap") is None or subprocess.run(["bwrap", "--ro-bind", "/", "/", "true"]).returncode:
+        pytest.skip("needs bubblewrap, and the right to make namespaces (make tools)")
+    for name in ("bin", "work", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "bin" / "apptainer").write_text(APPTAINER)
+    (tmp_path / "bin" / "apptainer").chmod(0o755)
+    config = make_config(
+        save_model(tmp_path / "model", "llama"),
+        "",
+        "runs/my",
+        data__train=[SourceConfig(str(save_pairs(tmp_path / "data" / "pairs.jsonl", 40)))],
+        batch__pairs_per_step=4,
+        train__steps=40,
+        train__eval_every=None,
+        eval__samples=0,
+    )
+    (tmp_path / "work" / "my.yaml").write_text(to_yaml(config))
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return tmp_path
+
+
+def test_a_run_in_a_container_is_preempted_and_resumes(box: Path) -> None:
+    """SIGUSR2 reaches the ranks below Apptainer, and no other process in between."""
+    words = ["--config", "my.yaml", "--cluster", "local", "--ranks-per-node", "2", "--apptainer", "image.sif"]
+    words += ["--python", sys.executable, "--container-mounts", f"{ROOT}:{ROOT}"]
+    subprocess.run([sys.executable, "-m", "launch.submit", *words], check=True, capture_output=True)
+    ((folder, submission),) = submissions(Path("runs/my"))
+    try:
+        while len(train_lines(Path("runs/my"))) < 2:
+            os.kill(int(submission.job), 0)  # it runs
+            time.sleep(0.2)
+        os.kill(int(submission.job), signal.SIGUSR2)
+        while (outcome := read_outcome(folder)) is None or outcome.state not in ("done", "failed"):
+            os.kill(int(submission.job), 0)
+            time.sleep(0.2)
+    finally:
+        log = Path(submission.log).read_text()
+    assert outcome.state == "done", log
+    assert history(folder) == ["preempted", "done"] and "resumes from runs/my/checkpoints/step-" in log
+    assert [line["step"] for line in train_lines(Path("runs/my"))] == list(range(1, 41))
+    assert "apptainer exec --nv --bind" in log
+
+
+def test_a_folder_that_is_not_bound_is_not_seen(box: Path) -> None:
+    """So the test above shows that the folders are those that a run needs."""
+    look = ["sh", "-c", f"echo $CONTAINER; ls {box / 'model'}"]
+    words = ["apptainer", "exec", "--nv", "--bind", str(box / "work"), "--pwd", str(box / "work"), "image.sif", *look]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.stdout == "yes\n" and done.returncode != 0
