@@ -54,7 +54,7 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         "argparse._ArgumentGroup",
-        ("launch/arguments.py",),
+        ("launch/flags.py",),
         "the type that add_argument_group returns has no other name",
         "launch/test_arguments.py::test_help_tells_every_flag",
     ),
