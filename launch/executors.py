@@ -42,6 +42,7 @@ def slurm_parameters(request: Request, name: str, after: Sequence[str] = ()) -> 
         "setup": list(request.setup),
         "stderr_to_stdout": True,
         "srun_args": _srun_args(request),
+        "wckey": None,  # submitit's default is a key that a cluster that tracks keys does not know
         "additional_parameters": options,
     }
     if request.gpus:

@@ -189,7 +189,8 @@ def time_needed(request: Request, known: Known) -> Setting:
     done = f", after step {known.steps_done:,}" if known.steps_done else ""
     line = f"time    about {shown(seconds)} by the estimate for {known.forecast.device}{done}: {summands}"
     counted = f"{restarts} restart{'' if restarts == 1 else 's'}"
-    return Setting(restarts, f"{line}; --time is {shown(60 * minutes)}: {counted}", "; ".join(warnings))
+    line += f"; --time is {shown(60 * minutes)}: {counted}; lengths: {known.forecast.lengths}"
+    return Setting(restarts, line, "; ".join(warnings))
 
 
 def _parts(known: Known) -> dict[str, float] | None:

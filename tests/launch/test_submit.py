@@ -138,6 +138,13 @@ def test_the_needs_of_a_run_decide_what_is_asked_for(
     assert [work.signal_delay for work in works()] == [200]
 
 
+def test_a_wckey_is_only_that_of_the_user(launch: Launch, slurm: FakeSlurm) -> None:
+    """Where SLURM tracks them, sbatch refuses a job with an unknown one, as submitit's default is."""
+    assert launch() == 0
+    assert launch("--sbatch", "wckey=mine") == 0
+    assert "wckey" not in options(slurm.script(1)) and options(slurm.script(2))["wckey"] == "mine"
+
+
 def test_no_estimate(launch: Launch, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "learn", None)  # to call it would fail
     assert launch("--no-estimate") == 0
