@@ -97,3 +97,8 @@ def rank_processes() -> dict[int, tuple[int, Sequence[str]]]:
         if rank is not None and "dpo.train" in words:
             found[int(rank)] = int(folder.name), environment
     return found
+
+
+def resumed_from(job: Job) -> list[int]:
+    """The steps of the checkpoints that it has gone on from."""
+    return [int(step) for step in re.findall(r"^resumes from .*step-(\d+)$", job.log, re.MULTILINE)]

@@ -12,7 +12,17 @@ import pytest
 
 from dpo.board.charts import place
 from dpo.config import Config, SourceConfig, to_yaml
-from tests.slurm.jobs import Job, command, endings, last_step, rank_processes, submit, wait_for, wait_for_steps
+from tests.slurm.jobs import (
+    Job,
+    command,
+    endings,
+    last_step,
+    rank_processes,
+    resumed_from,
+    submit,
+    wait_for,
+    wait_for_steps,
+)
 from tests.support.boards import points_of
 from tests.support.models import save_model, save_pairs
 from tests.support.runs import changed, eval_lines, make_config, run, train_lines, without_clock
@@ -134,11 +144,6 @@ def goes_on_where_it_was_saved(job: Job) -> None:
     assert state == "preempted" and saved, (state, message)
     checkpoint = [int(saved[1])] if int(saved[1]) else []
     wait_for(job, "it goes on", lambda: resumed_from(job)[-1:] == checkpoint)
-
-
-def resumed_from(job: Job) -> list[int]:
-    """The steps of the checkpoints that it has gone on from."""
-    return [int(step) for step in re.findall(r"^resumes from .*step-(\d+)$", job.log, re.MULTILINE)]
 
 
 def loses_a_worker(job: Job) -> None:
