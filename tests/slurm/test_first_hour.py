@@ -1,7 +1,12 @@
 """The first hour: a job prepares models and data, the run starts after it, and saves within the derived delay."""
 
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from dpo.config import to_yaml
 from tests.slurm.jobs import SUBMIT, Job, command, endings, resumed_from, wait_for, wait_for_steps
@@ -42,3 +47,39 @@ def test_a_run_that_a_job_prepares_is_preempted_and_resumes(tmp_path: Path) -> N
 def settings(printed: str) -> dict[str, str]:
     """The settings that the launcher prints, by their first word."""
     return dict(re.findall(r"^(signal|memory|cpus|time) +(\S.*)$", printed, re.MULTILINE))
+
+
+README = Path(__file__).parents[2] / "README.md"
+HERE = {
+    "--partition P": "--partition tests",
+    "-node 8": "-node 2",
+    "--ranks 16": "--ranks 4",
+    "python ": f"{sys.executable} ",
+    "torchrun ": f"{sys.executable} -m torch.distributed.run ",
+}
+"""What is otherwise here than in the README: nodes of two GPUs."""
+
+
+def commands_of_the_section() -> list[str]:
+    """The commands of the README's section, in their order."""
+    section = README.read_text().split("## Your first hour on a cluster")[1].split("\n## ")[0]
+    found = re.findall(r"^    (\S.*)$", section, re.MULTILINE)
+    assert len(found) >= 5
+    return found
+
+
+def test_every_command_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its order, in one folder; the run is done at the end."""
+    save_model(tmp_path / "model", "llama")
+    save_pairs(tmp_path / "pairs.jsonl", 8)
+    save_pairs(tmp_path / "eval.jsonl", 2, seed=1)
+    (tmp_path / "my.yaml").write_text(to_yaml(six_steps(tmp_path, "runs/my", eval__samples=0)))
+    monkeypatch.chdir(tmp_path)
+    for line in commands_of_the_section():
+        words = line
+        for there, here in HERE.items():
+            words = words.replace(there, here)
+        done = subprocess.run(shlex.split(words), capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "node.json").is_file()
+    assert (tmp_path / "runs" / "my" / "final" / "model.safetensors").is_file()
