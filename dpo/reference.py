@@ -19,6 +19,7 @@ from dpo.model.warm_up import load_and_warm
 from dpo.ref_logps.cache import open_cache
 from dpo.ref_logps.fill import fill
 from dpo.run.inputs import read_inputs
+from dpo.run.storage import check_cache
 
 
 def fill_alone(config: Config) -> None:
@@ -30,6 +31,7 @@ def fill_alone(config: Config) -> None:
         valid = ", ".join(losses_that(lambda facts: facts.uses_reference))
         raise UserError("loss.name", f"{config.loss.name} has no reference to compute", valid)
     with listen_for_stop() as stop_requested, open_world(config.parallel.setup_timeout_seconds) as world:
+        check_cache(config, world)
         inputs = read_inputs(config, world)
         start_devices(world, config.parallel.timeout_seconds)
         source = inputs.reference

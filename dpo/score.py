@@ -33,6 +33,7 @@ from dpo.model.warm_up import load_and_warm
 from dpo.ref_logps.cache import open_cache
 from dpo.ref_logps.fill import fill, lookup
 from dpo.run.inputs import Inputs, read_inputs
+from dpo.run.storage import check_cache
 from dpo.step.evaluation import Evaluation, evaluate
 
 DESCRIPTION = """Scores a model on preference pairs. Beside the keys below: --model DIR (or hub id) names the model to
@@ -101,6 +102,7 @@ def score_model(config: Config, by_source: bool, world: World) -> Scores:
         UserError: on every rank, where any input is wrong.
         RunError: on every rank, where a loss is not finite.
     """
+    check_cache(config, world)
     inputs = read_inputs(config, world)
     is_eval = len(inputs.data.eval) > 0
     pairs_of, pairs = ("evaluation", inputs.data.eval) if is_eval else ("training", inputs.data.train)

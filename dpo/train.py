@@ -17,6 +17,7 @@ from dpo.run.loop import train
 from dpo.run.outputs import export_run, open_outputs
 from dpo.run.setup import build_run
 from dpo.run.start import check_first_step, find_start_together, is_done
+from dpo.run.storage import check_folders, check_space
 from dpo.run.summary import conclude, introduce
 
 DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node with eight GPUs:
@@ -34,9 +35,11 @@ def run_training(config: Config) -> None:
     """
     with listen_for_stop() as stop_requested, open_world(config.parallel.setup_timeout_seconds) as world:
         start = find_start_together(config, world)
+        check_folders(config, world)
         inputs = read_inputs(config, world)
         if is_done(config, start, inputs, world):
             return
+        check_space(config, start, inputs, world)
         start_devices(world, config.parallel.timeout_seconds)
         config, need = decide_parallel(config, start, inputs, world)
         with remembered_need(need):

@@ -55,6 +55,28 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove_folder(folder: Path, name: str) -> None:
+    """Renames a folder to `name`, in the same parent, and removes it, both where it exists.
+
+    So the folder is gone at once, as a whole, also after a crash. Files that cannot be removed stay under the new name:
+    on NFS a file that a process has open is renamed to .nfs..., and the folder is then not empty.
+
+    Args:
+        folder: the folder.
+        name: a name that the caller removes later, if it still exists then; it must not exist.
+    """
+    try:
+        moved = folder.rename(folder.with_name(name))
+    except FileNotFoundError:
+        return
+    shutil.rmtree(moved, ignore_errors=True)
+
+
+def nearest_existing(folder: Path) -> Path:
+    """Returns the folder, or its nearest parent that exists, as an absolute path."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
 def default_cache_dir() -> Path:
     """Returns $DPO_CACHE, or ~/.cache/dpo where that is unset or empty."""
     return Path(os.environ.get("DPO_CACHE") or "~/.cache/dpo").expanduser()

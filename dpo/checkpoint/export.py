@@ -1,12 +1,17 @@
 """Writes a trained policy as a model folder that transformers loads."""
 
 import shutil
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from dpo.base.console import say
-from dpo.base.errors import UserError
+from dpo.base.errors import RunError, UserError
+from dpo.base.files import remove_folder
+from dpo.base.space import find_shortage
 from dpo.config import Config
 from dpo.data.tokenizer import has_tokenizer, load_tokenizer
 from dpo.distributed.collectives import on_main
@@ -27,17 +32,41 @@ def export(policy: Policy, model_folder: Path, out: Path, config: Config, world:
         out: the new folder; an existing one is replaced.
         config: gives `checkpoint.export_dtype` and the tokenizer.
         world: all ranks.
+
+    Raises:
+        RunError: on every rank, where the model does not fit on the disk, or a rank cannot write.
     """
     dtype = getattr(torch, config.checkpoint.export_dtype)
-    draft = out.with_name(f".{out.name}.draft")
-    on_main(world, lambda: _make_empty(draft))
-    save_tensors(draft, stored_tensors(policy), dtype, world)
+    draft = draft_of(out)
+    tensors = stored_tensors(policy)
+    on_main(world, lambda: _make_draft(draft, _written_bytes(tensors, dtype)))
+    save_tensors(draft, tensors, dtype, world)
     on_main(world, lambda: _complete(draft, out, model_folder, config, dtype))
 
 
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def draft_of(out: Path) -> Path:
+    """Returns the folder that becomes the exported model `out`; a killed export leaves it behind."""
+    return out.with_name(f".{out.name}.draft")
+
+
+def _written_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+    """Returns the bytes that `save_tensors` has on disk at its peak: of the shards of all ranks, and of the files that
+    these are joined to.
+    """
+    sizes = [
+        tensor.numel() * (dtype.itemsize if tensor.is_floating_point() else tensor.element_size())
+        for tensor in tensors.values()
+    ]
+    return 2 * sum(sizes)
+
+
+def _make_draft(draft: Path, num_bytes: int) -> None:
+    """Makes an empty folder for an exported model. Raises RunError where `num_bytes` do not fit on the disk."""
+    remove_folder(draft, f".{uuid.uuid4().hex}.draft")
+    shortage = find_shortage(draft.parent, num_bytes)
+    if shortage:
+        raise RunError(shortage.message("the exported model, and its shards from which it is joined,"))
+    draft.mkdir(parents=True)
 
 
 def _complete(draft: Path, out: Path, model_folder: Path, config: Config, dtype: torch.dtype) -> None:
@@ -48,7 +77,7 @@ def _complete(draft: Path, out: Path, model_folder: Path, config: Config, dtype:
     if generation.is_file():  # copied: transformers refuses to save some configs that it loads
         shutil.copyfile(generation, draft / generation.name)
     _save_tokenizer(config.model.tokenizer or str(model_folder), draft, config.model.trust_remote_code)
-    shutil.rmtree(out, ignore_errors=True)
+    remove_folder(out, f".{uuid.uuid4().hex}.draft")
     draft.replace(out)
 
 

@@ -11,7 +11,7 @@ moment leaves the previous checkpoints as they were.
 import hashlib
 import json
 import os
-import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +20,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from dpo.base.command import line_of
 from dpo.base.console import say
 from dpo.base.errors import RunError, UserError
+from dpo.base.files import remove_folder
+from dpo.base.space import find_shortage
 from dpo.distributed.collectives import on_main
 from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
@@ -73,13 +75,13 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
         before_commit: called on rank 0 when all files are written, before the rename.
 
     Raises:
-        RunError: on every rank, where any rank cannot write its files, or rank 0 cannot commit them. After a failed
-            write no rank keeps cached plans.
+        RunError: on every rank, where the checkpoint does not fit on the disk, any rank cannot write its files, or rank
+            0 cannot commit them. After a failed write no rank keeps cached plans.
     """
     world, group, plans = shelf.world, shelf.group, shelf.plans
     target = checkpoint_path(shelf.run_dir, state.step)
     draft = target.with_suffix(DRAFT)
-    on_main(world, lambda: _make_draft(draft), group)
+    on_main(world, lambda: _make_draft(draft, num_bytes(tensors)), group)
     try:
         with storage_errors(draft):
             # 0: the tensors are in host memory, so DCP must not copy ahead on a stream of the current GPU.
@@ -165,10 +167,33 @@ def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     return {"model": model_state, "optimizer": optimizer_state}
 
 
-def _make_draft(draft: Path) -> None:
-    for stale in draft.parent.glob(f"step-*{DRAFT}"):  # left by a run that was killed while it wrote
-        shutil.rmtree(stale, ignore_errors=True)
+def num_bytes(tree: Any) -> int:
+    """Returns the bytes of all tensors in a tree of dicts and lists; of a DTensor, those of all its shards."""
+    if isinstance(tree, dict):
+        return sum(map(num_bytes, tree.values()))
+    if isinstance(tree, list):
+        return sum(map(num_bytes, tree))
+    return tree.numel() * tree.element_size() if isinstance(tree, Tensor) else 0
+
+
+def drafts_of(run_dir: Path) -> list[Path]:
+    """Returns the folders of checkpoints that were not completed or not wholly removed; the next save removes them."""
+    return list((run_dir / "checkpoints").glob(f"step-*{DRAFT}"))
+
+
+def _make_draft(draft: Path, num_bytes: int) -> None:
+    """Makes the folder of a checkpoint. Raises RunError where `num_bytes` do not fit on the disk."""
+    for stale in drafts_of(draft.parent.parent):  # left by a run that was killed while it wrote
+        _remove(stale)
+    shortage = find_shortage(draft.parent, num_bytes)
+    if shortage:
+        raise RunError(shortage.message("a checkpoint"))
     draft.mkdir(parents=True)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a checkpoint or a draft; files that cannot be removed now stay in a draft."""
+    remove_folder(folder, f"step-{uuid.uuid4().hex}{DRAFT}")
 
 
 def _commit(draft: Path, target: Path, state: RunState, keep: int | None) -> None:
@@ -177,11 +202,11 @@ def _commit(draft: Path, target: Path, state: RunState, keep: int | None) -> Non
     marker.write_text(json.dumps(_inventory(draft), indent=1), encoding="utf-8")
     with marker.open() as file:
         os.fsync(file.fileno())
-    shutil.rmtree(target, ignore_errors=True)
+    _remove(target)
     draft.rename(target)
     complete = [path for path in _by_age(target.parent) if _fault(path) is None]
     for old in complete[:-keep] if keep else []:
-        shutil.rmtree(old)
+        _remove(old)
 
 
 def _inventory(folder: Path) -> dict[str, list[Any]]:
@@ -226,6 +251,11 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
             return path
         say(f"checkpoint {path} is skipped: {fault}")
     return None
+
+
+def checkpoints_until(run_dir: Path, step: int) -> list[Path]:
+    """Returns the checkpoints of a run up to `step`, complete or not; oldest first."""
+    return [path for path in _by_age(run_dir / "checkpoints") if _step_of(path) <= step]
 
 
 def newer_checkpoints(run_dir: Path, step: int) -> list[Path]:

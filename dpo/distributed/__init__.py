@@ -4,6 +4,7 @@ world.py        World (the ranks and lanes of a run), and the mesh that FSDP2 sh
 network.py      the network interface that leads to the other nodes
 startup.py      the process group: gloo while the input is read, then NCCL and gloo
 collectives.py  rank 0 decides and all ranks follow; exchanges of Python objects
+shared.py       the nodes that do not see a folder
 preemption.py   SIGUSR2 asks a run to save and exit
 failures.py     reports of a failure that one rank may meet alone
 program.py      how a program of several ranks ends: its exit code, its error in one line

@@ -62,7 +62,15 @@ def storage_errors(folder: Path) -> Iterator[None]:
     except CheckpointException as failure:
         rank, (reason, _) = next(iter(failure.failures.items()))
         room = f"{shutil.disk_usage(folder.parent).free / GIB:.2f} GiB are free there"
-        raise RunError(f"{folder}: rank {rank}: {type(reason).__name__}: {reason}; {room}") from failure
+        text = f"{type(reason).__name__}: {reason}"
+        if _FULL.search(text):
+            text = f"the disk is full, or a quota is used up ({text})"
+        raise RunError(f"{folder}: rank {rank}: {text}; {room}") from failure
+
+
+_FULL = re.compile(r"inline_container\.cc.*(unexpected pos|file write failed)")
+"""Messages of torch's writer of tensors where a file takes no more bytes; it drops the system's error:
+https://github.com/pytorch/pytorch/blob/main/caffe2/serialize/inline_container.cc"""
 
 
 @contextmanager

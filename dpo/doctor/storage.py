@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.base.errors import RunError
+from dpo.base.files import nearest_existing
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World
 from dpo.doctor.parts import Finding, Part, Subject, agreed, with_remedy
@@ -55,7 +56,7 @@ def measure_storage(subject: Subject, world: World) -> Storage:
 
 def existing(folder: Path) -> Path:
     """Returns the folder, or its nearest parent that exists. Raises RunError where that is a file."""
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    nearest = nearest_existing(folder)
     if not nearest.is_dir():
         raise RunError(f"{nearest} is a file, not a folder")
     return nearest

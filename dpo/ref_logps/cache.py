@@ -9,7 +9,6 @@ on nothing else. The first two name the folder:
 """
 
 import json
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,12 @@ import torch
 
 from dpo.base.errors import UserError
 from dpo.base.files import default_cache_dir, write_atomically
+from dpo.base.space import find_shortage
 from dpo.config import Config
-from dpo.distributed.collectives import all_gather, on_main, together
+from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World
 from dpo.model.parallelize import compute_dtype, is_compiled
-from dpo.ref_logps.blocks import Circumstances, reference_key
+from dpo.ref_logps.blocks import ROW, Circumstances, reference_key
 from dpo.ref_logps.circumstances import circumstances_here, joined_circumstances, numerics
 
 
@@ -42,8 +42,16 @@ class RefCache:
         """Returns the folder of the rows."""
         return self.root / reference_key(self.facts)
 
-    def write_facts(self) -> None:
-        """Writes the facts beside the rows, for people."""
+    def begin(self, num_rows: int) -> None:
+        """Writes the facts beside the rows, for people. Raises UserError where `num_rows` more rows do not fit on the
+        disk.
+        """
+        shortage = find_shortage(self.folder, num_rows * ROW.itemsize)
+        if shortage:
+            what = shortage.message(f"a cache of {num_rows:,} rows")
+            raise UserError(
+                "reference.cache_dir", what, "a folder with room (DPO_CACHE names it where the key is null)"
+            )
         write_atomically(self.folder / "about.json", json.dumps(self.facts, indent=1).encode())
 
 
@@ -66,34 +74,3 @@ def open_cache(config: Config, reference_hash: str, world: World) -> RefCache:
 def cache_root(config: Config) -> Path:
     """Returns the folder of the cached log-probabilities of all references: `reference.cache_dir` or the default."""
     return Path(config.reference.cache_dir).expanduser() if config.reference.cache_dir else default_cache_dir()
-
-
-def check_shared(folder: Path, world: World) -> None:
-    """Checks that every rank sees a file that rank 0 writes into `folder`.
-
-    Every rank must get here, or the rest hang. Raises UserError where rank 0 cannot write, or a rank does not see it.
-    """
-    probe = on_main(world, lambda: _write_probe(folder))
-
-    def look() -> None:
-        if not probe.is_file():
-            raise UserError(
-                "reference.cache_dir",
-                f"rank {world.rank} does not see a file that rank 0 wrote to {folder}",
-                "a folder that all nodes share",
-            )
-
-    together(look)
-    on_main(world, lambda: probe.unlink(missing_ok=True))
-
-
-def _write_probe(folder: Path) -> Path:
-    """Writes an empty file under a name that is new: no other job writes it, no node has cached that it is absent."""
-    probe = folder / f".probe-{uuid.uuid4().hex}"
-    try:
-        write_atomically(probe, b"")
-    except OSError as failure:
-        raise UserError(
-            "reference.cache_dir", f"cannot write to {folder}: {failure}", "a folder to write in"
-        ) from failure
-    return probe

@@ -28,7 +28,7 @@ from dpo.distributed.preemption import StopRequest
 from dpo.distributed.world import World, use_device
 from dpo.model.policy import Policy, completion_logps, free_memory
 from dpo.ref_logps.blocks import first_of_each, read_rows, split_keys, write_circumstances, write_rows
-from dpo.ref_logps.cache import RefCache, check_shared
+from dpo.ref_logps.cache import RefCache
 from dpo.ref_logps.circumstances import difference
 from dpo.ref_logps.table import RefTable, find_table, open_table, table_circumstances, table_name, write_table
 
@@ -98,10 +98,9 @@ def fill(
         Preempted: on every rank, where any rank was asked to stop; all rows so far are in the cache.
         RunError: on every rank, where a log-probability is not finite, or cached rows were removed meanwhile.
         OSError: on every rank, where a block cannot be written.
-        UserError: on every rank, where `reference.cache_dir` is not writable or not shared.
+        UserError: on every rank, where the rows do not fit on the disk of `reference.cache_dir`.
     """
     started = time.monotonic()
-    check_shared(cache.folder, world)
     name = table_name([pairs.content_hash for pairs in sets])
     table = on_main(world, lambda: find_table(cache.folder, name))
     num_missing = 0
@@ -109,7 +108,8 @@ def fill(
         missing = on_main(world, lambda: _missing(sets, cache.folder))
         num_missing = len(missing)
         if num_missing:
-            on_main(world, cache.write_facts)
+            num_rows = num_missing + 2 * sum(map(len, sets))  # those of the blocks and, at most, of the table
+            on_main(world, lambda: cache.begin(num_rows))
             todo = Missing(_select(sets, missing), num_missing)
             _compute(cache, todo, reference(), packer, world, stop_requested)
             free_memory()

@@ -5,6 +5,7 @@ folder.py      decides from a run folder how a run starts, and prepares the fold
 provenance.py  versions and git commit of a start
 inputs.py      finds, checks and hashes all input
 disk.py        the bytes of checkpoints and exported model
+storage.py     checks that folders are shared, and that the run's files fit
 identity.py    the facts that must be the same at every start of a run
 layout.py      the devices and settings by which the steps of a start are computed
 answers.py     answers of policy and reference to a few evaluation prompts

@@ -1,4 +1,4 @@
-"""The bytes of a run's checkpoints and of its exported model."""
+"""The bytes of a run's checkpoints and of its exported model, and the bytes that it needs on disk."""
 
 import math
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
+from dpo.base.space import size_text
 from dpo.config import Config
 from dpo.model.build import build_on_meta
 from dpo.step.optim import optimizer_elements
@@ -27,18 +28,44 @@ class Sizes:
     num_saves: int | None
     """Checkpoints that the run writes; None where it depends on the number of pairs."""
 
-    def disk_bytes(self, present: int) -> int:
-        """Returns the bytes that the run still writes where `present` checkpoints exist already.
+    @property
+    def export(self) -> int:
+        """Returns the bytes that the export has on disk at its peak: the shards of all ranks, and the files of the
+        model, to which rank 0 joins them.
+        """
+        return 2 * self.final
 
-        They are the checkpoints that are kept and, besides, either the checkpoint that is written before the oldest is
-        removed or the exported model. Where all of an unknown number are kept, one checkpoint and the model are
-        counted.
+    @property
+    def is_replaced(self) -> bool:
+        """Returns whether the run writes more checkpoints than it keeps: one more than these exists for a while."""
+        return self.keep is not None and (self.num_saves is None or self.num_saves > self.keep)
+
+    def num_new(self, present: int) -> int:
+        """Returns how many more checkpoints will be kept than the `present` ones. Where all of an unknown number are
+        kept, one checkpoint is counted.
         """
         bounds = [number for number in (self.keep, self.num_saves) if number is not None]
-        kept = min(bounds, default=1)
-        is_replaced = self.keep is not None and (self.num_saves is None or self.num_saves > self.keep)
-        last = max(self.checkpoint, self.final) if is_replaced else self.final
-        return max(kept - present, 0) * self.checkpoint + last
+        return max(min(bounds, default=1) - present, 0)
+
+    def disk_bytes(self, present: int) -> int:
+        """Returns the bytes that the run still needs on disk where `present` checkpoints exist already.
+
+        They are the checkpoints that will be kept and, besides, the larger of the exported model, as it is written, and
+        the checkpoint that is written before the oldest is removed.
+        """
+        last = max(self.checkpoint, self.export) if self.is_replaced else self.export
+        return self.num_new(present) * self.checkpoint + last
+
+
+def disk_words(sizes: Sizes, present: int) -> str:
+    """Returns the parts of `Sizes.disk_bytes` in words, with the key from which their number follows."""
+    keep = "null, which keeps all" if sizes.keep is None else sizes.keep
+    there = f"; {present} there already" if present else ""
+    number = sizes.num_new(present)
+    kept = f"{number} checkpoint{'s' * (number != 1)} of {size_text(sizes.checkpoint)} (checkpoint.keep {keep}{there})"
+    further = sizes.is_replaced and sizes.checkpoint >= sizes.export
+    last = "a further one, written before the oldest is removed" if further else "the export of the model"
+    return f"{kept} and {size_text(max(sizes.checkpoint * further, sizes.export))} for {last}"
 
 
 def sizes_of(config: Config, model_config: PretrainedConfig, last_step: int | None = None) -> Sizes:
@@ -64,6 +91,13 @@ def sizes_of(config: Config, model_config: PretrainedConfig, last_step: int | No
         config.checkpoint.keep,
         num_saves(config, last_step),
     )
+
+
+def saves_after(config: Config, step: int, last_step: int) -> int:
+    """Returns the number of checkpoints that a run of `last_step` steps writes after `step` of them."""
+    every = config.checkpoint.save_every or last_step
+    on_the_way = last_step // every - step // every
+    return on_the_way + (last_step % every != 0 and step < last_step)
 
 
 def num_saves(config: Config, last_step: int | None = None) -> int | None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from dpo.base.console import say
 from dpo.base.errors import UserError
-from dpo.base.files import write_atomically
+from dpo.base.files import nearest_existing, write_atomically
 from dpo.checkpoint.store import RunState, newer_checkpoints, newest_checkpoint, read_state
 from dpo.config import Config, load_config, to_yaml
 from dpo.run.files import (
@@ -67,7 +67,7 @@ def find_start(config: Config) -> Start:
 
 
 def _check_writable(run_dir: Path) -> None:
-    present = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    present = nearest_existing(run_dir)
     if not present.is_dir():
         raise UserError("train.run_dir", f"{run_dir}: {present} is a file", "a folder, or a path that does not exist")
     if not os.access(present, os.W_OK | os.X_OK):
