@@ -89,6 +89,8 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
             dcp.save(tensors, storage_writer=storage, planner=save_planner(plans), process_group=group)
     except RunError:
         forget_plans(plans)  # if only some ranks had cached plans, the next checkpoint would fail
+        if world.is_main:  # the metrics need the room that half a checkpoint takes from a full disk
+            _remove(draft)
         raise
 
     def commit() -> None:

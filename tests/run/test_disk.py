@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpo.config import Config
+from dpo.model import weights
 from dpo.model.weights import read_model_config
-from dpo.run.disk import Sizes, num_saves, sizes_of
+from dpo.run.disk import Sizes, disk_words, num_saves, saves_after, sizes_of
 from dpo.run.loop import is_time
 from tests.support.runs import make_config, run, save_six_steps, six_steps
 
@@ -23,11 +26,11 @@ SIZES = Sizes(num_parameters=10, state=120, checkpoint=80, final=40, keep=2, num
         (2, None, 1, 160),
         (2, None, 2, 80),
         (2, None, 5, 80),
-        (2, 2, 0, 200),  # two, and the exported model
-        (2, 1, 0, 120),
-        (None, 3, 0, 280),
-        (None, 3, 2, 120),
-        (None, None, 0, 120),  # at least
+        (2, 2, 0, 240),  # two, and the exported model with its shards
+        (2, 1, 0, 160),
+        (None, 3, 0, 320),
+        (None, 3, 2, 160),
+        (None, None, 0, 160),  # at least
     ],
 )
 def test_the_disk_that_a_run_needs(keep: int | None, num_saves: int | None, present: int, needed: int) -> None:
@@ -41,14 +44,48 @@ def test_the_sizes_are_those_that_a_run_writes(tmp_path: Path) -> None:
     large = LlamaConfig(vocab_size=16_384, hidden_size=64, intermediate_size=64, num_hidden_layers=1)
     LlamaForCausalLM(large).save_pretrained(tmp_path / "model")  # 2 million weights
     found = sizes_of(config, read_model_config(tmp_path / "model", False))
-    run(config)
+    peak = exported_at_once(config)
     written = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert found.num_saves == len(written) == 3
     assert (
         found.checkpoint <= sum(file.stat().st_size for file in written[0].glob("*.distcp")) < 1.02 * found.checkpoint
     )
     assert found.final <= (tmp_path / "run" / "final" / "model.safetensors").stat().st_size < 1.02 * found.final
+    assert found.export <= peak < 1.02 * found.export
     assert found.state == found.checkpoint + 4 * found.num_parameters
+
+
+def exported_at_once(config: Config) -> int:
+    """Runs; the bytes that its export had on disk before it removed its shards."""
+    tidy, sizes = weights._tidy, []
+
+    def look(folder: Path) -> None:
+        sizes.append(sum(file.stat().st_size for file in folder.rglob("*.safetensors")))
+        tidy(folder)
+
+    with patch.object(weights, "_tidy", look):
+        run(config)
+    (size,) = sizes
+    return size
+
+
+def test_the_bytes_in_words() -> None:
+    gib = {"checkpoint": 60 * 2**30, "final": 15 * 2**30}
+    assert disk_words(replace(SIZES, **gib), 1) == (
+        "1 checkpoint of 60.0 GiB (checkpoint.keep 2; 1 there already) and 60.0 GiB for a further one, written before "
+        "the oldest is removed"
+    )
+    assert disk_words(replace(SIZES, **gib, keep=None, num_saves=3), 0) == (
+        "3 checkpoints of 60.0 GiB (checkpoint.keep null, which keeps all) and 30.0 GiB for the export of the model"
+    )
+
+
+def test_the_number_of_checkpoints_that_are_left() -> None:
+    for steps, every in ((6, 2), (7, 2), (1, 100), (6, None), (7, 7)):
+        config = make_config("m", "d", "r", checkpoint__save_every=every)
+        for start in range(steps + 1):
+            written = sum(is_time(step, every, steps) for step in range(start + 1, steps + 1))
+            assert saves_after(config, start, steps) == written
 
 
 def test_the_number_of_checkpoints_is_that_of_the_steps_with_one() -> None:
