@@ -6,6 +6,7 @@ provenance.py  versions and git commit of a start
 inputs.py      finds, checks and hashes all input
 disk.py        the bytes of checkpoints and exported model
 storage.py     checks that folders are shared, and that the run's files fit
+home.py        tells that a cache lies in a small home folder
 identity.py    the facts that must be the same at every start of a run
 layout.py      the devices and settings by which the steps of a start are computed
 answers.py     answers of policy and reference to a few evaluation prompts

@@ -25,6 +25,7 @@ from dpo.ref_logps.cache import cache_root
 from dpo.run.disk import disk_words, saves_after, sizes_of
 from dpo.run.files import FINAL
 from dpo.run.folder import Start
+from dpo.run.home import caches_of, describe_small_home
 from dpo.run.inputs import Inputs
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -79,8 +80,9 @@ def _check(folders: Mapping[str, Path], world: World) -> None:
 
 
 def check_space(config: Config, start: Start, inputs: Inputs, world: World) -> None:
-    """Checks that the files fit that the run will still write to its folder. Every rank must get here, or the rest
-    hang.
+    """Checks that the files fit that the run will still write to its folder; rank 0 also tells of a small home folder.
+
+    Every rank must get here, or the rest hang.
 
     Args:
         config: the run's.
@@ -104,6 +106,9 @@ def _check_space(config: Config, start: Start, inputs: Inputs) -> None:
     if shortage:
         what = f"the run needs {size_text(needed)} in {run_dir}, {disk_words(sizes, present)}; {shortage.room}"
         raise UserError(RUN_DIR, what, "a folder with more room, a smaller checkpoint.keep")
+    small_home = describe_small_home(caches_of(config, sizes.num_parameters), sizes.num_parameters)
+    if small_home:
+        say(small_home)
 
 
 def _bytes_of(folders: list[Path]) -> int:

@@ -11,9 +11,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dpo.base.errors import RunError
-from dpo.checkpoint.store import RunState, Shelf, checkpoint_path, forget_plans, write_checkpoint
+from dpo.checkpoint.store import RunState, Shelf, checkpoint_path, forget_plans, newest_checkpoint, write_checkpoint
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
+from tests.base.test_files import hold_a_file
 
 WRITER = ("prepare_local_plan", "prepare_global_plan", "write_data", "finish")
 """What a storage writer is asked for, in this order: each rank, rank 0, each rank, rank 0."""
@@ -44,11 +45,11 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     return {"weight": torch.arange(6.0) + 100 * step}
 
 
-def save(folder: Path, step: int, world: World) -> str:
+def save(folder: Path, step: int, world: World, keep: int | None = None) -> str:
     """The message of a failed save; empty for one that was written and is read back bit for bit."""
     assert dist.group.WORLD is not None
     try:
-        shelf = Shelf(folder, None, "failing", world, dist.group.WORLD)
+        shelf = Shelf(folder, keep, "failing", world, dist.group.WORLD)
         write_checkpoint(shelf, RunState(step, {}), tensors(step), lambda: None)
     except RunError as failure:
         return str(failure)
@@ -67,3 +68,23 @@ def test_one_failure_leaves_the_next_checkpoints_whole(
     assert "No space left on device" in save(tmp_path, 1, world)
     assert [save(tmp_path, step, world) for step in (2, 3)] == ["", ""]
     assert "failing" in SavePlanner._cached_all_plans
+
+
+def test_files_that_nfs_cannot_remove_yet_harm_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    """A file of each removed folder is open in some process: the old checkpoint, and the draft of a run that was
+    killed, are gone all the same, and their leftovers go with the first save after the file was closed.
+    """
+    draft = checkpoint_path(tmp_path, 2).with_suffix(".tmp")
+    draft.mkdir(parents=True)
+    (draft / "__0_0.distcp").write_text("half")
+    with monkeypatch.context() as patch:
+        hold_a_file(patch)
+        assert [save(tmp_path, step, world, keep=1) for step in (1, 2)] == ["", ""]
+        found = [path.name for path in (tmp_path / "checkpoints").iterdir()]
+        assert len(found) == 3 and "step-000002" in found and "step-000001" not in found
+        assert newest_checkpoint(tmp_path) == checkpoint_path(tmp_path, 2)
+        assert ".nfs" not in (checkpoint_path(tmp_path, 2) / "COMPLETE").read_text()
+    assert save(tmp_path, 3, world, keep=1) == ""
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo.base.errors import RunError, UserError
+from dpo.base.errors import RunError
 from dpo.config import Config
-from dpo.ref_logps import cache as reference_cache
+from dpo.distributed import shared
 from dpo.ref_logps import fill as reference_pass
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
@@ -99,34 +99,20 @@ def test_a_cache_that_cannot_be_written_is_one_line(
     assert errors[0].startswith(f"error: CONFIG: reference.cache_dir: cannot write to {tmp_path / 'file' / 'cache'}")
 
 
-def test_a_cache_that_another_node_does_not_see_is_refused(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probe vanishes before the ranks look for it, as if it lay on another machine."""
-    written = reference_cache._write_probe
-
-    def lost(folder: Path) -> Path:
-        probe = written(folder)
-        probe.unlink()
-        return probe
-
-    monkeypatch.setattr(reference_cache, "_write_probe", lost)
-    with pytest.raises(UserError, match=r"reference\.cache_dir: rank 0 does not see .* valid: a folder that all"):
-        run(config)
-
-
 def test_two_jobs_may_probe_at_the_same_time(config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Another job probes between this one's writing and looking: its probe must not be taken for ours."""
-    written = reference_cache._write_probe
+    written = shared._write_probe
 
-    def with_company(folder: Path) -> Path:
-        probe = written(folder)
-        other = threading.Thread(target=lambda: written(folder))
+    def with_company(key: str, folder: Path) -> shared.Probe:
+        probe = written(key, folder)
+        other = threading.Thread(target=lambda: written(key, folder))
         other.start()
         other.join()
         return probe
 
-    monkeypatch.setattr(reference_cache, "_write_probe", with_company)
+    monkeypatch.setattr(shared, "_write_probe", with_company)
     assert reference_line(run(config)) == (ALL, 0)
-    assert len(list(cache_folders(tmp_path)[0].glob(".probe-*"))) == 1  # the other's; ours is gone
+    assert len(list(tmp_path.glob(".probe-*"))) == 2  # the other's, for the run and for the cache; ours are gone
 
 
 def train_as_rank(config: Config) -> None:

@@ -1,0 +1,51 @@
+"""Folders that are removed as a whole, also where a file of theirs cannot be."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo.base.files import nearest_existing, remove_folder
+
+
+def hold_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What NFS does while a process has a file of each folder open: it stays, as .nfs..., and so does the folder."""
+    rmtree = shutil.rmtree
+
+    def leave_one(folder: Path, ignore_errors: bool = False, **_: Any) -> None:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        if files and not files[0].name.startswith(".nfs"):
+            files[0].rename(files[0].with_name(".nfs0000"))
+        for path in files[1:]:
+            path.unlink()
+        if not files:
+            rmtree(folder)
+        elif not ignore_errors:
+            raise OSError(39, "Directory not empty")
+
+    monkeypatch.setattr(shutil, "rmtree", leave_one)
+
+
+def test_a_folder_is_gone_though_a_file_of_it_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "a").write_text("a")
+    (tmp_path / "old" / "b").write_text("b")
+    with monkeypatch.context() as patch:
+        hold_a_file(patch)
+        remove_folder(tmp_path / "old", "left")
+        assert sorted(path.name for path in tmp_path.rglob("*")) == [".nfs0000", "left"]
+        (tmp_path / "old").mkdir()  # the name is free
+    remove_folder(tmp_path / "left", "left-2")
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_folder_that_does_not_exist_is_removed_already(tmp_path: Path) -> None:
+    remove_folder(tmp_path / "none", "other")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_nearest_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nearest_existing(tmp_path / "a" / "b") == tmp_path == nearest_existing(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert nearest_existing(Path("a")) == tmp_path
