@@ -78,7 +78,7 @@ def open_source(config: SourceConfig, key: str) -> Source:
 
     Raises:
         UserError: there is no such file, folder, hub id or split, it cannot be read, its JSON is broken, a row is not
-            an object, or there are no rows.
+            an object, there are no rows, or the cache cannot be written to.
     """
     path = Path(config.path).expanduser()
     try:
@@ -87,6 +87,9 @@ def open_source(config: SourceConfig, key: str) -> Source:
         else:
             source = _open_folder(config, path, key) if path.is_dir() else _open_hub(config, key)
     except PermissionError as error:
+        cache, place = Path(datasets.config.HF_DATASETS_CACHE), Path(str(error.filename))
+        if place.is_relative_to(cache) or cache.is_relative_to(place):  # a file in it, or a parent to be made
+            raise _unwritable(cache, error) from error
         valid = "a file or folder that this user may read"
         raise UserError(f"{key}.path", f"{config.path}: cannot be read: {error.strerror}", valid) from error
     if len(source.rows) == 0:
@@ -198,8 +201,16 @@ def file_hashes(paths: Iterable[Path | str]) -> Iterator[str]:
 def cache_path(name: str) -> Path:
     """Returns the path of `name` in the cache of `datasets` (HF_DATASETS_CACHE, by default under HF_HOME)."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as failure:
+        raise _unwritable(folder.parent, failure) from failure
     return folder / name
+
+
+def _unwritable(folder: Path, failure: OSError) -> UserError:
+    """Returns the error of a cache of data sets that cannot be written to."""
+    return UserError("HF_HOME", f"cannot write to {folder}: {failure.strerror}", "a folder to write in")
 
 
 def _folder_of(content: str) -> str:

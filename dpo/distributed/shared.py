@@ -55,19 +55,20 @@ class Unseen:
         return f"{self.folder} is not shared: {names} not see a file that {self.writer} wrote there"
 
 
-def find_unseen(folders: Mapping[str, Path], world: World) -> dict[str, Unseen]:
+def find_unseen(folders: Mapping[str, Path], valid: Mapping[str, str], world: World) -> dict[str, Unseen]:
     """Returns the folders that some nodes do not see, by key; the same on every rank.
 
     On one node it only checks that rank 0 can write to the folders. Every rank must get here, or the rest hang.
 
     Args:
         folders: the folders by key, as each rank has them.
+        valid: the folders that would be right, in words, by key.
         world: all ranks.
 
     Raises:
         UserError: with the key, on every rank: rank 0 cannot write to a folder.
     """
-    probes = on_main(world, lambda: _write_probes(folders))
+    probes = on_main(world, lambda: _write_probes(folders, valid))
     try:
         if world.local_size == world.size:
             return {}
@@ -81,24 +82,24 @@ def find_unseen(folders: Mapping[str, Path], world: World) -> dict[str, Unseen]:
     return {key: Unseen(folders[key], ranks[0][0], names) for key, names in hosts.items() if names}
 
 
-def _write_probes(folders: Mapping[str, Path]) -> dict[str, Probe]:
+def _write_probes(folders: Mapping[str, Path], valid: Mapping[str, str]) -> dict[str, Probe]:
     probes: dict[str, Probe] = {}
     try:
         for key, folder in folders.items():
-            probes[key] = _write_probe(key, folder)
+            probes[key] = _write_probe(key, folder, valid[key])
     except UserError:
         _remove_probes(folders, probes)
         raise
     return probes
 
 
-def _write_probe(key: str, folder: Path) -> Probe:
+def _write_probe(key: str, folder: Path, valid: str) -> Probe:
     levels = len(folder.absolute().parts) - len(nearest_existing(folder).parts)
     probe = Probe(f".probe-{uuid.uuid4().hex}", levels)
     try:
         probe.path(folder).touch()
     except OSError as failure:
-        raise UserError(key, f"cannot write to {folder}: {failure}", "a folder to write in") from failure
+        raise UserError(key, f"cannot write to {folder}: {failure.strerror}", valid) from failure
     return probe
 
 

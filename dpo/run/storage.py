@@ -32,11 +32,12 @@ from dpo.run.inputs import Inputs
 
 RUN_DIR, CACHE, DATA_CACHE = "train.run_dir", "reference.cache_dir", "HF_HOME"
 
-SHARED = {
-    RUN_DIR: "a folder that all nodes share",
-    CACHE: "a folder that all nodes share (where the key is null, DPO_CACHE names it)",
+VALID = {
+    RUN_DIR: "a folder to write in, which all nodes share",
+    CACHE: "a folder to write in, which all nodes share (DPO_CACHE names it where the key is null)",
+    DATA_CACHE: "a folder to write in",
 }
-"""Key -> the folders that are valid on several nodes."""
+"""Key -> the folders that are valid."""
 
 
 def check_folders(config: Config, world: World) -> None:
@@ -68,10 +69,10 @@ def _check(folders: Mapping[str, Path], world: World) -> None:
     data_cache, is_one_node = Path(datasets.config.HF_DATASETS_CACHE), world.local_size == world.size
     # Rank 0 decides which folders get a probe; it may lack the right to write to a cache that is complete.
     has_probe = not is_one_node and (not world.is_main or os.access(nearest_existing(data_cache), os.W_OK))
-    unseen = find_unseen({**folders, **({DATA_CACHE: data_cache} if has_probe else {})}, world)
+    unseen = find_unseen({**folders, **({DATA_CACHE: data_cache} if has_probe else {})}, VALID, world)
     for key in folders:
         if key in unseen:
-            raise UserError(key, str(unseen[key]), SHARED[key])
+            raise UserError(key, str(unseen[key]), VALID[key])
     if world.is_main and DATA_CACHE in unseen:
         say(f"{DATA_CACHE}: {unseen[DATA_CACHE]}: each node tokenizes the data, and needs its own models of the hub")
 

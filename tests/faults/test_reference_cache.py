@@ -2,6 +2,7 @@
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,9 +104,9 @@ def test_two_jobs_may_probe_at_the_same_time(config: Config, monkeypatch: pytest
     """Another job probes between this one's writing and looking: its probe must not be taken for ours."""
     written = shared._write_probe
 
-    def with_company(key: str, folder: Path) -> shared.Probe:
-        probe = written(key, folder)
-        other = threading.Thread(target=lambda: written(key, folder))
+    def with_company(*args: Any) -> shared.Probe:
+        probe = written(*args)
+        other = threading.Thread(target=lambda: written(*args))
         other.start()
         other.join()
         return probe
