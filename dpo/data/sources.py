@@ -6,6 +6,7 @@ go through `datasets`. The name of a cached file is a hash of the content that w
 the cached form, so that neither a changed file nor another version of the trainer meets a stale cache.
 """
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,8 @@ JSON_FEATURES = datasets.Features(
     {"row": datasets.Value("string"), "line": datasets.Value("int64"), "columns": datasets.Value("string")}
 )
 PARQUET = b"PAR1"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of locks on a file system without them, such as an NFS whose server has no lock daemon."""
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".csv", ".txt", ".zst", ".zip")
 
 
@@ -86,10 +89,12 @@ def open_source(config: SourceConfig, key: str) -> Source:
             source = _open_file(config, path, key)
         else:
             source = _open_folder(config, path, key) if path.is_dir() else _open_hub(config, key)
-    except PermissionError as error:
-        cache, place = Path(datasets.config.HF_DATASETS_CACHE), Path(str(error.filename))
-        if place.is_relative_to(cache) or cache.is_relative_to(place):  # a file in it, or a parent to be made
-            raise _unwritable(cache, error) from error
+    except OSError as error:
+        fault = _cache_fault(error)
+        if fault:
+            raise fault from error
+        if not isinstance(error, PermissionError):
+            raise
         valid = "a file or folder that this user may read"
         raise UserError(f"{key}.path", f"{config.path}: cannot be read: {error.strerror}", valid) from error
     if len(source.rows) == 0:
@@ -201,16 +206,19 @@ def file_hashes(paths: Iterable[Path | str]) -> Iterator[str]:
 def cache_path(name: str) -> Path:
     """Returns the path of `name` in the cache of `datasets` (HF_DATASETS_CACHE, by default under HF_HOME)."""
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as failure:
-        raise _unwritable(folder.parent, failure) from failure
+    folder.mkdir(parents=True, exist_ok=True)
     return folder / name
 
 
-def _unwritable(folder: Path, failure: OSError) -> UserError:
-    """Returns the error of a cache of data sets that cannot be written to."""
-    return UserError("HF_HOME", f"cannot write to {folder}: {failure.strerror}", "a folder to write in")
+def _cache_fault(failure: OSError) -> UserError | None:
+    """Returns the error of a cache of data sets that cannot be written to or locked; None for another failure."""
+    cache, place = Path(datasets.config.HF_DATASETS_CACHE), Path(str(failure.filename))
+    if failure.errno in NO_LOCKS:
+        what = f"{cache}: files cannot be locked there: {failure.strerror}"
+        return UserError("HF_HOME", what, "a folder on a file system with locks, such as a local disk")
+    if place.is_relative_to(cache) or cache.is_relative_to(place):  # a file in the cache, or a parent to be made
+        return UserError("HF_HOME", f"cannot write to {cache}: {failure.strerror}", "a folder to write in")
+    return None
 
 
 def _folder_of(content: str) -> str:

@@ -1,5 +1,7 @@
 """How rows are read: every kind of source gives the same rows, every kind of fault one line with its place."""
 
+import errno
+import fcntl
 import gzip
 import hashlib
 import json
@@ -246,3 +248,23 @@ def test_faults_of_other_kinds(tmp_path, capfd):
 def test_gzip_by_another_name(tmp_path):
     path = write_gzip(tmp_path / "a.json", b'{"a": 1}\n')
     assert read(path) == ([{"a": 1}], [f"{path}:1"])
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_cache_without_locks_is_one_line(tmp_path, monkeypatch, code) -> None:
+    """An NFS without a lock daemon; `datasets` locks what it writes."""
+
+    def no_locks(file, operation) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    said = fault(write_jsonl(tmp_path / "rows.jsonl", ROWS))
+    cache = datasets.config.HF_DATASETS_CACHE
+    assert said.startswith(f"HF_HOME: {cache}: files cannot be locked there: {os.strerror(code)}; valid: a folder on")
+
+
+def test_a_cache_that_cannot_be_made_is_not_told_as_the_data(tmp_path, monkeypatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
+    said = fault(write_jsonl(tmp_path / "rows.jsonl", ROWS))
+    assert said == f"HF_HOME: cannot write to {tmp_path}/file/cache: Not a directory; valid: a folder to write in"
