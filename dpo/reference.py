@@ -30,7 +30,11 @@ def fill_alone(config: Config) -> None:
     if not config.loss.facts.uses_reference:
         valid = ", ".join(losses_that(lambda facts: facts.uses_reference))
         raise UserError("loss.name", f"{config.loss.name} has no reference to compute", valid)
-    with listen_for_stop() as stop_requested, open_world(config.parallel.setup_timeout_seconds) as world:
+    parallel = config.parallel
+    with (
+        listen_for_stop() as stop_requested,
+        open_world(parallel.setup_timeout_seconds, parallel.replicate) as world,
+    ):
         check_cache(config, world)
         inputs = read_inputs(config, world)
         start_devices(world, config.parallel.timeout_seconds)

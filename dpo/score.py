@@ -238,8 +238,11 @@ def read_arguments(words: Sequence[str]) -> Arguments:
 def main() -> None:
     """Runs `python -m dpo.score`."""
     arguments = read_arguments(sys.argv[1:])
-    timeout = arguments.config.parallel.setup_timeout_seconds
-    with renamed_places({"model.path": "command line: --model"}), open_world(timeout) as world:
+    parallel = arguments.config.parallel
+    with (
+        renamed_places({"model.path": "command line: --model"}),
+        open_world(parallel.setup_timeout_seconds, parallel.replicate) as world,
+    ):
         scores = score_model(arguments.config, arguments.by_source, world)
         if world.is_main and arguments.as_json:
             print(json.dumps(asdict(scores), allow_nan=False))

@@ -33,7 +33,11 @@ def run_training(config: Config) -> None:
 
     Raises UserError before the first step where any input is wrong, and Preempted where a rank is asked to stop.
     """
-    with listen_for_stop() as stop_requested, open_world(config.parallel.setup_timeout_seconds) as world:
+    parallel = config.parallel
+    with (
+        listen_for_stop() as stop_requested,
+        open_world(parallel.setup_timeout_seconds, parallel.replicate) as world,
+    ):
         start = find_start_together(config, world)
         check_folders(config, world)
         inputs = read_inputs(config, world)

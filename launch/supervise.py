@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from dpo.base.limits import raise_limit
+
 _POLL_SECONDS = 0.2
 _REPEAT_SECONDS = 1.0
 """SIGUSR2 is sent again this often: a rank that is still importing ignores it."""
@@ -101,9 +103,7 @@ def run(
     """
     # The ranks write to a terminal directly, for their progress bar; their lines are then not kept.
     stderr = None if sys.stderr.isatty() else subprocess.PIPE
-    process = subprocess.Popen(
-        words, env=dict(env), stderr=stderr, text=True, errors="replace", preexec_fn=_ignore_stop
-    )
+    process = subprocess.Popen(words, env=dict(env), stderr=stderr, text=True, errors="replace", preexec_fn=_prepare)
     kept: deque[str] = deque(maxlen=_KEPT_LINES)
     copier = threading.Thread(target=_copy, args=(process.stderr or nullcontext(()), kept), daemon=True)
     copier.start()
@@ -115,9 +115,12 @@ def run(
     return Ended(process.returncode, "".join(kept))
 
 
-def _ignore_stop() -> None:
-    """Ignores SIGUSR2. Runs in the child before exec; an ignored signal stays ignored after it, also in the ranks."""
+def _prepare() -> None:
+    """Ignores SIGUSR2, and raises the limit of open file descriptors: the torchrun of the first node holds a connection
+    to every rank. Runs in the child before exec; torchrun and the ranks inherit both.
+    """
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    raise_limit()
 
 
 def _copy(source: AbstractContextManager[Iterable[str]], kept: deque[str]) -> None:

@@ -2,6 +2,8 @@
 
 world.py        World (the ranks and lanes of a run), and the mesh that FSDP2 shards over
 network.py      the network interface that leads to the other nodes
+descriptors.py  the file descriptors that a rank needs, and its limit
+timeouts.py     how long ranks wait for each other, by their number
 startup.py      the process group: gloo while the input is read, then NCCL and gloo
 collectives.py  rank 0 decides and all ranks follow; exchanges of Python objects
 shared.py       the nodes that do not see a folder

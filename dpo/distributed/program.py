@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from typing import NoReturn
 
 import torch.distributed as dist
@@ -17,7 +18,8 @@ from dpo.base.status import write_status
 from dpo.config import with_place
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.failures import met_alone, record_failure
-from dpo.distributed.startup import join
+from dpo.distributed.startup import meet
+from dpo.distributed.timeouts import leave_seconds
 from dpo.machine.versions import untested_versions
 
 
@@ -68,7 +70,8 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
         record_failure(placed, line_of(placed))
         if is_main:
             tell_error(line_of(placed))
-        _leave_together()
+        if not _leave_together() and not is_main:  # rank 0 met no such error
+            tell_error(line_of(placed))
         return exit_code_of(failure)
     except KeyboardInterrupt as stop:
         if is_main:
@@ -86,12 +89,20 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
     return 0
 
 
-def _leave_together() -> None:
+def _leave_together() -> bool:
     """Waits for all ranks, so that rank 0 has printed before any rank ends: torchrun ends all ranks as soon as it sees
     one that failed.
+
+    Before there is a process group they meet in the store, which needs one connection per rank, where a group needs one
+    per pair of ranks. Returns whether all ranks came.
     """
-    if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        join(60)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized():
         all_gather(None)  # over gloo; a barrier over NCCL would hang on the GPU if a rank is lost
         dist.destroy_process_group()
+    elif size > 1:
+        try:
+            meet("leave", timedelta(seconds=leave_seconds(size)))
+        except dist.DistError:
+            return False
+    return True

@@ -21,12 +21,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from dpo.distributed.descriptors import check_shortage, publish_shortage, raise_limits, tell_raised
 from dpo.distributed.network import VARIABLE, gloo_interface
+from dpo.distributed.timeouts import arrival_seconds
 from dpo.distributed.world import World
 
 
 @contextmanager
-def open_world(timeout_seconds: int) -> Iterator[World]:
+def open_world(timeout_seconds: int, replicate: int = 1) -> Iterator[World]:
     """Joins the ranks that torchrun's environment describes, over gloo; without torchrun the group has one rank.
 
     This is phase one of two: only gloo exists and no GPU is in use, so that the code that reads, tokenizes and hashes
@@ -35,14 +37,18 @@ def open_world(timeout_seconds: int) -> Iterator[World]:
     Args:
         timeout_seconds: timeout of collectives until `start_devices`; a collective that some rank never joins then ends
             the run.
+        replicate: copies of the model, for the number of file descriptors that a rank will need.
+
+    Raises:
+        UserError: on every rank, where any rank may open too few file descriptors.
     """
-    env = {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}
+    env = _environment()
     # Otherwise torch asks the CUDA runtime whether there is a GPU, which starts the driver in this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     device = torch.device("cuda", env["LOCAL_RANK"]) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         set_allocator(os.environ)
-    store = join(timeout_seconds)
+    store = join(timeout_seconds, replicate)
     yield World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], device, store)
     dist.destroy_process_group()  # not after a failure: `run_program` needs the group to end all ranks together
 
@@ -66,7 +72,9 @@ def start_devices(world: World, timeout_seconds: int) -> None:
     assert world.store is not None, "only a world that open_world made has a second phase"
     on_cuda, timeout = world.device.type == "cuda", timedelta(seconds=timeout_seconds)
     store = dist.PrefixStore("steps", world.store)
-    _wait_for_all(store, world.size)
+    # Not a barrier of the group: the first rank to leave it would close its connections while others read from them.
+    _arrive(store, world.size)
+    store.wait([ALL_HERE])
     dist.destroy_process_group()
     store.set_timeout(timeout)
     try:
@@ -110,15 +118,13 @@ def _connect(world: World) -> None:
     torch.cuda.synchronize(world.device)
 
 
-def _wait_for_all(store: dist.Store, size: int) -> None:
-    """Waits, through the store, until all ranks are here, so that the group can be destroyed.
-
-    A barrier of the group would not be safe: the first rank to leave it would close its connections while other ranks
-    still read from them. Every rank must get here, or the rest hang.
-    """
+def _arrive(store: dist.Store, size: int) -> None:
+    """Counts this rank in the store, and sets the key `ALL_HERE` once all ranks are counted."""
     if store.add("arrived", 1) == size:
-        store.set("all", "")
-    store.wait(["all"])
+        store.set(ALL_HERE, "")
+
+
+ALL_HERE = "all"
 
 
 def set_allocator(environment: MutableMapping[str, str]) -> None:
@@ -137,13 +143,24 @@ ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 _ENVIRONMENT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
 
 
-def join(timeout_seconds: int) -> dist.Store:
+def join(timeout_seconds: int, replicate: int = 1) -> dist.Store:
     """Initializes the first process group, over gloo, and returns its store. Every rank must get here, or the rest hang
     until the timeout.
+
+    Args:
+        timeout_seconds: timeout of the collectives of the group.
+        replicate: copies of the model, for the number of file descriptors that this rank will need.
+
+    Raises:
+        UserError: on every rank, where any rank may open too few file descriptors.
+        ConnectionError: on the ranks that are here, where others are not after `arrival_seconds`.
     """
     timeout = timedelta(seconds=timeout_seconds)
+    found = raise_limits(_environment(), replicate)
     if "RANK" not in os.environ:
         store: dist.Store = dist.HashStore()
+        publish_shortage(found, store)
+        check_shortage(store)
         dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timeout)
         return store
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
@@ -151,5 +168,43 @@ def join(timeout_seconds: int) -> dist.Store:
     if interface is not None:
         os.environ[VARIABLE] = interface
     store = dist.PrefixStore("dpo", store)
+    publish_shortage(found, store)
+    _await_start(dist.PrefixStore("start", store), rank, size, min(timeout_seconds, arrival_seconds(size)))
+    check_shortage(store)
+    if rank == 0:
+        tell_raised(found)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     return store
+
+
+def _await_start(store: dist.Store, rank: int, size: int, seconds: int) -> None:
+    """Waits until all ranks have started; after `seconds` raises ConnectionError, which names the others."""
+    store.set(f"rank {rank}", "")
+    _arrive(store, size)
+    try:
+        store.wait([ALL_HERE], timedelta(seconds=seconds))
+    except dist.DistStoreError as failure:
+        missing = [str(other) for other in range(size) if not store.check([f"rank {other}"])]
+        named = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
+        raise ConnectionError(
+            f"rank {rank}: {len(missing)} of {size} ranks did not start within {seconds} seconds: {named};"
+            " their nodes' logs say why"
+        ) from failure
+
+
+def meet(name: str, timeout: timedelta) -> None:
+    """Waits in torchrun's store until all ranks are here, without a process group; raises DistError after `timeout`.
+
+    Args:
+        name: of this meeting of the ranks.
+        timeout: for connecting to the store, and for waiting.
+    """
+    store, _, size = next(dist.rendezvous("env://", timeout=timeout))
+    store = dist.PrefixStore(name, store)
+    _arrive(store, size)
+    store.wait([ALL_HERE], timeout)
+
+
+def _environment() -> dict[str, int]:
+    """Returns the numbers of torchrun's environment, by name; without torchrun those of a single rank."""
+    return {name: int(os.environ.get(name, default)) for name, default in _ENVIRONMENT.items()}

@@ -6,6 +6,7 @@ Plain Python processes stand in for them: a parent that, like torchrun, knows no
 import errno
 import io
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -211,3 +212,18 @@ def test_the_tree_of_processes() -> None:
     finally:
         supervise.send(signal.SIGKILL, [*descendants(shell.pid), shell.pid])
         shell.wait()
+
+
+def test_torchrun_may_open_as_many_files_as_the_hard_limit(tmp_path: Path) -> None:
+    """It serves the store, with a connection to every rank; the launcher itself keeps its limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    file = str(tmp_path / "limit")
+    code = f"import resource; open({file!r}, 'w').write(str(resource.getrlimit(resource.RLIMIT_NOFILE)))"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
+    try:
+        with signals(lambda: None) as noted:
+            run([sys.executable, "-c", code], os.environ, noted, 60, bool)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(soft, hard - 1), hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert (tmp_path / "limit").read_text() == str((hard, hard))
