@@ -7,6 +7,7 @@ timeouts.py     how long ranks wait for each other, by their number
 startup.py      the process group: gloo while the input is read, then NCCL and gloo
 collectives.py  rank 0 decides and all ranks follow; exchanges of Python objects
 shared.py       the nodes that do not see a folder
+copies.py       one copy of a model reads its tensors, and broadcasts them to the other copies
 preemption.py   SIGUSR2 asks a run to save and exit
 failures.py     reports of a failure that one rank may meet alone
 program.py      how a program of several ranks ends: its exit code, its error in one line

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from dpo.base.errors import UserError, one_line
 from dpo.base.hub import is_hub_id
 from dpo.config import Config
 from dpo.distributed.collectives import all_gather, first_on_each_node, on_main, together
+from dpo.distributed.copies import fill_copies
 from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
 
@@ -185,7 +187,8 @@ def tensor_paths(folder: Path) -> list[Path]:
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> None:
-    """Fills tensors with the tensors of the same names in a folder; of a DTensor each rank reads its shard alone.
+    """Fills tensors with the tensors of the same names in a folder. Of a DTensor each rank reads its shard alone; where
+    there are several copies of the model, the ranks of the first read, and broadcast their shards to the others.
 
     Every rank must get here, or the rest hang.
 
@@ -198,8 +201,8 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix:
         UserError: a tensor is missing or has another shape.
     """
     wanted = together(lambda: _find_tensors(folder, tensors, base_prefix))
-    with storage_errors(folder):
-        dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
+    load = partial(dcp.load, wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
+    fill_copies(wanted, lambda group: storage_errors(folder)(load)(process_group=group))
 
 
 def _find_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> dict[str, torch.Tensor]:
