@@ -14,6 +14,7 @@ import os
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dpo.base.errors import RunError, UserError
 from dpo.base.files import remove_folder
 from dpo.base.space import find_shortage
 from dpo.distributed.collectives import on_main
+from dpo.distributed.copies import fill_copies
 from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
 
@@ -133,8 +135,8 @@ def forget_plans(plans: str) -> None:
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Loads weights and optimizer state; another number of ranks may have written them. Every rank must get here, or
-    the rest hang.
+    """Loads weights and optimizer state; another number of ranks may have written them. Of several copies of the model
+    the first reads (`fill_copies`). Every rank must get here, or the rest hang.
 
     The optimizer keeps its own settings (learning rate, weight decay, ...), not those of the checkpoint.
 
@@ -148,11 +150,18 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     """
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     tensors = state_tensors(model, optimizer)
-    with storage_errors(folder):
-        dcp.load(tensors, checkpoint_id=str(folder))
+    load = partial(dcp.load, tensors, checkpoint_id=str(folder))
+    fill_copies(_tensors_of(tensors), lambda group: storage_errors(folder)(load)(process_group=group))
     set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
         group.update(wanted)  # the config's settings override the checkpoint's
+
+
+def _tensors_of(state: Any) -> list[torch.Tensor]:
+    """Returns the tensors in nested dicts, in order; the optimizer's settings, which are no tensors, are left out."""
+    if isinstance(state, dict):
+        return [tensor for part in state.values() for tensor in _tensors_of(part)]
+    return [state] if isinstance(state, torch.Tensor) else []
 
 
 def load_model(folder: Path, model: nn.Module) -> None:

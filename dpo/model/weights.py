@@ -202,7 +202,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix:
     """
     wanted = together(lambda: _find_tensors(folder, tensors, base_prefix))
     load = partial(dcp.load, wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
-    fill_copies(wanted, lambda group: storage_errors(folder)(load)(process_group=group))
+    fill_copies(wanted.values(), lambda group: storage_errors(folder)(load)(process_group=group))
 
 
 def _find_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> dict[str, torch.Tensor]:

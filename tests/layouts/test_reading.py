@@ -9,10 +9,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
 
 from dpo.base.errors import RunError
+from dpo.checkpoint.store import _tensors_of, load_checkpoint, state_tensors
 from dpo.config import ParallelConfig
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import make_mesh
@@ -99,6 +102,64 @@ def test_copies_in_host_memory_are_equal_too(ranks: Ranks, tmp_path: Path) -> No
     folder = save_model(tmp_path, "llama-tied")
     for _, local, wanted in ranks(4, load, folder, 2, "float64", True):
         assert all(local[name].tobytes() == wanted[name].tobytes() for name in wanted)
+
+
+def resume(folder: Path, checkpoint: Path, replicate: int) -> tuple[int, dict[str, bytes]]:
+    """(the items that this rank read of a checkpoint; its shards of weights and optimizer state after it). AdamW, which
+    keeps the number of its steps in host memory too.
+    """
+    items: list[int] = []
+    read_data = FileSystemReader.read_data
+    parallel = ParallelConfig(replicate=replicate)
+
+    def counted(self: Any, plan: Any, planner: Any) -> Any:
+        items.append(len(plan.items))
+        return read_data(self, plan, planner)
+
+    with open_world(60, replicate) as world:
+        start_devices(world, 60)
+        policy = build_policy(read_model_config(folder, False), parallel, "float32", make_mesh(world, parallel))
+        optimizer = torch.optim.AdamW(policy.model.parameters(), foreach=False)
+        with patch.object(FileSystemReader, "read_data", counted):
+            load_checkpoint(checkpoint, policy.model, optimizer)
+        state = _tensors_of(state_tensors(policy.model, optimizer))
+        return sum(items), {str(i): _local(tensor).numpy().tobytes() for i, tensor in enumerate(state)}
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def save_adamw(folder: Path, checkpoint: Path) -> dict[str, bytes]:
+    """Writes a checkpoint of one rank after two steps of AdamW on made gradients; returns whole what is in it."""
+    with open_world(60) as world:
+        start_devices(world, 60)
+        policy = build_policy(read_model_config(folder, False), ParallelConfig(), "float32", make_mesh(world, PLAIN))
+        load_weights(policy, folder)
+        optimizer = torch.optim.AdamW(policy.model.parameters(), foreach=False)
+        for _ in range(2):
+            for parameter in policy.model.parameters():
+                parameter.grad = torch.ones_like(parameter) * 0.01 + parameter.detach()
+            optimizer.step()
+        state = state_tensors(policy.model, optimizer)
+        dcp.save(state, checkpoint_id=str(checkpoint))
+        return {str(i): _local(tensor).numpy().tobytes() for i, tensor in enumerate(_tensors_of(state))}
+
+
+PLAIN = ParallelConfig()
+
+
+def test_one_copy_reads_the_checkpoint_for_all(ranks: Ranks, tmp_path: Path) -> None:
+    """Two copies of two shards: those of the first, side by side, are what was saved; the second has them too."""
+    folder = save_model(tmp_path / "model", "qwen3")
+    (saved,) = ranks(1, save_adamw, folder, tmp_path / "checkpoint")
+    (read0, first0), (read1, first1), (read2, second0), (read3, second1) = ranks(
+        4, resume, folder, tmp_path / "checkpoint", 2
+    )
+    assert read0 > 0 and read1 > 0 and read2 == read3 == 0
+    assert (second0, second1) == (first0, first1)
+    for name, tensor in saved.items():  # steps are whole on every rank
+        assert tensor == first0[name] + first1[name] or tensor == first0[name] == first1[name]
 
 
 def hashed_names(folder: Path) -> list[str]:
