@@ -16,6 +16,7 @@ a connection to each rank and to the torchrun of each other node. `python -m tes
 import os
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -72,7 +73,8 @@ def raise_limits(environment: Mapping[str, int], replicate: int) -> list[Descrip
     found = [Descriptors(f"rank {rank}", need_of_rank(size, replicate), raise_limit())]
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         need = need_of_agent(size, size // environment["LOCAL_WORLD_SIZE"])
-        found.append(Descriptors("torchrun", need, raise_limit(os.getppid())))
+        with suppress(PermissionError):  # a process of another user
+            found.append(Descriptors("torchrun", need, raise_limit(os.getppid())))
     return found
 
 

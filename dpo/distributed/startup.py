@@ -3,7 +3,8 @@
 Training on two ranks with a GPU each, both of which make these calls in this order:
 
     call                 process group                       CUDA       child processes
-    open_world           store "dpo": gloo                   not used   may be forked
+    open_world           waits for all ranks in the store,   not used   may be forked
+                         and makes store "dpo": gloo
       read_inputs        its object collectives              not used   forked: tokenize and hash
     start_devices        waits for all ranks in the store,   starts     must be spawned from here on
                          destroys the group, and makes

@@ -23,6 +23,8 @@ from tests.bench.rank_counts import Counts
 from tests.support.models import save_model, save_pairs
 from tests.support.runs import make_config
 
+ROOT = Path(__file__).parents[2]
+"""The folder from which `python -m` finds the ranks' program."""
 BEYOND = (64, 128, 256, 512, 1024)
 
 
@@ -57,7 +59,7 @@ def count(folder: Path, size: int, replicate: int) -> list[Counts]:
     """Trains in an emptied folder; returns the counts of each rank."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    subprocess.run([*training(folder, size, replicate), "--quiet"], check=True, stderr=subprocess.DEVNULL)
+    subprocess.run([*training(folder, size, replicate), "--quiet"], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)
     return read_counts(folder, size)
 
 
@@ -98,9 +100,10 @@ def main() -> None:
     parser.add_argument("--replicate", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("bench/many_ranks"))
     args = parser.parse_args()
+    work = args.work.absolute()
     print(" | ".join(HEAD))
     for size in args.sizes:
-        print(" | ".join(row(size, args.replicate, count(args.work, size, args.replicate))), flush=True)
+        print(" | ".join(row(size, args.replicate, count(work, size, args.replicate))), flush=True)
     for size in BEYOND:
         print(" | ".join(row(size, args.replicate, ())))
     for size in (*args.sizes, *BEYOND):

@@ -15,7 +15,7 @@ from dpo.base.errors import UserError
 from dpo.distributed.descriptors import need_of_agent, need_of_rank, sockets_of_rank
 from dpo.distributed.program import run_program
 from dpo.distributed.startup import open_world
-from tests.bench.many_ranks import read_counts, training
+from tests.bench.many_ranks import ROOT, read_counts, training
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -25,7 +25,7 @@ def limited(folder: Path, size: int, replicate: int, soft: int, hard: int) -> su
     """A training under torchrun whose processes start with these limits of open file descriptors."""
     words = training(folder, size, replicate)
     return subprocess.run(
-        words, check=False, capture_output=True, text=True,
+        words, cwd=ROOT, check=False, capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard)),
     )  # fmt: skip
 
@@ -40,8 +40,8 @@ def test_a_run_goes_on_above_its_soft_limit_and_the_formula_holds(tmp_path: Path
     counts = read_counts(tmp_path, 4)
     assert {count.held["socket"] for count in counts} == {sockets_of_rank(4, 2)} == {13}
     most, of_agent = max(count.most for count in counts), max(sum(count.of_agent.values()) for count in counts)
-    assert 40 < most <= need_of_rank(4, 2) <= most + 12
-    assert of_agent <= need_of_agent(4, 1) <= of_agent + 12
+    assert 40 < most <= need_of_rank(4, 2) <= most + 15
+    assert of_agent <= need_of_agent(4, 1) <= of_agent + 15
 
 
 def test_a_hard_limit_below_the_need_is_an_error_on_every_rank(tmp_path: Path) -> None:
