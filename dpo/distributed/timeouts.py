@@ -1,7 +1,7 @@
 """How long ranks wait for each other where no key of the config says it: functions of the number of ranks.
 
 Ranks that start at the same moment become ready at different times, since all of them import the same files, often
-from one file server. Importing `dpo.train` opens 8,800 files per rank, and a network file system asks the server at
+from one file server. Importing `dpo.train` opens 8,400 files per rank, and a network file system asks the server at
 each of them. A server that answers 10,000 requests per second serves about one rank per second:
 
     ranks    leave_seconds    arrival_seconds
