@@ -7,6 +7,7 @@ pyproject.toml). Each room's `__init__.py` has a line for each of its files.
 
     floor  room
     8      train.py        python -m dpo.train: checks the input, builds the run, trains, exports
+           prepare.py      python -m dpo.prepare: downloads and tokenizes all that a run reads, without GPUs
            reference.py    python -m dpo.reference: fills the cache of reference log-probabilities
            score.py        python -m dpo.score: margins and accuracy of any model on any pairs
            sample.py       python -m dpo.sample: answers of models side by side

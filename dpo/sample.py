@@ -34,9 +34,10 @@ from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World, make_mesh
 from dpo.model.build import build_policy, load_weights
+from dpo.model.download import find_model
 from dpo.model.generation import AnswerRule, generate
 from dpo.model.policy import Policy, free_memory
-from dpo.model.weights import find_model, read_model_config
+from dpo.model.weights import read_model_config
 from dpo.run.answers import answer_text, stop_ids
 from dpo.run.inputs import check_machines
 

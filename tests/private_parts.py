@@ -292,6 +292,12 @@ PRIVATE_PARTS = (
         "the content of a hub's dataset, without reading it",
         "data/test_sources.py::test_hub",
     ),
+    PrivatePart(
+        "datasets.packaged_modules.cache.cache.Cache",
+        ("dpo/data/hub_sets.py",),
+        "reads a hub's dataset from the cache; load_dataset asks the hub first, and waits where packets are dropped",
+        "commands/test_prepare.py::test_a_data_set_is_the_same_online_and_from_the_cache",
+    ),
     # submitit
     *(
         PrivatePart(

@@ -25,6 +25,7 @@ UNDOCUMENTED = (
     "transformers.conversion_mapping",
     "transformers.core_model_loading",
     "transformers.modeling_layers",
+    "datasets.packaged_modules",
 )
 """Modules without an underscore of which no documentation speaks."""
 

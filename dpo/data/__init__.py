@@ -1,6 +1,8 @@
 """A row of a file -> `Example` -> token ids -> numbered pairs.
 
 formats/       a raw row -> `Example`, one reader per format
+caching.py     the cache of rows, by content; calls of `datasets` that fail in one line
+hub_sets.py    data sets of the hub: downloaded, then read without the network
 sources.py     a source of the config -> its raw rows
 tokenizer.py   texts -> token ids: chat templates, the boundary of prompt and completion
 tokens.py      `Example` -> `TokenizedExample`: limits, truncation, drops; keys of token ids

@@ -22,11 +22,12 @@ from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.files import make_folder_atomically
 from dpo.config import Config, SourceConfig
+from dpo.data.caching import cache_path, digest
 from dpo.data.formats.examples import check_columns, detect_format, holds_ids
 from dpo.data.holdout import Split, split_sources
 from dpo.data.pair_set import PairSet, open_pair_set, write_pair_set
 from dpo.data.report import DataReport, SourceReport, dropped_pairs, from_json, report_source, to_json
-from dpo.data.sources import Source, cache_path, digest, open_source
+from dpo.data.sources import Source, open_source
 from dpo.data.token_rows import raise_first_error, tokenize_source
 from dpo.data.tokenizer import Encoder, check_vocabulary, ids_encoder, load_tokenizer, text_encoder
 from dpo.data.tokens import limits_of

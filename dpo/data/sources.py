@@ -2,37 +2,32 @@
 
 JSON and JSONL files (gzip too) go through our own line reader, because `datasets` neither gives line numbers nor
 refuses wrong types; each row is then kept as its text. Parquet files, saved folders, folders of data files and hub ids
-go through `datasets`. The name of a cached file is a hash of the content that was read and of FORMAT, the version of
-the cached form, so that neither a changed file nor another version of the trainer meets a stale cache.
+go through `datasets`. The name of a cached file is a hash of the content that was read and of `caching.FORMAT`, the
+version of the cached form, so that neither a changed file nor another version of the trainer meets a stale cache.
 """
 
 import errno
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pyarrow.compute as pc
 
 from dpo.base.errors import UserError
-from dpo.base.hub import is_hub_id
+from dpo.base.snapshots import offline
 from dpo.config import SourceConfig
+from dpo.data.caching import cache_path, digest, file_hashes, first_line, load, quiet_progress
 from dpo.data.formats.json_rows import json_rows
 from dpo.data.formats.row_fields import Row
+from dpo.data.hub_sets import download, is_hub_source, prepared_folder, read_prepared
 
-FORMAT = 2
-"""The version of the cached rows and token rows of a source. A change of their contents or meaning must raise it."""
 JSON_FEATURES = datasets.Features(
     {"row": datasets.Value("string"), "line": datasets.Value("int64"), "columns": datasets.Value("string")}
 )
 PARQUET = b"PAR1"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 """Errors of locks on a file system without them, such as an NFS whose server has no lock daemon."""
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".csv", ".txt", ".zst", ".zip")
 
 
 @dataclass(frozen=True)
@@ -115,8 +110,8 @@ def _open_file(config: SourceConfig, path: Path, key: str) -> Source:
         is_parquet = file.read(len(PARQUET)) == PARQUET
     if not is_parquet:
         return _open_json(config.path, path, content)
-    with quiet_progress():
-        rows = _load(config.path, key, "parquet", data_files=str(path), split="train", cache_dir=_folder_of(content))
+    with quiet_progress(), offline():
+        rows = load(config.path, key, "parquet", data_files=str(path), split="train", cache_dir=_folder_of(content))
     return Source(config.path, rows, set(rows.column_names), content, has_lines=False)
 
 
@@ -142,8 +137,8 @@ def _open_folder(config: SourceConfig, path: Path, key: str) -> Source:
         content = digest([*file_hashes(file["filename"] for file in rows.cache_files), str(rows.features)])
     else:
         files = digest(file_hashes(file for file in sorted(path.rglob("*")) if file.is_file()))
-        with quiet_progress():
-            rows = _load(config.path, key, str(path), config.name, split=config.split, cache_dir=_folder_of(files))
+        with quiet_progress(), offline():
+            rows = load(config.path, key, str(path), config.name, split=config.split, cache_dir=_folder_of(files))
         content = digest([files, str(config.name), config.split])
     return Source(config.path, rows, set(rows.column_names), content, has_lines=False)
 
@@ -166,48 +161,13 @@ def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
 
 
 def _open_hub(config: SourceConfig, key: str) -> Source:
-    """Opens a data set of the Hugging Face hub, which `datasets` downloads or finds in its cache."""
-    if not is_hub_id(config.path) or config.path.endswith(DATA_SUFFIXES):
+    """Opens a data set of the Hugging Face hub: its rows in the cache, without a request, or else downloads it."""
+    if not is_hub_source(config.path):
         valid = "a file, a folder, a hub id org/name"
         raise UserError(f"{key}.path", f"no such file or folder: {config.path}", valid)
-    rows = _load(config.path, key, config.path, config.name, split=config.split)
+    folder = prepared_folder(config)
+    rows = download(config, key) if folder is None else read_prepared(folder, config, key)
     return Source(config.path, rows, set(rows.column_names), digest([rows._fingerprint]), has_lines=False)
-
-
-def _load(path: str, key: str, *args: Any, **options: Any) -> datasets.Dataset:
-    """Calls `load_dataset`. Raises one UserError for all of its failures (network, hub, split, files)."""
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs some errors that it raises as well
-    try:
-        return datasets.load_dataset(*args, **options)
-    except Exception as error:  # the hub, its http client, fsspec and arrow raise classes without a common base
-        raise UserError(f"{key}.path", f"{path}: cannot be loaded: {first_line(error)}") from error
-    finally:
-        datasets.logging.set_verbosity(verbosity)
-
-
-# --- content and cache ----------------------------------------------------------------------------------------------
-
-
-def digest(parts: Iterable[str]) -> str:
-    """Returns a hash of the parts, of FORMAT and of the version of `datasets`: 32 hex digits, as a fingerprint of
-    `datasets` has.
-    """
-    return hashlib.sha256("\0".join([str(FORMAT), datasets.__version__, *parts]).encode()).hexdigest()[:32]
-
-
-def file_hashes(paths: Iterable[Path | str]) -> Iterator[str]:
-    """Yields the sha256 of each file's content."""
-    for path in paths:
-        with Path(path).open("rb") as file:
-            yield hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def cache_path(name: str) -> Path:
-    """Returns the path of `name` in the cache of `datasets` (HF_DATASETS_CACHE, by default under HF_HOME)."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
 
 
 def _cache_fault(failure: OSError) -> UserError | None:
@@ -224,24 +184,3 @@ def _cache_fault(failure: OSError) -> UserError | None:
 def _folder_of(content: str) -> str:
     """Returns a cache folder for this content alone; `datasets` by itself would trust a file's modification time."""
     return str(cache_path(content))
-
-
-@contextmanager
-def quiet_progress() -> Iterator[None]:
-    """Hides the progress bars of `datasets`, which flicker for short work."""
-    was_enabled = datasets.utils.is_progress_bar_enabled()
-    datasets.utils.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            datasets.utils.enable_progress_bars()
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of an error's message, or its class where the message is empty; of its cause where the
-    error only says that generating failed.
-    """
-    if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
-        return first_line(error.__cause__)
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

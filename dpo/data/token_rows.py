@@ -4,7 +4,7 @@
 
 A process that tokenizes does not raise the error of a row. It writes it to the row's `error` column, and the
 first in file order is raised by `raise_first_error`. HASH is of the content of the source, of the tokenizer, the limits
-and `sources.FORMAT`, so a second start, with any number of processes, tokenizes nothing.
+and `caching.FORMAT`, so a second start, with any number of processes, tokenizes nothing.
 """
 
 import functools
@@ -22,9 +22,10 @@ import pyarrow as pa
 from dpo.base.errors import InvalidValue, UserError
 from dpo.base.files import make_folder_atomically
 from dpo.base.workers import Report
+from dpo.data.caching import cache_path, digest, quiet_progress
 from dpo.data.formats.examples import FORMATS, to_example
 from dpo.data.formats.row_fields import Row
-from dpo.data.sources import Source, cache_path, decode_row, digest, quiet_progress
+from dpo.data.sources import Source, decode_row
 from dpo.data.tokenizer import Encoder, encoder_content, merges_at_boundary
 from dpo.data.tokens import Limits, TokenizedExample, completion_key, prompt_key, tokenize
 from dpo.data.workers import tokenize_in_workers

@@ -12,6 +12,8 @@ import transformers
 
 from dpo.base.errors import InvalidValue, UserError
 from dpo.base.hub import is_tokenizer_id
+from dpo.base.hub_files import TOKENIZER
+from dpo.base.snapshots import cached_snapshot, find_code, find_snapshot, offline
 from dpo.data.formats.example import Example
 from dpo.data.formats.row_fields import Message
 
@@ -34,18 +36,45 @@ class Encoder:
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     """Returns the tokenizer of a folder or hub id. Raises UserError if it cannot be loaded or has no EOS token."""
-    if not Path(path).is_dir() and not is_tokenizer_id(path):
-        raise UserError("model.tokenizer", f"{path}: no such folder", "a folder with a tokenizer, a hub id org/name")
     try:
-        if Path(path).is_dir() and not has_tokenizer(Path(path)):
+        folder = find_tokenizer_folder(path)
+        if not has_tokenizer(folder):
             raise OSError("it holds none")  # transformers would make an empty tokenizer from the model's config
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if trust_remote_code:
+            find_code(folder)
+        with offline():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except InvalidValue as failure:
+        raise failure.at("model.tokenizer") from failure
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :")
         raise UserError("model.tokenizer", f"{path}: cannot be loaded: {what}", "a tokenizer's folder") from error
     if tokenizer.eos_token_id is None:
         raise UserError("model.tokenizer", f"{path}: the tokenizer has no EOS token", "one with an eos_token")
     return tokenizer
+
+
+def find_tokenizer_folder(path: str) -> Path:
+    """Returns the local folder of a tokenizer: `path` itself, or a hub repository, of which the tokenizer's files are
+    downloaded where the hub's cache lacks them.
+
+    Raises UserError where there is no such folder, and as `find_snapshot` does.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not is_tokenizer_id(path):
+        raise UserError("model.tokenizer", f"{path}: no such folder", "a folder with a tokenizer, a hub id org/name")
+    return find_snapshot(path, TOKENIZER)
+
+
+def tokenizer_is_here(path: str) -> bool:
+    """Returns whether the tokenizer of a folder or hub id can be loaded without a request."""
+    if Path(path).is_dir() or not is_tokenizer_id(path):
+        return has_tokenizer(Path(path))
+    snapshot = cached_snapshot(path)
+    return snapshot is not None and has_tokenizer(snapshot)
 
 
 def has_tokenizer(folder: Path) -> bool:

@@ -28,8 +28,8 @@ from dpo.doctor.parts import Finding, Part, Subject, examine
 from dpo.doctor.speed import LINKS, PRODUCTS
 from dpo.doctor.storage import CACHE, STORAGE
 from dpo.doctor.words import header, lines_of, verdict
+from dpo.model.download import find_model_config, read_named_config
 from dpo.model.kernels import keep_kernels
-from dpo.model.weights import find_model_config, read_named_config
 from dpo.ref_logps.cache import cache_root
 from dpo.run.disk import sizes_of
 

@@ -6,7 +6,6 @@ step they come.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from transformers import PretrainedConfig
@@ -17,9 +16,10 @@ from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree, grow_trees
 from dpo.config import Config
 from dpo.data.formats.examples import holds_ids
+from dpo.data.hub_sets import is_here
 from dpo.data.pair_set import PairSet
 from dpo.data.prepare import prepare_data
-from dpo.data.tokenizer import has_tokenizer
+from dpo.data.tokenizer import tokenizer_is_here
 
 NUM_STEPS = 16  # steps of the data that are planned, evenly spread
 
@@ -83,10 +83,10 @@ def find_lengths(
 def _why_not_read(config: Config) -> str | None:
     """Returns why the data cannot be read here; None where it can be read."""
     for source in config.data.train:
-        if not Path(source.path).exists():
+        if not is_here(source):
             return f"assumed: {source.path} is not here"
     tokenizer = config.model.tokenizer or config.model.path
-    if not has_tokenizer(Path(tokenizer)) and not all(holds_ids(source.format) for source in config.data.train):
+    if not tokenizer_is_here(tokenizer) and not all(holds_ids(source.format) for source in config.data.train):
         return f"assumed: {tokenizer} has no tokenizer"
     return None
 

@@ -31,7 +31,7 @@ from dpo.estimate.speed import DEFAULT_MFU, Cluster, Speed, step_speed
 from dpo.estimate.traffic import Groups
 from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wrapped
 from dpo.machine.data_sheets import find_sheet
-from dpo.model.weights import find_model_config
+from dpo.model.download import find_model_config
 from dpo.run.disk import sizes_of
 
 DEFAULT_RANKS_PER_NODE = 8

@@ -24,7 +24,7 @@ from dpo.data.tokenizer import has_tokenizer, load_tokenizer
 from dpo.inspect.inspection import Inspection, inspect_data
 from dpo.inspect.page import html_page
 from dpo.inspect.terminal import make_console, print_inspection
-from dpo.model.weights import find_model_config
+from dpo.model.download import find_model_config
 
 DESCRIPTION = """Shows the data of a run as the trainer sees it; needs no GPU and no weights. Beside the keys below:
 --html FILE also writes everything as one HTML page; --examples N shows the first N pairs of step 1, token by token

@@ -1,6 +1,7 @@
 """`PackedBatch` -> log-probabilities: how a sharded policy is built, loaded and run.
 
-weights.py       finds, hashes, reads and writes model folders; each rank reads and writes its shards
+weights.py       checks, hashes, reads and writes model folders; each rank reads and writes its shards
+download.py      finds model folders, local or of the hub
 flex_options.py  FlexAttention's kernel options by architecture and head size
 attention.py     shared-prefix attention: segments on a CPU, FlexAttention on CUDA
 kernels.py       compiles layers, counts their graphs, keeps their kernels between starts

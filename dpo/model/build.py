@@ -11,6 +11,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
 from dpo.base.errors import UserError
+from dpo.base.snapshots import offline
 from dpo.batch.layout import attention_windows
 from dpo.config import Config, ParallelConfig
 from dpo.config.rules import decided
@@ -68,7 +69,7 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_cod
     """
     register_attention()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), offline():
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
             )

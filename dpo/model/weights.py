@@ -1,4 +1,4 @@
-"""Finds, checks, hashes, reads and writes model folders in Hugging Face's form, each rank its own shards."""
+"""Checks, hashes, reads and writes model folders in Hugging Face's form, each rank its own shards."""
 
 import hashlib
 import json
@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from transformers import AutoConfig, PretrainedConfig
 
-from dpo.base.errors import UserError, one_line
-from dpo.base.hub import is_hub_id
-from dpo.config import Config
-from dpo.distributed.collectives import all_gather, first_on_each_node, on_main, together
+from dpo.base.errors import InvalidValue, UserError, one_line
+from dpo.base.hub_files import stored_weights
+from dpo.base.snapshots import find_code, offline
+from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
 from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
@@ -31,60 +29,18 @@ FILE_BYTES = 5 * 2**30
 """The size of a file of an exported model, in bytes, above which another file is begun."""
 
 
-# --- found and checked -----------------------------------------------------------------------------------------------
-
-
-def find_model(path: str, key: str, world: World) -> Path:
-    """Returns the local folder of a model: `path` itself, or a hub model, which is downloaded once per node.
-
-    Every rank must get here, or the rest hang.
-
-    Args:
-        path: a local folder, or an id on the Hugging Face hub.
-        key: the config key that gave `path`, for errors, such as `model.path`.
-
-    Raises:
-        UserError: naming `key`: there is no such model, or it has no safetensors.
-    """
-    return first_on_each_node(world, lambda: _find_model(path, key))
-
-
-def _find_model(path: str, key: str) -> Path:
-    """Returns the local folder of a model; downloads a hub model."""
-    folder = Path(path)
-    if not folder.exists():
-        folder = _download(path, key)
-    if not (folder / "config.json").is_file():
-        raise UserError(key, f"{path} has no config.json", "a Hugging Face model folder or hub id")
-    if not list(folder.glob("*.safetensors")):
-        command = (
-            'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;'
-            f" [x.from_pretrained('{path}').save_pretrained('{path}-safetensors') for x in (M, T)]\""
-        )
-        raise UserError(key, f"{path} has no *.safetensors; convert it with: {command}")
-    return folder
-
-
-def _download(path: str, key: str) -> Path:
-    """Downloads a hub model, or finds it in the hub's cache; returns its folder."""
-    if not is_hub_id(path):
-        raise UserError(key, f"no such folder: {path}", "a Hugging Face model folder or hub id")
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-        return Path(snapshot_download(path, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as failure:
-        reason = one_line(str(failure))[:200]
-        raise UserError(
-            key,
-            f"{path} is no folder here and the hub did not give it ({reason})",
-            "a Hugging Face model folder or hub id",
-        ) from failure
+# --- checked ----------------------------------------------------------------------------------------------------------
 
 
 def read_model_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     """Returns the model's config. Raises UserError where it cannot be read, or this trainer cannot be exact for it."""
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if trust_remote_code:
+            find_code(folder)
+        with offline():
+            config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except InvalidValue as failure:
+        raise failure.at("model.trust_remote_code") from failure
     except (OSError, ValueError, KeyError) as failure:
         raise UserError(f"{folder}/config.json", one_line(str(failure))[:300]) from failure
     for applies, reason in _refusals(config):
@@ -173,17 +129,11 @@ def _hash_tensor(path: Path, name: str) -> bytes:
 
 
 def tensor_paths(folder: Path) -> list[Path]:
-    """Returns the files of a model's tensors: the files that its index names, else model.safetensors, else all
-    safetensors files.
+    """Returns the files of a model's tensors; see `hub_files.weight_files`.
 
     Some repositories have the same weights a second time, in a file of another form.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / name for name in sorted(names)]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    return [folder / name for name in stored_weights(folder)]
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> None:
@@ -274,27 +224,3 @@ def _tidy(folder: Path) -> None:
         files[0].rename(folder / "model.safetensors")
         for index in folder.glob("*.index.json"):
             index.unlink()
-
-
-def find_model_config(config: Config) -> PretrainedConfig:
-    """Returns the config of the model at `model.path`, a folder or hub id; needs no weights, and downloads none."""
-    return read_named_config(config.model.path, "model.path", config.model.trust_remote_code)
-
-
-def read_named_config(name: str, key: str, trust_remote_code: bool) -> PretrainedConfig:
-    """Returns the config of a model, a folder or hub id.
-
-    Args:
-        name: the folder or hub id.
-        key: the key of the trainer's config that names it, for errors.
-        trust_remote_code: whether a model's own code may run.
-
-    Raises:
-        UserError: there is no such model, its config cannot be read, or this trainer cannot be exact for it.
-    """
-    path = Path(name)
-    if path.exists() and not (path / "config.json").is_file():
-        raise UserError(key, f"{path} has no config.json", "a Hugging Face model folder or hub id")
-    if not path.exists() and not is_hub_id(name):
-        raise UserError(key, f"no such folder: {path}", "a Hugging Face model folder or hub id")
-    return read_model_config(path, trust_remote_code)

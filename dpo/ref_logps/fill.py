@@ -122,6 +122,11 @@ def fill(
     return rows, ReferencePass(num_missing, len(rows) - num_missing, time.monotonic() - started, other)
 
 
+def count_rows(sets: Sequence[PairSet]) -> int:
+    """Returns the number of different completions of all sets, each of which has a row in the cache."""
+    return len(_wanted(sets)[0])
+
+
 def _wanted(sets: Sequence[PairSet]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the M different keys of the sets' completions, (M, 2), sorted, and the number of the first completion
     with each key, (M,). Completion 2 p is the winner of pair p, 2 p + 1 its loser; pairs are numbered across the sets.

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import torch
-from datasets import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented
 from transformers import PretrainedConfig
 
 from dpo.base.console import is_quiet, say, warn
@@ -18,8 +19,9 @@ from dpo.distributed.collectives import all_gather, first_on_each_node, together
 from dpo.distributed.world import World, check_mesh
 from dpo.machine.facts import gather_facts
 from dpo.machine.toolchain import check_toolchain, find_warnings, needs_of
+from dpo.model.download import find_model
 from dpo.model.parallelize import compute_dtype
-from dpo.model.weights import find_model, hash_model, read_model_config
+from dpo.model.weights import hash_model, read_model_config
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ def read_inputs(config: Config, world: World) -> Inputs:
     """
     check_mesh(world, config.parallel)
     if is_quiet() or not (world.is_main and sys.stderr.isatty()):
+        datasets.disable_progress_bars()
         disable_progress_bars()
     folders = find_models(config, world)
     model_config = read_config(config, world, folders[0])

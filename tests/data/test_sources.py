@@ -11,8 +11,9 @@ import datasets
 import pytest
 
 from dpo.base.errors import UserError
+from dpo.base.snapshots import PREPARE
 from dpo.config import SourceConfig
-from dpo.data import sources
+from dpo.data import caching, sources
 from dpo.data.formats.json_rows import json_rows
 from dpo.data.sources import decode_row, open_source
 from tests.support.data_fixtures import write_gzip, write_jsonl
@@ -139,14 +140,14 @@ def test_another_format_does_not_meet_the_cache(tmp_path, monkeypatch):
     config = SourceConfig(path=write_jsonl(tmp_path / "a.jsonl", ROWS))
     before = open_source(config, "k").content
     assert open_source(config, "k").content == before
-    monkeypatch.setattr(sources, "FORMAT", sources.FORMAT + 1)
+    monkeypatch.setattr(caching, "FORMAT", caching.FORMAT + 1)
     assert open_source(config, "k").content != before
 
 
 def test_a_cache_depends_on_no_source_file():
     """A changed comment must not make every user's data be tokenized again."""
-    text = f"{sources.FORMAT}\0{datasets.__version__}\0a\0b"
-    assert sources.digest(["a", "b"]) == hashlib.sha256(text.encode()).hexdigest()[:32]
+    text = f"{caching.FORMAT}\0{datasets.__version__}\0a\0b"
+    assert caching.digest(["a", "b"]) == hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "folder"])
@@ -214,7 +215,8 @@ def test_hub_fails_in_one_line(monkeypatch, error):
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     first = str(error).splitlines()[0]
-    assert fault("org/name") == f"data.train[0].path: org/name: cannot be loaded: {first}"
+    advice = f"; valid: {PREPARE}" if isinstance(error, ConnectionError) else ""
+    assert fault("org/name") == f"data.train[0].path: org/name: cannot be loaded: {first}{advice}"
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 
 from dpo.base.errors import RunError
 from dpo.config import SourceConfig
+from dpo.data import caching, token_rows
 from dpo.data import prepare as data
-from dpo.data import sources, token_rows
 from dpo.data.prepare import prepare_data
 from tests.support.data_fixtures import (
     ROWS,
@@ -164,7 +164,7 @@ def test_rows_stay_on_disk(tmp_path, tokenizer_folder):
 
 def test_what_is_cached_is_of_its_formats(tmp_path, tokenizer_folder):
     """Fails where what is cached has changed and users would go on with what an older version left them: raise
-    `sources.FORMAT` (the rows) or `data.FORMAT` (the pairs), and write the new digests here.
+    `caching.FORMAT` (the rows) or `data.FORMAT` (the pairs), and write the new digests here.
     """
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     held_out = SourceConfig(path=path, holdout=0.5)
@@ -174,5 +174,5 @@ def test_what_is_cached_is_of_its_formats(tmp_path, tokenizer_folder):
     for pair_set in (prepared.train, prepared.eval):
         for name in ("row_of_pair", "pair_in_row", "prompt_of_pair", "sizes", "keys"):  # places are of Arrow's layout
             pairs.update(bytes(getattr(pair_set, name)[:]))
-    assert (sources.FORMAT, rows) == (2, "f8857794f59fea10")
+    assert (caching.FORMAT, rows) == (2, "f8857794f59fea10")
     assert (data.FORMAT, pairs.hexdigest()[:16]) == (1, "18a610913f58bcba")

@@ -17,7 +17,7 @@ from dpo.inspect import program as inspect
 from dpo.inspect.shown_pairs import INCOMPLETE, token_texts
 from dpo.inspect.terminal import bars, print_inspection
 from dpo.inspect.words import count_rows, findings
-from dpo.model.weights import find_model_config
+from dpo.model.download import find_model_config
 from tests.support.data_fixtures import BOS, EOS, VOCAB_SIZE, make_config, make_tokenizer, write_jsonl
 from tests.support.runs import changed, error_lines, exit_code_of
 

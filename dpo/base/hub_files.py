@@ -1,0 +1,118 @@
+"""The files of a model's repository on the hub that a program reads, and the files that a local folder lacks."""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo.base.errors import UserError, one_line
+
+CONFIG_FILE, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+
+_SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+_OTHER_WEIGHTS = re.compile(r"(consolidated|adapter_model|optimizer).*|.*\.(fp16|bf16|fp32|8bit|int8|int4)[.-].*")
+"""Names of top-level safetensors files that are not the model: Mistral's own form, an adapter, diffusers' variants."""
+_CONFIG = re.compile(r"(config|generation_config)\.json|.*\.py")
+_VOCABULARY = re.compile(r"tokenizer\.json|vocab\.(json|txt)|merges\.txt|[^/]*\.(model|tiktoken)")
+_TOKENIZER = re.compile(
+    r"tokenizer[^/]*\.json|(special_tokens_map|added_tokens|chat_template)\.json|chat_template\.jinja"
+    r"|additional_chat_templates/.*\.jinja"
+)
+
+
+def weight_files(names: Sequence[str], index_names: Sequence[str] | None) -> list[str]:
+    """Returns the safetensors files of one model: the files that its index names, else model.safetensors, else the
+    shards `model-00001-of-00002.safetensors` and so on, else all others at the top that have a model's name.
+
+    Args:
+        names: the paths of all files of the folder or repository.
+        index_names: the files that model.safetensors.index.json names; None where there is no index.
+    """
+    if index_names is not None:
+        return sorted(set(index_names))
+    if SINGLE in names:
+        return [SINGLE]
+    top = sorted(name for name in names if re.fullmatch(r"[^/]*\.safetensors", name))
+    shards = [name for name in top if _SHARD.fullmatch(name)]
+    return shards or [name for name in top if not _OTHER_WEIGHTS.fullmatch(name)]
+
+
+def config_files(names: Sequence[str], index_names: Sequence[str] | None) -> list[str]:
+    """Returns the files that a model's config is read from, with the model's own code; see `weight_files`."""
+    return [name for name in names if _CONFIG.fullmatch(name)]
+
+
+def tokenizer_files(names: Sequence[str], index_names: Sequence[str] | None) -> list[str]:
+    """Returns the files that a tokenizer is read from, with the model's config and code; see `weight_files`."""
+    return [name for name in names if any(form.fullmatch(name) for form in (_CONFIG, _TOKENIZER, _VOCABULARY))]
+
+
+def files_to_download(names: Sequence[str], index_names: Sequence[str] | None) -> list[str]:
+    """Returns the files of a repository that a run reads: config, tokenizer, code, the index and the weights. Weights
+    in other forms (`.bin`, `.gguf`, `consolidated.safetensors`, folders like `fp16/` and `original/`) are left.
+
+    Args:
+        names: the paths of all files of the repository.
+        index_names: the files that its index names; None where it has no index.
+
+    Returns:
+        The paths, sorted, each once.
+    """
+    index = [INDEX] if INDEX in names else []
+    return sorted({*tokenizer_files(names, None), *index, *weight_files(names, index_names)})
+
+
+# --- what a folder lacks ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """The files of a model's repository that a program reads."""
+
+    wanted: Callable[[Sequence[str], Sequence[str] | None], list[str]]
+    """Returns the files to download, from the names of all files and the files of the index."""
+    missing: Callable[[Path], list[str]]
+    """Returns the files that a local folder lacks, as far as the folder tells."""
+
+
+def read_index(path: Path) -> list[str] | None:
+    """Returns the files that an index names; None where there is no index. Raises UserError for a broken one."""
+    if not path.is_file():
+        return None
+    try:
+        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as failure:
+        raise UserError(str(path), f"not an index of safetensors files: {one_line(str(failure))}") from failure
+
+
+def stored_weights(folder: Path) -> list[str]:
+    """Returns the safetensors files of the model in a folder, whether or not they are there; see `weight_files`."""
+    return weight_files([path.name for path in folder.glob("*.safetensors")], read_index(folder / INDEX))
+
+
+def _missing_config(folder: Path) -> list[str]:
+    return [] if (folder / CONFIG_FILE).is_file() else [CONFIG_FILE]
+
+
+def _missing_vocabulary(folder: Path) -> list[str]:
+    return [] if any(_VOCABULARY.fullmatch(path.name) for path in folder.glob("*")) else ["tokenizer.json"]
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    names = stored_weights(folder) or [SINGLE]
+    totals = {int(found[2]) for found in map(_SHARD.fullmatch, names) if found}
+    names += [f"model-{i:05d}-of-{total:05d}.safetensors" for total in totals for i in range(1, total + 1)]
+    return _missing_config(folder) + sorted({name for name in names if not (folder / name).is_file()})
+
+
+CONFIG = Need(config_files, _missing_config)
+TOKENIZER = Need(tokenizer_files, _missing_vocabulary)
+MODEL = Need(files_to_download, _missing_weights)
+
+
+def files_that_prove(names: Sequence[str]) -> list[str]:
+    """Returns the files whose presence tells that a folder is complete: weights and vocabularies. A download fetches
+    them last, so that an interrupted one is seen to be incomplete.
+    """
+    return [name for name in names if name.endswith(".safetensors") or _VOCABULARY.fullmatch(name)]

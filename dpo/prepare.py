@@ -1,0 +1,277 @@
+"""Downloads, checks and tokenizes all that a run reads, without GPUs, so that the run needs no network.
+
+    python -m dpo.prepare --config FILE [--SECTION.KEY VALUE ...]
+
+Meant for a login node or a CPU job: one process, with the lowest right to the processor, and as many processes that
+tokenize as `data.num_proc` or OMP_NUM_THREADS allows. Running it again downloads what is new on the hub, and nothing
+else. The run finds everything where HF_HOME and DPO_CACHE are the same.
+"""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import datasets
+from huggingface_hub import HfApi, constants
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented
+
+from dpo.base.command import split_options, words_of
+from dpo.base.console import is_quiet, say, warn
+from dpo.base.errors import InvalidValue, RunError
+from dpo.base.files import nearest_existing
+from dpo.base.hub import is_tokenizer_id
+from dpo.base.hub_files import MODEL, TOKENIZER, Need
+from dpo.base.snapshots import GIB, Download, HubUnreachable, cached_snapshot, download, hub_failures
+from dpo.batch.order import make_order
+from dpo.config import Config, SourceConfig, load_config
+from dpo.data.hub_sets import check_room_for, is_hub_source, prepared_folder
+from dpo.data.hub_sets import download as download_set
+from dpo.data.prepare import PreferenceData, prepare_data
+from dpo.data.tokenizer import load_tokenizer
+from dpo.distributed.program import run_program
+from dpo.model.download import check_id, checked_model
+from dpo.model.weights import read_model_config, tensor_paths
+from dpo.ref_logps.blocks import ROW
+from dpo.ref_logps.cache import cache_root
+from dpo.ref_logps.fill import count_rows
+from dpo.run.disk import Sizes, sizes_of
+
+DESCRIPTION = """Downloads, checks and tokenizes all that a run reads: models, tokenizers, data. Needs no GPU; a run
+after it needs no network. Tells the steps and the disk that the run will need, and ends with exit code 1 where that is
+not there. It has no options beside --config and the keys below."""
+NICENESS = 10
+"""Added to the priority number of this process: other users of a login node come first."""
+
+# --- models and tokenizers -------------------------------------------------------------------------------------------
+
+
+def prepare_models(config: Config) -> list[Path]:
+    """Downloads the newest revisions of the policy's and the reference's model; returns the folders, one where they are
+    the same. Raises UserError where there is no such model.
+    """
+    paths = {"model.path": config.model.path, "reference.path": config.reference.path}
+    return [_prepare_model(path, key) for key, path in paths.items() if path is not None]
+
+
+def _prepare_model(path: str, key: str) -> Path:
+    if Path(path).exists():
+        return checked_model(Path(path), path, key)
+    check_id(path, key)
+    return checked_model(newest_snapshot(path, key, MODEL), path, key)
+
+
+def prepare_tokenizer(config: Config) -> None:
+    """Downloads the newest revision of a tokenizer that `model.tokenizer` names by its hub id. Raises UserError where
+    it cannot be loaded.
+    """
+    path = config.model.tokenizer
+    if path is not None:
+        if not Path(path).is_dir() and is_tokenizer_id(path):
+            newest_snapshot(path, "model.tokenizer", TOKENIZER)
+        load_tokenizer(path, config.model.trust_remote_code)
+
+
+def newest_snapshot(repository: str, key: str, need: Need) -> Path:
+    """Returns the folder of the newest revision of a repository, with the files that are needed; says which it is.
+
+    Where the hub does not answer, the revision in the cache is taken, with a warning, if it is complete.
+
+    Args:
+        repository: the hub id.
+        key: the key of the config that names it, for errors.
+        need: the files.
+
+    Raises:
+        UserError: there is no such repository, or the hub does not answer and the cache lacks files.
+        RunError: the disk has no room for the download.
+    """
+    say(f"{repository}: asking the hub for its newest revision, and downloading what is not in the cache")
+    cached = cached_snapshot(repository)
+    missing = need.missing(cached) if cached else ["config.json"]
+    try:
+        found = download(repository, need, missing=missing)
+    except HubUnreachable as failure:
+        if cached is None or missing:
+            raise failure.at(key) from failure
+        warn(f"{failure.what}; the revision in the cache is taken")
+        found = Download(cached, 0)
+    except InvalidValue as failure:
+        raise failure.at(key) from failure
+    print(f"{key} {repository}: revision {found.folder.name[:12]}, {_downloaded(found.num_bytes)}, in {found.folder}")
+    return found.folder
+
+
+def _downloaded(num_bytes: int) -> str:
+    return f"{size(num_bytes)} downloaded" if num_bytes else "in the cache already"
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def prepare_sources(config: Config) -> None:
+    """Downloads the newest revisions of the hub's data sets. Raises as `newest_snapshot` does."""
+    listed = [(f"data.train[{i}]", source) for i, source in enumerate(config.data.train)]
+    listed += [(f"data.eval[{i}]", source) for i, source in enumerate(config.data.eval)]
+    wanted = {(source.path, source.name): (source, key) for key, source in reversed(listed)}
+    for source, key in reversed(wanted.values()):  # splits of the same data set are downloaded together
+        if not Path(source.path).expanduser().exists() and is_hub_source(source.path):
+            _prepare_source(source, key)
+
+
+def _prepare_source(source: SourceConfig, key: str) -> None:
+    say(f"{source.path}: asking the hub for its newest revision, and downloading what is not in the cache")
+    folder = prepared_folder(source)
+    try:
+        with hub_failures(source.path, () if folder else ("its rows",)):
+            newest = HfApi().dataset_info(source.path).sha
+    except HubUnreachable as failure:
+        if folder is None:
+            raise failure.at(f"{key}.path") from failure
+        warn(f"{failure.what}; the revision in the cache is taken")
+        newest = folder.name
+    except InvalidValue as failure:
+        raise failure.at(f"{key}.path") from failure
+    if folder is None or folder.name != newest:
+        check_room_for(source, key)
+        download_set(source, key)
+    print(f"{key} {source.path}: revision {str(newest)[:12]}, in {prepared_folder(source)}")
+
+
+def limited(config: Config) -> Config:
+    """Returns the config with at most OMP_NUM_THREADS processes that tokenize, where `data.num_proc` is not set."""
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if config.data.num_proc is not None or not threads.isdigit() or int(threads) < 1:
+        return config
+    return replace(config, data=replace(config.data, num_proc=int(threads)))
+
+
+# --- the disk --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that a run reads from or writes to."""
+
+    name: str
+    folder: Path
+    contents: str
+    """What is there, or will be."""
+    needed: int
+    """Bytes that the run will write there."""
+    remedy: str
+    """What helps where they are too many."""
+
+    @property
+    def usage(self) -> tuple[int, int]:
+        """Returns the number of the file system, and its free bytes."""
+        here = nearest_existing(self.folder)
+        return here.stat().st_dev, shutil.disk_usage(here).free
+
+    def line(self) -> str:
+        """Returns the place, its contents and its free space, for people."""
+        return f"  {self.name:<16} {self.folder}: {self.contents}, {size(self.usage[1])} free"
+
+
+def places_of(config: Config, sizes: Sizes, data: PreferenceData, folders: Sequence[Path]) -> list[Place]:
+    """Returns the folders of a run: models, rows, checkpoints, reference cache.
+
+    Args:
+        config: the run's.
+        sizes: the bytes of its checkpoints and exported model.
+        data: its data.
+        folders: the folders of its models, each once.
+    """
+    run_dir = Path(str(config.train.run_dir)).expanduser()
+    present = len(list(run_dir.glob("checkpoints/step-??????")))
+    token_files = {Path(file.name) for pairs in (data.train, data.eval) for file in pairs.token_files}
+    models = sum(path.stat().st_size for folder in folders for path in tensor_paths(folder))
+    rows = sum(path.stat().st_size for path in token_files)
+    hub, cache = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
+    needed = sizes.disk_bytes(present)
+    kept = f"{size(needed)} needed: checkpoints of {size(sizes.checkpoint)}, exported model of {size(sizes.final)}"
+    remedy = "a train.run_dir with more room, a smaller checkpoint.keep"
+    places = [
+        Place("models", hub, f"weights of {size(models)}, with local folders", 0, ""),
+        Place("data", cache, f"token rows of {size(rows)}", 0, ""),
+        Place("run folder", run_dir, kept, needed, remedy),
+    ]
+    if config.loss.facts.uses_reference:
+        num_rows = count_rows([data.train, data.eval])
+        num_bytes = 2 * ROW.itemsize * num_rows  # in blocks as computed, and in the sorted table of the run
+        kept = f"{size(num_bytes)} needed: {num_rows:,} rows of {ROW.itemsize} bytes, and their table"
+        remedy = "a reference.cache_dir, or DPO_CACHE, with more room"
+        places.append(Place("reference cache", cache_root(config), kept, num_bytes, remedy))
+    return places
+
+
+def check_places(places: Sequence[Place]) -> None:
+    """Raises RunError for the first file system that has less free space than the run needs in all places on it."""
+    for place in places:
+        device, free = place.usage
+        together = [other for other in places if other.usage[0] == device and other.needed]
+        needed = sum(other.needed for other in together)
+        if place.needed and needed > free:
+            names = " and ".join(other.name for other in together)
+            what = f"{names} need {size(needed)}, {size(free)} are free"
+            raise RunError(f"{place.folder}: {what}; what helps: {place.remedy}")
+
+
+def size(num_bytes: int) -> str:
+    """Returns bytes for people: `1.50 GiB`, or in smaller units where they are few."""
+    unit, name = next(
+        ((unit, name) for unit, name in ((GIB, "GiB"), (2**20, "MiB")) if num_bytes >= unit), (1024, "KiB")
+    )
+    return f"{num_bytes / unit:,.2f} {name}"
+
+
+# --- the program -----------------------------------------------------------------------------------------------------
+
+
+def prepare(config: Config) -> None:
+    """Downloads, reads, checks and tokenizes everything, and prints the counts, the steps and the disk.
+
+    Raises:
+        UserError: any input is wrong, or not there.
+        RunError: the disk has no room for a download or for the run.
+    """
+    folders = prepare_models(config)
+    prepare_tokenizer(config)
+    configs = [read_model_config(folder, config.model.trust_remote_code) for folder in folders]
+    for model_config in configs:
+        sizes_of(config, model_config)  # refuses a model that cannot be trained, before the data is read
+    prepare_sources(config)
+    say("data: reading, and tokenizing rows that are not in the cache")
+    data = prepare_data(config, configs[0])
+    print("\n".join(data.report.lines()))
+    _, last_step, _ = make_order(config, data)
+    print(f"the run: {last_step:,} steps of {config.batch.pairs_per_step} pairs")
+    places = places_of(config, sizes_of(config, configs[0], last_step), data, list(dict.fromkeys(folders)))
+    print("disk:", *(place.line() for place in places), sep="\n")
+    check_places(places)
+
+
+def next_line(argv: Sequence[str]) -> str:
+    """Returns the commands that start the run, with the words of this command line."""
+    options = [option for option in split_options(argv) if option.key != "quiet"]
+    words = shlex.join(words_of(options))
+    submit = f"python -m launch.submit {words} --nodes N --gpus-per-node 8 --time TIME"
+    return f"next: {submit}, or torchrun --standalone --nproc-per-node 8 -m dpo.train {words}"
+
+
+def main() -> None:
+    """Runs `python -m dpo.prepare`."""
+    config = load_config(sys.argv[1:], "dpo.prepare", DESCRIPTION)
+    if is_quiet() or not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+        disable_progress_bars()
+    prepare(limited(config))
+    print(next_line(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    os.nice(NICENESS)
+    sys.exit(run_program(main, "the same command continues: downloads and rows so far are in the caches"))
