@@ -22,10 +22,10 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from dpo.base.command import split_options, words_of
 from dpo.base.console import is_quiet, say, warn
 from dpo.base.errors import InvalidValue, RunError
-from dpo.base.files import nearest_existing
+from dpo.base.files import nearest_existing, shown_bytes
 from dpo.base.hub import is_tokenizer_id
 from dpo.base.hub_files import MODEL, TOKENIZER, Need
-from dpo.base.snapshots import GIB, Download, HubUnreachable, cached_snapshot, download, hub_failures
+from dpo.base.snapshots import Download, HubUnreachable, cached_snapshot, download, hub_failures
 from dpo.batch.order import make_order
 from dpo.config import Config, SourceConfig, load_config
 from dpo.data.hub_sets import check_room_for, is_hub_source, prepared_folder
@@ -106,7 +106,7 @@ def newest_snapshot(repository: str, key: str, need: Need) -> Path:
 
 
 def _downloaded(num_bytes: int) -> str:
-    return f"{size(num_bytes)} downloaded" if num_bytes else "in the cache already"
+    return f"{shown_bytes(num_bytes)} downloaded" if num_bytes else "in the cache already"
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class Place:
 
     def line(self) -> str:
         """Returns the place, its contents and its free space, for people."""
-        return f"  {self.name:<16} {self.folder}: {self.contents}, {size(self.usage[1])} free"
+        return f"  {self.name:<16} {self.folder}: {self.contents}, {shown_bytes(self.usage[1])} free"
 
 
 def places_of(config: Config, sizes: Sizes, data: PreferenceData, folders: Sequence[Path]) -> list[Place]:
@@ -192,17 +192,17 @@ def places_of(config: Config, sizes: Sizes, data: PreferenceData, folders: Seque
     rows = sum(path.stat().st_size for path in token_files)
     hub, cache = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
     needed = sizes.disk_bytes(present)
-    kept = f"{size(needed)} needed: checkpoints of {size(sizes.checkpoint)}, exported model of {size(sizes.final)}"
+    kept = f"{shown_bytes(needed)} needed: checkpoints of {shown_bytes(sizes.checkpoint)}, exported model of {shown_bytes(sizes.final)}"
     remedy = "a train.run_dir with more room, a smaller checkpoint.keep"
     places = [
-        Place("models", hub, f"weights of {size(models)}, with local folders", 0, ""),
-        Place("data", cache, f"token rows of {size(rows)}", 0, ""),
+        Place("models", hub, f"weights of {shown_bytes(models)}, with local folders", 0, ""),
+        Place("data", cache, f"token rows of {shown_bytes(rows)}", 0, ""),
         Place("run folder", run_dir, kept, needed, remedy),
     ]
     if config.loss.facts.uses_reference:
         num_rows = count_rows([data.train, data.eval])
         num_bytes = 2 * ROW.itemsize * num_rows  # in blocks as computed, and in the sorted table of the run
-        kept = f"{size(num_bytes)} needed: {num_rows:,} rows of {ROW.itemsize} bytes, and their table"
+        kept = f"{shown_bytes(num_bytes)} needed: {num_rows:,} rows of {ROW.itemsize} bytes, and their table"
         remedy = "a reference.cache_dir, or DPO_CACHE, with more room"
         places.append(Place("reference cache", cache_root(config), kept, num_bytes, remedy))
     return places
@@ -216,16 +216,8 @@ def check_places(places: Sequence[Place]) -> None:
         needed = sum(other.needed for other in together)
         if place.needed and needed > free:
             names = " and ".join(other.name for other in together)
-            what = f"{names} need {size(needed)}, {size(free)} are free"
+            what = f"{names} need {shown_bytes(needed)}, {shown_bytes(free)} are free"
             raise RunError(f"{place.folder}: {what}; what helps: {place.remedy}")
-
-
-def size(num_bytes: int) -> str:
-    """Returns bytes for people: `1.50 GiB`, or in smaller units where they are few."""
-    unit, name = next(
-        ((unit, name) for unit, name in ((GIB, "GiB"), (2**20, "MiB")) if num_bytes >= unit), (1024, "KiB")
-    )
-    return f"{num_bytes / unit:,.2f} {name}"
 
 
 # --- the program -----------------------------------------------------------------------------------------------------

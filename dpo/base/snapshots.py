@@ -19,12 +19,11 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from dpo.base.errors import InvalidValue, RunError, UserError, one_line
-from dpo.base.files import nearest_existing
+from dpo.base.files import nearest_existing, shown_bytes
 from dpo.base.hub_files import CONFIG_FILE, INDEX, MODEL, TOKENIZER, Need, config_files, files_that_prove, read_index
 
 PREPARE = "python -m dpo.prepare --config FILE on a machine with internet and the same HF_HOME"
 """The way to get files that a machine without internet lacks."""
-GIB = 2**30
 
 
 class HubUnreachable(InvalidValue):
@@ -136,7 +135,7 @@ def check_room(folder: Path, num_bytes: int, what: str, variable: str) -> None:
     """
     free = shutil.disk_usage(nearest_existing(folder)).free
     if num_bytes > free:
-        needs = f"{what} needs {num_bytes / GIB:.2f} GiB, {free / GIB:.2f} GiB are free"
+        needs = f"{what} needs {shown_bytes(num_bytes)}, {shown_bytes(free)} are free"
         raise RunError(f"{folder}: {needs}; what helps: {variable} in a folder with more room, or free space there")
 
 

@@ -92,7 +92,7 @@ def _why_not_read(config: Config) -> str | None:
 
 
 def _of_data(config: Config, model_config: PretrainedConfig) -> Lengths:
-    here = [source for source in config.data.eval if Path(source.path).exists()]
+    here = [source for source in config.data.eval if is_here(source)]
     config = replace(config, data=replace(config.data, eval=here))
     data = prepare_data(config, model_config)
     order, last_step, _ = make_order(config, data)

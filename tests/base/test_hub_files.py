@@ -25,7 +25,7 @@ LLAMA = [
 GPT2 = [
     *("64-8bits.tflite", "64-fp16.tflite", "64.tflite", "README.md", "config.json", "flax_model.msgpack"),
     *("generation_config.json", "merges.txt", "model.safetensors", "onnx/config.json", "onnx/decoder_model.onnx"),
-    *("onnx/merges.txt", "onnx/tokenizer.json", "onnx/vocab.json", "pytorch_model.bin", "rust_model.ot"),
+    *("onnx/merges.txt", "onnx/tokenizer.json", "onnx/vocab.json", "pytorch_model.bin"),
     *("tf_model.h5", "tokenizer.json", "tokenizer_config.json", "vocab.json"),
 ]
 FP16 = [
@@ -59,7 +59,7 @@ OWN_CODE = [
             GPT2,
             None,
             {"64-8bits.tflite", "64-fp16.tflite", "64.tflite", "README.md", "flax_model.msgpack", "pytorch_model.bin"}
-            | {"rust_model.ot", "tf_model.h5", "onnx/config.json", "onnx/decoder_model.onnx", "onnx/merges.txt"}
+            | {"tf_model.h5", "onnx/config.json", "onnx/decoder_model.onnx", "onnx/merges.txt"}
             | {"onnx/tokenizer.json", "onnx/vocab.json"},
             id="gpt2",
         ),

@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo.base import snapshots
 from dpo.base.errors import RunError
+from dpo.base.files import shown_bytes
 from dpo.base.snapshots import PREPARE
 from dpo.config import Config, SourceConfig, to_yaml
-from dpo.prepare import Place, check_places, limited, next_line, size
+from dpo.prepare import Place, check_places, limited, next_line
 from tests.support.data_fixtures import VOCAB_SIZE, make_tokenizer
 from tests.support.hub import Hub, connections, environment
 from tests.support.models import FAMILIES
@@ -338,7 +339,7 @@ def test_a_download_without_room_does_not_begin(place: Site, folders: Path) -> N
     ended = place.python("-c", FULL, "org/tiny")
     needed = sum((folders / "tiny" / name).stat().st_size for name in (*shards(folders / "tiny"), *TOKENIZER, *WANTED))
     index = (folders / "tiny" / WANTED[2]).stat().st_size  # which has been read by then
-    shown = f"the download of org/tiny needs {(needed - index) / 2**30:.2f} GiB, 0.00 GiB are free"
+    shown = f"the download of org/tiny needs {(needed - index) / 2**10:.2f} KiB, 4.00 KiB are free"
     assert f"RunError: {place.home}/hf/hub: {shown}; what helps: HF_HOME" in ended.stderr
     assert place.hub.fetched() == [WANTED[2]]
 
@@ -382,7 +383,7 @@ def test_processes_on_a_login_node(
     ("num_bytes", "shown"), [(0, "0.00 KiB"), (1536, "1.50 KiB"), (5 * 2**20, "5.00 MiB"), (2**41, "2,048.00 GiB")]
 )
 def test_bytes_for_people(num_bytes: int, shown: str) -> None:
-    assert size(num_bytes) == shown
+    assert shown_bytes(num_bytes) == shown
 
 
 def test_the_last_line_is_the_command_that_comes_next() -> None:
