@@ -25,7 +25,7 @@ from dpo.base.errors import InvalidValue, RunError
 from dpo.base.files import nearest_existing, shown_bytes
 from dpo.base.hub import is_tokenizer_id
 from dpo.base.hub_files import MODEL, TOKENIZER, Need
-from dpo.base.snapshots import Download, HubUnreachable, cached_snapshot, download, hub_failures
+from dpo.base.snapshots import ANSWER_SECONDS, Download, HubUnreachable, cached_snapshot, download, hub_failures
 from dpo.batch.order import make_order
 from dpo.config import Config, SourceConfig, load_config
 from dpo.data.hub_sets import check_room_for, is_hub_source, prepared_folder
@@ -127,7 +127,7 @@ def _prepare_source(source: SourceConfig, key: str) -> None:
     folder = prepared_folder(source)
     try:
         with hub_failures(source.path, () if folder else ("its rows",)):
-            newest = HfApi().dataset_info(source.path).sha
+            newest = HfApi().dataset_info(source.path, timeout=ANSWER_SECONDS).sha
     except HubUnreachable as failure:
         if folder is None:
             raise failure.at(f"{key}.path") from failure
@@ -192,7 +192,8 @@ def places_of(config: Config, sizes: Sizes, data: PreferenceData, folders: Seque
     rows = sum(path.stat().st_size for path in token_files)
     hub, cache = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
     needed = sizes.disk_bytes(present)
-    kept = f"{shown_bytes(needed)} needed: checkpoints of {shown_bytes(sizes.checkpoint)}, exported model of {shown_bytes(sizes.final)}"
+    parts = f"checkpoints of {shown_bytes(sizes.checkpoint)}, exported model of {shown_bytes(sizes.final)}"
+    kept = f"{shown_bytes(needed)} needed: {parts}"
     remedy = "a train.run_dir with more room, a smaller checkpoint.keep"
     places = [
         Place("models", hub, f"weights of {shown_bytes(models)}, with local folders", 0, ""),

@@ -24,6 +24,10 @@ from dpo.base.hub_files import CONFIG_FILE, INDEX, MODEL, TOKENIZER, Need, confi
 
 PREPARE = "python -m dpo.prepare --config FILE on a machine with internet and the same HF_HOME"
 """The way to get files that a machine without internet lacks."""
+ANSWER_SECONDS = 20.0
+"""The time in which the hub must answer the first request for a repository. Without a limit, the hub's client waits as
+long as the kernel tries to connect, which is minutes where packets are dropped.
+"""
 
 
 class HubUnreachable(InvalidValue):
@@ -105,7 +109,7 @@ def download(repository: str, need: Need, revision: str | None = None, missing: 
         RunError: the disk has no room for the download.
     """
     with hub_failures(repository, missing):
-        info = HfApi().model_info(repository, revision=revision)
+        info = HfApi().model_info(repository, revision=revision, timeout=ANSWER_SECONDS)
         names = [file.rfilename for file in info.siblings or []]
         index = _fetch_index(repository, info.sha) if INDEX in names and need is MODEL else None
         wanted = need.wanted(names, index)

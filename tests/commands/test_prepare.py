@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from dpo.base import snapshots
 from dpo.base.errors import RunError
 from dpo.base.files import shown_bytes
+from dpo.base.hub_files import MODEL
 from dpo.base.snapshots import PREPARE
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.prepare import Place, check_places, limited, next_line
@@ -410,3 +411,20 @@ def test_offline_ends_with_its_block(monkeypatch: pytest.MonkeyPatch) -> None:
         assert snapshots.constants.is_offline_mode()
         raise ValueError("inside")
     assert not snapshots.constants.is_offline_mode()
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client has no limit of its own: the first request carries ours, and its end is an error of the user."""
+    asked = []
+
+    class Silent:
+        def model_info(self, repository: str, revision: str | None, timeout: float) -> None:
+            asked.append((repository, revision, timeout))
+            raise TimeoutError("timed out")
+
+    monkeypatch.setattr(snapshots, "HfApi", Silent)
+    with pytest.raises(snapshots.HubUnreachable) as failure:
+        snapshots.find_snapshot("org/silent", MODEL)
+    assert asked == [("org/silent", None, 20.0)]
+    assert "org/silent: the cache" in failure.value.what and "lacks config.json, and the hub does" in failure.value.what
+    assert failure.value.valid == PREPARE
