@@ -51,6 +51,7 @@ SLOW: Sequence[str] = (
     "checkpoint/test_host_copies.py",
     "commands/test_demo.py",
     "commands/test_doctor.py",
+    "commands/test_doctor_report.py",
     "commands/test_prepare.py",
     "commands/test_sample.py",
     "commands/test_score.py",

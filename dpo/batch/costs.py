@@ -75,7 +75,7 @@ def cost_model(config: PretrainedConfig) -> CostModel:
     num_heads = config.num_attention_heads
     width = num_heads * (getattr(config, "head_dim", None) or hidden // num_heads)
     kv_width = width * (getattr(config, "num_key_value_heads", None) or num_heads) // num_heads
-    inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
+    inner = intermediate_size(config)
     is_gated = hasattr(config, "num_key_value_heads") and config.model_type not in UNGATED
     parameters = hidden * (2 * width + 2 * kv_width) + (3 if is_gated else 2) * hidden * inner
     return CostModel(
@@ -84,6 +84,12 @@ def cost_model(config: PretrainedConfig) -> CostModel:
         per_scored=2.0 * hidden * config.vocab_size,
         per_token_last=2.0 * num_layers * hidden * inner,
     )
+
+
+def intermediate_size(config: PretrainedConfig) -> int:
+    """Returns the width of the MLP."""
+    size: int = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    return size
 
 
 def units(activation_checkpointing: str, recomputed_share: float) -> Units:

@@ -10,5 +10,9 @@ speed.py      matrix products; an all-gather along each axis of the mesh
 storage.py    the disks of the run folder and of the reference cache
 model.py      the memory and disk that the config's model takes
 attention.py  compares attention with a plain implementation
+rates.py      for a report: products in every precision, a layer's collectives, copies to the host
+steps.py      for a report: five timed steps of the config
+step_facts.py   the timed steps with their FLOPs and bytes
+report.py     the measurements of all parts as one file
 words.py      findings as one screen of text
 """

@@ -14,6 +14,7 @@ from dpo.distributed.world import World
 from dpo.doctor.parts import Failure, Finding, Part, Subject, attempt, with_remedy
 from dpo.machine.toolchain import needs_of
 from dpo.model.attention import block_attention, segment_attention
+from dpo.model.parallelize import is_compiled
 
 SPANS = (Span(0, 150, (70, 40)), Span(260, 90, (100,)))
 """Two trees. The second completion of the first does not follow its prompt directly."""
@@ -41,8 +42,8 @@ class Attention:
     seconds: float
     """Including compilation."""
     compiled: "tuple[float, float] | Failure | None"
-    """On a CPU: (error, seconds) of FlexAttention's forward pass compiled for it, or why it does not compile. None on a
-    GPU, where `path` is compiled.
+    """On a CPU whose run compiles its layers: (error, seconds) of FlexAttention's forward pass compiled for it, or why
+    it does not compile. None on another CPU, whose run compiles nothing, and on a GPU, where `path` is compiled.
     """
 
 
@@ -54,7 +55,9 @@ def measure_attention(subject: Subject, world: World) -> Attention:
     precision = str(dtype).removeprefix("torch.")
     if device.type == "cpu":
         error, seconds = compare(segment_rows, rows)
-        forward = attempt(lambda: compare(block_rows, make_rows(width, torch.float32, device), gradients=False))
+        forward = None
+        if is_compiled(subject.parallel, device):
+            forward = attempt(lambda: compare(block_rows, make_rows(width, torch.float32, device), gradients=False))
         return Attention("segment loop", precision, error, seconds, forward)
     precision = "tf32" if precision == "float32" and subject.parallel.tf32 else precision
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
@@ -174,22 +177,16 @@ def describe_attention(subject: Subject, results: Sequence[Attention]) -> Findin
             f"rank {results.index(worst)}: {worst.path} is {worst.error:.1e} from plain attention, {bound:g} allowed"
         )
         problems.append(with_remedy(deviation, WRONG))
-    compiled, problem = _compiled(subject, results)
+    compiled, problem = _compiled(results)
     return Finding(ATTENTION.name, (*lines, *compiled), problems=(*problems, *problem))
 
 
-def _compiled(subject: Subject, results: Sequence[Attention]) -> tuple[list[str], list[str]]:
-    """Returns the lines about FlexAttention compiled on a CPU, and the problems: compilation is needed only where a run
-    compiles its layers.
-    """
+def _compiled(results: Sequence[Attention]) -> tuple[list[str], list[str]]:
+    """Returns the lines about FlexAttention compiled on a CPU, and the problems."""
     failed = next((result.compiled for result in results if isinstance(result.compiled, Failure)), None)
     if failed is not None:
         reason = f"nothing compiles on this CPU: {failed.reason}"
-        is_needed = str(subject.parallel.compile).lower() == "true"
-        helps = "apt-get install g++, or module load gcc; or parallel.compile false"
-        if is_needed:
-            return [], [with_remedy(reason, helps)]
-        return [f"{reason} (a run here does not need it)"], []
+        return [], [with_remedy(reason, "apt-get install g++, or module load gcc; or parallel.compile false")]
     compiled = [result.compiled for result in results if isinstance(result.compiled, tuple)]
     if not compiled:
         return [], []
@@ -201,11 +198,18 @@ def _compiled(subject: Subject, results: Sequence[Attention]) -> tuple[list[str]
 
 WRONG = "another version of torch (constraints.txt has the tested ones); a GPU that nvidia-smi -q lists without errors"
 
+
+def compiling_notice(subject: Subject, world: World) -> str:
+    """Returns the message before FlexAttention is compiled; empty where it is not."""
+    compiles = world.device.type == "cuda" or is_compiled(subject.parallel, world.device)
+    return "compiling FlexAttention, up to a minute the first time" if compiles else ""
+
+
 ATTENTION = Part(
     "attention",
     measure_attention,
     describe_attention,
     remedy="the remedy of toolchain; TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR in a folder to write in",
     in_turns=True,
-    notice="compiling FlexAttention, up to a minute the first time",
+    notice=compiling_notice,
 )

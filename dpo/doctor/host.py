@@ -37,22 +37,28 @@ class Devices:
     """Bytes of a GPU's memory; of a CPU the host's memory, which its ranks share."""
     threads: int | None
     """Threads with which torch computes on a CPU; None on a GPU."""
+    hardware: str = "unknown"
+    """The name of the GPU or of the processor alone."""
+    capability: tuple[int, int] | None = None
+    """Of a GPU."""
 
 
 def measure_devices(subject: Subject, world: World) -> Devices:
     """Returns this rank's device."""
     host = socket.gethostname()
     if world.device.type == "cpu":
-        return Devices(host, cpu_name(), *host_memory(), torch.get_num_threads())
+        name = f"{processor()}, {counted(len(os.sched_getaffinity(0)), 'core')}"
+        return Devices(host, name, *host_memory(), torch.get_num_threads(), processor())
     gpu = torch.cuda.get_device_properties(world.device)
     free, total = torch.cuda.mem_get_info(world.device)
-    return Devices(host, f"{gpu.name} (capability {gpu.major}.{gpu.minor})", free, total, None)
+    capability = (gpu.major, gpu.minor)
+    return Devices(host, f"{gpu.name} (capability {gpu.major}.{gpu.minor})", free, total, None, gpu.name, capability)
 
 
-def cpu_name() -> str:
-    """Returns the processor's name and the number of cores that this process may use."""
+def processor() -> str:
+    """Returns the processor's name."""
     name = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    return f"{name[1] if name else platform.machine()}, {counted(len(os.sched_getaffinity(0)), 'core')}"
+    return name[1] if name else platform.machine()
 
 
 def describe_devices(subject: Subject, devices: Sequence[Devices]) -> Finding:

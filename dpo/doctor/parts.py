@@ -12,6 +12,7 @@ from dpo.base.errors import RunError, UserError, render
 from dpo.config import Config, ParallelConfig
 from dpo.distributed.collectives import all_gather, first_on_each_node, together
 from dpo.distributed.world import World
+from dpo.estimate.lengths import Lengths
 from dpo.model.parallelize import compute_dtype
 from dpo.run.disk import Sizes
 
@@ -33,6 +34,8 @@ class Subject:
     config: Config | None = None
     sizes: Sizes | None = None
     """The sizes of the policy; None where no config was given."""
+    lengths: Lengths | None = None
+    """The trees of some steps; None where no report is written."""
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
         """Returns the dtype of the forward and backward pass on a device."""
@@ -51,6 +54,10 @@ class Finding:
     """Reasons why a run is slow here, and other remarks."""
 
 
+def _no_notice(subject: Subject, world: World) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Part:
     """A part: `measure` runs on every rank, and `describe` receives the results by rank."""
@@ -67,8 +74,8 @@ class Part:
     """Whether the first rank of each node runs before its other ranks, which reuse its results from the node's
     caches.
     """
-    notice: str = ""
-    """A message before a part that takes long; else empty."""
+    notice: Callable[[Subject, World], str] = _no_notice
+    """Returns a message before a part that takes long; else an empty text."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +94,33 @@ def examine(part: Part, subject: Subject, world: World) -> Finding:
         subject: the config and models that are examined.
         world: the ranks.
     """
+    return finding_of(part, subject, measured(part, subject, world))
+
+
+def measured(part: Part, subject: Subject, world: World) -> list[Any]:
+    """Returns the results of a part by rank, a Failure in the place of one that failed. Every rank must get here, or
+    the rest hang.
+
+    Args:
+        part: the part, with its measurement.
+        subject: the config and models that are examined.
+        world: the ranks.
+    """
 
     def measure() -> Any:
         return attempt(lambda: part.measure(subject, world))
 
-    results = all_gather(first_on_each_node(world, measure) if part.in_turns else measure())
+    return all_gather(first_on_each_node(world, measure) if part.in_turns else measure())
+
+
+def finding_of(part: Part, subject: Subject, results: Sequence[Any]) -> Finding:
+    """Returns the description of the results, or of the failure of the lowest rank that failed."""
     failures = [(rank, result.reason) for rank, result in enumerate(results) if isinstance(result, Failure)]
     if not failures:
         return part.describe(subject, results)
     rank, reason = failures[0]
-    where = "every rank" if len(failures) == world.size else f"rank {rank}"
-    more = f" (and {len(failures) - 1} more)" if 1 < len(failures) < world.size else ""
+    where = "every rank" if len(failures) == len(results) else f"rank {rank}"
+    more = f" (and {len(failures) - 1} more)" if 1 < len(failures) < len(results) else ""
     return Finding(part.name, problems=(with_remedy(f"{where}{more}: {reason}", part.remedy),))
 
 

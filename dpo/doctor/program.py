@@ -1,20 +1,25 @@
 """Examines whether a run would work here, and how fast the machine is.
 
     python -m dpo.doctor [--config FILE] [--SECTION.KEY VALUE ...]
-    torchrun --standalone --nproc-per-node 8 -m dpo.doctor --config FILE
+    torchrun --standalone --nproc-per-node 8 -m dpo.doctor --config FILE [--report REPORT.json]
 
-The config gives the axes of the mesh, the folders, and the models' sizes. No weights and no data are read.
+The config gives the axes of the mesh, the folders, and the models' sizes. No weights are read, and no data unless a
+report is asked for, whose steps have the lengths of the data.
 """
 
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
-from dpo.base.console import say
-from dpo.base.errors import RunError
+from dpo.base.command import own_flags, split_words
+from dpo.base.console import is_quiet, say
+from dpo.base.errors import RunError, UserError
 from dpo.base.files import default_cache_dir
 from dpo.config import Config, ParallelConfig, load_config
 from dpo.config.reading import split_command_line
@@ -24,10 +29,15 @@ from dpo.distributed.world import World, check_mesh
 from dpo.doctor.attention import ATTENTION
 from dpo.doctor.host import DEVICES, TOOLCHAIN, VERSIONS
 from dpo.doctor.model import MODEL
-from dpo.doctor.parts import Finding, Part, Subject, examine
+from dpo.doctor.parts import Finding, Part, Subject, finding_of, measured
+from dpo.doctor.rates import RATES
+from dpo.doctor.report import make_report
 from dpo.doctor.speed import LINKS, PRODUCTS
+from dpo.doctor.steps import STEPS
 from dpo.doctor.storage import CACHE, STORAGE
 from dpo.doctor.words import header, lines_of, verdict
+from dpo.estimate.lengths import find_lengths
+from dpo.estimate.report_file import write_report
 from dpo.model.download import find_model_config, read_named_config
 from dpo.model.kernels import keep_kernels
 from dpo.ref_logps.cache import cache_root
@@ -36,8 +46,9 @@ from dpo.run.disk import sizes_of
 DESCRIPTION = """Shows on one screen whether a run would work here and how fast the machine is: devices, versions,
 compiler, matrix products, all-gathers, the disks of the run folder and of the cache, the memory that the model takes
 per rank, and attention against plain attention. Start it as the run would be started, alone or under torchrun. With
---config FILE it examines the run's mesh, folders and model, without it the defaults. The exit code is 1 where a run
-would fail."""
+--config FILE it examines the run's mesh, folders and model, without it the defaults. --report FILE also times five
+steps of the config with random weights, and writes all measurements to FILE as JSON, without names, paths or data, for
+python -m dpo.estimate --measured FILE. The exit code is 1 where a run would fail."""
 
 TIMEOUT_SECONDS = 300
 """A collective that takes longer ends the program: a network that does not work must show soon."""
@@ -48,12 +59,35 @@ BEFORE_DEVICES: tuple[Part, ...] = (VERSIONS, TOOLCHAIN, STORAGE, CACHE)
 ON_DEVICES: tuple[Part, ...] = (DEVICES, PRODUCTS, LINKS, MODEL, ATTENTION)
 
 
-def read_arguments(argv: Sequence[str]) -> Config | None:
-    """Returns the config; None where none is given. Raises UserError; --help prints and raises SystemExit(0)."""
-    line = split_command_line(argv)
-    if line.config is None and not line.texts and not line.help:
-        return None
-    return load_config(argv, "dpo.doctor", DESCRIPTION)
+@dataclass(frozen=True)
+class Arguments:
+    """The command line."""
+
+    config: Config | None
+    """None where none is given."""
+    report: Path | None
+    """The file of --report, which needs a config."""
+
+    @property
+    def timeout_seconds(self) -> int:
+        """Returns the timeout of collectives until the devices start: for a report, data may be tokenized by then."""
+        if self.config is None or self.report is None:
+            return TIMEOUT_SECONDS
+        return max(TIMEOUT_SECONDS, self.config.parallel.setup_timeout_seconds)
+
+
+def read_arguments(argv: Sequence[str]) -> Arguments:
+    """Returns the arguments. Raises UserError; --help prints and raises SystemExit(0)."""
+    parser = own_flags("python -m dpo.doctor")
+    parser.add_argument("--report")
+    own, rest = split_words(parser, argv)
+    line = split_command_line(rest)
+    is_bare = line.config is None and not line.texts and not line.help
+    if own.report is not None and (is_bare or Path(own.report).is_dir()):
+        what = "needs a config, whose steps are timed" if is_bare else f"{own.report} is a folder"
+        raise UserError("command line: --report", what, "--config FILE --report REPORT.json")
+    config = None if is_bare else load_config(rest, "dpo.doctor", DESCRIPTION)
+    return Arguments(config, Path(own.report) if own.report else None)
 
 
 def subject_of(config: Config | None, world: World) -> Subject:
@@ -80,21 +114,82 @@ def find_model_configs(config: Config) -> tuple[PretrainedConfig, ...]:
     return model, read_named_config(other, "reference.path", config.model.trust_remote_code)
 
 
+def with_lengths(subject: Subject, world: World) -> Subject:
+    """Returns the subject with the trees of some steps, from the data where it is here. Every rank must get here, or
+    the rest hang. Raises UserError where the data cannot be read.
+    """
+    config = subject.config
+    assert config is not None, "a report needs a config"
+    if is_quiet() or not (world.is_main and sys.stderr.isatty()):
+        disable_progress_bars()
+    lengths = first_on_each_node(world, lambda: find_lengths(config, subject.models[0], None, None))
+    return replace(subject, lengths=lengths)
+
+
 def main() -> None:
     """Runs `python -m dpo.doctor`. Raises RunError where a run would fail."""
-    config = read_arguments(sys.argv[1:])
-    with open_world(TIMEOUT_SECONDS) as world:
-        subject = subject_of(config, world)
-        hosts = all_gather(socket.gethostname())
-        _print(world, header(world, len(set(hosts))))
-        findings = [_examine(part, subject, world) for part in BEFORE_DEVICES]
-        if can_start_devices(findings, world):
-            keep_kernels()  # a run, or the next examination, reuses the kernels that are compiled here
-            start_devices(world, TIMEOUT_SECONDS)
-            findings += [_examine(part, subject, world) for part in ON_DEVICES]
-        _print(world, [verdict(findings)])
+    arguments = read_arguments(sys.argv[1:])
+    with open_world(arguments.timeout_seconds) as world:
+        subject = subject_of(arguments.config, world)
+        if arguments.report:
+            subject = with_lengths(subject, world)
+        examination = Examination(subject, world, arguments.report, len(set(all_gather(socket.gethostname()))))
+        findings = examination.run()
     if any(finding.problems for finding in findings):
         raise RunError(verdict(findings))
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The examination of a subject by all ranks."""
+
+    subject: Subject
+    world: World
+    report: Path | None
+    """The file of the report."""
+    num_nodes: int
+    results: dict[str, list[Any]] = field(default_factory=dict)
+    """The results of the parts so far, by rank."""
+
+    def run(self) -> list[Finding]:
+        """Examines all parts, prints their findings and the verdict, and writes the report. Every rank must get here,
+        or the rest hang.
+        """
+        _print(self.world, header(self.world, self.num_nodes))
+        findings = [self._examine(part) for part in BEFORE_DEVICES]
+        if can_start_devices(findings, self.world):
+            keep_kernels()  # a run, or the next examination, reuses the kernels that are compiled here
+            start_devices(self.world, TIMEOUT_SECONDS)
+            findings += [self._examine(part) for part in ON_DEVICES]
+            if self.report:
+                findings.append(self._examine(RATES))
+                self._write()  # in case a rank runs out of memory in a step, which may end all
+                findings.append(self._examine(STEPS))
+        self._write()
+        _print(self.world, [verdict(findings)])
+        return findings
+
+    def _examine(self, part: Part) -> Finding:
+        """Examines a part and prints its finding at once. Every rank must get here, or the rest hang."""
+        notice = part.notice(self.subject, self.world)
+        if notice and self.world.is_main:
+            say(f"{part.name}: {notice}")
+        results = measured(part, self.subject, self.world)
+        self.results[part.name] = results
+        finding = finding_of(part, self.subject, results)
+        _print(self.world, lines_of(finding))
+        return finding
+
+    def _write(self) -> None:
+        """Writes the report, where one is asked for. Every rank must get here, or the rest hang."""
+        file = self.report
+        if file is None:
+            return
+
+        def write() -> None:
+            write_report(file, make_report(self.subject, self.world, self.num_nodes, self.results))
+
+        on_main(self.world, write)
 
 
 def can_start_devices(findings: Sequence[Finding], world: World) -> bool:
@@ -108,15 +203,6 @@ def can_start_devices(findings: Sequence[Finding], world: World) -> bool:
         connecting = f"connecting the GPUs: a network that does not work shows within {TIMEOUT_SECONDS} s"
         say("the parts that need the GPUs were not tried" if broken else connecting)
     return not broken
-
-
-def _examine(part: Part, subject: Subject, world: World) -> Finding:
-    """Examines a part and prints its finding at once. Every rank must get here, or the rest hang."""
-    if part.notice and world.is_main:
-        say(f"{part.name}: {part.notice}")
-    finding = examine(part, subject, world)
-    _print(world, lines_of(finding))
-    return finding
 
 
 def _print(world: World, lines: Sequence[str]) -> None:

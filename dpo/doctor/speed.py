@@ -142,12 +142,16 @@ def measure_links(subject: Subject, world: World) -> Links:
 
 def _measure_axis(name: str, group: dist.ProcessGroup, world: World) -> Axis:
     size, device = dist.get_world_size(group), world.device
-    ranks_here = range(world.rank - world.local_rank, world.rank - world.local_rank + world.local_size)
-    spans_nodes = any(rank not in ranks_here for rank in dist.get_process_group_ranks(group))
     part_bytes = GATHERED[device.type] // size
     part, whole = agreed(lambda: make_buffers(part_bytes, size, device))
     seconds = [_gather(whole, part, group) for _ in range(REPEATS + 3)]
-    return Axis(name, size, spans_nodes, part_bytes * size, statistics.median(seconds[3:]))
+    return Axis(name, size, spans_nodes(group, world), part_bytes * size, statistics.median(seconds[3:]))
+
+
+def spans_nodes(group: dist.ProcessGroup, world: World) -> bool:
+    """Returns whether a group has ranks of other nodes than this rank's."""
+    ranks_here = range(world.rank - world.local_rank, world.rank - world.local_rank + world.local_size)
+    return any(rank not in ranks_here for rank in dist.get_process_group_ranks(group))
 
 
 def make_buffers(part_bytes: int, size: int, device: torch.device) -> tuple[Tensor, Tensor]:

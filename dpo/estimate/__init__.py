@@ -17,6 +17,9 @@ compiled.py   the tensors that compiled layers keep, without a compiler
 traffic.py    the bytes of a step's collectives
 speed.py      the seconds of a step
 devices.py    the memory and the links of a rank's device
+report.py     the measurements that dpo.doctor writes to a file
+report_file.py  writes, reads and checks this file
+measured.py   the device of such a file
 changes.py    changes that make a step fit
 advice.py     changes that speed up a step that is bound by traffic
 forecast.py   what a run needs of a cluster

@@ -25,6 +25,16 @@ class Device:
     """To the host's memory."""
     flops: float | None = None
     """FLOPs per second in any dtype; None: looked up for a GPU, measured for a CPU."""
+    scatter_share: float = 1.0
+    """The speed of a reduce-scatter as a share of that of an all-gather of as many bytes."""
+    gather_copy: float = 0.0
+    """Seconds per byte of an all-gathered tensor beside those of the link; see `measured.py`."""
+    reduce_copy: float = 0.0
+    """The same per byte of a reduced tensor."""
+    activation: float = 0.0
+    """Seconds of the arithmetic beside the matrix products, per element of the activations; see `measured.py`."""
+    update: float = 0.0
+    """Seconds of the optimizer per parameter of a rank's shard."""
 
     @property
     def is_cpu(self) -> bool:
@@ -95,11 +105,13 @@ CPU_FLOPS = 50e9
 
 
 def steady(device: Device, dtype: str) -> Device:
-    """Returns the device with FLOPs per second that are the same at every start.
+    """Returns the device with FLOPs per second that are the same at every start; where a report gave them, these.
 
     The speed of a CPU would have to be measured, and a decision must not depend on the load of the machine. In a dtype
     that is not in the table (float64) a GPU is assumed to be half as fast as in float32.
     """
+    if device.flops is not None:
+        return device
     if device.is_cpu:
         return replace(device, flops=CPU_FLOPS)
     known = device_peak(device.name, dtype)

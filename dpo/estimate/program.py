@@ -26,7 +26,10 @@ from dpo.estimate.choice import Case, decide, with_values
 from dpo.estimate.devices import DEVICES, Device, this_machine
 from dpo.estimate.forecast import forecast, line_of_run, write_forecast
 from dpo.estimate.lengths import Extent, Lengths, find_lengths
+from dpo.estimate.measured import arithmetic, checkpoint_lines, measured_device, sources, unmeasured_device, write_rate
 from dpo.estimate.needs import Trial, memory_of, needed_bytes, plans_of, with_dtype
+from dpo.estimate.report import Report
+from dpo.estimate.report_file import read_report
 from dpo.estimate.speed import DEFAULT_MFU, Cluster, Speed, step_speed
 from dpo.estimate.traffic import Groups
 from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wrapped
@@ -39,10 +42,11 @@ DEFAULT_RANKS_PER_NODE = 8
 DESCRIPTION = f"""Says whether a step fits and what it costs; needs no GPU and no weights, of a model only config.json.
 Beside the keys below: --ranks N GPUs in all (default: parallel.shard x parallel.replicate); --device
 {", ".join(DEVICES)}, or cpu, this machine (default: h100); --ranks-per-node N (default: 8); --mfu X share of the
-device's peak that the arithmetic reaches while it runs (default: {DEFAULT_MFU}); --link-gb-s X and --node-link-gb-s X
-GB a second and GPU in one direction, within a node and between nodes (default: the device's); --prompt-tokens N and
---completion-tokens N in the place of the data's lengths; --json FILE also writes what the run needs: seconds,
-memory of the hosts, bytes on disk. The exit code is 1 where it does not fit."""
+device's peak that the arithmetic reaches while it runs (default: {DEFAULT_MFU}); --measured FILE a report of
+python -m dpo.doctor --report FILE, whose numbers take the place of the data sheet's; --link-gb-s X and
+--node-link-gb-s X GB a second and GPU in one direction, within a node and between nodes (default: the device's);
+--prompt-tokens N and --completion-tokens N in the place of the data's lengths; --json FILE also writes what the run
+needs: seconds, memory of the hosts, bytes on disk. The exit code is 1 where it does not fit."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,8 @@ class Arguments:
     completion_tokens: int | None
     json: Path | None
     """A file to which the forecast of the run is written too."""
+    report: Report | None = None
+    """Of --measured."""
 
 
 # --- the command line ------------------------------------------------------------------------------------------------
@@ -69,23 +75,31 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
         parser.add_argument(flag, type=int)
     for flag in ("--mfu", "--link-gb-s", "--node-link-gb-s"):
         parser.add_argument(flag, type=float)
-    parser.add_argument("--device", default="h100")
+    parser.add_argument("--device")
+    parser.add_argument("--measured")
     parser.add_argument("--json", type=Path)
     own, rest = split_words(parser, argv)
     config = load_config(rest, "dpo.estimate", DESCRIPTION)
     for name, value in vars(own).items():
-        if name not in ("device", "json") and value is not None and not value > 0:
+        if name not in ("device", "measured", "json") and value is not None and not value > 0:
             raise UserError(f"command line: --{name.replace('_', '-')}", f"must be > 0, got {value}", "a number > 0")
     if own.mfu is not None and own.mfu > 1:
         raise UserError("command line: --mfu", f"must be <= 1, got {own.mfu}", "a share of the peak, like 0.4")
-    num_ranks = own.ranks or _ranks_of(config)
+    report = read_report(own.measured) if own.measured else None
+    num_ranks = own.ranks or _ranks_of(config, report)
     check_mesh(World(0, num_ranks, 0, num_ranks, torch.device("cpu")), config.parallel)
-    ranks_per_node = min(own.ranks_per_node or DEFAULT_RANKS_PER_NODE, num_ranks)
-    cluster = Cluster(_device(own, ranks_per_node), num_ranks, ranks_per_node, own.mfu or DEFAULT_MFU)
-    return Arguments(_with_dtype(config, cluster.device), cluster, own.prompt_tokens, own.completion_tokens, own.json)
+    usual = report.ranks.ranks_per_node if report else DEFAULT_RANKS_PER_NODE
+    ranks_per_node = min(own.ranks_per_node or usual, num_ranks)
+    device = _measured_device(own, config, report, ranks_per_node) if report else _device(own, ranks_per_node)
+    found = arithmetic(report) if report else None
+    mfu = own.mfu or (found[0] if found else DEFAULT_MFU)
+    cluster = Cluster(_with_given(own, device), num_ranks, ranks_per_node, mfu)
+    return Arguments(_with_dtype(config, device), cluster, own.prompt_tokens, own.completion_tokens, own.json, report)
 
 
-def _ranks_of(config: Config) -> int:
+def _ranks_of(config: Config, report: Report | None) -> int:
+    if config.parallel.shard is None and report is not None:
+        return report.ranks.ranks
     if config.parallel.shard is None:
         what = "is missing, and parallel.shard is null"
         raise UserError("command line: --ranks", what, "--ranks N, the number of GPUs of all nodes")
@@ -93,10 +107,23 @@ def _ranks_of(config: Config) -> int:
 
 
 def _device(own: argparse.Namespace, ranks_per_node: int) -> Device:
-    device = this_machine(ranks_per_node) if own.device == "cpu" else _named_device(own.device)
+    name = own.device or "h100"
+    return this_machine(ranks_per_node) if name == "cpu" else _named_device(name)
+
+
+def _measured_device(own: argparse.Namespace, config: Config, report: Report, ranks_per_node: int) -> Device:
+    """Returns the device of --measured. Raises UserError where --device is given too."""
+    if own.device is not None:
+        raise UserError("command line: --device", "--measured gives the device", "one of the two")
+    dtyped = with_dtype(config, unmeasured_device(report, ranks_per_node))
+    return measured_device(report, dtyped, ranks_per_node, own.measured)
+
+
+def _with_given(own: argparse.Namespace, device: Device) -> Device:
+    """Returns the device with the links of the command line; --mfu includes the operations that are no products."""
     link = device.link if own.link_gb_s is None else own.link_gb_s * 1e9
     node_link = device.node_link if own.node_link_gb_s is None else own.node_link_gb_s * 1e9
-    return replace(device, link=link, node_link=node_link)
+    return replace(device, link=link, node_link=node_link, activation=0.0 if own.mfu else device.activation)
 
 
 def _named_device(name: str) -> Device:
@@ -169,10 +196,21 @@ def _changes(result: Estimate, lengths: Lengths) -> list[Change]:
     return find_changes(trial, result.needed, largest_tree, needed, device.memory)
 
 
+def _measured_lines(arguments: Arguments, model_config: PretrainedConfig) -> list[str]:
+    """Returns the lines about the report of --measured: its numbers, and the seconds of a checkpoint."""
+    if arguments.report is None:
+        return []
+    config, report = arguments.config, arguments.report
+    size = sizes_of(config, model_config).checkpoint
+    return wrapped([*sources(report, config, arguments.cluster), *checkpoint_lines(report, size)])
+
+
 def _tell_forecast(arguments: Arguments, result: Estimate, extent: Extent | None) -> None:
     """Prints what the whole run needs, and writes it where the command line names a file."""
     sizes = sizes_of(arguments.config, result.model_config, extent.num_steps if extent else None)
     found = forecast(result, sizes, extent)
+    if arguments.report:
+        found = replace(found, write_rate=write_rate(arguments.report))
     print("\n".join(wrapped([line_of_run(found, arguments.cluster.num_ranks)])), flush=True)
     if arguments.json:
         write_forecast(arguments.json, found)
@@ -190,7 +228,7 @@ def main() -> None:
         arguments = replace(arguments, config=with_values(arguments.config, choice.values))
         print("\n".join(wrapped([choice.line])), flush=True)
     result = estimate(arguments, model_config, lengths)
-    print("\n".join(lines_of(result)), flush=True)
+    print("\n".join([*lines_of(result), *_measured_lines(arguments, model_config)]), flush=True)
     _tell_forecast(arguments, result, lengths.extent)
     trial, heading = Trial(arguments.config, arguments.cluster.num_ranks), []
     if not result.fits:

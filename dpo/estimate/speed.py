@@ -7,9 +7,11 @@ Collectives: of an all-gathered or reduce-scattered tensor a rank of n sends (n 
 that, over the slowest link of the ring. A group that spans nodes uses the network cards of all its members on a node
 together.
 
-The optimizer update is not counted; it matters where it runs on the host (`parallel.cpu_offload`). How much of the
-traffic FSDP2 overlaps with the arithmetic depends on the shapes: a step takes at least the longest part, and at most
-the sum of the parts.
+The optimizer update is counted where it was measured (`measured.py`), and then overlaps with nothing; it matters where
+it runs on the host (`parallel.cpu_offload`, a CPU). So do the copies of a CPU: FSDP2 copies weights into and out of
+each all-gather, and gradients into each reduce-scatter, on one rank too. How much of the traffic FSDP2 overlaps with
+the arithmetic depends on the shapes: a step takes at least the longest part, and at most the sum of the parts. On a CPU
+nothing overlaps.
 
 For example, 1.0 s of arithmetic, 0.4 s of all-gather and 0.2 s of reduce-scatter: between 1.0 and 1.6 s per step.
 """
@@ -21,7 +23,7 @@ from statistics import fmean
 import torch
 from transformers import PretrainedConfig
 
-from dpo.batch.costs import MODEL_UNITS, Units, cost_model, step_flops, units
+from dpo.batch.costs import MODEL_UNITS, Units, cost_model, intermediate_size, step_flops, units
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree
 from dpo.config import Config, ParallelConfig
@@ -50,8 +52,10 @@ class Part:
 
     name: str
     bytes: float
-    """Bytes that a rank sends; 0 for arithmetic."""
+    """Bytes that a rank sends; 0 for a part that sends nothing."""
     seconds: float
+    overlaps: bool = True
+    """Whether it may run at the same time as other parts."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,14 @@ class Speed:
     parts: tuple[Part, ...]
     model_seconds: float
     """Seconds of the step at the devices' peak, without recomputation."""
+    mfu: float = 0.0
+    """Share of the devices' peak that the arithmetic reaches while it runs."""
 
     @property
     def overlapped(self) -> float:
-        """Returns the seconds of a step in which all parts overlap with the longest."""
-        return max(part.seconds for part in self.parts)
+        """Returns the seconds of a step in which all parts that may overlap do so with the longest."""
+        alone = sum(part.seconds for part in self.parts if not part.overlaps)
+        return alone + max(part.seconds for part in self.parts if part.overlaps)
 
     @property
     def serial(self) -> float:
@@ -87,22 +94,69 @@ def step_speed(
         groups: the groups of parameters that are all-gathered together.
         cluster: the devices.
     """
-    costs = cost_model(model_config)
-    dtype = config.parallel.compute_dtype
-    tf32 = config.parallel.tf32 and dtype == "float32" and not cluster.device.is_cpu
-    peak = cluster.device.peak("tf32" if tf32 else dtype)
+    device = cluster.device
+    peak = device.peak(precision_of(config, device))
+    flops = [flops_of_plan(config, model_config, plan, device.is_cpu) for plan in plans]
+    model_flops = MODEL_UNITS * fmean(plan.forward_flops for plan in plans)
+    slowest = fmean(slowest for slowest, _ in flops)
+    elements = fmean(activations_of_plan(config, model_config, plan, device.is_cpu) for plan in plans)
+    arithmetic = Part("arithmetic", 0, slowest / (peak * cluster.mfu) + elements * device.activation)
+    parts = (arithmetic, *_transfers(config, groups, plans, cluster), *_local_parts(config, groups, plans, cluster))
+    total, best = fmean(total for _, total in flops), model_flops / (peak * cluster.num_ranks)
+    return Speed(total, parts, best, slowest / (peak * arithmetic.seconds))
 
-    device_type = "cpu" if cluster.device.is_cpu else "cuda"
+
+def precision_of(config: Config, device: Device) -> str:
+    """Returns the precision of a step's matrix products, by which the peak of a device is found.
+
+    Args:
+        config: `parallel.compute_dtype` must not be auto.
+        device: the device of every rank.
+    """
+    dtype = config.parallel.compute_dtype
+    return "tf32" if config.parallel.tf32 and dtype == "float32" and not device.is_cpu else dtype
+
+
+def flops_of_plan(config: Config, model_config: PretrainedConfig, plan: StepPlan, on_cpu: bool) -> tuple[float, float]:
+    """Returns the FLOPs of a step of the ranks for which the others wait, and those of all ranks.
+
+    Args:
+        config: `parallel.compute_dtype` must not be auto, and no key of `parallel` undecided.
+        model_config: of the whole model.
+        plan: the plan of the step.
+        on_cpu: whether the step runs on a CPU; else on CUDA.
+    """
+    costs = cost_model(model_config)
 
     def flops(trees: Sequence[Tree]) -> float:
-        return step_flops(trees, costs, units_of(config.parallel, trees, model_config.vocab_size, device_type))
+        units = units_of(config.parallel, trees, model_config.vocab_size, "cpu" if on_cpu else "cuda")
+        return step_flops(trees, costs, units)
 
-    slowest = [sum(max(map(flops, micro)) for micro in zip(*plan.micro_batches, strict=True)) for plan in plans]
-    total = fmean(sum(flops(trees) for lane in plan.micro_batches for trees in lane) for plan in plans)
-    model_flops = MODEL_UNITS * fmean(plan.forward_flops for plan in plans)
-    arithmetic = Part("arithmetic", 0, fmean(slowest) / (peak * cluster.mfu))
-    transfers = _transfers(config, groups, plans, cluster)
-    return Speed(total, (arithmetic, *transfers), model_flops / (peak * cluster.num_ranks))
+    slowest = sum(max(map(flops, micro)) for micro in zip(*plan.micro_batches, strict=True))
+    return slowest, sum(flops(trees) for lane in plan.micro_batches for trees in lane)
+
+
+def activations_of_plan(config: Config, model_config: PretrainedConfig, plan: StepPlan, on_cpu: bool) -> float:
+    """Returns the elements of activations that the ranks for which the others wait compute in a step: hidden and
+    intermediate size per token and layer, the vocabulary per row of the head; recomputed activations count again.
+
+    Args:
+        config: `parallel.compute_dtype` must not be auto, and no key of `parallel` undecided.
+        model_config: of the whole model.
+        plan: the plan of the step.
+        on_cpu: whether the step runs on a CPU; else on CUDA.
+    """
+    vocab_size: int = model_config.vocab_size
+    width: int = model_config.hidden_size + intermediate_size(model_config)
+    num_layers: int = model_config.num_hidden_layers
+
+    def elements(trees: Sequence[Tree]) -> float:
+        units = units_of(config.parallel, trees, vocab_size, "cpu" if on_cpu else "cuda")
+        body = units.body / MODEL_UNITS * num_layers * width
+        head = units.head / MODEL_UNITS * vocab_size
+        return body * sum(tree.num_tokens for tree in trees) + head * sum(tree.num_scored for tree in trees)
+
+    return sum(max(map(elements, micro)) for micro in zip(*plan.micro_batches, strict=True))
 
 
 def units_of(parallel: ParallelConfig, trees: Sequence[Tree], vocab_size: int, device_type: str) -> Units:
@@ -126,10 +180,11 @@ def _transfers(config: Config, groups: Groups, plans: Sequence[StepPlan], cluste
     replicate = config.parallel.replicate
     shard = cluster.num_ranks // replicate
     inside = _ring(shard, min(shard, cluster.ranks_per_node), cluster)
+    scattering = inside * cluster.device.scatter_share
     between = _ring(replicate, max(1, cluster.ranks_per_node // shard), cluster)
     gathered, scattered, reduced = _traffic(config, groups, plans, shard)
     away, twice = (shard - 1) / shard, 2 * (replicate - 1) / replicate
-    transfers = [("all-gather", away * gathered, inside), ("reduce-scatter", away * scattered, inside)]
+    transfers = [("all-gather", away * gathered, inside), ("reduce-scatter", away * scattered, scattering)]
     transfers.append(("all-reduce", twice * reduced, between))
     if config.parallel.cpu_offload:  # also where one rank holds all, and there is nothing to gather
         gathered, scattered, _ = _traffic(config, groups, plans, max(shard, 2))
@@ -138,6 +193,16 @@ def _transfers(config: Config, groups: Groups, plans: Sequence[StepPlan], cluste
         scattered *= itemsize / ITEMSIZES[config.parallel.reduce_dtype]
         transfers.append(("host", (gathered + scattered) / shard, cluster.device.host_link))
     return [Part(name, sent, sent / rate) for name, sent, rate in transfers if sent]
+
+
+def _local_parts(config: Config, groups: Groups, plans: Sequence[StepPlan], cluster: Cluster) -> list[Part]:
+    """Returns the parts of a step that send nothing, beside the arithmetic: none unless they were measured."""
+    device, shard = cluster.device, cluster.num_ranks // config.parallel.replicate
+    gathered, scattered, _ = _traffic(config, groups, plans, max(shard, 2))
+    copies = gathered * device.gather_copy + scattered * device.reduce_copy
+    update = device.update * (sum(groups.layers) + groups.root) / shard
+    parts = [Part("copies", 0, copies), Part("update", 0, update, overlaps=False)]
+    return [part for part in parts if part.seconds]
 
 
 def _traffic(config: Config, groups: Groups, plans: Sequence[StepPlan], shard: int) -> tuple[float, float, float]:

@@ -109,20 +109,25 @@ def _host_line(estimate: Estimate) -> list[str]:
 
 def _step(estimate: Estimate) -> list[str]:
     speed, cluster = estimate.speed, estimate.cluster
-    device = cluster.device
+    device, local = cluster.device, {"arithmetic": f"at {speed.mfu:.0%} of the device's peak"}
     rows = [f"a step of {estimate.config.batch.pairs_per_step} pairs, {_tera(speed.flops)} TFLOP on all ranks:"]
     for part in speed.parts:
-        moved = (
-            f"{shown_bytes(part.bytes)} from each rank" if part.bytes else f"at {cluster.mfu:.0%} of the device's peak"
-        )
+        moved = f"{shown_bytes(part.bytes)} from each rank" if part.bytes else local.get(part.name, "measured")
         rows.append(f"  {part.name:<16}{shown_seconds(part.seconds):>10}   {moved}")
-    overlapped, serial = speed.overlapped, speed.serial
-    rows.append(
-        f"{shown_seconds(overlapped)} per step if all parts overlap, {shown_seconds(serial)} if none do;"
-        f" train/mfu {speed.model_seconds / serial:.0%} to {speed.model_seconds / overlapped:.0%};"
-        f" links {device.link / 1e9:g} GB/s, {device.node_link / 1e9:g} GB/s per GPU between nodes"
-    )
+    links = f"links {device.link / 1e9:g} GB/s, {device.node_link / 1e9:g} GB/s per GPU between nodes"
+    rows.append(f"{_seconds(speed, device.is_cpu)}; {links}")
     return rows
+
+
+def _seconds(speed: Speed, on_cpu: bool) -> str:
+    """Returns the seconds of a step and its MFU; a range, unless it runs on a CPU, where no parts overlap."""
+    overlapped, serial = speed.overlapped, speed.serial
+    slow = f"{speed.model_seconds / serial:.0%}"
+    if on_cpu:
+        return f"{shown_seconds(serial)} per step, as no parts overlap on a CPU; train/mfu {slow}"
+    fast = f"{speed.model_seconds / overlapped:.0%}"
+    seconds = f"{shown_seconds(overlapped)} per step if all parts overlap, {shown_seconds(serial)} if none do"
+    return f"{seconds}; train/mfu {slow} to {fast}"
 
 
 def lines_of_changes(changes: Sequence[Change], device: Device) -> list[str]:

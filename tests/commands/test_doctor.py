@@ -21,7 +21,7 @@ from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from dpo.doctor import attention, host, model, program, speed, storage
 from dpo.doctor.model import Memory, describe_memory, free_memory
-from dpo.doctor.parts import Failure, Finding, Part, Subject, examine
+from dpo.doctor.parts import Failure, Finding, Part, Subject, examine, measured
 from dpo.doctor.words import COLUMNS, NAME, lines_of, verdict
 from dpo.estimate import program as estimate
 from dpo.estimate.devices import DEVICES, GIB
@@ -33,16 +33,9 @@ from tests.support.models import family_config, save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import changed, exit_code_of, make_config
 
-QUICK = "torch.compile of FlexAttention takes a CPU ten seconds; one test does it"
-
 
 def _not_compiled(*rows: torch.Tensor) -> torch.Tensor:
-    raise RuntimeError(QUICK)
-
-
-@pytest.fixture
-def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "block_rows", _not_compiled)
+    raise RuntimeError("no compiler")
 
 
 @pytest.fixture
@@ -70,18 +63,17 @@ def doctor(tmp_path: Path, *words: str) -> int:
 # --- whole -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_uncompiled")
 def test_alone_it_fits_on_a_screen_told_part_by_part_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is found is told at once, and what takes long before."""
     seen: list[tuple[str, str]] = []
 
-    def examined(part: Part, *args: Any) -> Finding:
+    def watched(part: Part, *args: Any) -> list[Any]:
         seen.append(capsys.readouterr())
-        return examine(part, *args)
+        return measured(part, *args)
 
-    monkeypatch.setattr(program, "examine", examined)
+    monkeypatch.setattr(program, "measured", watched)
     assert doctor(tmp_path) == 0
     seen.append(capsys.readouterr())
     lines = "".join(out for out, _ in seen).splitlines()
@@ -92,21 +84,27 @@ def test_alone_it_fits_on_a_screen_told_part_by_part_and_leaves_nothing(
     assert len(told) == len(parts) + 1
     for part, before, after in zip(parts, told, told[1:], strict=False):
         assert after.startswith(part.name), after
-        assert ("compiling" in before) == (part is attention.ATTENTION)
-    assert "attention: compiling FlexAttention, up to a minute the first time\n" in told[-2]
+        assert "compiling" not in before  # nothing that a run on a CPU needs
     assert not list(tmp_path.glob("**/*.doctor")) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.timeout(200)
 def test_under_torchrun_two_ranks_measure_their_axis(tmp_path: Path) -> None:
-    """Real processes, and FlexAttention compiled where there is a compiler."""
+    """Real processes, and FlexAttention compiled, as a run with compiled layers needs it."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     root = Path(program.__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     for variable in VARIABLES:  # of another test's run in this process
         environment.pop(variable, None)
+    save_model(tmp_path / "model", "llama")
+    keys = ["--model.path=model", "--data.train=[{path: pairs.jsonl}]", "--parallel.compile=true"]
     done = subprocess.run(
-        [*torchrun, "-m", "dpo.doctor"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=180
+        [*torchrun, "-m", "dpo.doctor", *keys],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     kept = tmp_path / "reference-cache" / "kernels" / "inductor"
@@ -118,7 +116,6 @@ def test_under_torchrun_two_ranks_measure_their_axis(tmp_path: Path) -> None:
 # --- each part made to fail ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("_uncompiled")
 def test_what_is_lacking_ends_with_1_and_what_helps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -156,7 +153,6 @@ def test_no_compiler_in_path_fails_where_layers_are_compiled(
     assert not examine(part, subject(tmp_path), world).problems
 
 
-@pytest.mark.usefixtures("_uncompiled")
 def test_a_wrong_attention_is_found(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """One part in a thousand, fifty times what float32 rounds."""
 
@@ -253,7 +249,6 @@ def test_the_state_lies_on_the_host_where_it_is_offloaded(world: World, tmp_path
             assert free_memory(subject(tmp_path), gpu) == Memory(9, False)
 
 
-@pytest.mark.usefixtures("_uncompiled")
 def test_a_step_of_the_longest_pairs_is_estimated_without_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -312,7 +307,7 @@ def broken_on_rank_1(name: str, folder: str) -> tuple[Finding, int]:
     part, target = parts[name]
     with open_world(60) as world:
         fails = {"side_effect": MemoryError("this rank alone")} if world.rank == 1 else {"wraps": _named(target)}
-        with patch(target, **fails), patch("dpo.doctor.attention.block_rows", _not_compiled):
+        with patch(target, **fails):
             found = examine(part, subject(Path(folder)), world)
         total = torch.ones(1)
         dist.all_reduce(total)
