@@ -22,10 +22,11 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from dpo.base.command import split_options, words_of
 from dpo.base.console import is_quiet, say, warn
 from dpo.base.errors import InvalidValue, RunError
-from dpo.base.files import nearest_existing, shown_bytes
+from dpo.base.files import nearest_existing
 from dpo.base.hub import is_tokenizer_id
 from dpo.base.hub_files import MODEL, TOKENIZER, Need
 from dpo.base.snapshots import ANSWER_SECONDS, Download, HubUnreachable, cached_snapshot, download, hub_failures
+from dpo.base.units import shown_bytes
 from dpo.batch.order import make_order
 from dpo.config import Config, SourceConfig, load_config
 from dpo.data.hub_sets import check_room_for, is_hub_source, prepared_folder

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, replace
 
 from dpo.base.errors import UserError
+from dpo.base.units import shown_bytes, shown_duration, shown_rate
 from launch.arguments import LEAST_SIGNAL_DELAY, Request
 from launch.forecast import Forecast
 from launch.site import Site
@@ -80,10 +81,9 @@ def signal_delay(request: Request, known: Known) -> Setting:
     needed = (saving + forecast.step_seconds + MESSAGES_SECONDS) / SHARE_OF_DELAY
     derived = max(LEAST_SIGNAL_DELAY, 10 * math.ceil(needed / 10))
     value = request.signal_delay or derived
-    why = (
-        f"two checkpoints of {gib(forecast.checkpoint_bytes)} at {rate(known.write_rate)} ({known.rate_source}) and a"
-        f" step take {saving + forecast.step_seconds:,.0f} s, of which the ranks have three quarters of the delay"
-    )
+    written = f"{shown_bytes(forecast.checkpoint_bytes)} at {shown_rate(known.write_rate)} ({known.rate_source})"
+    seconds = f"{saving + forecast.step_seconds:,.0f} s"
+    why = f"two checkpoints of {written} and a step take {seconds}, and the ranks have three quarters of the delay"
     warnings = []
     if value < needed:
         warnings.append(f"--signal-delay {value} is too short to save, {derived} would be enough: {why}")
@@ -133,8 +133,8 @@ def _memory_needed(forecast: Forecast, num_ranks: int) -> tuple[int, str]:
         f"{num_ranks} processes": forecast.process_bytes,
     }
     needed = SPARE_MEMORY * sum(parts.values()) + SPARE_BYTES
-    summands = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
-    return 1024 * math.ceil(needed / GIB), f"{summands}; a tenth and {gib(SPARE_BYTES)} are added"
+    summands = ", ".join(f"{name} {shown_bytes(size)}" for name, size in parts.items() if size)
+    return 1024 * math.ceil(needed / GIB), f"{summands}; a tenth and {shown_bytes(SPARE_BYTES)} are added"
 
 
 def mib_of(text: str) -> int | None:
@@ -174,22 +174,22 @@ def time_needed(request: Request, known: Known) -> Setting:
     parts, minutes, limit = _parts(known), request.minutes or 0, known.site.max_minutes
     warnings = []
     if limit and minutes > limit:
-        over = f"--time is over the limit of partition {known.site.partition}, {shown(60 * limit)}"
+        over = f"--time is over the limit of partition {known.site.partition}, {shown_duration(60 * limit)}"
         warnings.append(f"{over}: the job may never start")
     if parts is None:
-        line = f"time    {shown(known.forecast.step_seconds)} per step; the number of steps is not known"
+        line = f"time    {shown_duration(known.forecast.step_seconds)} per step; the number of steps is not known"
         return Setting(None, line, "; ".join(warnings))
     seconds, delay = sum(parts.values()), signal_delay(request, known).value or 0
     restarts = max(0, math.ceil(seconds / max(60 * minutes - delay, 1)) - 1)
     if restarts > request.max_timeouts:
-        what = f"the run takes about {shown(seconds)}, {restarts} restarts of {shown(60 * minutes)}"
+        what = f"the run takes about {shown_duration(seconds)}, {restarts} restarts of {shown_duration(60 * minutes)}"
         remedy = f"a longer --time, or --max-timeouts {2 * restarts}"
         warnings.append(f"{what}, and --max-timeouts allows {request.max_timeouts}: {remedy}")
-    summands = ", ".join(f"{name} {shown(part)}" for name, part in parts.items() if part)
+    summands = ", ".join(f"{name} {shown_duration(part)}" for name, part in parts.items() if part)
     done = f", after step {known.steps_done:,}" if known.steps_done else ""
-    line = f"time    about {shown(seconds)} by the estimate for {known.forecast.device}{done}: {summands}"
+    line = f"time    about {shown_duration(seconds)} by the estimate for {known.forecast.device}{done}: {summands}"
     counted = f"{restarts} restart{'' if restarts == 1 else 's'}"
-    line += f"; --time is {shown(60 * minutes)}: {counted}; lengths: {known.forecast.lengths}"
+    line += f"; --time is {shown_duration(60 * minutes)}: {counted}; lengths: {known.forecast.lengths}"
     return Setting(restarts, line, "; ".join(warnings))
 
 
@@ -202,27 +202,7 @@ def _parts(known: Known) -> dict[str, float] | None:
         return None
     left = max(0, forecast.num_steps - known.steps_done)
     return {
-        f"{left:,} steps of {shown(forecast.step_seconds)}": left * forecast.step_seconds,
+        f"{left:,} steps of {shown_duration(forecast.step_seconds)}": left * forecast.step_seconds,
         "the reference": 0 if known.steps_done else forecast.reference_seconds or 0,
         "evaluations": (forecast.evaluation_seconds or 0) * left / max(forecast.num_steps, 1),
     }
-
-
-# --- words -----------------------------------------------------------------------------------------------------------
-
-
-def gib(number: float) -> str:
-    """Returns bytes as text."""
-    return f"{number / GIB:,.1f} GiB" if number >= GIB / 10 else f"{number / 2**20:,.1f} MiB"
-
-
-def rate(number: float) -> str:
-    """Returns bytes per second as text."""
-    return f"{number / 1e9:.3g} GB/s" if number >= 1e9 else f"{number / 1e6:.3g} MB/s"
-
-
-def shown(seconds: float) -> str:
-    """Returns a duration as text."""
-    if seconds >= 2 * 3600:
-        return f"{seconds / 3600:,.1f} h"
-    return f"{seconds / 60:,.0f} min" if seconds >= 120 else f"{seconds:.3g} s"

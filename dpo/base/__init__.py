@@ -3,8 +3,9 @@
 errors.py     the exceptions with which a program of this package ends early
 command.py    command lines and exit codes of all programs
 console.py    log lines and progress bars; text made safe for a terminal
+units.py      numbers with units, for people
 limits.py     the limit of open file descriptors
-files.py      atomic writes of files and folders; the default cache folder; bytes as text
+files.py      atomic writes of files and folders; the default cache folder
 space.py      whether files of a size fit in a folder, quotas included
 arrays.py     .npy files that are read in parts, without memory mapping
 hub.py        tells ids of the Hugging Face hub from local paths

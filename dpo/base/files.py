@@ -80,11 +80,3 @@ def nearest_existing(folder: Path) -> Path:
 def default_cache_dir() -> Path:
     """Returns $DPO_CACHE, or ~/.cache/dpo where that is unset or empty."""
     return Path(os.environ.get("DPO_CACHE") or "~/.cache/dpo").expanduser()
-
-
-def shown_bytes(num_bytes: int) -> str:
-    """Returns bytes for people: `1.50 GiB`, or in smaller units where they are few."""
-    unit, name = next(
-        ((unit, name) for unit, name in ((2**30, "GiB"), (2**20, "MiB")) if num_bytes >= unit), (1024, "KiB")
-    )
-    return f"{num_bytes / unit:,.2f} {name}"

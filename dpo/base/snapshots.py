@@ -19,8 +19,9 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from dpo.base.errors import InvalidValue, RunError, UserError, one_line
-from dpo.base.files import nearest_existing, shown_bytes
+from dpo.base.files import nearest_existing
 from dpo.base.hub_files import CONFIG_FILE, INDEX, MODEL, TOKENIZER, Need, config_files, files_that_prove, read_index
+from dpo.base.units import shown_bytes
 
 PREPARE = "python -m dpo.prepare --config FILE on a machine with internet and the same HF_HOME"
 """The way to get files that a machine without internet lacks."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.base.files import nearest_existing
+from dpo.base.units import shown_bytes
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 """Errors of a full file system, and of a quota that is used up."""
@@ -46,17 +47,12 @@ class Shortage:
     @property
     def room(self) -> str:
         """Returns the room that there is: `3.2 GiB are free there`."""
-        free = f"{size_text(self.free)} are free there"
+        free = f"{shown_bytes(self.free)} are free there"
         return f"{free}, but a quota of the user, the group or the folder allows less" if self.is_quota else free
 
     def message(self, what: str) -> str:
         """Returns the whole as a line; `what` are the files, such as `a checkpoint`."""
-        return f"{self.cause}: {what} of {size_text(self.needed)} does not fit in {self.folder}: {self.room}"
-
-
-def size_text(num_bytes: float) -> str:
-    """Returns bytes as `1.5 GiB`, or as `1.5 MiB` below a GiB."""
-    return f"{num_bytes / 2**30:,.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+        return f"{self.cause}: {what} of {shown_bytes(self.needed)} does not fit in {self.folder}: {self.room}"
 
 
 def find_shortage(folder: Path, num_bytes: int) -> Shortage | None:

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dpo.base.units import shown_rate
 from dpo.distributed.world import World, make_mesh
 from dpo.doctor.parts import Finding, Part, Subject, agreed
-from dpo.doctor.words import counted, flops, rate
+from dpo.doctor.words import counted, flops
 from dpo.estimate.devices import DEVICES, Device, this_machine
 from dpo.machine.data_sheets import find_sheet
 from dpo.machine.peaks import device_peak, measured_peak
@@ -204,11 +205,11 @@ def describe_links(subject: Subject, ranks: Sequence[Links]) -> Finding:
     for number, axis in enumerate(ranks[0].axes):
         slowest = min((links.axes[number] for links in ranks), key=lambda axis: axis.rate)
         link = link_of(axis, ranks[0])
-        share = f", {slowest.rate / link:.0%} of the link's {rate(link)}" if link else ""
+        share = f", {slowest.rate / link:.0%} of the link's {shown_rate(link)}" if link else ""
         formula = f"(n-1)/n x {axis.num_bytes >> 20} MiB / {1e3 * slowest.seconds:.3g} ms"
         where = "between nodes" if axis.spans_nodes else "within a node"
         lines.append(
-            f"{axis.name}, {counted(axis.size, 'rank')} {where}: {rate(slowest.rate)} received{share}; {formula}"
+            f"{axis.name}, {counted(axis.size, 'rank')} {where}: {shown_rate(slowest.rate)} received{share}; {formula}"
         )
         if link and slowest.rate < SLOW * link and ranks[0].device is not None and not ranks[0].device.is_cpu:
             advice.append(f"{axis.name} is slow: {SLOW_LINK[axis.spans_nodes]}")

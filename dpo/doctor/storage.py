@@ -13,11 +13,12 @@ from pathlib import Path
 
 from dpo.base.errors import RunError
 from dpo.base.files import nearest_existing
+from dpo.base.units import shown_rate, shown_seconds
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World
 from dpo.doctor.parts import Finding, Part, Subject, agreed, with_remedy
-from dpo.doctor.words import counted, rate
-from dpo.estimate.words import gib, shown_seconds
+from dpo.doctor.words import counted
+from dpo.estimate.words import gib
 from dpo.run.disk import Sizes
 
 FILE_BYTES = 64 * 2**20
@@ -125,7 +126,7 @@ def describe_storage(subject: Subject, ranks: Sequence[Storage]) -> Finding:
         if needed > least.free:
             shortage = f"the run needs {gib(needed)} GiB in {least.folder}, {gib(least.free)} GiB are free"
             problems.append(with_remedy(shortage, "a train.run_dir with more room, a smaller checkpoint.keep"))
-    speed = f"{rate(written)} written and synced, {rate(read)} read, all ranks together"
+    speed = f"{shown_rate(written)} written and synced, {shown_rate(read)} read, all ranks together"
     lines.append(f"{speed} ({FILE_BYTES >> 20} MiB per rank)")
     return Finding(STORAGE.name, tuple(lines), problems=tuple(problems))
 

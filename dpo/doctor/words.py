@@ -36,11 +36,6 @@ def verdict(findings: Sequence[Finding]) -> str:
     return f"a run would fail here: {', '.join(failed)}" if failed else "a run works here"
 
 
-def rate(number: float) -> str:
-    """Returns bytes per second as text."""
-    return f"{number / 1e9:.3g} GB/s" if number >= 1e9 else f"{number / 1e6:.3g} MB/s"
-
-
 def flops(number: float) -> str:
     """Returns floating point operations per second as text."""
     return f"{number / 1e12:,.0f} TFLOP/s" if number >= 1e13 else f"{number / 1e9:,.0f} GFLOP/s"

@@ -7,10 +7,10 @@ Each change is timed by the same formulas as the step. A change that is no faste
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from dpo.base.units import shown_seconds
 from dpo.estimate.changes import Keys, with_keys, words_of
 from dpo.estimate.needs import Trial
 from dpo.estimate.speed import Speed
-from dpo.estimate.words import shown_seconds
 
 LEAST_GAIN = 0.02
 """Share of the step's time that a change must save to be listed."""

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from dpo.base.units import shown_seconds
 from dpo.batch.packing import padded_length
 from dpo.batch.plan import StepPlan
 from dpo.config import Config
@@ -31,7 +32,7 @@ from dpo.estimate.memory import all_groups, update_elements, with_layers
 from dpo.estimate.needs import Trial, needed_bytes, plans_of
 from dpo.estimate.speed import Cluster, step_speed
 from dpo.estimate.traffic import ITEMSIZES, Groups, parameter_groups
-from dpo.estimate.words import gib, shown_seconds
+from dpo.estimate.words import gib
 from dpo.model.build import build_on_meta
 from dpo.model.parallelize import decoder_layers
 from dpo.step.optim import optimizer_elements

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dpo.base.files import write_atomically
+from dpo.base.units import shown_bytes, shown_duration
 from dpo.batch.costs import MODEL_UNITS
 from dpo.config import Config
 from dpo.estimate.lengths import Extent
 from dpo.estimate.memory import COPY
-from dpo.estimate.words import Estimate, shown_bytes, shown_seconds, verdict
+from dpo.estimate.words import Estimate, verdict
 from dpo.machine.data_sheets import GIB
 from dpo.run.disk import Sizes
 from dpo.run.loop import is_time
@@ -93,17 +94,12 @@ def line_of_run(found: Forecast, num_ranks: int) -> str:
     if found.num_steps is None:
         return f"a run: the number of steps is not known, since the data was not read; {disk}"
     seconds = found.num_steps * found.step_seconds
-    parts = [f"{found.num_steps:,} steps {hours(seconds)}"]
+    parts = [f"{found.num_steps:,} steps {shown_duration(seconds)}"]
     for name, more in (("the reference", found.reference_seconds), ("evaluations", found.evaluation_seconds)):
-        parts += [f"{name} {hours(more)}"] if more else []
+        parts += [f"{name} {shown_duration(more)}"] if more else []
         seconds += more or 0
-    total = f"{hours(seconds)} ({', '.join(parts)}), times {num_ranks} devices {hours(seconds * num_ranks)}"
-    return f"a run takes {total}; {disk}"
-
-
-def hours(seconds: float) -> str:
-    """Returns seconds as hours, or as seconds below six minutes."""
-    return f"{seconds / 3600:,.1f} h" if seconds >= 360 else shown_seconds(seconds)
+    whole, all_devices = shown_duration(seconds), shown_duration(seconds * num_ranks)
+    return f"a run takes {whole} ({', '.join(parts)}), times {num_ranks} devices {all_devices}; {disk}"
 
 
 def forward_seconds(estimate: Estimate) -> float:
@@ -112,7 +108,7 @@ def forward_seconds(estimate: Estimate) -> float:
     """
     speed, once = estimate.speed, 2 if estimate.config.parallel.reshard_after_forward else 1
     gather = sum(part.seconds for part in speed.parts if part.name == "all-gather") / once
-    return speed.model_seconds / MODEL_UNITS / estimate.cluster.mfu + gather
+    return speed.model_seconds / MODEL_UNITS / speed.mfu + gather
 
 
 def reference_passes(config: Config, extent: Extent) -> int:

@@ -20,11 +20,12 @@ What of g and r is not the link is copies, per byte of the gathered and reduced 
 from dataclasses import replace
 
 from dpo.base.errors import UserError
+from dpo.base.units import shown_seconds
 from dpo.config import Config
 from dpo.estimate.devices import Device, device_like, this_machine
 from dpo.estimate.report import Collective, Kind, Layout, Report, Steps
 from dpo.estimate.speed import Cluster, precision_of
-from dpo.estimate.words import gib, shown_seconds
+from dpo.estimate.words import gib
 
 LEAST_ARITHMETIC = 0.5
 """Share of the timed steps that must be arithmetic; below it, its seconds are the difference of larger numbers."""

@@ -7,6 +7,7 @@ from textwrap import wrap
 import torch
 from transformers import PretrainedConfig
 
+from dpo.base.units import shown_bytes, shown_seconds
 from dpo.config import Config
 from dpo.estimate.changes import Change
 from dpo.estimate.devices import Device
@@ -149,16 +150,6 @@ def _tera(number: float) -> str:
     return f"{number / 1e12:,.0f}" if number >= 1e14 else f"{number / 1e12:.3g}"
 
 
-def shown_bytes(number: float) -> str:
-    """Returns bytes in GiB, or in MiB below a tenth of a GiB."""
-    return f"{gib(number)} GiB" if number >= 0.1 * GIB else f"{number / 2**20:.1f} MiB"
-
-
 def gib(number: float) -> str:
     """Returns bytes in GiB, without the unit."""
     return f"{number / GIB:,.1f}" if number >= GIB else f"{number / GIB:.2f}"
-
-
-def shown_seconds(number: float) -> str:
-    """Returns seconds, or milliseconds below a tenth of a second."""
-    return f"{number:,.1f} s" if number >= 10 else f"{number:.2f} s" if number >= 0.1 else f"{1000 * number:.1f} ms"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from dpo.base.space import size_text
+from dpo.base.units import shown_bytes
 from dpo.config import Config
 from dpo.model.build import build_on_meta
 from dpo.step.optim import optimizer_elements
@@ -62,10 +62,11 @@ def disk_words(sizes: Sizes, present: int) -> str:
     keep = "null, which keeps all" if sizes.keep is None else sizes.keep
     there = f"; {present} there already" if present else ""
     number = sizes.num_new(present)
-    kept = f"{number} checkpoint{'s' * (number != 1)} of {size_text(sizes.checkpoint)} (checkpoint.keep {keep}{there})"
+    each = shown_bytes(sizes.checkpoint)
+    kept = f"{number} checkpoint{'s' * (number != 1)} of {each} (checkpoint.keep {keep}{there})"
     further = sizes.is_replaced and sizes.checkpoint >= sizes.export
     last = "a further one, written before the oldest is removed" if further else "the export of the model"
-    return f"{kept} and {size_text(max(sizes.checkpoint * further, sizes.export))} for {last}"
+    return f"{kept} and {shown_bytes(max(sizes.checkpoint * further, sizes.export))} for {last}"
 
 
 def sizes_of(config: Config, model_config: PretrainedConfig, last_step: int | None = None) -> Sizes:

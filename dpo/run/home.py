@@ -14,7 +14,8 @@ from huggingface_hub import constants
 
 from dpo.base.files import default_cache_dir, nearest_existing
 from dpo.base.hub import is_hub_id
-from dpo.base.space import find_shortage, size_text
+from dpo.base.space import find_shortage
+from dpo.base.units import shown_bytes
 from dpo.config import Config
 
 SMALL, LARGE = 100 * 2**30, 10 * 2**30
@@ -55,7 +56,7 @@ def describe_small_home(caches: Sequence[Cache], num_parameters: int) -> str | N
     if not small:
         return None
     usage = shutil.disk_usage(nearest_existing(small[0]))
-    room = f"{size_text(usage.free)} of {size_text(usage.total)} are free there by its file system"
+    room = f"{shown_bytes(usage.free)} of {shown_bytes(usage.total)} are free there by its file system"
     folders = " and ".join(map(str, small))
     return f"home folder: {folders}: {room}, and a quota may allow less; HF_HOME and DPO_CACHE name other folders"
 

@@ -14,7 +14,8 @@ import datasets
 from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing
-from dpo.base.space import find_shortage, size_text
+from dpo.base.space import find_shortage
+from dpo.base.units import shown_bytes
 from dpo.checkpoint.export import draft_of
 from dpo.checkpoint.store import checkpoints_until, drafts_of
 from dpo.config import Config
@@ -105,7 +106,7 @@ def _check_space(config: Config, start: Start, inputs: Inputs) -> None:
     needed = sizes.disk_bytes(present)
     shortage = find_shortage(run_dir, needed - _bytes_of([*drafts_of(run_dir), draft_of(run_dir / FINAL)]))
     if shortage:
-        what = f"the run needs {size_text(needed)} in {run_dir}, {disk_words(sizes, present)}; {shortage.room}"
+        what = f"the run needs {shown_bytes(needed)} in {run_dir}, {disk_words(sizes, present)}; {shortage.room}"
         raise UserError(RUN_DIR, what, "a folder with more room, a smaller checkpoint.keep")
     small_home = describe_small_home(caches_of(config, sizes.num_parameters), sizes.num_parameters)
     if small_home:

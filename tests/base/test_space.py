@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from dpo.base import space
-from dpo.base.space import PIECE, Shortage, find_shortage, size_text
+from dpo.base.space import PIECE, Shortage, find_shortage
+from dpo.base.units import shown_bytes
 
 GIB = 2**30
 Usage = namedtuple("Usage", "total used free")
@@ -148,9 +149,9 @@ def test_sentences(tmp_path: Path) -> None:
         "a quota is used up: a checkpoint of 1.0 MiB does not fit in /home: 1.0 GiB are free there, but a quota of the "
         "user, the group or the folder allows less"
     )
-    assert [size_text(number) for number in (1536 * GIB, 1.5 * GIB, GIB - 1, 0)] == [
+    assert [shown_bytes(number) for number in (1536 * GIB, 1.5 * GIB, GIB - 1, 0)] == [
         "1,536.0 GiB",
         "1.5 GiB",
-        "1024.0 MiB",
-        "0.0 MiB",
+        "1,024.0 MiB",
+        "0.0 KiB",
     ]

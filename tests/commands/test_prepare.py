@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo.base import snapshots
 from dpo.base.errors import RunError
-from dpo.base.files import shown_bytes
 from dpo.base.hub_files import MODEL
 from dpo.base.snapshots import PREPARE
+from dpo.base.units import shown_bytes
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.prepare import Place, check_places, limited, next_line
 from tests.support.data_fixtures import VOCAB_SIZE, make_tokenizer

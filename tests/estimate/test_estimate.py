@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 from dpo.base.errors import UserError
 from dpo.batch.costs import CostModel, cost_model
@@ -329,14 +329,17 @@ def test_offloading_moves_the_state_to_the_host() -> None:
     )
     numbers = DEPTH * LAYER + ROOT
     assert not any(there.device[kind] for kind in (WEIGHTS, GRADIENTS, OPTIMIZER))
-    assert set(here.host) == {COPY} and here.host[COPY] == there.host[COPY] == 2 * numbers  # weights, RMSprop's state
+    sizes = [parameter.numel() for parameter in LlamaForCausalLM(llama()).parameters()]  # bytes of a quarter
+    pinned = sum(1 << (size - 1).bit_length() for size in sizes)
+    assert sum(sizes) == numbers < pinned
+    assert set(here.host) == {COPY} and here.host[COPY] == there.host[COPY] == 2 * pinned  # weights, RMSprop's state
     assert there.host[OPTIMIZER] == numbers and there.host[GRADIENTS] == numbers  # 4 bytes, a quarter of them
     assert there.peak <= here.peak - 2 * numbers
     cpu = changed(config, parallel__compute_dtype="float32")
     kept, moved = (
         step_memory(c, llama(), 4, *step_of(c, 4, 8), False) for c in (changed(cpu, parallel__cpu_offload=False), cpu)
     )
-    assert moved.device == kept.device and set(moved.host) == {COPY}
+    assert moved.device == kept.device and moved.host == {COPY: 2 * numbers}
 
 
 def test_replicas_keep_what_they_reduced_until_the_last_backward_pass_ends() -> None:
@@ -571,7 +574,7 @@ def test_llama_3_70b(tmp_path: Path, capsys) -> None:
     assert any("70.55 billion parameters, one copy over 64 H100" in line for line in lines)
     assert [line.split()[1:] for line in lines if line.split()[0] in ("weights", "optimizer")] == [["4.1", "GiB"]] * 2
     assert any(line.startswith("fits: ") and line.endswith(" of 79.1 GiB") for line in lines)
-    assert len(lines) <= 27 and max(map(len, lines)) <= 100
+    assert len(lines) <= 29 and max(map(len, lines)) <= 100
 
 
 def test_what_does_not_fit_says_so_and_what_would(small: Path, capsys, monkeypatch) -> None:

@@ -40,7 +40,8 @@ def estimate(**changes: Any) -> Estimate:
     """
     config = make_config("m", "d", "r", train__eval_every=50, **changes)
     cluster = Cluster(DEVICES["h100"], 8, 4, mfu=0.5)
-    speed = Speed(1.0, (Part("arithmetic", 0, 9.0), Part("all-gather", 1, 2.0), Part("reduce-scatter", 1, 1.0)), 3.0)
+    parts = (Part("arithmetic", 0, 9.0), Part("all-gather", 1, 2.0), Part("reduce-scatter", 1, 1.0))
+    speed = Speed(1.0, parts, 3.0, mfu=0.5)
     memory = Memory(Counter(), Counter({COPY: 5, WEIGHTS: 2}), "", Groups((), 0))
     return Estimate(config, cast(Any, SimpleNamespace()), cluster, "made up", cast(Any, None), memory, speed)
 
@@ -53,8 +54,8 @@ def test_the_forecast_of_a_run() -> None:
     assert (found.checkpoint_bytes, found.disk_bytes) == (80, 3 * 80)  # two are kept, and a third is written first
     assert (found.copy_bytes, found.step_bytes, found.process_bytes) == (20, 8, 4 * 6 * GIB)
     assert line_of_run(found, 8) == (
-        "a run takes 0.5 h (100 steps 0.3 h, the reference 330.0 s, evaluations 90.0 s), times 8 devices 3.6 h;"
-        " it needs 0.0 MiB in its run folder"
+        "a run takes 27 min (100 steps 20 min, the reference 6 min, evaluations 90.0 s), times 8 devices 3.6 h;"
+        " it needs 0.2 KiB in its run folder"
     )
 
 

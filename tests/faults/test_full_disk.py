@@ -259,4 +259,4 @@ def test_a_cache_that_does_not_fit_is_told_before_the_reference_is_computed(
     config = make(root, disk.parent, reference__cache_dir=str(disk / "cache"))
     assert exit_code(config) == 2
     (error,) = error_lines(capsys.readouterr().err)
-    assert "reference.cache_dir: the disk is full: a cache of 40 rows of 0.0 MiB does not fit in " in error
+    assert "reference.cache_dir: the disk is full: a cache of 40 rows of 0.9 KiB does not fit in " in error

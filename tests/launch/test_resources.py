@@ -168,13 +168,13 @@ def test_a_run_that_resumes_has_less_to_do() -> None:
     """250 steps, a quarter of the evaluations, no reference: 1,600 s."""
     found = time_needed(request(), known(steps_done=750))
     assert (
-        "about 27 min by the estimate for H100, after step 750: 250 steps of 6 s 25 min, evaluations 100 s"
+        "about 27 min by the estimate for H100, after step 750: 250 steps of 6.00 s 25 min, evaluations 100.0 s"
         in found.line
     )
 
 
 def test_a_number_of_steps_that_is_not_known() -> None:
-    assert "6 s per step; the number of steps is not known" in time_needed(request(), known(num_steps=None)).line
+    assert "6.00 s per step; the number of steps is not known" in time_needed(request(), known(num_steps=None)).line
 
 
 def test_more_time_than_the_partition_gives_is_told() -> None:
