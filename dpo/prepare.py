@@ -26,6 +26,7 @@ from dpo.base.files import nearest_existing
 from dpo.base.hub import is_tokenizer_id
 from dpo.base.hub_files import MODEL, TOKENIZER, Need
 from dpo.base.snapshots import ANSWER_SECONDS, Download, HubUnreachable, cached_snapshot, download, hub_failures
+from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
 from dpo.batch.order import make_order
 from dpo.config import Config, SourceConfig, load_config
@@ -167,14 +168,14 @@ class Place:
     """What helps where they are too many."""
 
     @property
-    def usage(self) -> tuple[int, int]:
-        """Returns the number of the file system, and its free bytes."""
-        here = nearest_existing(self.folder)
-        return here.stat().st_dev, shutil.disk_usage(here).free
+    def device(self) -> int:
+        """Returns the number of the file system."""
+        return nearest_existing(self.folder).stat().st_dev
 
     def line(self) -> str:
         """Returns the place, its contents and its free space, for people."""
-        return f"  {self.name:<16} {self.folder}: {self.contents}, {shown_bytes(self.usage[1])} free"
+        free = shutil.disk_usage(nearest_existing(self.folder)).free
+        return f"  {self.name:<16} {self.folder}: {self.contents}, {shown_bytes(free)} free"
 
 
 def places_of(config: Config, sizes: Sizes, data: PreferenceData, folders: Sequence[Path]) -> list[Place]:
@@ -211,14 +212,15 @@ def places_of(config: Config, sizes: Sizes, data: PreferenceData, folders: Seque
 
 
 def check_places(places: Sequence[Place]) -> None:
-    """Raises RunError for the first file system that has less free space than the run needs in all places on it."""
+    """Raises RunError for the first file system that does not take what the run needs in all places on it, by its free
+    space or by a quota (`space.find_shortage`).
+    """
     for place in places:
-        device, free = place.usage
-        together = [other for other in places if other.usage[0] == device and other.needed]
-        needed = sum(other.needed for other in together)
-        if place.needed and needed > free:
+        together = [other for other in places if other.device == place.device and other.needed]
+        shortage = find_shortage(place.folder, sum(other.needed for other in together)) if place.needed else None
+        if shortage:
             names = " and ".join(other.name for other in together)
-            what = f"{names} need {shown_bytes(needed)}, {shown_bytes(free)} are free"
+            what = f"{names} need {shown_bytes(shortage.needed)}, {shortage.room}"
             raise RunError(f"{place.folder}: {what}; what helps: {place.remedy}")
 
 

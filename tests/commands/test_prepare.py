@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +13,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dpo import prepare
 from dpo.base import snapshots
 from dpo.base.errors import RunError
 from dpo.base.hub_files import MODEL
 from dpo.base.snapshots import PREPARE
-from dpo.base.units import shown_bytes
+from dpo.base.space import Shortage
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.prepare import Place, check_places, limited, next_line
 from tests.support.data_fixtures import VOCAB_SIZE, make_tokenizer
@@ -340,17 +340,18 @@ def test_a_download_without_room_does_not_begin(place: Site, folders: Path) -> N
     ended = place.python("-c", FULL, "org/tiny")
     needed = sum((folders / "tiny" / name).stat().st_size for name in (*shards(folders / "tiny"), *TOKENIZER, *WANTED))
     index = (folders / "tiny" / WANTED[2]).stat().st_size  # which has been read by then
-    shown = f"the download of org/tiny needs {(needed - index) / 2**10:.2f} KiB, 4.00 KiB are free"
+    shown = f"the download of org/tiny needs {(needed - index) / 2**10:,.1f} KiB, 4.0 KiB are free"
     assert f"RunError: {place.home}/hf/hub: {shown}; what helps: HF_HOME" in ended.stderr
     assert place.hub.fetched() == [WANTED[2]]
 
 
-Usage = namedtuple("Usage", "total used free")
-
-
 def test_a_run_without_room_is_refused_with_the_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two folders of one file system share its free space: 600 + 500 > 1,000."""
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2000, 1000, 1000))
+    """Two folders of one file system share its room: 600 + 500 > 1,000, which a quota allows."""
+
+    def of_a_quota(folder: Path, needed: int) -> Shortage | None:
+        return Shortage(folder, needed, 2048, is_quota=True) if needed > 1000 else None
+
+    monkeypatch.setattr(prepare, "find_shortage", of_a_quota)
     run = Place("run folder", tmp_path / "a" / "run", "", 600, "a smaller checkpoint.keep")
     cache = Place("reference cache", tmp_path / "b", "", 400, "DPO_CACHE elsewhere")
     models = Place("models", tmp_path, "", 0, "")
@@ -358,8 +359,8 @@ def test_a_run_without_room_is_refused_with_the_place(monkeypatch: pytest.Monkey
     with pytest.raises(RunError) as failure:
         check_places([models, run, replace(cache, needed=500)])
     assert str(failure.value) == (
-        f"{tmp_path}/a/run: run folder and reference cache need 1.07 KiB, 0.98 KiB are free; "
-        "what helps: a smaller checkpoint.keep"
+        f"{tmp_path}/a/run: run folder and reference cache need 1.1 KiB, 2.0 KiB are free there, but a quota of the "
+        "user, the group or the folder allows less; what helps: a smaller checkpoint.keep"
     )
 
 
@@ -378,13 +379,6 @@ def test_processes_on_a_login_node(
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
     config = changed(run_of("m", "d", Path("run")), data__num_proc=num_proc)
     assert limited(config).data.num_proc == expected
-
-
-@pytest.mark.parametrize(
-    ("num_bytes", "shown"), [(0, "0.00 KiB"), (1536, "1.50 KiB"), (5 * 2**20, "5.00 MiB"), (2**41, "2,048.00 GiB")]
-)
-def test_bytes_for_people(num_bytes: int, shown: str) -> None:
-    assert shown_bytes(num_bytes) == shown
 
 
 def test_the_last_line_is_the_command_that_comes_next() -> None:
