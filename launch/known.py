@@ -1,12 +1,11 @@
 """Learns what a run needs and what the cluster gives, before a job is queued."""
 
-import os
 import re
-import time
 import uuid
 from pathlib import Path
 
 from dpo.base.console import say, warn
+from dpo.base.files import nearest_existing, timed_write
 from launch.arguments import Request
 from launch.forecast import Forecast, Unknown, ask_forecast
 from launch.resources import Known
@@ -45,25 +44,13 @@ def write_rate(run_dir: Path, forecast: Forecast) -> tuple[float, str]:
     """
     if forecast.write_rate:
         return forecast.write_rate, "measured there"
-    folder = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.is_dir())
-    file = folder / f".{uuid.uuid4().hex}.trial"
+    file = nearest_existing(run_dir) / f".{uuid.uuid4().hex}.trial"
     try:
-        return _FILE_BYTES / _timed_write(file), "one process here, now"
+        return _FILE_BYTES / timed_write(file, _FILE_BYTES), "one process here, now"
     except OSError as failure:
         return ASSUMED_RATE, f"assumed: {failure.strerror}"
     finally:
         file.unlink(missing_ok=True)
-
-
-def _timed_write(file: Path) -> float:
-    """Writes random bytes, which no file system can compress; returns the seconds until they are on the disk."""
-    content = os.urandom(2**20)
-    started = time.perf_counter()
-    with file.open("wb", buffering=0) as out:
-        for _ in range(_FILE_BYTES // len(content)):
-            out.write(content)
-        os.fsync(out.fileno())
-    return time.perf_counter() - started
 
 
 def steps_done(run_dir: Path) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,18 @@ def remove_folder(folder: Path, name: str) -> None:
     except FileNotFoundError:
         return
     shutil.rmtree(moved, ignore_errors=True)
+
+
+def timed_write(file: Path, num_bytes: int) -> float:
+    """Writes random bytes, which no file system can compress, and returns the seconds until they are on the disk."""
+    content = os.urandom(2**20) * (num_bytes // 2**20)
+    started = time.perf_counter()
+    with file.open("wb", buffering=0) as out:
+        view = memoryview(content)
+        while view:
+            view = view[out.write(view) :]
+        os.fsync(out.fileno())
+    return time.perf_counter() - started
 
 
 def nearest_existing(folder: Path) -> Path:

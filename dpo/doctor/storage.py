@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.base.errors import RunError
-from dpo.base.files import nearest_existing
+from dpo.base.files import nearest_existing, timed_write
 from dpo.base.units import shown_rate, shown_seconds
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World
@@ -47,7 +47,7 @@ def measure_storage(subject: Subject, world: World) -> Storage:
     """
     folder = agreed(lambda: existing(subject.run_dir))
     with trial_file(folder) as file:
-        written = agreed(lambda: write_file(file, FILE_BYTES))
+        written = agreed(lambda: timed_write(file, FILE_BYTES))
         check_shared(file)
         read = agreed(lambda: read_file(file))
     usage = shutil.disk_usage(folder)
@@ -71,18 +71,6 @@ def trial_file(folder: Path) -> Iterator[Path]:
         yield file
     finally:
         file.unlink(missing_ok=True)
-
-
-def write_file(file: Path, num_bytes: int) -> float:
-    """Writes random bytes, which no file system can compress, and returns the seconds until they are on the disk."""
-    content = os.urandom(2**20) * (num_bytes // 2**20)
-    started = time.perf_counter()
-    with file.open("wb", buffering=0) as out:
-        view = memoryview(content)
-        while view:
-            view = view[out.write(view) :]
-        os.fsync(out.fileno())
-    return time.perf_counter() - started
 
 
 def check_shared(file: Path) -> None:
@@ -164,7 +152,7 @@ def measure_cache(subject: Subject, world: World) -> str | None:
     cache_dir = subject.cache_dir
     folder = agreed(lambda: existing(cache_dir))
     with trial_file(folder) as file:
-        agreed(lambda: write_file(file, 2**20))
+        agreed(lambda: timed_write(file, 2**20))
         check_shared(file)
     return str(folder)
 

@@ -297,8 +297,8 @@ def broken_on_rank_1(name: str, folder: str) -> tuple[Finding, int]:
     parts = {
         "products": (speed.PRODUCTS, "dpo.doctor.speed.measured_peak"),
         "all-gather": (speed.LINKS, "dpo.doctor.speed.make_buffers"),
-        "run folder": (storage.STORAGE, "dpo.doctor.storage.write_file"),
-        "cache": (storage.CACHE, "dpo.doctor.storage.write_file"),
+        "run folder": (storage.STORAGE, "dpo.doctor.storage.timed_write"),
+        "cache": (storage.CACHE, "dpo.doctor.storage.timed_write"),
         "model": (model.MODEL, "dpo.doctor.model.host_memory"),
         "attention": (attention.ATTENTION, "dpo.doctor.attention.make_rows"),
         "devices": (host.DEVICES, "dpo.doctor.host.host_memory"),

@@ -48,7 +48,7 @@ def test_the_file_holds_no_name_path_or_data(tmp_path: Path) -> None:
     """The host, the user, every folder and file, the home of the hub, and the text of a failure carry the marker."""
     names = {name: f"/{MARKER}/{name}" for name in ("USER", "LOGNAME", "HOME", "HF_HOME", "DPO_CACHE", "TMPDIR")}
     file = tmp_path / f"{MARKER}.json"
-    fails = patch("dpo.doctor.storage.write_file", side_effect=RunError(f"{MARKER} is full"))
+    fails = patch("dpo.doctor.storage.timed_write", side_effect=RunError(f"{MARKER} is full"))
     host = patch("socket.gethostname", lambda: f"{MARKER}-host")
     keys = save(tmp_path)
     with patch.dict(os.environ, names), host, fails:

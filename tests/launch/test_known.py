@@ -159,10 +159,10 @@ def test_what_is_learned(fake: Any, config: Config, slurm: FakeSlurm, tmp_path: 
 
 
 def test_a_disk_that_cannot_be_written_is_assumed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def full(file: Path) -> float:
+    def full(file: Path, num_bytes: int) -> float:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(known, "_timed_write", full)
+    monkeypatch.setattr(known, "timed_write", full)
     answer = forecast.Forecast(**FACTS)
     assert known.write_rate(tmp_path, answer) == (known.ASSUMED_RATE, "assumed: No space left on device")
     measured = forecast.Forecast(**FACTS, write_rate=7.0)
