@@ -213,18 +213,22 @@ def _check(request: Request) -> None:
 
 
 _OF_GPU_NODES = ("constraint", "exclude", "exclusive", "mem", "nodelist")
-PREPARE_CPUS = 8
 PREPARE_MEMORY = "16G"
 
 
-def for_preparing(request: Request) -> Request:
-    """Returns the request of the job of --prepare: one process on one node without GPUs, with the other options."""
+def for_preparing(request: Request, cpus: int | None) -> Request:
+    """Returns the request of the job of --prepare: one process on one node without GPUs, with the other options.
+
+    Args:
+        request: of the runs.
+        cpus: to ask for; None: the cluster's default.
+    """
     kept = [(name, value) for name, value in request.sbatch if not name.startswith(("g", *_OF_GPU_NODES))]
     if request.prepare_partition:
         kept = [("partition", request.prepare_partition), *(pair for pair in kept if pair[0] != "partition")]
     if request.sbatch_option("mem"):  # else SLURM may not limit memory, and have no value for a node's
         kept.append(("mem", PREPARE_MEMORY))
-    changes: dict[str, Any] = {"nodes": 1, "gpus": None, "ranks_per_node": 1, "cpus_per_gpu": PREPARE_CPUS}
+    changes: dict[str, Any] = {"nodes": 1, "gpus": None, "ranks_per_node": 1, "cpus_per_gpu": cpus}
     return replace(request, **changes, sbatch=tuple(kept), max_parallel=None)
 
 

@@ -14,6 +14,8 @@ from launch.sweep import PlannedRun
 
 ASSUMED_RATE = 5e8
 """Bytes per second at which checkpoints are assumed to be written where it cannot be measured."""
+PREPARE_CPUS = 8
+"""Maximum number of CPUs of the job of --prepare, for processes that tokenize."""
 _FILE_BYTES = 64 * 2**20
 
 
@@ -34,8 +36,17 @@ def learn(request: Request, run: PlannedRun) -> Known | None:
     if not forecast.fits:
         warn(f"a step does not fit by the estimate on {forecast.device}: {forecast.verdict}; python -m dpo.estimate")
     rate, source = write_rate(run.dir, forecast)
-    site = ask_site(str(dict(request.sbatch).get("partition", "")) or None, bool(request.gpus))
+    site = ask_site(request.sbatch_option("partition"), bool(request.gpus))
     return Known(forecast, rate, source, site, steps_done(run.dir))
+
+
+def cpus_to_prepare(request: Request) -> int | None:
+    """Returns the CPUs of the job of --prepare, of which its partition has enough; None where SLURM does not tell."""
+    if request.cluster != "slurm":
+        return None
+    partition = request.prepare_partition or request.sbatch_option("partition")
+    available = ask_site(partition, with_gpus=False).cpus
+    return available and min(PREPARE_CPUS, available)
 
 
 def write_rate(run_dir: Path, forecast: Forecast) -> tuple[float, str]:

@@ -20,7 +20,7 @@ from launch.checks import check_free, check_paths
 from launch.containers import Bound, bound_folders, interpreter, lines_of, make_folders, pyxis_arguments
 from launch.follow import Followed, cancel_command, follow
 from launch.here import RunsHere, run_here, start_in_background
-from launch.known import learn
+from launch.known import cpus_to_prepare, learn
 from launch.node import NodeJob
 from launch.reports import Submission, new_submission, write_submission
 from launch.resources import with_settings
@@ -97,8 +97,10 @@ def make_plan(request: Request, runs: Sequence[PlannedRun]) -> Plan:
     if request.apptainer or request.container_image:
         folders = bound_folders([run.config for run in runs], os.environ | dict(request.env))
         request = replace(request, srun=tuple(pyxis_arguments(request, folders)))
-    prepares = prepare_passes(runs) if request.prepare else []
-    firsts = [First("dpo.prepare", words, for_preparing(request), "prepares models and data") for words in prepares]
+    firsts: list[First] = []
+    if request.prepare:
+        alone = for_preparing(request, cpus_to_prepare(request))
+        firsts = [First("dpo.prepare", words, alone, "prepares models and data") for words in prepare_passes(runs)]
     firsts += [First("dpo.reference", w, request, "fills the reference cache") for w in reference_passes(runs)]
     return Plan(request, runs, firsts, lines, folders)
 

@@ -155,17 +155,25 @@ def test_a_job_prepares_models_and_data_first(
     launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without GPUs, and the run waits for it."""
+    slurm.answer("scontrol", "PartitionName=cpu Default=NO GraceTime=0 MaxTime=UNLIMITED\n")
+    slurm.answer("sinfo", "16|64000|(null)\n6|64000|(null)\n")
     gpu_options = ("--mem", "900G", "--constraint", "h100", "--sbatch", "exclusive", "--account", "me")
     assert launch("--prepare", "--prepare-partition", "cpu", "--partition", "gpu", *gpu_options) == 0
     first, second = options(slurm.script(1)), options(slurm.script(2))
     assert first["partition"] == "cpu" and second["partition"] == "gpu"
-    assert first["nodes"] == "1" and first["cpus-per-task"] == "8" and first["mem"] == "16G"
+    assert first["nodes"] == "1" and first["cpus-per-task"] == "6" and first["mem"] == "16G"
     assert first["account"] == second["account"] == "me"
     assert not {"gpus-per-node", "constraint", "exclusive"} & set(first) and "dependency" not in first
     assert second["dependency"] == "afterok:4242"
     assert capsys.readouterr().out.startswith("job     4242  prepares models and data first\njob     4242\n")
     assert launch("--prepare", "--dry-run") == 0
     assert "--nproc-per-node 1 -m dpo.prepare --config my.yaml" in capsys.readouterr().out
+    slurm.answer("sinfo", "128|64000|gpu:8\n")
+    assert launch("--prepare", "--partition", "cpu") == 0
+    assert options(slurm.script(3))["cpus-per-task"] == "8"
+    slurm.answer("sinfo", "")
+    assert launch("--prepare", "--partition", "cpu") == 0
+    assert "cpus-per-task" not in options(slurm.script(5))
 
 
 def test_the_reference_of_a_sweep_waits_for_its_preparation(
