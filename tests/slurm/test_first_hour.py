@@ -11,14 +11,14 @@ import pytest
 from dpo.config import to_yaml
 from tests.slurm.jobs import SUBMIT, Job, command, endings, resumed_from, wait_for, wait_for_steps
 from tests.support.models import save_model, save_pairs
-from tests.support.runs import changed, six_steps
+from tests.support.runs import six_steps
 
 
 def test_a_run_that_a_job_prepares_is_preempted_and_resumes(tmp_path: Path) -> None:
     save_model(tmp_path / "model", "llama")
     save_pairs(tmp_path / "pairs.jsonl", 8)
     save_pairs(tmp_path / "eval.jsonl", 2, seed=1)
-    config = changed(six_steps(tmp_path, tmp_path / "run", eval__samples=0), train__steps=10**6)
+    config = six_steps(tmp_path, tmp_path / "run", eval__samples=0, train__steps=10**6, checkpoint__keep=2)
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(config))
     printed = command(*SUBMIT, "--config", str(file), "--time", "60", "--prepare")
@@ -36,9 +36,9 @@ def test_a_run_that_a_job_prepares_is_preempted_and_resumes(tmp_path: Path) -> N
     assert "SLURM does not limit memory here" in settings(printed)["memory"] and "--mem" not in script
     command("scancel", "--signal=USR2", job.id)
     wait_for(job, "it is preempted", lambda: job.restarts == 1)
-    state, message = endings(job.run_dir)[-1]  # after three quarters of the delay the ranks would be killed
-    saved = re.fullmatch(r"saved at step (\d+)", message)
-    assert state == "preempted" and saved
+    (message,) = [message for state, message in endings(job.run_dir) if state == "preempted"]
+    saved = re.fullmatch(r"saved at step (\d+)", message)  # after three quarters of the delay the ranks are killed
+    assert saved
     wait_for(job, "it goes on", lambda: resumed_from(job)[-1:] == [int(saved[1])])
     command("scancel", job.id)
     wait_for(job, "it is cancelled", lambda: job.state == "CANCELLED")
