@@ -51,6 +51,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :")
         raise UserError("model.tokenizer", f"{path}: cannot be loaded: {what}", "a tokenizer's folder") from error
+    tokenizer.name_or_path = path  # for errors: of a hub repository its id, not the folder in the cache
     if tokenizer.eos_token_id is None:
         raise UserError("model.tokenizer", f"{path}: the tokenizer has no EOS token", "one with an eos_token")
     return tokenizer

@@ -156,7 +156,7 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_run_in_a_container_is_preempted_and_resumes(box: Path) -> None:
     """SIGUSR2 reaches the ranks below Apptainer, and no other process in between."""
     words = ["--config", "my.yaml", "--cluster", "local", "--ranks-per-node", "2", "--apptainer", "image.sif"]
-    words += ["--python", sys.executable, "--container-mounts", f"{ROOT}:{ROOT}"]
+    words += ["--python", sys.executable, "--container-mounts", f"{ROOT}:{ROOT}", "--env", f"PYTHONPATH={ROOT}"]
     subprocess.run([sys.executable, "-m", "launch.submit", *words], check=True, capture_output=True)
     ((folder, submission),) = submissions(Path("runs/my"))
     try:
