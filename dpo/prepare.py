@@ -220,7 +220,7 @@ def check_places(places: Sequence[Place]) -> None:
         shortage = find_shortage(place.folder, sum(other.needed for other in together)) if place.needed else None
         if shortage:
             names = " and ".join(other.name for other in together)
-            what = f"{names} need {shown_bytes(shortage.needed)}, {shortage.room}"
+            what = f"{names} need {shown_bytes(shortage.needed)}; {shortage.room}"
             raise RunError(f"{place.folder}: {what}; what helps: {place.remedy}")
 
 

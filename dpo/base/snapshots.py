@@ -8,7 +8,6 @@ Only `python -m dpo.prepare` asks the hub for a newer revision.
 
 import functools
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from dpo.base.errors import InvalidValue, RunError, UserError, one_line
-from dpo.base.files import nearest_existing
 from dpo.base.hub_files import CONFIG_FILE, INDEX, MODEL, TOKENIZER, Need, config_files, files_that_prove, read_index
+from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
 
 PREPARE = "python -m dpo.prepare --config FILE on a machine with internet and the same HF_HOME"
@@ -130,7 +129,7 @@ def _fetch_index(repository: str, revision: str | None) -> list[str] | None:
 
 
 def check_room(folder: Path, num_bytes: int, what: str, variable: str) -> None:
-    """Raises RunError where a folder, which may not exist yet, has less free space than `what` needs.
+    """Raises RunError where a folder, which may not exist yet, has no room for `what`, or a quota does not allow it.
 
     Args:
         folder: the folder that is written to.
@@ -138,9 +137,9 @@ def check_room(folder: Path, num_bytes: int, what: str, variable: str) -> None:
         what: the purpose of the bytes, for the error.
         variable: the environment variable or key that chooses another folder.
     """
-    free = shutil.disk_usage(nearest_existing(folder)).free
-    if num_bytes > free:
-        needs = f"{what} needs {shown_bytes(num_bytes)}, {shown_bytes(free)} are free"
+    shortage = find_shortage(folder, num_bytes)
+    if shortage:
+        needs = f"{what} needs {shown_bytes(num_bytes)}; {shortage.room}"
         raise RunError(f"{folder}: {needs}; what helps: {variable} in a folder with more room, or free space there")
 
 

@@ -1,5 +1,6 @@
 """`python -m dpo.prepare` against a stand-in of the hub, and runs after it, as real processes that reach nothing."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -13,12 +14,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo import prepare
-from dpo.base import snapshots
+from dpo.base import snapshots, space
 from dpo.base.errors import RunError
 from dpo.base.hub_files import MODEL
 from dpo.base.snapshots import PREPARE
-from dpo.base.space import Shortage
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.prepare import Place, check_places, limited, next_line
 from tests.support.data_fixtures import VOCAB_SIZE, make_tokenizer
@@ -328,8 +327,14 @@ def test_wrong_input_is_one_line(key: str, path: object, error: str, place: Site
 
 
 FULL = """
-import shutil, sys
-shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096)
+import errno, shutil, sys
+from dpo.base import space
+
+def reserve(folder, num_bytes):
+    raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+space._reserve = reserve
+shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(10**12, 0, 10**12)
 from dpo.base.hub_files import MODEL
 from dpo.base.snapshots import download
 download(sys.argv[1], MODEL)
@@ -337,21 +342,24 @@ download(sys.argv[1], MODEL)
 
 
 def test_a_download_without_room_does_not_begin(place: Site, folders: Path) -> None:
+    """A quota is used up on a file system with free space."""
     ended = place.python("-c", FULL, "org/tiny")
     needed = sum((folders / "tiny" / name).stat().st_size for name in (*shards(folders / "tiny"), *TOKENIZER, *WANTED))
     index = (folders / "tiny" / WANTED[2]).stat().st_size  # which has been read by then
-    shown = f"the download of org/tiny needs {(needed - index) / 2**10:,.1f} KiB, 4.0 KiB are free"
-    assert f"RunError: {place.home}/hf/hub: {shown}; what helps: HF_HOME" in ended.stderr
+    shown = f"the download of org/tiny needs {(needed - index) / 2**10:.1f} KiB; 931.3 GiB are free there, but a quota"
+    assert f"RunError: {place.home}/hf/hub: {shown}" in ended.stderr
     assert place.hub.fetched() == [WANTED[2]]
 
 
 def test_a_run_without_room_is_refused_with_the_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Two folders of one file system share its room: 600 + 500 > 1,000, which a quota allows."""
+    """Two folders of one file system share its free space: 600 + 500 > 1,000."""
 
-    def of_a_quota(folder: Path, needed: int) -> Shortage | None:
-        return Shortage(folder, needed, 2048, is_quota=True) if needed > 1000 else None
+    def reserve(folder: Path, num_bytes: int) -> None:
+        if num_bytes > 1000:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(prepare, "find_shortage", of_a_quota)
+    monkeypatch.setattr(space, "_reserve", reserve)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: Usage(2000, 1000, 1000))
     run = Place("run folder", tmp_path / "a" / "run", "", 600, "a smaller checkpoint.keep")
     cache = Place("reference cache", tmp_path / "b", "", 400, "DPO_CACHE elsewhere")
     models = Place("models", tmp_path, "", 0, "")
@@ -359,8 +367,8 @@ def test_a_run_without_room_is_refused_with_the_place(monkeypatch: pytest.Monkey
     with pytest.raises(RunError) as failure:
         check_places([models, run, replace(cache, needed=500)])
     assert str(failure.value) == (
-        f"{tmp_path}/a/run: run folder and reference cache need 1.1 KiB, 2.0 KiB are free there, but a quota of the "
-        "user, the group or the folder allows less; what helps: a smaller checkpoint.keep"
+        f"{tmp_path}/a/run: run folder and reference cache need 1.1 KiB; 1.0 KiB are free there; "
+        "what helps: a smaller checkpoint.keep"
     )
 
 
