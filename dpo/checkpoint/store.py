@@ -13,6 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -92,7 +93,8 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
     except RunError:
         forget_plans(plans)  # if only some ranks had cached plans, the next checkpoint would fail
         if world.is_main:  # the metrics need the room that half a checkpoint takes from a full disk
-            _remove(draft)
+            with suppress(OSError):  # rank 0 must raise what the other ranks raise
+                _remove(draft)
         raise
 
     def commit() -> None:

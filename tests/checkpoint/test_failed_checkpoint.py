@@ -1,5 +1,6 @@
 """A checkpoint that cannot be written leaves nothing behind that harms the next one."""
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dpo.base.errors import RunError
+from dpo.checkpoint import store
 from dpo.checkpoint.store import RunState, Shelf, checkpoint_path, forget_plans, newest_checkpoint, write_checkpoint
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
@@ -68,6 +70,21 @@ def test_one_failure_leaves_the_next_checkpoints_whole(
     assert "No space left on device" in save(tmp_path, 1, world)
     assert [save(tmp_path, step, world) for step in (2, 3)] == ["", ""]
     assert "failing" in SavePlanner._cached_all_plans
+
+
+def test_a_draft_that_cannot_be_removed_hides_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    """An OSError of rank 0 alone would end it at the next save, where the other ranks go on and wait for it."""
+    fail_once(monkeypatch, "write_data")
+
+    def stale(folder: Path, name: str) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "remove_folder", stale)
+        assert "No space left on device" in save(tmp_path, 1, world)
+    assert save(tmp_path, 2, world) == ""
 
 
 def test_files_that_nfs_cannot_remove_yet_harm_no_checkpoint(
