@@ -73,13 +73,21 @@ def find_unseen(folders: Mapping[str, Path], valid: Mapping[str, str], world: Wo
         if world.local_size == world.size:
             return {}
         looks = world.local_rank == 0
-        unseen = [key for key, probe in probes.items() if looks and not probe.path(folders[key]).exists()]
+        unseen = [key for key, probe in probes.items() if looks and not _sees(probe.path(folders[key]))]
         ranks = all_gather((socket.gethostname(), unseen))
     finally:
         if world.is_main:
             _remove_probes(folders, probes)
     hosts = {key: tuple(sorted({host for host, keys in ranks if key in keys})) for key in folders}
     return {key: Unseen(folders[key], ranks[0][0], names) for key, names in hosts.items() if names}
+
+
+def _sees(file: Path) -> bool:
+    """Returns whether this node sees a file; False also where it may not look, or where its mount is stale."""
+    try:
+        return file.exists()
+    except OSError:
+        return False
 
 
 def _write_probes(folders: Mapping[str, Path], valid: Mapping[str, str]) -> dict[str, Probe]:

@@ -1,6 +1,7 @@
 """What several nodes must agree on, with every rank playing the first of a node of its own."""
 
 import contextlib
+import errno
 import io
 import os
 import socket
@@ -13,7 +14,7 @@ import pytest
 from dpo.config import Config
 from dpo.distributed.collectives import all_gather, first_on_each_node
 from dpo.distributed.program import run_program
-from dpo.distributed.shared import Unseen
+from dpo.distributed.shared import Unseen, _sees
 from dpo.distributed.startup import open_world
 from dpo.train import run_training
 from tests.support.models import save_model, save_pairs
@@ -111,6 +112,16 @@ def test_nodes_that_tokenize_apart_are_told(on_nodes: Config, ranks: Ranks, tmp_
         f"HF_HOME: {tmp_path}/0 is not shared: node1 does not see a file that node0 wrote there: each node tokenizes "
         "the data, and needs its own models of the hub"
     )
+
+
+def test_a_node_whose_mount_is_stale_sees_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rank must get to the exchange all the same, or the others wait for it."""
+
+    def stale(path: Path) -> bool:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "exists", stale)
+    assert not _sees(Path("/shared/.probe"))
 
 
 def test_many_hosts_are_named_by_the_first() -> None:
