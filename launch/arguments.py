@@ -117,7 +117,7 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
         max_crashes=args.max_crashes,
         max_parallel=args.max_parallel,
         cpus_per_gpu=args.cpus_per_gpu,
-        python=args.python or ("python3" if args.apptainer else sys.executable),
+        python=args.python or _default_python(args),
         apptainer=args.apptainer,
         container_image=args.container_image,
         container_mounts=args.container_mounts,
@@ -132,6 +132,12 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
 
 
 # --- flags that need more than a type ---------------------------------------------------------------------------------
+
+
+def _default_python(args: argparse.Namespace) -> str:
+    """Returns the interpreter of the ranks: python3 of the image, if there is one; pyxis is part of SLURM alone."""
+    is_in_image = args.apptainer or (args.container_image and args.cluster == "slurm")
+    return "python3" if is_in_image else sys.executable
 
 
 def _gpus(args: argparse.Namespace) -> str | None:
@@ -212,7 +218,8 @@ def _check(request: Request) -> None:
         raise UserError("command line: --max-parallel", "needs --sweep", "both flags")
 
 
-_OF_GPU_NODES = ("constraint", "exclude", "exclusive", "mem", "nodelist")
+_OF_GPU_NODES = ("constraint", "cpus-per", "exclude", "exclusive", "mem", "nodelist", "ntasks-per", "tres")
+"""First letters of the options of sbatch that mean the run's nodes; sbatch refuses some of them without GPUs."""
 PREPARE_MEMORY = "16G"
 
 

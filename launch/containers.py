@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo.base.command import split_options
 from dpo.base.files import default_cache_dir
 from dpo.config import Config
 from launch.arguments import Request
@@ -33,16 +34,21 @@ class Bound:
     reason: str
 
 
-def bound_folders(configs: Sequence[Config], environment: Mapping[str, str]) -> list[Bound]:
-    """Returns the folders of the host that runs need; none lies inside another.
+def bound_folders(configs: Sequence[Config], words: Sequence[str], environment: Mapping[str, str]) -> list[Bound]:
+    """Returns the folders of the host that runs need; none lies inside another. Of a folder behind a link, such as a
+    ~/.cache on another disk, both paths are needed.
 
     Args:
         configs: of the runs.
+        words: the command line of the runs, which names the file of the config.
         environment: the variables of the ranks; `HF_HOME` and others name caches.
     """
     found: dict[Path, str] = {}
-    for path, reason in (pair for config in configs for pair in _needed(config, environment)):
-        found.setdefault(path.expanduser().absolute(), reason)
+    needed = [*(pair for config in configs for pair in _needed(config, environment)), *_config_folder(words)]
+    for path, reason in needed:
+        here = path.expanduser().absolute()
+        for folder in (here, here.resolve()):
+            found.setdefault(folder, reason)
     return [Bound(path, reason) for path, reason in found.items() if not any(other in path.parents for other in found)]
 
 
@@ -69,6 +75,13 @@ def _needed(config: Config, environment: Mapping[str, str]) -> Iterator[tuple[Pa
     for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE"):
         if environment.get(name):
             yield Path(environment[name]), name
+
+
+def _config_folder(words: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """Yields the folder of the config's file, which the ranks read again; a shipped config has none."""
+    for option in split_options(words):
+        if option.key == "config" and option.value and Path(option.value).is_file():
+            yield Path(option.value).parent, "--config"
 
 
 def interpreter(request: Request, folders: Sequence[Bound]) -> tuple[str, ...]:

@@ -94,7 +94,7 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--setup", action="append", default=[], metavar="LINE", help=about)
     about = "environment variable of the ranks, recorded in the run folder; may be repeated"
     group.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help=about)
-    about = "Python interpreter of the ranks (default: this interpreter; with --apptainer python3 of the image)"
+    about = "Python interpreter of the ranks (default: this interpreter; of an image python3)"
     group.add_argument("--python", metavar="FILE", help=about)
     about = "image in which Apptainer runs the ranks: a .sif file, or docker://..."
     group.add_argument("--apptainer", metavar="IMAGE", help=about)

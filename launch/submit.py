@@ -95,7 +95,7 @@ def make_plan(request: Request, runs: Sequence[PlannedRun]) -> Plan:
                 warn(setting.warning)
     folders: list[Bound] = []
     if request.apptainer or request.container_image:
-        folders = bound_folders([run.config for run in runs], os.environ | dict(request.env))
+        folders = bound_folders([run.config for run in runs], request.words, os.environ | dict(request.env))
         request = replace(request, srun=tuple(pyxis_arguments(request, folders)))
     firsts: list[First] = []
     if request.prepare:

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -349,6 +350,9 @@ def test_a_download_without_room_does_not_begin(place: Site, folders: Path) -> N
     shown = f"the download of org/tiny needs {(needed - index) / 2**10:.1f} KiB; 931.3 GiB are free there, but a quota"
     assert f"RunError: {place.home}/hf/hub: {shown}" in ended.stderr
     assert place.hub.fetched() == [WANTED[2]]
+
+
+Usage = namedtuple("Usage", "total used free")
 
 
 def test_a_run_without_room_is_refused_with_the_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

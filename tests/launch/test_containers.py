@@ -33,7 +33,7 @@ assert words.pop(0) == "--pwd"
 here, image, command = words[0], words[1], words[2:]
 assert image == "image.sif"
 system = [f"/{{name}}" for name in ("usr", "bin", "lib", "lib64", "etc", "sys") if os.path.exists(f"/{{name}}")]
-system += [sys.base_prefix, sys.prefix]
+system += [sys.base_prefix, sys.prefix, os.path.realpath(sys.prefix)]  # which may be a link
 box = ["bwrap", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp", "--setenv", "CONTAINER", "yes"]
 for path in system:
     box += ["--ro-bind", path, path]
@@ -69,7 +69,7 @@ def test_the_folders_that_a_run_needs(tmp_path: Path, monkeypatch: pytest.Monkey
     config = config_in(tmp_path)
     monkeypatch.chdir(tmp_path / "work")
     environment = {"DPO_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_CACHE": "/hub"}
-    assert paths(bound_folders([config], environment)) == {
+    assert paths(bound_folders([config], (), environment)) == {
         str(tmp_path / "work"): "the working directory",
         str(tmp_path / "links" / "model"): "model.path",
         str(tmp_path / "models" / "tiny"): "model.path",
@@ -83,17 +83,32 @@ def test_the_folders_that_a_run_needs(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_ids_of_the_hub_lie_in_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = changed(make_config("org/model", "org/data", "runs/my"), reference__cache_dir="/shared/cache")
-    found = paths(bound_folders([config], {"DPO_CACHE": "/cache", "HF_HOME": "/hf"}))
+    found = paths(bound_folders([config], (), {"DPO_CACHE": "/cache", "HF_HOME": "/hf"}))
     assert set(found) == {str(tmp_path), "/shared/cache", "/cache", "/hf"}
 
 
 def test_a_folder_inside_another_is_bound_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = changed(config_in(tmp_path), train__run_dir=str(tmp_path / "runs" / "my"))
     monkeypatch.chdir(tmp_path)
-    assert list(paths(bound_folders([config], {"DPO_CACHE": "/cache", "HF_HOME": "/cache/hf"}))) == [
+    assert list(paths(bound_folders([config], (), {"DPO_CACHE": "/cache", "HF_HOME": "/cache/hf"}))) == [
         str(tmp_path),
         "/cache",
     ]
+
+
+def test_the_config_and_the_folders_behind_links_are_bound_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run folder, inside the working directory, and the cache are links to another disk."""
+    config = config_in(tmp_path)
+    for name in ("disk/runs", "disk/hf", "configs"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "configs" / "my.yaml").touch()
+    (tmp_path / "work" / "runs").symlink_to(tmp_path / "disk" / "runs")
+    (tmp_path / "hf").symlink_to(tmp_path / "disk" / "hf")
+    monkeypatch.chdir(tmp_path / "work")
+    words = ("--config", "../configs/my.yaml", "--loss.beta", "0.5")
+    found = paths(bound_folders([config], words, {"DPO_CACHE": "/cache", "HF_HOME": str(tmp_path / "hf")}))
+    assert {str(tmp_path / name) for name in ("hf", "disk/hf", "disk/runs/my", "configs")} <= found.keys()
+    assert found[str(tmp_path / "configs")] == "--config"
 
 
 def test_the_command_that_enters_apptainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

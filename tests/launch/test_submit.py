@@ -95,6 +95,7 @@ def test_what_goes_through(launch: Launch, slurm: FakeSlurm) -> None:
     assert found["exclude"] == "'n[1-2]'" and found["cpus-per-task"] == "8"
     assert "\nmodule load cuda\nulimit -l unlimited\n" in script
     here = Path.cwd()
+    assert " python3 -u -m submitit.core._submit " in script  # of the image
     mounts = rf"--container-image=docker://x --container-mounts={here}:{here},(\S+:\S+,)*/data:/data"
     assert re.search(rf"{mounts} --container-workdir={here}", script)
 
@@ -158,12 +159,14 @@ def test_a_job_prepares_models_and_data_first(
     slurm.answer("scontrol", "PartitionName=cpu Default=NO GraceTime=0 MaxTime=UNLIMITED\n")
     slurm.answer("sinfo", "16|64000|(null)\n6|64000|(null)\n")
     gpu_options = ("--mem", "900G", "--constraint", "h100", "--sbatch", "exclusive", "--account", "me")
+    gpu_options += ("--sbatch", "cpus-per-gpu=4", "--sbatch", "tres-per-task=gres/gpu:1")
     assert launch("--prepare", "--prepare-partition", "cpu", "--partition", "gpu", *gpu_options) == 0
     first, second = options(slurm.script(1)), options(slurm.script(2))
     assert first["partition"] == "cpu" and second["partition"] == "gpu"
     assert first["nodes"] == "1" and first["cpus-per-task"] == "6" and first["mem"] == "16G"
     assert first["account"] == second["account"] == "me"
-    assert not {"gpus-per-node", "constraint", "exclusive"} & set(first) and "dependency" not in first
+    assert not {"gpus-per-node", "cpus-per-gpu", "tres-per-task", "constraint", "exclusive"} & set(first)
+    assert "dependency" not in first
     assert second["dependency"] == "afterok:4242"
     assert capsys.readouterr().out.startswith("job     4242  prepares models and data first\njob     4242\n")
     assert launch("--prepare", "--dry-run") == 0
