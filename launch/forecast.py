@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from launch.arguments import Request
 
 PATIENCE_SECONDS = 180.0
 """How long the estimate may take. It reads the data, and tokenizes it where `dpo.prepare` has not."""
+
+DEVICE = "command line: --device"
+"""The place of the estimate's error about a device that it does not know."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,15 @@ def ask_forecast(request: Request, words: Sequence[str], config: Config) -> Fore
         Unknown: the estimate fails for another reason.
     """
     assumed = _maximum_lengths(config)
-    if request.prepare and assumed:
-        return _ask(request, [*words, *assumed])
+    if not (request.prepare and assumed):
+        with suppress(subprocess.TimeoutExpired):
+            return _ask(request, words)
+    if not assumed:
+        raise Unknown(f"the data was not read in {PATIENCE_SECONDS:.0f} s, and data.max_length is null")
     try:
-        return _ask(request, words)
+        return _ask(request, [*words, *assumed])
     except subprocess.TimeoutExpired:
-        if assumed:
-            return _ask(request, [*words, *assumed])
-        raise Unknown(f"the data was not read in {PATIENCE_SECONDS:.0f} s, and data.max_length is null") from None
+        raise Unknown(f"the estimate took more than {PATIENCE_SECONDS:.0f} s") from None
 
 
 def _maximum_lengths(config: Config) -> list[str]:
@@ -95,7 +100,8 @@ def _ask(request: Request, words: Sequence[str]) -> Forecast:
             return read_forecast(file)
     lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
     line = lines[-1].removeprefix("error: ")
-    if done.returncode == EXIT_CODES[UserError] and not request.prepare:
+    is_type_unknown = request.device is None and line.startswith(DEVICE)  # SLURM's name of a type may be any word
+    if done.returncode == EXIT_CODES[UserError] and not request.prepare and not is_type_unknown:
         raise UserError("the run would fail", f"{line} (--no-estimate submits it all the same)")
     raise Unknown(line)
 

@@ -8,6 +8,7 @@ import pytest
 
 from dpo.base.errors import UserError
 from dpo.config import Config, SourceConfig, to_yaml
+from dpo.estimate.program import read_arguments
 from launch import forecast, known
 from launch.arguments import Request, parse_request
 from launch.forecast import Unknown, ask_forecast
@@ -120,6 +121,27 @@ def test_data_that_takes_too_long_is_assumed(
     assert ask_forecast(request(tmp_path), (), config).num_steps == 3
     assert estimate.calls[-1][:4] == ["--prompt-tokens", "256", "--completion-tokens", "256"]
     assert len(estimate.calls) == 2
+
+
+def test_an_estimate_that_always_takes_too_long_is_left_out(
+    fake: Any, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake("time.sleep(600)")
+    monkeypatch.setattr(forecast, "PATIENCE_SECONDS", 1.0)
+    for words in ((), ("--prepare",)):
+        with pytest.raises(Unknown, match="the estimate took more than 1 s"):
+            ask_forecast(request(tmp_path, *words), (), config)
+
+
+def test_a_type_of_gpu_that_is_not_in_the_table_is_no_wrong_input(fake: Any, config: Config, tmp_path: Path) -> None:
+    """SLURM's administrators choose the names of types; a name that the user gave must be known."""
+    with pytest.raises(UserError) as failure:
+        read_arguments(["--config", str(tmp_path / "my.yaml"), "--ranks", "2", "--device", "big_one"])
+    fake(f"sys.exit(print({'error: ' + str(failure.value)!r}, file=sys.stderr) or 2)")
+    with pytest.raises(Unknown, match="--device: no such device: big_one"):
+        ask_forecast(request(tmp_path, "--gpus-per-node", "big_one:2"), (), config)
+    with pytest.raises(UserError, match=r"the run would fail: .*--device: no such device: big_one"):
+        ask_forecast(request(tmp_path, "--gpus-per-node", "2", "--device", "big_one"), (), config)
 
 
 def test_data_that_a_job_prepares_later_is_assumed(fake: Any, config: Config, tmp_path: Path) -> None:
