@@ -83,7 +83,7 @@ class Products:
 
 @dataclass(frozen=True)
 class Collective:
-    """Collectives along an axis of the mesh, each the median of several."""
+    """Collectives along an axis of the mesh, each the fastest of several."""
 
     kind: Kind
     axis: Axis
@@ -187,7 +187,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Update:
-    """Updates of some of the model's parameters by an optimizer, each the median of several."""
+    """Updates of some of the model's parameters by an optimizer, each the fastest of several."""
 
     optimizer: Optimizer
     momentum: bool
