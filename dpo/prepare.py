@@ -29,6 +29,7 @@ from dpo.base.snapshots import ANSWER_SECONDS, Download, HubUnreachable, cached_
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
 from dpo.batch.order import make_order
+from dpo.checkpoint.store import checkpoints_of
 from dpo.config import Config, SourceConfig, load_config
 from dpo.data.hub_sets import check_room_for, is_hub_source, prepared_folder
 from dpo.data.hub_sets import download as download_set
@@ -188,7 +189,7 @@ def places_of(config: Config, sizes: Sizes, data: PreferenceData, folders: Seque
         folders: the folders of its models, each once.
     """
     run_dir = Path(str(config.train.run_dir)).expanduser()
-    present = len(list(run_dir.glob("checkpoints/step-??????")))
+    present = len(checkpoints_of(run_dir))
     token_files = {Path(file.name) for pairs in (data.train, data.eval) for file in pairs.token_files}
     models = sum(path.stat().st_size for folder in folders for path in tensor_paths(folder))
     rows = sum(path.stat().st_size for path in token_files)

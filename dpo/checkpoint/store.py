@@ -266,9 +266,14 @@ def newest_checkpoint(run_dir: Path) -> Path | None:
     return None
 
 
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """Returns the checkpoints of a run, complete or not; oldest first."""
+    return _by_age(run_dir / "checkpoints")
+
+
 def checkpoints_until(run_dir: Path, step: int) -> list[Path]:
     """Returns the checkpoints of a run up to `step`, complete or not; oldest first."""
-    return [path for path in _by_age(run_dir / "checkpoints") if _step_of(path) <= step]
+    return [path for path in checkpoints_of(run_dir) if _step_of(path) <= step]
 
 
 def newer_checkpoints(run_dir: Path, step: int) -> list[Path]:

@@ -129,7 +129,8 @@ def with_lengths(subject: Subject, world: World) -> Subject:
 def main() -> None:
     """Runs `python -m dpo.doctor`. Raises RunError where a run would fail."""
     arguments = read_arguments(sys.argv[1:])
-    with open_world(arguments.timeout_seconds) as world:
+    replicate = arguments.config.parallel.replicate if arguments.config else 1
+    with open_world(arguments.timeout_seconds, replicate) as world:
         subject = subject_of(arguments.config, world)
         if arguments.report:
             subject = with_lengths(subject, world)

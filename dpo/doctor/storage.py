@@ -14,6 +14,7 @@ from pathlib import Path
 from dpo.base.errors import RunError
 from dpo.base.files import nearest_existing, timed_write
 from dpo.base.units import shown_rate, shown_seconds
+from dpo.checkpoint.store import checkpoints_of
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World
 from dpo.doctor.parts import Finding, Part, Subject, agreed, with_remedy
@@ -36,7 +37,7 @@ class Storage:
     free: int
     total: int
     num_checkpoints: int
-    """Complete checkpoints that exist already."""
+    """Checkpoints that exist already, complete or not."""
     write_seconds: float
     read_seconds: float
 
@@ -51,7 +52,7 @@ def measure_storage(subject: Subject, world: World) -> Storage:
         check_shared(file)
         read = agreed(lambda: read_file(file))
     usage = shutil.disk_usage(folder)
-    present = len(list(subject.run_dir.glob("checkpoints/step-??????")))
+    present = len(checkpoints_of(subject.run_dir))
     return Storage(str(folder), usage.free, usage.total, present, written, read)
 
 

@@ -112,9 +112,11 @@ def _device(own: argparse.Namespace, ranks_per_node: int) -> Device:
 
 
 def _measured_device(own: argparse.Namespace, config: Config, report: Report, ranks_per_node: int) -> Device:
-    """Returns the device of --measured. Raises UserError where --device is given too."""
+    """Returns the device of --measured. Raises UserError where --device is given too, or the report has no device."""
     if own.device is not None:
         raise UserError("command line: --device", "--measured gives the device", "one of the two")
+    if not report.devices:  # the examination did not get to them
+        raise UserError(f"{own.measured}: devices", "is empty", "a report of dpo.doctor that found no problem")
     dtyped = with_dtype(config, unmeasured_device(report, ranks_per_node))
     return measured_device(report, dtyped, ranks_per_node, own.measured)
 

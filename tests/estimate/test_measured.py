@@ -290,6 +290,7 @@ def changed(path: Path, *keys: Any, value: Any) -> None:
         (("format",), "other", "format: is not dpo.doctor report; valid: a file that python -m dpo.doctor --report"),
         (("version",), 0, "version: this is version 1 of the program's format, the file has 0"),
         (("hosts",), ["a"], "hosts: unknown key; valid: format, version"),
+        (("devices",), [], "devices: is empty; valid: a report of dpo.doctor that found no problem"),
         (("devices", 0, "host"), "a", "devices[0].host: unknown key; valid: name, capability"),
         (("products", 0, "flops_per_second", 1), 0, "products[0].flops_per_second[1]: got 0; valid: a number > 0"),
         (("steps", "seconds", 2), -1.0, "steps.seconds[2]: got -1.0; valid: a number > 0"),
