@@ -13,6 +13,7 @@ from pathlib import Path
 
 from dpo.base.errors import RunError
 from dpo.base.files import nearest_existing, timed_write
+from dpo.base.space import find_shortage
 from dpo.base.units import shown_rate, shown_seconds
 from dpo.checkpoint.store import checkpoints_of
 from dpo.distributed.collectives import all_gather
@@ -40,6 +41,8 @@ class Storage:
     """Checkpoints that exist already, complete or not."""
     write_seconds: float
     read_seconds: float
+    shortage: str = ""
+    """On rank 0 the room that there is, where the run's bytes do not fit, quotas included; else empty."""
 
 
 def measure_storage(subject: Subject, world: World) -> Storage:
@@ -53,7 +56,15 @@ def measure_storage(subject: Subject, world: World) -> Storage:
         read = agreed(lambda: read_file(file))
     usage = shutil.disk_usage(folder)
     present = len(checkpoints_of(subject.run_dir))
-    return Storage(str(folder), usage.free, usage.total, present, written, read)
+    # Rank 0 alone: the reservations of several ranks at once would take each other's room.
+    shortage = agreed(lambda: _shortage(subject, folder, present) if world.is_main else "")
+    return Storage(str(folder), usage.free, usage.total, present, written, read, shortage)
+
+
+def _shortage(subject: Subject, folder: Path, present: int) -> str:
+    """Returns the room in a folder where the run's bytes do not fit; empty where they do, or no model is known."""
+    found = find_shortage(folder, subject.sizes.disk_bytes(present)) if subject.sizes else None
+    return found.room if found else ""
 
 
 def existing(folder: Path) -> Path:
@@ -112,8 +123,9 @@ def describe_storage(subject: Subject, ranks: Sequence[Storage]) -> Finding:
     if subject.sizes:
         lines.append(_checkpoints(subject.sizes, least.num_checkpoints, written))
         needed = subject.sizes.disk_bytes(least.num_checkpoints)
-        if needed > least.free:
-            shortage = f"the run needs {gib(needed)} GiB in {least.folder}, {gib(least.free)} GiB are free"
+        room = f"{gib(least.free)} GiB are free" if needed > least.free else ranks[0].shortage
+        if room:
+            shortage = f"the run needs {gib(needed)} GiB in {least.folder}, {room}"
             problems.append(with_remedy(shortage, "a train.run_dir with more room, a smaller checkpoint.keep"))
     speed = f"{shown_rate(written)} written and synced, {shown_rate(read)} read, all ranks together"
     lines.append(f"{speed} ({FILE_BYTES >> 20} MiB per rank)")

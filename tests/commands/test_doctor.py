@@ -1,5 +1,6 @@
 """`python -m dpo.doctor`: alone, on two ranks, and with each part made to fail on one of them."""
 
+import errno
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dpo.base import space
 from dpo.config import ParallelConfig
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
@@ -223,6 +225,23 @@ def test_a_disk_that_is_too_small_for_the_checkpoints(tmp_path: Path) -> None:
     assert not storage.describe_storage(subject(tmp_path, sizes=SIZES), [replace(here, free=240)]).problems
     assert not storage.describe_storage(subject(tmp_path, sizes=SIZES), [replace(here, num_checkpoints=1)]).problems
     assert not storage.describe_storage(subject(tmp_path), [here]).problems
+
+
+def test_a_quota_that_is_too_small_for_the_checkpoints(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run needs 240 bytes, as above."""
+    allowed = 240
+
+    def reserve(folder: Path, num_bytes: int) -> None:
+        if num_bytes > allowed:
+            raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(space, "_reserve", reserve)
+    assert not examine(storage.STORAGE, subject(tmp_path, sizes=SIZES), world).problems
+    allowed = 239
+    (problem,) = examine(storage.STORAGE, subject(tmp_path, sizes=SIZES), world).problems
+    assert "but a quota of the user, the group or the folder allows less; what helps: a train.run_dir" in problem
 
 
 def test_memory_that_weights_gradients_and_optimizer_alone_exceed(tmp_path: Path) -> None:
