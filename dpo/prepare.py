@@ -18,6 +18,7 @@ from pathlib import Path
 import datasets
 from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented
+from transformers import PretrainedConfig
 
 from dpo.base.command import split_options, words_of
 from dpo.base.console import is_quiet, say, warn
@@ -42,6 +43,7 @@ from dpo.ref_logps.blocks import ROW
 from dpo.ref_logps.cache import cache_root
 from dpo.ref_logps.fill import count_rows
 from dpo.run.disk import Sizes, sizes_of
+from dpo.run.home import caches_of_run, describe_small_home
 
 DESCRIPTION = """Downloads, checks and tokenizes all that a run reads: models, tokenizers, data. Needs no GPU; a run
 after it needs no network. Tells the steps and the disk that the run will need, and ends with exit code 1 where that is
@@ -240,6 +242,7 @@ def prepare(config: Config) -> None:
     configs = [read_model_config(folder, config.model.trust_remote_code) for folder in folders]
     for model_config in configs:
         sizes_of(config, model_config)  # refuses a model that cannot be trained, before the data is read
+    _tell_small_home(config, configs[0])
     prepare_sources(config)
     say("data: reading, and tokenizing rows that are not in the cache")
     data = prepare_data(config, configs[0])
@@ -249,6 +252,12 @@ def prepare(config: Config) -> None:
     places = places_of(config, sizes_of(config, configs[0], last_step), data, list(dict.fromkeys(folders)))
     print("disk:", *(place.line() for place in places), sep="\n")
     check_places(places)
+
+
+def _tell_small_home(config: Config, model_config: PretrainedConfig) -> None:
+    small_home = describe_small_home(caches_of_run(), sizes_of(config, model_config).num_parameters)
+    if small_home:
+        print(small_home)
 
 
 def next_line(argv: Sequence[str]) -> str:

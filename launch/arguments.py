@@ -220,23 +220,29 @@ def _check(request: Request) -> None:
 
 _OF_GPU_NODES = ("constraint", "cpus-per", "exclude", "exclusive", "mem", "nodelist", "ntasks-per", "tres")
 """First letters of the options of sbatch that mean the run's nodes; sbatch refuses some of them without GPUs."""
+PREPARE_CPUS = 8
+"""Maximum number of CPUs of the job of --prepare, for processes that tokenize."""
 PREPARE_MEMORY = "16G"
 
 
-def for_preparing(request: Request, cpus: int | None) -> Request:
+def for_preparing(request: Request, cpus: int | None, max_minutes: int | None) -> Request:
     """Returns the request of the job of --prepare: one process on one node without GPUs, with the other options.
 
     Args:
         request: of the runs.
-        cpus: to ask for; None: the cluster's default.
+        cpus: CPUs of a node of the job's partition; None: not known, and the cluster's default is asked for.
+        max_minutes: the limit of the job's partition; None: none is known.
     """
     kept = [(name, value) for name, value in request.sbatch if not name.startswith(("g", *_OF_GPU_NODES))]
     if request.prepare_partition:
-        kept = [("partition", request.prepare_partition), *(pair for pair in kept if pair[0] != "partition")]
+        moved = ("partition", "reservation")
+        kept = [("partition", request.prepare_partition), *(pair for pair in kept if pair[0] not in moved)]
     if request.sbatch_option("mem"):  # else SLURM may not limit memory, and have no value for a node's
         kept.append(("mem", PREPARE_MEMORY))
-    changes: dict[str, Any] = {"nodes": 1, "gpus": None, "ranks_per_node": 1, "cpus_per_gpu": cpus}
-    return replace(request, **changes, sbatch=tuple(kept), max_parallel=None)
+    changes: dict[str, Any] = {"nodes": 1, "gpus": None, "ranks_per_node": 1, "max_parallel": None}
+    changes["cpus_per_gpu"] = cpus and min(cpus, PREPARE_CPUS)
+    changes["minutes"] = min(request.minutes, max_minutes) if request.minutes and max_minutes else request.minutes
+    return replace(request, **changes, sbatch=tuple(kept))
 
 
 def unused_here(request: Request) -> list[str]:

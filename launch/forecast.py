@@ -102,7 +102,7 @@ def _ask(request: Request, words: Sequence[str]) -> Forecast:
     line = lines[-1].removeprefix("error: ")
     is_type_unknown = request.device is None and line.startswith(DEVICE)  # SLURM's name of a type may be any word
     if done.returncode == EXIT_CODES[UserError] and not request.prepare and not is_type_unknown:
-        raise UserError("the run would fail", f"{line} (--no-estimate submits it all the same)")
+        raise UserError("the estimate refuses the run", f"{line} (--no-estimate submits it all the same)")
     raise Unknown(line)
 
 

@@ -9,13 +9,11 @@ from dpo.base.files import nearest_existing, timed_write
 from launch.arguments import Request
 from launch.forecast import Forecast, Unknown, ask_forecast
 from launch.resources import Known
-from launch.site import ask_site
+from launch.site import Site, ask_site
 from launch.sweep import PlannedRun
 
 ASSUMED_RATE = 5e8
 """Bytes per second at which checkpoints are assumed to be written where it cannot be measured."""
-PREPARE_CPUS = 8
-"""Maximum number of CPUs of the job of --prepare, for processes that tokenize."""
 _FILE_BYTES = 64 * 2**20
 
 
@@ -36,17 +34,15 @@ def learn(request: Request, run: PlannedRun) -> Known | None:
     if not forecast.fits:
         warn(f"a step does not fit by the estimate on {forecast.device}: {forecast.verdict}; python -m dpo.estimate")
     rate, source = write_rate(run.dir, forecast)
-    site = ask_site(request.sbatch_option("partition"), bool(request.gpus))
+    site = ask_site(request.sbatch_option("partition"), request.gpus)
     return Known(forecast, rate, source, site, steps_done(run.dir))
 
 
-def cpus_to_prepare(request: Request) -> int | None:
-    """Returns the CPUs of the job of --prepare, of which its partition has enough; None where SLURM does not tell."""
+def site_to_prepare(request: Request) -> Site:
+    """Returns the facts of the partition of the job of --prepare; no facts where SLURM is not used."""
     if request.cluster != "slurm":
-        return None
-    partition = request.prepare_partition or request.sbatch_option("partition")
-    available = ask_site(partition, with_gpus=False).cpus
-    return available and min(PREPARE_CPUS, available)
+        return Site()
+    return ask_site(request.prepare_partition or request.sbatch_option("partition"), None)
 
 
 def write_rate(run_dir: Path, forecast: Forecast) -> tuple[float, str]:

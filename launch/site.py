@@ -32,16 +32,16 @@ class Site:
     """The limit of --time."""
 
 
-def ask_site(partition: str | None, with_gpus: bool) -> Site:
+def ask_site(partition: str | None, gpus: str | None) -> Site:
     """Returns the facts of a partition, as far as SLURM's commands answer.
 
     Args:
         partition: its name, or several separated by commas, of which the first is asked; None: the default partition.
-        with_gpus: whether only nodes with GPUs are looked at.
+        gpus: GPUs per node, as N or TYPE:N: only nodes that have them are looked at; None: all nodes are.
     """
     found = _partition(partition and partition.split(",")[0])
     name = found.get("PartitionName")
-    nodes = _nodes(name, with_gpus) if name else []
+    nodes = _nodes(name, gpus) if name else []
     select = re.search(r"^SelectTypeParameters\s*=\s*(\S+)", _output("scontrol", "show", "config"), re.MULTILINE)
     return Site(
         name,
@@ -61,11 +61,29 @@ def _partition(name: str | None) -> dict[str, str]:
     return next((found for found in named if name or found.get("Default") == "YES"), {})
 
 
-def _nodes(partition: str, with_gpus: bool) -> list[tuple[int, int]]:
-    """Returns (CPUs, MiB) of the nodes of a partition."""
-    shown = _output("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%c|%m|%G")
-    nodes = re.findall(r"^(\d+)\|(\d+)\|(.*)$", shown, re.MULTILINE)
-    return [(int(cpus), int(memory)) for cpus, memory, gres in nodes if "gpu" in gres or not with_gpus]
+def _nodes(partition: str, gpus: str | None) -> list[tuple[int, int]]:
+    """Returns (CPUs, MiB) for jobs on the node with the fewest CPUs and on that with the least memory."""
+    shown = _output("sinfo", "--noheader", "--Node", f"--partition={partition}", "--format=%c|%m|%G|%n")
+    nodes = re.findall(r"^(\d+)\|(\d+)\|(.*)\|(.*)$", shown, re.MULTILINE)
+    fitting = [(int(cpus), int(memory), name) for cpus, memory, gres, name in nodes if gpus is None or _has(gres, gpus)]
+    smallest = {min(fitting, key=lambda node: node[size]) for size in (0, 1)} if fitting else set()
+    return [_for_jobs(*node) for node in smallest]
+
+
+def _has(gres: str, gpus: str) -> bool:
+    """Returns whether a node's generic resources, such as gpu:h100:8(S:0-1), have these GPUs."""
+    kind, _, count = gpus.rpartition(":")
+    found = re.findall(r"gpu(?::([A-Za-z][\w.-]*))?:(\d+)", gres)
+    return sum(int(number) for name, number in found if not kind or name == kind) >= int(count)
+
+
+def _for_jobs(cpus: int, memory: int, name: str) -> tuple[int, int]:
+    """Returns the CPUs and MiB of a node without those that are reserved for the system."""
+    shown = dict(
+        re.findall(r"\b(CPUEfctv|CoreSpecCount|MemSpecLimit)=(\d+)", _output("scontrol", "show", "node", name))
+    )
+    effective = int(shown.get("CPUEfctv", cpus - int(shown.get("CoreSpecCount", 0))))
+    return effective, memory - int(shown.get("MemSpecLimit", 0))
 
 
 def _minutes(text: str) -> int | None:

@@ -20,7 +20,7 @@ from launch.checks import check_free, check_paths
 from launch.containers import Bound, bound_folders, interpreter, lines_of, make_folders, pyxis_arguments
 from launch.follow import Followed, cancel_command, follow
 from launch.here import RunsHere, run_here, start_in_background
-from launch.known import cpus_to_prepare, learn
+from launch.known import learn, site_to_prepare
 from launch.node import NodeJob
 from launch.reports import Submission, new_submission, write_submission
 from launch.resources import with_settings
@@ -90,6 +90,7 @@ def make_plan(request: Request, runs: Sequence[PlannedRun]) -> Plan:
     if known:
         request, settings = with_settings(request, known)
         lines += [setting.line for setting in settings]
+        lines += [f"sweep   these are of the first of {len(runs)} runs"] if len(runs) > 1 else []
         for setting in settings:
             if setting.warning:
                 warn(setting.warning)
@@ -99,7 +100,8 @@ def make_plan(request: Request, runs: Sequence[PlannedRun]) -> Plan:
         request = replace(request, srun=tuple(pyxis_arguments(request, folders)))
     firsts: list[First] = []
     if request.prepare:
-        alone = for_preparing(request, cpus_to_prepare(request))
+        site = site_to_prepare(request)
+        alone = for_preparing(request, site.cpus, site.max_minutes)
         firsts = [First("dpo.prepare", words, alone, "prepares models and data") for words in prepare_passes(runs)]
     firsts += [First("dpo.reference", w, request, "fills the reference cache") for w in reference_passes(runs)]
     return Plan(request, runs, firsts, lines, folders)

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo.base.command import exit_code_of, line_of, split_options, words_of
 from dpo.base.errors import RunError, UserError, one_line
+from dpo.base.units import shown_bytes
 from dpo.machine.data_sheets import GIB, find_sheet
 
 
@@ -61,11 +62,20 @@ def storage_errors(folder: Path) -> Iterator[None]:
         yield
     except CheckpointException as failure:
         rank, (reason, _) = next(iter(failure.failures.items()))
-        room = f"{shutil.disk_usage(folder.parent).free / GIB:.2f} GiB are free there"
         text = f"{type(reason).__name__}: {reason}"
         if _FULL.search(text):
             text = f"the disk is full, or a quota is used up ({text})"
-        raise RunError(f"{folder}: rank {rank}: {text}; {room}") from failure
+        raise RunError(f"{folder}: rank {rank}: {text}{_room(folder.parent)}") from failure
+
+
+def _room(folder: Path) -> str:
+    """Returns the free space of a folder as a clause; nothing where the file system does not answer, since every rank
+    must raise the same error.
+    """
+    try:
+        return f"; {shown_bytes(shutil.disk_usage(folder).free)} are free there"
+    except OSError:
+        return ""
 
 
 _FULL = re.compile(r"inline_container\.cc.*(unexpected pos|file write failed)")

@@ -7,6 +7,7 @@ The config gives the axes of the mesh, the folders, and the models' sizes. No we
 report is asked for, whose steps have the lengths of the data.
 """
 
+import os
 import socket
 import sys
 from collections.abc import Sequence
@@ -71,9 +72,10 @@ class Arguments:
     @property
     def timeout_seconds(self) -> int:
         """Returns the timeout of collectives until the devices start: for a report, data may be tokenized by then."""
+        imported = TIMEOUT_SECONDS + int(os.environ.get("WORLD_SIZE", "1"))  # see `distributed.timeouts`
         if self.config is None or self.report is None:
-            return TIMEOUT_SECONDS
-        return max(TIMEOUT_SECONDS, self.config.parallel.setup_timeout_seconds)
+            return imported
+        return max(imported, self.config.parallel.setup_timeout_seconds)
 
 
 def read_arguments(argv: Sequence[str]) -> Arguments:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from dpo.base.errors import UserError
+from dpo.base.errors import RunError, UserError
 from dpo.base.files import write_atomically
 from dpo.config.reading import fit
 from dpo.estimate.report import FORMAT, VERSION, Report
@@ -17,8 +17,13 @@ from dpo.estimate.report import FORMAT, VERSION, Report
 
 
 def write_report(file: Path, report: Report) -> None:
-    """Writes the report atomically. Fails where a value is not of its declared type."""
-    text = json.dumps(asdict(report), indent=2, allow_nan=False) + "\n"
+    """Writes the report atomically. Raises RunError where a number is not finite; fails where a value is not of its
+    declared type.
+    """
+    try:
+        text = json.dumps(asdict(report), indent=2, allow_nan=False) + "\n"
+    except ValueError as failure:
+        raise RunError(f"{file} is not written: a measurement is not finite ({failure})") from failure
     assert parse(json.loads(text), str(file)) == report, "a report must read as it was written"
     write_atomically(file.absolute(), text.encode())
 
@@ -77,11 +82,13 @@ def _fit(value: Any, hint: Any, place: str, key: str) -> Any:
 
 
 def _check_bounds(value: Any, place: str, key: str) -> None:
-    """Raises UserError for a negative number, and for seconds or a rate of 0."""
+    """Raises UserError for a negative number, for seconds or a rate of 0, and for an empty list of a measurement."""
     if isinstance(value, dict):
         for name, item in value.items():
             _check_bounds(item, place, f"{key}.{name}" if key else name)
     elif isinstance(value, list):
+        if not value and "." in key:  # numbers of a measurement
+            raise UserError(f"{place}: {key}", "is an empty list", WRITER)
         for number, item in enumerate(value):
             _check_bounds(item, place, f"{key}[{number}]")
     elif isinstance(value, (int, float)) and not isinstance(value, bool):

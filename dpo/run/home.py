@@ -13,10 +13,8 @@ from pathlib import Path
 from huggingface_hub import constants
 
 from dpo.base.files import default_cache_dir, nearest_existing
-from dpo.base.hub import is_hub_id
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
-from dpo.config import Config
 
 SMALL, LARGE = 100 * 2**30, 10 * 2**30
 """Bytes: a file system is small below SMALL; a model is large from LARGE on, in bfloat16: some 5 billion parameters."""
@@ -33,13 +31,11 @@ class Cache:
     needed: int
 
 
-def caches_of(config: Config, num_parameters: int) -> list[Cache]:
-    """Returns the caches of a run with the default folders or those of HF_HOME and DPO_CACHE. The cache of the hub
-    needs another model of this size, in bfloat16, where the run's models come from the hub.
+def caches_of_run() -> list[Cache]:
+    """Returns the caches of a run, in the default folders or those of HF_HOME and DPO_CACHE, with the bytes that it may
+    still write there: its models are in the cache of the hub already.
     """
-    from_hub = is_hub_id(config.model.path) and not Path(config.model.path).exists()
-    model = Cache(Path(constants.HF_HOME), 2 * num_parameters * from_hub)
-    return [model, Cache(default_cache_dir(), KERNELS)]
+    return [Cache(Path(constants.HF_HOME), 0), Cache(default_cache_dir(), KERNELS)]
 
 
 def describe_small_home(caches: Sequence[Cache], num_parameters: int) -> str | None:

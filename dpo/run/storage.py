@@ -26,7 +26,7 @@ from dpo.ref_logps.cache import cache_root
 from dpo.run.disk import disk_words, saves_after, sizes_of
 from dpo.run.files import FINAL
 from dpo.run.folder import Start
-from dpo.run.home import caches_of, describe_small_home
+from dpo.run.home import caches_of_run, describe_small_home
 from dpo.run.inputs import Inputs
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def _check_space(config: Config, start: Start, inputs: Inputs) -> None:
     if shortage:
         what = f"the run needs {shown_bytes(needed)} in {run_dir}, {disk_words(sizes, present)}; {shortage.room}"
         raise UserError(RUN_DIR, what, "a folder with more room, a smaller checkpoint.keep")
-    small_home = describe_small_home(caches_of(config, sizes.num_parameters), sizes.num_parameters)
+    small_home = describe_small_home(caches_of_run(), sizes.num_parameters)
     if small_home:
         say(small_home)
 

@@ -140,7 +140,7 @@ def test_a_type_of_gpu_that_is_not_in_the_table_is_no_wrong_input(fake: Any, con
     fake(f"sys.exit(print({'error: ' + str(failure.value)!r}, file=sys.stderr) or 2)")
     with pytest.raises(Unknown, match="--device: no such device: big_one"):
         ask_forecast(request(tmp_path, "--gpus-per-node", "big_one:2"), (), config)
-    with pytest.raises(UserError, match=r"the run would fail: .*--device: no such device: big_one"):
+    with pytest.raises(UserError, match=r"the estimate refuses the run: .*--device: no such device: big_one"):
         ask_forecast(request(tmp_path, "--gpus-per-node", "2", "--device", "big_one"), (), config)
 
 
@@ -152,7 +152,7 @@ def test_data_that_a_job_prepares_later_is_assumed(fake: Any, config: Config, tm
 
 def test_wrong_input_is_refused_before_the_queue(fake: Any, config: Config, tmp_path: Path) -> None:
     fake("sys.exit(print('error: my.yaml: model.path: bloom models are not supported', file=sys.stderr) or 2)")
-    with pytest.raises(UserError, match=r"the run would fail: my.yaml: model.path: bloom .*\(--no-estimate"):
+    with pytest.raises(UserError, match=r"the estimate refuses the run: my.yaml: model.path: bloom .*\(--no-estimate"):
         ask_forecast(request(tmp_path), (), config)
     with pytest.raises(Unknown, match=r"my\.yaml: model.path: bloom"):  # it may only be missing until then
         ask_forecast(request(tmp_path, "--prepare"), (), config)

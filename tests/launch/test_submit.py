@@ -156,14 +156,14 @@ def test_a_job_prepares_models_and_data_first(
     launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without GPUs, and the run waits for it."""
-    slurm.answer("scontrol", "PartitionName=cpu Default=NO GraceTime=0 MaxTime=UNLIMITED\n")
-    slurm.answer("sinfo", "16|64000|(null)\n6|64000|(null)\n")
+    slurm.answer("scontrol", "PartitionName=cpu Default=NO GraceTime=0 MaxTime=30\n")
+    slurm.answer("sinfo", "16|64000|(null)|a\n6|64000|(null)|b\n")
     gpu_options = ("--mem", "900G", "--constraint", "h100", "--sbatch", "exclusive", "--account", "me")
     gpu_options += ("--sbatch", "cpus-per-gpu=4", "--sbatch", "tres-per-task=gres/gpu:1")
     assert launch("--prepare", "--prepare-partition", "cpu", "--partition", "gpu", *gpu_options) == 0
     first, second = options(slurm.script(1)), options(slurm.script(2))
     assert first["partition"] == "cpu" and second["partition"] == "gpu"
-    assert first["nodes"] == "1" and first["cpus-per-task"] == "6" and first["mem"] == "16G"
+    assert first["nodes"] == "1" and first["cpus-per-task"] == "6" and first["time"] == "30" and first["mem"] == "16G"
     assert first["account"] == second["account"] == "me"
     assert not {"gpus-per-node", "cpus-per-gpu", "tres-per-task", "constraint", "exclusive"} & set(first)
     assert "dependency" not in first
@@ -171,7 +171,7 @@ def test_a_job_prepares_models_and_data_first(
     assert capsys.readouterr().out.startswith("job     4242  prepares models and data first\njob     4242\n")
     assert launch("--prepare", "--dry-run") == 0
     assert "--nproc-per-node 1 -m dpo.prepare --config my.yaml" in capsys.readouterr().out
-    slurm.answer("sinfo", "128|64000|gpu:8\n")
+    slurm.answer("sinfo", "128|64000|gpu:8|a\n")
     assert launch("--prepare", "--partition", "cpu") == 0
     assert options(slurm.script(3))["cpus-per-task"] == "8"
     slurm.answer("sinfo", "")

@@ -5,12 +5,12 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from dpo.base import space
 from dpo.base.files import default_cache_dir
 from dpo.run import home
-from dpo.run.home import Cache, caches_of, describe_small_home
-from tests.support.runs import make_config
+from dpo.run.home import Cache, caches_of_run, describe_small_home
 
 GIB = 2**30
 Usage = namedtuple("Usage", "total used free")
@@ -73,7 +73,6 @@ def test_folders_elsewhere_are_not_told(disk: dict[str, int], tmp_path: Path, mo
 
 
 def test_the_caches_of_a_run() -> None:
-    hub, own = caches_of(make_config("org/model", "d", "r"), 8_000)
-    assert hub.needed == 16_000
+    hub, own = caches_of_run()
+    assert (hub.folder, hub.needed) == (Path(constants.HF_HOME), 0)
     assert (own.folder, own.needed) == (default_cache_dir(), GIB)
-    assert caches_of(make_config("model", "d", "r"), 8_000)[0].needed == 0
