@@ -79,9 +79,8 @@ def _has(gres: str, gpus: str) -> bool:
 
 def _for_jobs(cpus: int, memory: int, name: str) -> tuple[int, int]:
     """Returns the CPUs and MiB of a node without those that are reserved for the system."""
-    shown = dict(
-        re.findall(r"\b(CPUEfctv|CoreSpecCount|MemSpecLimit)=(\d+)", _output("scontrol", "show", "node", name))
-    )
+    node = _output("scontrol", "show", "node", name)
+    shown = dict(re.findall(r"\b(CPUEfctv|CoreSpecCount|MemSpecLimit)=(\d+)", node))
     effective = int(shown.get("CPUEfctv", cpus - int(shown.get("CoreSpecCount", 0))))
     return effective, memory - int(shown.get("MemSpecLimit", 0))
 

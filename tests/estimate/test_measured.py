@@ -293,6 +293,7 @@ def changed(path: Path, *keys: Any, value: Any) -> None:
         (("devices",), [], "devices: is empty; valid: a report of dpo.doctor that found no problem"),
         (("devices", 0, "host"), "a", "devices[0].host: unknown key; valid: name, capability"),
         (("products", 0, "flops_per_second", 1), 0, "products[0].flops_per_second[1]: got 0; valid: a number > 0"),
+        (("products", 0, "flops_per_second"), [], "products[0].flops_per_second: is an empty list"),
         (("steps", "seconds", 2), -1.0, "steps.seconds[2]: got -1.0; valid: a number > 0"),
         (("steps", "seconds"), 3.0, "steps.seconds: got the number 3.0"),
         (("products", 0, "precision"), "int8", "products[0].precision: 'int8' is not a precision; valid: bfloat16"),
