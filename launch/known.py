@@ -2,6 +2,7 @@
 
 import re
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 from dpo.base.console import say, warn
@@ -57,7 +58,8 @@ def write_rate(run_dir: Path, forecast: Forecast) -> tuple[float, str]:
     except OSError as failure:
         return ASSUMED_RATE, f"assumed: {failure.strerror}"
     finally:
-        file.unlink(missing_ok=True)
+        with suppress(OSError):  # a file system that is mounted to read alone refuses also where there is no file
+            file.unlink()
 
 
 def steps_done(run_dir: Path) -> int:

@@ -5,18 +5,27 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 
 def write_atomically(target: Path, content: bytes | memoryview) -> None:
-    """Writes a file atomically: readers see the old content or the new, with several writers and after a crash too."""
+    """Writes a file atomically: readers see the old content or the new, with several writers and after a crash too.
+
+    Raises OSError with the name of the file: an error of a full disk has none, or that of a file that nobody knows.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{uuid.uuid4().hex}.draft")  # readers look for the target by its name
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(target)
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+    except OSError as failure:
+        with suppress(OSError):
+            draft.unlink()
+        raise OSError(failure.errno, failure.strerror, str(target)) from failure
 
 
 def make_folder_atomically(target: Path, fill: Callable[[Path], None]) -> None:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from dpo.base.errors import UserError
 from dpo.base.snapshots import offline
+from dpo.base.space import FULL
 from dpo.config import SourceConfig
 from dpo.data.caching import cache_path, digest, file_hashes, first_line, load, quiet_progress
 from dpo.data.formats.json_rows import json_rows
@@ -123,7 +124,7 @@ def _open_json(name: str, path: Path, content: str) -> Source:
                 json_rows, JSON_FEATURES, gen_kwargs={"path": str(path), "name": name}, fingerprint=content
             )
     except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, UserError):
+        if isinstance(error.__cause__, (UserError, OSError)):
             raise error.__cause__ from None
         raise
     keys = pc.unique(rows.data.column("columns")).to_pylist()
@@ -171,11 +172,14 @@ def _open_hub(config: SourceConfig, key: str) -> Source:
 
 
 def _cache_fault(failure: OSError) -> UserError | None:
-    """Returns the error of a cache of data sets that cannot be written to or locked; None for another failure."""
+    """Returns the error of a cache of data sets that cannot be written to, is full, or cannot be locked; None for another failure."""
     cache, place = Path(datasets.config.HF_DATASETS_CACHE), Path(str(failure.filename))
     if failure.errno in NO_LOCKS:
         what = f"{cache}: files cannot be locked there: {failure.strerror}"
         return UserError("HF_HOME", what, "a folder on a file system with locks, such as a local disk")
+    if failure.errno in FULL:  # arrow's error has no file name
+        room = "a folder with more room, or free space there"
+        return UserError("HF_HOME", f"cannot write to {cache}: {failure.strerror}", room)
     if place.is_relative_to(cache) or cache.is_relative_to(place):  # a file in the cache, or a parent to be made
         return UserError("HF_HOME", f"cannot write to {cache}: {failure.strerror}", "a folder to write in")
     return None

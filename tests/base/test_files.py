@@ -1,12 +1,14 @@
-"""Folders that are removed as a whole, also where a file of theirs cannot be."""
+"""Files that are written, and folders that are removed, as a whole or not at all."""
 
+import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpo.base.files import nearest_existing, remove_folder
+from dpo.base.files import nearest_existing, remove_folder, write_atomically
 
 
 def hold_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,3 +51,15 @@ def test_the_nearest_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert nearest_existing(tmp_path / "a" / "b") == tmp_path == nearest_existing(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert nearest_existing(Path("a")) == tmp_path
+
+
+def test_a_file_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error of a write to a full disk names no file, and a draft would take room that is missing."""
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*/report.json'$"):
+        write_atomically(tmp_path / "report.json", b"{}")
+    assert list(tmp_path.iterdir()) == []

@@ -270,3 +270,16 @@ def test_a_cache_that_cannot_be_made_is_not_told_as_the_data(tmp_path, monkeypat
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
     said = fault(write_jsonl(tmp_path / "rows.jsonl", ROWS))
     assert said == f"HF_HOME: cannot write to {tmp_path}/file/cache: Not a directory; valid: a folder to write in"
+
+
+def test_a_full_cache_is_one_line(tmp_path, monkeypatch) -> None:
+    """`datasets` wraps the error of a write, which has no file name."""
+
+    def full(**_):
+        yield from ()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(sources, "json_rows", full)
+    said = fault(write_jsonl(tmp_path / "rows.jsonl", ROWS))
+    what = f"cannot write to {datasets.config.HF_DATASETS_CACHE}: No space left on device"
+    assert said == f"HF_HOME: {what}; valid: a folder with more room, or free space there"

@@ -184,9 +184,14 @@ def test_a_disk_that_cannot_be_written_is_assumed(monkeypatch: pytest.MonkeyPatc
     def full(file: Path, num_bytes: int) -> float:
         raise OSError(28, "No space left on device")
 
+    def read_only(file: Path, **_: Any) -> None:
+        raise OSError(30, "Read-only file system")  # from Linux, also where there is no such file
+
     monkeypatch.setattr(known, "timed_write", full)
     answer = forecast.Forecast(**FACTS)
     assert known.write_rate(tmp_path, answer) == (known.ASSUMED_RATE, "assumed: No space left on device")
+    monkeypatch.setattr(Path, "unlink", read_only)
+    assert known.write_rate(tmp_path, answer)[0] == known.ASSUMED_RATE
     measured = forecast.Forecast(**FACTS, write_rate=7.0)
     assert known.write_rate(tmp_path, measured) == (7.0, "measured there")
 
