@@ -13,11 +13,13 @@ pyxis: srun enters the image before the launcher, so the image must contain SLUR
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.base.command import split_options
+from dpo.base.errors import UserError
 from dpo.base.files import default_cache_dir
 from dpo.config import Config
 from launch.arguments import Request
@@ -42,6 +44,8 @@ def bound_folders(configs: Sequence[Config], words: Sequence[str], environment: 
         configs: of the runs.
         words: the command line of the runs, which names the file of the config.
         environment: the variables of the ranks; `HF_HOME` and others name caches.
+
+    Raises UserError for a folder that the options of containers cannot name.
     """
     found: dict[Path, str] = {}
     needed = [*(pair for config in configs for pair in _needed(config, environment)), *_config_folder(words)]
@@ -49,7 +53,17 @@ def bound_folders(configs: Sequence[Config], words: Sequence[str], environment: 
         here = path.expanduser().absolute()
         for folder in (here, here.resolve()):
             found.setdefault(folder, reason)
-    return [Bound(path, reason) for path, reason in found.items() if not any(other in path.parents for other in found)]
+    outer = [Bound(path, reason) for path, reason in found.items() if not any(other in path.parents for other in found)]
+    _check_names(outer)
+    return outer
+
+
+def _check_names(folders: Sequence[Bound]) -> None:
+    """Raises UserError for a folder that the options FROM:TO,FROM:TO of Apptainer and pyxis cannot name."""
+    for bound in folders:
+        if re.search("[,:]", str(bound.path)):
+            what = f"{bound.path} has a comma or a colon, which divide folders in the options of containers"
+            raise UserError(bound.reason, what, "a path without them")
 
 
 def _needed(config: Config, environment: Mapping[str, str]) -> Iterator[tuple[Path, str]]:

@@ -179,6 +179,8 @@ def time_needed(request: Request, known: Known) -> Setting:
     if parts is None:
         line = f"time    {shown_duration(known.forecast.step_seconds)} per step; the number of steps is not known"
         return Setting(None, line, "; ".join(warnings))
+    if known.steps_done >= (known.forecast.num_steps or 0):
+        return Setting(0, f"time    no step is left after step {known.steps_done:,}", "; ".join(warnings))
     seconds, delay = sum(parts.values()), signal_delay(request, known).value or 0
     restarts = max(0, math.ceil(seconds / max(60 * minutes - delay, 1)) - 1)
     if restarts > request.max_timeouts:

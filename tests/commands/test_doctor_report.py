@@ -169,6 +169,16 @@ def test_wrong_words(words: list[str], message: str, capsys: pytest.CaptureFixtu
     assert error_lines(capsys.readouterr().err)[-1] == f"error: command line: {message} --report REPORT.json"
 
 
+def test_a_file_that_cannot_be_written_is_told_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not after minutes of measurements, which would be lost."""
+    (tmp_path / "file").touch()
+    assert doctor(save(tmp_path), tmp_path / "file" / "r.json") == 2
+    shown = capsys.readouterr()
+    what = f"{tmp_path}/file/r.json: cannot write to {tmp_path}/file"
+    assert error_lines(shown.err)[-1] == f"error: command line: --report: {what}; valid: a file in a folder to write in"
+    assert shown.out == ""
+
+
 def report_on_a_rank(keys: list[str], file: str) -> int:
     """The program on a rank."""
     torch.set_num_threads(1)

@@ -220,6 +220,12 @@ def test_a_run_keeps_its_revision_and_prepare_takes_the_newest(place: Site, fold
     assert place.python("-c", FIND, "org/tiny").stdout.strip() == str(Path(before).with_name(revision))
 
 
+def test_a_wrong_path_of_data_is_told_before_the_model_is_downloaded(place: Site) -> None:
+    ended = place.program("dpo.prepare", run_of("org/tiny", "pairs.jsonl", place.root / "run"))
+    assert ended.returncode == 2 and "data.train[0].path: no such file or folder: pairs.jsonl; valid: " in ended.stderr
+    assert place.reached == []
+
+
 # --- data ------------------------------------------------------------------------------------------------------------
 
 OPEN = """
@@ -374,6 +380,8 @@ def test_a_run_without_room_is_refused_with_the_place(monkeypatch: pytest.Monkey
         f"{tmp_path}/a/run: run folder and reference cache need 1.1 KiB; 1.0 KiB are free there; "
         "what helps: a smaller checkpoint.keep"
     )
+    with pytest.raises(RunError, match=r"run: run folder needs 1\.1 KiB; 1\.0 KiB are free there"):
+        check_places([replace(run, needed=1100)])
 
 
 # --- small parts -----------------------------------------------------------------------------------------------------

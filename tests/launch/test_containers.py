@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo.base.errors import UserError
 from dpo.config import Config, SourceConfig, to_yaml
 from launch.arguments import Request, parse_request
 from launch.containers import Bound, bound_folders, interpreter, lines_of, make_folders, pyxis_arguments
@@ -62,6 +63,18 @@ def config_in(folder: Path) -> Config:
     (folder / "data" / "pairs.jsonl").touch()
     (folder / "links" / "model").symlink_to(folder / "models" / "tiny")
     return make_config(folder / "links" / "model", folder / "data" / "pairs.jsonl", "runs/my")
+
+
+@pytest.mark.parametrize("name", ["a,b", "a:b"])
+def test_a_folder_that_options_divide_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Both Apptainer and pyxis take FROM:TO,FROM:TO. A folder inside of a bound folder is not named."""
+    config = config_in(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert bound_folders([config], (), {})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=rf"^model.path: {tmp_path}/{name}/links/model has a comma or a colon"):
+        bound_folders([config], (), {})
 
 
 def test_the_folders_that_a_run_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

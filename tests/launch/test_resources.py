@@ -173,6 +173,10 @@ def test_a_run_that_resumes_has_less_to_do() -> None:
     )
 
 
+def test_a_run_that_is_done_is_told_so() -> None:
+    assert time_needed(request(), known(steps_done=1000)).line == "time    no step is left after step 1,000"
+
+
 def test_a_number_of_steps_that_is_not_known() -> None:
     assert "6.00 s per step; the number of steps is not known" in time_needed(request(), known(num_steps=None)).line
 
