@@ -32,7 +32,7 @@ from dpo.base.units import shown_bytes
 from dpo.batch.order import make_order
 from dpo.checkpoint.store import checkpoints_of
 from dpo.config import Config, SourceConfig, load_config
-from dpo.data.hub_sets import check_room_for, is_hub_source, prepared_folder
+from dpo.data.hub_sets import check_path, check_room_for, is_hub_source, prepared_folder
 from dpo.data.hub_sets import download as download_set
 from dpo.data.prepare import PreferenceData, prepare_data
 from dpo.data.tokenizer import load_tokenizer
@@ -117,11 +117,15 @@ def _downloaded(num_bytes: int) -> str:
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
+def keyed_sources(config: Config) -> list[tuple[str, SourceConfig]]:
+    """Returns all sources with their keys in the config."""
+    listed = [(f"data.train[{i}]", source) for i, source in enumerate(config.data.train)]
+    return listed + [(f"data.eval[{i}]", source) for i, source in enumerate(config.data.eval)]
+
+
 def prepare_sources(config: Config) -> None:
     """Downloads the newest revisions of the hub's data sets. Raises as `newest_snapshot` does."""
-    listed = [(f"data.train[{i}]", source) for i, source in enumerate(config.data.train)]
-    listed += [(f"data.eval[{i}]", source) for i, source in enumerate(config.data.eval)]
-    wanted = {(source.path, source.name): (source, key) for key, source in reversed(listed)}
+    wanted = {(source.path, source.name): (source, key) for key, source in reversed(keyed_sources(config))}
     for source, key in reversed(wanted.values()):  # splits of the same data set are downloaded together
         if not Path(source.path).expanduser().exists() and is_hub_source(source.path):
             _prepare_source(source, key)
@@ -223,7 +227,8 @@ def check_places(places: Sequence[Place]) -> None:
         shortage = find_shortage(place.folder, sum(other.needed for other in together)) if place.needed else None
         if shortage:
             names = " and ".join(other.name for other in together)
-            what = f"{names} need {shown_bytes(shortage.needed)}; {shortage.room}"
+            verb = "needs" if len(together) == 1 else "need"
+            what = f"{names} {verb} {shown_bytes(shortage.needed)}; {shortage.room}"
             raise RunError(f"{place.folder}: {what}; what helps: {place.remedy}")
 
 
@@ -237,6 +242,8 @@ def prepare(config: Config) -> None:
         UserError: any input is wrong, or not there.
         RunError: the disk has no room for a download or for the run.
     """
+    for key, source in keyed_sources(config):
+        check_path(source.path, key)  # before gigabytes of models are downloaded
     folders = prepare_models(config)
     prepare_tokenizer(config)
     configs = [read_model_config(folder, config.model.trust_remote_code) for folder in folders]

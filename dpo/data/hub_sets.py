@@ -10,6 +10,7 @@ import datasets
 from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import HfApi, constants
 
+from dpo.base.errors import UserError
 from dpo.base.files import write_atomically
 from dpo.base.hub import is_hub_id
 from dpo.base.snapshots import check_room
@@ -22,6 +23,12 @@ DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".cs
 def is_hub_source(path: str) -> bool:
     """Returns whether a path that is not here has the form of a data set's hub id."""
     return is_hub_id(path) and not path.endswith(DATA_SUFFIXES)
+
+
+def check_path(path: str, key: str) -> None:
+    """Raises UserError for a path that is not here and has not the form of a hub id; `key` is that of its source."""
+    if not Path(path).expanduser().exists() and not is_hub_source(path):
+        raise UserError(f"{key}.path", f"no such file or folder: {path}", "a file, a folder, a hub id org/name")
 
 
 def is_here(config: SourceConfig) -> bool:

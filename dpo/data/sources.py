@@ -21,7 +21,7 @@ from dpo.config import SourceConfig
 from dpo.data.caching import cache_path, digest, file_hashes, first_line, load, quiet_progress
 from dpo.data.formats.json_rows import json_rows
 from dpo.data.formats.row_fields import Row
-from dpo.data.hub_sets import download, is_hub_source, prepared_folder, read_prepared
+from dpo.data.hub_sets import check_path, download, prepared_folder, read_prepared
 
 JSON_FEATURES = datasets.Features(
     {"row": datasets.Value("string"), "line": datasets.Value("int64"), "columns": datasets.Value("string")}
@@ -163,16 +163,16 @@ def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
 
 def _open_hub(config: SourceConfig, key: str) -> Source:
     """Opens a data set of the Hugging Face hub: its rows in the cache, without a request, or else downloads it."""
-    if not is_hub_source(config.path):
-        valid = "a file, a folder, a hub id org/name"
-        raise UserError(f"{key}.path", f"no such file or folder: {config.path}", valid)
+    check_path(config.path, key)
     folder = prepared_folder(config)
     rows = download(config, key) if folder is None else read_prepared(folder, config, key)
     return Source(config.path, rows, set(rows.column_names), digest([rows._fingerprint]), has_lines=False)
 
 
 def _cache_fault(failure: OSError) -> UserError | None:
-    """Returns the error of a cache of data sets that cannot be written to, is full, or cannot be locked; None for another failure."""
+    """Returns the error of a cache of data sets that cannot be written to, is full, or cannot be locked; None for
+    another failure.
+    """
     cache, place = Path(datasets.config.HF_DATASETS_CACHE), Path(str(failure.filename))
     if failure.errno in NO_LOCKS:
         what = f"{cache}: files cannot be locked there: {failure.strerror}"

@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from dpo.base.command import own_flags, split_words
 from dpo.base.console import is_quiet, say
 from dpo.base.errors import RunError, UserError
-from dpo.base.files import default_cache_dir
+from dpo.base.files import default_cache_dir, nearest_existing
 from dpo.config import Config, ParallelConfig, load_config
 from dpo.config.reading import split_command_line
 from dpo.distributed.collectives import all_gather, first_on_each_node, on_main
@@ -92,6 +92,15 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     return Arguments(config, Path(own.report) if own.report else None)
 
 
+def check_report(file: Path) -> None:
+    """Raises UserError where a file cannot be written: without it, minutes of measurements are lost."""
+    present = nearest_existing(file.parent)
+    if not present.is_dir() or not os.access(present, os.W_OK | os.X_OK):
+        raise UserError(
+            "command line: --report", f"{file}: cannot write to {present}", "a file in a folder to write in"
+        )
+
+
 def subject_of(config: Config | None, world: World) -> Subject:
     """Returns the subject of the examination. Every rank must get here, or the rest hang.
 
@@ -133,10 +142,13 @@ def main() -> None:
     arguments = read_arguments(sys.argv[1:])
     replicate = arguments.config.parallel.replicate if arguments.config else 1
     with open_world(arguments.timeout_seconds, replicate) as world:
+        report = arguments.report
+        if report:
+            on_main(world, lambda: check_report(report))
         subject = subject_of(arguments.config, world)
-        if arguments.report:
+        if report:
             subject = with_lengths(subject, world)
-        examination = Examination(subject, world, arguments.report, len(set(all_gather(socket.gethostname()))))
+        examination = Examination(subject, world, report, len(set(all_gather(socket.gethostname()))))
         findings = examination.run()
     if any(finding.problems for finding in findings):
         raise RunError(verdict(findings))
