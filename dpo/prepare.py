@@ -38,7 +38,7 @@ from dpo.data.prepare import PreferenceData, prepare_data
 from dpo.data.tokenizer import load_tokenizer
 from dpo.distributed.program import run_program
 from dpo.model.download import check_id, checked_model
-from dpo.model.weights import read_model_config, tensor_paths
+from dpo.model.weights import read_model_config, tensor_files, tensor_paths
 from dpo.ref_logps.blocks import ROW
 from dpo.ref_logps.cache import cache_root
 from dpo.ref_logps.fill import count_rows
@@ -247,6 +247,8 @@ def prepare(config: Config) -> None:
     folders = prepare_models(config)
     prepare_tokenizer(config)
     configs = [read_model_config(folder, config.model.trust_remote_code) for folder in folders]
+    for folder in folders:
+        tensor_files(folder)  # reads the header of each file, so that a cut one is told here
     for model_config in configs:
         sizes_of(config, model_config)  # refuses a model that cannot be trained, before the data is read
     _tell_small_home(config, configs[0])

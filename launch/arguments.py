@@ -201,7 +201,10 @@ def _check(request: Request) -> None:
     if request.cluster == "slurm" and request.minutes is None:
         raise UserError("command line: --time", "is missing", FORMATS)
     if request.minutes is not None and 60 * request.minutes <= request.seconds_to_save:
-        what = f"must be below --time, {60 * request.minutes} s, got {request.seconds_to_save} s"
+        if request.signal_delay is None:
+            what = f"{60 * request.minutes} s leave no time beside {LEAST_SIGNAL_DELAY} s for saving a checkpoint"
+            raise UserError("command line: --time", what, "a longer time, or a shorter --signal-delay")
+        what = f"must be below --time, {60 * request.minutes} s, got {request.signal_delay} s"
         raise UserError("command line: --signal-delay", what, "seconds for saving a checkpoint")
     if request.container_image and request.apptainer:
         raise UserError("command line: --apptainer", "--container-image is given too", "one of them")

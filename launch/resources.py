@@ -187,7 +187,7 @@ def time_needed(request: Request, known: Known) -> Setting:
         what = f"the run takes about {shown_duration(seconds)}, {restarts} restarts of {shown_duration(60 * minutes)}"
         remedy = f"a longer --time, or --max-timeouts {2 * restarts}"
         warnings.append(f"{what}, and --max-timeouts allows {request.max_timeouts}: {remedy}")
-    summands = ", ".join(f"{name} {shown_duration(part)}" for name, part in parts.items() if part)
+    summands = ", ".join(f"{name}: {shown_duration(part)}" for name, part in parts.items() if part)
     done = f", after step {known.steps_done:,}" if known.steps_done else ""
     line = f"time    about {shown_duration(seconds)} by the estimate for {known.forecast.device}{done}: {summands}"
     counted = f"{restarts} restart{'' if restarts == 1 else 's'}"

@@ -95,6 +95,7 @@ def test_what_a_job_on_this_machine_does_not_use() -> None:
         (["--cluster", "debug", "--nodes", "2"], "--nodes: --cluster debug is one machine, got 2 nodes"),
         (["--time", "1:2:3:4"], "--time: '1:2:3:4' is not a duration"),
         (["--time", "2", "--signal-delay", "120"], "--signal-delay: must be below --time, 120 s, got 120 s"),
+        (["--time", "2"], "--time: 120 s leave no time beside 120 s for saving a checkpoint"),
         (["--gpus-per-node", "many"], "--gpus-per-node: got 'many'"),
         (["--gpus-per-node", "0"], "--ranks-per-node: is missing, there are no GPUs"),
         (["--ranks-per-node", "4"], "--ranks-per-node: must be --gpus-per-node, one rank per GPU, got 4 and 8"),

@@ -168,7 +168,7 @@ def test_a_run_that_resumes_has_less_to_do() -> None:
     """250 steps, a quarter of the evaluations, no reference: 1,600 s."""
     found = time_needed(request(), known(steps_done=750))
     assert (
-        "about 27 min by the estimate for H100, after step 750: 250 steps of 6.00 s 25 min, evaluations 100.0 s"
+        "about 27 min by the estimate for H100, after step 750: 250 steps of 6.00 s: 25 min, evaluations: 100.0 s"
         in found.line
     )
 
