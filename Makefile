@@ -48,6 +48,8 @@ bench: .venv/installed-bench .venv-trl/installed  ## tables and plots of speed a
 	$(BIN)/python -m tests.bench.checkpoints
 	$(BIN)/python -m tests.bench.estimate_check
 	$(BIN)/python -m tests.bench.million
+	$(BIN)/python -m tests.bench.many_ranks 4 8 16 32
+	$(BIN)/python -m tests.bench.measured_estimate
 
 tools:                         ## Debian packages that some tests use, by apt; without them these tests are skipped
 	which $(TOOLS) > /dev/null || { apt-get update -qq && \

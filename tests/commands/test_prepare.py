@@ -333,6 +333,16 @@ def test_wrong_input_is_one_line(key: str, path: object, error: str, place: Site
     assert ended.returncode == 2 and f"{place.root}/config.yaml: {error}" in line
 
 
+def test_weights_that_were_cut_off_are_told(place: Site, folders: Path) -> None:
+    """As by a copy that was interrupted; a run would end there after it has waited for its GPUs."""
+    folder = shutil.copytree(folders / "tiny", place.root / "cut")
+    shard = min(folder.glob("model*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:1000])
+    ended = place.program("dpo.prepare", run_of(str(folder), "org/Pairs", place.root / "run"))
+    assert ended.returncode == 2
+    assert f"error: {shard}: not a readable safetensors file" in ended.stderr
+
+
 FULL = """
 import errno, shutil, sys
 from dpo.base import space
