@@ -141,12 +141,12 @@ def _named_device(name: str) -> Device:
 
 
 def _with_dtype(config: Config, device: Device) -> Config:
-    """Returns the config as `needs.with_dtype` does. Raises UserError where the device has no known peak in
-    that dtype.
+    """Returns the config as `needs.with_dtype` does. Raises RunError where the device has no known peak in that dtype:
+    a run of the config would work.
     """
     config = with_dtype(config, device)
     if config.parallel.compute_dtype == "float64" and not device.is_cpu:
-        raise UserError("model.dtype", f"no peak of {device.name} in float64 is known", "float32, or --device cpu")
+        raise RunError(f"no peak of {device.name} in float64 is known; valid: model.dtype float32, or --device cpu")
     return config
 
 
