@@ -23,6 +23,8 @@ PATIENCE_SECONDS = 180.0
 
 DEVICE = "command line: --device"
 """The place of the estimate's error about a device that it does not know."""
+LENGTHS = "command line: --prompt-tokens"
+"""The place of its error about lengths that it does not know: those of data that only a run downloads."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def _ask(request: Request, words: Sequence[str]) -> Forecast:
     lines = done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"]
     line = lines[-1].removeprefix("error: ")
     is_type_unknown = request.device is None and line.startswith(DEVICE)  # SLURM's name of a type may be any word
-    if done.returncode == EXIT_CODES[UserError] and not request.prepare and not is_type_unknown:
+    is_own_limit = is_type_unknown or line.startswith(LENGTHS)
+    if done.returncode == EXIT_CODES[UserError] and not request.prepare and not is_own_limit:
         raise UserError("the estimate refuses the run", f"{line} (--no-estimate submits it all the same)")
     raise Unknown(line)
 

@@ -158,6 +158,13 @@ def test_wrong_input_is_refused_before_the_queue(fake: Any, config: Config, tmp_
         ask_forecast(request(tmp_path, "--prepare"), (), config)
 
 
+def test_data_without_known_lengths_is_no_wrong_input(fake: Any, config: Config, tmp_path: Path) -> None:
+    """Of the hub, before a run downloads it, with data.max_length null."""
+    fake("sys.exit(print('error: command line: --prompt-tokens, --completion-tokens: x', file=sys.stderr) or 2)")
+    with pytest.raises(Unknown, match="--prompt-tokens"):
+        ask_forecast(request(tmp_path), (), config)
+
+
 def test_a_failure_of_the_estimate_queues_the_job_all_the_same(
     fake: Any, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
