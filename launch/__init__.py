@@ -2,7 +2,7 @@
 
 `python -m launch.submit` checks a config, submits it and prints how to follow it. Each node runs one torchrun, the same
 command that a person would type. `python -m launch.compare RUN...` reads run folders. Nothing here imports torch; of
-dpo the launcher imports base, config, board.hparams and run.files only.
+dpo the launcher imports base, config, board.hparams, run.files and run.forecast only.
 
     0  durations.py   SLURM's formats of a duration
     0  failures.py    finds the failure to blame among the failures of all ranks

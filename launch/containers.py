@@ -78,9 +78,8 @@ def _needed(config: Config, environment: Mapping[str, str]) -> Iterator[tuple[Pa
     for key, name in local.items():
         path = Path(name).expanduser() if name else None
         if path and path.exists():
-            real = path.resolve()  # models are often links into another folder
-            yield (path if path.is_dir() else path.parent), key
-            yield (real if real.is_dir() else real.parent), key
+            for place in (path, path.resolve()):  # a file may be a link into another folder
+                yield (place if place.is_dir() else place.parent), key
     yield Path(str(config.train.run_dir)), "train.run_dir"
     cache = environment.get("DPO_CACHE") or default_cache_dir()
     yield Path(config.reference.cache_dir or cache), "reference.cache_dir"
@@ -102,8 +101,9 @@ def interpreter(request: Request, folders: Sequence[Bound]) -> tuple[str, ...]:
     """Returns the words that start Python for torchrun: in the image of --apptainer, or on the node."""
     if request.apptainer is None:
         return ()
-    binds = ",".join([str(bound.path) for bound in folders] + ([request.container_mounts or ""]))
-    options = ("--nv", "--bind", binds.rstrip(","), "--pwd", os.fspath(Path.cwd()))
+    further = [request.container_mounts] if request.container_mounts else []
+    binds = ",".join([*(str(bound.path) for bound in folders), *further])
+    options = ("--nv", "--bind", binds, "--pwd", os.fspath(Path.cwd()))
     return ("apptainer", "exec", *options, request.apptainer, *_IGNORE_STOP, request.python)
 
 

@@ -3,19 +3,18 @@
 The estimate runs in a process of its own, since nothing in the launcher imports torch.
 """
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 from dpo.base.command import EXIT_CODES
 from dpo.base.errors import UserError
 from dpo.config import Config
+from dpo.run.forecast import Forecast, read_forecast
 from launch.arguments import Request
 
 PATIENCE_SECONDS = 180.0
@@ -25,33 +24,6 @@ DEVICE = "command line: --device"
 """The place of the estimate's error about a device that it does not know."""
 LENGTHS = "command line: --prompt-tokens"
 """The place of its error about lengths that it does not know: those of data that only a run downloads."""
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """The keys of `dpo.estimate.forecast.Forecast` that the launcher uses, which are explained there."""
-
-    device: str
-    lengths: str
-    fits: bool
-    verdict: str
-    step_seconds: float
-    num_steps: int | None
-    reference_seconds: float | None
-    evaluation_seconds: float | None
-    checkpoint_bytes: int
-    disk_bytes: int
-    copy_bytes: float
-    step_bytes: float
-    process_bytes: float
-    write_rate: float | None = None
-
-    @property
-    def seconds(self) -> float | None:
-        """Returns the seconds of the whole run; None where the number of steps is not known."""
-        if self.num_steps is None:
-            return None
-        return self.num_steps * self.step_seconds + (self.reference_seconds or 0) + (self.evaluation_seconds or 0)
 
 
 class Unknown(Exception):
@@ -117,9 +89,3 @@ def _cluster(request: Request) -> list[str]:
     named = request.device or (request.gpus or "").rpartition(":")[0]
     on_cpu = not named and not request.gpus and not any(name.startswith("g") for name, _ in request.sbatch)
     return [*flags, *(["--device", "cpu" if on_cpu else named] if on_cpu or named else [])]
-
-
-def read_forecast(file: Path) -> Forecast:
-    """Reads the file that the estimate wrote; keys that the launcher does not use are left out."""
-    facts = json.loads(file.read_text(encoding="utf-8"))
-    return Forecast(**{field.name: facts[field.name] for field in fields(Forecast) if field.name in facts})

@@ -1,14 +1,15 @@
 """Learns what a run needs and what the cluster gives, before a job is queued."""
 
-import re
 import uuid
 from contextlib import suppress
 from pathlib import Path
 
 from dpo.base.console import say, warn
 from dpo.base.files import nearest_existing, timed_write
+from dpo.run.forecast import Forecast
 from launch.arguments import Request
-from launch.forecast import Forecast, Unknown, ask_forecast
+from launch.forecast import Unknown, ask_forecast
+from launch.reports import newest_checkpoint
 from launch.resources import Known
 from launch.site import Site, ask_site
 from launch.sweep import PlannedRun
@@ -64,5 +65,4 @@ def write_rate(run_dir: Path, forecast: Forecast) -> tuple[float, str]:
 
 def steps_done(run_dir: Path) -> int:
     """Returns the step of the newest complete checkpoint of a run; 0 if it has none."""
-    names = (marker.parent.name for marker in (run_dir / "checkpoints").glob("step-*/COMPLETE"))
-    return max((int(step[1]) for name in names if (step := re.fullmatch(r"step-(\d+)", name))), default=0)
+    return int(newest_checkpoint(run_dir).removeprefix("step-") or 0)

@@ -121,7 +121,7 @@ def add_to_history(folder: Path, outcome: Outcome) -> None:
     alone.
     """
     line = {"time": datetime.now().isoformat(timespec="seconds"), "state": outcome.state, "message": outcome.message}
-    line["checkpoint"] = _newest_checkpoint(folder)
+    line["checkpoint"] = newest_checkpoint(folder.parents[1])
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "history.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
@@ -134,7 +134,7 @@ def history(folder: Path) -> list[State]:
 
 def crashes_without_progress(folder: Path) -> int:
     """Returns the number of crashes since the newest checkpoint of the run was saved."""
-    newest = _newest_checkpoint(folder)
+    newest = newest_checkpoint(folder.parents[1])
     return [line["checkpoint"] for line in _read_history(folder) if line["state"] == "crashed"].count(newest)
 
 
@@ -144,10 +144,13 @@ def _read_history(folder: Path) -> list[Any]:
     return [json.loads(line) for line in lines]
 
 
-def _newest_checkpoint(folder: Path) -> str:
-    """Returns the name of the newest complete checkpoint of the run to which a submission belongs; "" if none."""
-    markers = (folder.parents[1] / "checkpoints").glob("step-*/COMPLETE")
-    return max((marker.parent.name for marker in markers), key=lambda name: (len(name), name), default="")
+def newest_checkpoint(run_dir: Path) -> str:
+    """Returns the name of the newest complete checkpoint of a run, such as step-000100; "" if it has none. One that a
+    later start has put aside, such as step-000200.old, does not count.
+    """
+    names = [marker.parent.name for marker in (run_dir / "checkpoints").glob("step-*/COMPLETE")]
+    numbered = [name for name in names if name.removeprefix("step-").isdigit()]
+    return max(numbered, key=lambda name: int(name.removeprefix("step-")), default="")
 
 
 @dataclass(frozen=True)

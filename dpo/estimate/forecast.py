@@ -5,12 +5,8 @@ a third of a step's arithmetic, so the reference takes 100 + 10 forward passes o
 of the evaluations after steps 0, 50 and 100 takes 10 of them, 40 s.
 """
 
-import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from dpo.base.files import write_atomically
 from dpo.base.units import shown_bytes, shown_duration
 from dpo.batch.costs import MODEL_UNITS
 from dpo.config import Config
@@ -19,44 +15,13 @@ from dpo.estimate.memory import COPY
 from dpo.estimate.words import Estimate, verdict
 from dpo.machine.data_sheets import GIB
 from dpo.run.disk import Sizes
+from dpo.run.forecast import Forecast
 from dpo.run.loop import is_time
 
 PROCESS_BYTES = {"cpu": 0.75 * GIB, "cuda": 6 * GIB}
 """Host memory that the process of a rank is assumed to take beside its tensors. On CUDA: the driver's and NCCL's
 buffers, the libraries, and the processes that compile kernels.
 """
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """The needs of a run, by the estimate. `launch.forecast` reads them from a file, without torch."""
-
-    device: str
-    lengths: str
-    """Where the lengths of the pairs come from, for the user."""
-    fits: bool
-    verdict: str
-    step_seconds: float
-    num_steps: int | None
-    """None where the data was not read."""
-    reference_seconds: float | None
-    """Seconds to compute the log-probabilities of the reference, 0 for a loss without one; None as above."""
-    evaluation_seconds: float | None
-    """Seconds of all evaluations together; None as above."""
-    checkpoint_bytes: int
-    """Bytes of one checkpoint, written by all ranks together."""
-    disk_bytes: int
-    """Bytes that a fresh run needs in its run folder at the same time; a lower bound where the number of steps is not
-    known and all checkpoints are kept.
-    """
-    copy_bytes: float
-    """Host memory of a node for the copy of weights and optimizer from which a checkpoint is written."""
-    step_bytes: float
-    """Host memory of a node for tensors of a step: on CPUs all, on GPUs those of `parallel.cpu_offload`."""
-    process_bytes: float
-    """Host memory of a node for the processes of its ranks."""
-    write_rate: float | None = None
-    """Bytes per second at which the ranks of a measured run wrote; None where nothing was measured."""
 
 
 def forecast(estimate: Estimate, sizes: Sizes, extent: Extent | None) -> Forecast:
@@ -91,14 +56,12 @@ def forecast(estimate: Estimate, sizes: Sizes, extent: Extent | None) -> Forecas
 def line_of_run(found: Forecast, num_ranks: int) -> str:
     """Returns one line about the whole run: its time, by part and times the devices, and bytes on disk."""
     disk = f"it needs {shown_bytes(found.disk_bytes)} in its run folder"
-    if found.num_steps is None:
+    if found.num_steps is None or found.seconds is None:
         return f"a run: the number of steps is not known, since the data was not read; {disk}"
-    seconds = found.num_steps * found.step_seconds
-    parts = [f"{found.num_steps:,} steps {shown_duration(seconds)}"]
+    parts = [f"{found.num_steps:,} steps {shown_duration(found.num_steps * found.step_seconds)}"]
     for name, more in (("the reference", found.reference_seconds), ("evaluations", found.evaluation_seconds)):
         parts += [f"{name} {shown_duration(more)}"] if more else []
-        seconds += more or 0
-    whole, all_devices = shown_duration(seconds), shown_duration(seconds * num_ranks)
+    whole, all_devices = shown_duration(found.seconds), shown_duration(found.seconds * num_ranks)
     return f"a run takes {whole} ({', '.join(parts)}), times {num_ranks} devices {all_devices}; {disk}"
 
 
@@ -122,8 +85,3 @@ def evaluation_passes(config: Config, extent: Extent) -> int:
     last, every = extent.num_steps, config.train.eval_every
     evaluations = sum(is_time(step, every, last) for step in range(last + 1))
     return evaluations * math.ceil(extent.num_eval_pairs / config.batch.pairs_per_step)
-
-
-def write_forecast(file: Path, found: Forecast) -> None:
-    """Writes a forecast as a JSON object."""
-    write_atomically(file, json.dumps(asdict(found), indent=1).encode())

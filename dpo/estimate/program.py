@@ -24,7 +24,7 @@ from dpo.estimate.advice import advice
 from dpo.estimate.changes import Change, find_changes, with_keys
 from dpo.estimate.choice import Case, decide, with_values
 from dpo.estimate.devices import DEVICES, Device, this_machine
-from dpo.estimate.forecast import forecast, line_of_run, write_forecast
+from dpo.estimate.forecast import forecast, line_of_run
 from dpo.estimate.lengths import Extent, Lengths, find_lengths
 from dpo.estimate.measured import arithmetic, checkpoint_lines, measured_device, sources, unmeasured_device, write_rate
 from dpo.estimate.needs import Trial, memory_of, needed_bytes, plans_of, with_dtype
@@ -36,6 +36,7 @@ from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wr
 from dpo.machine.data_sheets import find_sheet
 from dpo.model.download import find_model_config
 from dpo.run.disk import sizes_of
+from dpo.run.forecast import write_forecast
 
 DEFAULT_RANKS_PER_NODE = 8
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ import pytest
 from dpo.base.errors import UserError
 from dpo.config import Config, SourceConfig, to_yaml
 from launch.arguments import Request, parse_request
+from launch.checks import is_active
 from launch.containers import Bound, bound_folders, interpreter, lines_of, make_folders, pyxis_arguments
-from launch.reports import history, read_outcome, submissions
+from launch.reports import Submission, history, submissions
 from tests.support.models import save_model, save_pairs
 from tests.support.runs import changed, make_config, train_lines
 
@@ -170,7 +172,6 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "runs/my",
         data__train=[SourceConfig(str(save_pairs(tmp_path / "data" / "pairs.jsonl", 40)))],
         batch__pairs_per_step=4,
-        train__steps=40,
         train__eval_every=None,
         eval__samples=0,
     )
@@ -181,26 +182,53 @@ def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+RUN = Path("runs/my")
+
+
+def launch_in_box(*words: str) -> tuple[Path, Submission]:
+    """Starts the run in the background, in the container; the folder of its reports, and the job."""
+    before = {folder for folder, _ in submissions(RUN)}
+    own = ["--config", "my.yaml", "--cluster", "local", "--ranks-per-node", "2", "--apptainer", "image.sif"]
+    own += ["--python", sys.executable, "--container-mounts", f"{ROOT}:{ROOT}", "--env", f"PYTHONPATH={ROOT}"]
+    subprocess.run([sys.executable, "-m", "launch.submit", *own, *words], check=True, capture_output=True)
+    (new,) = [(folder, job) for folder, job in submissions(RUN) if folder not in before]
+    return new
+
+
+def wait_until(is_so: Callable[[], bool], job: Submission) -> None:
+    """Returns when `is_so()`; fails with the job's log where the job ends before."""
+    while not is_so():
+        ended = not is_active(job)
+        assert is_so() or not ended, Path(job.log).read_text()
+        time.sleep(0.2)
+
+
+def last_step() -> int:
+    """The number of steps that the run has made."""
+    return len(train_lines(RUN))
+
+
 def test_a_run_in_a_container_is_preempted_and_resumes(box: Path) -> None:
-    """SIGUSR2 reaches the ranks below Apptainer, and no other process in between."""
-    words = ["--config", "my.yaml", "--cluster", "local", "--ranks-per-node", "2", "--apptainer", "image.sif"]
-    words += ["--python", sys.executable, "--container-mounts", f"{ROOT}:{ROOT}", "--env", f"PYTHONPATH={ROOT}"]
-    subprocess.run([sys.executable, "-m", "launch.submit", *words], check=True, capture_output=True)
-    ((folder, submission),) = submissions(Path("runs/my"))
-    try:
-        while len(train_lines(Path("runs/my"))) < 2:
-            os.kill(int(submission.job), 0)  # it runs
-            time.sleep(0.2)
-        os.kill(int(submission.job), signal.SIGUSR2)
-        while (outcome := read_outcome(folder)) is None or outcome.state not in ("done", "failed"):
-            os.kill(int(submission.job), 0)
-            time.sleep(0.2)
-    finally:
-        log = Path(submission.log).read_text()
-    assert outcome.state == "done", log
-    assert history(folder) == ["preempted", "done"] and "resumes from runs/my/checkpoints/step-" in log
-    assert [line["step"] for line in train_lines(Path("runs/my"))] == list(range(1, 41))
-    assert "apptainer exec --nv --bind" in log
+    """SIGUSR2 reaches the ranks below Apptainer, and no other process in between. The run has more steps than it can
+    make, until the last start.
+    """
+    folder, job = launch_in_box("--train.steps", "1000000")
+    wait_until(lambda: last_step() >= 2, job)
+    os.kill(int(job.job), signal.SIGUSR2)
+    wait_until(lambda: history(folder) == ["preempted"], job)
+    saved = last_step()
+    wait_until(lambda: last_step() > saved, job)
+    os.killpg(int(job.job), signal.SIGTERM)
+    while is_active(job):
+        time.sleep(0.2)
+    assert history(folder) == ["preempted", "stopped"]
+    log = Path(job.log).read_text()
+    assert f"resumes from runs/my/checkpoints/step-{saved:06d}" in log and "apptainer exec --nv --bind" in log
+    last = last_step() + 4
+    folder, job = launch_in_box("--train.steps", str(last))
+    wait_until(lambda: history(folder) != [], job)
+    assert history(folder) == ["done"]
+    assert [line["step"] for line in train_lines(RUN)] == list(range(1, last + 1))
 
 
 def test_a_folder_that_is_not_bound_is_not_seen(box: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 from dpo.base.errors import UserError
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.estimate.program import read_arguments
+from dpo.run.forecast import Forecast
 from launch import forecast, known
 from launch.arguments import Request, parse_request
 from launch.forecast import Unknown, ask_forecast
@@ -195,16 +196,16 @@ def test_a_disk_that_cannot_be_written_is_assumed(monkeypatch: pytest.MonkeyPatc
         raise OSError(30, "Read-only file system")  # from Linux, also where there is no such file
 
     monkeypatch.setattr(known, "timed_write", full)
-    answer = forecast.Forecast(**FACTS)
+    answer = Forecast(**FACTS)
     assert known.write_rate(tmp_path, answer) == (known.ASSUMED_RATE, "assumed: No space left on device")
     monkeypatch.setattr(Path, "unlink", read_only)
     assert known.write_rate(tmp_path, answer)[0] == known.ASSUMED_RATE
-    measured = forecast.Forecast(**FACTS, write_rate=7.0)
+    measured = Forecast(**FACTS, write_rate=7.0)
     assert known.write_rate(tmp_path, measured) == (7.0, "measured there")
 
 
 def test_the_newest_complete_checkpoint(tmp_path: Path) -> None:
-    for name in ("step-000100", "step-1000000"):
+    for name in ("step-000100", "step-1000000", "step-3000000.old"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "COMPLETE").touch()
     (tmp_path / "checkpoints" / "step-2000000").mkdir()

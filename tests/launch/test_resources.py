@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dpo.base.errors import UserError
+from dpo.run.forecast import Forecast
 from launch.arguments import Request, parse_request
-from launch.forecast import Forecast
 from launch.resources import GIB, Known, cpus_per_rank, memory, mib_of, signal_delay, time_needed, with_settings
 from launch.site import Site
 
