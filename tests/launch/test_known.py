@@ -1,6 +1,7 @@
 """What is known of a run before it is queued: the estimate's answer, or why there is none."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,19 @@ def test_a_measured_file_takes_the_place_of_the_device(fake: Any, config: Config
 def test_data_that_takes_too_long_is_assumed(
     fake: Any, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first call reads the data and hangs; the second assumes 256 and 512 - 256 tokens, the defaults."""
-    estimate = fake(f"'--prompt-tokens' in sys.argv or time.sleep(600)\n{WRITES}")
-    monkeypatch.setattr(forecast, "PATIENCE_SECONDS", 3.0)
+    """The first call reads the data and takes too long; the second assumes 256 and 512 - 256 tokens, the defaults."""
+    estimate, run, asked = fake(WRITES), subprocess.run, []
+
+    def run_or_wait(command: list[str], **options: Any) -> Any:
+        asked.append(command)
+        if "--prompt-tokens" not in command:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        return run(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run_or_wait)
     assert ask_forecast(request(tmp_path), (), config).num_steps == 3
     assert estimate.calls[-1][:4] == ["--prompt-tokens", "256", "--completion-tokens", "256"]
-    assert len(estimate.calls) == 2
+    assert len(asked) == 2 and len(estimate.calls) == 1
 
 
 def test_an_estimate_that_always_takes_too_long_is_left_out(
