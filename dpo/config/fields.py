@@ -4,7 +4,7 @@ The docstring under a field is the text that --help prints (jsonargparse reads i
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts, LossName
 
@@ -42,13 +42,26 @@ class SourceConfig:
     """Items of data.train and data.eval; each is one source of preference rows."""
 
     path: str
-    """File (.jsonl, .json, .parquet, also with .gz), folder written by datasets.save_to_disk, or hub id."""
+    """File (JSON, JSONL, CSV or TSV, also gzipped; Parquet), folder written by datasets.save_to_disk, or hub id."""
     name: str | None = None
     """Name of the hub data set's configuration; null: its default."""
     split: str = "train"
     """Split of a hub data set or of a saved folder with several."""
     format: Literal["auto", "tokens", "grouped", "sharegpt", "preference", "hh", "shp", "tldr"] = "auto"
     """Format of the rows; auto: recognized by the names of the columns."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """The source's own name of a column, by the name that a format knows: {prompt: question} reads the column question
+    as prompt. A pair's weight and margin are read only where they are named here."""
+    as_chat: bool = False
+    """Read prompts and answers that are texts as messages of the user and the assistant, through the chat template."""
+    template_args: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, such as {enable_thinking: false}; those of a row, in a column
+    chat_template_kwargs, take precedence."""
+    weight: float | None = None
+    """Only in data.train: share of this source's pairs that an epoch has, round(weight x pairs) of them; 2 is each pair
+    twice. null: 1, or count."""
+    count: int | None = None
+    """Only in data.train: number of this source's pairs that an epoch has; an alternative to weight."""
     holdout: int | float | None = None
     """Only in data.train: prompts that are moved from training to evaluation, with all their pairs; an integer is a
     number of prompts, a number between 0 and 1 a fraction of them. Chosen by a hash of train.seed and the prompt."""

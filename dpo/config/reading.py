@@ -123,13 +123,18 @@ def fit(value: Any, hint: Any, place: str, key: str) -> Any:
 
     Args:
         value: plain data, as YAML gives it.
-        hint: bool, int, float, str, Literal of texts, list[dataclass], tuple[X, Y], X | None or a dataclass.
+        hint: bool, int, float, str, Any, Literal of texts, list[dataclass], dict[str, X], tuple[X, Y], X | None or a
+            dataclass.
         place: file name or `command line`, for the error.
         key: SECTION.KEY, for the error.
     """
     origin = get_origin(hint)
+    if hint is Any:
+        return value
     if is_dataclass(hint):
         return _fit_dataclass(value, hint, place, key)
+    if origin is dict and isinstance(value, dict) and all(isinstance(name, str) for name in value):
+        return {name: fit(item, get_args(hint)[1], place, f"{key}.{name}") for name, item in value.items()}
     if origin is list and isinstance(value, list):
         return [fit(item, get_args(hint)[0], place, f"{key}[{i}]") for i, item in enumerate(value)]
     kinds = _alternatives(hint)
@@ -197,6 +202,8 @@ def describe(hint: Any) -> str:
         return ", ".join(args)
     if origin is list:
         return f"a list of {{{', '.join(get_type_hints(args[0]))}}}"
+    if origin is dict:
+        return "a mapping {NAME: VALUE, ...}"
     if origin is tuple:
         return f"a list of {len(args)} values, each {describe(args[0])}"
     joint = ", or " if any(get_origin(kind) is tuple for kind in args) else " or "

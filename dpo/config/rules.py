@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dpo.base.errors import UserError
-from dpo.config.fields import Config, DataConfig, LossConfig, ParallelConfig
+from dpo.config.fields import Config, DataConfig, LossConfig, ParallelConfig, SourceConfig
 from dpo.config.loss_facts import LossFacts, losses_that
 
 
@@ -113,10 +113,26 @@ def _data_problems(data: DataConfig) -> Iterator[Problem]:
         if source.holdout is not None and not _is_holdout(source.holdout):
             valid = "null, a number of prompts (an integer >= 1), or a fraction of them (> 0 and < 1)"
             yield Problem((f"data.train[{i}].holdout",), f"holds out none or all, got {source.holdout}", valid)
+        yield from _share_problems(source, f"data.train[{i}]")
     for i, source in enumerate(data.eval):
         if source.holdout is not None:
             what = f"prompts are held out of training sources only, got {source.holdout}"
             yield Problem((f"data.eval[{i}].holdout",), what, "null, or holdout at an item of data.train")
+        for name in ("weight", "count"):
+            if getattr(source, name) is not None:
+                what = f"the pairs of data.eval are all evaluated, once each, got {getattr(source, name)}"
+                yield Problem((f"data.eval[{i}].{name}",), what, f"null, or {name} at an item of data.train")
+
+
+def _share_problems(source: SourceConfig, key: str) -> Iterator[Problem]:
+    """Yields what is wrong with a source's share of an epoch."""
+    if source.weight is not None and source.count is not None:
+        what = f"weight and count are both given, {source.weight} and {source.count}"
+        yield Problem((f"{key}.count", f"{key}.weight"), what, "one of the two")
+    elif source.weight is not None and source.weight <= 0:
+        yield Problem((f"{key}.weight",), f"must be > 0, got {source.weight}", "null or a number > 0")
+    elif source.count is not None and source.count < 1:
+        yield Problem((f"{key}.count",), f"must be >= 1, got {source.count}", "null or an integer >= 1")
 
 
 def _is_holdout(holdout: float) -> bool:
