@@ -30,6 +30,7 @@ import numpy as np
 from dpo.base.arrays import DiskArray
 from dpo.config import Config
 from dpo.data.prepare import PreferenceData
+from dpo.data.report import check_enough
 
 WINDOW = 2**16
 """Places of an epoch whose pair ids are computed together; memory holds the ids of a few windows, not of an epoch."""
@@ -139,7 +140,10 @@ class PairOrder:
 def make_order(config: Config, data: PreferenceData) -> tuple[PairOrder, int, int | None]:
     """Returns the order of pairs, the last step, and the place in the sequence at which the last step is cut, or None
     where every step is whole.
+
+    Raises UserError where an epoch has fewer pairs than a step takes, or none of a source that has a share.
     """
+    check_enough(data.report, config.batch.pairs_per_step)
     order = PairOrder(
         data.train.prompt_of_pair,
         config.batch.pairs_per_step,

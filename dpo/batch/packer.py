@@ -67,9 +67,10 @@ def make_packer(config: Config, world: World, model_config: PretrainedConfig) ->
 
 
 def evaluation_plans(pairs: PairSet, packer: Packer) -> list[StepPlan]:
-    """Returns plans that together hold every pair of an evaluation set once, each with the denominators of the whole
-    set.
+    """Returns plans that together hold every pair of an evaluation set once and with weight 1, each with the
+    denominators of the whole set.
     """
+    pairs = replace(pairs, weights=None)
     order = np.argsort(pairs.prompt_of_pair, kind="stable")  # so that trees are whole except at the ends of parts
     parts = np.split(order, range(PAIRS_PER_EVALUATION_PLAN, len(order), PAIRS_PER_EVALUATION_PLAN))
     plans = [packer.plan(grow_trees(pairs.pairs(part))) for part in parts if len(part)]

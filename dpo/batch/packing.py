@@ -91,6 +91,10 @@ class PackedBatch:
     """FLOPs of a forward pass over the trees of the whole step, all lanes and micro-batches."""
     num_tokens: int
     """Tokens of this row's trees: L without padding, and 0 for a filler."""
+    weights: Tensor | None = None
+    """(T,) the weight of each pair, which multiplies its loss; None: all 1."""
+    margins: Tensor | None = None
+    """(T,) the margin of each pair, on the scale of beta h; None: all 0."""
 
     def to(self, device: torch.device) -> "PackedBatch":
         """Returns the batch on a device; the host does not wait for the copies."""
@@ -114,6 +118,8 @@ def pack(trees: Sequence[Tree], plan: StepPlan, ref_logps: RefLogps | None, row_
     length = row_format.row_length(len(tokens))
     padding = (0, length - len(tokens))
     winners, losers = pair_indices(trees)
+    weights = _values_of_pairs(trees, [tree.weights for tree in trees], 1.0)
+    margins = _values_of_pairs(trees, [tree.margins for tree in trees], 0.0)
     device = row_format.device
 
     def put(array: np.ndarray | list[float], dtype: torch.dtype = torch.long) -> Tensor:
@@ -134,12 +140,27 @@ def pack(trees: Sequence[Tree], plan: StepPlan, ref_logps: RefLogps | None, row_
         winner_tokens_in_step=plan.winner_tokens_in_step,
         forward_flops_in_step=plan.forward_flops,
         num_tokens=num_tokens,
+        weights=None if weights is None else put(weights, row_format.dtype),
+        margins=None if margins is None else put(margins, row_format.dtype),
     )
 
 
 def _references(trees: Sequence[Tree], ref_logps: RefLogps) -> list[float]:
     """Returns the reference's log-probability of each completion, nats; NaN where no pair needs it, as in a filler."""
     return [ref_logps(t.prompt_ids, ids) if t.pairs else math.nan for t in trees for ids in t.completion_ids]
+
+
+def _values_of_pairs(trees: Sequence[Tree], values: Sequence[tuple[float, ...]], neutral: float) -> list[float] | None:
+    """Returns the weight or the margin of each pair of the trees, (T,); None where all are neutral.
+
+    Args:
+        trees: the trees of the micro-batch.
+        values: those of the pairs of each tree; empty where all are neutral.
+        neutral: 1 as a weight, 0 as a margin.
+    """
+    if not any(values):
+        return None
+    return [x for tree, of_tree in zip(trees, values, strict=True) for x in of_tree or (neutral,) * len(tree.pairs)]
 
 
 def padded_length(num_tokens: int) -> int:

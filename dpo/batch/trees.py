@@ -27,6 +27,10 @@ class Tree:
     """(C_k,) int32 each."""
     pairs: tuple[tuple[int, int], ...]
     """(winner, loser), indices of `completion_ids`."""
+    weights: tuple[float, ...] = ()
+    """The weight of each pair; empty where all are 1."""
+    margins: tuple[float, ...] = ()
+    """The margin of each pair; empty where all are 0."""
 
     @property
     def num_scored(self) -> int:
@@ -57,18 +61,26 @@ def grow_trees(pairs: Sequence[Pair]) -> list[Tree]:
     """
     prompts: dict[bytes, np.ndarray] = {}
     completions: dict[bytes, dict[bytes, np.ndarray]] = {}
-    preferences: dict[bytes, list[tuple[bytes, bytes]]] = {}
+    preferences: dict[bytes, list[Pair]] = {}
     for pair in pairs:
-        key, chosen, rejected = pair.prompt_ids.tobytes(), pair.chosen_ids.tobytes(), pair.rejected_ids.tobytes()
+        key = pair.prompt_ids.tobytes()
         prompts.setdefault(key, pair.prompt_ids)
         branches = completions.setdefault(key, {})
-        branches.setdefault(chosen, pair.chosen_ids)
-        branches.setdefault(rejected, pair.rejected_ids)
-        preferences.setdefault(key, []).append((chosen, rejected))
+        branches.setdefault(pair.chosen_ids.tobytes(), pair.chosen_ids)
+        branches.setdefault(pair.rejected_ids.tobytes(), pair.rejected_ids)
+        preferences.setdefault(key, []).append(pair)
     return [_tree(prompt_ids, completions[key], preferences[key]) for key, prompt_ids in prompts.items()]
 
 
-def _tree(prompt_ids: np.ndarray, completions: dict[bytes, np.ndarray], pairs: list[tuple[bytes, bytes]]) -> Tree:
-    """Returns the tree of a prompt; completions and pairs are given by the bytes of their ids."""
+def _tree(prompt_ids: np.ndarray, completions: dict[bytes, np.ndarray], pairs: list[Pair]) -> Tree:
+    """Returns the tree of the pairs of a prompt; `completions` has their completions by the bytes of their ids."""
     index = {key: number for number, key in enumerate(completions)}
-    return Tree(prompt_ids, tuple(completions.values()), tuple((index[w], index[lo]) for w, lo in pairs))
+    indices = tuple((index[pair.chosen_ids.tobytes()], index[pair.rejected_ids.tobytes()]) for pair in pairs)
+    weights, margins = (tuple(getattr(pair, name) for pair in pairs) for name in ("weight", "margin"))
+    return Tree(
+        prompt_ids,
+        tuple(completions.values()),
+        indices,
+        weights if any(weight != 1 for weight in weights) else (),
+        margins if any(margins) else (),
+    )

@@ -1,15 +1,18 @@
 """A row of a file -> `Example` -> token ids -> numbered pairs.
 
-formats/       a raw row -> `Example`, one reader per format
-caching.py     the cache of rows, by content; calls of `datasets` that fail in one line
-hub_sets.py    data sets of the hub: downloaded, then read without the network
-sources.py     a source of the config -> its raw rows
-tokenizer.py   texts -> token ids: chat templates, the boundary of prompt and completion
-tokens.py      `Example` -> `TokenizedExample`: limits, truncation, drops; keys of token ids
-token_rows.py  the tokenized rows of a source, cached on disk
-workers.py     the processes that tokenize, and how the run ends where the kernel kills one of them
-pair_set.py    the kept pairs, as files of places in token rows
-holdout.py     which prompts are held out of training
-report.py      counts of rows and pairs that were read, dropped and truncated
-prepare.py     all sources -> training and evaluation pairs
+formats/        a raw row -> `Example`, one reader per format
+caching.py      the cache of rows, by content; calls of `datasets` that fail in one line
+hub_sets.py     data sets of the hub: downloaded, then read without the network
+sources.py      a source of the config -> its raw rows
+tokenizer.py    texts -> token ids: chat templates, the boundary of prompt and completion
+tokens.py       `Example` -> `TokenizedExample`: limits, truncation, drops; keys of token ids
+token_rows.py   the tokenized rows of a source, cached on disk
+pair_values.py  weight and margin of the pairs of a row
+workers.py      the processes that tokenize, and how the run ends where the kernel kills one of them
+holdout.py      which prompts are held out of training
+shares.py       how many pairs of a source an epoch has, and which
+pair_set.py     the pairs of an epoch, as files of places in token rows
+numbering.py    token rows -> the files of a pair set
+report.py       counts of rows and pairs that were read, dropped and truncated
+prepare.py      all sources -> training and evaluation pairs
 """

@@ -24,6 +24,11 @@ class Split:
     """The number of prompts that are held out."""
 
     @property
+    def num_train(self) -> int:
+        """Returns the number of pairs to train on."""
+        return int(self.pairs[self.train].sum())
+
+    @property
     def removed(self) -> np.ndarray:
         """Returns which rows are removed from training without being evaluated, (rows,) bool."""
         removed: np.ndarray = ~self.train & ~self.held

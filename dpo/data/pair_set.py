@@ -21,21 +21,22 @@ Places of a second file would count on from the size of the first.
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
 
 from dpo.base.arrays import DiskArray, HeldFile, hold_file, open_array, read_into
-from dpo.data.token_rows import keys16, lists, offsets, pairs_of
+from dpo.data.pair_values import NEUTRAL
 
 Column = DiskArray | np.ndarray
 """A column on disk, or in memory after a selection."""
 NAMES = ("row_of_pair", "pair_in_row", "prompt_of_pair", "sizes", "places", "keys")
-"""The columns of a set, each a file."""
+"""The columns of every set, each a file."""
+VALUES: Mapping[str, str] = {"weights": "weight", "margins": "margin"}
+"""Further columns, which a set has where one of its sources names them: the name of the column of its token rows."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,17 @@ class Pair:
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
+    weight: float = 1.0
+    """The factor of the pair's loss."""
+    margin: float = 0.0
+    """The margin m of the loss `dpo`: -log sigmoid(beta h - m)."""
 
 
 @dataclass(frozen=True, eq=False)
 class PairSet:
-    """The N kept pairs of a data set, in file order."""
+    """The N pairs of an epoch of a data set, in file order; a pair that an epoch has several times stands so many times
+    one after another.
+    """
 
     token_files: tuple[HeldFile, ...]
     """The files of token rows; rows and bytes are counted through all of them."""
@@ -65,6 +72,10 @@ class PairSet:
     """(N, 3) int64: the byte at which the ids of prompt, winner and loser begin."""
     keys: Column
     """(N, 2) S16: the `completion_key` of winner and loser."""
+    weights: Column | None = None
+    """(N,) float64: the weight of each pair; None where no source names a weight: all are 1."""
+    margins: Column | None = None
+    """(N,) float64: the margin of each pair; None where no source names a margin: all are 0."""
 
     def __len__(self) -> int:
         """Returns the number of pairs, N."""
@@ -72,12 +83,14 @@ class PairSet:
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """Returns a hash of the keys of all pairs in order, 32 hex digits; a key stands for the ids of prompt and
-        completion.
+        """Returns a hash of the keys of all pairs in order, and of their weights and margins where there are any, 32
+        hex digits; a key stands for the ids of prompt and completion.
         """
         content = hashlib.blake2b(digest_size=16)
         for start in range(0, len(self), 2**16):
             content.update(self.keys[start : start + 2**16].tobytes())
+        for name, column in self._values().items():
+            content.update(name.encode() + np.asarray(column, "<f8").tobytes())
         return content.hexdigest()
 
     @property
@@ -91,7 +104,12 @@ class PairSet:
         begins = np.cumsum([0, *(file.size for file in self.token_files)])
         read = functools.partial(_read_ids, self.token_files, begins)
         places, sizes = self.places[ids].tolist(), self.sizes[ids].tolist()
-        return [Pair(*map(read, at, num)) for at, num in zip(places, sizes, strict=True)]
+        values = _values_at(self.weights, ids, NEUTRAL["weight"]), _values_at(self.margins, ids, NEUTRAL["margin"])
+        found = []
+        for at, num, weight, margin in zip(places, sizes, *values, strict=True):
+            prompt_ids, chosen_ids, rejected_ids = map(read, at, num)
+            found.append(Pair(prompt_ids, chosen_ids, rejected_ids, weight, margin))
+        return found
 
     def lengths(self) -> np.ndarray:
         """Returns the tokens of prompt, winner and loser of each pair, (N, 3) int32."""
@@ -99,7 +117,25 @@ class PairSet:
 
     def select(self, mask: np.ndarray) -> "PairSet":
         """Returns the set of the pairs for which `mask` (N,) is true."""
-        return replace(self, **{name: getattr(self, name)[mask] for name in NAMES})
+        return replace(self, **{name: getattr(self, name)[mask] for name in (*NAMES, *self._values())})
+
+    def is_first(self) -> np.ndarray:
+        """Returns whether each pair is the first of those with its row and its index there, (N,) bool: true for all
+        pairs where an epoch has no pair twice.
+        """
+        places = np.column_stack([self.row_of_pair, self.pair_in_row])
+        return np.append(True, (places[1:] != places[:-1]).any(1))[: len(self)]
+
+    def _values(self) -> dict[str, Column]:
+        """Returns the columns of VALUES that the set has."""
+        found = {name: getattr(self, name) for name in VALUES}
+        return {name: column for name, column in found.items() if column is not None}
+
+
+def _values_at(column: Column | None, ids: np.ndarray, neutral: float) -> list[float]:
+    """Returns the values of a column at `ids`; the neutral one where there is no column."""
+    values: list[float] = [neutral] * len(ids) if column is None else column[ids].tolist()
+    return values
 
 
 def _read_ids(files: Sequence[HeldFile], begins: np.ndarray, place: int, size: int) -> np.ndarray:
@@ -110,112 +146,9 @@ def _read_ids(files: Sequence[HeldFile], begins: np.ndarray, place: int, size: i
     return ids
 
 
-def open_pair_set(folder: Path, token_files: Sequence[str]) -> PairSet:
-    """Returns the set that `write_pair_set` wrote. Its files stay open, so that they may be removed from the cache
-    meanwhile.
+def open_pair_set(folder: Path, token_files: Sequence[str], values: Sequence[str]) -> PairSet:
+    """Returns the set that `numbering.write_pair_set` wrote with these `values`. Its files stay open, so that they may
+    be removed from the cache meanwhile.
     """
-    columns = {name: open_array(folder / f"{name}.npy") for name in NAMES}
+    columns = {name: open_array(folder / f"{name}.npy") for name in (*NAMES, *values)}
     return PairSet(tuple(hold_file(name) for name in token_files), **columns)
-
-
-# --- made ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Written:
-    """The contents of a set that was written."""
-
-    num_pairs: int
-    prompts: np.ndarray
-    """The keys of its distinct prompts, sorted, S16."""
-
-
-def write_pair_set(folder: Path, token_files: Sequence[str], is_kept: np.ndarray) -> Written:
-    """Writes the set of the pairs of all token rows that are kept, as a new folder.
-
-    Args:
-        folder: the folder to make; it must not exist.
-        token_files: the Arrow files of the token rows, in the order of the rows.
-        is_kept: (rows,) bool, over the rows of all files: whether the pairs of a row belong to the set.
-
-    Returns:
-        The number of pairs and the keys of their prompts.
-    """
-    parts = [_empty_part(), *(part for part in _parts(token_files, is_kept) if len(part["row_of_pair"]))]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    prompts, first, prompt = np.unique(columns.pop("prompt_key"), return_index=True, return_inverse=True)
-    rank = np.empty(len(first), np.int32)
-    rank[np.argsort(first)] = np.arange(len(first))
-    folder.mkdir()
-    for name, column in (columns | {"prompt_of_pair": rank[prompt]}).items():
-        np.save(folder / f"{name}.npy", column)
-    return Written(len(prompt), prompts)
-
-
-def _empty_part() -> dict[str, np.ndarray]:
-    """Returns the columns of no pairs, which give an empty set its dtypes and shapes."""
-    return {
-        "row_of_pair": np.empty(0, np.int32),
-        "pair_in_row": np.empty(0, np.int32),
-        "sizes": np.empty((0, 3), np.int32),
-        "places": np.empty((0, 3), np.int64),
-        "keys": np.empty((0, 2), "S16"),
-        "prompt_key": np.empty(0, "S16"),
-    }
-
-
-def _parts(token_files: Sequence[str], is_kept: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the columns of the kept pairs of each record batch."""
-    first_row, first_byte = 0, 0
-    for name in token_files:
-        with pa.memory_map(name) as file:
-            memory = file.read_buffer()
-            file.seek(0)
-            for batch in pa.ipc.open_stream(file):
-                yield _part(batch, is_kept[first_row : first_row + len(batch)], first_row, first_byte, memory)
-                first_row += len(batch)
-            first_byte += memory.size
-    assert first_row == len(is_kept)
-
-
-def _part(
-    batch: pa.RecordBatch, is_kept: np.ndarray, first_row: int, first_byte: int, memory: pa.Buffer
-) -> dict[str, np.ndarray]:
-    """Returns the columns of the kept pairs of a record batch.
-
-    Args:
-        batch: token rows, not copied from `memory`.
-        is_kept: (rows of the batch,) bool.
-        first_row: the batch's first row, counted through all files.
-        first_byte: the first byte of the batch's file, counted through all files.
-        memory: the whole file, mapped.
-    """
-    begins, pairs = pairs_of(batch)
-    counts = np.where(is_kept, np.diff(begins), 0)
-    row = np.repeat(np.arange(len(batch), dtype=np.int32), counts)
-    pair_in_row = np.arange(len(row), dtype=np.int32) - np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
-    first_of_row, completions = lists(batch, "completion_ids")
-    listed = pairs[begins[row] + pair_in_row] + first_of_row[row][:, None]  # (n, 2) indices of the batch's completions
-    prompt_place, prompt_size = _places_of(batch.column("prompt_ids"), memory)
-    place, size = _places_of(completions, memory)
-    return {
-        "row_of_pair": row + np.int32(first_row),
-        "pair_in_row": pair_in_row,
-        "sizes": np.column_stack([prompt_size[row], size[listed]]).astype(np.int32),
-        "places": first_byte + np.column_stack([prompt_place[row], place[listed]]),
-        "keys": keys16(lists(batch, "completion_keys")[1])[listed],
-        "prompt_key": keys16(batch.column("prompt_key"))[row],
-    }
-
-
-def _places_of(array: pa.ListArray, memory: pa.Buffer) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the byte of the mapped file at which each list of int32 begins, and its number of items, both (lists,).
-
-    The place follows from the address of the items in memory, which is within the mapped file unless they were copied.
-    """
-    item_offsets, items = offsets(array), array.flatten()
-    if not len(items):
-        return np.zeros(len(array), np.int64), np.zeros(len(array), np.int64)
-    first = items.buffers()[1].address + 4 * items.offset - memory.address
-    assert 0 <= first and first + 4 * len(items) <= memory.size, "the items were copied out of the mapped file"
-    return first + 4 * item_offsets[:-1], np.diff(item_offsets)

@@ -1,16 +1,16 @@
-"""From the sources of the config to the pairs of training and evaluation, in five stages.
+"""From the sources of the config to the pairs of training and evaluation, in six stages.
 
 1. Every source is opened: its raw rows with their lines, its columns, its format (`sources.py`, `formats/`).
 2. Every row is tokenized once; the token rows are cached on disk and memory-mapped (`token_rows.py`, `tokens.py`).
 3. The first broken row stops the run; pairs without a preference are counted, or stop the run (`report.py`).
 4. Prompts are held out of training sources (`holdout.py`).
-5. The sources are concatenated and their kept pairs are numbered (`pair_set.py`).
+5. Of each training source, the pairs of an epoch are chosen (`shares.py`).
+6. The sources are concatenated and their pairs are numbered (`numbering.py`, `pair_set.py`).
 
-Stages 4 and 5 and the counts are cached too: a later start with the same data computes none of them again.
+Stages 4 to 6 and the counts are cached too: a later start with the same data computes none of them again.
 """
 
 import shutil
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ from dpo.config import Config, SourceConfig
 from dpo.data.caching import cache_path, digest
 from dpo.data.formats.examples import check_columns, detect_format, holds_ids
 from dpo.data.holdout import Split, split_sources
-from dpo.data.pair_set import PairSet, open_pair_set, write_pair_set
+from dpo.data.numbering import Part, write_pair_set
+from dpo.data.pair_set import VALUES, PairSet, open_pair_set
+from dpo.data.pair_values import named_values
 from dpo.data.report import DataReport, SourceReport, dropped_pairs, from_json, report_source, to_json
+from dpo.data.shares import describe_share, pairs_of_epoch
 from dpo.data.sources import Source, open_source
 from dpo.data.token_rows import raise_first_error, tokenize_source
 from dpo.data.tokenizer import Encoder, check_vocabulary, ids_encoder, load_tokenizer, text_encoder
@@ -34,7 +37,7 @@ from dpo.data.tokens import limits_of
 
 __all__ = ["DataReport", "PairSet", "PreferenceData", "prepare_data"]
 
-FORMAT = 1
+FORMAT = 2
 """The version of the cached pairs and their counts. A change of their contents or meaning must raise it."""
 TRAIN, EVAL, REPORT = "train", "eval", "report.json"
 
@@ -83,7 +86,7 @@ def prepare_data(config: Config, model_config: Any) -> PreferenceData:
         model_config: the transformers config of the model, for its vocabulary, positions, BOS and EOS.
 
     Raises:
-        UserError: the data or the tokenizer is wrong, or there are fewer training pairs than `batch.pairs_per_step`.
+        UserError: the data or the tokenizer is wrong.
     """
     opened = [_open(source, f"data.train[{i}]") for i, source in enumerate(config.data.train)]
     opened += [_open(source, f"data.eval[{i}]") for i, source in enumerate(config.data.eval)]
@@ -93,7 +96,6 @@ def prepare_data(config: Config, model_config: Any) -> PreferenceData:
     prepared = _from_cache(folder, train, evals, config.train.seed)
     if config.data.on_bad_row == "stop":
         _raise_first_dropped(sources)
-    _check_enough(prepared, config.batch.pairs_per_step)
     return prepared
 
 
@@ -118,7 +120,9 @@ def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[
     return [
         _Tokenized(
             **vars(entry),
-            rows=tokenize_source(entry.source, entry.format, encoders[holds_ids(entry.format)], limits, num_proc),
+            rows=tokenize_source(
+                entry.source, entry.format, encoders[holds_ids(entry.format)], limits, num_proc, entry.config.columns
+            ),
         )
         for entry in opened
     ]
@@ -130,20 +134,6 @@ def _raise_first_dropped(sources: list[_Tokenized]) -> None:
         for reason, where in dropped_pairs(entry.rows):
             what = f"{reason}: a pair without a preference"
             raise UserError(entry.source.place(where), what, "no such pair, or data.on_bad_row drop")
-
-
-def _check_enough(data: PreferenceData, pairs_per_step: int) -> None:
-    """Raises UserError where there are fewer training pairs than a step takes."""
-    num_pairs = len(data.train)
-    if num_pairs < pairs_per_step:
-        what = f"{num_pairs} pairs to train on, fewer than batch.pairs_per_step {pairs_per_step}"
-        dropped: Counter[str] = Counter()
-        for source in data.report.sources:
-            dropped.update(source.dropped if source.key.startswith("data.train") else {})
-        if dropped:
-            what += f" (dropped: {', '.join(f'{count} {reason}' for reason, count in dropped.items())})"
-        fewer = f", or batch.pairs_per_step up to {num_pairs}" if num_pairs else ""
-        raise UserError("data.train", what, f"more pairs{fewer}")
 
 
 # --- the pairs and their counts, cached -------------------------------------------------------------------------------
@@ -159,7 +149,9 @@ def _content(train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> str
     layout = [(name, info.st_size, info.st_mtime_ns) for name, info in files]
     num_files = [len(entry.files) for entry in train], [len(entry.files) for entry in evals]
     holdouts = [entry.config.holdout for entry in train]
-    return digest([f"pairs {FORMAT}", repr((layout, (*num_files, holdouts), seed))])
+    shares = [describe_share(entry.config) for entry in train]
+    facts = (layout, (*num_files, holdouts), seed)
+    return digest([f"pairs {FORMAT}", repr(facts), *(shares if any(shares) else [])])
 
 
 def _from_cache(folder: Path, train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> PreferenceData:
@@ -184,12 +176,14 @@ def _number(draft: Path, train: list[_Tokenized], evals: list[_Tokenized], seed:
     for entry in train + evals:
         raise_first_error(entry.rows, entry.source)
     splits = split_sources([(entry.key, entry.rows, entry.config.holdout) for entry in train], seed)
-    is_kept = [split.train for split in splits]
-    train_set = write_pair_set(draft / TRAIN, _files(train), np.concatenate(is_kept))
-    is_kept = [np.ones(len(entry.rows), bool) for entry in evals] + [split.held for split in splits]
-    eval_set = write_pair_set(draft / EVAL, _files(evals + train), np.concatenate(is_kept))
-    reports = [report_source(entry.key, entry.source, entry.format, entry.rows) for entry in train + evals]
-    reports[: len(train)] = map(_with_split, reports, splits)
+    both = list(zip(train, splits, strict=True))
+    parts = [Part(entry.files, split.train, pairs_of_epoch(entry.config, split.num_train)) for entry, split in both]
+    train_set = write_pair_set(draft / TRAIN, parts, _values_of(train), seed)
+    parts = [Part(entry.files, np.ones(len(entry.rows), bool)) for entry in evals]
+    parts += [Part(entry.files, split.held) for entry, split in both]
+    eval_set = write_pair_set(draft / EVAL, parts, _values_of(evals + train), seed)
+    reports = [_report(entry) for entry in train + evals]
+    reports[: len(train)] = [_with_share(report, *each) for report, each in zip(reports, both, strict=False)]
     shared = len(np.intersect1d(train_set.prompts, eval_set.prompts))  # from sources of `data.eval`, not from hold-out
     report = DataReport(tuple(reports), train_set.num_pairs, eval_set.num_pairs, shared)
     (draft / REPORT).write_text(to_json(report), encoding="utf-8")
@@ -198,11 +192,18 @@ def _number(draft: Path, train: list[_Tokenized], evals: list[_Tokenized], seed:
 def _read(folder: Path, train: list[_Tokenized], evals: list[_Tokenized]) -> PreferenceData:
     """Returns the data that `_number` wrote. Raises OSError or ValueError where a file is damaged."""
     report = (folder / REPORT).read_text(encoding="utf-8")
+    every = evals + train  # held-out pairs come after the sources of `data.eval`
     return PreferenceData(
-        open_pair_set(folder / TRAIN, _files(train)),
-        open_pair_set(folder / EVAL, _files(evals + train)),  # held-out pairs come after the sources of `data.eval`
+        open_pair_set(folder / TRAIN, _files(train), _values_of(train)),
+        open_pair_set(folder / EVAL, _files(every), _values_of(every)),
         from_json(report, [entry.config.path for entry in train + evals]),
     )
+
+
+def _values_of(sources: list[_Tokenized]) -> list[str]:
+    """Returns the columns of VALUES that any of the sources names."""
+    named = {name for entry in sources for name in named_values(entry.config.columns)}
+    return [column for column, name in VALUES.items() if name in named]
 
 
 def _files(sources: list[_Tokenized]) -> list[str]:
@@ -210,7 +211,14 @@ def _files(sources: list[_Tokenized]) -> list[str]:
     return [name for entry in sources for name in entry.files]
 
 
-def _with_split(report: SourceReport, split: Split) -> SourceReport:
-    """Returns the report of a training source with the counts of hold-out."""
+def _report(entry: _Tokenized) -> SourceReport:
+    """Returns the counts of a source, without those of hold-out and of its share of an epoch."""
+    return report_source(entry.key, entry.source, entry.format, entry.rows, entry.config.columns)
+
+
+def _with_share(report: SourceReport, entry: _Tokenized, split: Split) -> SourceReport:
+    """Returns the report of a training source with the counts of hold-out and of its share of an epoch."""
     held, removed = (int(split.pairs[mask].sum()) for mask in (split.held, split.removed))
-    return replace(report, held_out_prompts=split.num_prompts, held_out_pairs=held, removed_pairs=removed)
+    num, share = pairs_of_epoch(entry.config, split.num_train), describe_share(entry.config)
+    report = replace(report, held_out_prompts=split.num_prompts, held_out_pairs=held, removed_pairs=removed)
+    return replace(report, epoch_pairs=num, share=share)

@@ -1,14 +1,17 @@
 """The counts of kept, dropped and truncated pairs of every source, which a run prints before its first step."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 
+from dpo.base.errors import UserError
 from dpo.data.formats.examples import FORMATS
+from dpo.data.pair_values import named_values
 from dpo.data.sources import Source
 from dpo.data.token_rows import blocks, lists, pairs_of
 
@@ -53,6 +56,15 @@ class SourceReport:
     removed_pairs: int = 0
     """Kept pairs that are neither trained on nor evaluated: their prompt is held out of another source, or equals a
     held-out prompt after truncation."""
+    epoch_pairs: int = 0
+    """Pairs that an epoch has, a repeated one as many times as it stands in it; 0 for a source of `data.eval`."""
+    share: str = ""
+    """The key that gives the source's share of an epoch, and its value: `weight 0.5`; "" where there is none."""
+
+    @property
+    def train_pairs(self) -> int:
+        """Returns the kept pairs that are neither held out nor removed, each once."""
+        return self.pairs - self.held_out_pairs - self.removed_pairs
 
     def lines(self) -> list[str]:
         """Returns the counts as short lines for people, without counts of zero."""
@@ -78,7 +90,22 @@ class SourceReport:
             lines.append(f"  prompt and completion are tokenized apart; as one text {merged} would have different ids")
         if self.ignored_columns:
             lines.append(f"  columns not used: {', '.join(self.ignored_columns)}")
+        if self.share:
+            lines.append(f"  {self._epoch()}")
         return lines
+
+    @property
+    def share_is_empty(self) -> bool:
+        """Returns whether the source has a share of an epoch, which is no pair."""
+        return bool(self.share) and not self.epoch_pairs
+
+    def _epoch(self) -> str:
+        """Returns how many of the pairs an epoch has, and how many times where that is more than once."""
+        line = f"of {self.train_pairs:,} pairs kept for training an epoch has {self.epoch_pairs:,}: {self.share}"
+        if self.epoch_pairs <= self.train_pairs:
+            return line
+        passes, rest = divmod(self.epoch_pairs, self.train_pairs)
+        return f"{line}, each {passes} or {passes + 1} times" if rest else f"{line}, each {passes} times"
 
 
 @dataclass(frozen=True)
@@ -88,6 +115,7 @@ class DataReport:
     sources: tuple[SourceReport, ...]
     """The sources of `data.train`, then the sources of `data.eval`."""
     train_pairs: int
+    """Pairs of an epoch, N."""
     eval_pairs: int
     eval_prompts_in_training: int = 0
     """Prompts of training that a source of `data.eval` has too."""
@@ -99,6 +127,41 @@ class DataReport:
         if self.eval_prompts_in_training:
             lines.append(f"WARNING: {self.eval_prompts_in_training:,} prompts of data.eval are in training data too")
         return lines
+
+
+def check_enough(report: DataReport, pairs_per_step: int, tell: Callable[[str], None] = lambda line: None) -> None:
+    """Raises UserError where an epoch has fewer pairs than a step takes, or none of a source that has a share.
+
+    Args:
+        report: the counts of all data.
+        pairs_per_step: `batch.pairs_per_step`.
+        tell: called with each line of the report before the error.
+    """
+    num_pairs, absent = report.train_pairs, [source for source in report.sources if source.share_is_empty]
+    if num_pairs >= pairs_per_step and not absent:
+        return
+    for line in report.lines():
+        tell(line)
+    for source in absent:
+        key, share = source.share.split()
+        what = f"{source.path}: {share} of {source.train_pairs:,} pairs kept for training is none"
+        raise UserError(f"{source.key}.{key}", what, "a larger share of more pairs, or a list without this source")
+    what = f"{num_pairs} pairs to train on, fewer than batch.pairs_per_step {pairs_per_step}"
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in _not_trained(report).items() if count)
+    fewer = f", or batch.pairs_per_step up to {num_pairs}" if num_pairs else ""
+    raise UserError("data.train", f"{what}; not trained on: {reasons}" if reasons else what, f"more pairs{fewer}")
+
+
+def _not_trained(report: DataReport) -> Counter[str]:
+    """Returns the pairs of the training sources that an epoch does not have, by reason."""
+    counts: Counter[str] = Counter()
+    for source in report.sources:
+        if source.key.startswith("data.train"):
+            counts.update({f"dropped ({reason})": count for reason, count in source.dropped.items()})
+            counts["held out for evaluation"] += source.held_out_pairs
+            counts["removed because their prompt is held out"] += source.removed_pairs
+            counts["left out by weight or count"] += max(0, source.train_pairs - source.epoch_pairs)
+    return counts
 
 
 def to_json(report: DataReport) -> str:
@@ -122,7 +185,9 @@ def _source_of(fields: dict[str, Any], path: str) -> SourceReport:
     return SourceReport(**fields | tuples | {"path": path})
 
 
-def report_source(key: str, source: Source, format: str, rows: datasets.Dataset) -> SourceReport:
+def report_source(
+    key: str, source: Source, format: str, rows: datasets.Dataset, columns: Mapping[str, str]
+) -> SourceReport:
     """Returns the counts of a source, from its token rows; hold-out is not counted yet.
 
     Args:
@@ -130,6 +195,7 @@ def report_source(key: str, source: Source, format: str, rows: datasets.Dataset)
         source: its raw rows.
         format: its format, not `auto`.
         rows: its token rows.
+        columns: `columns` of the config, which may name a weight and a margin.
     """
     num_pairs, empty_rows, counts = 0, 0, np.zeros(len(COUNTS), np.int64)
     dropped: dict[str, int] = {}
@@ -143,8 +209,8 @@ def report_source(key: str, source: Source, format: str, rows: datasets.Dataset)
         dropped[reason] = dropped.get(reason, 0) + 1
         if dropped[reason] <= NUM_PLACES:
             places[reason] = (*places.get(reason, ()), source.place(where).removeprefix(source.path))
-    ignored = tuple(sorted(source.columns - FORMATS[format].reads))
-    counted = dict(zip(COUNTS, counts.tolist(), strict=True))
+    ignored = tuple(sorted(source.columns - FORMATS[format].reads - {*named_values(columns).values()}))
+    counted: dict[str, Any] = dict(zip(COUNTS, counts.tolist(), strict=True))
     return SourceReport(key, source.path, format, len(rows), num_pairs, empty_rows, dropped, places, ignored, **counted)
 
 

@@ -10,7 +10,7 @@ and `caching.FORMAT`, so a second start, with any number of processes, tokenizes
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from dpo.base.workers import Report
 from dpo.data.caching import cache_path, digest, quiet_progress
 from dpo.data.formats.examples import FORMATS, to_example
 from dpo.data.formats.row_fields import Row
+from dpo.data.pair_values import named_values, value_features, valued_row
 from dpo.data.sources import Source, decode_row
 from dpo.data.tokenizer import Encoder, encoder_content, merges_at_boundary
 from dpo.data.tokens import Limits, TokenizedExample, completion_key, prompt_key, tokenize
@@ -63,9 +64,15 @@ FEATURES = datasets.Features(
 
 
 def tokenize_source(
-    source: Source, format: str, encoder: Encoder, limits: Limits, num_proc: int | None
+    source: Source,
+    format: str,
+    encoder: Encoder,
+    limits: Limits,
+    num_proc: int | None,
+    columns: Mapping[str, str],
 ) -> datasets.Dataset:
-    """Returns the token rows (FEATURES) of a source, in its order; makes them where they are not in the cache.
+    """Returns the token rows of a source (FEATURES and `value_features`), in its order; makes them where they are not
+    in the cache.
 
     Args:
         source: the raw rows.
@@ -73,16 +80,21 @@ def tokenize_source(
         encoder: the tokenizer with its BOS and EOS; without a tokenizer for rows of ids.
         limits: the limits on lengths and ids.
         num_proc: processes that tokenize; None: 1 below SMALL_SET rows, else one per CPU, at most MAX_NUM_PROC.
+        columns: `columns` of the config, which may name a weight and a margin.
 
     Raises:
         RunError: a process that tokenizes was killed or ran out of memory.
     """
-    fingerprint = digest((source.content, format, encoder_content(encoder), str(astuple(limits))))
+    named = named_values(columns)
+    parts = (source.content, format, encoder_content(encoder), str(astuple(limits)), *(map(str, named.items())))
+    fingerprint = digest(parts)
     folder = cache_path(f"tokens-{fingerprint}")
     if not folder.is_dir():
         row = functools.partial(tokenize_row, format=format, has_lines=source.has_lines, encoder=encoder, limits=limits)
+        if named:
+            row = functools.partial(valued_row, named=named, has_lines=source.has_lines, tokenize_row=row)
         num = processes(num_proc, len(source.rows))
-        make_folder_atomically(folder, lambda draft: _write(draft / fingerprint, source, format, row, num))
+        make_folder_atomically(folder, lambda draft: _write(draft / fingerprint, source, format, row, num, named))
     files = sorted(folder.glob("*.arrow"))
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in files])
 
@@ -94,16 +106,19 @@ def processes(num_proc: int | None, num_rows: int) -> int:
     return max(1, min(num_proc, num_rows))
 
 
-def _write(path: Path, source: Source, format: str, row: Tokenize, num: int) -> None:
+def _write(path: Path, source: Source, format: str, row: Tokenize, num: int, named: Mapping[str, str]) -> None:
     """Writes the token rows of a source to `num` files of about equal length, `path`-00000.arrow and so on, each in a
     process of its own.
     """
     rows = source.rows.with_format(None)
     if not source.has_lines:
-        rows = rows.select_columns([name for name in rows.column_names if name in FORMATS[format].reads])
+        reads = FORMATS[format].reads | {*named.values()}
+        rows = rows.select_columns([name for name in rows.column_names if name in reads])
     bounds = [len(rows) * i // num for i in range(num + 1)]
     parts = [range(begin, end) for begin, end in itertools.pairwise(bounds)]
-    works = [functools.partial(_write_part, f"{path}-{i:05d}.arrow", rows, part, row) for i, part in enumerate(parts)]
+    features = datasets.Features(FEATURES | value_features(named))
+    write = functools.partial(_write_part, rows, row, features)
+    works = [functools.partial(write, f"{path}-{i:05d}.arrow", part) for i, part in enumerate(parts)]
     with datasets.utils.tqdm(total=len(rows), unit=" rows", desc=f"Tokenizing {Path(source.path).name}") as bar:
         if num == 1:
             works[0](bar.update)
@@ -111,7 +126,9 @@ def _write(path: Path, source: Source, format: str, row: Tokenize, num: int) -> 
             tokenize_in_workers(works, bar.update)
 
 
-def _write_part(path: str, rows: datasets.Dataset, part: range, row: Tokenize, report: Report) -> None:
+def _write_part(
+    rows: datasets.Dataset, row: Tokenize, features: datasets.Features, path: str, part: range, report: Report
+) -> None:
     """Writes the token rows of a part of the raw rows."""
 
     def reported(record: Row, index: int) -> dict[str, Any]:
@@ -124,7 +141,7 @@ def _write_part(path: str, rows: datasets.Dataset, part: range, row: Tokenize, r
             reported,
             with_indices=True,
             remove_columns=rows.column_names,
-            features=FEATURES,
+            features=features,
             cache_file_name=path,
             load_from_cache_file=False,
             new_fingerprint=Path(path).stem,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PretrainedConfig
 
+from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.batch.order import PairOrder, make_order
 from dpo.batch.plan import StepPlan
@@ -19,6 +20,7 @@ from dpo.data.formats.examples import holds_ids
 from dpo.data.hub_sets import is_here
 from dpo.data.pair_set import PairSet
 from dpo.data.prepare import prepare_data
+from dpo.data.report import check_enough
 from dpo.data.tokenizer import tokenizer_is_here
 
 NUM_STEPS = 16  # steps of the data that are planned, evenly spread
@@ -30,6 +32,7 @@ class Extent:
 
     num_steps: int
     num_pairs: int
+    """Training pairs, a repeated one once: the reference is computed once for each."""
     num_eval_pairs: int
 
 
@@ -95,9 +98,10 @@ def _of_data(config: Config, model_config: PretrainedConfig) -> Lengths:
     here = [source for source in config.data.eval if is_here(source)]
     config = replace(config, data=replace(config.data, eval=here))
     data = prepare_data(config, model_config)
+    check_enough(data.report, config.batch.pairs_per_step, say)
     order, last_step, _ = make_order(config, data)
     lengths = lengths_of_pairs(config, data.train, order, last_step)
-    return replace(lengths, extent=Extent(last_step, len(data.train), len(data.eval)))
+    return replace(lengths, extent=Extent(last_step, int(data.train.is_first().sum()), len(data.eval)))
 
 
 def lengths_of_pairs(config: Config, train: PairSet, order: PairOrder, last_step: int) -> Lengths:
@@ -120,14 +124,16 @@ def lengths_of_pairs(config: Config, train: PairSet, order: PairOrder, last_step
 
 
 def _longest_pairs(pairs: PairSet, config: Config) -> np.ndarray:
-    """Returns the ids of the pairs with the most tokens, as many as a step has. With `batch.group_by_prompt`, prompts
-    are ordered by the tokens of all their pairs, and the pairs of the first prompts are returned.
+    """Returns the ids of the pairs with the most tokens, as many as a step has, each once: a repeated pair would run
+    once. With `batch.group_by_prompt`, prompts are ordered by the tokens of all their pairs, and the pairs of the first
+    prompts are returned.
     """
-    tokens = pairs.lengths().sum(1)
+    ids = np.flatnonzero(pairs.is_first())
+    tokens = pairs.lengths()[ids].sum(1)
     if config.batch.group_by_prompt:
-        prompts = np.asarray(pairs.prompt_of_pair)
+        prompts = np.asarray(pairs.prompt_of_pair)[ids]
         tokens = np.bincount(prompts, tokens)[prompts]
-    return np.argsort(-tokens, kind="stable")[: config.batch.pairs_per_step]
+    return ids[np.argsort(-tokens, kind="stable")[: config.batch.pairs_per_step]]
 
 
 def _equal_trees(count: int, prompt: int, completion: int) -> tuple[Tree, ...]:

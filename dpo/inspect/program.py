@@ -20,6 +20,7 @@ from dpo.base.errors import UserError
 from dpo.config import Config, load_config
 from dpo.data.formats.examples import holds_ids
 from dpo.data.prepare import PreferenceData, prepare_data
+from dpo.data.report import check_enough
 from dpo.data.tokenizer import has_tokenizer, load_tokenizer
 from dpo.inspect.inspection import Inspection, inspect_data
 from dpo.inspect.page import html_page
@@ -61,6 +62,7 @@ def inspect(config: Config, num_examples: int) -> Inspection:
     model_config = find_model_config(config)
     say("data: reading, and tokenizing rows that are not in the cache")
     data = prepare_data(config, model_config)
+    check_enough(data.report, config.batch.pairs_per_step, say)
     return inspect_data(config, model_config, find_tokenizer(config, data), data, num_examples)
 
 

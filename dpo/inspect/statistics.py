@@ -170,7 +170,13 @@ def _ends_of(block: _Block, ids: EndIds) -> Ends:
 
 
 def _repeats(pairs: PairSet, keys: np.ndarray) -> Repeats:
-    """Returns the repeats. `keys` (N, 2) are the keys of winner and loser; each depends on the prompt too."""
+    """Returns the repeats of the data, not those that a source's share of an epoch makes.
+
+    Args:
+        pairs: the set.
+        keys: (N, 2) the keys of winner and loser of each pair; each depends on the prompt too.
+    """
+    keys = keys[pairs.is_first()]
     rows = np.unique(pairs.row_of_pair)
     seen, full = (np.unique(column_keys(pairs.rows, name)[rows]) for name in ("prompt_key", "full_prompt_key"))
     forward, backward = (np.ascontiguousarray(both).view("S32").ravel() for both in (keys, keys[:, ::-1]))

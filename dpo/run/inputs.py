@@ -68,8 +68,8 @@ def read_inputs(config: Config, world: World) -> Inputs:
     if world.is_main:
         for line in data.report.lines():
             say(line)
-    model, reference = hash_models(config, world, folders)
     order, last_step, last_item = make_order(config, data)
+    model, reference = hash_models(config, world, folders)
     return Inputs(model, reference, data, order, last_step, last_item)
 
 

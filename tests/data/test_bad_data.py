@@ -1,13 +1,12 @@
 """What is wrong with data: one line that names the place."""
 
-import dataclasses
-
 import datasets
 import pytest
 
 from dpo.base.errors import UserError
 from dpo.config import SourceConfig
 from dpo.data.prepare import prepare_data
+from dpo.data.report import check_enough
 from tests.support.data_fixtures import (
     FIXTURES,
     ROWS,
@@ -67,13 +66,34 @@ def test_learned_positions_stop(tmp_path):
 
 
 def test_fewer_pairs_than_a_step(tmp_path):
-    """Counted after what is dropped and held out: 80 pairs, of which 2 are held out."""
-    config = make_config(SourceConfig(path=write_jsonl(tmp_path / "a.jsonl", TOKENS), holdout=1), pairs_per_step=78)
-    assert len(prepare_data(config, MODEL).train) == 78
+    """80 pairs and one dropped one. Source a holds out 1 prompt of 2 pairs; source b has the same rows, so that 2 are
+    removed, and a share of 50 of the other 78. The report is told before the error.
+    """
+    path = write_jsonl(tmp_path / "a.jsonl", [*TOKENS, {"prompt_ids": [9], "chosen_ids": [5], "rejected_ids": [5]}])
+    config = make_config(SourceConfig(path=path, holdout=1), SourceConfig(path=path, count=50))
+    report, told = prepare_data(config, MODEL).report, []
+    check_enough(report, 128, told.append)
+    assert told == []
+    with pytest.raises(UserError) as error:
+        check_enough(report, 129, told.append)
+    assert str(error.value) == (
+        "data.train: 128 pairs to train on, fewer than batch.pairs_per_step 129; not trained on: "
+        "2 dropped (identical), 2 held out for evaluation, 2 removed because their prompt is held out, "
+        "28 left out by weight or count; valid: more pairs, or batch.pairs_per_step up to 128"
+    )
+    assert told == report.lines()
+
+
+def test_a_share_of_no_pair(tmp_path):
+    """round(0.006 x 80) = 0: an error, also where the other source has enough pairs."""
+    path = write_jsonl(tmp_path / "a.jsonl", TOKENS)
+    report = prepare_data(make_config(path, SourceConfig(path=path, weight=0.006)), MODEL).report
+    told = []
     with pytest.raises(
-        UserError, match=r"^data\.train: 78 pairs to train on, fewer than batch.pairs_per_step 79; valid"
+        UserError, match=rf"^data\.train\[1\]\.weight: {path}: 0.006 of 80 pairs kept for training is none"
     ):
-        prepare_data(dataclasses.replace(config, batch=dataclasses.replace(config.batch, pairs_per_step=79)), MODEL)
+        check_enough(report, 4, told.append)
+    assert told == report.lines()
 
 
 def test_format_that_is_not_the_files(tmp_path, tokenizer_folder):

@@ -1,6 +1,5 @@
 """What the tests of the data share: a tokenizer whose ids can be told by hand, small files, a cache of their own."""
 
-import dataclasses
 import gzip
 import json
 from pathlib import Path
@@ -88,4 +87,5 @@ def plain_pairs(rows):
 
 def all_pairs(pair_set, order=None):
     order = np.arange(len(pair_set)) if order is None else order
-    return [tuple(part.tolist() for part in dataclasses.astuple(p)) for p in pair_set.pairs(np.asarray(order))]
+    pairs = pair_set.pairs(np.asarray(order))
+    return [tuple(ids.tolist() for ids in (p.prompt_ids, p.chosen_ids, p.rejected_ids)) for p in pairs]
