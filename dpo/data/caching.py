@@ -11,7 +11,7 @@ import datasets
 from dpo.base.errors import UserError
 from dpo.base.snapshots import PREPARE
 
-FORMAT = 2
+FORMAT = 3
 """The version of the cached rows and token rows of a source. A change of their contents or meaning must raise it."""
 
 

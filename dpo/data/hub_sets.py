@@ -17,7 +17,7 @@ from dpo.base.snapshots import check_room
 from dpo.config import SourceConfig
 from dpo.data.caching import cache_path, digest, load, one_error
 
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".csv", ".txt", ".zst", ".zip")
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".zst", ".zip")
 
 
 def is_hub_source(path: str) -> bool:

@@ -1,8 +1,8 @@
 """A source of the config -> a `datasets.Dataset` of its raw rows, each with its line or row number.
 
-JSON and JSONL files (gzip too) go through our own line reader, because `datasets` neither gives line numbers nor
-refuses wrong types; each row is then kept as its text. Parquet files, saved folders, folders of data files and hub ids
-go through `datasets`. The name of a cached file is a hash of the content that was read and of `caching.FORMAT`, the
+JSON, JSONL, CSV and TSV files (gzip too) go through our own readers, because `datasets` neither gives line numbers nor
+refuses wrong types; each row is then kept as a JSON text. Parquet files, saved folders, folders of data files and hub
+ids go through `datasets`. The name of a cached file is a hash of the content that was read and of `caching.FORMAT`, the
 version of the cached form, so that neither a changed file nor another version of the trainer meets a stale cache.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo.base.errors import UserError
@@ -19,8 +20,10 @@ from dpo.base.snapshots import offline
 from dpo.base.space import FULL
 from dpo.config import SourceConfig
 from dpo.data.caching import cache_path, digest, file_hashes, first_line, load, quiet_progress
-from dpo.data.formats.json_rows import json_rows
+from dpo.data.formats.json_rows import BEGINS, json_rows
 from dpo.data.formats.row_fields import Row
+from dpo.data.formats.table_rows import DELIMITERS, table_rows
+from dpo.data.formats.text_lines import first_character
 from dpo.data.hub_sets import check_path, download, prepared_folder, read_prepared
 
 JSON_FEATURES = datasets.Features(
@@ -39,7 +42,7 @@ class Source:
     rows: datasets.Dataset
     """With the columns of JSON_FEATURES where `has_lines`, else with the columns of the source."""
     columns: set[str]
-    """The columns of the source: the union over all rows."""
+    """The columns of the source that are not empty (null, "", [] or {}) in every row."""
     content: str
     """32 hex digits; equal for two sources only if their content and FORMAT are equal."""
     has_lines: bool
@@ -102,26 +105,29 @@ def open_source(config: SourceConfig, key: str) -> Source:
 
 
 def _open_file(config: SourceConfig, path: Path, key: str) -> Source:
-    """Opens one Parquet, JSON or JSONL file."""
+    """Opens one Parquet, JSON, JSONL, CSV or TSV file."""
     if config.split != "train" or config.name is not None:
         wrong = "split" if config.split != "train" else "name"
         raise UserError(f"{key}.{wrong}", f"{config.path} is one file", f"no {wrong}")
-    content = digest(file_hashes([path]))
     with path.open("rb") as file:
         is_parquet = file.read(len(PARQUET)) == PARQUET
     if not is_parquet:
-        return _open_json(config.path, path, content)
+        return _open_text(config.path, path)
+    content = digest(file_hashes([path]))
     with quiet_progress(), offline():
         rows = load(config.path, key, "parquet", data_files=str(path), split="train", cache_dir=_folder_of(content))
-    return Source(config.path, rows, set(rows.column_names), content, has_lines=False)
+    return Source(config.path, rows, filled_columns(rows), content, has_lines=False)
 
 
-def _open_json(name: str, path: Path, content: str) -> Source:
-    """Opens one JSON or JSONL file with our own reader; `datasets` caches its rows under the hash `content`."""
+def _open_text(name: str, path: Path) -> Source:
+    """Opens one file with our own readers; `datasets` caches its rows under the hash of its content."""
+    options = _table_options(path)
+    content = digest([*file_hashes([path]), *options.values()])
+    arguments = {"path": str(path), "name": name, **options}
     try:
         with quiet_progress():
             rows = datasets.Dataset.from_generator(
-                json_rows, JSON_FEATURES, gen_kwargs={"path": str(path), "name": name}, fingerprint=content
+                table_rows if options else json_rows, JSON_FEATURES, gen_kwargs=arguments, fingerprint=content
             )
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, (UserError, OSError)):
@@ -129,6 +135,14 @@ def _open_json(name: str, path: Path, content: str) -> Source:
         raise
     keys = pc.unique(rows.data.column("columns")).to_pylist()
     return Source(name, rows, {column for text in keys for column in json.loads(text)}, content, has_lines=True)
+
+
+def _table_options(path: Path) -> dict[str, str]:
+    """Returns the delimiter of a CSV or TSV file; nothing for JSON, which its first character tells, not its name."""
+    if first_character(str(path)) in BEGINS:
+        return {}
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return {"delimiter": DELIMITERS[suffix]} if suffix in DELIMITERS else {}
 
 
 def _open_folder(config: SourceConfig, path: Path, key: str) -> Source:
@@ -141,7 +155,7 @@ def _open_folder(config: SourceConfig, path: Path, key: str) -> Source:
         with quiet_progress(), offline():
             rows = load(config.path, key, str(path), config.name, split=config.split, cache_dir=_folder_of(files))
         content = digest([files, str(config.name), config.split])
-    return Source(config.path, rows, set(rows.column_names), content, has_lines=False)
+    return Source(config.path, rows, filled_columns(rows), content, has_lines=False)
 
 
 def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
@@ -166,7 +180,32 @@ def _open_hub(config: SourceConfig, key: str) -> Source:
     check_path(config.path, key)
     folder = prepared_folder(config)
     rows = download(config, key) if folder is None else read_prepared(folder, config, key)
-    return Source(config.path, rows, set(rows.column_names), digest([rows._fingerprint]), has_lines=False)
+    return Source(config.path, rows, filled_columns(rows), digest([rows._fingerprint]), has_lines=False)
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def filled_columns(rows: datasets.Dataset) -> set[str]:
+    """Returns the columns with a value that is not null, "", [] or {} in some row. Reads on in a column only until the
+    first such value.
+    """
+    return {name for name in rows.column_names if any(map(_is_filled, rows.data.column(name).chunks))}
+
+
+def _is_filled(values: pa.Array) -> bool:
+    """Returns whether some value is not null, and neither an empty text, an empty list nor an object without keys."""
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        lengths = pc.binary_length(values)
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        lengths = pc.list_value_length(values)
+    else:
+        return bool(values.null_count < len(values) and not (pa.types.is_struct(kind) and kind.num_fields == 0))
+    return bool((pc.max(lengths).as_py() or 0) > 0)
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
 
 
 def _cache_fault(failure: OSError) -> UserError | None:

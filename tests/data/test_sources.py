@@ -81,7 +81,7 @@ def test_content_decides_not_the_name(tmp_path, name):
         (b'{"a": [-Infinity]}', 1, "broken JSON: -Infinity is not JSON"),
         (b'{"a": 1, "b": 2, "a": 3}', 1, "broken JSON: the key 'a' is a duplicate"),
         (b'{"a": 1}\n{"a": "\\ud83d"}', 2, "broken JSON: half a surrogate pair"),
-        (b'{"a": 1}\n{"a": "\xff"}', 2, "not UTF-8 (invalid start byte); valid: JSON in UTF-8"),
+        (b'{"a": 1}\n{"a": "\xff"}', 2, "not UTF-8 (invalid start byte); valid: a file in UTF-8"),
         (b'{"a": ' + b"[" * 100_000, 1, "broken JSON: "),
         (b'[\n{"a": 1},\n{"a": 2}\n{"a": 3}]', 4, "broken JSON: a comma or ] is missing"),
         (b'[{"a": 1},\n 7]', 2, "the row is not an object"),
@@ -220,7 +220,19 @@ def test_hub_fails_in_one_line(monkeypatch, error):
 
 
 @pytest.mark.parametrize(
-    "path", ["absent", "absent.jsonl", "data/absent.jsonl", "./org/name", "/org/name", "../a", "a/b/c", "~/a", "a/b.gz"]
+    "path",
+    [
+        "absent",
+        "absent.jsonl",
+        "data/absent.jsonl",
+        "./org/name",
+        "/org/name",
+        "../a",
+        "a/b/c",
+        "~/a",
+        "a/b.gz",
+        "a/b.tsv",
+    ],
 )
 def test_missing_file_is_not_looked_for_on_the_hub(monkeypatch, path):
     monkeypatch.setattr(datasets, "load_dataset", None)

@@ -1,17 +1,17 @@
 """The rows of a JSON or JSONL file, each with its line, read strictly: errors name the file and the line."""
 
-import gzip
 import json
-import zlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NoReturn
 
 from dpo.base.errors import InvalidValue, UserError
+from dpo.data.formats.text_lines import SPACE, Line, text_lines
 
-GZIP, BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
-SPACE = " \t\n\r"
-"""White space as JSON defines it."""
+BEGINS = ("{", "[")
+"""The first character of a file of JSON is one of these."""
+EMPTY: tuple[object, ...] = (None, "", [], {})
+"""The values that a row may as well not have."""
+FILES = "JSON or JSONL, *.csv, *.tsv (all of them also gzipped), Parquet"
 Located = tuple[int, str, Any]
 """(line from 1, the row's text, its value)."""
 
@@ -25,7 +25,8 @@ def json_rows(path: str, name: str) -> Iterator[dict[str, Any]]:
         name: the file's name in errors.
 
     Yields:
-        {row: the object's text, line: the line in which it begins, from 1, columns: its sorted keys as a JSON list}.
+        {row: the object's text, line: the line in which it begins, from 1, columns: the sorted keys of its values that
+        are not EMPTY as a JSON list}.
 
     Raises:
         UserError: `name:line: what`, for broken JSON (also for NaN, a repeated key, half a surrogate pair, bytes that
@@ -35,7 +36,8 @@ def json_rows(path: str, name: str) -> Iterator[dict[str, Any]]:
     for line, text, row in _located_rows(path, name):
         if not isinstance(row, dict):
             raise UserError(f"{name}:{line}", "the row is not an object", "{field: value, …}")
-        yield {"row": text, "line": line, "columns": json.dumps(sorted(row))}
+        columns = json.dumps(sorted(key for key, value in row.items() if value not in EMPTY))
+        yield {"row": text, "line": line, "columns": columns}
         num_rows += 1
     if num_rows == 0:
         raise UserError(name, "empty, it has no rows", "at least one row")
@@ -43,34 +45,15 @@ def json_rows(path: str, name: str) -> Iterator[dict[str, Any]]:
 
 def _located_rows(path: str, name: str) -> Iterator[Located]:
     """Yields the rows of an array or of lines, by the first character that is not white space: `[` begins an array."""
-    with Path(path).open("rb") as raw:
-        is_gzip = raw.read(2) == GZIP
-    with gzip.open(path) if is_gzip else Path(path).open("rb") as file:
-        lines = _text_lines(file, name)
-        first = next(lines, None)
-        if first is None:
-            return
-        is_array = first[1].lstrip(SPACE).startswith("[")
-        yield from _array_rows(first, lines, name) if is_array else _line_rows(first, lines, name)
+    lines = text_lines(path, name)
+    for first in lines:
+        begins = first[1].lstrip(SPACE)[0]
+        if begins not in BEGINS:
+            raise UserError(f"{name}:{first[0]}", f"not JSON, which begins with {{ or [, but {begins!r}", FILES)
+        yield from _array_rows(first, lines, name) if begins == "[" else _line_rows(first, lines, name)
 
 
-def _text_lines(file: Iterable[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """Yields (line from 1, text) of the lines, without blank lines at the beginning."""
-    line, has_begun = 0, False
-    try:
-        for raw in file:
-            line += 1
-            text = (raw.removeprefix(BOM) if line == 1 else raw).decode("utf-8")
-            has_begun = has_begun or bool(text.strip(SPACE))
-            if has_begun:
-                yield line, text
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}:{line}", f"not UTF-8 ({error.reason})", "JSON in UTF-8") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{name}:{line + 1}", f"cannot be read: {error}") from error
-
-
-def _line_rows(first: tuple[int, str], lines: Iterable[tuple[int, str]], name: str) -> Iterator[Located]:
+def _line_rows(first: Line, lines: Iterable[Line], name: str) -> Iterator[Located]:
     """Yields the rows of JSONL, one value per line; skips blank lines."""
     yield _line_row(*first, name)
     for line, text in lines:
@@ -87,7 +70,7 @@ def _line_row(line: int, text: str, name: str) -> Located:
     return line, text, value
 
 
-def _array_rows(first: tuple[int, str], lines: Iterable[tuple[int, str]], name: str) -> Iterator[Located]:
+def _array_rows(first: Line, lines: Iterable[Line], name: str) -> Iterator[Located]:
     """Yields the rows of one JSON array. Holds its text in memory, and decodes it element by element, so that the line
     of each is known.
     """
