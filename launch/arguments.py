@@ -176,7 +176,7 @@ def _sbatch_options(args: argparse.Namespace) -> tuple[tuple[str, str | bool], .
     options: dict[str, str | bool] = {name: value for name, value in plain.items() if value is not None}
     for text in args.sbatch:
         name, equals, value = text.partition("=")
-        if not re.fullmatch(r"[a-z][a-z-]+", name):
+        if not re.fullmatch(r"[a-z][a-z-]+", name) or text.endswith("="):
             raise UserError("command line: --sbatch", f"got {text!r}", "a long option of sbatch, KEY or KEY=VALUE")
         _check_sbatch(name, options)
         options[name] = value if equals else True

@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpo.base.console import say, warn
+from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing, timed_write
 from dpo.run.forecast import Forecast
 from launch.arguments import Request
@@ -20,16 +21,24 @@ _FILE_BYTES = 64 * 2**20
 
 
 def learn(request: Request, run: PlannedRun) -> Known | None:
-    """Returns what is known about a run; None, with a warning that gives the reason, where the estimate fails. Raises
-    UserError where the estimate finds that the input is wrong.
+    """Returns what is known about a run; None, with a warning that gives the reason, where the estimate fails, or where
+    a dry run, which submits nothing, would be refused.
 
     Args:
         request: the nodes, ranks and device.
         run: the run, or the first of a sweep.
+
+    Raises:
+        UserError: the estimate finds that the input is wrong, unless this is a dry run.
     """
     say("estimating what the run needs")
     try:
         forecast = ask_forecast(request, run.words, run.config)
+    except UserError as refusal:
+        if not request.dry_run:
+            raise
+        warn(f"launch.submit would refuse this run: {refusal}")
+        return None
     except Unknown as reason:
         warn(f"the run's needs are not known, so --time, --mem and --signal-delay are not checked: {reason}")
         return None

@@ -30,7 +30,7 @@ class Outcome:
 
     exit_code: int
     output: str
-    """Everything that it wrote to the terminal."""
+    """Everything that it wrote to the terminal, with CASE for the folder of the case."""
     run_dir: Path
 
     def logps(self) -> dict[str, float]:
@@ -75,7 +75,8 @@ def run_case(name: str, folder: Path) -> Outcome:
     environment = dict(os.environ, HF_HOME=str(folder / "hf"), DPO_CACHE=str(folder / "cache"), OMP_NUM_THREADS="1")
     command = [sys.executable, "-m", case["program"], *args]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
-    return Outcome(done.returncode, done.stdout + done.stderr, folder / "run")
+    output = (done.stdout + done.stderr).replace(str(CASES / name), "CASE")
+    return Outcome(done.returncode, output, folder / "run")
 
 
 @pytest.mark.skipif(not NAMES, reason=f"no cases in {CASES}; set DPO_TEST_DATA to a folder beside `cases`")

@@ -102,6 +102,7 @@ def test_what_a_job_on_this_machine_does_not_use() -> None:
         (["--env", "HOME"], "--env: got 'HOME'; valid: NAME=VALUE"),
         (["--env", "A B=1"], "--env: got 'A B=1'"),
         (["--sbatch", "N2"], "--sbatch: got 'N2'"),
+        (["--sbatch", "wckey="], "--sbatch: got 'wckey='; valid: a long option of sbatch, KEY or KEY=VALUE"),
         (["--sbatch", "nodes=3"], "--sbatch: cannot set nodes, which the launcher sets"),
         (["--sbatch", "signal=USR1"], "--sbatch: cannot set signal, which the launcher sets"),
         (["--sbatch", "partition=p"], "--sbatch: cannot set partition, which has its own flag; valid: --partition"),

@@ -167,6 +167,27 @@ def test_wrong_input_is_refused_before_the_queue(fake: Any, config: Config, tmp_
         ask_forecast(request(tmp_path, "--prepare"), (), config)
 
 
+REFUSALS = [
+    "error: command line: data.train: 4 pairs to train on, fewer than batch.pairs_per_step 64; valid: more pairs",
+    "error: my.yaml: model.path: bloom models are not supported: ALiBi biases attention by distance",
+    "error: pairs.jsonl:3: not JSON",
+    "error: my.yaml: reference.path: its vocabulary has 200 tokens",
+]
+
+
+@pytest.mark.parametrize("line", REFUSALS)
+def test_a_dry_run_tells_a_refusal_that_a_submission_raises(
+    fake: Any, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str
+) -> None:
+    fake(f"sys.exit(print({line!r}, file=sys.stderr) or 2)")
+    run = PlannedRun(tmp_path / "run", (), config)
+    assert known.learn(request(tmp_path, "--dry-run"), run) is None
+    told = f"WARNING: launch.submit would refuse this run: the estimate refuses the run: {line.removeprefix('error: ')}"
+    assert told in capsys.readouterr().err
+    with pytest.raises(UserError, match="the estimate refuses the run"):
+        known.learn(request(tmp_path), run)
+
+
 def test_data_without_known_lengths_is_no_wrong_input(fake: Any, config: Config, tmp_path: Path) -> None:
     """Of the hub, before a run downloads it, with data.max_length null."""
     fake("sys.exit(print('error: command line: --prompt-tokens, --completion-tokens: x', file=sys.stderr) or 2)")

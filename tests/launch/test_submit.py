@@ -146,6 +146,17 @@ def test_a_wckey_is_only_that_of_the_user(launch: Launch, slurm: FakeSlurm) -> N
     assert "wckey" not in options(slurm.script(1)) and options(slurm.script(2))["wckey"] == "mine"
 
 
+@pytest.mark.parametrize(
+    "words", [("--sweep", "loss.beta=0.1,0.5"), ("--prepare",), ("--container-image", "docker://x")], ids=str
+)
+def test_no_script_of_a_dry_run_has_a_wckey(
+    launch: Launch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
+) -> None:
+    assert launch(*words, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "#SBATCH --job-name=my" in out and "wckey" not in out
+
+
 def test_no_estimate(launch: Launch, slurm: FakeSlurm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "learn", None)  # to call it would fail
     assert launch("--no-estimate") == 0
