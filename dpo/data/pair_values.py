@@ -5,6 +5,7 @@ They hold for all pairs of the row. Token rows have them as columns beside `toke
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import datasets
@@ -17,6 +18,7 @@ from dpo.data.sources import decode_row
 NEUTRAL: Mapping[str, float] = {"weight": 1.0, "margin": 0.0}
 """The value of pairs whose source names no column for it, by the name in `columns`."""
 LARGEST = float(np.finfo(np.float32).max)
+"""The largest number, since losses are computed in float32."""
 
 
 def named_values(columns: Mapping[str, str]) -> dict[str, str]:
@@ -53,7 +55,7 @@ def valued_row(
         return tokens | {name: NEUTRAL[name] for name in named} | fault
 
 
-def _number(value: object, name: str, column: str) -> float:
+def _number(value: Any, name: str, column: str) -> float:
     """Returns the value of a column, which must be a finite number, and for a weight 0 or above.
 
     Args:
@@ -65,6 +67,11 @@ def _number(value: object, name: str, column: str) -> float:
         InvalidValue: the value is anything else.
     """
     least, valid = (0.0, "a finite number >= 0") if name == "weight" else (-math.inf, "a finite number")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (abs(value) <= LARGEST and value >= least):
+    number = value
+    if isinstance(value, str):  # as a CSV file has it
+        with suppress(ValueError):
+            number = float(value)
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not (is_number and abs(number) <= LARGEST and number >= least):
         raise InvalidValue(f"{column}, the {name} of the row's pairs, is {shown(value)}", valid)
-    return float(value)
+    return float(number)
