@@ -122,6 +122,9 @@ def _data_problems(data: DataConfig) -> Iterator[Problem]:
             if getattr(source, name) is not None:
                 what = f"the pairs of data.eval are all evaluated, once each, got {getattr(source, name)}"
                 yield Problem((f"data.eval[{i}].{name}",), what, f"null, or {name} at an item of data.train")
+        if "weight" in source.columns:
+            what = f"in evaluation every pair has weight 1, got weight: {source.columns['weight']}"
+            yield Problem((f"data.eval[{i}].columns",), what, "no weight, or weight at an item of data.train")
 
 
 def _share_problems(source: SourceConfig, key: str) -> Iterator[Problem]:

@@ -20,14 +20,29 @@ def identity_of(config: Config, inputs: Inputs) -> dict[str, Any]:
         "optim.name": config.optim.name,
     } | {f"loss.{name}": value for name, value in asdict(config.loss).items()}
     # Last, since they change with others: a seed with the hold-out.
-    return plain | {"data.train": inputs.data.train.content_hash, "reference.path": inputs.reference.hash}
+    hashes = {"data.train": inputs.data.train.content_hash, "reference.path": inputs.reference.hash}
+    return plain | hashes | {SHARES: shares_of(config)}
 
 
+PAIRS_DEPEND_ON = "data.train, its holdout and columns, data.max_length, data.max_prompt_length, model.tokenizer"
 CONTENT_OF = {
-    "data.train": "the pairs (of data.train, its holdout, data.max_length, data.max_prompt_length, model.tokenizer)",
+    "data.train": f"the pairs (of {PAIRS_DEPEND_ON})",
     "reference.path": "the reference (of model.path where reference.path is null)",
 }
 """The content that a hash in the identity belongs to, by config key."""
+SHARES = "shares"
+"""The key of the shares of an epoch in the identity. They may change where the pairs do not, as from null to weight 1;
+an error about the pairs names them."""
+
+
+def shares_of(config: Config) -> dict[str, float]:
+    """Returns every share of an epoch that the config gives, by config key."""
+    given = {
+        f"data.train[{i}].{name}": getattr(source, name)
+        for i, source in enumerate(config.data.train)
+        for name in ("weight", "count")
+    }
+    return {key: share for key, share in given.items() if share is not None}
 
 
 def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
@@ -36,17 +51,37 @@ def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
     """
     if start.state is None:
         return
-    recorded = loss_defaults() | start.state.identity
-    for key, value in identity.items():
-        before = recorded.get(key)
-        if before != value:
-            what = f"{before!r} when the checkpoint was written, {value!r} now"
-            if key in CONTENT_OF:
-                was = f"has changed since the checkpoint was written (hash {str(before)[:8]}, now {value[:8]})"
-                what = f"the content of {CONTENT_OF[key]} {was}"
-            raise UserError(
-                key, f"cannot resume from {start.checkpoint}: {what}", "the same as before, or another train.run_dir"
-            )
+    recorded = loss_defaults() | {SHARES: {}} | start.state.identity
+    for key in (key for key in identity if key != SHARES):
+        if recorded.get(key) != identity[key]:
+            key, what = _difference(key, recorded, identity)
+            valid = "the same as before, or another train.run_dir"
+            raise UserError(key, f"cannot resume from {start.checkpoint}: {what}", valid)
+
+
+def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the key of the config at which two identities differ, and how: for other pairs the key of a share that
+    differs.
+
+    Args:
+        key: a key whose values differ.
+        before: the identity that the checkpoint records.
+        now: the identity of this start.
+    """
+    old, new = before[SHARES], now[SHARES]
+    shares = [share for share in {**old, **new} if old.get(share) != new.get(share)]
+    if key == "data.train" and shares:
+        was, value = (shown_share(share.get(shares[0])) for share in (old, new))
+        return shares[0], f"{was} when the checkpoint was written, {value} now, which gives an epoch other pairs"
+    if key in CONTENT_OF:
+        hashes = f"hash {str(before.get(key))[:8]}, now {now[key][:8]}"
+        return key, f"the content of {CONTENT_OF[key]} has changed since the checkpoint was written ({hashes})"
+    return key, f"{before.get(key)!r} when the checkpoint was written, {now[key]!r} now"
+
+
+def shown_share(share: float | None) -> str:
+    """Returns a share as the config gives it."""
+    return "null" if share is None else f"{share}"
 
 
 def loss_defaults() -> dict[str, Any]:

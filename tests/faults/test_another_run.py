@@ -68,6 +68,17 @@ def test_other_pairs_are_refused(dead: Config, tmp_path: Path, capsys: pytest.Ca
     assert error_lines(capsys.readouterr().err)[0].startswith("error: CONFIG: data.train: cannot resume from ")
 
 
+def test_another_share_of_a_source_is_refused(dead: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the key of the share, where it gives an epoch other pairs; weight 1 gives the same as null and goes on."""
+    path, checkpoint = dead.data.train[0].path, checkpoint_path(Path(str(dead.train.run_dir)), 4)
+    for share, line in (({"weight": 0.5}, "weight: {}: null {}, 0.5 now"), ({"count": 9}, "count: {}: null {}, 9 now")):
+        assert exit_code(changed(dead, data__train=[SourceConfig(path, **share)])) == 2
+        (error,) = error_lines(capsys.readouterr().err)
+        line = line.format(f"cannot resume from {checkpoint}", "when the checkpoint was written")
+        assert error.startswith(f"error: CONFIG: data.train[0].{line}, which gives an epoch other pairs; valid: ")
+    assert exit_code(changed(dead, data__train=[SourceConfig(path, weight=1.0)])) == 0
+
+
 def test_another_reference_is_refused(dead: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """reference.path, and model.path where it is the reference: other weights, whatever the folder's name."""
     save_model(tmp_path / "other", "llama", seed=1)
