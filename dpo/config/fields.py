@@ -47,7 +47,10 @@ class SourceConfig:
     """Name of the hub data set's configuration; null: its default."""
     split: str = "train"
     """Split of a hub data set or of a saved folder with several."""
-    format: Literal["auto", "tokens", "grouped", "sharegpt", "preference", "hh", "shp", "tldr"] = "auto"
+    format: Literal[
+        "auto", "tokens", "grouped", "sharegpt", "preference", "hh", "shp", "tldr", "judged", "arena", "helpsteer",
+        "nectar", "rated", "tldr_tokens",
+    ] = "auto"  # fmt: skip
     """Format of the rows; auto: recognized by the names of the columns."""
     columns: dict[str, str] = field(default_factory=dict)
     """The source's own name of a column, by the name that a format knows: {prompt: question} reads the column question

@@ -247,4 +247,4 @@ def test_the_shape_names_the_columns_that_are_read(name):
 
 def test_only_tokens_hold_ids():
     """What `auto` will be is not known before the columns are read."""
-    assert [name for name in ("auto", *FORMATS) if holds_ids(name)] == ["tokens"]
+    assert [name for name in ("auto", *FORMATS) if holds_ids(name)] == ["tokens", "tldr_tokens"]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from dpo.base.errors import UserError
 from dpo.data.formats.example import Example, Reader
+from dpo.data.formats.judged import ANSWERS, LISTS, VOTES, WINNERS, arena, helpsteer, judged, nectar, rated
 from dpo.data.formats.listed import PREFERENCES, grouped, tokens
 from dpo.data.formats.pairwise import preference, sharegpt
-from dpo.data.formats.published import hh, shp, tldr
+from dpo.data.formats.published import HH_ANSWER, hh, shp, tldr, tldr_tokens
 from dpo.data.formats.row_fields import Row
 
 Columns = frozenset[str]
@@ -98,6 +99,58 @@ _ENTRIES = (
         needs=(_columns("info", "summaries", "choice"),),
         shape="{info, summaries, choice}",
         reader=tldr,
+    ),
+    Format(
+        name="judged",
+        needs=tuple(
+            _columns("prompt", *answers, *winner)
+            for answers in ANSWERS
+            for winner in (*((name,) for name in WINNERS), tuple(VOTES), tuple(VOTES)[:2])
+        ),
+        shape="{prompt, response_a, response_b, winner}, other names of answers "
+        + ", ".join(f"{{{', '.join(names)}}}" for names in ANSWERS[1:])
+        + f", of the winner {{better_response_id}}, {{{', '.join(VOTES)}}}",
+        reader=judged,
+    ),
+    Format(
+        name="arena",
+        needs=tuple(_columns("conversation_a", "conversation_b", name) for name in WINNERS),
+        shape="{conversation_a, conversation_b, winner|better_response_id}",
+        reader=arena,
+    ),
+    Format(
+        name="helpsteer",
+        needs=(_columns("context", "response1", "response2", "overall_preference"),),
+        shape="{context, response1, response2, overall_preference}",
+        reader=helpsteer,
+    ),
+    Format(
+        name="nectar",
+        needs=(_columns("prompt", "answers"),),
+        shape="{prompt, answers}: a dialogue in one text, and a list of answers with their rank",
+        reader=nectar,
+        fits=lambda columns, first_row: HH_ANSWER in str(first_row.get("prompt")),
+    ),
+    Format(
+        name="rated",
+        needs=tuple(_columns("prompt", name, "ratings") for name in LISTS),
+        shape=f"{{prompt, {'|'.join(LISTS)}, ratings}}",
+        reader=rated,
+    ),
+    Format(
+        name="tldr_tokens",
+        needs=(
+            _columns(
+                "query_chosen_token",
+                "query_chosen_token_response_label",
+                "query_rejected_token",
+                "query_rejected_token_response_label",
+            ),
+        ),
+        shape="{query_chosen_token, query_chosen_token_response_label, query_rejected_token, "
+        "query_rejected_token_response_label}",
+        reader=tldr_tokens,
+        holds_ids=True,
     ),
 )
 
