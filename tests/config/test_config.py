@@ -48,7 +48,8 @@ def reload(config: Config, folder: Path) -> Config:
 
 def command_lines() -> list[tuple[str, str]]:
     """(command line, expected line): blocks of two lines, after a comment."""
-    names = sorted(file.name for file in (REPO / "configs").iterdir())
+    names = sorted(file.name for file in (REPO / "configs").glob("*.yaml"))
+    names += sorted(f"{file.parent.name}/{file.name}" for file in (REPO / "configs").glob("*/*.yaml"))
     text = (CORPUS / "command_lines.txt").read_text().replace("CONFIGS", f"{REPO / 'configs'}: {', '.join(names)}")
     blocks = text.split("\n\n")[1:]
     return [(block.splitlines()[0], block.splitlines()[1]) for block in blocks]
