@@ -23,7 +23,9 @@ from dpo.base.errors import UserError
 from dpo.base.files import make_folder_atomically
 from dpo.config import Config, SourceConfig
 from dpo.data.caching import cache_path, digest
-from dpo.data.formats.examples import check_columns, detect_format, holds_ids
+from dpo.data.formats.decision import decide_reading
+from dpo.data.formats.examples import holds_ids
+from dpo.data.formats.reading import Reading, check_template
 from dpo.data.holdout import Split, split_sources
 from dpo.data.numbering import Part, write_pair_set
 from dpo.data.pair_set import VALUES, PairSet, open_pair_set
@@ -62,8 +64,8 @@ class _Opened:
     """Its key in the config, `data.train[0]`."""
     config: SourceConfig
     source: Source
-    format: str
-    """Its format, not `auto`."""
+    reading: Reading
+    """The way in which its rows are read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,28 +102,28 @@ def prepare_data(config: Config, model_config: Any) -> PreferenceData:
 
 
 def _open(config: SourceConfig, key: str) -> _Opened:
-    """Opens a source and checks its columns, or detects its format where that is `auto`."""
-    source, where = open_source(config, key), f"{key}.format: {config.path}"
-    if config.format == "auto":
-        return _Opened(key, config, source, detect_format(source.columns, source.first_row(), where))
-    check_columns(config.format, source.columns, where)
-    return _Opened(key, config, source, config.format)
+    """Opens a source and decides how its rows are read."""
+    source = open_source(config, key)
+    reading = decide_reading(config, source.columns, source.first_row(), not source.has_lines, key)
+    return _Opened(key, config, source, reading)
 
 
 def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[_Tokenized]:
     """Tokenizes every source. Loads no tokenizer where all sources have the format `tokens`."""
     limits = limits_of(config.data.max_length, config.data.max_prompt_length, model_config)
     encoders: dict[bool, Encoder] = {True: ids_encoder(model_config)}
-    if not all(holds_ids(entry.format) for entry in opened):
+    if not all(holds_ids(entry.reading.format) for entry in opened):
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.model.trust_remote_code)
         check_vocabulary(tokenizer, limits.vocab_size)
         encoders[False] = text_encoder(tokenizer)
+        for entry in opened:
+            check_template(entry.reading, bool(tokenizer.chat_template), f"{entry.key}: {entry.config.path}")
     num_proc = config.data.num_proc
     return [
         _Tokenized(
             **vars(entry),
             rows=tokenize_source(
-                entry.source, entry.format, encoders[holds_ids(entry.format)], limits, num_proc, entry.config.columns
+                entry.source, entry.reading, encoders[holds_ids(entry.reading.format)], limits, num_proc
             ),
         )
         for entry in opened
@@ -202,7 +204,7 @@ def _read(folder: Path, train: list[_Tokenized], evals: list[_Tokenized]) -> Pre
 
 def _values_of(sources: list[_Tokenized]) -> list[str]:
     """Returns the columns of VALUES that any of the sources names."""
-    named = {name for entry in sources for name in named_values(entry.config.columns)}
+    named = {name for entry in sources for name in named_values(entry.reading.names)}
     return [column for column, name in VALUES.items() if name in named]
 
 
@@ -213,7 +215,7 @@ def _files(sources: list[_Tokenized]) -> list[str]:
 
 def _report(entry: _Tokenized) -> SourceReport:
     """Returns the counts of a source, without those of hold-out and of its share of an epoch."""
-    return report_source(entry.key, entry.source, entry.format, entry.rows, entry.config.columns)
+    return report_source(entry.key, entry.source, entry.reading, entry.rows)
 
 
 def _with_share(report: SourceReport, entry: _Tokenized, split: Split) -> SourceReport:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ import datasets
 import numpy as np
 
 from dpo.base.errors import UserError
-from dpo.data.formats.examples import FORMATS
-from dpo.data.pair_values import named_values
+from dpo.data.formats.reading import Reading
+from dpo.data.formats.row_fields import few
 from dpo.data.sources import Source
 from dpo.data.token_rows import blocks, lists, pairs_of
 
@@ -28,6 +28,8 @@ class SourceReport:
     key: str
     path: str
     format: str
+    reading: str
+    """The way in which the rows are read, for people."""
     rows: int
     pairs: int
     """Pairs that carry a preference, also held-out and removed ones."""
@@ -70,7 +72,7 @@ class SourceReport:
         """Returns the counts as short lines for people, without counts of zero."""
         dropped = sum(self.dropped.values())
         counts = f"{self.rows:,} rows, {self.pairs:,} pairs kept, {dropped:,} dropped"
-        lines = [f"{self.key} {self.path} ({self.format}): {counts}"]
+        lines = [f"{self.key} {self.path} ({self.format}): {counts}", f"  {self.reading}"]
         for reason, count in self.dropped.items():
             more = ", …" if count > len(self.places[reason]) else ""
             lines.append(f"  dropped, {reason}: {count:,} (at {', '.join(self.places[reason])}{more})")
@@ -89,7 +91,7 @@ class SourceReport:
             merged = f"{self.boundary_merges:,} of the first {self.audited_completions:,} completions"
             lines.append(f"  prompt and completion are tokenized apart; as one text {merged} would have different ids")
         if self.ignored_columns:
-            lines.append(f"  columns not used: {', '.join(self.ignored_columns)}")
+            lines.append(f"  columns not used: {few(self.ignored_columns)}")
         if self.share:
             lines.append(f"  {self._epoch()}")
         return lines
@@ -185,17 +187,14 @@ def _source_of(fields: dict[str, Any], path: str) -> SourceReport:
     return SourceReport(**fields | tuples | {"path": path})
 
 
-def report_source(
-    key: str, source: Source, format: str, rows: datasets.Dataset, columns: Mapping[str, str]
-) -> SourceReport:
+def report_source(key: str, source: Source, reading: Reading, rows: datasets.Dataset) -> SourceReport:
     """Returns the counts of a source, from its token rows; hold-out is not counted yet.
 
     Args:
         key: the source's key in the config, `data.train[0]`.
         source: its raw rows.
-        format: its format, not `auto`.
+        reading: the way in which its rows are read.
         rows: its token rows.
-        columns: `columns` of the config, which may name a weight and a margin.
     """
     num_pairs, empty_rows, counts = 0, 0, np.zeros(len(COUNTS), np.int64)
     dropped: dict[str, int] = {}
@@ -209,9 +208,21 @@ def report_source(
         dropped[reason] = dropped.get(reason, 0) + 1
         if dropped[reason] <= NUM_PLACES:
             places[reason] = (*places.get(reason, ()), source.place(where).removeprefix(source.path))
-    ignored = tuple(sorted(source.columns - FORMATS[format].reads - {*named_values(columns).values()}))
+    ignored = tuple(sorted(source.columns - reading.own_columns))
     counted: dict[str, Any] = dict(zip(COUNTS, counts.tolist(), strict=True))
-    return SourceReport(key, source.path, format, len(rows), num_pairs, empty_rows, dropped, places, ignored, **counted)
+    return SourceReport(
+        key,
+        source.path,
+        reading.format,
+        reading.line,
+        len(rows),
+        num_pairs,
+        empty_rows,
+        dropped,
+        places,
+        ignored,
+        **counted,
+    )
 
 
 def dropped_pairs(rows: datasets.Dataset) -> Iterator[tuple[str, int]]:

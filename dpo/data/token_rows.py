@@ -10,7 +10,7 @@ and `caching.FORMAT`, so a second start, with any number of processes, tokenizes
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from dpo.base.errors import InvalidValue, UserError
 from dpo.base.files import make_folder_atomically
 from dpo.base.workers import Report
 from dpo.data.caching import cache_path, digest, quiet_progress
-from dpo.data.formats.examples import FORMATS, to_example
+from dpo.data.formats.reading import Reading, read_row
 from dpo.data.formats.row_fields import Row
 from dpo.data.pair_values import named_values, value_features, valued_row
 from dpo.data.sources import Source, decode_row
@@ -64,37 +64,32 @@ FEATURES = datasets.Features(
 
 
 def tokenize_source(
-    source: Source,
-    format: str,
-    encoder: Encoder,
-    limits: Limits,
-    num_proc: int | None,
-    columns: Mapping[str, str],
+    source: Source, reading: Reading, encoder: Encoder, limits: Limits, num_proc: int | None
 ) -> datasets.Dataset:
     """Returns the token rows of a source (FEATURES and `value_features`), in its order; makes them where they are not
     in the cache.
 
     Args:
         source: the raw rows.
-        format: a key of `FORMATS`.
+        reading: the way in which the rows are read.
         encoder: the tokenizer with its BOS and EOS; without a tokenizer for rows of ids.
         limits: the limits on lengths and ids.
         num_proc: processes that tokenize; None: 1 below SMALL_SET rows, else one per CPU, at most MAX_NUM_PROC.
-        columns: `columns` of the config, which may name a weight and a margin.
 
     Raises:
         RunError: a process that tokenizes was killed or ran out of memory.
     """
-    named = named_values(columns)
-    parts = (source.content, format, encoder_content(encoder), str(astuple(limits)), *(map(str, named.items())))
-    fingerprint = digest(parts)
+    named = named_values(reading.names)
+    fingerprint = digest((source.content, reading.content(), encoder_content(encoder), str(astuple(limits))))
     folder = cache_path(f"tokens-{fingerprint}")
     if not folder.is_dir():
-        row = functools.partial(tokenize_row, format=format, has_lines=source.has_lines, encoder=encoder, limits=limits)
+        row = functools.partial(
+            tokenize_row, reading=reading, has_lines=source.has_lines, encoder=encoder, limits=limits
+        )
         if named:
             row = functools.partial(valued_row, named=named, has_lines=source.has_lines, tokenize_row=row)
         num = processes(num_proc, len(source.rows))
-        make_folder_atomically(folder, lambda draft: _write(draft / fingerprint, source, format, row, num, named))
+        make_folder_atomically(folder, lambda draft: _write(draft / fingerprint, source, reading, row, num))
     files = sorted(folder.glob("*.arrow"))
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in files])
 
@@ -106,17 +101,16 @@ def processes(num_proc: int | None, num_rows: int) -> int:
     return max(1, min(num_proc, num_rows))
 
 
-def _write(path: Path, source: Source, format: str, row: Tokenize, num: int, named: Mapping[str, str]) -> None:
+def _write(path: Path, source: Source, reading: Reading, row: Tokenize, num: int) -> None:
     """Writes the token rows of a source to `num` files of about equal length, `path`-00000.arrow and so on, each in a
     process of its own.
     """
     rows = source.rows.with_format(None)
     if not source.has_lines:
-        reads = FORMATS[format].reads | {*named.values()}
-        rows = rows.select_columns([name for name in rows.column_names if name in reads])
+        rows = rows.select_columns([name for name in rows.column_names if name in reading.own_columns])
     bounds = [len(rows) * i // num for i in range(num + 1)]
     parts = [range(begin, end) for begin, end in itertools.pairwise(bounds)]
-    features = datasets.Features(FEATURES | value_features(named))
+    features = datasets.Features(FEATURES | value_features(named_values(reading.names)))
     write = functools.partial(_write_part, rows, row, features)
     works = [functools.partial(write, f"{path}-{i:05d}.arrow", part) for i, part in enumerate(parts)]
     with datasets.utils.tqdm(total=len(rows), unit=" rows", desc=f"Tokenizing {Path(source.path).name}") as bar:
@@ -150,14 +144,14 @@ def _write_part(
 
 
 def tokenize_row(
-    record: Row, index: int, format: str, has_lines: bool, encoder: Encoder, limits: Limits
+    record: Row, index: int, reading: Reading, has_lines: bool, encoder: Encoder, limits: Limits
 ) -> dict[str, Any]:
     """Returns one record of `Source.rows` as a row of FEATURES; a broken record has `error` set, and no tokens.
 
     Args:
         record: a row of `Source.rows`.
         index: its number, from 0; the first NUM_AUDITED_ROWS rows are audited.
-        format: a key of `FORMATS`.
+        reading: the way in which the rows are read.
         has_lines: `Source.has_lines`.
         encoder: the tokenizer with its BOS and EOS.
         limits: the limits on lengths and ids.
@@ -167,7 +161,7 @@ def tokenize_row(
     """
     row, where = decode_row(record, index, has_lines)
     try:
-        example = to_example(format, row)
+        example = read_row(reading, row)
         tokenized = tokenize(example, encoder, limits)
         merges = merges_at_boundary(example, encoder) if index < NUM_AUDITED_ROWS else None
     except InvalidValue as broken:

@@ -1,5 +1,7 @@
 """What is wrong with data: one line that names the place."""
 
+from pathlib import Path
+
 import datasets
 import pytest
 
@@ -8,7 +10,6 @@ from dpo.config import SourceConfig
 from dpo.data.prepare import prepare_data
 from dpo.data.report import check_enough
 from tests.support.data_fixtures import (
-    FIXTURES,
     ROWS,
     TOKENS,
     TinyModelConfig,
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("hf_cache")
 MODEL = TinyModelConfig()
 
 
-BAD = FIXTURES.parent / "bad_inputs" / "data"
+BAD = Path(__file__).parents[1] / "bad_inputs" / "data"
 
 
 @pytest.mark.parametrize("path", sorted(BAD.rglob("*.txt")), ids=lambda path: f"{path.parent.name}-{path.stem}")

@@ -83,8 +83,8 @@ def gpt(text: str) -> dict[str, str]:
         ),
         (
             "preference",
-            {"prompt": [USER], "chosen": "Good", "rejected": BAD | {"name": "ignored"}},
-            Example((USER,), (GOOD, BAD), ((0, 1),)),
+            {"prompt": [USER], "chosen": "Good", "rejected": BAD | {"name": "Al"}},
+            Example((USER,), (GOOD, BAD | {"name": "Al"}), ((0, 1),)),
         ),
         # whole conversations, without a prompt, and beside one as text or as messages
         (
@@ -168,8 +168,8 @@ TLDR = {"info": {"subreddit": "s", "title": "t", "post": "p"}, "summaries": [{"t
         ("hh", {"chosen": [USER, GOOD], "rejected": "x"}, "chosen is a list; valid: a text"),
         ("sharegpt", {"conversations": [gpt("x")], "chosen": gpt("a"), "rejected": {"from": "human", "value": "b"}},
          "rejected has the role 'user'; valid: assistant"),
-        ("sharegpt", {"conversations": [{"from": "tool", "value": ""}], "chosen": gpt("a"), "rejected": gpt("b")},
-         "conversations[0].from is 'tool'; valid: human, user, gpt"),
+        ("sharegpt", {"conversations": [{"from": "narrator", "value": ""}], "chosen": gpt("a"), "rejected": gpt("b")},
+         "conversations[0].from is 'narrator'; valid: human, user, gpt"),
         ("grouped", GROUPED, "nothing given; valid: exactly one of pairs, scores, ranking"),
         ("grouped", GROUPED | {"pairs": [[0, 1]], "scores": [1, 2]}, "pairs and scores given; valid: exactly one"),
         ("grouped", GROUPED | {"pairs": [[0, 2]]}, "pairs[0]: index 2 is out of range; valid: 0 to 1"),
@@ -216,19 +216,43 @@ def test_broken_row(format, row, what):
     ],
 )
 def test_detect_format(columns, format):
-    assert detect_format(set(columns.split()), {"chosen": "text"}, "here") == format
+    row = dict.fromkeys(("chosen", "rejected"), "\n\nHuman: a\n\nAssistant: b")
+    assert detect_format(set(columns.split()), row, "here") == format
 
 
 def test_conversations_without_a_prompt_are_preference_not_hh():
     assert detect_format({"chosen", "rejected"}, {"chosen": [USER, GOOD]}, "here") == "preference"
 
 
-def test_no_format_names_the_columns_and_every_format():
+def test_texts_without_the_mark_are_not_hh():
+    """`hh` fits a source whose first row has the mark on both sides."""
+    for row in ({"chosen": "a", "rejected": "b"}, {"chosen": "a\n\nAssistant: b", "rejected": "c"}):
+        with pytest.raises(
+            UserError, match=r"no format fits the columns chosen, rejected; .* which lacks prompt; valid"
+        ):
+            detect_format({"chosen", "rejected"}, row, "here")
+
+
+@pytest.mark.parametrize(
+    ("columns", "nearest", "lacks"),
+    [
+        ("answer", "preference {prompt, chosen, rejected}", "chosen and rejected"),
+        ("prompt chosen worse", "preference {prompt, chosen, rejected}", "rejected"),
+        ("prompt completions mark", "grouped {prompt, completions, pairs|scores|ranking}", "pairs"),
+        ("prompt_ids chosen_ids", "tokens {prompt_ids, chosen_ids, rejected_ids}", "rejected_ids"),
+        ("history human_ref_A human_ref_B", "shp {history, human_ref_A, human_ref_B, labels}", "labels"),
+    ],
+)
+def test_no_format_names_the_columns_and_the_nearest(columns, nearest, lacks):
     with pytest.raises(UserError) as error:
-        detect_format({"question", "answer"}, {}, "data.train[0].format: x.jsonl")
-    message = str(error.value)
-    assert message.startswith("data.train[0].format: x.jsonl: no format fits the columns answer, question; valid: ")
-    assert all(f"{name} {format.shape}" in message for name, format in FORMATS.items()) and "\n" not in message
+        detect_format(set(columns.split()), {}, "data.train[0].format: x.jsonl")
+    message, listed = str(error.value), ", ".join(sorted(columns.split()))
+    assert message.startswith(f"data.train[0].format: x.jsonl: no format fits the columns {listed}; the nearest is")
+    assert f"is {nearest}" in message and f"which lacks {lacks}; valid: columns: {{" in message and "\n" not in message
+    assert all(name in message for name in FORMATS)
+
+
+def test_columns_of_another_format():
     with pytest.raises(UserError, match=r"^here: the columns chosen, rejected are not those of shp; valid: {hist"):
         check_columns("shp", {"chosen", "rejected"}, "here")
 

@@ -19,7 +19,6 @@ from tests.support.data_fixtures import EOS, TinyModelConfig, all_pairs, ids
 pytest_plugins = ["tests.support.data_plugin"]
 pytestmark = pytest.mark.usefixtures("hf_cache")
 FOLDER = Path(__file__).parents[2] / "configs" / "data"
-INTEGRATED = pytest.mark.xfail(reason="texts are not read as conversations yet", strict=True)
 TLDR = "vwxyzjn/summarize_from_feedback_oai_preprocessing_1706381144"
 
 
@@ -191,7 +190,7 @@ def nectar():
 
 SETS = (
     (ultrafeedback, "HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs", "test_prefs", 0),
-    pytest.param(orca_pairs, "Intel/orca_dpo_pairs", None, "train", None, 0, marks=INTEGRATED),
+    (orca_pairs, "Intel/orca_dpo_pairs", None, "train", None, 0),
     (helpsteer3, "nvidia/HelpSteer3", "preference", "train", "validation", 1),
     (skywork, "Skywork/Skywork-Reward-Preference-80K-v0.2", None, "train", None, 0),
     (tulu3, "allenai/llama-3.1-tulu-3-8b-preference-mixture", None, "train", None, 0),
@@ -200,9 +199,9 @@ SETS = (
     (tldr, TLDR, None, "train", "validation", 0),
     (tldr_tokens, TLDR, None, "train", "validation", 0),
     (arena_55k, "lmarena-ai/arena-human-preference-55k", None, "train", None, 1),
-    pytest.param(pku_saferlhf, "PKU-Alignment/PKU-SafeRLHF", None, "train", "test", 0, marks=INTEGRATED),
+    (pku_saferlhf, "PKU-Alignment/PKU-SafeRLHF", None, "train", "test", 0),
     (nectar, "berkeley-nest/Nectar", None, "train", None, 1),
-    pytest.param(truthy, "jondurbin/truthy-dpo-v0.1", None, "train", None, 0, marks=INTEGRATED),
+    (truthy, "jondurbin/truthy-dpo-v0.1", None, "train", None, 0),
 )
 """(rows and pairs, hub id, configuration, split to train on, split to evaluate on, ties)."""
 

@@ -111,7 +111,7 @@ def test_a_wrong_value_names_its_row(tmp_path, column, value, line):
 
 
 def test_a_broken_row_is_told_before_its_value(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [ROWS[0] | {"w": None, "chosen_ids": "x"}])
+    path = write_jsonl(tmp_path / "a.jsonl", [ROWS[0] | {"w": None, "chosen_ids": "x"}, ROWS[0]])
     with pytest.raises(UserError, match=rf"^{path}:1: chosen_ids is a text"):
         prepared(SourceConfig(path, columns=BOTH))
 

@@ -145,7 +145,8 @@ def test_a_share_is_of_what_hold_out_leaves(tmp_path):
     assert "  of 60 pairs kept for training an epoch has 30: weight 0.5" in lines
     assert "  of 60 pairs kept for training an epoch has 150: count 150, each 2 or 3 times" in lines
     assert lines[-2] == "180 pairs to train on, 100 to evaluate"
-    assert "each 2 times" in prepare_data(make_config(SourceConfig(path, weight=2)), MODEL).report.lines()[1]
+    doubled = prepare_data(make_config(SourceConfig(path, weight=2)), MODEL).report.lines()
+    assert "  of 80 pairs kept for training an epoch has 160: weight 2, each 2 times" in doubled
 
 
 def test_prompts_in_training_are_those_of_an_epoch(tmp_path):

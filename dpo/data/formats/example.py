@@ -1,7 +1,8 @@
 """A row of a preference file, read: an `Example`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from dpo.data.formats.row_fields import Message, Row
 
@@ -22,6 +23,8 @@ class Example:
     completions: tuple[str | Message | tuple[int, ...], ...]
     pairs: tuple[Index, ...]
     dropped: tuple[str, ...] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template for this row, `tools` among them; empty for texts and tokens."""
 
 
 PROMPTS_DIFFER = Example("", (), (), ("prompts_differ",))

@@ -3,7 +3,7 @@
 `FORMATS` has one entry per format; the readers stand in a file per family of formats.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from dpo.base.errors import UserError
@@ -12,7 +12,7 @@ from dpo.data.formats.judged import ANSWERS, LISTS, VOTES, WINNERS, arena, helps
 from dpo.data.formats.listed import PREFERENCES, grouped, tokens
 from dpo.data.formats.pairwise import preference, sharegpt
 from dpo.data.formats.published import HH_ANSWER, hh, shp, tldr, tldr_tokens
-from dpo.data.formats.row_fields import Row
+from dpo.data.formats.row_fields import Row, few
 
 Columns = frozenset[str]
 
@@ -24,7 +24,7 @@ class Format:
     name: str
     """The choice of `data.train[i].format`."""
     needs: tuple[Columns, ...]
-    """Alternatives of columns that a source must have; further columns are not read."""
+    """Alternatives of columns that a source must have."""
     shape: str
     """The same for people, in errors."""
     reader: Reader
@@ -50,6 +50,11 @@ def _columns(*names: str) -> Columns:
 def _is_conversation(columns: set[str], first_row: Row) -> bool:
     """Returns whether chosen and rejected without a prompt are lists of messages, not the texts of `hh`."""
     return "prompt" in columns or isinstance(first_row.get("chosen"), list)
+
+
+def _has_marks(columns: set[str], first_row: Row) -> bool:
+    """Returns whether chosen and rejected have the mark after which the answer of `hh` begins."""
+    return all(HH_ANSWER in str(first_row.get(name)) for name in ("chosen", "rejected"))
 
 
 _ENTRIES = (
@@ -87,6 +92,7 @@ _ENTRIES = (
         needs=(_columns("chosen", "rejected"),),
         shape="{chosen, rejected} as texts",
         reader=hh,
+        fits=_has_marks,
     ),
     Format(
         name="shp",
@@ -157,14 +163,19 @@ _ENTRIES = (
 FORMATS: Mapping[str, Format] = {format.name: format for format in _ENTRIES}
 """The formats by name, in the order in which `auto` tries them."""
 
+GENERAL = ("preference", "tokens", "grouped", "sharegpt", "judged", "rated")
+"""The formats of files that people write themselves. An error names the nearest of them, or of the other formats one
+of which the source has two columns; of equally near ones the first."""
 
-def detect_format(columns: set[str], first_row: Row, where: str) -> str:
+
+def detect_format(columns: set[str], first_row: Row, where: str, own: Collection[str] = ()) -> str:
     """Returns the first format of the table that a source fits.
 
     Args:
         columns: the columns of the source, the union over all rows.
         first_row: the first row, whose values tell formats with equal columns apart.
         where: the place of the source, with which the error begins.
+        own: the source's own names of its columns, for the error, where they differ.
 
     Returns:
         The format's name, a key of `FORMATS`.
@@ -175,23 +186,40 @@ def detect_format(columns: set[str], first_row: Row, where: str) -> str:
     for format in FORMATS.values():
         if format.has_columns(columns) and format.fits(columns, first_row):
             return format.name
-    valid = "; ".join(f"{format.name} {format.shape}" for format in FORMATS.values())
-    raise UserError(where, f"no format fits the columns {', '.join(sorted(columns))}", valid)
+    nearest, lacks = _nearest(columns)
+    what = f"no format fits the columns {few(sorted(own or columns))}; the nearest is {nearest.name} {nearest.shape}"
+    mapped = ", ".join(f"{name}: NAME" for name in lacks)
+    valid = f"columns: {{{mapped}}} with names of this source, or the columns of {', '.join(FORMATS)}"
+    raise UserError(where, f"{what}, which lacks {' and '.join(lacks)}", valid)
 
 
-def check_columns(format: str, columns: set[str], where: str) -> None:
+def _nearest(columns: set[str]) -> tuple[Format, list[str]]:
+    """Returns the format of which the fewest columns are missing, and these; see GENERAL."""
+    names = (*GENERAL, *(name for name in FORMATS if name not in GENERAL))
+    options = [
+        (needed, FORMATS[name])
+        for name in names
+        for needed in FORMATS[name].needs
+        if needed - columns and (name in GENERAL or len(needed & columns) > 1)
+    ]
+    needed, format = min(options, key=lambda option: (len(option[0] - columns), -len(option[0])))
+    return format, sorted(needed - columns)
+
+
+def check_columns(format: str, columns: set[str], where: str, own: Collection[str] = ()) -> None:
     """Raises UserError if the columns of a source lack any that its format needs.
 
     Args:
         format: a key of `FORMATS`.
         columns: the columns of the source, the union over all rows.
         where: the place of the source, with which the error begins.
+        own: the source's own names of its columns, for the error, where they differ.
 
     Raises:
         UserError: a column is missing.
     """
     if not FORMATS[format].has_columns(columns):
-        what = f"the columns {', '.join(sorted(columns))} are not those of {format}"
+        what = f"the columns {few(sorted(own or columns))} are not those of {format}"
         raise UserError(where, what, FORMATS[format].shape)
 
 
@@ -201,5 +229,5 @@ def holds_ids(format: str) -> bool:
 
 
 def to_example(format: str, row: Row) -> Example:
-    """Returns the row as the format reads it; a null field is a missing one. Raises InvalidValue."""
+    """Returns a row by known names as the format reads it; a null field is a missing one. Raises InvalidValue."""
     return FORMATS[format].reader({key: value for key, value in row.items() if value is not None})

@@ -11,16 +11,15 @@ from dpo.data.formats.row_fields import (
     answer_message,
     field,
     messages_of,
-    sharegpt_message,
     text_of,
     text_or_messages,
 )
 
 
 def sharegpt(row: Row) -> Example:
-    """Reads {conversations, chosen, rejected} whose messages have `from` and `value`."""
-    prompt = messages_of(field(row, "conversations"), "conversations", sharegpt_message)
-    answers = (answer_message(field(row, name), name, sharegpt_message) for name in ("chosen", "rejected"))
+    """Reads {conversations, chosen, rejected}, whose messages have `from` and `value`."""
+    prompt = messages_of(field(row, "conversations"), "conversations")
+    answers = (answer_of(field(row, name), name, prompt) for name in ("chosen", "rejected"))
     return Example(prompt, tuple(answers), ((0, 1),))
 
 
@@ -28,7 +27,8 @@ def preference(row: Row) -> Example:
     """Reads {prompt, chosen, rejected} as text or chat, or chosen and rejected as whole conversations.
 
     A whole conversation holds the prompt: all its messages but the last. A `prompt` text beside it is not used (sets
-    like UltraFeedback repeat the question there); a `prompt` of messages must be the conversation's own.
+    like UltraFeedback repeat the question there). A `prompt` of messages must be the conversation's own, or be the
+    whole of chosen or rejected (the column `messages` of such sets).
     """
     chosen, rejected, prompt = field(row, "chosen"), field(row, "rejected"), row.get("prompt")
     is_list = isinstance(chosen, list) and isinstance(rejected, list)
@@ -62,7 +62,8 @@ def answer_of(value: object, name: str, prompt: str | Iterable[Message]) -> str 
 def _conversations(chosen: object, rejected: object, prompt: object) -> Example:
     """Reads two whole conversations, each with at least one message before the answer."""
     (context, answer), (other, worse) = (_split(v, k) for v, k in ((chosen, "chosen"), (rejected, "rejected")))
-    if isinstance(prompt, list) and messages_of(prompt, "prompt") not in (context, other):
+    own = (context, other, (*context, answer), (*other, worse))
+    if isinstance(prompt, list) and messages_of(prompt, "prompt") not in own:
         raise InvalidValue("chosen and rejected do not begin with prompt", "whole conversations or one answer each")
     return Example(context, (answer, worse), ((0, 1),)) if context == other else PROMPTS_DIFFER
 

@@ -3,20 +3,34 @@
 Every function here raises InvalidValue for a wrong value; its argument `name` is the field's name in the message.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dpo.base.errors import InvalidValue
+from dpo.data.formats.json_text import decoded
 
-Message = Mapping[str, str]
-"""{role, content}."""
+Message = Mapping[str, Any]
+"""A message of a conversation as the chat template reads it: role, content, and tool_calls, name, ... where it has
+them."""
 Row = Mapping[str, Any]
 """A raw row: the value of each field by its name."""
 
 ASSISTANT = "assistant"
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": ASSISTANT, "assistant": ASSISTANT, "chatgpt": ASSISTANT, "system": "system",
+    "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool",
 }  # fmt: skip
+"""The role of each sender of ShareGPT's messages; `function` is its result."""
+FUNCTION_CALL = "function_call"
+"""The sender of a message whose text is a call of a function, the assistant's."""
+NUM_NAMES = 8
+"""The number of names that a list of columns shows."""
+
+
+def few(names: Iterable[str]) -> str:
+    """Returns some names for a line, and their number where there are more."""
+    names = [name if len(name) <= 60 else f"{name[:60]}…" for name in names]
+    return ", ".join(names) if len(names) <= NUM_NAMES + 2 else f"{', '.join(names[:NUM_NAMES])}, … ({len(names):,})"
 
 
 def field(row: Row, name: str, prefix: str = "") -> Any:
@@ -32,7 +46,7 @@ def field(row: Row, name: str, prefix: str = "") -> Any:
     """
     value = row.get(name)
     if value is None:
-        raise InvalidValue(f"missing or null field {prefix}{name}; the row has: {', '.join(row) or 'nothing'}")
+        raise InvalidValue(f"missing or null field {prefix}{name}; the row has: {few(row) or 'nothing'}")
     return value
 
 
@@ -44,14 +58,16 @@ def text_of(value: object, name: str) -> str:
 
 
 def list_of(value: object, name: str) -> list[Any]:
-    """Returns the value, which must be a list."""
+    """Returns the value, which must be a list, also one that is kept as text."""
+    value = decoded(value, list)
     if not isinstance(value, list):
         raise InvalidValue(f"{name} is {shown(value)}", "a list")
     return value
 
 
 def mapping(value: object, name: str) -> Row:
-    """Returns the value, which must be an object."""
+    """Returns the value, which must be an object, also one that is kept as text."""
+    value = decoded(value, dict)
     if not isinstance(value, Mapping):
         raise InvalidValue(f"{name} is {shown(value)}", "an object")
     return value
@@ -74,55 +90,82 @@ def shown(value: object) -> str:
 
 
 def chat_message(value: object, name: str) -> Message:
-    """Returns {role, content} of an object with these keys; leaves out further keys."""
-    row = mapping(value, name)
-    return {key: text_of(field(row, key, f"{name}."), f"{name}.{key}") for key in ("role", "content")}
+    """Returns a message whole, with its role and its content as a text; keys that are null are left out.
 
-
-def sharegpt_message(value: object, name: str) -> Message:
-    """Returns {role, content} of an object with the keys `from` and `value`."""
-    row = mapping(value, name)
-    sender = text_of(field(row, "from", f"{name}."), f"{name}.from")
-    if sender not in SHAREGPT_ROLES:
-        raise InvalidValue(f"{name}.from is {sender!r}", ", ".join(SHAREGPT_ROLES))
-    return {"role": SHAREGPT_ROLES[sender], "content": text_of(field(row, "value", f"{name}."), f"{name}.value")}
-
-
-def messages_of(
-    value: object, name: str, message: Callable[[object, str], Message] = chat_message
-) -> tuple[Message, ...]:
-    """Returns the messages of a list with at least one.
+    The content may be null beside `tool_calls`. Messages of ShareGPT, with `from` and `value`, become {role, content}.
 
     Args:
-        value: the field's value.
+        value: an object with `role` and `content`, or with `from` and `value`.
         name: the field's name, for errors.
-        message: reads one message: (value, name for errors) -> {role, content}.
 
     Raises:
-        InvalidValue: the value is no list, is empty, or has an item that is no message.
+        InvalidValue: a key is missing or of another type, or the content has a part that is no text.
     """
+    row = mapping(value, name)
+    row = _of_sharegpt(row, name) if "from" in row and "role" not in row else row
+    message = {key: item for key, item in row.items() if item is not None and (key != "tool_calls" or item != [])}
+    text_of(field(message, "role", f"{name}."), f"{name}.role")
+    if "content" not in message and "tool_calls" in message:
+        return message | ({"content": None} if "content" in row else {})
+    return message | {"content": _content_of(field(message, "content", f"{name}."), f"{name}.content")}
+
+
+def _content_of(value: object, name: str) -> str:
+    """Returns the content of a message: a text, or the joined texts of its parts."""
+    if not isinstance(value, list):
+        return text_of(value, name)
+    return "".join(_part_text(part, f"{name}[{i}]") for i, part in enumerate(value))
+
+
+def _part_text(value: object, name: str) -> str:
+    """Returns the text of a part {type: text, text}. Raises InvalidValue for an image and every other part."""
+    part = mapping(value, name)
+    if part.get("type", "text") != "text":
+        raise InvalidValue(f"{name} is a part of the type {part['type']!r}", "parts of the type text only")
+    return text_of(field(part, "text", f"{name}."), f"{name}.text")
+
+
+def _of_sharegpt(row: Row, name: str) -> Row:
+    """Returns the message with `role` and `content` for `from` and `value`; a `function_call` as `tool_calls`."""
+    sender = text_of(field(row, "from", f"{name}."), f"{name}.from")
+    rest = {key: value for key, value in row.items() if key not in ("from", "value")}
+    if sender == FUNCTION_CALL:
+        calls = decoded(decoded(row.get("value"), list), dict)
+        calls = calls if isinstance(calls, list) else [calls]
+        if not all(isinstance(call, Mapping) and "name" in call for call in calls):
+            raise InvalidValue(f"{name}.value is no call of a function", "JSON: {name, arguments}, or a list of them")
+        return rest | {"role": ASSISTANT, "content": "", "tool_calls": [_tool_call(call) for call in calls]}
+    if sender not in SHAREGPT_ROLES:
+        raise InvalidValue(f"{name}.from is {sender!r}", ", ".join((*SHAREGPT_ROLES, FUNCTION_CALL)))
+    value = field(row, "value", f"{name}.")
+    return rest | {
+        "role": SHAREGPT_ROLES[sender],
+        "content": value if isinstance(value, list) else text_of(value, f"{name}.value"),
+    }
+
+
+def _tool_call(function: Row) -> Row:
+    """Returns a call of a function {name, arguments} as an item of `tool_calls`."""
+    return {"type": "function", "function": function}
+
+
+def messages_of(value: object, name: str) -> tuple[Message, ...]:
+    """Returns the messages of a list with at least one. Raises InvalidValue for another value."""
     messages = list_of(value, name)
     if not messages:
         raise InvalidValue(f"{name} is an empty list", "at least one message")
-    return tuple(message(item, f"{name}[{i}]") for i, item in enumerate(messages))
+    return tuple(chat_message(item, f"{name}[{i}]") for i, item in enumerate(messages))
 
 
-def answer_message(value: object, name: str, message: Callable[[object, str], Message] = chat_message) -> Message:
-    """Returns the assistant's message, given as a message or as a list with one message.
-
-    Args:
-        value: the field's value.
-        name: the field's name, for errors.
-        message: reads one message: (value, name for errors) -> {role, content}.
-
-    Raises:
-        InvalidValue: there is not exactly one message, or it has another role.
+def answer_message(value: object, name: str) -> Message:
+    """Returns the assistant's message, given as a message or as a list with one message. Raises InvalidValue where
+    there is not exactly one message, or it has another role.
     """
     if isinstance(value, list):
         if len(value) != 1:
             raise InvalidValue(f"{name} has {len(value)} messages", "one, the assistant's")
-        return answer_message(value[0], f"{name}[0]", message)
-    answer = message(value, name)
+        return answer_message(value[0], f"{name}[0]")
+    answer = chat_message(value, name)
     if answer["role"] != ASSISTANT:
         raise InvalidValue(f"{name} has the role {answer['role']!r}", ASSISTANT)
     return answer

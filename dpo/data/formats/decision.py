@@ -1,0 +1,119 @@
+"""The columns and the first row of a source -> its `Reading`."""
+
+from collections.abc import Set
+from dataclasses import replace
+
+from dpo.base.errors import InvalidValue, UserError
+from dpo.config import SourceConfig
+from dpo.data.formats.chat import check_args
+from dpo.data.formats.columns import PAIR, ROW, TEMPLATE_ARGS, Names, check_left_out, known_names, prompt_columns
+from dpo.data.formats.examples import FORMATS, check_columns, detect_format, to_example
+from dpo.data.formats.reading import TEXT_OR_MESSAGES, Reading, is_kept_as_text, known_row, with_messages
+from dpo.data.formats.row_fields import Row
+
+
+def decide_reading(config: SourceConfig, own: Set[str], first_row: Row, has_types: bool, key: str) -> Reading:
+    """Returns how the rows of a source are read.
+
+    Args:
+        config: the source: its format, columns, as_chat and template_args.
+        own: the columns of the source that are not empty in every row.
+        first_row: the first row as the source has it.
+        has_types: whether the source has columns with types, as Parquet has.
+        key: the key of the source in the config, `data.train[0]`.
+
+    Raises:
+        UserError: `columns`, `as_chat` or `template_args` do not fit the source, no format fits, the columns are not
+            those of the format, or a column that looks like part of the prompt would not be read.
+    """
+    names = known_names(own, config.columns, f"{key}.columns")
+    prompt_from = prompt_columns(names, f"{key}.columns")
+    row = known_row(Reading("", names, prompt_from, null_is_missing=has_types), first_row)
+    as_text = tuple(name for name in TEXT_OR_MESSAGES if is_kept_as_text(row.get(name)))
+    row = with_messages(row, as_text)
+    format = _format(config, {*names, *(["prompt"] if prompt_from else [])}, row, own, key)
+    prompt_from = prompt_from if "prompt" in FORMATS[format].reads else ()
+    names_read = _names_read(format, names, prompt_from, config.columns)
+    if FORMATS[format].holds_ids:
+        _check_no_chat(config, format, key)
+        return Reading(format, names_read, line=f"format {format}: token ids")
+    has_whole = all(isinstance(row.get(name), list) and len(row[name]) > 1 for name in ("chosen", "rejected"))
+    check_left_out(names.keys() - names_read.keys(), has_whole, f"{key}.columns: {config.path}")
+    reading = Reading(
+        format, names_read, prompt_from, as_text, _is_text(format, row), "", config.template_args, has_types
+    )
+    reading = replace(reading, chat_reason=_chat_reason(config, reading, key))
+    return replace(reading, line="; ".join([f"format {format}: {_kind(reading)}", *_facts(reading, has_whole)]))
+
+
+def _format(config: SourceConfig, columns: set[str], first_row: Row, own: Set[str], key: str) -> str:
+    """Returns the format of a source, which is detected where its config says `auto`."""
+    where = f"{key}.format: {config.path}"
+    if config.format == "auto":
+        return detect_format(columns, first_row, where, own)
+    check_columns(config.format, columns, where, own)
+    return config.format
+
+
+def _names_read(format: str, names: Names, prompt_from: tuple[str, ...], columns: Names) -> dict[str, str]:
+    """Returns the columns that are read, those of a pair's weight and margin among them where `columns` names them."""
+    read = {*FORMATS[format].reads, *prompt_from, *(() if FORMATS[format].holds_ids else ROW)}
+    read |= set(PAIR) & columns.keys()
+    return {known: own for known, own in names.items() if known in read}
+
+
+def _is_text(format: str, first_row: Row) -> bool | None:
+    """Returns whether the first row is of texts; None where it is broken."""
+    try:
+        example = to_example(format, first_row)
+    except InvalidValue:
+        return None
+    return isinstance(example.prompt if example.completions else first_row.get("chosen"), str)
+
+
+def _chat_reason(config: SourceConfig, reading: Reading, key: str) -> str:
+    """Returns the reason for which texts are read as conversations; empty where there is none."""
+    try:
+        check_args(config.template_args, f"{key}.template_args")
+    except InvalidValue as fault:
+        raise fault.at(config.path) from fault
+    if config.as_chat:
+        return "as_chat is true"
+    if reading.is_text is False:
+        return ""
+    names = [reading.names[name] for name in ROW if name in reading.names]
+    if names:
+        return f"rows have {' and '.join(names)}"
+    return "template_args are given" if config.template_args else ""
+
+
+def _check_no_chat(config: SourceConfig, format: str, key: str) -> None:
+    """Raises UserError where `as_chat` or `template_args` are given to rows of token ids."""
+    for name in ("as_chat", "template_args"):
+        if getattr(config, name):
+            raise UserError(
+                f"{key}.{name}", f"{config.path} has token ids, of format {format}", "rows of texts or messages"
+            )
+
+
+def _kind(reading: Reading) -> str:
+    if not reading.is_text:
+        return "conversations"
+    return f"texts read as conversations, since {reading.chat_reason}" if reading.chat_reason else "texts"
+
+
+def _facts(reading: Reading, has_whole: bool) -> list[str]:
+    """Returns what a reader of the data report could not tell from the names of the columns."""
+    names, facts = reading.names, []
+    if has_whole and reading.format == "preference":
+        facts.append("prompt from chosen and rejected, without their last messages")
+    elif reading.prompt_from:
+        facts.append(f"prompt from {' and '.join(names[name] for name in reading.prompt_from)}")
+    hidden = (*reading.prompt_from, "system")
+    facts += [f"{known} from {own}" for known, own in sorted(names.items()) if known != own and known not in hidden]
+    if reading.messages_as_text:
+        facts.append(f"{' and '.join(reading.messages_as_text)} read from JSON text")
+    if "system" in names:
+        facts.append(f"{names['system']} is the first message")
+    args = [names[name] for name in TEMPLATE_ARGS if name in names] + ["template_args"] * bool(reading.template_args)
+    return [*facts, f"the chat template gets {' and '.join(args)}"] if args else facts

@@ -1,0 +1,67 @@
+"""Lists, objects and conversations that a file keeps as text: a column of a CSV file or of a table.
+
+A text is read as JSON, or as Python writes a list: `pandas` leaves that in a CSV file of a column of lists (with a
+comma between two items) or of numpy arrays (with a line end there).
+"""
+
+import ast
+import json
+import re
+import warnings
+from typing import Any
+
+NUMPY_SEPARATOR = re.compile(r"\}\s*\n\s*\{")
+"""Between two items of a printed numpy array of objects. No text inside of it has a line end that is not escaped."""
+
+
+def decoded(value: Any, kind: type) -> Any:
+    """Returns the list or object that a text holds; any other value, or a text that holds none, as it is.
+
+    Args:
+        value: the value of a field.
+        kind: list or dict.
+    """
+    if not isinstance(value, str) or value.lstrip()[:1] != ("[" if kind is list else "{"):
+        return value
+    for parse in (json.loads, _python_value, _numpy_list):
+        try:
+            result = parse(value.strip())
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        if isinstance(result, kind):
+            return result
+    return value
+
+
+def messages_in(value: Any) -> list[Any] | dict[str, Any] | None:
+    """Returns the messages, or the one message, that a text holds; None for another text or value."""
+    if not isinstance(value, str):
+        return None
+    result = decoded(decoded(value, list), dict)
+    items = result if isinstance(result, list) else [result]
+    return result if items and all(map(_is_message, items)) else None
+
+
+def ends_with_answer(messages: list[Any] | dict[str, Any]) -> bool:
+    """Returns whether the last of the messages is the assistant's."""
+    last = messages[-1] if isinstance(messages, list) else messages
+    return last.get("role", last.get("from")) in ("assistant", "gpt")
+
+
+def _is_message(value: Any) -> bool:
+    """Returns whether a value is an object like {role, content}, {role, tool_calls} or {from, value}."""
+    if not isinstance(value, dict):
+        return False
+    return ("role" in value and ("content" in value or "tool_calls" in value)) or ("from" in value and "value" in value)
+
+
+def _python_value(text: str) -> Any:
+    """Returns the value of a Python literal, without Python's warnings about its escape sequences."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.literal_eval(text)
+
+
+def _numpy_list(text: str) -> Any:
+    """Returns the list of objects that numpy printed without commas."""
+    return _python_value(NUMPY_SEPARATOR.sub("}, {", text))

@@ -1,0 +1,176 @@
+"""How the rows of a source are read, decided once per source; a raw row -> `Example`.
+
+raw row -> columns by known names -> messages that are kept as text -> the format's reader -> messages, where texts
+are read as conversations -> system message, arguments of the chat template
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from dpo.base.errors import InvalidValue, UserError
+from dpo.data.formats.chat import as_conversation, system_text, template_args, with_system
+from dpo.data.formats.columns import Names
+from dpo.data.formats.example import Example
+from dpo.data.formats.examples import FORMATS, to_example
+from dpo.data.formats.json_text import ends_with_answer, messages_in
+from dpo.data.formats.row_fields import Row, text_of
+
+TEXT_OR_MESSAGES = ("prompt", "chosen", "rejected", "completions")
+"""The fields that are texts or messages. Messages may be kept as text, in all rows of a source or in none."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The way in which the rows of a source are read."""
+
+    format: str
+    """A key of `FORMATS`."""
+    names: Names
+    """The source's own name of each column that is read, by the name that the formats know."""
+    prompt_from: tuple[str, ...] = ()
+    """The known names of the columns that are the prompt; empty where `prompt` is."""
+    messages_as_text: tuple[str, ...] = ()
+    """The fields of TEXT_OR_MESSAGES whose messages are kept as text."""
+    is_text: bool | None = None
+    """Whether the first row is of texts; None where it is of token ids, or broken."""
+    chat_reason: str = ""
+    """The reason for which texts are read as conversations; empty where they stay texts."""
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    """The source's arguments of the chat template; those of a row take precedence."""
+    null_is_missing: bool = False
+    """Whether the source has columns with types, in which a key that an object lacks is null."""
+    line: str = ""
+    """The reading for people."""
+
+    @property
+    def own_columns(self) -> frozenset[str]:
+        """Returns the source's own names of the columns that are read."""
+        return frozenset(self.names.values())
+
+    def content(self) -> str:
+        """Returns a text that is equal only for readings that read every row alike."""
+        return json.dumps(vars(self), sort_keys=True, default=str)
+
+
+def check_template(reading: Reading, has_template: bool, place: str) -> None:
+    """Raises UserError where texts are read as conversations and the tokenizer has no chat template.
+
+    Args:
+        reading: the reading of the source.
+        has_template: whether the tokenizer has a chat template.
+        place: the source, for the error.
+    """
+    if reading.chat_reason and not has_template:
+        what = f"texts are read as conversations, since {reading.chat_reason}, but the tokenizer has no chat template"
+        raise UserError(place, what, "a model.tokenizer with one, or columns: {unused: NAME} for a column to leave out")
+
+
+def read_row(reading: Reading, record: Row) -> Example:
+    """Returns a row as its source is read. Raises InvalidValue where it is broken."""
+    try:
+        return _example(reading, known_row(reading, record))
+    except InvalidValue as fault:
+        raise InvalidValue(fault.what + _own_names(reading, fault.what), fault.valid) from fault
+
+
+def known_row(reading: Reading, record: Row) -> Row:
+    """Returns the columns of a raw row that are not null, by the names that the formats know, with `prompt`."""
+    known = {own: name for name, own in reading.names.items()}
+    row = {known[own]: value for own, value in record.items() if own in known and value is not None}
+    row = without_nulls(row) if reading.null_is_missing else row
+    if not any(name in row for name in reading.prompt_from):
+        return row
+    return row | {"prompt": _joined([row[name] for name in reading.prompt_from if name in row], reading.prompt_from)}
+
+
+def with_messages(row: Row, names: tuple[str, ...]) -> Row:
+    """Returns the row with the messages of some fields that are kept as text. Raises InvalidValue for another text."""
+    return {key: _messages(value, key) if key in names else value for key, value in row.items()}
+
+
+def is_kept_as_text(value: object) -> bool:
+    """Returns whether a value, or each item of a list, is a text that holds messages."""
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(messages_in(item) is not None for item in items)
+
+
+def without_nulls(value: Any) -> Any:
+    """Returns a value without the keys of objects that are null, at any depth; a message keeps its `content`."""
+    if isinstance(value, list):
+        return [without_nulls(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    kept = {key: item for key, item in value.items() if item is not None or (key == "content" and "role" in value)}
+    return {key: without_nulls(item) for key, item in kept.items()}
+
+
+# --- a row by known names -> Example ----------------------------------------------------------------------------------
+
+
+def _example(reading: Reading, row: Row) -> Example:
+    row = with_messages(row, reading.messages_as_text)
+    _check_texts(reading, row)
+    example = to_example(reading.format, row)
+    if FORMATS[reading.format].holds_ids or not example.completions:
+        return example
+    example = _of_one_kind(reading, example)
+    if isinstance(example.prompt, str):
+        return example
+    if example.prompt[-1] in example.completions:
+        raise InvalidValue("the prompt ends with an answer of the row itself", "a prompt that ends before the answers")
+    args = template_args(row, reading.template_args)
+    return replace(with_system(example, system_text(row)), template_args=args)
+
+
+def _of_one_kind(reading: Reading, example: Example) -> Example:
+    """Returns the example as a conversation where its source is read so. Raises InvalidValue for a text among
+    conversations, and the reverse.
+    """
+    is_text = isinstance(example.prompt, str)
+    if is_text and reading.chat_reason:
+        return as_conversation(example)
+    if is_text != reading.is_text and reading.is_text is not None and not reading.chat_reason:
+        kinds = ("a text", "messages") if is_text else ("messages", "a text")
+        valid = "one kind per source, or as_chat: true"
+        raise InvalidValue(f"the prompt is {kinds[0]}, that of the source's first row {kinds[1]}", valid)
+    return example
+
+
+def _check_texts(reading: Reading, row: Row) -> None:
+    """Raises InvalidValue for a text that holds messages, where the source's first row has texts."""
+    for name in set(TEXT_OR_MESSAGES) & row.keys() - set(reading.messages_as_text):
+        for item in row[name] if isinstance(row[name], list) else [row[name]]:
+            messages = messages_in(item)
+            if messages and (name == "prompt" or ends_with_answer(messages)):
+                what = f"{name} holds messages, kept as JSON text; in the source's first row it does not"
+                raise InvalidValue(what, "one kind per source")
+
+
+def _messages(value: object, name: str) -> object:
+    """Returns the messages that a text holds, or each text of a list."""
+    if isinstance(value, list):
+        return [_messages(item, name) if isinstance(item, str) else item for item in value]
+    messages = messages_in(value)
+    if isinstance(value, str) and messages is None:
+        what = f"{name} is a text without messages; in the source's first row it holds messages, kept as JSON text"
+        raise InvalidValue(what, "one kind per source")
+    return value if messages is None else messages
+
+
+def _joined(values: list[Any], names: tuple[str, ...]) -> Any:
+    """Returns the prompt of its columns: one value, or the texts that are not blank with a line feed between two."""
+    if len(names) == 1 or len(values) == 1:
+        return values[0]
+    texts = [text_of(value, name) for value, name in zip(values, names, strict=True)]
+    return "\n".join(text for text in texts if text.strip())
+
+
+def _own_names(reading: Reading, what: str) -> str:
+    """Returns an addition to an error that names the source's own columns; empty where they have the known names."""
+    own = {known: own for known, own in reading.names.items() if known != own}
+    own |= {"prompt": " and ".join(reading.names[name] for name in reading.prompt_from)} if reading.prompt_from else {}
+    told = [f"{known} is the column {name}" for known, name in own.items() if re.search(rf"\b{known}\b", what)]
+    return f" ({'; '.join(told)})" if told else ""
