@@ -138,6 +138,20 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert not list(tmp_path.rglob("final"))
 
 
+def test_the_report_comes_before_an_error_about_too_few_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `few_pairs`, in the order in which a user reads it."""
+    few_pairs(tmp_path)
+    (tmp_path / "c.yaml").write_text("model: {path: ./model}\ndata: {train: [{path: data.jsonl}]}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dpo.train", "--config", "c.yaml"])
+    assert run_program(main) == 2
+    told = capsys.readouterr().err
+    assert 0 < told.index("63 rows, 63 pairs kept, 0 dropped") < told.index("63 pairs to train on, fewer than")
+    assert "hashing" not in told, "hours of a large model's weights for an error that is known"
+
+
 def test_a_good_input_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same files unspoilt: the cases above fail for their own reason alone."""
     good(tmp_path)

@@ -223,6 +223,15 @@ def test_errors_are_one_line(words, line, tmp_path, model, monkeypatch, capsys):
     assert re.fullmatch(f"error: {line}", error)
 
 
+def test_the_report_comes_before_an_error_about_too_few_pairs(tmp_path, model, capsys):
+    rows = [{"prompt_ids": [5], "chosen_ids": [i + 6], "rejected_ids": [5]} for i in range(8)]
+    source = {"path": write_jsonl(tmp_path / "a.jsonl", rows), "weight": 0.5}
+    assert run(model, data={"train": [source]}) == 2
+    told = capsys.readouterr().err
+    report, error = "of 8 pairs kept for training an epoch has 4: weight 0.5", "data.train: 4 pairs to train on, fewer"
+    assert 0 < told.index(report) < told.index(error) and "not trained on: 4 left out by weight or count" in told
+
+
 def test_help_explains_its_own_words(capsys):
     with pytest.raises(SystemExit):
         inspect.read_arguments(["--help"])
