@@ -176,14 +176,15 @@ def pku_saferlhf():
 
 
 def nectar():
-    """Two answers a row, of equal rank in the second row."""
+    """Two answers a row, of equal rank in the second row; the third prompt has three turns."""
+    begins = ["", "", "\n\nHuman: Hi\n\nAssistant: Yo"]
     rows = [
-        {"prompt": f"\n\nHuman: {q}\n\nAssistant: ", "turns": 1, "num_responses": 2, "source": ["s"],
-         "answers": [{"answer": r, "model": "m", "rank": 2}, {"answer": c, "model": "n", "rank": 1 + (i == 1)}]}
-        for i, (q, c, r) in enumerate(FACTS)
+        {"prompt": f"{begin}\n\nHuman: {q}\n\nAssistant: ", "turns": 1, "num_responses": 2, "source": ["s"],
+         "answers": [{"answer": r, "model": "m", "rank": 2}, {"answer": c, "model": "n", "rank": 1 + (q == BEES[0])}]}
+        for begin, (q, c, r) in zip(begins, FACTS, strict=True)
     ]  # fmt: skip
-    pairs = [(f"\n\nHuman: {q}\n\nAssistant:", f" {c}</s>", f" {r}</s>") for q, c, r in FACTS]
-    return rows, [pairs[0], pairs[2]]
+    prompt, *answers = chat(*ICE)
+    return rows, [chat(*SHEEP), (f"[user]Hi</s>[assistant]Yo</s>{prompt}", *answers)]
 
 
 # --- the tests --------------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import pytest
 from dpo.base.errors import UserError
 from dpo.config import SourceConfig
 from dpo.data.formats.table_rows import table_rows
+from dpo.data.prepare import prepare_data
 from dpo.data.sources import decode_row, open_source
+from tests.support.data_fixtures import EOS, TinyModelConfig, all_pairs, ids, make_config
 
 pytest_plugins = ["tests.support.data_plugin"]
 pytestmark = pytest.mark.usefixtures("hf_cache")
@@ -133,3 +135,75 @@ def test_rows_are_read_one_by_one(tmp_path):
     assert next(rows) == {"row": json.dumps({"a": "1", "b": None}), "line": 2, "columns": '["a"]'}
     with pytest.raises(UserError, match=r"^a\.csv:1003: "):
         list(rows)
+
+
+# --- tables of known shapes, as pairs by hand -------------------------------------------------------------------------
+
+
+def write_table(path, rows):
+    """A table of rows that all have the same columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def chat(prompt, *answers):
+    """The ids of a prompt and of its answers through the template of the tests, [role]content</s>, by hand."""
+    begin = [*ids(f"[user]{prompt}"), EOS, *ids("[assistant]")]
+    return (begin, *([*ids(answer), EOS] for answer in answers))
+
+
+def texts(prompt, *answers):
+    """The ids of a prompt and of its answers that are texts, by hand."""
+    return (ids(prompt), *([*ids(answer), EOS] for answer in answers))
+
+
+VOTE = {"prompt": '["a\\nb"]', "response_a": '["c, d"]', "response_b": '["\\"e\\""]', "winner_tie": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "pairs", "dropped"),
+    [
+        (
+            "texts.csv",
+            [{"prompt": "a,\nb", "chosen": ' "c"', "rejected": " d"}, {"prompt": "e", "chosen": "f", "rejected": "-"}],
+            [texts("a,\nb", ' "c"', " d"), texts("e", "f", "-")],
+            {},
+        ),
+        (
+            "shp.tsv",
+            [{"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": label} for label in (0, 1)],
+            [texts("\n\nHuman: q\n\nAssistant:", *answers) for answers in ((" b", " a"), (" a", " b"))],
+            {},
+        ),
+        (
+            "winner.csv",
+            [{"prompt": "p", "answer_a": "a", "answer_b": "b", "winner": winner} for winner in ("tie", "B", 0)],
+            [texts("p", "b", "a"), texts("p", "a", "b")],
+            {"tie": 1},
+        ),
+        (
+            "votes.csv",
+            [VOTE | {"winner_model_a": a, "winner_model_b": 1 - a} for a in (1, 0)],
+            [chat("a\nb", "c, d", '"e"'), chat("a\nb", '"e"', "c, d")],
+            {},
+        ),
+    ],
+)
+def test_pairs_of_a_table(tmp_path, tokenizer_folder, name, rows, pairs, dropped):
+    """A text with a comma, a line end and quotes; numbers, which a table has as texts; lists of turns as JSON texts."""
+    data = prepare_data(make_config(write_table(tmp_path / name, rows), tokenizer=tokenizer_folder), TinyModelConfig())
+    assert all_pairs(data.train) == pairs
+    (source,) = data.report.sources
+    assert source.dropped == dropped
+
+
+def test_an_empty_field_that_is_needed_is_missing(tmp_path, tokenizer_folder):
+    """In a column with values in other rows; the place is the row's."""
+    (tmp_path / "a.csv").write_text('prompt,chosen,rejected\n"p\nq",a,b\np,a,\n')
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}/a\.csv:4: missing or null field rejected; the row has: prompt, "
+    ):
+        prepare_data(make_config(str(tmp_path / "a.csv"), tokenizer=tokenizer_folder), TinyModelConfig())
