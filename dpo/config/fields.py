@@ -54,8 +54,9 @@ class SourceConfig:
     """Format of the rows; auto: recognized by the names of the columns."""
     columns: dict[str, str] = field(default_factory=dict)
     """The source's own name of a column, by the name that a format knows: {prompt: question} reads the column question
-    as prompt. Two numbers of a row are read only where they are named here: weight, by which the loss of its pairs is
-    multiplied (in evaluation it is 1), and margin, which is subtracted from beta h in the loss dpo."""
+    as prompt, and {unused: context} leaves context out. Two numbers of a row are read only where they are named here:
+    weight, by which the loss of its pairs is multiplied (in evaluation it is 1), and margin, which is subtracted from
+    beta h in the loss dpo."""
     as_chat: bool = False
     """Read prompts and answers that are texts as messages of the user and the assistant, through the chat template."""
     template_args: dict[str, Any] = field(default_factory=dict)

@@ -24,17 +24,14 @@ ROW = ("system", *TEMPLATE_ARGS)
 """Columns that a row of texts or messages may have in every format."""
 PAIR = ("weight", "margin")
 """Columns that are read only where `columns` names them."""
-KNOWN = sorted(
-    {*ROW, *SYSTEM, *PAIR, *(name for names in PROMPT for name in names)}.union(*(f.reads for f in FORMATS.values()))
-)
-"""Every name that `columns` may map, but for `unused`."""
-
 PROMPT_LIKE = frozenset(
     ("system", *SYSTEM, *TEMPLATE_ARGS, "functions", "context", "contexts", "input", "inputs", "document", "documents",
      "passage", "passages", "schema", "image", "images", "image_path", "audio", "audios", "video", "videos")
 )  # fmt: skip
 """Columns that look like part of the prompt, in small letters: none of them is left out in silence."""
-DIALOGUE_LIKE = frozenset(("conversation", "conversations", "history", "chat_history", "conversation_history"))
+DIALOGUE_LIKE = frozenset(
+    ("conversation", "conversations", "dialog", "dialogue", "history", "chat_history", "conversation_history")
+)
 """The same, except beside chosen and rejected that are whole conversations, which have their own beginning."""
 
 
@@ -51,9 +48,11 @@ def known_names(own: Set[str], columns: Names, place: str) -> dict[str, str]:
     Raises:
         UserError: `columns` has a name that no format knows, a column that the source lacks, or one column twice.
     """
-    unknown = sorted(columns.keys() - {UNUSED, *KNOWN})
+    known_here = {UNUSED, *ROW, *SYSTEM, *PAIR, *(name for names in PROMPT for name in names)}
+    known_here = known_here.union(*(format.reads for format in FORMATS.values()))
+    unknown = sorted(columns.keys() - known_here)
     if unknown:
-        raise UserError(f"{place}.{unknown[0]}", "no format knows this name", ", ".join([*KNOWN, UNUSED]))
+        raise UserError(f"{place}.{unknown[0]}", "no format knows this name", ", ".join(sorted(known_here)))
     unused = _unused(own, columns)
     mapped = {known: name for known, name in columns.items() if known != UNUSED}
     for known, name in [*mapped.items(), *((UNUSED, name) for name in unused)]:
@@ -78,25 +77,32 @@ def _unused(own: Set[str], columns: Names) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-def prompt_columns(names: Names, place: str) -> tuple[str, ...]:
-    """Returns the known names of the columns that are the prompt where a source has no `prompt`; none where it has one.
+def prompt_columns(names: Names) -> tuple[str, ...]:
+    """Returns the known names of the columns that are the prompt where a source has no `prompt`.
 
-    Args:
-        names: the columns of the source, from `known_names`.
-        place: the key of `columns`, for errors.
-
-    Raises:
-        UserError: `question` and `instruction` are both there.
+    None are where it has one, and where `question` and `instruction` both could be it.
     """
-    if "prompt" in names:
+    if "prompt" in names or {"question", "instruction"} <= names.keys():
         return ()
-    if "question" in names and "instruction" in names:
-        valid = "columns: {prompt: question} or {prompt: instruction}, or a new column that has both"
-        raise UserError(place, "question and instruction could both be the prompt", valid)
     for first, *more in PROMPT:
         if first in names:
             return (first, *(name for name in more if name in names))
     return ()
+
+
+def check_mapped(columns: Names, names_read: Names, format: str, place: str) -> None:
+    """Raises UserError for a column that `columns` names and that the format does not read.
+
+    Args:
+        columns: `columns` of the source's config.
+        names_read: the columns that are read.
+        format: the format of the source.
+        place: the key of `columns`, for errors.
+    """
+    for known, own in columns.items():
+        if known != UNUSED and own not in names_read.values():
+            what = f"the format {format} does not read {known} here"
+            raise UserError(f"{place}.{known}", what, f"names that it reads: {', '.join(sorted(names_read))}")
 
 
 def check_left_out(left_out: Set[str], has_conversations: bool, place: str) -> None:
@@ -110,11 +116,7 @@ def check_left_out(left_out: Set[str], has_conversations: bool, place: str) -> N
     suspects = PROMPT_LIKE if has_conversations else PROMPT_LIKE | DIALOGUE_LIKE
     names = sorted(name for name in left_out if name.lower() in suspects)
     if names:
-        what = f"{few(names)}: would not be read, and looks like part of the prompt"
+        what = f"{few(names)}: would not be read, but looks like part of the prompt"
         ways = f"columns: {{unused: {', '.join(names)!r}}} to leave it out"
-        raise UserError(
-            place, what, f"columns: {{NAME: {names[0]}}} to read it as one of {', '.join(_READABLE)}; {ways}"
-        )
-
-
-_READABLE = ("prompt", "input (beside instruction)", "system", "tools")
+        read = f"columns: {{NAME: {names[0]}}} to read it, as prompt, system, tools, or input beside instruction"
+        raise UserError(place, what, f"{read}; {ways}")

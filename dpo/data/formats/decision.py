@@ -1,12 +1,21 @@
 """The columns and the first row of a source -> its `Reading`."""
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import replace
 
 from dpo.base.errors import InvalidValue, UserError
 from dpo.config import SourceConfig
 from dpo.data.formats.chat import check_args
-from dpo.data.formats.columns import PAIR, ROW, TEMPLATE_ARGS, Names, check_left_out, known_names, prompt_columns
+from dpo.data.formats.columns import (
+    PAIR,
+    ROW,
+    TEMPLATE_ARGS,
+    Names,
+    check_left_out,
+    check_mapped,
+    known_names,
+    prompt_columns,
+)
 from dpo.data.formats.examples import FORMATS, check_columns, detect_format, to_example
 from dpo.data.formats.reading import TEXT_OR_MESSAGES, Reading, is_kept_as_text, known_row, with_messages
 from dpo.data.formats.row_fields import Row
@@ -27,18 +36,21 @@ def decide_reading(config: SourceConfig, own: Set[str], first_row: Row, has_type
             those of the format, or a column that looks like part of the prompt would not be read.
     """
     names = known_names(own, config.columns, f"{key}.columns")
-    prompt_from = prompt_columns(names, f"{key}.columns")
+    prompt_from = prompt_columns(names)
     row = known_row(Reading("", names, prompt_from, null_is_missing=has_types), first_row)
     as_text = tuple(name for name in TEXT_OR_MESSAGES if is_kept_as_text(row.get(name)))
     row = with_messages(row, as_text)
     format = _format(config, {*names, *(["prompt"] if prompt_from else [])}, row, own, key)
     prompt_from = prompt_from if "prompt" in FORMATS[format].reads else ()
     names_read = _names_read(format, names, prompt_from, config.columns)
+    check_mapped(config.columns, names_read, format, f"{key}.columns")
     if FORMATS[format].holds_ids:
         _check_no_chat(config, format, key)
         return Reading(format, names_read, line=f"format {format}: token ids")
     has_whole = all(isinstance(row.get(name), list) and len(row[name]) > 1 for name in ("chosen", "rejected"))
     check_left_out(names.keys() - names_read.keys(), has_whole, f"{key}.columns: {config.path}")
+    if has_whole:
+        _check_prompt_text(row, f"{key}.columns: {config.path}")
     reading = Reading(
         format, names_read, prompt_from, as_text, _is_text(format, row), "", config.template_args, has_types
     )
@@ -60,6 +72,18 @@ def _names_read(format: str, names: Names, prompt_from: tuple[str, ...], columns
     read = {*FORMATS[format].reads, *prompt_from, *(() if FORMATS[format].holds_ids else ROW)}
     read |= set(PAIR) & columns.keys()
     return {known: own for known, own in names.items() if known in read}
+
+
+def _check_prompt_text(first_row: Row, place: str) -> None:
+    """Raises UserError where the first row has a prompt text that its whole conversations do not hold."""
+    prompt = first_row.get("prompt")
+    messages = [item for name in ("chosen", "rejected") for item in first_row[name] if isinstance(item, Mapping)]
+    contents = [message.get("content", message.get("value")) for message in messages]
+    if not isinstance(prompt, str) or not all(isinstance(content, str) for content in contents):
+        return
+    if not any(" ".join(prompt.split()) in " ".join(content.split()) for content in contents):
+        what = "chosen and rejected are whole conversations, in which the first row's prompt does not occur"
+        raise UserError(place, what, "columns: {unused: prompt} to leave it out, or {system: prompt}")
 
 
 def _is_text(format: str, first_row: Row) -> bool | None:
