@@ -65,6 +65,13 @@ def test_messages_beside_whole_conversations_repeat_them(messages):
         read_row(reading, WHOLE | {"messages": [{"role": "user", "content": "Else"}]})
 
 
+def test_conversations_beside_whole_conversations_repeat_them():
+    row = {"conversations": [USER]} | WHOLE
+    assert read_row(decide(row), row).prompt == (USER,)
+    with pytest.raises(ValueError, match="do not begin with prompt"):
+        read_row(decide(row), row | {"conversations": [{"from": "human", "value": "Else"}]})
+
+
 def test_other_formats_take_the_same_prompts():
     row = {"question": "q", "completions": ["a", "b"], "scores": [1, 2]}
     assert read_row(decide(row), row).prompt == "q"
@@ -105,7 +112,7 @@ def test_weight_and_margin_are_read_where_they_are_named():
     ("columns", "error"),
     [
         ({"prompt": "ask"}, "columns.prompt: the source has no column 'ask', or it is empty in every row; valid: ch"),
-        ({"promt": "q"}, "columns.promt: no format knows this name; valid: "),
+        ({"ask": "q"}, "columns.ask: no format knows this name; valid: "),
         ({"prompt": "q", "system": "q"}, "columns: prompt and system name the same column 'q'"),
         ({"prompt": "q", "unused": "q"}, "columns: prompt and unused name the same column 'q'"),
         ({"unused": "context"}, "columns.unused: the source has no column 'context', or it is empty"),

@@ -17,10 +17,8 @@ from dpo.data.formats.row_fields import (
 
 
 def sharegpt(row: Row) -> Example:
-    """Reads {conversations, chosen, rejected}, whose messages have `from` and `value`."""
-    prompt = messages_of(field(row, "conversations"), "conversations")
-    answers = (answer_of(field(row, name), name, prompt) for name in ("chosen", "rejected"))
-    return Example(prompt, tuple(answers), ((0, 1),))
+    """Reads {conversations, chosen, rejected}, whose messages have `from` and `value`, as `preference`."""
+    return preference({**row, "prompt": list(messages_of(field(row, "conversations"), "conversations"))})
 
 
 def preference(row: Row) -> Example:

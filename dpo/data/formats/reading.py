@@ -100,7 +100,7 @@ def is_kept_as_text(value: object) -> bool:
 def without_nulls(value: Any) -> Any:
     """Returns a value without the keys of objects that are null, at any depth; a message keeps its `content`."""
     if isinstance(value, list):
-        return [without_nulls(item) for item in value]
+        return value if isinstance(next(iter(value), 0), int | str) else [without_nulls(item) for item in value]
     if not isinstance(value, Mapping):
         return value
     kept = {key: item for key, item in value.items() if item is not None or (key == "content" and "role" in value)}
