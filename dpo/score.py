@@ -21,7 +21,7 @@ from dpo.base.command import own_flags, split_words
 from dpo.base.console import say
 from dpo.base.errors import RunError, UserError, renamed_places
 from dpo.batch.packer import Packer, make_packer
-from dpo.config import Config, load_config
+from dpo.config import Config, LossConfig, load_config
 from dpo.data.pair_set import PairSet
 from dpo.data.prepare import PreferenceData
 from dpo.distributed.preemption import never
@@ -149,33 +149,36 @@ def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, 
     assert result is not None
     if not math.isfinite(result.metrics["loss"]):
         raise RunError(f"the loss of {config.model.path} is {result.metrics['loss']}; its weights are at fault")
-    return result.metrics | further_metrics(result, pairs.lengths(), config.loss.beta)
+    return result.metrics | further_metrics(result, pairs.lengths(), config.loss)
 
 
-def further_metrics(result: Evaluation, lengths: np.ndarray, beta: float) -> dict[str, float]:
+def further_metrics(result: Evaluation, lengths: np.ndarray, loss: LossConfig) -> dict[str, float]:
     """Returns the metrics of a score that `metrics.pair_means` does not give.
 
 
     tokens/chosen     mean number of tokens of the winners, EOS included; tokens/rejected of the losers
     nats/margins      mean of h = (pi_logp - ref_logp)[winner] - (pi_logp - ref_logp)[loser]: rewards/margins / beta
     nats/margins_per_token  nats/margins / the mean number of tokens per completion
-    wins, ties, losses      numbers of pairs with h > 0, = 0, < 0
+    wins, ties, losses      numbers of pairs whose winner's reward is greater, equal, less
     shares/ties       ties / pairs; the share of wins is rewards/accuracies
 
-    Where the loss has no reference, there are only the metrics of the first line.
+    Where rewards are beta pi_logp / n, there is no nats/margins, and nats/margins_per_token is rewards/margins / beta.
+    Where the loss has no rewards, there are only the metrics of the first line.
 
     Args:
         result: the evaluation of N pairs.
         lengths: (N, 3) tokens of prompt, winner and loser of each pair.
-        beta: `loss.beta`, by which rewards are divided to get nats.
+        loss: gives the kind of the rewards, and `beta`, by which they are divided to get nats.
     """
     _, chosen, rejected = lengths.mean(0).tolist()
     metrics: dict[str, float] = {"tokens/chosen": chosen, "tokens/rejected": rejected}
     if "rewards/margins" in result.metrics:
-        h = result.metrics["rewards/margins"] / beta
-        signs = np.sign(result.margins)
+        margin, signs = result.metrics["rewards/margins"] / loss.beta, np.sign(result.margins)
         wins, ties, losses = (int((signs == sign).sum()) for sign in (1, 0, -1))
-        metrics |= {"nats/margins": h, "nats/margins_per_token": h / ((chosen + rejected) / 2)}
+        if loss.facts.rewards == "implicit":
+            metrics |= {"nats/margins": margin, "nats/margins_per_token": margin / ((chosen + rejected) / 2)}
+        else:
+            metrics |= {"nats/margins_per_token": margin}
         metrics |= {"wins": wins, "ties": ties, "losses": losses, "shares/ties": ties / max(len(signs), 1)}
     return metrics
 

@@ -101,7 +101,7 @@ LAYOUT = {
         Chart("margin: reward of chosen minus rejected", f"{PREFERENCE}/rewards/margins"),
     ),
     "chosen against rejected": (
-        Chart("rewards: beta (pi_logp - ref_logp)", f"{SIDES}/rewards"),
+        Chart("rewards: beta (pi_logp - ref_logp); simpo, orpo: beta pi_logp / tokens", f"{SIDES}/rewards"),
         Chart("log-probabilities of a completion, nats", f"{SIDES}/logps"),
     ),
 }

@@ -1,4 +1,4 @@
-"""The facts of each loss that config, launch and reports need, without torch: its name, inputs and keys.
+"""The facts of each loss that config, launch and reports need, without torch: its name, inputs, rewards and keys.
 
 The functions are in `LOSSES` of `dpo/step/losses.py`, under the same names.
 """
@@ -7,30 +7,42 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-LossName = Literal["dpo", "ipo", "hinge", "robust", "sft"]
+LossName = Literal["dpo", "ipo", "hinge", "robust", "apo_zero", "apo_down", "dpop", "simpo", "orpo", "sft"]
 """The choices of `loss.name`: the names of `LOSS_FACTS`."""
 
 
 @dataclass(frozen=True)
 class LossFacts:
-    """The inputs of a loss beside the log-probabilities of the policy, and the keys of `loss` that it takes."""
+    """The inputs of a loss beside the log-probabilities of the policy, its rewards, and the keys that it takes."""
 
     uses_reference: bool
-    """The loss compares with a reference, whose log-probabilities are computed; other losses have no rewards."""
-    smooths: bool
+    """The loss compares with a reference, whose log-probabilities are computed."""
+    rewards: Literal["implicit", "per_token"] | None
+    """The rewards of a completion of n tokens: beta (pi_logp - ref_logp), which needs a reference, or beta pi_logp / n;
+    None: the loss has no rewards, hence no accuracies and margins."""
+    smooths: bool = False
     """The loss takes `loss.label_smoothing`."""
-    normalizes: bool
+    normalizes: bool = True
     """The loss takes `loss.length_normalized`; a loss that does not is a mean per token by definition."""
     includes_sft: bool = False
     """The loss contains the SFT term with weight 1, so it does not take `loss.sft_weight`."""
+    own_key: str | None = None
+    """The key of `loss` that this loss alone takes."""
+    offsets: bool = False
+    """The loss takes a margin per pair, from the column that a source names in `columns`."""
 
 
 LOSS_FACTS: Mapping[LossName, LossFacts] = {
-    "dpo": LossFacts(uses_reference=True, smooths=True, normalizes=True),
-    "ipo": LossFacts(uses_reference=True, smooths=False, normalizes=True),
-    "hinge": LossFacts(uses_reference=True, smooths=False, normalizes=True),
-    "robust": LossFacts(uses_reference=True, smooths=True, normalizes=True),
-    "sft": LossFacts(uses_reference=False, smooths=False, normalizes=False, includes_sft=True),
+    "dpo": LossFacts(uses_reference=True, rewards="implicit", smooths=True, offsets=True),
+    "ipo": LossFacts(uses_reference=True, rewards="implicit"),
+    "hinge": LossFacts(uses_reference=True, rewards="implicit"),
+    "robust": LossFacts(uses_reference=True, rewards="implicit", smooths=True),
+    "apo_zero": LossFacts(uses_reference=True, rewards="implicit"),
+    "apo_down": LossFacts(uses_reference=True, rewards="implicit"),
+    "dpop": LossFacts(uses_reference=True, rewards="implicit", own_key="dpop_lambda"),
+    "simpo": LossFacts(uses_reference=False, rewards="per_token", normalizes=False, own_key="gamma"),
+    "orpo": LossFacts(uses_reference=False, rewards="per_token", normalizes=False, includes_sft=True),
+    "sft": LossFacts(uses_reference=False, rewards=None, normalizes=False, includes_sft=True),
 }
 """The facts of each loss by `loss.name`."""
 

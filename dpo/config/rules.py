@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from dpo.base.errors import UserError
 from dpo.config.fields import Config, DataConfig, LossConfig, ParallelConfig, SourceConfig
-from dpo.config.loss_facts import LossFacts, losses_that
+from dpo.config.loss_facts import LOSS_FACTS, LossFacts, losses_that
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ _COUNTS = ("batch.pairs_per_step", "batch.tokens_per_micro_batch", "parallel.rep
 _OPTIONAL_COUNTS = ("data.num_proc", "data.max_prompt_length", "parallel.shard", "train.steps", "train.epochs")
 _CADENCES = ("train.eval_every", "checkpoint.save_every", "checkpoint.keep")
 _OTHER_COUNTS = ("parallel.setup_timeout_seconds", "parallel.timeout_seconds", "train.log_every", "eval.max_new_tokens")
+_WEIGHTS = ("loss.sft_weight", "loss.gamma", "loss.dpop_lambda", "optim.weight_decay", "eval.temperature")
 _BOUNDS = (
     Bound("an integer", ">= 1", lambda x: x >= 1, (*_COUNTS, *_OTHER_COUNTS)),
     Bound("null or an integer", ">= 1", lambda x: x >= 1, (*_OPTIONAL_COUNTS, *_CADENCES)),
@@ -41,7 +42,7 @@ _BOUNDS = (
     Bound("an integer", ">= 0 and < 2^63", lambda x: 0 <= x < 2**63, ("train.seed",)),
     Bound("a number", "> 0", lambda x: x > 0, ("loss.beta", "optim.lr", "optim.eps")),
     Bound("null or a number", "> 0", lambda x: x > 0, ("optim.max_grad_norm",)),
-    Bound("a number", ">= 0", lambda x: x >= 0, ("loss.sft_weight", "optim.weight_decay", "eval.temperature")),
+    Bound("a number", ">= 0", lambda x: x >= 0, _WEIGHTS),
     Bound("a number", ">= 0 and < 0.5", lambda x: 0 <= x < 0.5, ("loss.label_smoothing",)),
     Bound("a number", ">= 0 and < 1", lambda x: 0 <= x < 1, ("optim.alpha", "optim.momentum")),
     Bound("two numbers, each", ">= 0 and < 1", lambda x: 0 <= x < 1, ("optim.betas",)),
@@ -83,6 +84,7 @@ def _problems(config: Config) -> Iterator[Problem]:
         yield from _out_of_bounds(config, bound)
     yield from _data_problems(config.data)
     yield from _loss_problems(config.loss)
+    yield from _margin_problems(config.data, config.loss)
     yield from _dtype_problems(config)
     if config.train.steps is not None and config.train.epochs is not None:
         yield Problem(("train.epochs", "train.steps"), "train.steps is given too", "one of the two, the other null")
@@ -157,6 +159,28 @@ def _loss_problems(loss: LossConfig) -> Iterator[Problem]:
     if loss.sft_weight != 0 and facts.includes_sft:
         what = f"{name} has this term with weight 1, got {loss.sft_weight}"
         yield Problem(("loss.sft_weight", "loss.name"), what, f"0, {_or_a_loss_that(lambda f: not f.includes_sft)}")
+    yield from _own_key_problems(loss)
+
+
+def _own_key_problems(loss: LossConfig) -> Iterator[Problem]:
+    """Yields keys that another loss alone takes and that are not at their default."""
+    for owner, facts in LOSS_FACTS.items():
+        if facts.own_key is None or owner == loss.name:
+            continue
+        value, default = getattr(loss, facts.own_key), getattr(LossConfig, facts.own_key)
+        if value != default:
+            what = f"loss.name {loss.name} does not take it, got {value}"
+            yield Problem((f"loss.{facts.own_key}", "loss.name"), what, f"{default}, or loss.name {owner}")
+
+
+def _margin_problems(data: DataConfig, loss: LossConfig) -> Iterator[Problem]:
+    """Yields sources whose pairs have a margin, where the loss takes none."""
+    for place, sources in (("train", data.train), ("eval", data.eval)):
+        for i, source in enumerate(sources):
+            if "margin" in source.columns and not loss.facts.offsets:
+                what = f"loss.name {loss.name} takes no margin of a pair, got margin: {source.columns['margin']}"
+                valid = f"no margin, {_or_a_loss_that(lambda f: f.offsets)}"
+                yield Problem((f"data.{place}[{i}].columns", "loss.name"), what, valid)
 
 
 def _or_a_loss_that(holds: Callable[[LossFacts], bool]) -> str:

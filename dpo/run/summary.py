@@ -58,7 +58,7 @@ def evaluation_line(step: int, last_step: int, metrics: Mapping[str, float]) -> 
 
 
 def _outcome(metrics: Mapping[str, float], group: str) -> list[str]:
-    """Returns the loss, and where the loss has a reference the accuracy and margin."""
+    """Returns the loss, and where the loss has rewards the accuracy and margin."""
     parts = [f"loss {metrics[f'{group}/loss']:.4f}"]
     if f"{group}/rewards/margins" in metrics:
         parts.append(f"acc {metrics[f'{group}/rewards/accuracies']:z.3f}")

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from dpo.config import LossConfig
-from dpo.step.losses import LOSSES
+from dpo.step.losses import LOSSES, PairTerms
 
 FEW_COMPLETIONS = 32
 """Below so many completions the measured noise is itself uncertain."""
@@ -198,7 +198,13 @@ _ROUNDING = 1e-9
 """Part of a loss by which its two computations in float64 may differ."""
 
 
-def expected_losses(pi_logps: np.ndarray, ref_logps: np.ndarray, lengths: np.ndarray, loss: LossConfig) -> np.ndarray:
+def expected_losses(
+    pi_logps: np.ndarray,
+    ref_logps: np.ndarray,
+    lengths: np.ndarray,
+    loss: LossConfig,
+    margins: np.ndarray | None = None,
+) -> np.ndarray:
     """Returns the preference losses of T pairs, (T,), by the values of their own completions.
 
     Args:
@@ -206,11 +212,14 @@ def expected_losses(pi_logps: np.ndarray, ref_logps: np.ndarray, lengths: np.nda
         ref_logps: (2, T) nats under the reference.
         lengths: (2, T) tokens.
         loss: its function in `LOSSES` is applied to each pair alone.
+        margins: (T,) the margin of each pair; None: all 0.
     """
     log_ratios = (pi_logps - ref_logps) / (lengths if loss.length_normalized else 1)
     ratios, pis, tokens = (torch.as_tensor(array.reshape(-1)).double() for array in (log_ratios, pi_logps, lengths))
     winners = torch.arange(pi_logps.shape[1])
-    return LOSSES[loss.name].losses(ratios, pis, tokens, winners, winners + len(winners), loss).numpy()
+    offsets = None if margins is None else torch.as_tensor(margins).double()
+    terms = PairTerms(ratios, pis, tokens, winners, winners + len(winners), offsets)
+    return LOSSES[loss.name].losses(terms, loss).numpy()
 
 
 def losses_at_zero(loss: LossConfig) -> tuple[float, float]:

@@ -26,7 +26,7 @@ class Evaluation:
     metrics: dict[str, float]
     """The metrics of `pair_means`."""
     margins: np.ndarray
-    """The reward margin of each pair, (P,), in no particular order; (0,) where the loss has no reference."""
+    """The reward margin of each pair, (P,), in no particular order; (0,) where the loss has no rewards."""
 
 
 def evaluate(
@@ -62,6 +62,7 @@ def evaluate(
     reshard(policy)
     if must_stop:
         return None
-    metrics = pair_means(sums.reduce(), loss.facts.uses_reference)
-    everywhere = gather_lanes(torch.cat(margins).float().cpu().numpy()) if loss.facts.uses_reference else [np.zeros(0)]
+    has_rewards = loss.facts.rewards is not None
+    metrics = pair_means(sums.reduce(), has_rewards)
+    everywhere = gather_lanes(torch.cat(margins).float().cpu().numpy()) if has_rewards else [np.zeros(0)]
     return Evaluation(metrics, np.concatenate(everywhere))

@@ -158,7 +158,9 @@ def _run(
         ids = [(tree.prompt_ids, ids) for tree in trees for ids in tree.completion_ids]
         for (prompt, own), (pi, ref) in zip(ids, measured, strict=True):
             rows[completion_key(prompt, own)] = (pi, ref, len(own), own[:8].tolist())
-        losses += zip(_found_losses(pi_logps, batch, loss), _expected_losses(trees, measured, loss), strict=True)
+        margins = None if batch.margins is None else batch.margins.double().cpu().numpy()
+        expected = _expected_losses(trees, measured, loss, margins)
+        losses += zip(_found_losses(pi_logps, batch, loss), expected, strict=True)
     return rows, losses
 
 
@@ -168,18 +170,21 @@ def _found_losses(pi_logps: torch.Tensor, batch: PackedBatch, loss: LossConfig) 
     return batch_preferences(pi_logps.double(), replace(batch, ref_logps=batch.ref_logps.double()), loss).tolist()
 
 
-def _expected_losses(trees: Sequence[Tree], measured: Sequence[tuple[float, float]], loss: LossConfig) -> list[float]:
+def _expected_losses(
+    trees: Sequence[Tree], measured: Sequence[tuple[float, float]], loss: LossConfig, margins: np.ndarray | None
+) -> list[float]:
     """Returns the losses of the trees' pairs, in the order of the trees.
 
     Args:
         measured: (pi_logp, ref_logp) of each completion, nats, in the order of the trees.
+        margins: (T,) the margin of each pair, in the same order; None: all 0.
     """
     left, pairs = iter(measured), []
     for tree in trees:
         completions = [(*next(left), len(ids)) for ids in tree.completion_ids]
         pairs += [(completions[winner], completions[loser]) for winner, loser in tree.pairs]
     pi_logps, ref_logps, lengths = np.array(pairs).reshape(-1, 2, 3).T  # each (2, T)
-    return [float(value) for value in expected_losses(pi_logps, ref_logps, lengths, loss)]
+    return [float(value) for value in expected_losses(pi_logps, ref_logps, lengths, loss, margins)]
 
 
 def moved_plan(plan: StepPlan) -> StepPlan:
@@ -193,4 +198,4 @@ def moved_plan(plan: StepPlan) -> StepPlan:
 def _turned(tree: Tree) -> Tree:
     last = len(tree.completion_ids) - 1
     pairs = tuple((last - winner, last - loser) for winner, loser in tree.pairs)
-    return Tree(tree.prompt_ids, tree.completion_ids[::-1], pairs)
+    return replace(tree, completion_ids=tree.completion_ids[::-1], pairs=pairs)

@@ -2,10 +2,12 @@
 
 Throughout, T pairs stand among B completions; `pi_logps` and `ref_logps` (B,) are log-probabilities of whole
 completions given their prompts in nats; `lengths` (B,) counts their scored tokens, EOS included; `yw_idxs` and
-`yl_idxs` (T,) index winners and losers. Most losses depend on the margin h of a pair alone:
+`yl_idxs` (T,) index winners and losers. The losses are functions of one or two of
 
     log_ratios = pi_logps - ref_logps                     (B,) nats; divided by lengths if `loss.length_normalized`
     h          = log_ratios[yw_idxs] - log_ratios[yl_idxs]      (T,)
+    u          = beta log_ratios                          (B,)
+    means      = pi_logps / lengths                       (B,) nats per token
 
 Every loss returns (T,), one value per pair, never averaged: a step divides their sum by its global number of pairs.
 `LOSSES` has one entry per `loss.name`; `dpo/config/loss_facts.py` has the facts that config needs of it.
@@ -13,7 +15,7 @@ Every loss returns (T,), one value per pair, never averaged: a step divides thei
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,89 +24,169 @@ from torch import Tensor
 from dpo.config import LossConfig
 from dpo.config.loss_facts import LossName
 
-# --- functions of the margin -----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class PairTerms:
+    """The terms from which the losses of T pairs among B completions are computed."""
+
+    log_ratios: Tensor
+    """(B,) pi_logp - ref_logp, nats, from `log_ratios`; NaN where the loss uses no reference."""
+    pi_logps: Tensor
+    """(B,) nats under the policy."""
+    lengths: Tensor
+    """(B,) integers: scored tokens of each completion, EOS included."""
+    yw_idxs: Tensor
+    """(T,) int64: the winner of each pair, an index of the B completions."""
+    yl_idxs: Tensor
+    """(T,) int64: the loser of each pair, likewise."""
+    margins: Tensor | None = None
+    """(T,) the margin of each pair, on the scale of beta h; None: all 0."""
+
+    @property
+    def h(self) -> Tensor:
+        """Returns the difference of the log-ratios of winner and loser, (T,)."""
+        return self.log_ratios[self.yw_idxs] - self.log_ratios[self.yl_idxs]
 
 
-def dpo_loss(h: Tensor, config: LossConfig) -> Tensor:
-    """Returns -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h), (T,), with eps = label_smoothing.
+def log_ratios(pi_logps: Tensor, ref_logps: Tensor | None) -> Tensor:
+    """Returns pi_logps - ref_logps, (B,) nats, with gradient; NaN without a reference, so that a loss that reads them
+    all the same is not computed against a reference of log-probability 0.
+    """
+    return torch.full_like(pi_logps, math.nan) if ref_logps is None else pi_logps - ref_logps
+
+
+# --- with a reference ------------------------------------------------------------------------------------------------
+
+
+def dpo_loss(terms: PairTerms, config: LossConfig) -> Tensor:
+    """Returns -(1 - eps) log sigmoid(beta h - m) - eps log sigmoid(-(beta h - m)), (T,), with eps = label_smoothing and
+    m the margins of the pairs.
 
     Equation 7 of Rafailov et al. 2023, https://arxiv.org/abs/2305.18290; eps > 0 is conservative DPO (the probability
-    that a label is wrong), equation 3 of https://ericmitchell.ai/cdpo.pdf.
+    that a label is wrong), equation 3 of https://ericmitchell.ai/cdpo.pdf; m is the offset of ODPO, Amini et al. 2024,
+    https://arxiv.org/abs/2402.10571.
     """
     eps = config.label_smoothing
-    return -(1 - eps) * F.logsigmoid(config.beta * h) - eps * F.logsigmoid(-config.beta * h)
+    scaled = config.beta * terms.h if terms.margins is None else config.beta * terms.h - terms.margins
+    return -(1 - eps) * F.logsigmoid(scaled) - eps * F.logsigmoid(-scaled)
 
 
-def ipo_loss(h: Tensor, config: LossConfig) -> Tensor:
+def ipo_loss(terms: PairTerms, config: LossConfig) -> Tensor:
     """Returns (h - 1/(2 beta))^2, (T,): equation 17 of Azar et al. 2023, https://arxiv.org/abs/2310.12036 (beta is
     their tau).
     """
-    return (h - 1 / (2 * config.beta)) ** 2
+    return (terms.h - 1 / (2 * config.beta)) ** 2
 
 
-def hinge_loss(h: Tensor, config: LossConfig) -> Tensor:
+def hinge_loss(terms: PairTerms, config: LossConfig) -> Tensor:
     """Returns max(0, 1 - beta h), (T,): SLiC's hinge on DPO's margin, Liu et al. 2023,
     https://arxiv.org/abs/2309.06657.
     """
-    return torch.relu(1 - config.beta * h)
+    return torch.relu(1 - config.beta * terms.h)
 
 
-def robust_loss(h: Tensor, config: LossConfig) -> Tensor:
+def robust_loss(terms: PairTerms, config: LossConfig) -> Tensor:
     """Returns [(1 - eps)(-log sigmoid(beta h)) - eps (-log sigmoid(-beta h))] / (1 - 2 eps), (T,), eps < 1/2.
 
     Equation 12 of Chowdhury et al. 2024, https://arxiv.org/abs/2403.00409: unbiased when a share eps of labels is
     flipped.
     """
-    eps, scaled = config.label_smoothing, config.beta * h
+    eps, scaled = config.label_smoothing, config.beta * terms.h
     return (-(1 - eps) * F.logsigmoid(scaled) + eps * F.logsigmoid(-scaled)) / (1 - 2 * eps)
 
 
-# --- the table -------------------------------------------------------------------------------------------------------
+def apo_zero_loss(terms: PairTerms, config: LossConfig) -> Tensor:
+    """Returns 1 - sigmoid(u_w) + sigmoid(u_l), (T,): raises winners and lowers losers, each against the reference.
 
-LossFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, LossConfig], Tensor]
-"""(log_ratios (B,), pi_logps (B,), lengths (B,), yw_idxs (T,), yl_idxs (T,), config) -> losses (T,). The log-ratios are
-NaN where the loss uses no reference."""
+    Equation 7 of D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, plus 1. 1 - sigmoid(u) is sigmoid(-u).
+    """
+    u = config.beta * terms.log_ratios
+    return torch.sigmoid(-u[terms.yw_idxs]) + torch.sigmoid(u[terms.yl_idxs])
+
+
+def apo_down_loss(terms: PairTerms, config: LossConfig) -> Tensor:
+    """Returns sigmoid(u_w) + 1 - sigmoid(u_w - u_l), (T,): lowers winners, and losers further, for a policy that is
+    better than its winners.
+
+    Equation 8 of D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266, plus 1. 1 - sigmoid(x) is sigmoid(-x).
+    """
+    u = config.beta * terms.log_ratios
+    return torch.sigmoid(u[terms.yw_idxs]) + torch.sigmoid(-config.beta * terms.h)
+
+
+def dpop_loss(terms: PairTerms, config: LossConfig) -> Tensor:
+    """Returns -log sigmoid(beta (h - lambda max(0, -log_ratio_w))), (T,), with lambda = dpop_lambda: DPO that penalizes
+    winners below the reference.
+
+    Equation 3 of Pal et al. 2024, https://arxiv.org/abs/2402.13228; section 5 has lambda = 50. The penalty has a kink
+    at a log-ratio of 0, where a policy starts that is its own reference: rounding decides the side at step 1.
+    """
+    penalty = torch.relu(-terms.log_ratios[terms.yw_idxs])
+    return -F.logsigmoid(config.beta * (terms.h - config.dpop_lambda * penalty))
+
+
+# --- without a reference ---------------------------------------------------------------------------------------------
+
+
+def simpo_loss(terms: PairTerms, config: LossConfig) -> Tensor:
+    """Returns -log sigmoid(beta (means_w - means_l) - gamma), (T,): equation 6 of Meng et al. 2024,
+    https://arxiv.org/abs/2405.14734.
+
+    Where winner and loser are equally likely per token it is log(1 + exp(gamma)).
+    """
+    means = terms.pi_logps / terms.lengths
+    return -F.logsigmoid(config.beta * (means[terms.yw_idxs] - means[terms.yl_idxs]) - config.gamma)
+
+
+def orpo_loss(terms: PairTerms, config: LossConfig) -> Tensor:
+    """Returns -beta log sigmoid(o_w - o_l), (T,), with o the log odds of a completion by its mean log-probability.
+
+    Equations 4, 6 and 7 of Hong et al. 2024, https://arxiv.org/abs/2403.07691, whose lambda is beta, without the SFT
+    term, which `total_losses` adds. Where winner and loser are equally likely per token it is beta log 2.
+    """
+    odds = log_odds(terms.pi_logps / terms.lengths)
+    return -config.beta * F.logsigmoid(odds[terms.yw_idxs] - odds[terms.yl_idxs])
+
+
+def log_odds(means: Tensor) -> Tensor:
+    """Returns log p - log(1 - p), (B,), with log p = means.
+
+    1 - p is -expm1(log p), which keeps its digits where p is near 1. A mean nearer to 0 than the dtype resolves beside
+    1 counts as that distance, so that value and gradient are finite.
+    """
+    bounded = means.clamp(max=-torch.finfo(means.dtype).eps)
+    return bounded - torch.log(-torch.expm1(bounded))
+
+
+def no_losses(terms: PairTerms, config: LossConfig) -> Tensor:
+    """Returns zeros (T,): `sft` is the SFT term and nothing else."""
+    return torch.zeros_like(terms.pi_logps[terms.yw_idxs])
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Loss:
     """An entry of `LOSSES`."""
 
-    losses: LossFunction
+    losses: Callable[[PairTerms, LossConfig], Tensor]
+    """Terms, whose log-ratios are divided by lengths if `loss.length_normalized` -> losses (T,)."""
     at_zero: Callable[[LossConfig], float] | None
-    """The loss of a pair whose log-ratios are 0, derived by hand: the check of the first step compares `losses` with
-    it. None where the loss uses no reference."""
-
-
-def of_margin(function: Callable[[Tensor, LossConfig], Tensor]) -> LossFunction:
-    """Returns the entry's form of a loss that depends on the margin h (T,) of a pair alone."""
-
-    def losses(
-        log_ratios: Tensor, pi_logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, config: LossConfig
-    ) -> Tensor:
-        return function(log_ratios[yw_idxs] - log_ratios[yl_idxs], config)
-
-    return losses
-
-
-def no_losses(
-    log_ratios: Tensor, pi_logps: Tensor, lengths: Tensor, yw_idxs: Tensor, yl_idxs: Tensor, config: LossConfig
-) -> Tensor:
-    """Returns zeros (T,): `sft` is the SFT term and nothing else.
-
-    Args:
-        pi_logps: (B,) nats; the result has its dtype and device.
-        yw_idxs: (T,) int64; the result has its length.
-        log_ratios, lengths, yl_idxs, config: not used, but part of a `LossFunction`.
-    """
-    return torch.zeros_like(pi_logps[yw_idxs])
+    """The loss of a pair whose log-ratios and margin are 0, derived by hand: the check of the first step compares
+    `losses` with it. None where the loss uses no reference."""
 
 
 LOSSES: Mapping[LossName, Loss] = {
-    "dpo": Loss(of_margin(dpo_loss), at_zero=lambda config: math.log(2)),
-    "ipo": Loss(of_margin(ipo_loss), at_zero=lambda config: 1 / (4 * config.beta**2)),
-    "hinge": Loss(of_margin(hinge_loss), at_zero=lambda config: 1.0),
-    "robust": Loss(of_margin(robust_loss), at_zero=lambda config: math.log(2)),
+    "dpo": Loss(dpo_loss, at_zero=lambda config: math.log(2)),
+    "ipo": Loss(ipo_loss, at_zero=lambda config: 1 / (4 * config.beta**2)),
+    "hinge": Loss(hinge_loss, at_zero=lambda config: 1.0),
+    "robust": Loss(robust_loss, at_zero=lambda config: math.log(2)),
+    "apo_zero": Loss(apo_zero_loss, at_zero=lambda config: 1.0),
+    "apo_down": Loss(apo_down_loss, at_zero=lambda config: 1.0),
+    "dpop": Loss(dpop_loss, at_zero=lambda config: math.log(2)),
+    "simpo": Loss(simpo_loss, at_zero=None),
+    "orpo": Loss(orpo_loss, at_zero=None),
     "sft": Loss(no_losses, at_zero=None),
 }
 """The losses by `loss.name`."""
@@ -113,32 +195,18 @@ LOSSES: Mapping[LossName, Loss] = {
 # --- from log-probabilities to minimized losses ----------------------------------------------------------------------
 
 
-def preference_losses(
-    pi_logps: Tensor,
-    ref_logps: Tensor | None,
-    lengths: Tensor,
-    yw_idxs: Tensor,
-    yl_idxs: Tensor,
-    config: LossConfig,
-) -> Tensor:
-    """Returns the configured preference loss of each pair.
+def preference_losses(terms: PairTerms, config: LossConfig) -> Tensor:
+    """Returns the configured preference loss of each pair, (T,), not averaged, with gradient.
 
     Args:
-        pi_logps: (B,) nats under the policy, floating point; the losses have its dtype.
-        ref_logps: (B,) nats, in the dtype of `pi_logps`; None if and only if the loss uses no reference.
-        lengths: (B,) integers: scored tokens of each completion, EOS included.
-        yw_idxs, yl_idxs: (T,) int64: the winner and the loser of each pair, indices of the B completions.
+        terms: the terms of the pairs, in the dtype of `pi_logps`; margins only for a loss that takes them.
         config: `length_normalized` divides the log-ratio of each completion by its length, which makes h nats per
             token: section 5.1.2 of Lambert et al. 2024, https://arxiv.org/abs/2411.15124.
-
-    Returns:
-        (T,), one loss per pair, not averaged, with gradient.
     """
-    assert (ref_logps is not None) == config.facts.uses_reference, config.name
-    log_ratios = torch.full_like(pi_logps, math.nan) if ref_logps is None else pi_logps - ref_logps
+    assert terms.margins is None or config.facts.offsets, config.name
     if config.length_normalized:
-        log_ratios = log_ratios / lengths
-    return LOSSES[config.name].losses(log_ratios, pi_logps, lengths, yw_idxs, yl_idxs, config)
+        terms = replace(terms, log_ratios=terms.log_ratios / terms.lengths)
+    return LOSSES[config.name].losses(terms, config)
 
 
 def sft_losses(pi_logps: Tensor, yw_idxs: Tensor, pairs_in_step: int, winner_tokens_in_step: int) -> Tensor:
@@ -174,12 +242,12 @@ def total_losses(preference: Tensor, sft: Tensor, config: LossConfig) -> Tensor:
     return preference + weight * sft if weight else preference
 
 
-def implicit_rewards(pi_logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """Returns beta (pi_logp - ref_logp), (B,), nats times beta, without gradient: section 4 of the DPO paper.
+def completion_rewards(terms: PairTerms, config: LossConfig) -> Tensor | None:
+    """Returns the rewards of the completions, (B,), nats times beta, without gradient; None where the loss has none.
 
-    Args:
-        pi_logps: (B,) nats under the policy.
-        ref_logps: (B,) nats under the reference, in the same order.
-        beta: `loss.beta`.
+    "implicit" is beta (pi_logp - ref_logp), summed over tokens also where the loss is length-normalized: section 4 of
+    the DPO paper. "per_token" is beta pi_logp / n: section 2.2 of the SimPO paper.
     """
-    return beta * (pi_logps - ref_logps).detach()
+    rewards = {"implicit": terms.log_ratios, "per_token": terms.pi_logps / terms.lengths, None: None}
+    chosen = rewards[config.facts.rewards]
+    return None if chosen is None else config.beta * chosen.detach()

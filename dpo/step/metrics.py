@@ -54,7 +54,7 @@ class StepMetrics:
 
         Args:
             losses: (T,), from `pair_losses`; their gradient is not used.
-            rewards: (B,) nats times beta; None where the loss has no reference, which counts as rewards of 0.
+            rewards: (B,) nats times beta; None where the loss has none, which counts as rewards of 0.
             pi_logps: (B,) nats under the policy.
             batch: the micro-batch, on the same device.
         """
@@ -109,19 +109,19 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def pair_means(sums: Mapping[str, float], has_reference: bool) -> dict[str, float]:
+def pair_means(sums: Mapping[str, float], has_rewards: bool) -> dict[str, float]:
     """Returns the metrics that training and evaluation share: means over all P pairs of the step or of the evaluation
     set.
 
     loss             sum of the pairs' losses / P: the objective, including the SFT term
     loss_sft         sum over pairs of -pi_logp[winner] / sum over pairs of len(winner), nats per token
     logps/chosen     mean of the winners' summed log-probabilities, nats; logps/rejected of the losers'
-    rewards/chosen   mean of beta (pi_logp - ref_logp) of the winners; rewards/rejected of the losers
+    rewards/chosen   mean of the winners' rewards, from `completion_rewards`; rewards/rejected of the losers
     rewards/margins  rewards/chosen - rewards/rejected
     rewards/accuracies  share of pairs whose winner has the strictly greater reward
     pairs            P
 
-    Without a reference (`has_reference` is False) there are no rewards.
+    Some losses have no rewards (`has_rewards` is False).
     """
     pairs = max(sums["pairs"], 1)
     means = {
@@ -130,7 +130,7 @@ def pair_means(sums: Mapping[str, float], has_reference: bool) -> dict[str, floa
         "logps/chosen": sums["chosen_logps"] / pairs,
         "logps/rejected": sums["rejected_logps"] / pairs,
     }
-    if has_reference:
+    if has_rewards:
         chosen, rejected = sums["chosen_rewards"] / pairs, sums["rejected_rewards"] / pairs
         means |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
         means["rewards/accuracies"] = sums["accurate"] / pairs

@@ -52,7 +52,7 @@ def test_the_place_of_a_figure(name: str, sub_run: str, tag: str) -> None:
 
 def trainer_figures() -> dict[str, float]:
     """The names of all metrics of a run's metrics.jsonl."""
-    means = pair_means(dict.fromkeys(SUMS, 1.0), has_reference=True)
+    means = pair_means(dict.fromkeys(SUMS, 1.0), has_rewards=True)
     timed = step_metrics(dict.fromkeys((*SUMS, "peak_memory_bytes"), 1.0), 1.0, 0.5) | {"grad_norm": 1.0, "lr": 1.0}
     return prefixed("train", means | timed) | prefixed("eval", means) | {"reference/seconds": 1.0}
 

@@ -14,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from dpo import score
-from dpo.config import Config, SourceConfig, to_yaml
+from dpo.config import Config, LossConfig, SourceConfig, to_yaml
 from dpo.distributed.startup import open_world
 from dpo.model.build import load_policy
 from dpo.model.policy import Policy
@@ -160,7 +160,7 @@ def test_wins_ties_and_losses_by_hand() -> None:
     margins = np.array([2, -1, 0, 0, 4], np.float32)
     result = Evaluation({"rewards/margins": 1.0}, margins)
     lengths = np.array([[9, tokens, tokens + 2] for tokens in range(1, 6)], np.int32)
-    assert score.further_metrics(result, lengths, BETA) == {
+    assert score.further_metrics(result, lengths, LossConfig(beta=BETA)) == {
         "tokens/chosen": 3.0,
         "tokens/rejected": 5.0,
         "nats/margins": 2.0,
@@ -172,7 +172,15 @@ def test_wins_ties_and_losses_by_hand() -> None:
     }
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "sft"])
+def test_rewards_per_token_by_hand() -> None:
+    """A mean margin of 1 at beta 1/2 is 2 nats per token; there is no sum over tokens to tell."""
+    result = Evaluation({"rewards/margins": 1.0}, np.array([3, -1], np.float32))
+    further = score.further_metrics(result, np.array([[9, 2, 4]] * 2), LossConfig("simpo", beta=BETA))
+    assert further["nats/margins_per_token"] == 2 and "nats/margins" not in further
+    assert (further["wins"], further["ties"], further["losses"]) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "sft"])
 def test_the_final_model_scores_what_its_run_logged(loss: str, config: Config) -> None:
     """To the last bit; `config.yaml` of the run is config enough. sft has no rewards and no reference."""
     steps = {"batch__pairs_per_step": 4, "train__steps": 2, "optim__lr": 1e-3, "optim__warmup_steps": 0}

@@ -19,7 +19,7 @@ README = Path(__file__).parents[2] / "README.md"
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss `new` in the table: without a reference, smoothed, with the SFT term in it."""
-    monkeypatch.setitem(LOSS_FACTS, "new", LossFacts(False, smooths=True, normalizes=False, includes_sft=True))
+    monkeypatch.setitem(LOSS_FACTS, "new", LossFacts(False, None, smooths=True, normalizes=False, includes_sft=True))
 
 
 def config_of(**loss: object) -> Config:
@@ -40,12 +40,12 @@ def config_of(**loss: object) -> Config:
         (
             {"name": "new", "length_normalized": True},
             "loss.length_normalized: loss.name new is not divided by lengths, got true; valid: false, or loss.name"
-            " dpo, ipo, hinge or robust",
+            " dpo, ipo, hinge, robust, apo_zero, apo_down or dpop",
         ),
         (
             {"name": "new", "sft_weight": 0.5},
             "loss.sft_weight: loss.name new has this term with weight 1, got 0.5; valid: 0, or loss.name dpo, ipo,"
-            " hinge or robust",
+            " hinge, robust, apo_zero, apo_down, dpop or simpo",
         ),
     ],
 )
@@ -54,6 +54,55 @@ def test_the_rules_know_a_new_loss(registered: None, loss: dict[str, object], me
     with pytest.raises(UserError) as failure:
         validate(config_of(**loss))
     assert str(failure.value) == f"config: {message}"
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            {"name": "orpo", "gamma": 1.0},
+            "loss.gamma: loss.name orpo does not take it, got 1.0; valid: 0.5, or loss.name simpo",
+        ),
+        (
+            {"name": "dpo", "dpop_lambda": 0.0},
+            "loss.dpop_lambda: loss.name dpo does not take it, got 0.0; valid: 50.0, or loss.name dpop",
+        ),
+        ({"name": "simpo", "gamma": -1.0}, "loss.gamma: must be >= 0, got -1.0; valid: a number >= 0"),
+        (
+            {"name": "simpo", "length_normalized": True},
+            "loss.length_normalized: loss.name simpo is not divided by lengths, got true; valid: false, or loss.name"
+            " dpo, ipo, hinge, robust, apo_zero, apo_down or dpop",
+        ),
+        (
+            {"name": "orpo", "sft_weight": 1.0},
+            "loss.sft_weight: loss.name orpo has this term with weight 1, got 1.0; valid: 0, or loss.name dpo, ipo,"
+            " hinge, robust, apo_zero, apo_down, dpop or simpo",
+        ),
+    ],
+)
+def test_keys_that_a_loss_does_not_take(loss: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as failure:
+        validate(config_of(**loss))
+    assert str(failure.value) == f"config: {message}"
+
+
+@pytest.mark.parametrize(
+    "loss", [{"name": "simpo", "gamma": 1.4, "sft_weight": 0.1}, {"name": "dpop", "dpop_lambda": 5.0}, {"gamma": 0.5}]
+)
+def test_keys_that_a_loss_takes(loss: dict[str, object]) -> None:
+    """A default is no mistake under any loss."""
+    validate(config_of(**loss))
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_margins_are_for_dpo_only(part: str) -> None:
+    source = SourceConfig("a", columns={"margin": "gap"})
+    data = DataConfig([source]) if part == "train" else DataConfig([SourceConfig("a")], [source])
+    validate(dataclasses.replace(config_of(), data=data))
+    with pytest.raises(UserError) as failure:
+        validate(dataclasses.replace(config_of(name="hinge"), data=data))
+    what = "loss.name hinge takes no margin of a pair, got margin: gap; valid: no margin, or loss.name dpo"
+    assert str(failure.value) == f"config: data.{part}[0].columns: {what}"
 
 
 def test_the_rules_let_pass_what_a_new_loss_takes(registered: None) -> None:

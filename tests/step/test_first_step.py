@@ -87,8 +87,11 @@ LOSSES = {
     "ipo, normalized": (LossConfig(name="ipo", length_normalized=True), 25.0),
     "hinge": (LossConfig(name="hinge"), 1.0),
     "robust": (LossConfig(name="robust", label_smoothing=0.4), math.log(2)),
+    "apo_zero": (LossConfig(name="apo_zero"), 1.0),
+    "apo_down, normalized": (LossConfig(name="apo_down", length_normalized=True), 1.0),
+    "dpop": (LossConfig(name="dpop"), math.log(2)),
 }
-"""h = 0: dpo and robust give ln 2 for every eps, ipo 1/(4 beta^2), hinge 1."""
+"""Log-ratios 0: dpo, robust and dpop give ln 2 for every eps, ipo 1/(4 beta^2), hinge and apo 1."""
 
 
 def test_the_second_packing_has_half_of_the_tokens_and_other_places(

@@ -50,13 +50,12 @@ def of_other_pairs(trees: Any) -> tuple[np.ndarray, np.ndarray]:
     return winners, np.roll(losers, 1)
 
 
-def with_twice_beta(*args: Any) -> Tensor:
-    *tensors, config = args
-    return losses.preference_losses(*tensors, replace(config, beta=2 * config.beta))
+def with_twice_beta(terms: losses.PairTerms, config: LossConfig) -> Tensor:
+    return losses.preference_losses(terms, replace(config, beta=2 * config.beta))
 
 
-def without_reference(pi_logps: Tensor, ref_logps: Tensor, *others: Any) -> Tensor:
-    return losses.preference_losses(pi_logps, torch.zeros_like(ref_logps), *others)
+def without_reference(pi_logps: Tensor, ref_logps: Tensor) -> Tensor:
+    return losses.log_ratios(pi_logps, torch.zeros_like(ref_logps))
 
 
 def of_the_probability(*args: Any) -> Tensor:
@@ -70,13 +69,13 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "winners and losers exchanged": (packing, "pair_indices", exchanged),
     "losers of other pairs": (packing, "pair_indices", of_other_pairs),
     "another beta": (objective, "preference_losses", with_twice_beta),
-    "no reference": (objective, "preference_losses", without_reference),
+    "no reference": (objective, "log_ratios", without_reference),
     "another formula": (objective, "preference_losses", of_the_probability),
 }
 
 
 CHECKED = {**{name: loss for name, (loss, _) in LOSSES.items()}, "with the SFT term": LossConfig(sft_weight=0.5)}
-FAULTY = ["dpo", "ipo, normalized", "hinge", "robust"]
+FAULTY = ["dpo", "ipo, normalized", "hinge", "robust", "apo_zero", "apo_down, normalized", "dpop"]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Losses against published metrics, hand-derived numbers and finite differences."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -14,14 +13,12 @@ from torch import Tensor
 from dpo.config import LossConfig
 from dpo.config.loss_facts import LOSS_FACTS, LossName
 from dpo.model.log_probs import Head, completion_log_probs
-from dpo.step.losses import LOSSES, implicit_rewards, preference_losses, sft_losses, total_losses
+from dpo.step.losses import LOSSES, PairTerms, completion_rewards, sft_losses, total_losses
+from tests.support.pair_losses import doubles, losses_of
 
 WINNERS, LOSERS = torch.tensor([0, 1, 2]), torch.tensor([3, 4, 5])
-PREFERENCES = ["dpo", "ipo", "hinge", "robust"]
-
-
-def doubles(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
+PREFERENCES = ["dpo", "ipo", "hinge", "robust", "apo_zero", "apo_down", "dpop"]
+OF_THE_MARGIN = PREFERENCES[:4]
 
 
 def losses_at(*h: float, **config: Any) -> list[float]:
@@ -30,7 +27,7 @@ def losses_at(*h: float, **config: Any) -> list[float]:
     pi_logps = torch.cat([doubles(*h), zeros[len(h) :]])
     winners = torch.arange(len(h))
     lengths = torch.ones_like(zeros)
-    return preference_losses(pi_logps, zeros, lengths, winners, winners + len(h), LossConfig(**config)).tolist()
+    return losses_of(pi_logps, zeros, lengths, winners, winners + len(h), LossConfig(**config)).tolist()
 
 
 # --- published metrics -----------------------------------------------------------------------------------------------
@@ -47,7 +44,7 @@ def test_torchtune(published: dict[str, Any], name: str, key: str) -> None:
     pi_logps = torch.tensor(case["policy_chosen"] + case["policy_rejected"])
     ref_logps = torch.tensor(case["ref_chosen"] + case["ref_rejected"])
     config = LossConfig(name=name, beta=case["beta"])
-    losses = preference_losses(pi_logps, ref_logps, torch.ones(6), WINNERS, LOSERS, config)
+    losses = losses_of(pi_logps, ref_logps, torch.ones(6), WINNERS, LOSERS, config)
     torch.testing.assert_close(losses, torch.tensor(case[key]), **case["tolerance"])
 
 
@@ -57,7 +54,7 @@ def test_tunix(published: dict[str, Any], smoothing: float, key: str) -> None:
     pi_logps = torch.tensor(case["per_token_logps"]).sum(-1)
     ref_logps = torch.tensor(case["ref_chosen"] + case["ref_rejected"])
     winners, config = torch.arange(4), LossConfig(beta=case["beta"], label_smoothing=smoothing)
-    losses = preference_losses(pi_logps, ref_logps, torch.ones(8), winners, winners + 4, config)
+    losses = losses_of(pi_logps, ref_logps, torch.ones(8), winners, winners + 4, config)
     wanted = case[f"expected_mean_loss_label_smoothing_{key}"]
     assert losses.mean().item() == pytest.approx(wanted, abs=case["tolerance"]["atol"])
 
@@ -128,18 +125,16 @@ def test_h_is_the_difference_of_log_ratios() -> None:
     pi_logps, ref_logps = doubles(-1, -2, -5), doubles(-3, -1, -9)
     winners, losers = torch.tensor([0, 2, 2, 0]), torch.tensor([1, 0, 1, 1])
     config = LossConfig(name="ipo", beta=0.5)
-    losses = preference_losses(pi_logps, ref_logps, torch.ones(3), winners, losers, config)
+    losses = losses_of(pi_logps, ref_logps, torch.ones(3), winners, losers, config)
     assert losses.tolist() == [4, 1, 16, 4]
 
 
-@pytest.mark.parametrize("name", PREFERENCES)
+@pytest.mark.parametrize("name", OF_THE_MARGIN)
 def test_length_normalized_by_hand(name: str) -> None:
     """Winner 6 nats over its reference in 3 tokens, loser 8 in 4: h = 6/3 - (-8)/4 = 4 nats a token, not 14."""
     config = LossConfig(name=name, beta=0.3, length_normalized=True)
     lengths = torch.tensor([3, 4])
-    losses = preference_losses(
-        doubles(-10, -30), doubles(-16, -22), lengths, torch.tensor([0]), torch.tensor([1]), config
-    )
+    losses = losses_of(doubles(-10, -30), doubles(-16, -22), lengths, torch.tensor([0]), torch.tensor([1]), config)
     assert losses.tolist() == pytest.approx(losses_at(4, name=name, beta=0.3))
 
 
@@ -159,12 +154,19 @@ def test_totals_by_hand() -> None:
     assert total_losses(preference, sft / 0, LossConfig()).tolist() == [1, 2]
 
 
-def test_rewards_by_hand() -> None:
-    """0.1 (pi - ref), without a gradient."""
+@pytest.mark.parametrize(
+    ("names", "rewards"),
+    [(PREFERENCES, [0.2, -0.1, 0.4]), (["simpo", "orpo"], [-0.1, -0.1, -0.1]), (["sft"], None)],
+)
+def test_rewards_by_hand(names: list[Any], rewards: list[float] | None) -> None:
+    """0.1 (pi - ref), or 0.1 pi / n for 1, 2 and 5 tokens, without a gradient."""
     pi_logps = doubles(-1, -2, -5).requires_grad_()
-    rewards = implicit_rewards(pi_logps, doubles(-3, -1, -9), 0.1)
-    assert rewards.tolist() == pytest.approx([0.2, -0.1, 0.4])
-    assert not rewards.requires_grad
+    none = torch.tensor([], dtype=torch.long)
+    terms = PairTerms(pi_logps - doubles(-3, -1, -9), pi_logps, torch.tensor([1, 2, 5]), none, none)
+    for name in names:
+        found = completion_rewards(terms, LossConfig(name))
+        assert (None if found is None else found.tolist()) == (None if rewards is None else pytest.approx(rewards))
+        assert found is None or not found.requires_grad
 
 
 @pytest.mark.parametrize(
@@ -175,12 +177,17 @@ def test_rewards_by_hand() -> None:
         (LossConfig(name="robust", label_smoothing=0.3), math.log(2)),
         (LossConfig(name="ipo", beta=0.2), 1 / (4 * 0.04)),
         (LossConfig(name="hinge"), 1.0),
+        (LossConfig(name="apo_zero", length_normalized=True), 1.0),
+        (LossConfig(name="apo_down"), 1.0),
+        (LossConfig(name="dpop", dpop_lambda=7.0), math.log(2)),
     ],
 )
 def test_loss_of_an_indifferent_policy(config: LossConfig, expected: float) -> None:
-    """h = 0: ln 2 for dpo with any smoothing, and for robust: (1 - 2 eps) ln 2 / (1 - 2 eps); 1 / (4 beta^2); 1."""
+    """h = 0: ln 2 for dpo with any smoothing, and for robust: (1 - 2 eps) ln 2 / (1 - 2 eps); 1 / (4 beta^2); 1.
+    apo_zero: 1 - 1/2 + 1/2, apo_down: 1/2 + 1 - 1/2; dpop: no penalty, hence ln 2.
+    """
     logps = doubles(-1, -2, -3, -4, -5, -6)
-    found = preference_losses(logps, logps, torch.ones_like(logps), WINNERS, LOSERS, config)
+    found = losses_of(logps, logps, torch.ones_like(logps), WINNERS, LOSERS, config)
     assert found.tolist() == pytest.approx([expected] * 3)
     at_zero = LOSSES[config.name].at_zero
     assert at_zero is not None and at_zero(config) == pytest.approx(expected)
@@ -194,7 +201,7 @@ def loss_function(config: LossConfig, ref_logps: Tensor, lengths: Tensor) -> Cal
     winners, losers = torch.tensor([0, 1, 2, 0]), torch.tensor([3, 4, 5, 4])
 
     def losses(pi_logps: Tensor) -> Tensor:
-        preference = preference_losses(pi_logps, ref_logps, lengths, winners, losers, config)
+        preference = losses_of(pi_logps, ref_logps, lengths, winners, losers, config)
         return total_losses(preference, sft_losses(pi_logps, winners, 4, 30), config)
 
     return losses
@@ -216,7 +223,7 @@ def test_dpo_gradient_by_hand() -> None:
     """Of -log sigmoid(beta h): -beta sigmoid(-beta h) for the winner, + for the loser. beta 1/2, h = 2 ln 3: 1/8."""
     pi_logps = doubles(2 * math.log(3), 0).requires_grad_()
     zeros, first, second = torch.zeros(2, dtype=torch.float64), torch.tensor([0]), torch.tensor([1])
-    losses = preference_losses(pi_logps, zeros, zeros + 1, first, second, LossConfig(beta=0.5))
+    losses = losses_of(pi_logps, zeros, zeros + 1, first, second, LossConfig(beta=0.5))
     losses.sum().backward()
     assert pi_logps.grad.tolist() == pytest.approx([-1 / 8, 1 / 8])
 
@@ -227,7 +234,7 @@ def test_extreme_margins_stay_finite(name: str, h: float) -> None:
     """In float32, with their gradients. At beta 1/2 DPO gives 0 for h = 1e4 and 5,000 for -1e4, where exp overflows."""
     pi_logps = torch.tensor([h, 0.0]).requires_grad_()
     config = LossConfig(name=name, beta=0.5, label_smoothing=0.1 if name == "robust" else 0.0)
-    losses = preference_losses(pi_logps, torch.zeros(2), torch.ones(2), torch.tensor([0]), torch.tensor([1]), config)
+    losses = losses_of(pi_logps, torch.zeros(2), torch.ones(2), torch.tensor([0]), torch.tensor([1]), config)
     losses.sum().backward()
     assert losses.isfinite().all()
     assert pi_logps.grad.isfinite().all()
@@ -246,36 +253,35 @@ def test_every_name_of_a_loss_has_facts_and_a_function() -> None:
 
 @pytest.mark.parametrize("name", LOSS_FACTS)
 def test_the_facts_are_those_of_the_function(name: LossName) -> None:
-    """A log-ratio of 1 or 1.5 against 2: what a loss reads changes it, and nothing else does. Without a reference
+    """A log-ratio of -1 or -1.5 against 2: what a loss reads changes it, and nothing else does. Without a reference
     there are no log-ratios, hence no value at 0.
     """
     facts, entry = LOSS_FACTS[name], LOSSES[name]
     first, second = torch.tensor([0]), torch.tensor([1])
 
-    def loss(log_ratio: float, **changes: Any) -> float:
+    def loss(log_ratio: float, margin: float | None = None, **changes: Any) -> float:
         config = LossConfig(name=name, beta=0.5, **changes)
-        tensors = (doubles(log_ratio, 2), doubles(-7, -9), torch.tensor([2, 3]))
-        return entry.losses(*tensors, first, second, config).item()
+        margins = None if margin is None else doubles(margin)
+        terms = PairTerms(doubles(log_ratio, 2), doubles(-7, -9), torch.tensor([2, 3]), first, second, margins=margins)
+        return entry.losses(terms, config).item()
 
-    assert (loss(1.0) != loss(1.5)) == facts.uses_reference
-    assert (loss(1.0) != loss(1.0, label_smoothing=0.2)) == facts.smooths
+    assert (loss(-1.0) != loss(-1.5)) == facts.uses_reference
+    assert (loss(-1.0) != loss(-1.0, label_smoothing=0.2)) == facts.smooths
+    assert (loss(-1.0) != loss(-1.0, margin=0.3)) == facts.offsets
+    for key in ("gamma", "dpop_lambda"):
+        assert (loss(-1.0) != loss(-1.0, **{key: 3.0})) == (facts.own_key == key)
+    assert facts.uses_reference or facts.rewards != "implicit"
     assert (entry.at_zero is not None) == facts.uses_reference
 
 
 def test_sft_is_the_sft_term_alone() -> None:
-    """No preference loss, and no gradient of one; a reference that nothing reads is refused, a missing one too."""
+    """No preference loss, and no gradient of one."""
     pi_logps = doubles(-1, -2).requires_grad_()
-    others = (torch.ones(2), torch.tensor([0]), torch.tensor([1]))
-    losses = preference_losses(pi_logps, None, *others, LossConfig("sft"))
+    losses = losses_of(pi_logps, None, torch.ones(2), torch.tensor([0]), torch.tensor([1]), LossConfig("sft"))
     assert losses.tolist() == [0] and not losses.requires_grad
-    with pytest.raises(AssertionError, match="sft"):
-        preference_losses(pi_logps, pi_logps, *others, LossConfig("sft"))
-    with pytest.raises(AssertionError, match="dpo"):
-        preference_losses(pi_logps, None, *others, LossConfig())
 
 
-def test_log_ratios_without_a_reference_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loss that claims to need no reference and reads it all the same is not given 0 for it."""
-    monkeypatch.setitem(LOSS_FACTS, "dpo", dataclasses.replace(LOSS_FACTS["dpo"], uses_reference=False))
-    losses = preference_losses(doubles(-1, -2), None, torch.ones(2), WINNERS[:1], LOSERS[:1] - 2, LossConfig())
+def test_log_ratios_without_a_reference_are_no_numbers() -> None:
+    """A loss that reads a reference that it was not given does not get 0 for it."""
+    losses = losses_of(doubles(-1, -2), None, torch.ones(2), WINNERS[:1], LOSERS[:1] - 2, LossConfig())
     assert losses.isnan().all()

@@ -72,7 +72,7 @@ def test_the_means_of_three_pairs_by_hand() -> None:
     SFT: (8 + 11 + 17) / 6 winner tokens = 6 nats a token.
     """
     batch = make_batch([-8.0, -11.0, -12.0, -17.0], [-10.0, -11.0, -12.0, -13.0], [(0, 1), (1, 2), (3, 0)])
-    means = pair_means(sums_of(batch, loss=LossConfig(beta=0.5)), has_reference=True)
+    means = pair_means(sums_of(batch, loss=LossConfig(beta=0.5)), has_rewards=True)
     losses = [math.log1p(math.exp(-1)), LN2, math.log1p(math.exp(3))]
     assert means == pytest.approx(
         {

@@ -21,6 +21,11 @@ CONFIGS = [
     LossConfig("ipo", 0.4),
     LossConfig("hinge", length_normalized=True),
     LossConfig("robust", label_smoothing=0.1, sft_weight=0.5),
+    LossConfig("apo_zero", length_normalized=True),
+    LossConfig("apo_down", 0.4),
+    LossConfig("dpop", 0.4),
+    LossConfig("simpo", 2.0, sft_weight=0.5),
+    LossConfig("orpo", 0.4),
     LossConfig("sft"),
 ]
 
@@ -95,13 +100,40 @@ def test_rewards_are_summed_over_tokens_even_if_the_loss_is_normalized() -> None
     assert not rewards.requires_grad
 
 
-def test_only_sft_needs_no_reference() -> None:
-    """Its loss is the same where no reference is known."""
-    assert [config.name for config in CONFIGS if not config.facts.uses_reference] == ["sft"]
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.name in ("simpo", "orpo", "sft")], ids=lambda c: c.name)
+def test_some_losses_need_no_reference(config: LossConfig) -> None:
+    """Loss and rewards are the same where no reference is known."""
     batch, logps = packed(TREES, plan_step(TREES, 1, 100, CostModel()))
-    losses = pair_losses(logps, batch, LossConfig("sft"))[0]
-    without = dataclasses.replace(batch, ref_logps=None)
-    assert torch.equal(losses, pair_losses(logps, without, LossConfig("sft"))[0])
+    losses, rewards = pair_losses(logps, batch, config)
+    others = pair_losses(logps, dataclasses.replace(batch, ref_logps=None), config)
+    assert torch.equal(losses, others[0])
+    assert (rewards is None and others[1] is None) or torch.equal(rewards, others[1])
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
+def test_a_weight_scales_the_loss_of_its_pair(config: LossConfig) -> None:
+    """The SFT term with it; denominators and rewards stay. Weights of 1 change nothing."""
+    batch, logps = packed(TREES, plan_step(TREES, 1, 100, CostModel()))
+    weights = torch.tensor([2.0, 0.0, 0.5, 1.0], dtype=torch.float64)
+    losses, rewards = pair_losses(logps, batch, config)
+    weighted, same = pair_losses(logps, dataclasses.replace(batch, weights=weights), config)
+    assert weighted.tolist() == [2 * losses[0].item(), 0, losses[2].item() / 2, losses[3].item()]
+    assert (rewards is None and same is None) or torch.equal(rewards, same)
+    plain = pair_losses(logps, dataclasses.replace(batch, weights=torch.ones_like(weights)), config)[0]
+    assert torch.equal(plain, losses)
+
+
+def test_a_margin_is_taken_off_beta_h() -> None:
+    """A margin of beta h leaves ln 2 of every pair; the SFT term and the rewards have none."""
+    batch, logps = packed(TREES, plan_step(TREES, 1, 100, CostModel()))
+    rewards = pair_losses(logps, batch, LossConfig(beta=0.3))[1]
+    margins = rewards[batch.yw_idxs] - rewards[batch.yl_idxs]
+    shifted = dataclasses.replace(batch, margins=margins)
+    losses, same = pair_losses(logps, shifted, LossConfig(beta=0.3))
+    assert losses.tolist() == pytest.approx([np.log(2)] * 4, rel=1e-12)
+    assert torch.equal(rewards, same)
+    with pytest.raises(AssertionError, match="hinge"):
+        pair_losses(logps, shifted, LossConfig("hinge"))
 
 
 def test_a_packer_without_a_reference_is_no_packer_of_zeros() -> None:
