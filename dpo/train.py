@@ -12,13 +12,14 @@ from dpo.distributed.preemption import listen_for_stop
 from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.estimate.at_start import decide_parallel
+from dpo.run.closing import conclude
 from dpo.run.inputs import read_inputs
 from dpo.run.loop import train
 from dpo.run.outputs import export_run, open_outputs
 from dpo.run.setup import build_run
 from dpo.run.start import check_first_step, find_start_together, is_done
 from dpo.run.storage import check_folders, check_space
-from dpo.run.summary import conclude, introduce
+from dpo.run.summary import introduce
 
 DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node with eight GPUs:
 torchrun --standalone --nproc-per-node 8 -m dpo.train --config FILE. Without torchrun, python -m dpo.train runs on one

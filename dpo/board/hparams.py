@@ -36,8 +36,8 @@ has read a later one."""
 KEYS = (
     "loss.name", "loss.beta", "optim.lr", "optim.warmup_steps", "train.seed", "model.path", "loss.label_smoothing",
     "loss.length_normalized", "loss.sft_weight", "loss.gamma", "loss.dpop_lambda", "optim.name", "optim.schedule",
-    "optim.weight_decay", "optim.max_grad_norm", "batch.pairs_per_step", "data.max_length", "train.steps",
-    "train.epochs",
+    "optim.min_lr_ratio", "optim.weight_decay", "optim.max_grad_norm", "batch.pairs_per_step", "data.max_length",
+    "train.steps", "train.epochs",
 )  # fmt: skip
 """The columns by default: the keys that change the result, the most often varied first."""
 

@@ -144,10 +144,13 @@ class OptimConfig:
     """The optimizer; the paper uses rmsprop, which keeps one element per parameter (adamw two, sgd none)."""
     lr: float = 1e-6
     """Learning rate after the warm-up, above 0."""
-    warmup_steps: int = 150
-    """Steps over which the learning rate rises linearly from 0; 0: no warm-up."""
+    warmup_steps: int | float = 150
+    """Warm-up, over which the learning rate rises linearly from 0; an integer is a number of steps, a number between 0
+    and 1 a fraction of the run's steps; 0: no warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """The learning rate after the warm-up: constant, or falling to 0 just after the last step."""
+    """The learning rate after the warm-up: constant, or falling to min_lr_ratio x lr just after the last step."""
+    min_lr_ratio: float = 0.0
+    """Fraction of lr to which linear and cosine fall, at least 0 and below 1."""
     weight_decay: float = 0.0
     """Weight decay as the optimizer defines it: decoupled in adamw, added to the gradient in rmsprop and sgd."""
     max_grad_norm: float | None = 10.0

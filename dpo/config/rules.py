@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from dpo.base.errors import UserError
-from dpo.config.fields import Config, DataConfig, LossConfig, ParallelConfig, SourceConfig
+from dpo.config.fields import Config, DataConfig, LossConfig, OptimConfig, ParallelConfig, SourceConfig
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts, losses_that
 
 
@@ -38,13 +38,13 @@ _BOUNDS = (
     Bound("null or an integer", ">= 1", lambda x: x >= 1, (*_OPTIONAL_COUNTS, *_CADENCES)),
     Bound("null or an integer", ">= 2", lambda x: x >= 2, ("data.max_length",)),
     Bound("null or two integers, each", ">= 1", lambda x: x >= 1, ("train.profile_steps",)),
-    Bound("an integer", ">= 0", lambda x: x >= 0, ("optim.warmup_steps", "eval.samples")),
+    Bound("an integer", ">= 0", lambda x: x >= 0, ("eval.samples",)),
     Bound("an integer", ">= 0 and < 2^63", lambda x: 0 <= x < 2**63, ("train.seed",)),
     Bound("a number", "> 0", lambda x: x > 0, ("loss.beta", "optim.lr", "optim.eps")),
     Bound("null or a number", "> 0", lambda x: x > 0, ("optim.max_grad_norm",)),
     Bound("a number", ">= 0", lambda x: x >= 0, _WEIGHTS),
     Bound("a number", ">= 0 and < 0.5", lambda x: 0 <= x < 0.5, ("loss.label_smoothing",)),
-    Bound("a number", ">= 0 and < 1", lambda x: 0 <= x < 1, ("optim.alpha", "optim.momentum")),
+    Bound("a number", ">= 0 and < 1", lambda x: 0 <= x < 1, ("optim.alpha", "optim.momentum", "optim.min_lr_ratio")),
     Bound("two numbers, each", ">= 0 and < 1", lambda x: 0 <= x < 1, ("optim.betas",)),
 )
 
@@ -85,6 +85,7 @@ def _problems(config: Config) -> Iterator[Problem]:
     yield from _data_problems(config.data)
     yield from _loss_problems(config.loss)
     yield from _margin_problems(config.data, config.loss)
+    yield from _optim_problems(config.optim)
     yield from _dtype_problems(config)
     if config.train.steps is not None and config.train.epochs is not None:
         yield Problem(("train.epochs", "train.steps"), "train.steps is given too", "one of the two, the other null")
@@ -186,6 +187,21 @@ def _margin_problems(data: DataConfig, loss: LossConfig) -> Iterator[Problem]:
 def _or_a_loss_that(holds: Callable[[LossFacts], bool]) -> str:
     *others, last = losses_that(holds)
     return f"or loss.name {', '.join(others)} or {last}" if others else f"or loss.name {last}"
+
+
+def _optim_problems(optim: OptimConfig) -> Iterator[Problem]:
+    """Yields what is wrong with the warm-up and the schedule."""
+    if not _is_warmup(optim.warmup_steps):
+        valid = "a number of steps (an integer >= 0), or a fraction of the run's steps (> 0 and < 1)"
+        yield Problem(("optim.warmup_steps",), f"is neither steps nor a fraction, got {optim.warmup_steps}", valid)
+    if optim.min_lr_ratio != 0 and optim.schedule == "constant":
+        what = f"optim.schedule constant does not fall, got {optim.min_lr_ratio}"
+        yield Problem(("optim.min_lr_ratio", "optim.schedule"), what, "0, or optim.schedule linear or cosine")
+
+
+def _is_warmup(warmup: float) -> bool:
+    """Returns whether a warm-up is valid. An integer counts steps, a float is a fraction: 1 is valid, 1.0 is not."""
+    return warmup >= 0 if isinstance(warmup, int) else 0 < warmup < 1
 
 
 def _dtype_problems(config: Config) -> Iterator[Problem]:

@@ -15,7 +15,8 @@ setup.py       builds a run, ready for its next step
 start.py       finds the checkpoint to resume from; checks a fresh run's first step
 profiling.py   torch's profiler over a few steps
 watch.py       progress bar, profiler and warnings around the steps
-summary.py     the terminal output of a run
+summary.py     the terminal output of a run, to its last step
+closing.py     the terminal output at the end of a run
 loop.py        all steps, with evaluations and checkpoints in between
 outputs.py     opens the run folder, metrics and checkpoints; exports the model
 """

@@ -1,8 +1,6 @@
-"""The terminal output of a run: a table at the start, a line per logged step and evaluation, a table at the end."""
+"""The terminal output of a run: a table at the start, and a line per logged step and evaluation."""
 
-import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,13 +8,13 @@ from torch import nn
 from dpo.base.console import say, warn
 from dpo.board.dashboard import Answer, fenced
 from dpo.board.writer import MetricsWriter
-from dpo.config import Config, to_yaml
-from dpo.run.files import FINAL, LAST_STEPS, PROVENANCE, read_metrics
+from dpo.config import Config, OptimConfig, to_yaml
+from dpo.run.files import PROVENANCE
 from dpo.run.setup import Run
 from dpo.step.deviation import Deviation
 from dpo.step.evaluation import Evaluation
 from dpo.step.metrics import prefixed
-from dpo.step.optim import lr_at, optimizer_elements
+from dpo.step.optim import lr_at, num_warmup_steps, optimizer_elements
 
 COLUMNS = 100
 """The maximum length of a line."""
@@ -90,7 +88,7 @@ def clock(seconds: float) -> str:
 def start_lines(run: Run, deviation: Deviation | None) -> list[str]:
     """Returns the table that is shown before the first step: model, reference, pairs, steps, ranks, memory, folder."""
     first_step = [("first step", f"policy against its cached reference: {deviation}")] if deviation else []
-    return _table(
+    return table_lines(
         [
             ("model", _model(run)),
             ("reference", _reference(run)),
@@ -104,7 +102,8 @@ def start_lines(run: Run, deviation: Deviation | None) -> list[str]:
     )
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> list[str]:
+def table_lines(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Returns a line per row, (name, text), with the texts in one column."""
     width = max(len(name) for name, _ in rows)
     return [f"{name:<{width}}  {text}" for name, text in rows]
 
@@ -173,36 +172,22 @@ def state_bytes(num_parameters: int, config: Config, num_ranks: int) -> float:
     return num_parameters * itemsize * (2 + optimizer_elements(config.optim)) * config.parallel.replicate / num_ranks
 
 
-# --- at the end ------------------------------------------------------------------------------------------------------
+def tell_warmup(last_step: int, optim: OptimConfig) -> None:
+    """Tells the user, in one line, where the warm-up is more than a tenth of the run; a fraction was chosen for it.
 
-
-def end_lines(run_dir: Path, lines: Sequence[Mapping[str, float]]) -> list[str]:
-    """Returns the table that is shown at the end: how the metrics in `lines` of metrics.jsonl changed, and the charts.
-
-    For training, the first step is compared with the mean of the last LAST_STEPS, since a single step varies much.
+    Args:
+        last_step: the number of steps of the whole run.
+        optim: the optimizer and its schedule.
     """
-    steps = [line for line in lines if "train/loss" in line]
-    evaluations = [line for line in lines if "eval/loss" in line]
-    latest = steps[-LAST_STEPS:]
-    rows = []
-    if len(steps) > 1:
-        what = f"step 1 -> mean of the last {len(latest)}: "
-        rows.append(("trained", what + _change(steps[0], latest, "train")))
-    if len(evaluations) > 1:
-        what = f"step {evaluations[0]['step']} -> step {evaluations[-1]['step']}: "
-        rows.append(("held out", what + _change(evaluations[0], evaluations[-1:], "eval")))
-    return _table([*rows, ("charts", f"tensorboard --logdir {run_dir}")])
-
-
-def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], group: str) -> str:
-    """Returns loss, accuracy and margin of the first line -> their means over the latest lines."""
-    names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
-    keys = {f"{group}/{name}": shown for name, shown in names.items() if f"{group}/{name}" in first}
-    changes = [
-        f"{shown} {first[key]:z.4f} -> {statistics.fmean(line[key] for line in latest):z.4f}"
-        for key, shown in keys.items()
-    ]
-    return "  ".join(changes)
+    warmup = num_warmup_steps(last_step, optim)
+    if isinstance(optim.warmup_steps, float) or last_step >= 10 * warmup:
+        return
+    advice = "for a tenth of the run: --optim.warmup_steps 0.1"
+    if last_step <= warmup:
+        rates = f"the learning rate ends at {lr_at(last_step, last_step, optim):.2g}, not {optim.lr:.2g}"
+        warn(f"optim.warmup_steps {warmup} is not below the run's {last_step} steps: {rates}; {advice}")
+    else:
+        say(f"optim.warmup_steps {warmup} is more than a tenth of the run's {last_step} steps; {advice}")
 
 
 # --- shown -----------------------------------------------------------------------------------------------------------
@@ -225,10 +210,7 @@ def introduce(run: Run, writer: MetricsWriter | None, deviation: Deviation | Non
     table = start_lines(run, deviation)
     for line in table:
         say(line)
-    warmup, last = run.config.optim.warmup_steps, run.inputs.last_step
-    if last <= warmup:
-        rates = f"{lr_at(last, last, run.config.optim):.2g}, not {run.config.optim.lr:.2g}"
-        warn(f"optim.warmup_steps {warmup} is not below the run's {last} steps: the learning rate ends at {rates}")
+    tell_warmup(run.inputs.last_step, run.config.optim)
     writer.board.text("summary", fenced("\n".join(table)))
     writer.board.text("config", fenced(to_yaml(run.config)))
     writer.board.text("data", fenced("\n".join(run.inputs.data.report.lines())))
@@ -256,12 +238,3 @@ def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluati
     if answers:
         writer.board.answers(step, answers)
     say(evaluation_line(step, run.inputs.last_step, metrics))
-
-
-def conclude(run: Run) -> None:
-    """Shows, on rank 0, the end of the run: its steps, its model, how its metrics changed."""
-    if not run.world.is_main:
-        return
-    say(f"done: {max(run.start.step, run.inputs.last_step)} steps, the model is in {run.dir / FINAL}")
-    for line in end_lines(run.dir, read_metrics(run.dir)):
-        say(line)

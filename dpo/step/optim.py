@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from fractions import Fraction
 from typing import assert_never
 
 import torch
@@ -39,27 +40,42 @@ def optimizer_elements(config: OptimConfig) -> int:
 
 
 def lr_at(step: int, last_step: int, config: OptimConfig) -> float:
-    """Returns the learning rate of step s in 1 .. N = last_step, with W = warmup_steps:
+    """Returns the learning rate of step s in 1 .. N = last_step, with W from `num_warmup_steps`:
 
-    s <= W: lr s / (W + 1); then constant: lr; linear: lr min(1, (N + 1 - s) / (N + 1 - W));
-    cosine: lr (1 + cos(pi (s - W) / (N + 1 - W))) / 2.
+    s <= W: lr s / (W + 1); then lr (m + (1 - m) f), with m = min_lr_ratio and f of the schedule:
+    constant: 1; linear: min(1, (N + 1 - s) / (N + 1 - W)); cosine: (1 + cos(pi (s - W) / (N + 1 - W))) / 2.
 
     Args:
         step: the step s, from 1.
         last_step: N, the number of steps of the whole run, not of this start.
-        config: gives `lr`, `warmup_steps` and `schedule`.
+        config: gives `lr`, `warmup_steps`, `schedule` and `min_lr_ratio`.
     """
-    warmup = config.warmup_steps
+    warmup = num_warmup_steps(last_step, config)
     if step <= warmup:
         return config.lr * step / (warmup + 1)
-    span = last_step + 1 - warmup
+    floor = config.min_lr_ratio
+    return config.lr * (floor + (1 - floor) * _decay(step - warmup, last_step + 1 - warmup, config))
+
+
+def num_warmup_steps(last_step: int, config: OptimConfig) -> int:
+    """Returns W: `warmup_steps` where it is an integer, else this fraction of the run's steps, rounded up.
+
+    The fraction is the decimal number that the user wrote: 0.07 of 100 steps are 7, although 0.07 * 100 > 7 in floating
+    point.
+    """
+    warmup = config.warmup_steps
+    return warmup if isinstance(warmup, int) else math.ceil(Fraction(str(warmup)) * last_step)
+
+
+def _decay(step: int, span: int, config: OptimConfig) -> float:
+    """Returns the factor of the schedule at `step` after the warm-up, which is 0 at `span`, just after the last."""
     match config.schedule:
         case "constant":
-            return config.lr
+            return 1.0
         case "linear":
-            return config.lr * min(1.0, (last_step + 1 - step) / span)
+            return min(1.0, (span - step) / span)
         case "cosine":
-            return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / span))
+            return 0.5 * (1 + math.cos(math.pi * step / span))
         case _:
             assert_never(config.schedule)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo.config import Config, OptimConfig
-from dpo.run.summary import COLUMNS, clock, end_lines, evaluation_line, fitting, state_bytes, step_line
+from dpo.run.summary import COLUMNS, clock, evaluation_line, fitting, state_bytes, step_line, tell_warmup
 from tests.support.runs import changed, exit_code, make_config, run, save_six_steps, six_steps, train_lines
 
 FIGURES = {
@@ -73,20 +73,30 @@ def test_state_bytes(optim: OptimConfig, numbers: int) -> None:
     assert state_bytes(1000, config, 8) == 1000 * numbers
 
 
-def test_what_improved() -> None:
-    """Training: step 1 against the mean of the last ten (losses 0.59, 0.58, ... 0.50: 0.545); evaluation: the first
-    against the last."""
-    lines = [
-        {"step": 0, "eval/loss": 0.69314, "eval/rewards/accuracies": 0.0, "eval/rewards/margins": -0.00001},
-        {"step": 1, "train/loss": 0.7},
-        *({"step": step, "train/loss": 0.61 - 0.01 * step} for step in range(2, 12)),
-        {"step": 11, "eval/loss": 0.61, "eval/rewards/accuracies": 0.64, "eval/rewards/margins": 0.25},
-    ]
-    trained, held_out, charts = end_lines(Path("runs/x"), lines)
-    assert trained == "trained   step 1 -> mean of the last 10: loss 0.7000 -> 0.5450"
-    metrics = "loss 0.6931 -> 0.6100  accuracy 0.0000 -> 0.6400  margin 0.0000 -> 0.2500"
-    assert held_out == f"held out  step 0 -> step 11: {metrics}"
-    assert charts == "charts    tensorboard --logdir runs/x"
+@pytest.mark.parametrize(
+    ("warmup", "last_step", "told"),
+    [
+        (150, 12, "150 is not below the run's 12 steps: the learning rate ends at 7.9e-08, not 1e-06"),
+        (150, 150, "150 is not below the run's 150 steps: the learning rate ends at 9.9e-07, not 1e-06"),
+        (150, 151, "150 is more than a tenth of the run's 151 steps"),
+        (150, 1499, "150 is more than a tenth of the run's 1499 steps"),
+        (150, 1500, None),
+        (0, 1, None),
+        (0.5, 12, None),
+    ],
+)
+def test_a_long_warm_up_is_told(
+    warmup: float, last_step: int, told: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In one line that says what to write. At step 12 of 12 the rate is 1e-6 * 12/151, at 150 1e-6 * 150/151."""
+    tell_warmup(last_step, OptimConfig(warmup_steps=warmup))
+    lines = capsys.readouterr().err.splitlines()
+    if told is None:
+        assert lines == []
+    else:
+        assert len(lines) == 1 and f"optim.warmup_steps {told}; " in lines[0]
+        assert lines[0].endswith("; for a tenth of the run: --optim.warmup_steps 0.1")
+        assert lines[0].startswith("WARNING: ") == (last_step <= warmup)
 
 
 # --- of real runs ----------------------------------------------------------------------------------------------------
@@ -117,6 +127,14 @@ def test_a_run_tells_what_it_is(config: Config, capsys: pytest.CaptureFixture[st
     shown = [line.split()[1] for line in lines if line.startswith(("step ", "eval "))]
     assert shown == ["0/6", "1/6", "3/6", "4/6", "6/6", "6/6"]
     assert any(line.startswith("held out  step 0 -> step 6: loss 0.6931 -> ") for line in lines)
+
+
+def test_a_fraction_of_the_run_is_its_warm_up(config: Config) -> None:
+    """A third of 6 steps: lr/3, 2 lr/3, then lr (1/2 + f/2) with f = 4/5, 3/5, 2/5, 1/5."""
+    changes = {"optim__warmup_steps": 0.33, "optim__schedule": "linear", "optim__min_lr_ratio": 0.5}
+    run(changed(config, optim__lr=1e-3, **changes))
+    rates = [line["train/lr"] for line in train_lines(str(config.train.run_dir))]
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 0.9e-3, 0.8e-3, 0.7e-3, 0.6e-3])
 
 
 def test_quiet_is_quiet(config: Config, capsys: pytest.CaptureFixture[str]) -> None:

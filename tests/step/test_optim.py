@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpo.config import OptimConfig
-from dpo.step.optim import clip_gradient, lr_at, make_optimizer, set_lr, square_norm
+from dpo.step.optim import clip_gradient, lr_at, make_optimizer, num_warmup_steps, set_lr, square_norm
 
 # --- the learning rate -----------------------------------------------------------------------------------------------
 
@@ -34,6 +34,38 @@ def test_cosine_by_hand() -> None:
     config = OptimConfig(lr=2.0, warmup_steps=1, schedule="cosine")
     rates = [lr_at(step, 4, config) for step in range(1, 5)]
     assert rates == pytest.approx([1, 1 + math.sqrt(0.5), 1, 1 - math.sqrt(0.5)])
+
+
+@pytest.mark.parametrize(
+    ("warmup", "last_step", "steps"),
+    [
+        *((0.1, 1000, 100), (0.1, 1001, 101), (0.07, 100, 7), (0.07, 101, 8), (0.5, 1, 1), (0.999, 7, 7)),
+        *((3, 100, 3), (0, 100, 0), (150, 12, 150)),
+    ],
+)
+def test_a_fraction_of_the_run_by_hand(warmup: float, last_step: int, steps: int) -> None:
+    """ceil(f N) of the decimal number f: 100.1 -> 101; 0.07 * 100 is 7.000000000000001 in floating point, and 7 steps
+    here. An integer is steps, whatever the run's length.
+    """
+    assert num_warmup_steps(last_step, OptimConfig(warmup_steps=warmup)) == steps
+
+
+def test_warm_up_over_a_fraction_by_hand() -> None:
+    """lr 1, a quarter of N = 7, so W = 2: 1/3, 2/3, then as of two steps."""
+    config = OptimConfig(lr=1.0, warmup_steps=0.25, schedule="linear")
+    rates = [lr_at(step, 7, config) for step in range(1, 8)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
+def test_min_lr_ratio_by_hand() -> None:
+    """lr 2, W = 1, N = 4, floor 1/10: 2 * 1/2, then 2 (1/10 + 9/10 f), f = 4/4, 3/4, 2/4 less a step's: linear 3/4,
+    2/4, 1/4; cosine (1 + 1/sqrt 2)/2, 1/2, (1 - 1/sqrt 2)/2. The warm-up has no floor.
+    """
+    linear = OptimConfig(lr=2.0, warmup_steps=1, schedule="linear", min_lr_ratio=0.1)
+    assert [lr_at(step, 4, linear) for step in range(1, 5)] == pytest.approx([1, 1.55, 1.1, 0.65])
+    cosine = OptimConfig(lr=2.0, warmup_steps=1, schedule="cosine", min_lr_ratio=0.1)
+    root = 0.9 * math.sqrt(0.5)
+    assert [lr_at(step, 4, cosine) for step in range(1, 5)] == pytest.approx([1, 1.1 + root, 1.1, 1.1 - root])
 
 
 COSINES = ((1 + math.cos(math.pi / 11)) / 2, (1 + math.cos(10 * math.pi / 11)) / 2)

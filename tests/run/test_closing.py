@@ -1,0 +1,51 @@
+"""What the terminal shows at the end of a run, worked out by hand."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo.config import LossConfig
+from dpo.run.closing import end_lines
+
+
+def test_what_improved() -> None:
+    """Training: step 1 against the mean of the last ten (losses 0.59, 0.58, ... 0.50: 0.545); evaluation: the first
+    against the last."""
+    lines = [
+        {"step": 0, "eval/loss": 0.69314, "eval/rewards/accuracies": 0.0, "eval/rewards/margins": -0.00001},
+        {"step": 1, "train/loss": 0.7},
+        *({"step": step, "train/loss": 0.61 - 0.01 * step} for step in range(2, 12)),
+        {"step": 11, "eval/loss": 0.61, "eval/rewards/accuracies": 0.64, "eval/rewards/margins": 0.25},
+    ]
+    trained, held_out, charts = end_lines(Path("runs/x"), lines, LossConfig())
+    assert trained == "trained   step 1 -> mean of the last 10: loss 0.7000 -> 0.5450"
+    metrics = "loss 0.6931 -> 0.6100  accuracy 0.0000 -> 0.6400  margin 0.0000 -> 0.2500"
+    assert held_out == f"held out  step 0 -> step 11: {metrics}"
+    assert charts == "charts    tensorboard --logdir runs/x"
+
+
+@pytest.mark.parametrize(
+    ("loss", "margin", "told"),
+    [
+        (LossConfig(), 0.0099, True),
+        (LossConfig(), -0.0099, True),
+        (LossConfig(), 0.0101, False),
+        (LossConfig(), -0.0101, False),
+        (LossConfig("apo_zero"), 0.0, True),
+        (LossConfig("simpo"), 0.0, False),
+    ],
+)
+def test_a_margin_of_nought_is_told(loss: LossConfig, margin: float, told: bool) -> None:
+    """Below 0.01 either way, in one line with what to try. simpo's margin is not that to a reference."""
+    rewards = {"eval/rewards/accuracies": 1.0, "eval/rewards/margins": margin}
+    lines = [{"step": 0, "eval/loss": 0.7, **rewards}, {"step": 9, "eval/loss": 0.7, **rewards}]
+    found = [line for line in end_lines(Path("runs/x"), lines, loss) if "hardly moved" in line]
+    assert len(found) == told
+    for line in found:
+        assert line.startswith("margin    the margin is about 0: the model has hardly moved; try ")
+
+
+def test_without_rewards_no_margin_is_told() -> None:
+    lines = [{"step": 0, "eval/loss": 0.7}, {"step": 9, "eval/loss": 0.7}]
+    assert len(end_lines(Path("runs/x"), lines, LossConfig("sft"))) == 2
+    assert len(end_lines(Path("runs/x"), lines[:1], LossConfig())) == 1
