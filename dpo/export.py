@@ -22,7 +22,7 @@ from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import make_mesh
 from dpo.model.build import build_policy
 from dpo.model.download import find_model
-from dpo.model.weights import read_model_config
+from dpo.model.model_config import read_model_config
 
 # --- the program -----------------------------------------------------------------------------------------------------
 

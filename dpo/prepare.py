@@ -38,7 +38,8 @@ from dpo.data.prepare import PreferenceData, prepare_data
 from dpo.data.tokenizer import load_tokenizer
 from dpo.distributed.program import run_program
 from dpo.model.download import check_id, checked_model
-from dpo.model.weights import read_model_config, tensor_files, tensor_paths
+from dpo.model.model_config import read_model_config
+from dpo.model.weights import tensor_files, tensor_paths
 from dpo.ref_logps.blocks import ROW
 from dpo.ref_logps.cache import cache_root
 from dpo.ref_logps.fill import count_rows

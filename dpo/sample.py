@@ -36,8 +36,8 @@ from dpo.distributed.world import World, make_mesh
 from dpo.model.build import build_policy, load_weights
 from dpo.model.download import find_model
 from dpo.model.generation import AnswerRule, generate
+from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy, free_memory
-from dpo.model.weights import read_model_config
 from dpo.run.answers import answer_text, stop_ids
 from dpo.run.inputs import check_machines
 

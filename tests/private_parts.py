@@ -264,15 +264,27 @@ PRIVATE_PARTS = (
     *(
         PrivatePart(
             f"transformers.{path}",
-            ("dpo/model/build.py",),
+            files,
             "names and shapes of weights on disk, where the model's own differ",
             "model/test_weights.py::test_every_family_is_read_as_plain_transformers_reads_it",
         )
-        for path in (
-            "core_model_loading.revert_weight_conversion._weight_conversions",
-            "core_model_loading.revert_weight_conversion",
-            "conversion_mapping.get_model_conversion_mapping",
+        for path, files in (
+            ("core_model_loading.revert_weight_conversion._weight_conversions", ("dpo/model/build.py",)),
+            ("core_model_loading.revert_weight_conversion", ("dpo/model/build.py", "dpo/model/matching.py")),
+            ("conversion_mapping.get_model_conversion_mapping", ("dpo/model/build.py",)),
         )
+    ),
+    PrivatePart(
+        "transformers.PreTrainedModel._tied_weights_keys",
+        ("dpo/model/matching.py",),
+        "the head that a model whose files lack it may share with its embedding",
+        "model/test_matching.py::test_an_untied_model_without_a_head_is_refused",
+    ),
+    PrivatePart(
+        "transformers.PreTrainedModel._keys_to_ignore_on_load_unexpected",
+        ("dpo/model/matching.py",),
+        "tensors in the files that a class leaves out on purpose",
+        "model/test_matching.py::test_names_that_the_class_leaves_out_are_left_out_in_silence",
     ),
     PrivatePart(
         "transformers.modeling_layers.GradientCheckpointingLayer",

@@ -17,8 +17,9 @@ from dpo.data.tokenizer import has_tokenizer, load_tokenizer
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
 from dpo.model.build import stored_tensors
+from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
-from dpo.model.weights import read_model_config, save_tensors
+from dpo.model.weights import save_tensors
 
 
 def export(policy: Policy, model_folder: Path, out: Path, config: Config, world: World) -> None:

@@ -24,7 +24,7 @@ from dpo.estimate.devices import Device, device_like, this_machine
 from dpo.estimate.lengths import Lengths, lengths_of_pairs
 from dpo.estimate.needs import with_dtype
 from dpo.estimate.speed import DEFAULT_MFU, Cluster
-from dpo.model.weights import read_model_config
+from dpo.model.model_config import read_model_config
 from dpo.run.folder import Start
 from dpo.run.inputs import Inputs
 from dpo.run.layout import with_earlier_choice

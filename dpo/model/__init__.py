@@ -1,6 +1,8 @@
 """`PackedBatch` -> log-probabilities: how a sharded policy is built, loaded and run.
 
-weights.py       checks, hashes, reads and writes model folders; each rank reads and writes its shards
+matching.py      matches the tensors of a model with those in the files of its folder
+weights.py       hashes, reads and writes the tensors of model folders; each rank reads and writes its shards
+model_config.py  reads and checks the config of a model folder
 download.py      finds model folders, local or of the hub
 flex_options.py  FlexAttention's kernel options by architecture and head size
 attention.py     shared-prefix attention: segments on a CPU, FlexAttention on CUDA

@@ -1,15 +1,18 @@
 """A model folder -> a sharded policy: built on the meta device, checked, sharded, loaded."""
 
 import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
+from dpo.base.console import warn
 from dpo.base.errors import UserError
 from dpo.base.snapshots import offline
 from dpo.batch.layout import attention_windows
@@ -18,6 +21,7 @@ from dpo.config.rules import decided
 from dpo.distributed.world import World, make_mesh
 from dpo.model.attention import ATTENTION, register_attention
 from dpo.model.kernels import keep_kernels
+from dpo.model.matching import Names, names_of
 from dpo.model.parallelize import compute_dtype, is_compiled, parallelize
 from dpo.model.policy import Policy, _forward_logps
 from dpo.model.weights import load_tensors
@@ -151,12 +155,37 @@ def load_policy(config: Config, world: World, model_config: PretrainedConfig, fo
 
 
 def load_weights(policy: Policy, folder: Path) -> None:
-    """Reads the weights of a Hugging Face folder; each rank reads its own shards. Every rank must get here, or the rest
-    hang.
+    """Reads the weights of a Hugging Face folder; each rank reads its own shards. Rank 0 warns of tensors for which the
+    model has no place. Every rank must get here, or the rest hang.
     """
-    load_tensors(folder, stored_tensors(policy), policy.model.base_model_prefix)
+    names = names_of(policy.model)
+    unused = load_tensors(folder, stored_tensors(policy), names)
+    if dist.get_rank() == 0:
+        for line in _findings(folder, policy.model.config, names, unused):
+            warn(line)
     wrong = [name for name, p in policy.model.named_parameters() if p.dtype != policy.dtype]
     assert not wrong, f"master weights must be {policy.dtype}: {wrong[:3]}"
+
+
+def _findings(folder: Path, config: PretrainedConfig, names: Names, unused: Sequence[str]) -> Iterator[str]:
+    """Yields a line per way in which config.json does not describe the tensors of its folder.
+
+    Args:
+        folder: the model folder.
+        config: the config of the model as built.
+        names: the names of its tensors.
+        unused: names of tensors for which the model has no place.
+    """
+    if unused:
+        left_out = "are neither trained nor exported" if len(unused) > 1 else "is neither trained nor exported"
+        count = f"{len(unused)} tensors" if len(unused) > 1 else "1 tensor"
+        yield f"{folder}: {count} for which a {names.model} has no place {left_out}, the first is {unused[0]}"
+    with offline():
+        says_tied = getattr(type(config).from_pretrained(folder), "tie_word_embeddings", False)
+    if says_tied and not config.tie_word_embeddings:
+        (head, embedding), *_ = names.tieable.items()
+        says = f"{folder}: config.json says tie_word_embeddings: true, but {head} differs from {embedding}"
+        yield f"{says}; both are kept, as transformers loads them, and an export says tie_word_embeddings: false"
 
 
 def stored_tensors(policy: Policy) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ from dpo.base.snapshots import find_snapshot
 from dpo.config import Config
 from dpo.distributed.collectives import first_on_each_node
 from dpo.distributed.world import World
-from dpo.model.weights import read_model_config, tensor_paths
+from dpo.model.model_config import read_model_config
+from dpo.model.weights import tensor_paths
 
 VALID = "a Hugging Face model folder or hub id"
 

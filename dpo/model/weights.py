@@ -1,73 +1,31 @@
-"""Checks, hashes, reads and writes model folders in Hugging Face's form, each rank its own shards."""
+"""Hashes, reads and writes the tensors of model folders in Hugging Face's form, each rank its own shards."""
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
-from dpo.base.errors import InvalidValue, UserError, one_line
+from dpo.base.errors import UserError
 from dpo.base.hub_files import stored_weights
-from dpo.base.snapshots import find_code, offline
 from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
 from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
+from dpo.model.matching import Names, StoredTensor, match
 
 CONFIG_NOISE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 """Keys of a model's config that do not change the model's results in our dtypes."""
 
 FILE_BYTES = 5 * 2**30
 """The size of a file of an exported model, in bytes, above which another file is begun."""
-
-
-# --- checked ----------------------------------------------------------------------------------------------------------
-
-
-def read_model_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
-    """Returns the model's config. Raises UserError where it cannot be read, or this trainer cannot be exact for it."""
-    try:
-        if trust_remote_code:
-            find_code(folder)
-        with offline():
-            config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except InvalidValue as failure:
-        raise failure.at("model.trust_remote_code") from failure
-    except (OSError, ValueError, KeyError) as failure:
-        raise UserError(f"{folder}/config.json", one_line(str(failure))[:300]) from failure
-    for applies, reason in _refusals(config):
-        if applies:
-            raise UserError("model.path", f"{config.model_type} models are not supported: {reason}")
-    return config
-
-
-def _refusals(config: PretrainedConfig) -> list[tuple[bool, str]]:
-    """Returns the reasons to refuse a model, as (whether the reason applies, reason)."""
-
-    def has(*names: str) -> bool:
-        return any(getattr(config, name, None) not in (None, False, 0, 1, 1.0) for name in names)
-
-    alibi = config.model_type in ("bloom", "mpt") or getattr(config, "alibi", False)
-    experts = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-    other_layers = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
-    return [
-        (not hasattr(config, "vocab_size"), "they are more than a language model, and only the text of one is trained"),
-        (alibi, "ALiBi biases attention by distance, and attention that shares a prompt has no place for the bias"),
-        (has(*experts), "in a mixture of experts the routers' auxiliary loss would be left out"),
-        (bool(getattr(config, "is_encoder_decoder", False)), "only decoders have a prompt to share"),
-        (has("attn_logit_softcapping"), "attention that shares a prompt does not cap its logits"),
-        (has("final_logit_softcapping", "logit_scale", "logits_scaling"), "its head scales or caps the logits"),
-        (bool(other_layers), f"layers of type {', '.join(sorted(other_layers))} cannot share a prompt"),
-        (has("quantization_config"), "its weights are quantized, and training needs full-precision master weights"),
-    ]
 
 
 # --- hashed ----------------------------------------------------------------------------------------------------------
@@ -99,21 +57,22 @@ def hash_model(folder: Path, config: PretrainedConfig, world: World) -> str:
 def _hash_tensors(folder: Path, world: World) -> list[tuple[str, bytes]]:
     """Returns (name, hash) of this rank's part of the tensors; the largest are dealt to the ranks first."""
     files = tensor_files(folder)
-    own_names = sorted(files, key=lambda name: (-files[name][1].numel(), name))[world.rank :: world.size]
-    return [(name, _hash_tensor(files[name][0], name)) for name in own_names]
+    own_names = sorted(files, key=lambda name: (-files[name].shape.numel(), name))[world.rank :: world.size]
+    return [(name, _hash_tensor(files[name].file, name)) for name in own_names]
 
 
-def tensor_files(folder: Path) -> dict[str, tuple[Path, torch.Size]]:
-    """Returns the file and the shape of each tensor in a folder, by name. Raises UserError for a broken file."""
-    files = {}
+def tensor_files(folder: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors in the files of a folder, by name; reads no values. Raises UserError for a broken file."""
+    tensors = {}
     for path in tensor_paths(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
-                    files[name] = (path, torch.Size(file.get_slice(name).get_shape()))
+                    header = file.get_slice(name)
+                    tensors[name] = StoredTensor(path, torch.Size(header.get_shape()), header.get_dtype())
         except (SafetensorError, OSError) as failure:
             raise UserError(str(path), f"not a readable safetensors file: {failure}") from failure
-    return files
+    return tensors
 
 
 def _hash_tensor(path: Path, name: str) -> bytes:
@@ -136,7 +95,7 @@ def tensor_paths(folder: Path) -> list[Path]:
     return [folder / name for name in stored_weights(folder)]
 
 
-def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> None:
+def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], names: Names) -> Sequence[str]:
     """Fills tensors with the tensors of the same names in a folder. Of a DTensor each rank reads its shard alone; where
     there are several copies of the model, the ranks of the first read, and broadcast their shards to the others.
 
@@ -145,36 +104,18 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix:
     Args:
         folder: a model folder.
         tensors: the tensors to fill, by name.
-        base_prefix: the name of the model's body. Checkpoints of a body alone lack `base_prefix.` in their names.
+        names: the names of the model's tensors in its folder.
+
+    Returns:
+        The names of tensors in the folder for which the model has no place, sorted; see `matching.Match`.
 
     Raises:
-        UserError: a tensor is missing or has another shape.
+        UserError: a tensor is missing, has another shape, or is quantized.
     """
-    wanted = together(lambda: _find_tensors(folder, tensors, base_prefix))
-    load = partial(dcp.load, wanted, storage_reader=HuggingFaceStorageReader(str(folder)))
-    fill_copies(wanted.values(), lambda group: storage_errors(folder)(load)(process_group=group))
-
-
-def _find_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], base_prefix: str) -> dict[str, torch.Tensor]:
-    """Returns the tensors by their names in the folder. Raises UserError where one is missing or has another shape."""
-    stored = tensor_files(folder)
-    wanted = {_stored_name(name, stored, base_prefix + "."): tensor for name, tensor in tensors.items()}
-    missing = sorted(set(wanted) - set(stored))
-    if missing:
-        raise UserError(str(folder), f"{len(missing)} tensors of the model are missing, the first is {missing[0]}")
-    for name, tensor in wanted.items():
-        file, shape = stored[name]
-        if tensor.shape != shape:
-            raise UserError(
-                str(file), f"{name} has shape {tuple(shape)} where the model's config.json wants {tuple(tensor.shape)}"
-            )
-    return wanted
-
-
-def _stored_name(name: str, stored: Mapping[str, Any], prefix: str) -> str:
-    """Returns the name of a tensor in the folder, without `prefix` where only that is stored."""
-    bare = name.removeprefix(prefix)
-    return bare if name not in stored and bare in stored else name
+    found = together(lambda: match(folder, tensor_files(folder), tensors, names))
+    load = partial(dcp.load, dict(found.tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+    fill_copies(found.tensors.values(), lambda group: storage_errors(folder)(load)(process_group=group))
+    return found.unused
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, world: World) -> None:

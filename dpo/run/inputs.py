@@ -20,8 +20,9 @@ from dpo.distributed.world import World, check_mesh
 from dpo.machine.facts import gather_facts
 from dpo.machine.toolchain import check_toolchain, find_warnings, needs_of
 from dpo.model.download import find_model
+from dpo.model.model_config import read_model_config
 from dpo.model.parallelize import compute_dtype
-from dpo.model.weights import hash_model, read_model_config
+from dpo.model.weights import hash_model
 
 
 @dataclass(frozen=True)

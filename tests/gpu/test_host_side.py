@@ -21,8 +21,8 @@ from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import make_mesh
 from dpo.estimate.traffic import parameter_groups, step_traffic
 from dpo.model.build import build_policy
+from dpo.model.model_config import read_model_config
 from dpo.model.parallelize import decoder_layers
-from dpo.model.weights import read_model_config
 from dpo.run.files import FINAL
 from dpo.step.metrics import MAXIMA, SUMS
 from dpo.step.optim import make_optimizer

@@ -17,8 +17,8 @@ from dpo.config import Config, LossConfig, ParallelConfig
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import make_mesh
 from dpo.model.build import build_policy, load_weights
+from dpo.model.model_config import read_model_config
 from dpo.model.policy import announce_backward, completion_logps
-from dpo.model.weights import read_model_config
 from dpo.run.files import FINAL
 from dpo.step.objective import pair_losses
 from tests.gpu.conftest import CUDA_ALONE

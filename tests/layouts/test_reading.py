@@ -21,7 +21,8 @@ from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import make_mesh
 from dpo.model import weights
 from dpo.model.build import build_policy, load_weights
-from dpo.model.weights import hash_model, read_model_config
+from dpo.model.model_config import read_model_config
+from dpo.model.weights import hash_model
 from tests.support.models import plain_model, save_model
 from tests.support.ranks import Ranks
 

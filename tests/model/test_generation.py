@@ -22,8 +22,8 @@ from dpo.distributed.world import World, make_mesh
 from dpo.model.attention import ATTENTION
 from dpo.model.build import build_policy, load_weights
 from dpo.model.generation import ROWS_PER_LANE, AnswerRule, generate, uniform
+from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
-from dpo.model.weights import read_model_config
 from dpo.step.optim import make_optimizer
 from dpo.step.update import train_step
 from tests.support.models import FAMILIES, VOCAB, plain_model, save_model

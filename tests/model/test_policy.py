@@ -31,9 +31,9 @@ from dpo.distributed.startup import open_world
 from dpo.distributed.world import World, make_mesh
 from dpo.model.build import build_policy, load_weights
 from dpo.model.log_probs import ChunkedTokenLogProbs
+from dpo.model.model_config import read_model_config
 from dpo.model.parallelize import _selective_contexts
 from dpo.model.policy import Policy, announce_backward, completion_logps
-from dpo.model.weights import read_model_config
 from dpo.step.objective import pair_losses
 from tests.support.models import FAMILIES, VOCAB, family_config, plain_logp, plain_model, save_model
 

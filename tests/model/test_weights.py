@@ -17,8 +17,9 @@ from dpo.distributed.startup import open_world
 from dpo.distributed.world import World, make_mesh
 from dpo.model.build import build_policy, load_weights
 from dpo.model.download import find_model
+from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
-from dpo.model.weights import hash_model, read_model_config, tensor_files
+from dpo.model.weights import hash_model, tensor_files
 from tests.support.models import FAMILIES, plain_model, save_model
 
 CONFIG = ParallelConfig()

@@ -15,8 +15,8 @@ from dpo.config import Config, SourceConfig
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from dpo.model.build import load_policy
+from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
-from dpo.model.weights import read_model_config
 from dpo.run.answers import AnswerBook, Questions, answer, choose_prompts, open_answers, prepare_answers, stop_ids
 from dpo.run.inputs import Inputs, read_inputs
 from tests.model.test_generation import plain_draw, plain_greedy

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.config import Config
 from dpo.model import weights
-from dpo.model.weights import read_model_config
+from dpo.model.model_config import read_model_config
 from dpo.run.disk import Sizes, disk_words, num_saves, saves_after, sizes_of
 from dpo.run.loop import is_time
 from tests.support.runs import make_config, run, save_six_steps, six_steps
