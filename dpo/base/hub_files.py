@@ -19,6 +19,8 @@ _TOKENIZER = re.compile(
     r"tokenizer[^/]*\.json|(special_tokens_map|added_tokens|chat_template)\.json|chat_template\.jinja"
     r"|additional_chat_templates/.*\.jinja"
 )
+_LICENCE = re.compile(r"(licen[cs]e|notice|copying|use_policy)([._-][^/]*)?", re.IGNORECASE)
+"""Names of top-level files that must go where the model goes; a README describes the model that it came with."""
 
 
 def weight_files(names: Sequence[str], index_names: Sequence[str] | None) -> list[str]:
@@ -48,9 +50,23 @@ def tokenizer_files(names: Sequence[str], index_names: Sequence[str] | None) -> 
     return [name for name in names if any(form.fullmatch(name) for form in (_CONFIG, _TOKENIZER, _VOCABULARY))]
 
 
+def model_companions(names: Sequence[str]) -> list[str]:
+    """Returns the files beside config.json that a model trained from this one needs too, as they are: the generation
+    config, its own code and its licence; see `tokenizer_companions`.
+    """
+    beside = [name for name in config_files(names, None) if name != CONFIG_FILE]
+    return [*beside, *(name for name in names if _LICENCE.fullmatch(name))]
+
+
+def tokenizer_companions(names: Sequence[str]) -> list[str]:
+    """Returns the files of a tokenizer, chat templates included, without its own code."""
+    return [name for name in names if any(form.fullmatch(name) for form in (_TOKENIZER, _VOCABULARY))]
+
+
 def files_to_download(names: Sequence[str], index_names: Sequence[str] | None) -> list[str]:
-    """Returns the files of a repository that a run reads: config, tokenizer, code, the index and the weights. Weights
-    in other forms (`.bin`, `.gguf`, `consolidated.safetensors`, folders like `fp16/` and `original/`) are left.
+    """Returns the files of a repository that a run reads or passes on: config, tokenizer, code, licence, the index and
+    the weights. Weights in other forms (`.bin`, `.gguf`, `consolidated.safetensors`, folders like `fp16/` and
+    `original/`) are left.
 
     Args:
         names: the paths of all files of the repository.
@@ -60,7 +76,7 @@ def files_to_download(names: Sequence[str], index_names: Sequence[str] | None) -
         The paths, sorted, each once.
     """
     index = [INDEX] if INDEX in names else []
-    return sorted({*tokenizer_files(names, None), *index, *weight_files(names, index_names)})
+    return sorted({*tokenizer_files(names, None), *model_companions(names), *index, *weight_files(names, index_names)})
 
 
 # --- what a folder lacks ---------------------------------------------------------------------------------------------

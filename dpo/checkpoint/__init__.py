@@ -3,5 +3,6 @@
 store.py        writes, commits, verifies, finds and loads checkpoints
 host_copies.py  copies a sharded state to host memory
 saver.py        writes checkpoints in a thread while training continues
+companions.py   writes the files of an exported model beside its weights
 export.py       writes a trained policy as a model folder that transformers loads
 """

@@ -1,6 +1,5 @@
 """Writes a trained policy as a model folder that transformers loads."""
 
-import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,22 +7,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpo.base.console import say
-from dpo.base.errors import RunError, UserError
+from dpo.base.errors import RunError
 from dpo.base.files import remove_folder
 from dpo.base.space import find_shortage
+from dpo.checkpoint.companions import write_companions
 from dpo.config import Config
-from dpo.data.tokenizer import has_tokenizer, load_tokenizer
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
 from dpo.model.build import stored_tensors
-from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
 from dpo.model.weights import save_tensors
 
 
 def export(policy: Policy, model_folder: Path, out: Path, config: Config, world: World) -> None:
-    """Writes weights, config, tokenizer, chat template and generation config to the folder `out`.
+    """Writes weights, config, tokenizer, chat template, generation config, own code and licence to the folder `out`.
 
     The folder gets its name when it is complete. Every rank must get here, or the rest hang.
 
@@ -42,7 +39,13 @@ def export(policy: Policy, model_folder: Path, out: Path, config: Config, world:
     tensors = stored_tensors(policy)
     on_main(world, lambda: _make_draft(draft, _written_bytes(tensors, dtype)))
     save_tensors(draft, tensors, dtype, world)
-    on_main(world, lambda: _complete(draft, out, model_folder, config, dtype))
+
+    def complete() -> None:
+        write_companions(draft, model_folder, config, policy.model, dtype)
+        remove_folder(out, f".{uuid.uuid4().hex}.draft")
+        draft.replace(out)
+
+    on_main(world, complete)
 
 
 def draft_of(out: Path) -> Path:
@@ -68,25 +71,3 @@ def _make_draft(draft: Path, num_bytes: int) -> None:
     if shortage:
         raise RunError(shortage.message("the exported model, and its shards from which it is joined,"))
     draft.mkdir(parents=True)
-
-
-def _complete(draft: Path, out: Path, model_folder: Path, config: Config, dtype: torch.dtype) -> None:
-    model_config = read_model_config(model_folder, config.model.trust_remote_code)
-    model_config.dtype = dtype
-    model_config.save_pretrained(draft)
-    generation = model_folder / "generation_config.json"
-    if generation.is_file():  # copied: transformers refuses to save some configs that it loads
-        shutil.copyfile(generation, draft / generation.name)
-    _save_tokenizer(config.model.tokenizer or str(model_folder), draft, config.model.trust_remote_code)
-    remove_folder(out, f".{uuid.uuid4().hex}.draft")
-    draft.replace(out)
-
-
-def _save_tokenizer(path: str, draft: Path, trust_remote_code: bool) -> None:
-    """Saves the tokenizer, unless a local model has none: data in `format: tokens` does not need it."""
-    if Path(path).is_dir() and not has_tokenizer(Path(path)):
-        return
-    try:
-        load_tokenizer(path, trust_remote_code).save_pretrained(draft)
-    except UserError as failure:  # the run used token ids; its model is exported without a tokenizer
-        say(f"the exported model has no tokenizer: {failure}")

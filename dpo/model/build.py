@@ -22,6 +22,7 @@ from dpo.distributed.world import World, make_mesh
 from dpo.model.attention import ATTENTION, register_attention
 from dpo.model.kernels import keep_kernels
 from dpo.model.matching import Names, names_of
+from dpo.model.model_config import is_untied
 from dpo.model.parallelize import compute_dtype, is_compiled, parallelize
 from dpo.model.policy import Policy, _forward_logps
 from dpo.model.weights import load_tensors
@@ -180,9 +181,7 @@ def _findings(folder: Path, config: PretrainedConfig, names: Names, unused: Sequ
         left_out = "are neither trained nor exported" if len(unused) > 1 else "is neither trained nor exported"
         count = f"{len(unused)} tensors" if len(unused) > 1 else "1 tensor"
         yield f"{folder}: {count} for which a {names.model} has no place {left_out}, the first is {unused[0]}"
-    with offline():
-        says_tied = getattr(type(config).from_pretrained(folder), "tie_word_embeddings", False)
-    if says_tied and not config.tie_word_embeddings:
+    if is_untied(folder, config):
         (head, embedding), *_ = names.tieable.items()
         says = f"{folder}: config.json says tie_word_embeddings: true, but {head} differs from {embedding}"
         yield f"{says}; both are kept, as transformers loads them, and an export says tie_word_embeddings: false"

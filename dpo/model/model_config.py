@@ -87,6 +87,13 @@ def unties(folder: Path, config: PretrainedConfig, trust_remote_code: bool) -> b
     return any(_differ(stored, *pair) for pair in pairs if all(name in stored for name in pair))
 
 
+def is_untied(folder: Path, config: PretrainedConfig) -> bool:
+    """Returns whether a config of `read_model_config` unties what config.json ties."""
+    with offline():
+        written = type(config).from_pretrained(folder)
+    return bool(getattr(written, "tie_word_embeddings", False)) and not config.tie_word_embeddings
+
+
 def _differ(stored: Stored, one: str, other: str) -> bool:
     """Returns whether two stored tensors differ in shape or in any value; reads up to the first rows that differ."""
     if stored[one].shape != stored[other].shape:

@@ -51,8 +51,7 @@ OWN_CODE = [
         pytest.param(
             LLAMA,
             SHARDS,
-            {".gitattributes", "LICENSE.txt", "USE_POLICY.md"}
-            | {"original/consolidated.00.pth", "original/params.json", "original/tokenizer.model"},
+            {".gitattributes"} | {"original/consolidated.00.pth", "original/params.json", "original/tokenizer.model"},
             id="llama",
         ),
         pytest.param(

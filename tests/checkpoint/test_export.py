@@ -166,8 +166,11 @@ def test_a_tokenizer_of_no_use_does_not_cost_the_model(
     """Data in `format: tokens` never looked at it; the end of a long run is no time to fail over it."""
     (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
     assert exit_code(config) == 0
-    assert "the exported model has no tokenizer: model.tokenizer: " in capsys.readouterr().err
-    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "final" / "tokenizer_config.json").read_text() == "{}"
+    elsewhere = changed(config, model__tokenizer="./absent", train__run_dir=str(tmp_path / "other"))
+    assert exit_code(elsewhere) == 0
+    assert "the exported model has no tokenizer: model.tokenizer: ./absent: no such" in capsys.readouterr().err
+    assert (tmp_path / "other" / "final" / "model.safetensors").is_file()
 
 
 def test_a_large_model_is_several_files_with_an_index(
@@ -179,6 +182,42 @@ def test_a_large_model_is_several_files_with_an_index(
     assert len(list((run_dir / "final").glob("model-*.safetensors"))) > 2
     assert (run_dir / "final" / "model.safetensors.index.json").is_file()
     assert eval_logps(data, run_dir / "final") == pytest.approx(logged(run_dir, 2), rel=1e-5)
+
+
+# --- an embedding and a head that config.json ties -------------------------------------------------------------------
+
+
+def two_heads(folder: Path, seed: int = 0) -> Path:
+    """A folder with an embedding and a head of different values, whose config ties them."""
+    path = save_model(folder, "llama", seed) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    return folder
+
+
+def test_both_heads_are_trained_and_exported(data: Path, tmp_path: Path) -> None:
+    """Before training, as plain transformers reads the start; after it, as it reads final/, by which others tie."""
+    model = two_heads(tmp_path / "model")
+    config = make(data, model, tmp_path / "run", train__steps=1)
+    run_dir = run(config)
+    assert logged(run_dir, 0) == pytest.approx(eval_logps(data, model), rel=1e-5)
+    assert json.loads((run_dir / "final" / "config.json").read_text())["tie_word_embeddings"] is False
+    before, after = weights_of(model), weights_of(run_dir / "final")
+    heads = ("lm_head.weight", "model.embed_tokens.weight")
+    assert before.keys() == after.keys() and not any(torch.equal(before[name], after[name]) for name in heads)
+    run(changed(config, train__steps=2))  # goes on from the checkpoint
+    assert logged(run_dir, 2) == pytest.approx(eval_logps(data, run_dir / "final"), rel=1e-5)
+    assert run_export(checkpoint_path(run_dir, 2), tmp_path / "two") == 0
+    assert contents(tmp_path / "two") == contents(run_dir / "final")
+
+
+def test_both_heads_of_a_reference(data: Path, tmp_path: Path) -> None:
+    """Rewards are beta times the policy's log-probability less the reference's, each by plain transformers."""
+    model, reference = save_model(tmp_path / "model", "llama-tied"), two_heads(tmp_path / "reference", seed=1)
+    run_dir = run(make(data, model, tmp_path / "run", train__steps=1, reference__path=str(reference)))
+    (line,) = [line for line in read_metrics(run_dir) if line["step"] == 0 and "eval/loss" in line]
+    sides = zip(eval_logps(data, model), eval_logps(data, reference), strict=True)
+    rewards = [line["eval/rewards/chosen"], line["eval/rewards/rejected"]]
+    assert rewards == pytest.approx([0.1 * (policy - ref) for policy, ref in sides], rel=1e-4)
 
 
 # --- on ranks --------------------------------------------------------------------------------------------------------
@@ -212,8 +251,8 @@ def test_ranks_write_what_one_writes(config: Config, ranks: Ranks, tmp_path: Pat
     "place",
     [
         "dpo.checkpoint.export.save_tensors",
-        "dpo.checkpoint.export.shutil.copyfile",
-        "dpo.checkpoint.export._save_tokenizer",
+        "dpo.checkpoint.companions.shutil.copyfile",
+        "dpo.checkpoint.companions._write_tokenizer",
     ],
 )
 def test_an_interrupted_export_leaves_no_half_folder(

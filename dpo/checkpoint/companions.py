@@ -1,0 +1,152 @@
+"""Writes the files of an exported model beside its weights: training changes weights, not the form of the folder.
+
+config.json is that of the model from which the policy started, with its keys and values, so that every program that
+could read the start can read the result; only keys change of which training knows better (`changed_keys`). All other
+files are copies: tokenizer, chat template, generation config, the model's own code, licence.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dpo.base.console import say, warn
+from dpo.base.errors import InvalidValue, UserError
+from dpo.base.hub_files import CONFIG_FILE, model_companions, tokenizer_companions
+from dpo.config import Config
+from dpo.data.tokenizer import find_tokenizer_folder, has_tokenizer, load_tokenizer
+from dpo.model.model_config import is_untied
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_ANY_TOKENIZER = "PreTrainedTokenizerFast"
+"""The class of a tokenizer that is read from tokenizer.json alone, by the name that all versions of transformers know.
+"""
+
+
+def write_companions(draft: Path, folder: Path, config: Config, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Writes config, tokenizer, code and licence of an exported model.
+
+    Args:
+        draft: the folder of the exported model.
+        folder: the folder of the model from which the policy started.
+        config: names the tokenizer.
+        model: the trained model, for its class and config.
+        dtype: the dtype of the exported weights.
+    """
+    settings = _read(folder / CONFIG_FILE)
+    _write(draft / CONFIG_FILE, settings | changed_keys(settings, folder, model, dtype))
+    _copy(folder, model_companions(_names(folder, nested=bool(own_code(settings)))), draft)
+    _write_tokenizer(draft, folder, config)
+    written = [_read(draft / name) for name in (CONFIG_FILE, TOKENIZER_CONFIG)]
+    elsewhere = {name.partition("--")[0] for one in written for name in _references(one) if "--" in name}
+    if elsewhere:
+        say(f"the exported model reads its code from {', '.join(sorted(elsewhere))}, as the model at its start does")
+
+
+def changed_keys(
+    settings: Mapping[str, Any], folder: Path, model: PreTrainedModel, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Returns the keys of config.json that the exported model has otherwise than its start: the dtype of the weights;
+    the class, where the start was a body alone or a model for another task; the tie of head and embedding, where the
+    files of the start said otherwise (`is_untied`).
+
+    Args:
+        settings: config.json of the start.
+        folder: the folder of the start.
+        model: the trained model.
+        dtype: the dtype of the exported weights.
+    """
+    name = str(dtype).removeprefix("torch.")
+    keys = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
+    changed: dict[str, Any] = dict.fromkeys(keys, name)
+    trained = type(model).__name__.removeprefix("FSDP")
+    if trained not in (settings.get("architectures") or ()) and not _references(settings):
+        changed["architectures"] = [trained]
+    if is_untied(folder, model.config):
+        changed["tie_word_embeddings"] = False
+    return changed
+
+
+def own_code(settings: Mapping[str, Any]) -> list[str]:
+    """Returns the classes, `module.Class`, of the folder's own code that a config names."""
+    return [reference for reference in _references(settings) if "--" not in reference]
+
+
+def _references(settings: Mapping[str, Any]) -> list[str]:
+    """Returns the classes that a config names in `auto_map`, in the folder or, after `org/name--`, elsewhere."""
+    values = dict(settings.get("auto_map") or {}).values()
+    return [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def _write_tokenizer(draft: Path, folder: Path, config: Config) -> None:
+    """Copies the tokenizer, unless a local folder has none: data in `format: tokens` does not need it."""
+    try:
+        source = find_tokenizer_folder(config.model.tokenizer or str(folder))
+        if has_tokenizer(source):
+            _copy(source, tokenizer_companions(_names(source, nested=False)), draft)
+            if not source.samefile(folder):
+                _join(draft, source, config)
+    except (UserError, InvalidValue) as failure:  # the run used token ids; its model is exported without a tokenizer
+        say(f"the exported model has no tokenizer: {failure}")
+
+
+def _join(draft: Path, source: Path, config: Config) -> None:
+    """Makes the tokenizer of another folder independent of that folder: copies its own code, and names its class, which
+    without a name would be that of the config.json beside it.
+    """
+    settings = _read(source / TOKENIZER_CONFIG)
+    if own_code(settings):
+        code = [name for name in _names(source, nested=False) if name.endswith(".py")]
+        taken = [name for name in code if (draft / name).exists()]
+        differing = [name for name in taken if (draft / name).read_bytes() != (source / name).read_bytes()]
+        if differing:
+            warn(f"the exported model has its own {differing[0]}, not that of the tokenizer in {source}")
+        _copy(source, [name for name in code if name not in taken], draft)
+    elif "tokenizer_class" not in settings:
+        name = type(load_tokenizer(str(source), config.model.trust_remote_code)).__name__
+        settings["tokenizer_class"] = _ANY_TOKENIZER if name == "TokenizersBackend" else name
+        _write(draft / TOKENIZER_CONFIG, settings)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _names(folder: Path, nested: bool) -> list[str]:
+    """Returns the paths of a model folder's files, sorted: those at its top, further chat templates, and the code below
+    it where `nested`. Hidden folders and folders of other models are left out.
+    """
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    names += [path.relative_to(folder).as_posix() for path in folder.glob("additional_chat_templates/*.jinja")]
+    return sorted([*names, *(_nested_code(folder) if nested else ())])
+
+
+def _nested_code(folder: Path) -> list[str]:
+    found: list[str] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "." and not (Path(place) / name / CONFIG_FILE).exists()]
+        if Path(place) != folder:
+            found += [(Path(place) / name).relative_to(folder).as_posix() for name in files if name.endswith(".py")]
+    return found
+
+
+def _copy(folder: Path, names: Sequence[str], draft: Path) -> None:
+    """Copies files; a snapshot of the hub's cache holds links, which are followed."""
+    for name in names:
+        (draft / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, draft / name)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _write(path: Path, settings: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
