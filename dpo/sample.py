@@ -1,10 +1,11 @@
 """Generates answers of a model to any prompts, beside the answers of another model.
 
-    python -m dpo.sample --model DIR [--reference DIR] --prompts FILE [--temperature 0.7 --seed 1] [--json]
+    python -m dpo.sample --model DIR [--reference DIR] --prompts FILE [--as-chat] [--temperature 0.7 --seed 1] [--json]
 
 FILE is a .txt file with one prompt per line, which the model reads as it is (blank lines are skipped); or JSON or JSONL
 with rows {"prompt": TEXT} or {"prompt": [{"role": "user", "content": TEXT}, ...]}, whose messages go through the chat
-template as in training. Under torchrun each model is sharded over the ranks.
+template as in training. With --as-chat each text is a user's message, as with `as_chat: true` in training. Under
+torchrun each model is sharded over the ranks.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -21,14 +21,18 @@ from rich.text import Text
 from transformers import PretrainedConfig
 
 from dpo.base.command import Parser, parse_arguments
-from dpo.base.console import harmless, say
+from dpo.base.console import harmless, say, warn
 from dpo.base.errors import InvalidValue, UserError, renamed_places
 from dpo.config import ParallelConfig
+from dpo.data.coder import Ids
+from dpo.data.encoder import Encoder, text_encoder
+from dpo.data.encoding import encode
 from dpo.data.formats.example import Example
 from dpo.data.formats.json_rows import json_rows
 from dpo.data.formats.row_fields import Message, field, text_or_messages
-from dpo.data.tokenizer import Encoder, Ids, check_vocabulary, encode, load_tokenizer, text_encoder
-from dpo.data.tokens import Limits, limits_of
+from dpo.data.stops import model_stop_ids
+from dpo.data.tokenizer import load_tokenizer
+from dpo.data.tokens import Limits, check_ids, limits_of
 from dpo.distributed.collectives import first_on_each_node, on_main, together
 from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
@@ -38,7 +42,7 @@ from dpo.model.download import find_model
 from dpo.model.generation import AnswerRule, generate
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy, free_memory
-from dpo.run.answers import answer_text, stop_ids
+from dpo.run.answers import answer_text
 from dpo.run.inputs import check_machines
 
 COLUMNS = 120
@@ -59,7 +63,7 @@ class Reader:
 
     folder: Path
     config: PretrainedConfig
-    tokenizer: Any
+    encoder: Encoder
     prompts: list[Ids]
 
 
@@ -70,8 +74,13 @@ SUFFIXES = (".txt", ".json", ".jsonl", ".json.gz", ".jsonl.gz")
 """The endings of files of prompts: one prompt per line, or rows with a field `prompt`."""
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Reads the prompts of a file. Raises UserError, with file and line, where they are not valid."""
+def read_questions(path: Path, as_chat: bool) -> list[Question]:
+    """Reads the prompts of a file. Raises UserError, with file and line, where they are not valid.
+
+    Args:
+        path: the file.
+        as_chat: whether each text is a user's message.
+    """
     if not path.is_file():
         raise UserError("command line: --prompts", f"no such file: {path}", "a .txt, .json or .jsonl file")
     if not path.name.endswith(SUFFIXES):
@@ -79,7 +88,14 @@ def read_questions(path: Path) -> list[Question]:
     found = _text_questions(path) if path.suffix == ".txt" else _json_questions(path)
     if not found:
         raise UserError("command line: --prompts", f"{path} has no prompts", "one per line")
-    return found
+    return [_as_chat(question) for question in found] if as_chat else found
+
+
+def _as_chat(question: Question) -> Question:
+    """Returns the question with a text as a user's message."""
+    if not isinstance(question.prompt, str):
+        return question
+    return Question(question.place, ({"role": "user", "content": question.prompt},))
 
 
 def _text_questions(path: Path) -> list[Question]:
@@ -118,7 +134,8 @@ def read_prompts(questions: Sequence[Question], encoder: Encoder, limits: Limits
 
 def _read_prompt(question: Question, encoder: Encoder, limits: Limits) -> Ids:
     try:
-        ids, _ = encode(Example(question.prompt, (), ()), encoder)
+        ids = encode(Example(question.prompt, (), ()), encoder).prompt_ids
+        check_ids(ids, limits.vocab_size)
     except InvalidValue as error:
         raise error.at(question.place) from error
     if not ids:
@@ -127,6 +144,18 @@ def _read_prompt(question: Question, encoder: Encoder, limits: Limits) -> Ids:
         what = f"the prompt has {len(ids)} tokens, the model's positions end at {limits.max_positions}"
         raise UserError(question.place, what, f"a prompt of up to {limits.max_positions - 1}")
     return ids
+
+
+def warn_of_texts(questions: Sequence[Question], readers: Sequence[Reader]) -> None:
+    """Warns where a model has a chat template, which texts do not go through. Texts that spell control tokens are
+    chats that a template has already written.
+    """
+    texts = [question.prompt for question in questions if isinstance(question.prompt, str)]
+    for reader in readers:
+        bare = [text for text in texts if not reader.encoder.controls.pattern.search(text)]
+        if bare and reader.encoder.tokenizer.chat_template:
+            what = f"{len(bare):,} prompts are texts, which {reader.folder} is given without its chat template"
+            warn(f"{what}; with --as-chat they are a user's messages (in training: as_chat: true)")
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -153,11 +182,8 @@ def open_reader(path: str, flag: str, tokenizer: str | None, questions: Sequence
         loaded = first_on_each_node(world, lambda: load_tokenizer(tokenizer or str(folder)))
         limits = limits_of(None, None, config)
 
-        def read() -> list[Ids]:
-            check_vocabulary(loaded, limits.vocab_size)
-            return read_prompts(questions, text_encoder(loaded), limits)
-
-        return Reader(folder, config, loaded, together(read))
+        encoder = together(lambda: text_encoder(loaded, model_stop_ids(config, str(folder))))
+        return Reader(folder, config, encoder, together(lambda: read_prompts(questions, encoder, limits)))
 
 
 def answers_of(reader: Reader, max_new_tokens: int, temperature: float, seed: int, world: World) -> list[str]:
@@ -175,11 +201,10 @@ def answers_of(reader: Reader, max_new_tokens: int, temperature: float, seed: in
     """
     if world.is_main:
         say(f"{reader.folder} answers {len(reader.prompts)} prompts")
-    eos_ids = stop_ids(reader.tokenizer, reader.config)
-    rule = AnswerRule(eos_ids, max_new_tokens, temperature, seed)
+    rule = AnswerRule(reader.encoder.stop_ids, max_new_tokens, temperature, seed)
     answers = generate(_load(reader, world), reader.prompts, rule, world)
     free_memory()
-    return [answer_text(reader.tokenizer, ids) for ids in answers]
+    return [answer_text(reader.encoder.tokenizer, ids) for ids in answers]
 
 
 def _load(reader: Reader, world: World) -> Policy:
@@ -222,13 +247,15 @@ def main() -> None:
     args = _arguments()
     parallel = ParallelConfig()
     with open_world(parallel.setup_timeout_seconds) as world:
-        questions = on_main(world, lambda: read_questions(args.prompts))
+        questions = on_main(world, lambda: read_questions(args.prompts, args.as_chat))
         paths = {"policy": (args.model, "--model"), "reference": (args.reference, "--reference")}
         readers = {
             name: open_reader(path, flag, args.tokenizer, questions, world)
             for name, (path, flag) in paths.items()
             if path is not None
         }
+        if world.is_main:
+            warn_of_texts(questions, list(readers.values()))
         configs = [reader.config for reader in readers.values()]
         check_machines(world, parallel, "float32", configs, compiles=False)
         start_devices(world, parallel.timeout_seconds)
@@ -250,6 +277,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer; default: that of each model")
     parser.add_argument("--prompts", type=Path, required=True, help="the file of prompts")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="maximum tokens per answer (default: 128)")
+    parser.add_argument("--as-chat", action="store_true", help="texts are a user's messages, for the chat template")
     about = "0, the default: greedy, always the most likely token; above 0: sampling"
     parser.add_argument("--temperature", type=float, default=0.0, help=about)
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling: the same seed, the same answers")

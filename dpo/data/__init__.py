@@ -4,7 +4,14 @@ formats/        a raw row -> `Example`, one reader per format
 caching.py      the cache of rows, by content; calls of `datasets` that fail in one line
 hub_sets.py     data sets of the hub: downloaded, then read without the network
 sources.py      a source of the config -> its raw rows
-tokenizer.py    texts -> token ids: chat templates, the boundary of prompt and completion
+stops.py        the stop tokens of a model: of its tokenizer, config.json and generation_config.json
+controls.py     control tokens in texts: those that a template writes, apart from text that only spells them
+coder.py        texts -> ids at the beginning and in the middle of a text; the boundary of prompt and completion
+encoder.py      a tokenizer with its BOS, stop tokens and control tokens; its content
+text.py         texts -> ids
+chat.py         messages -> ids, by the chat template
+encoding.py     `Example` -> ids, before any limit
+tokenizer.py    finds and loads a tokenizer
 tokens.py       `Example` -> `TokenizedExample`: limits, truncation, drops; keys of token ids
 token_rows.py   the tokenized rows of a source, cached on disk
 pair_values.py  weight and margin of the pairs of a row

@@ -23,6 +23,7 @@ from dpo.base.errors import UserError
 from dpo.base.files import make_folder_atomically
 from dpo.config import Config, SourceConfig
 from dpo.data.caching import cache_path, digest
+from dpo.data.encoder import Encoder, ids_encoder, surplus_tokens, template_name, text_encoder
 from dpo.data.formats.decision import decide_reading
 from dpo.data.formats.examples import holds_ids
 from dpo.data.formats.reading import Reading, check_template
@@ -33,8 +34,9 @@ from dpo.data.pair_values import named_values
 from dpo.data.report import DataReport, SourceReport, dropped_pairs, from_json, report_source, to_json
 from dpo.data.shares import describe_share, pairs_of_epoch
 from dpo.data.sources import Source, open_source
+from dpo.data.stops import model_stop_ids
 from dpo.data.token_rows import raise_first_error, tokenize_source
-from dpo.data.tokenizer import Encoder, check_vocabulary, ids_encoder, load_tokenizer, text_encoder
+from dpo.data.tokenizer import load_tokenizer
 from dpo.data.tokens import limits_of
 
 __all__ = ["DataReport", "PairSet", "PreferenceData", "prepare_data"]
@@ -73,6 +75,7 @@ class _Tokenized(_Opened):
     """A source and its token rows."""
 
     rows: datasets.Dataset
+    encoder: Encoder
 
     @property
     def files(self) -> list[str]:
@@ -96,6 +99,7 @@ def prepare_data(config: Config, model_config: Any) -> PreferenceData:
     train, evals = sources[: len(config.data.train)], sources[len(config.data.train) :]
     folder = cache_path(f"pairs-{_content(train, evals, config.train.seed)}")
     prepared = _from_cache(folder, train, evals, config.train.seed)
+    prepared = replace(prepared, report=_with_encoders(prepared.report, sources, model_config.vocab_size))
     if config.data.on_bad_row == "stop":
         _raise_first_dropped(sources)
     return prepared
@@ -111,23 +115,19 @@ def _open(config: SourceConfig, key: str) -> _Opened:
 def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[_Tokenized]:
     """Tokenizes every source. Loads no tokenizer where all sources have the format `tokens`."""
     limits = limits_of(config.data.max_length, config.data.max_prompt_length, model_config)
-    encoders: dict[bool, Encoder] = {True: ids_encoder(model_config)}
+    stops = model_stop_ids(model_config, config.model.path)
+    encoders: dict[bool, Encoder] = {True: ids_encoder(model_config, stops)}
     if not all(holds_ids(entry.reading.format) for entry in opened):
         tokenizer = load_tokenizer(config.model.tokenizer or config.model.path, config.model.trust_remote_code)
-        check_vocabulary(tokenizer, limits.vocab_size)
-        encoders[False] = text_encoder(tokenizer)
+        encoders[False] = text_encoder(tokenizer, stops)
         for entry in opened:
             check_template(entry.reading, bool(tokenizer.chat_template), f"{entry.key}: {entry.config.path}")
-    num_proc = config.data.num_proc
-    return [
-        _Tokenized(
-            **vars(entry),
-            rows=tokenize_source(
-                entry.source, entry.reading, encoders[holds_ids(entry.reading.format)], limits, num_proc
-            ),
-        )
-        for entry in opened
-    ]
+    tokenized = []
+    for entry in opened:
+        encoder = encoders[holds_ids(entry.reading.format)]
+        rows = tokenize_source(entry.source, entry.reading, encoder, limits, config.data.num_proc)
+        tokenized.append(_Tokenized(**vars(entry), rows=rows, encoder=encoder))
+    return tokenized
 
 
 def _raise_first_dropped(sources: list[_Tokenized]) -> None:
@@ -211,6 +211,16 @@ def _values_of(sources: list[_Tokenized]) -> list[str]:
 def _files(sources: list[_Tokenized]) -> list[str]:
     """Returns the files of token rows of all sources, in order."""
     return [name for entry in sources for name in entry.files]
+
+
+def _with_encoders(report: DataReport, sources: list[_Tokenized], vocab_size: int) -> DataReport:
+    """Returns the report with the chat template of each source and the tokens that the model lacks."""
+    described = [
+        replace(source, template=template_name(entry.encoder), template_args=dict(entry.config.template_args))
+        for source, entry in zip(report.sources, sources, strict=True)
+    ]
+    surplus = max(surplus_tokens(entry.encoder, vocab_size) for entry in sources)
+    return replace(report, sources=tuple(described), surplus_tokens=surplus)
 
 
 def _report(entry: _Tokenized) -> SourceReport:

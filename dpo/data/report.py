@@ -2,8 +2,8 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import datasets
@@ -18,7 +18,8 @@ from dpo.data.token_rows import blocks, lists, pairs_of
 NUM_PLACES = 3
 """The number of dropped pairs of each reason that are named with their place."""
 COUNTS = ("prompt_truncated", "completions_truncated", "over_positions", "repeated_pairs", "contradicting_pairs",
-          "audited_completions", "boundary_merges")  # fmt: skip
+          "boundary_merges", "chats", "texts", "rendered_chats", "control_texts", "written_bos", "two_bos",
+          "trimmed_ends")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,29 @@ class SourceReport:
     """Completions in a kept pair that end after the model's max_position_embeddings (RoPE)."""
     repeated_pairs: int
     contradicting_pairs: int
-    audited_completions: int
-    """Completions of the first rows, which were tokenized a second time together with their prompt."""
     boundary_merges: int
-    """Number of audited completions whose ids differ when prompt and completion are tokenized as one text."""
+    """Completions in a kept pair that the tokenizer merges with their prompt where it is given both as one text."""
+    chats: int
+    """Rows with a kept pair whose messages went through the chat template; so for the next two."""
+    texts: int
+    """Rows of texts whose prompt has no control token but BOS."""
+    rendered_chats: int
+    """Rows of texts whose prompt has control tokens."""
+    control_texts: int
+    """Rows in which the text of a control token stays text."""
+    written_bos: int
+    """Prompts that bring their BOS, so that the tokenizer's was left out."""
+    two_bos: int
+    """Prompts that begin with two BOS."""
+    trimmed_ends: int
+    """Rows with an answer whose text goes on after the stop token that ends it."""
     held_out_prompts: int = 0
     held_out_pairs: int = 0
     """Kept pairs that were moved to evaluation."""
+    template: str = ""
+    """The tokenizer's chat template, by its content; empty where there is none, and for rows of ids."""
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    """The source's arguments of the chat template."""
     removed_pairs: int = 0
     """Kept pairs that are neither trained on nor evaluated: their prompt is held out of another source, or equals a
     held-out prompt after truncation."""
@@ -85,16 +102,36 @@ class SourceReport:
             (self.held_out_prompts, f"prompts held out, with {self.held_out_pairs:,} pairs"),
             (self.removed_pairs, "pairs removed from training: their prompt is held out"),
             (self.over_positions, "completions end after the model's max_position_embeddings: a WARNING"),
+            (self.boundary_merges, "completions tokenized apart from their prompt: as one text, both share a token"),
+            (self.written_bos, "prompts bring their BOS: the tokenizer's was left out, so that there is one"),
+            (self.two_bos, "prompts begin with two BOS: a WARNING"),
+            (self.rendered_chats, "prompts of texts spell control tokens, which are read as control tokens"),
+            (self.control_texts, "rows spell a control token in a message or an answer, where it stays text"),
+            (self.trimmed_ends, "rows with text after the stop token that ends an answer, which was left out"),
         )
         lines += [f"  {count:,} {text}" for count, text in facts if count]
-        if self.boundary_merges:
-            merged = f"{self.boundary_merges:,} of the first {self.audited_completions:,} completions"
-            lines.append(f"  prompt and completion are tokenized apart; as one text {merged} would have different ids")
+        lines += self._template_lines()
         if self.ignored_columns:
             lines.append(f"  columns not used: {few(self.ignored_columns)}")
         if self.share:
             lines.append(f"  {self._epoch()}")
         return lines
+
+    def _template_lines(self) -> Iterator[str]:
+        """Yields what became of messages and texts: which chat template, or none."""
+        if self.chats:
+            args = f", template_args {json.dumps(self.template_args)}" if self.template_args else ""
+            yield f"  messages by the tokenizer's chat template {self.template}{args}"
+        if self.lacks_template:
+            what = f"{self.texts:,} rows of texts do not go through the tokenizer's chat template"
+            yield f"  WARNING: {what}; {self.key}.as_chat: true reads them as conversations"
+        elif self.texts or self.rendered_chats:
+            yield "  chat template: none, the rows are texts"
+
+    @property
+    def lacks_template(self) -> bool:
+        """Returns whether texts are given as they are to a model that has a chat template."""
+        return bool(self.texts and self.template)
 
     @property
     def share_is_empty(self) -> bool:
@@ -121,11 +158,15 @@ class DataReport:
     eval_pairs: int
     eval_prompts_in_training: int = 0
     """Prompts of training that a source of `data.eval` has too."""
+    surplus_tokens: int = 0
+    """Tokens of the tokenizer that the model has no embedding for."""
 
     def lines(self) -> list[str]:
         """Returns the counts as lines for people."""
         lines = [line for source in self.sources for line in source.lines()]
         lines.append(f"{self.train_pairs:,} pairs to train on, {self.eval_pairs:,} to evaluate")
+        if self.surplus_tokens:
+            lines.append(f"the tokenizer has {self.surplus_tokens:,} tokens that the model has not; no row has them")
         if self.eval_prompts_in_training:
             lines.append(f"WARNING: {self.eval_prompts_in_training:,} prompts of data.eval are in training data too")
         return lines

@@ -20,7 +20,7 @@ from dpo.base.snapshots import offline
 from dpo.base.space import FULL
 from dpo.config import SourceConfig
 from dpo.data.caching import cache_path, digest, file_hashes, first_line, load, quiet_progress
-from dpo.data.formats.json_rows import BEGINS, json_rows
+from dpo.data.formats.json_rows import BEGINS, EMPTY_TEXTS, json_rows
 from dpo.data.formats.row_fields import Row
 from dpo.data.formats.table_rows import DELIMITERS, table_rows
 from dpo.data.formats.text_lines import first_character
@@ -187,22 +187,20 @@ def _open_hub(config: SourceConfig, key: str) -> Source:
 
 
 def filled_columns(rows: datasets.Dataset) -> set[str]:
-    """Returns the columns with a value that is not null, "", [] or {} in some row. Reads on in a column only until the
+    """Returns the columns with a value that is not EMPTY in some row. Reads on in a column only until the
     first such value.
     """
     return {name for name in rows.column_names if any(map(_is_filled, rows.data.column(name).chunks))}
 
 
 def _is_filled(values: pa.Array) -> bool:
-    """Returns whether some value is not null, and neither an empty text, an empty list nor an object without keys."""
+    """Returns whether some value is not null, and neither one of EMPTY_TEXTS, an empty list nor an object without keys."""
     kind = values.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        lengths = pc.binary_length(values)
-    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        lengths = pc.list_value_length(values)
-    else:
-        return bool(values.null_count < len(values) and not (pa.types.is_struct(kind) and kind.num_fields == 0))
-    return bool((pc.max(lengths).as_py() or 0) > 0)
+        return bool(pc.any(pc.invert(pc.is_in(values, pa.array([*EMPTY_TEXTS, None], kind)))).as_py())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return bool((pc.max(pc.list_value_length(values)).as_py() or 0) > 0)
+    return bool(values.null_count < len(values) and not (pa.types.is_struct(kind) and kind.num_fields == 0))
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

@@ -23,15 +23,14 @@ from dpo.base.errors import InvalidValue, UserError
 from dpo.base.files import make_folder_atomically
 from dpo.base.workers import Report
 from dpo.data.caching import cache_path, digest, quiet_progress
+from dpo.data.encoder import Encoder, encoder_content
 from dpo.data.formats.reading import Reading, read_row
 from dpo.data.formats.row_fields import Row
 from dpo.data.pair_values import named_values, value_features, valued_row
 from dpo.data.sources import Source, decode_row
-from dpo.data.tokenizer import Encoder, encoder_content, merges_at_boundary
 from dpo.data.tokens import Limits, TokenizedExample, completion_key, prompt_key, tokenize
 from dpo.data.workers import tokenize_in_workers
 
-NUM_AUDITED_ROWS = 256  # rows per source audited for merges at the boundary; the audit doubles their cost
 MAX_NUM_PROC, SMALL_SET = 8, 4000  # with fewer rows, processes cost more than they save
 ROWS_PER_REPORT = 1000  # rows per progress report
 BLOCK = 8192  # rows per block (`blocks`)
@@ -57,8 +56,14 @@ FEATURES = datasets.Features(
         "over_positions": _INT,
         "repeated_pairs": _INT,  # the same [winner, loser] again
         "contradicting_pairs": _INT,  # [a, b] whose reverse is listed too
-        "audited_completions": _INT,
         "boundary_merges": _INT,
+        "chats": datasets.Value("bool"),  # by the chat template
+        "texts": datasets.Value("bool"),  # no chat: as they are
+        "rendered_chats": datasets.Value("bool"),  # texts with control tokens in their prompt
+        "control_texts": datasets.Value("bool"),  # a control token in a text stays text
+        "written_bos": datasets.Value("bool"),  # the text brings its BOS
+        "two_bos": datasets.Value("bool"),
+        "trimmed_ends": datasets.Value("bool"),  # a text goes on after its stop token
     }
 )
 
@@ -150,7 +155,7 @@ def tokenize_row(
 
     Args:
         record: a row of `Source.rows`.
-        index: its number, from 0; the first NUM_AUDITED_ROWS rows are audited.
+        index: its number, from 0.
         reading: the way in which the rows are read.
         has_lines: `Source.has_lines`.
         encoder: the tokenizer with its BOS and EOS.
@@ -161,16 +166,14 @@ def tokenize_row(
     """
     row, where = decode_row(record, index, has_lines)
     try:
-        example = read_row(reading, row)
-        tokenized = tokenize(example, encoder, limits)
-        merges = merges_at_boundary(example, encoder) if index < NUM_AUDITED_ROWS else None
+        tokenized = tokenize(read_row(reading, row), encoder, limits)
     except InvalidValue as broken:
-        nothing = _columns(TokenizedExample([], [], (), (), ()), None)
+        nothing = _columns(TokenizedExample([], [], (), (), ()))
         return nothing | {"where": where, "error": broken.what, "valid": broken.valid}
-    return _columns(tokenized, merges) | {"where": where, "error": None, "valid": None}
+    return _columns(tokenized) | {"where": where, "error": None, "valid": None}
 
 
-def _columns(tokenized: TokenizedExample, merges: int | None) -> dict[str, Any]:
+def _columns(tokenized: TokenizedExample) -> dict[str, Any]:
     pairs, prompt = tokenized.pairs, np.asarray(tokenized.prompt_ids, np.int32)
     return {
         "prompt_ids": prompt,
@@ -185,8 +188,12 @@ def _columns(tokenized: TokenizedExample, merges: int | None) -> dict[str, Any]:
         "over_positions": tokenized.over_positions,
         "repeated_pairs": len(pairs) - len(set(pairs)),
         "contradicting_pairs": sum((loser, winner) in pairs for winner, loser in pairs),
-        "audited_completions": 0 if merges is None else len(tokenized.completion_ids),
-        "boundary_merges": merges or 0,
+        "boundary_merges": tokenized.boundary_merges,
+        **{kind: tokenized.kind == kind for kind in ("chats", "texts", "rendered_chats")},
+        "control_texts": tokenized.has_control_text,
+        "written_bos": tokenized.has_written_bos,
+        "two_bos": tokenized.has_two_bos,
+        "trimmed_ends": tokenized.has_trimmed_end,
     }
 
 

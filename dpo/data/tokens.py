@@ -1,13 +1,7 @@
-"""An `Example` -> token ids: the prompt as the model reads it when it generates, and completions that end with EOS.
+"""An `Example` -> token ids: the prompt as the model reads it when it generates, and completions that end with a stop
+token (`encoding.py`).
 
-Prompt and completion are tokenized apart and never joined.
-
-    text      the prompt as the tokenizer encodes it, without an EOS that it appends; the completion without special
-              tokens, then EOS
-    chat      the two parts of the text that the tokenizer's chat template writes
-    tokens    the ids as they are
-
-Then each prompt keeps its last `max_prompt_length` tokens (and its BOS), and each completion keeps its first
+Each prompt keeps its last `max_prompt_length` tokens (and its BOS), and each completion keeps its first
 `max_length - len(prompt)` tokens. Pairs without a preference are dropped here, with the reason. An example with
 `max_length` 7 and `max_prompt_length` 4, where 1 is BOS and 2 is EOS:
 
@@ -24,9 +18,16 @@ from typing import Any
 import numpy as np
 
 from dpo.base.errors import InvalidValue
+from dpo.data.coder import Ids
+from dpo.data.encoder import Completion, Encoded, Encoder
+from dpo.data.encoding import encode
 from dpo.data.formats.example import Example, Index
 from dpo.data.formats.row_fields import Message
-from dpo.data.tokenizer import Encoder, Ids, encode
+
+FAULTS = ("control_token", "empty")
+"""Reasons that a single completion gives, the first one first."""
+BESIDE_CONTENT = ("tool_calls", "reasoning_content", "thinking", "reasoning")
+"""The keys of a message that a template writes beside its content."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Limits:
 class TokenizedExample:
     """One prompt and its K completions as ids, the kept pairs, and counts of truncation.
 
-    The counts are 0, and `prompt_truncated` is false, where no pair is kept.
+    The counts are 0, the facts false and `kind` empty where no pair is kept.
     """
 
     prompt_ids: Ids
@@ -63,6 +64,16 @@ class TokenizedExample:
     """Truncated completions in a kept pair."""
     over_positions: int = 0
     """Completions in a kept pair that end after the model's positions."""
+    boundary_merges: int = 0
+    """Completions in a kept pair that the tokenizer merges with their prompt where it is given both as one text."""
+    kind: str = ""
+    """`Encoded.kind`."""
+    has_two_bos: bool = False
+    """Whether the prompt begins with two BOS."""
+    has_control_text: bool = False
+    """`Encoded.has_control_text`; so for the next two."""
+    has_written_bos: bool = False
+    has_trimmed_end: bool = False
 
 
 def limits_of(max_length: int | None, max_prompt_length: int | None, model_config: Any) -> Limits:
@@ -104,16 +115,17 @@ def tokenize(example: Example, encoder: Encoder, limits: Limits) -> TokenizedExa
     """
     if not example.pairs:
         return TokenizedExample([], [], tuple([] for _ in example.completions), (), example.dropped)
-    full_prompt, full_completions = encode(example, encoder)
+    encoded = encode(example, encoder)
+    full_prompt, full_completions = encoded.prompt_ids, [completion.ids for completion in encoded.completions]
     for ids in (full_prompt, *full_completions):
-        _check_ids(ids, limits.vocab_size)
+        check_ids(ids, limits.vocab_size)
     if not full_prompt:
         raise InvalidValue("the prompt has no token", "at least one, from which the completion's first is predicted")
     prompt = cut_prompt(full_prompt, limits.max_prompt_length, encoder.bos_id)
     room = None if limits.max_length is None else max(0, limits.max_length - len(prompt))
     completions = tuple(ids[:room] for ids in full_completions)
-    is_empty = [_is_empty(*both, encoder.eos_ids) for both in zip(example.completions, full_completions, strict=True)]
-    reasons = [_reason(pair, is_empty, full_completions, completions) for pair in example.pairs]
+    faults = [_fault(*each, encoder.stop_ids) for each in zip(example.completions, encoded.completions, strict=True)]
+    reasons = [_reason(pair, faults, full_completions, completions) for pair in example.pairs]
     kept = tuple(pair for pair, reason in zip(example.pairs, reasons, strict=True) if reason is None)
     used = {i for pair in kept for i in pair}
     return TokenizedExample(
@@ -125,7 +137,20 @@ def tokenize(example: Example, encoder: Encoder, limits: Limits) -> TokenizedExa
         prompt_truncated=bool(kept) and len(prompt) < len(full_prompt),
         completions_truncated=sum(len(completions[i]) < len(full_completions[i]) for i in used),
         over_positions=_count_over_positions(len(prompt), [len(completions[i]) for i in used], limits),
+        boundary_merges=sum(encoded.completions[i].is_merged for i in used),
+        **(_facts(encoded, encoder.bos_id) if kept else {}),
     )
+
+
+def _facts(encoded: Encoded, bos_id: int | None) -> dict[str, Any]:
+    """Returns the facts of a row with a kept pair, as fields of `TokenizedExample`."""
+    return {
+        "kind": encoded.kind,
+        "has_two_bos": encoded.prompt_ids[:2] == [bos_id, bos_id],
+        "has_control_text": encoded.has_control_text,
+        "has_written_bos": encoded.has_written_bos,
+        "has_trimmed_end": encoded.has_trimmed_end,
+    }
 
 
 def cut_prompt(ids: Ids, max_prompt_length: int | None, bos_id: int | None) -> Ids:
@@ -143,13 +168,14 @@ def cut_prompt(ids: Ids, max_prompt_length: int | None, bos_id: int | None) -> I
     return ids[len(ids) - max_prompt_length :]
 
 
-def _reason(pair: Index, is_empty: list[bool], full: Sequence[Ids], cut: Sequence[Ids]) -> str | None:
-    """Returns why a pair carries no preference, or None: the first that applies of empty, identical, no_room and
-    identical_after_truncation.
+def _reason(pair: Index, faults: list[str | None], full: Sequence[Ids], cut: Sequence[Ids]) -> str | None:
+    """Returns why a pair carries no preference, or None: the first that applies of control_token, empty, identical,
+    no_room and identical_after_truncation.
     """
     winner, loser = pair
-    if is_empty[winner] or is_empty[loser]:
-        return "empty"
+    found = {faults[winner], faults[loser]} - {None}
+    if found:
+        return min(found, key=FAULTS.index)
     if full[winner] == full[loser]:
         return "identical"
     if not cut[winner] or not cut[loser]:
@@ -157,13 +183,23 @@ def _reason(pair: Index, is_empty: list[bool], full: Sequence[Ids], cut: Sequenc
     return "identical_after_truncation" if cut[winner] == cut[loser] else None
 
 
-def _is_empty(completion: str | Message | tuple[int, ...], ids: Ids, eos_ids: tuple[int, ...]) -> bool:
-    """Returns whether the text of a completion is empty after strip, or its ids are EOS only."""
-    text = completion["content"] if isinstance(completion, Mapping) else completion
-    return (isinstance(text, str) and not text.strip()) or all(token in eos_ids for token in ids)
+def _fault(text: str | Message | tuple[int, ...], completion: Completion, stop_ids: tuple[int, ...]) -> str | None:
+    """Returns why a completion may be in no pair: `control_token` where its text spells one that cannot be read with
+    certainty, `empty` where its text is empty after strip or its ids are stop tokens only; else None.
+    """
+    if completion.is_unclear:
+        return "control_token"
+    return "empty" if _is_blank(text) or all(token in stop_ids for token in completion.ids) else None
 
 
-def _check_ids(ids: Ids, vocab_size: int) -> None:
+def _is_blank(completion: str | Message | tuple[int, ...]) -> bool:
+    """Returns whether a text, or a message without tool calls and thoughts, is empty after strip."""
+    if isinstance(completion, Mapping):
+        return not any(completion.get(key) for key in BESIDE_CONTENT) and _is_blank(completion.get("content") or "")
+    return isinstance(completion, str) and not completion.strip()
+
+
+def check_ids(ids: Ids, vocab_size: int) -> None:
     """Raises InvalidValue for an id outside of the vocabulary."""
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         wrong = min(ids) if min(ids) < 0 else max(ids)

@@ -10,6 +10,7 @@ lengths.py      lengths in numbers: percentiles, histograms, length bias
 step_tokens.py  the tokens of a step, and the tokens that shared prompts save
 shown_pairs.py  pairs token by token
 words.py        headings, sentences and rows of tables
+findings.py     the unusual properties of the data, with advice
 terminal.py     the inspection on a terminal
 page.py         the inspection as one HTML page
 """

@@ -1,5 +1,6 @@
 """Gathers everything that `python -m dpo.inspect` shows in one value."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,10 +8,11 @@ from transformers import PretrainedConfig
 
 from dpo.batch.order import make_order
 from dpo.config import Config
+from dpo.data.encoder import Encoder, ids_encoder, text_encoder
 from dpo.data.formats.examples import holds_ids
 from dpo.data.prepare import PreferenceData
 from dpo.data.report import DataReport
-from dpo.data.tokenizer import ids_encoder, text_encoder
+from dpo.data.stops import model_stop_ids
 from dpo.inspect.shown_pairs import ShownPair, make_speller, show_pairs
 from dpo.inspect.statistics import EndIds, SetStatistics, shared_pairs, summarize
 from dpo.inspect.step_tokens import StepTokens, step_tokens
@@ -18,7 +20,7 @@ from dpo.inspect.step_tokens import StepTokens, step_tokens
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """How texts begin and end. `bos` and `eos` are the tokens as text with their ids, or "none"."""
+    """How texts begin and end. `bos` and `eos` (all stop tokens) are tokens as text with their ids, or "none"."""
 
     bos: str
     eos: str
@@ -27,10 +29,10 @@ class TokenizerFacts:
     adds_eos: bool
     """Whether the tokenizer puts EOS after a text by itself; it is removed from prompts."""
     has_template: bool
-    eos_ids: tuple[int, ...]
-    """EOS ids of the tokenizer; empty where all data came as tokens."""
-    model_eos_ids: tuple[int, ...]
-    """Ids at which generation stops, by the model's config."""
+    eos_id: int | None
+    """The tokenizer's EOS, which is appended to texts; None where all data came as tokens."""
+    model_stop_ids: tuple[int, ...]
+    """Ids at which the model's generation stops, by its config.json and generation_config.json."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,15 @@ def inspect_data(
     """
     order, last_step, _ = make_order(config, data)
     formats = {source.format for source in data.report.sources}
-    ends = end_ids(formats, tokenizer, model_config)
+    encoders = encoders_of(config, formats, tokenizer, model_config)
+    ends = end_ids(encoders)
     speller = make_speller(tokenizer, (*ends.bos, *ends.eos))
     first = order.items(1)[:num_examples]
     sources = [source for source in data.report.sources if source.key.startswith("data.train")]
     return Inspection(
         config=config,
         report=data.report,
-        tokenizer=tokenizer_facts(formats, tokenizer, ends, model_config),
+        tokenizer=tokenizer_facts(encoders, tokenizer, model_stop_ids(model_config, config.model.path)),
         train=summarize(data.train, ends),
         eval=summarize(data.eval, ends) if len(data.eval) else None,
         eval_pairs_in_training=shared_pairs(data.train, data.eval),
@@ -82,38 +85,40 @@ def inspect_data(
     )
 
 
-def end_ids(formats: set[str], tokenizer: Any, model_config: Any) -> EndIds:
-    """Returns the BOS and EOS ids: the tokenizer's for texts, the model's for rows of tokens.
+def encoders_of(config: Config, formats: set[str], tokenizer: Any, model_config: Any) -> list[Encoder]:
+    """Returns the encoders of the sources: the model's BOS and stop tokens for rows of tokens, then the tokenizer's.
 
     Args:
+        config: the run's config, for the model's folder.
         formats: the formats of all sources.
         tokenizer: a transformers tokenizer; None where all data came as tokens.
         model_config: the transformers config of the model.
     """
-    encoders = [ids_encoder(model_config)] if any(map(holds_ids, formats)) else []
-    encoders += [text_encoder(tokenizer)] if not all(map(holds_ids, formats)) else []
+    stops = model_stop_ids(model_config, config.model.path)
+    encoders = [ids_encoder(model_config, stops)] if any(map(holds_ids, formats)) else []
+    return encoders + ([text_encoder(tokenizer, stops)] if not all(map(holds_ids, formats)) else [])
+
+
+def end_ids(encoders: Sequence[Encoder]) -> EndIds:
+    """Returns the BOS and stop tokens of all encoders, each once."""
     bos = dict.fromkeys(encoder.bos_id for encoder in encoders if encoder.bos_id is not None)
-    return EndIds(tuple(bos), tuple(dict.fromkeys(i for encoder in encoders for i in encoder.eos_ids)))
+    return EndIds(tuple(bos), tuple(dict.fromkeys(i for encoder in encoders for i in encoder.stop_ids)))
 
 
-def tokenizer_facts(formats: set[str], tokenizer: Any, ends: EndIds, model_config: Any) -> TokenizerFacts:
+def tokenizer_facts(encoders: Sequence[Encoder], tokenizer: Any, model_stops: tuple[int, ...]) -> TokenizerFacts:
     """Returns how texts begin and end.
 
     Args:
-        formats: the formats of all sources.
+        encoders: the encoders of the sources; the last one has the tokenizer, where one is used.
         tokenizer: a transformers tokenizer; None where all data came as tokens.
-        ends: the BOS and EOS ids, from `end_ids`.
-        model_config: the transformers config of the model.
+        model_stops: the stop tokens of the model.
     """
-    model_eos = ids_encoder(model_config).eos_ids
+    ends, encoder = end_ids(encoders), encoders[-1]
     bos, eos = (_named(tokenizer, ids) for ids in (ends.bos, ends.eos))
-    if all(map(holds_ids, formats)):
-        return TokenizerFacts(bos, eos, False, False, False, (), model_eos)
-    encoder = text_encoder(tokenizer)
-    with_special, without = (tokenizer("a", add_special_tokens=adds)["input_ids"] for adds in (True, False))
-    adds_bos = with_special[0] == encoder.bos_id != without[0]
+    if encoder.tokenizer is None:
+        return TokenizerFacts(bos, eos, False, False, False, None, model_stops)
     has_template = bool(tokenizer.chat_template)
-    return TokenizerFacts(bos, eos, adds_bos, encoder.adds_eos, has_template, encoder.eos_ids, model_eos)
+    return TokenizerFacts(bos, eos, encoder.adds_bos, encoder.adds_eos, has_template, encoder.stop_ids[0], model_stops)
 
 
 def _named(tokenizer: Any, ids: tuple[int, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from dpo.inspect.findings import findings
 from dpo.inspect.inspection import Inspection
 from dpo.inspect.lengths import PERCENTS
 from dpo.inspect.words import (
@@ -9,7 +10,6 @@ from dpo.inspect.words import (
     bias_line,
     count_rows,
     cut_words,
-    findings,
     length_cells,
     length_headings,
     parts_of,

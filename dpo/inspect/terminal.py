@@ -8,6 +8,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from dpo.inspect.findings import findings
 from dpo.inspect.inspection import Inspection
 from dpo.inspect.lengths import LengthBias, Lengths, SetLengths
 from dpo.inspect.shown_pairs import Part, ShownPair, Token
@@ -17,7 +18,6 @@ from dpo.inspect.words import (
     bias_line,
     count_rows,
     cut_words,
-    findings,
     length_cells,
     length_headings,
     parts_of,

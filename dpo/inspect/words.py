@@ -1,18 +1,11 @@
 """An inspection as headings, sentences and rows of tables, for the terminal and the page alike."""
 
-from collections.abc import Iterator
-
-from dpo.config import Config
 from dpo.inspect.inspection import Inspection, TokenizerFacts
 from dpo.inspect.lengths import PERCENTS, LengthBias, LengthGroup, Lengths, SetLengths
 from dpo.inspect.shown_pairs import Part
 from dpo.inspect.statistics import SetStatistics
 from dpo.inspect.step_tokens import StepTokens
 
-MUCH_CUT = 0.05
-"""Share of prompts or completions above which their truncation is reported."""
-MUCH_BIAS = 0.1
-"""Distance of the share of longer winners from 0.5 above which it is reported."""
 NAMES = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "total": "prompt + completion"}
 """The fields of SetLengths, as shown to the user."""
 
@@ -20,52 +13,6 @@ NAMES = {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected", "total"
 def sets_of(inspection: Inspection) -> dict[str, SetStatistics]:
     """Returns the statistics of training and, if there is one, of evaluation, by name."""
     return {"training": inspection.train} | ({"evaluation": inspection.eval} if inspection.eval else {})
-
-
-# --- findings --------------------------------------------------------------------------------------------------------
-
-
-def findings(inspection: Inspection) -> list[str]:
-    """Returns one line per unusual property of the data."""
-    lines = [*_tokenizer_findings(inspection.tokenizer)]
-    for name, statistics in sets_of(inspection).items():
-        lines += [f"{name}: {line}" for line in _set_findings(statistics, inspection.config)]
-    if inspection.eval_pairs_in_training:
-        lines.append(
-            f"evaluation: pairs whose prompt is also in the training set: {inspection.eval_pairs_in_training:,}"
-            f" (prompts: {inspection.report.eval_prompts_in_training:,}); metrics of these pairs are not held out"
-        )
-    over = sum(source.over_positions for source in inspection.report.sources)
-    if over:
-        lines.append(f"completions that end after the model's max_position_embeddings: {over:,}")
-    return lines
-
-
-def _tokenizer_findings(facts: TokenizerFacts) -> Iterator[str]:
-    if facts.eos_ids and facts.model_eos_ids and not set(facts.eos_ids) & set(facts.model_eos_ids):
-        stops = ", ".join(map(str, facts.model_eos_ids))
-        yield f"completions end with {facts.eos}, but the model's config stops generating at id {stops}"
-
-
-def _set_findings(statistics: SetStatistics, config: Config) -> Iterator[str]:
-    ends, repeats, bias = statistics.ends, statistics.repeats, statistics.bias
-    prompts_cut, completions_cut = ends.prompts_cut / ends.rows, ends.completions_cut / ends.completions
-    if prompts_cut > MUCH_CUT:
-        limit = f"data.max_prompt_length {config.data.max_prompt_length}"
-        yield f"{prompts_cut:.1%} of the prompts lose their beginning ({limit})"
-    if completions_cut > MUCH_CUT:
-        yield f"{completions_cut:.1%} of the completions lose their end (data.max_length {config.data.max_length})"
-    if abs(bias.longer_share - 0.5) > MUCH_BIAS:
-        yield f"the longer completion wins {bias.longer_share:.1%} of the pairs that differ in length"
-    counts = (
-        (ends.begin_with_two_bos, "prompts that begin with two BOS: the text itself has one"),
-        (ends.eos_inside, "completions with an EOS before their end"),
-        (ends.end_without_eos - ends.completions_cut, "completions that end without EOS and were not cut"),
-        (repeats.prompts_made_equal, "prompts that became equal to another prompt by truncation"),
-        (repeats.repeated_pairs, "pairs that repeat an earlier pair"),
-        (repeats.contradicted_pairs, "pairs that another pair contradicts"),
-    )
-    yield from (f"{count:,} {name}" for count, name in counts if count > 0)
 
 
 # --- lengths ---------------------------------------------------------------------------------------------------------
@@ -91,7 +38,7 @@ def length_cells(lengths: Lengths) -> list[str]:
 
 def tokenizer_lines(facts: TokenizerFacts) -> list[str]:
     """Returns how texts begin and end, and whether the tokenizer or the trainer adds these tokens."""
-    if not facts.eos_ids:
+    if facts.eos_id is None:
         return [f"rows of tokens are used as they are; the model's BOS: {facts.bos}; its EOS: {facts.eos}"]
     bos = "the tokenizer adds it to a prompt" if facts.adds_bos else "the tokenizer does not add it"
     eos = (
@@ -102,7 +49,7 @@ def tokenizer_lines(facts: TokenizerFacts) -> list[str]:
     template = "has a chat template" if facts.has_template else "has no chat template"
     return [
         f"BOS: {facts.bos}; {bos}",
-        f"EOS: {facts.eos}; every completion of a text gets one; {eos}",
+        f"stop tokens: {facts.eos}; every completion ends with one; {eos}",
         f"the tokenizer {template}",
     ]
 

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig
 
 from dpo.base.console import say
-from dpo.data.tokenizer import Ids
+from dpo.data.coder import Ids
 from dpo.data.tokens import limits_of
 from dpo.distributed.collectives import all_gather, gather_lanes
 from dpo.distributed.world import World

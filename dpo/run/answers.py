@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PretrainedConfig
 
 from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.files import write_atomically
 from dpo.board.dashboard import Answer
 from dpo.config import Config
+from dpo.data.coder import Ids
 from dpo.data.pair_set import PairSet
-from dpo.data.tokenizer import Ids, ids_encoder, load_tokenizer
+from dpo.data.stops import model_stop_ids, stop_ids
+from dpo.data.tokenizer import load_tokenizer
 from dpo.distributed.collectives import first_on_each_node, on_main
 from dpo.distributed.world import World
 from dpo.model.generation import AnswerRule, generate
@@ -155,7 +156,7 @@ def _find_questions(config: Config, world: World, inputs: Inputs) -> Questions |
             say(f"no sampled answers, which need a tokenizer: {failure}")
         return None
     texts = tuple(prompt_text(tokenizer, prompt) for prompt in prompts)
-    eos_ids = stop_ids(tokenizer, inputs.model.config)
+    eos_ids = stop_ids(tokenizer, model_stop_ids(inputs.model.config, str(inputs.model.folder)))
     rule = AnswerRule(eos_ids, config.eval.max_new_tokens, config.eval.temperature, config.train.seed)
     return Questions(tuple(prompts), texts, tokenizer, rule)
 
@@ -166,13 +167,6 @@ def choose_prompts(pairs: PairSet, count: int) -> list[Ids]:
     count = min(count, len(first))
     chosen = first[np.arange(count) * len(first) // max(count, 1)]
     return [pair.prompt_ids.tolist() for pair in pairs.pairs(chosen)]
-
-
-def stop_ids(tokenizer: Any, model_config: PretrainedConfig) -> tuple[int, ...]:
-    """Returns the tokens that end an answer: the tokenizer's EOS, which ends the completions in training, and the EOS
-    tokens of the model's config.
-    """
-    return tuple(dict.fromkeys((tokenizer.eos_token_id, *ids_encoder(model_config).eos_ids)))
 
 
 def prompt_text(tokenizer: Any, ids: Ids) -> str:

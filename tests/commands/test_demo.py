@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.base.errors import UserError
 from dpo.config import Config, load_config
+from dpo.data.encoder import text_encoder
 from dpo.data.formats.examples import to_example
-from dpo.data.tokenizer import merges_at_boundary, text_encoder
 from dpo.data.tokens import limits_of, tokenize
 from dpo.demo import program as demo
 from dpo.demo.world import GRADES, SOUNDS, Grade, answer, grade_of, questions
@@ -127,7 +127,7 @@ def test_every_row_gives_six_right_pairs(world: Path) -> None:
 
 
 def test_the_tokenizer_loses_nothing(world: Path) -> None:
-    """Every text decodes to itself, without an unknown word, whether prompt and answer are tokenized apart or as one;
+    """Every text decodes to itself, without an unknown word, and no token has characters of prompt and answer;
     a prompt begins with BOS, a completion ends with EOS."""
     tokenizer = AutoTokenizer.from_pretrained(world / "model")
     encoder = text_encoder(tokenizer)
@@ -135,7 +135,7 @@ def test_the_tokenizer_loses_nothing(world: Path) -> None:
     for row in rows_of(world, "train") + rows_of(world, "heldout"):
         example = to_example("grouped", row)
         tokens = tokenize(example, encoder, limits)
-        assert tokens.prompt_ids[0] == tokenizer.bos_token_id and merges_at_boundary(example, encoder) == 0
+        assert tokens.prompt_ids[0] == tokenizer.bos_token_id and tokens.boundary_merges == 0
         assert tokenizer.decode(tokens.prompt_ids[1:]) == row["prompt"]
         for ids, text in zip(tokens.completion_ids, row["completions"], strict=True):
             assert ids[-1] == tokenizer.eos_token_id and tokenizer.unk_token_id not in ids

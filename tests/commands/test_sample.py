@@ -223,19 +223,16 @@ def test_refused(what: str, folders: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_models_and_templates_that_cannot_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Messages without a template, an empty text without BOS, a vocabulary that is too small, a folder of nothing."""
+    """Messages without a template, an empty text without BOS, a token that the model lacks, a folder of nothing."""
     save_talker(tmp_path / "plain", "llama", 0, bos=False, chat_template=None)
     make_tokenizer().save_pretrained(save_model(tmp_path / "small", "llama"))
     path = write_jsonl(tmp_path / "p.jsonl", [{"prompt": [{"role": "user", "content": "hi"}]}])
     empty = write_jsonl(tmp_path / "empty.jsonl", [{"prompt": ""}])
+    tilde = write_jsonl(tmp_path / "tilde.jsonl", [{"prompt": "a~"}])
     cases = [
         ("plain", path, f"{path}:1: messages need a chat template, which the tokenizer lacks; valid: "),
         ("plain", empty, f"{empty}:1: the prompt has no token; valid: at least one"),
-        (
-            "small",
-            path,
-            f"command line: --model: {tmp_path / 'small'}: the tokenizer has 100 tokens, the model's vocabulary 97",
-        ),
+        ("small", tilde, f"{tilde}:1: token id 97 is outside of the model's vocabulary; valid: 0 to 96"),
         ("nothing", path, f"command line: --model: no such folder: {tmp_path / 'nothing'}; valid: "),
     ]
     for model, prompts, error in cases:

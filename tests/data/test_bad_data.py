@@ -106,9 +106,15 @@ def test_format_that_is_not_the_files(tmp_path, tokenizer_folder):
         prepare_data(config, MODEL)
 
 
-def test_tokenizer_of_another_model(tmp_path, tokenizer_folder):
-    config = make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder)
+def test_only_tokens_that_occur_must_be_in_the_model(tmp_path, tokenizer_folder):
+    """Ids up to 83 occur ("p" is 112 − 29) of the tokenizer's 100. "~" is 97."""
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    config, model = make_config(path, tokenizer=tokenizer_folder), TinyModelConfig(vocab_size=84)
+    prepared = prepare_data(config, model)
+    assert len(prepared.train) == len(prepare_data(config, MODEL).train)
+    assert "the tokenizer has 16 tokens that the model has not; no row has them" in prepared.report.lines()
+    write_jsonl(tmp_path / "a.jsonl", [*ROWS, {"prompt": "a~", "completions": ["a", "b"], "pairs": [[0, 1]]}])
     with pytest.raises(
-        UserError, match=r"^model\.tokenizer: .*: the tokenizer has 100 tokens, the model's vocabulary 9"
+        UserError, match=r"a\.jsonl:11: token id 97 is outside of the model's vocabulary; valid: 0 to 83"
     ):
-        prepare_data(config, TinyModelConfig(vocab_size=90))
+        prepare_data(config, model)

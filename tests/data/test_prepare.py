@@ -246,6 +246,8 @@ def test_report(tmp_path, tokenizer_folder):
         "  3 pairs whose opposite is listed too",
         "  1 prompts cut at their beginning",
         "  1 completions cut at their end",
+        "  WARNING: 4 rows of texts do not go through the tokenizer's chat template; data.train[0].as_chat: true reads"
+        " them as conversations",
         "  columns not used: id, who",
         "7 pairs to train on, 0 to evaluate",
     ]
@@ -259,7 +261,7 @@ def test_report_warns_of_positions_and_of_prompts_on_both_sides(tmp_path, tokeni
     assert (report.sources[0].over_positions, report.eval_prompts_in_training) == (1, 1)
     text = "\n".join(report.lines())
     assert "1 completions end after the model's max_position_embeddings: a WARNING" in text
-    assert "as one text 2 of the first 2 completions would have different ids" in text
+    assert "2 completions tokenized apart from their prompt: as one text, both share a token" in text
     assert "WARNING: 1 prompts of data.eval are in training data too" in text
 
 

@@ -12,8 +12,9 @@ import pytest
 import tokenizers
 
 from dpo.base.errors import UserError
+from dpo.data.encoder import encoder_content, surplus_tokens, text_encoder
 from dpo.data.formats.examples import to_example
-from dpo.data.tokenizer import check_vocabulary, encoder_content, load_tokenizer, text_encoder
+from dpo.data.tokenizer import load_tokenizer
 from dpo.data.tokens import Limits, completion_key, prompt_key, tokenize
 from tests.support.data_fixtures import VOCAB_SIZE, make_tokenizer
 
@@ -35,12 +36,9 @@ def test_load_tokenizer(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_vocabulary():
-    check_vocabulary(make_tokenizer(), VOCAB_SIZE)
-    with pytest.raises(
-        UserError, match="the tokenizer has 100 tokens, the model's vocabulary 99; valid: the tokenizer"
-    ):
-        check_vocabulary(make_tokenizer(), VOCAB_SIZE - 1)
+def test_surplus_tokens():
+    sizes = (VOCAB_SIZE + 3, VOCAB_SIZE, VOCAB_SIZE - 2)
+    assert [surplus_tokens(text_encoder(make_tokenizer()), size) for size in sizes] == [0, 0, 2]
 
 
 def test_encoder_content_is_of_what_decides_the_ids():
@@ -71,7 +69,9 @@ def test_keys():
 
 
 def test_hh_against_plain_tokenizers(shared_data):
-    """Every row whose prompts agree: tokenizer.json encodes, limits 128 and 64 by two lines of slicing."""
+    """Every row whose prompts agree: tokenizer.json encodes prompt and answer as one text, whose ids begin with the
+    prompt's; limits 128 and 64 by two lines of slicing.
+    """
     plain = tokenizers.Tokenizer.from_file(str(shared_data / "stories260K" / "tokenizer.json"))
     encoder = text_encoder(load_tokenizer(str(shared_data / "stories260K")))
     with gzip.open(shared_data / "hh" / "public-0000-1799.jsonl.gz", "rt") as file:
@@ -80,8 +80,10 @@ def test_hh_against_plain_tokenizers(shared_data):
         texts = [row[key] for key in ("chosen", "rejected")]
         cuts = [text.rindex("\n\nAssistant:") + len("\n\nAssistant:") for text in texts]
         prompt = plain.encode(texts[0][: cuts[0]]).ids
-        answers = [[*plain.encode(t[c:], add_special_tokens=False).ids, 2] for t, c in zip(texts, cuts, strict=True)]
+        wholes = [plain.encode(texts[0][: cuts[0]] + t[c:]).ids for t, c in zip(texts, cuts, strict=True)]
+        answers = [[*whole[len(prompt) :], 2] for whole in wholes]
         assert prompt[0] == 1, "BOS as this tokenizer adds it"
+        assert all(whole[: len(prompt)] == prompt for whole in wholes)
         short = prompt if len(prompt) <= 64 else [1, *prompt[-63:]]
         tokenized = tokenize(to_example("hh", row), encoder, Limits(128, 64, 512, 512, False))
         if tokenized.pairs:

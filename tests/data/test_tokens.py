@@ -3,10 +3,12 @@
 import itertools
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from dpo.base.errors import InvalidValue
+from dpo.data import encoding
+from dpo.data.encoder import Encoder, ids_encoder, text_encoder
 from dpo.data.formats.example import Example
-from dpo.data.tokenizer import Encoder, encode, ids_encoder, merges_at_boundary, text_encoder
 from dpo.data.tokens import Limits, cut_prompt, limits_of, tokenize
 from tests.support.data_fixtures import BOS, EOS, QZ, VOCAB_SIZE, TinyModelConfig, ids, make_tokenizer
 
@@ -20,6 +22,12 @@ def pair(prompt, chosen, rejected) -> Example:
 
 def limits(max_length=None, max_prompt_length=None, positions=None, learned=False) -> Limits:
     return Limits(max_length, max_prompt_length, VOCAB_SIZE, positions, learned)
+
+
+def encode(example: Example, encoder: Encoder) -> tuple[list[int], list[list[int]]]:
+    """The ids of prompt and completions."""
+    encoded = encoding.encode(example, encoder)
+    return encoded.prompt_ids, [completion.ids for completion in encoded.completions]
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
@@ -37,17 +45,16 @@ def test_text(bos, eos):
 @pytest.mark.parametrize("eos", [False, True])
 def test_an_eos_that_the_text_has_stays_once(eos):
     """Only the EOS that the tokenizer adds is removed from the prompt; none is added where one stands at the end."""
-    prompt, completions = encode(pair("a</s>", "c</s>", "d</s>e"), text_encoder(make_tokenizer(eos=eos)))
+    prompt, completions = encode(pair("a</s>", "c</s>", "d"), text_encoder(make_tokenizer(eos=eos)))
     assert prompt == [*ids("a"), EOS]
-    assert completions == [[*ids("c"), EOS], [*ids("d"), EOS, *ids("e"), EOS]]
+    assert completions == [[*ids("c"), EOS], [*ids("d"), EOS]]
 
 
-def test_prompt_and_completion_are_never_joined():
+def test_no_token_has_characters_of_prompt_and_completion():
     """QZ is one token, Q and Z apart are two."""
-    example = pair("aQ", "Zb", "QZ")
-    prompt, completions = encode(example, TEXTS)
-    assert prompt == ids("aQ") and completions == [[*ids("Zb"), EOS], [QZ, EOS]]
-    assert merges_at_boundary(example, TEXTS) == 1
+    tokenized = tokenize(pair("aQ", "Zb", "QZ"), TEXTS, NO_LIMITS)
+    assert tokenized.prompt_ids == ids("aQ") and tokenized.completion_ids == ([*ids("Zb"), EOS], [QZ, EOS])
+    assert tokenized.boundary_merges == 1
 
 
 def test_empty_prompt():
@@ -95,7 +102,7 @@ def test_chat_is_cut_after_the_first_eos_and_gets_one_where_there_is_none():
         # the template writes the number of messages first, so the prompt's text changes with the answer
         (
             "{{ messages | length }}" + LOOP.replace("%s", ">{{ m.content }}"),
-            "chat template writes '2>Hi>Yes'… for prompt and answer, which does not begin with the 5 characters",
+            "chat template writes '1>Hi>' for the prompt alone, after '', but '2>Hi>Yes' there for prompt and answer",
         ),
         (None, "messages need a chat template, which the tokenizer lacks"),
         ("{{ raise_exception('roles must alternate') }}", "chat template refuses the messages: roles must alternate"),
@@ -111,11 +118,13 @@ def test_chat_template_that_does_not_serve(template, what):
 def test_a_tokenizer_that_fails_is_the_rows_error():
     """Else a worker ends with a traceback that names no line."""
 
-    def fail(text, **_):
-        raise ValueError("no such byte")
+    class Failing(PreTrainedTokenizerFast):
+        def __call__(self, text, **_):
+            raise ValueError("no such byte")
 
+    tokenizer = Failing(tokenizer_object=make_tokenizer().backend_tokenizer, eos_token="</s>")
     with pytest.raises(InvalidValue, match=r"^the tokenizer refuses 'Hi': no such byte$"):
-        encode(pair("Hi", "Yes", "No"), Encoder(fail, None, (EOS,)))
+        encode(pair("Hi", "Yes", "No"), Encoder(tokenizer, None, (EOS,)))
 
 
 # --- tokens ---------------------------------------------------------------------------------------------------------
@@ -125,7 +134,7 @@ def test_ids_stay_as_they_are():
     encoder = ids_encoder(TinyModelConfig(eos_token_id=[EOS, 7]))
     tokenized = tokenize(Example((5, 6), ((8, 9), (8, EOS), (9, 7)), ((0, 1), (2, 0))), encoder, NO_LIMITS)
     assert tokenized.prompt_ids == [5, 6] and tokenized.completion_ids == ([8, 9], [8, EOS], [9, 7])
-    assert merges_at_boundary(pair((5,), (6,), (7,)), encoder) is None
+    assert (tokenized.kind, tokenized.boundary_merges) == ("", 0)
 
 
 @pytest.mark.parametrize("example", [pair((5, 100), (6,), (7,)), pair((5,), (6,), (7, 2**40)), pair((5,), (-1,), (7,))])

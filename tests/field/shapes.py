@@ -95,7 +95,10 @@ def _as_text(rows: list[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
 
 
 CALL = {"type": "function", "function": {"name": "look_up", "arguments": {"q": "wool"}}}
-TOOL = {"type": "function", "function": {"name": "look_up", "description": "Looks up.", "parameters": {}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "look_up", "description": "Looks up.", "parameters": {"type": "object"}},
+}
 CALLED = [user(WOOL), {"role": "assistant", "content": "", "tool_calls": [CALL]}]
 TOLD = [*CALLED, {"role": "tool", "name": "look_up", "content": "sheep"}]
 PARTS = {

@@ -117,14 +117,14 @@ def test_random_rows_have_all_that_is_counted():
 
 
 def test_a_text_may_bring_its_own_bos(tmp_path):
-    """The tokenizer puts BOS first; the second prompt has one in its text, so it begins with two. Every completion
-    ends with the EOS that is appended, the last one also holds one: "a</s>b"."""
+    """The tokenizer puts BOS first; the second prompt has one in its text, which stands in its place. Every completion
+    ends with the EOS that is appended; "a</s>b" has none inside: it stays text."""
     rows = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "<s>p", "chosen": "a</s>b", "rejected": "b"}]
     make_tokenizer(bos=True).save_pretrained(tmp_path / "t")
     config = make_config(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer=str(tmp_path / "t"))
     ends = summarize(prepare_data(config, MODEL).train, IDS).ends
-    assert (ends.begin_without_bos, ends.begin_with_bos, ends.begin_with_two_bos) == (0, 1, 1)
-    assert (ends.completions, ends.end_with_eos, ends.eos_inside, ends.completions_cut) == (4, 4, 1, 0)
+    assert (ends.begin_without_bos, ends.begin_with_bos, ends.begin_with_two_bos) == (0, 2, 0)
+    assert (ends.completions, ends.end_with_eos, ends.eos_inside, ends.completions_cut) == (4, 4, 0, 0)
 
 
 def test_pairs_of_evaluation_whose_prompt_is_in_training(tmp_path):

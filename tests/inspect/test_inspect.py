@@ -14,9 +14,10 @@ from transformers import LlamaConfig
 from dpo.base.console import visible
 from dpo.data.tokenizer import load_tokenizer
 from dpo.inspect import program as inspect
+from dpo.inspect.findings import findings
 from dpo.inspect.shown_pairs import INCOMPLETE, token_texts
 from dpo.inspect.terminal import bars, print_inspection
-from dpo.inspect.words import count_rows, findings
+from dpo.inspect.words import count_rows
 from dpo.model.download import find_model_config
 from tests.support.data_fixtures import BOS, EOS, VOCAB_SIZE, make_config, make_tokenizer, write_jsonl
 from tests.support.runs import changed, error_lines, exit_code_of
@@ -183,7 +184,7 @@ def test_rows_of_tokens_need_no_tokenizer(tmp_path, model, capsys):
     out = capsys.readouterr().out
     assert "1│41│" in out and "42│2│" in out and "43│" in out
     assert "the model's BOS: id 1; its EOS: id 2" in out
-    assert "- training: 1 completions that end without EOS and were not cut" in out
+    assert "- training: 1 completions that end without a stop token and were not cut: add it to the rows" in out
 
 
 def test_a_hub_model_needs_its_config_alone(tmp_path, monkeypatch):

@@ -9,7 +9,9 @@ from dpo.data.formats.text_lines import SPACE, Line, text_lines
 
 BEGINS = ("{", "[")
 """The first character of a file of JSON is one of these."""
-EMPTY: tuple[object, ...] = (None, "", [], {})
+EMPTY_TEXTS = ("", "[]", "{}", "null")
+"""The texts without a value; the last three are JSON, as tables keep lists and objects."""
+EMPTY: tuple[object, ...] = (None, [], {}, *EMPTY_TEXTS)
 """The values that a row may as well not have."""
 FILES = "JSON or JSONL, *.csv, *.tsv (all of them also gzipped), Parquet"
 Located = tuple[int, str, Any]

@@ -1,6 +1,6 @@
 """Formats whose rows hold one chosen and one rejected answer, as text or as messages of a conversation."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from dpo.base.errors import InvalidValue
 from dpo.data.formats.example import PROMPTS_DIFFER, Example
@@ -26,13 +26,15 @@ def preference(row: Row) -> Example:
 
     A whole conversation holds the prompt: all its messages but the last. A `prompt` text beside it is not used (sets
     like UltraFeedback repeat the question there). A `prompt` of messages must be the conversation's own, or be the
-    whole of chosen or rejected (the column `messages` of such sets).
+    whole of chosen or rejected (the column `messages` of such sets). Beside answers of one message each, a `prompt`
+    text is the user's message.
     """
     chosen, rejected, prompt = field(row, "chosen"), field(row, "rejected"), row.get("prompt")
-    is_list = isinstance(chosen, list) and isinstance(rejected, list)
-    if is_list and not (isinstance(prompt, list) and len(chosen) == len(rejected) == 1):
+    if all(isinstance(answer, list) and (prompt is None or len(answer) > 1) for answer in (chosen, rejected)):
         return _conversations(chosen, rejected, prompt)
     prompt = text_or_messages(field(row, "prompt"), "prompt")
+    if isinstance(prompt, str) and all(isinstance(answer, list | Mapping) for answer in (chosen, rejected)):
+        prompt = ({"role": "user", "content": prompt},)
     return Example(prompt, (answer_of(chosen, "chosen", prompt), answer_of(rejected, "rejected", prompt)), ((0, 1),))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from dpo.base.errors import UserError
+from dpo.data.formats.json_rows import EMPTY
 from dpo.data.formats.text_lines import Line, text_lines
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -43,7 +44,7 @@ def table_rows(path: str, name: str, delimiter: str) -> Iterator[dict[str, Any]]
             valid = "one field per column, in quotes where it has a delimiter, a quote or a line end"
             raise UserError(f"{name}:{line}", f"{len(values)} fields in a table of {len(header)} columns", valid)
         row = {column: value or None for column, value in zip(header, values, strict=True)}
-        columns = json.dumps(sorted(column for column, value in row.items() if value))
+        columns = json.dumps(sorted(column for column, value in row.items() if value not in EMPTY))
         yield {"row": json.dumps(row, ensure_ascii=False), "line": line, "columns": columns}
         num_rows += 1
     if num_rows == 0:
