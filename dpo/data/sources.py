@@ -194,7 +194,7 @@ def filled_columns(rows: datasets.Dataset) -> set[str]:
 
 
 def _is_filled(values: pa.Array) -> bool:
-    """Returns whether some value is not null, and neither one of EMPTY_TEXTS, an empty list nor an object without keys."""
+    """Returns whether some value is not null, and neither one of EMPTY_TEXTS, an empty list nor an empty object."""
     kind = values.type
     if pa.types.is_string(kind) or pa.types.is_large_string(kind):
         return bool(pc.any(pc.invert(pc.is_in(values, pa.array([*EMPTY_TEXTS, None], kind)))).as_py())

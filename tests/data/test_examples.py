@@ -157,7 +157,6 @@ TLDR = {"info": {"subreddit": "s", "title": "t", "post": "p"}, "summaries": [{"t
         ("preference", {"prompt": "p", "chosen": "a", "rejected": None}, "missing or null field rejected"),
         ("preference", {"prompt": "p", "chosen": "a", "rejected": 3}, "rejected is a number (3); valid: a text"),
         ("preference", {"prompt": 3, "chosen": "a", "rejected": "b"}, "prompt is a number (3); valid: a text or"),
-        ("preference", {"prompt": "p", "chosen": [GOOD], "rejected": [BAD]}, "chosen has one message; valid: a whole"),
         ("preference", {"chosen": [GOOD], "rejected": [BAD]}, "chosen has one message"),
         ("preference", {"prompt": [], "chosen": "a", "rejected": "b"}, "prompt is an empty list"),
         ("preference", {"prompt": [USER], "chosen": [USER], "rejected": [BAD]}, "chosen[0] has the role 'user'"),
