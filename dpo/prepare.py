@@ -43,6 +43,7 @@ from dpo.model.weights import tensor_files, tensor_paths
 from dpo.ref_logps.blocks import ROW
 from dpo.ref_logps.cache import cache_root
 from dpo.ref_logps.fill import count_rows
+from dpo.run.agreement import NamedModel, check_agreement
 from dpo.run.disk import Sizes, sizes_of
 from dpo.run.home import caches_of_run, describe_small_home
 
@@ -256,6 +257,9 @@ def prepare(config: Config) -> None:
     prepare_sources(config)
     say("data: reading, and tokenizing rows that are not in the cache")
     data = prepare_data(config, configs[0])
+    policy = NamedModel("model.path", folders[0], configs[0])
+    reference = NamedModel("reference.path", folders[-1], configs[-1])
+    check_agreement(config, policy, reference, data)
     print("\n".join(data.report.lines()))
     _, last_step, _ = make_order(config, data)
     print(f"the run: {last_step:,} steps of {config.batch.pairs_per_step} pairs")

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from dpo.base.errors import InvalidValue, UserError, one_line
 from dpo.base.snapshots import find_code, offline
 from dpo.model.matching import Stored, names_of, stored_name
-from dpo.model.weights import tensor_files, tensor_paths
+from dpo.model.weights import tensor_files
 
 ROWS = 4096
 """Rows of two tensors that are compared at a time."""
@@ -67,17 +67,20 @@ def unties(folder: Path, config: PretrainedConfig, trust_remote_code: bool) -> b
     """Returns whether a config ties the head to the embedding, and the folder stores both with different values.
 
     `from_pretrained` of transformers loads both then, and a model is what its files hold. Where only one of the two is
-    stored, or both are equal, they are tied. Returns False for a folder whose weights are not there.
+    stored, or both are equal, they are tied. Returns False for a folder whose weights are not there or broken: programs
+    that need the config alone do not need them.
 
     Args:
         folder: a model folder.
         config: its config, as config.json says it.
         trust_remote_code: whether a model's own code may run.
     """
-    paths = tensor_paths(folder)
-    if not getattr(config, "tie_word_embeddings", False) or not paths or not all(path.is_file() for path in paths):
+    if not getattr(config, "tie_word_embeddings", False):
         return False
-    stored = tensor_files(folder)
+    try:
+        stored = tensor_files(folder)
+    except UserError:
+        return False
     if sum(len(tensor.shape) == 2 and tensor.shape[0] == config.vocab_size for tensor in stored.values()) < 2:
         return False
     with torch.device("meta"), offline():

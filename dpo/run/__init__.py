@@ -4,6 +4,7 @@ files.py       the names of the files of a run folder, and its metrics; without 
 forecast.py    what a run needs of a cluster, as a file; without torch
 folder.py      decides from a run folder how a run starts, and prepares the folder
 provenance.py  versions and git commit of a start
+agreement.py   checks that models and tokenizer agree on the ids of the data
 inputs.py      finds, checks and hashes all input
 disk.py        the bytes of checkpoints and exported model
 storage.py     checks that folders are shared, and that the run's files fit

@@ -15,7 +15,7 @@ from dpo.base.errors import UserError
 from dpo.batch.order import PairOrder, make_order
 from dpo.config import Config, ParallelConfig
 from dpo.data.prepare import PreferenceData, prepare_data
-from dpo.distributed.collectives import all_gather, first_on_each_node, together
+from dpo.distributed.collectives import all_gather, first_on_each_node, on_main, together
 from dpo.distributed.world import World, check_mesh
 from dpo.machine.facts import gather_facts
 from dpo.machine.toolchain import check_toolchain, find_warnings, needs_of
@@ -23,6 +23,7 @@ from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
 from dpo.model.parallelize import compute_dtype
 from dpo.model.weights import hash_model
+from dpo.run.agreement import NamedModel, check_agreement
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,9 @@ def read_inputs(config: Config, world: World) -> Inputs:
     if world.is_main:
         for line in data.report.lines():
             say(line)
+    policy = NamedModel("model.path", folders[0], model_config)
+    other = NamedModel("reference.path", folders[1], reference_config)
+    on_main(world, lambda: check_agreement(config, policy, other, data))
     order, last_step, last_item = make_order(config, data)
     model, reference = hash_models(config, world, folders)
     return Inputs(model, reference, data, order, last_step, last_item)

@@ -223,6 +223,8 @@ def test_a_second_head_counts_in_what_a_run_needs(tmp_path: Path) -> None:
 def test_weights_that_are_not_there_do_not_matter_for_the_config(tmp_path: Path) -> None:
     """A program that needs the config alone does not download them."""
     folder = two_heads(tmp_path, "llama")
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert read_model_config(folder, False).tie_word_embeddings is True
     (folder / "model.safetensors").unlink()
     assert read_model_config(folder, False).tie_word_embeddings is True
 
