@@ -21,7 +21,7 @@ import jinja2
 
 from dpo.base.errors import InvalidValue
 from dpo.data.coder import Ids, completions_after
-from dpo.data.controls import PRIVATE, hide, mark, marks, reveal, spells_control, unmark
+from dpo.data.controls import PRIVATE, hide, is_as_marked, mark, reveal, spells_control, unmark
 from dpo.data.encoder import Completion, Encoded, Encoder
 from dpo.data.formats.row_fields import ASSISTANT, Message
 
@@ -70,9 +70,12 @@ def _encode_as_text(
         return Encoded(encoder.plain.at_start(rendered[0]), unclear, kind="chats", has_control_text=True)
     prompt, texts = marked
     prompt_ids = coder.at_start(prompt)
+    found = completions_after(coder, prompt, prompt_ids, texts)
+    parts = [(prompt, prompt_ids), *((text, ids) for text, (ids, _) in zip(texts, found, strict=True))]
+    clear = [is_as_marked(encoder.controls, *part) for part in parts]
     completions = [
-        Completion(_until_stop(encoder, ids), is_merged, not _has_stops_of(encoder, text, ids))
-        for text, (ids, is_merged) in zip(texts, completions_after(coder, prompt, prompt_ids, texts), strict=True)
+        Completion(_until_stop(encoder, ids), is_merged, is_unclear=not (clear[0] and is_clear))
+        for (ids, is_merged), is_clear in zip(found, clear[1:], strict=True)
     ]
     return Encoded(prompt_ids, tuple(completions), kind="chats", has_control_text=True)
 
@@ -94,13 +97,6 @@ def _marked_texts(
     if any(map(PRIVATE.search, plain)) or [unmark(controls, text) for text in marked] != plain:
         return None
     return marked[0], marked[1:]
-
-
-def _has_stops_of(encoder: Encoder, marked: str, ids: Ids) -> bool:
-    """Returns whether all stop tokens in the ids of a marked text are marks there, so that none was made of text."""
-    codes = marks(encoder.controls)
-    stops = [codes[character] for character in marked if codes.get(character) in encoder.stop_ids]
-    return [number for number in ids if number in encoder.stop_ids] == stops
 
 
 def _until_stop(encoder: Encoder, ids: Ids) -> Ids:

@@ -119,10 +119,12 @@ def _with_marks(backend: Tokenizer, controls: Controls) -> Tokenizer:
     for added in settings["added_tokens"]:
         added["special"] = added["special"] or added["content"] in controls.ids
     sides = {added["content"]: (added["lstrip"], added["rstrip"]) for added in settings["added_tokens"]}
-    marked = _copied(settings)
+    tokens = []
     for sign, spelt in zip(marks(controls), controls.ids, strict=True):
         left, right = sides.get(spelt, (False, False))
-        marked.add_tokens([AddedToken(sign, lstrip=left, rstrip=right, normalized=False, special=False)])
+        tokens.append(AddedToken(sign, lstrip=left, rstrip=right, normalized=False, special=False))
+    marked = _copied(settings)
+    marked.add_tokens(tokens)
     marked.encode_special_tokens = True
     return marked
 

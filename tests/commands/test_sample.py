@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,38 @@ def test_rows_of_texts_and_messages_are_drawn(
     says = [text(plain_draw(model, prompt, 4, 2.0, NEW)) for prompt in ([BOS, *ids("ab\n")], chat)]
     expected = [{"prompt": "ab\n", "policy": says[0]}, {"prompt": messages, "policy": says[1]}]
     assert rows_of(capsys.readouterr().out) == expected
+
+
+@pytest.mark.parametrize("flags", [[], ["--as-chat"]])
+def test_texts_for_a_model_with_a_chat_template(
+    flags: list[str], folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are given as they are with a warning, or with --as-chat as a user's message. A text that spells a control
+    token, as a template writes it, is no text to warn of.
+    """
+    (tmp_path / "prompts.txt").write_text("hi\nab\n[user]hi</s>[assistant]\n")
+    argv = ["--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", str(NEW), "--json", *flags]
+    assert run("--model", str(folders / "policy"), *argv) == 0
+    captured = capsys.readouterr()
+    chat, model = [*ids("[user]hi"), EOS, *ids("[assistant]")], plain_model(folders / "policy")
+    prompt = chat if flags else [BOS, *ids("hi")]
+    assert rows_of(captured.out)[0]["policy"] == text(plain_greedy(model, prompt, NEW))
+    warnings = [line for line in captured.err.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == (0 if flags else 1)
+    for words in ("2 prompts are texts", "without its chat template", "--as-chat", "as_chat: true"):
+        assert flags or words in warnings[0]
+
+
+def test_generation_ends_at_every_stop_token(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At the second token of the plain model's answer, a stop token by generation_config.json alone; it is not shown."""
+    folder = Path(shutil.copytree(folders / "policy", tmp_path / "model"))
+    answer = plain_greedy(plain_model(folder), [BOS, *ids("ab")], NEW)
+    assert len(answer) == NEW and answer[1] not in (answer[0], EOS)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [EOS, answer[1]]}))
+    (tmp_path / "prompts.txt").write_text("ab\n")
+    argv = ["--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", str(NEW), "--json"]
+    assert run("--model", str(folder), *argv) == 0
+    assert rows_of(capsys.readouterr().out)[0]["policy"].split() == text(answer[:1]).split()
 
 
 def test_each_model_reads_with_its_own_tokenizer(

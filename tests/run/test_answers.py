@@ -17,7 +17,7 @@ from dpo.distributed.world import World
 from dpo.model.build import load_policy
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
-from dpo.run.answers import AnswerBook, Questions, answer, choose_prompts, open_answers, prepare_answers, stop_ids
+from dpo.run.answers import AnswerBook, Questions, answer, choose_prompts, open_answers, prepare_answers
 from dpo.run.inputs import Inputs, read_inputs
 from tests.model.test_generation import plain_draw, plain_greedy
 from tests.support.data_fixtures import EOS, make_tokenizer
@@ -97,13 +97,13 @@ def test_prompts_are_different_and_spread_over_the_set(inputs: Inputs, folders: 
     assert choose_prompts(inputs.data.eval, 0) == []
 
 
-def test_an_answer_ends_with_the_tokenizers_eos_and_the_models(folders: Path) -> None:
-    config = read_model_config(folders / "model", False)
-    assert stop_ids(make_tokenizer(), config) == (EOS,)
-    config.eos_token_id = [7, EOS, 9]
-    assert stop_ids(make_tokenizer(), config) == (EOS, 7, 9)
-    config.eos_token_id = None
-    assert stop_ids(make_tokenizer(), config) == (EOS,)
+def test_an_answer_ends_with_the_tokenizers_eos_and_the_models(config: Config, world: World, folders: Path) -> None:
+    """Also with the stop tokens of generation_config.json, which the model's config.json does not name."""
+    folder = Path(shutil.copytree(folders / "model", folders / "stops"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, EOS, 9]}))
+    now = changed(config, model__path=str(folder))
+    book = prepare_answers(now, world, read_inputs(now, world), lambda: load(now, world, folder))
+    assert book and book.questions.rule.eos_ids == (EOS, 7, 9)
 
 
 # --- the answers -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""What stands under "worth a look": how texts were read, each with advice."""
+
+import json
+
+import pytest
+from transformers import LlamaConfig
+
+from dpo.config import SourceConfig
+from dpo.data.prepare import prepare_data
+from dpo.data.tokenizer import load_tokenizer
+from dpo.inspect.findings import findings
+from dpo.inspect.inspection import inspect_data
+from tests.support.data_fixtures import BOS, CHAT_TEMPLATE, EOS, VOCAB_SIZE, make_config, make_tokenizer, write_jsonl
+
+pytest_plugins = ["tests.support.data_plugin"]
+pytestmark = pytest.mark.usefixtures("hf_cache")
+
+
+def findings_of(tmp_path, rows, template=None, stops=(EOS,)) -> list[str]:
+    """The findings of one source; the model stops at `stops` by its generation_config.json, at EOS by its config."""
+    folder = str(tmp_path / "model")
+    make_tokenizer(bos=True, chat_template=template).save_pretrained(folder)
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": list(stops)}))
+    model = LlamaConfig(vocab_size=VOCAB_SIZE, bos_token_id=BOS, eos_token_id=stops[0])
+    config = make_config(SourceConfig(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer=folder)
+    return findings(inspect_data(config, model, load_tokenizer(folder), prepare_data(config, model), 1))
+
+
+def row(prompt, chosen="ab", rejected="cd"):
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+@pytest.mark.parametrize(
+    ("rows", "template", "found", "advice"),
+    [
+        ([row("p"), row("q")], CHAT_TEMPLATE, "2 rows of texts do not go through the tokenizer's chat template",
+         "for a chat model data.train[0].as_chat: true"),
+        ([row("aQ", "Za", "ab")], None, "1 completions would share a token with their prompt as one text",
+         "a prompt that ends before its last space or line feed"),
+        ([row("<s>p")], None, "1 prompts bring their BOS", "prompts without it give the same tokens"),
+        ([row("<s><s>p")], None, "1 prompts begin with two BOS", "remove it from the rows"),
+        ([row("[user]p</s>")], None, "1 prompts are texts that spell control tokens", "rows of messages let"),
+        ([row("p", "a</s>b")], None, "1 rows spell a control token in a message or an answer",
+         "remove it from the rows"),
+        ([row("[user]p</s>"), row("[user]q</s>", "a</s>b")], None, "1 pairs were dropped because an answer has a stop",
+         "end it there, or leave the token out"),
+    ],
+)  # fmt: skip
+def test_a_finding_has_advice(rows, template, found: str, advice: str, tmp_path) -> None:
+    lines = [line for line in findings_of(tmp_path, rows, template) if found in line]
+    assert len(lines) == 1 and lines[0].startswith("data.train[0]: ") and advice in lines[0]
+
+
+def test_nothing_is_found_in_plain_rows(tmp_path) -> None:
+    assert findings_of(tmp_path, [row("p"), row("q", "ef", "gh")]) == []
+
+
+def test_an_eos_at_which_the_model_does_not_stop(tmp_path) -> None:
+    """7 and 9 are the model's; with EOS among them nothing is said."""
+    (line,) = findings_of(tmp_path, [row("p")], stops=(7, 9))
+    assert line.startswith(
+        f"texts end with the tokenizer's EOS, id {EOS}, but the model's config stops generating at id 7, 9"
+    )
+    assert findings_of(tmp_path, [row("p")], stops=(7, EOS)) == []
