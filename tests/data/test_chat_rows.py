@@ -216,18 +216,23 @@ def test_a_prompt_may_not_end_with_an_answer_itself(answer):
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        (TEXTS, "format preference: texts"),
-        (CHAT, "format preference: conversations"),
+        (TEXTS, "format preference, by its columns chosen, prompt, rejected: texts"),
+        (CHAT, "format preference, by its columns chosen, prompt, rejected: conversations"),
         ({"system": "Be", "question": "Hi", "chosen": "a", "rejected": "b"},
-         "format preference: texts read as conversations, since rows have system; prompt from question; system is the "
-         "first message"),
+         "format preference, by its columns chosen, question, rejected: texts read as conversations, since rows have "
+         "system; prompt from question; system is the first message"),
         ({"instruction": "Hi", "input": "x", "chosen": "a", "rejected": "b"},
-         "format preference: texts; prompt from instruction and input"),
+         "format preference, by its columns chosen, instruction, rejected: texts; prompt from instruction and input"),
         ({"conversations": [USER], "chosen": GOOD, "rejected": BAD, "tools": "[]"},
-         "format sharegpt: conversations; the chat template gets tools"),
+         "format sharegpt, by its columns chosen, conversations, rejected: conversations; the chat template gets "
+         "tools"),
         ({"prompt": "[{'role': 'user', 'content': 'Hi'}]", "chosen": "a", "rejected": "b"},
-         "format preference: conversations; prompt read from JSON text"),
+         "format preference, by its columns chosen, prompt, rejected: conversations; prompt read from JSON text"),
     ],
 )  # fmt: skip
 def test_the_line_says_how_rows_are_read(row, line):
     assert reading_of(row).line == line
+
+
+def test_the_line_of_a_format_that_is_given():
+    assert reading_of(TEXTS, format="preference").line == "format preference: texts"

@@ -58,9 +58,11 @@ def test_messages_beside_whole_conversations_repeat_them(messages):
     row = {"messages": messages} | WHOLE
     reading = decide(row)
     assert read_row(reading, row).prompt == (USER,)
-    assert (
-        reading.line == "format preference: conversations; prompt from chosen and rejected, without their last messages"
+    begin, end = (
+        "format preference, by its columns chosen, messages, rejected: conversations; ",
+        "without their last messages",
     )
+    assert reading.line == f"{begin}prompt from chosen and rejected, {end}"
     with pytest.raises(ValueError, match=r"do not begin with prompt.*prompt is the column messages"):
         read_row(reading, WHOLE | {"messages": [{"role": "user", "content": "Else"}]})
 
@@ -75,7 +77,9 @@ def test_conversations_beside_whole_conversations_repeat_them():
 def test_other_formats_take_the_same_prompts():
     row = {"question": "q", "completions": ["a", "b"], "scores": [1, 2]}
     assert read_row(decide(row), row).prompt == "q"
-    assert decide(row).line == "format grouped: texts; prompt from question"
+    assert (
+        decide(row).line == "format grouped, by its columns completions, question, scores: texts; prompt from question"
+    )
 
 
 def test_two_prompts_are_none():
@@ -93,7 +97,10 @@ def test_a_source_names_its_columns():
     reading = decide(row, columns={"prompt": "ask", "chosen": "yes", "rejected": "no"})
     example = read_row(reading, row)
     assert (example.prompt, example.completions) == ("q", ("good", "bad"))
-    assert reading.line == "format preference: texts; chosen from yes; prompt from ask; rejected from no"
+    assert (
+        reading.line
+        == "format preference, by its columns ask, no, yes: texts; chosen from yes; prompt from ask; rejected from no"
+    )
     assert reading.own_columns == {"ask", "yes", "no"}
 
 
@@ -164,7 +171,7 @@ def test_a_dialogue_beside_whole_conversations_is_a_copy():
 def test_a_prompt_that_no_conversation_holds():
     """White space aside."""
     assert prompt_of({"prompt": " Hi\n"} | WHOLE) == (USER,)
-    with pytest.raises(UserError, match=r"the first row's prompt does not occur; valid: columns: {unused: prompt}"):
+    with pytest.raises(UserError, match=r"the first row's prompt does not occur; valid: columns: {unused: 'prompt'}"):
         decide({"prompt": "Translate"} | WHOLE)
     assert prompt_of({"prompt": "Translate"} | WHOLE, columns={"unused": "prompt"}) == (USER,)
     system = {"role": "system", "content": "Translate"}
@@ -173,7 +180,7 @@ def test_a_prompt_that_no_conversation_holds():
 
 def test_ids_are_the_whole_prompt():
     row = {"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3], "system": "s", "context": "c"}
-    assert decide(row).line == "format tokens: token ids"
+    assert decide(row).line == "format tokens, by its columns chosen_ids, prompt_ids, rejected_ids: token ids"
     for name, value in (("as_chat", True), ("template_args", {"a": 1})):
         with pytest.raises(UserError, match=rf"^data.train\[0\].{name}: x.jsonl has token ids"):
             decide(row, **{name: value})

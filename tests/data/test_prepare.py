@@ -236,7 +236,7 @@ def test_report(tmp_path, tokenizer_folder):
     assert source.ignored_columns == ("id", "who")
     assert report.lines() == [
         f"data.train[0] {path} (grouped): 10 rows, 7 pairs kept, 7 dropped",
-        "  format grouped: texts",
+        "  format grouped, by its columns completions, pairs, prompt: texts",
         "  dropped, empty: 1 (at :2)",
         "  dropped, identical_after_truncation: 1 (at :3)",
         "  dropped, identical: 4 (at :4, :5, :6, …)",

@@ -64,7 +64,7 @@ def known_names(own: Set[str], columns: Names, place: str) -> dict[str, str]:
     if twice is not None:
         both = " and ".join([known for known, name in mapped.items() if name == twice] + [UNUSED] * (twice in unused))
         raise UserError(place, f"{both} name the same column {twice!r}", "one name per column")
-    names = {name: name for name in own - set(taken)} | mapped
+    names = {name: name for name in sorted(own - set(taken))} | mapped
     other = next((name for name in SYSTEM if name in names), None)
     return names if "system" in names or other is None else names | {"system": names.pop(other)}
 

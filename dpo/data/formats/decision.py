@@ -46,16 +46,16 @@ def decide_reading(config: SourceConfig, own: Set[str], first_row: Row, has_type
     check_mapped(config.columns, names_read, format, f"{key}.columns")
     if FORMATS[format].holds_ids:
         _check_no_chat(config, format, key)
-        return Reading(format, names_read, line=f"format {format}: token ids")
+        return _with_line(Reading(format, names_read), config, False)
     has_whole = all(isinstance(row.get(name), list) and len(row[name]) > 1 for name in ("chosen", "rejected"))
     check_left_out(names.keys() - names_read.keys(), has_whole, f"{key}.columns: {config.path}")
     if has_whole:
-        _check_prompt_text(row, f"{key}.columns: {config.path}")
+        own_prompt = names_read.get("prompt") or ", ".join(names_read[name] for name in prompt_from)
+        _check_prompt_text(row, own_prompt, f"{key}.columns: {config.path}")
     reading = Reading(
         format, names_read, prompt_from, as_text, _is_text(format, row), "", config.template_args, has_types
     )
-    reading = replace(reading, chat_reason=_chat_reason(config, reading, key))
-    return replace(reading, line="; ".join([f"format {format}: {_kind(reading)}", *_facts(reading, has_whole)]))
+    return _with_line(replace(reading, chat_reason=_chat_reason(config, reading, key)), config, has_whole)
 
 
 def _format(config: SourceConfig, columns: set[str], first_row: Row, own: Set[str], key: str) -> str:
@@ -74,7 +74,7 @@ def _names_read(format: str, names: Names, prompt_from: tuple[str, ...], columns
     return {known: own for known, own in names.items() if known in read}
 
 
-def _check_prompt_text(first_row: Row, place: str) -> None:
+def _check_prompt_text(first_row: Row, own_name: str, place: str) -> None:
     """Raises UserError where the first row has a prompt text that its whole conversations do not hold."""
     prompt = first_row.get("prompt")
     messages = [item for name in ("chosen", "rejected") for item in first_row[name] if isinstance(item, Mapping)]
@@ -82,8 +82,9 @@ def _check_prompt_text(first_row: Row, place: str) -> None:
     if not isinstance(prompt, str) or not all(isinstance(content, str) for content in contents):
         return
     if not any(" ".join(prompt.split()) in " ".join(content.split()) for content in contents):
-        what = "chosen and rejected are whole conversations, in which the first row's prompt does not occur"
-        raise UserError(place, what, "columns: {unused: prompt} to leave it out, or {system: prompt}")
+        what = f"chosen and rejected are whole conversations, in which the first row's {own_name} does not occur"
+        valid = f"columns: {{unused: {own_name!r}}} to leave it out, or {{system: {own_name!r}}}"
+        raise UserError(place, what, valid)
 
 
 def _is_text(format: str, first_row: Row) -> bool | None:
@@ -120,7 +121,29 @@ def _check_no_chat(config: SourceConfig, format: str, key: str) -> None:
             )
 
 
+# --- the reading for people -------------------------------------------------------------------------------------------
+
+
+def _with_line(reading: Reading, config: SourceConfig, has_whole: bool) -> Reading:
+    """Returns the reading with its line for the data report."""
+    by = f", by its columns {_detected_by(reading)}" if config.format == "auto" else ""
+    facts = [f"format {reading.format}{by}: {_kind(reading)}", *_facts(reading, has_whole)]
+    return replace(reading, line="; ".join(facts))
+
+
+def _detected_by(reading: Reading) -> str:
+    """Returns the source's own names of the columns by which its format was detected."""
+    columns = dict(reading.names)
+    if reading.prompt_from:
+        columns["prompt"] = reading.names[reading.prompt_from[0]]
+    needed = next(needed for needed in FORMATS[reading.format].needs if needed <= columns.keys())
+    return ", ".join(sorted(columns[name] for name in needed))
+
+
 def _kind(reading: Reading) -> str:
+    """Returns the kind of prompts and completions."""
+    if FORMATS[reading.format].holds_ids:
+        return "token ids"
     if not reading.is_text:
         return "conversations"
     return f"texts read as conversations, since {reading.chat_reason}" if reading.chat_reason else "texts"
