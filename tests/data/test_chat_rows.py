@@ -2,6 +2,8 @@
 plain transformers: `apply_chat_template` on the messages, told by hand.
 """
 
+import json
+
 import pytest
 
 from dpo.base.errors import UserError
@@ -37,6 +39,27 @@ def plain_pair(messages, chosen, rejected):
     fulls = [tokenizer.apply_chat_template([*messages, answer], tokenize=False) for answer in (chosen, rejected)]
     assert all(full.startswith(prompt) for full in fulls)
     return tuple(tokenizer(text)["input_ids"] for text in (prompt, *(full[len(prompt) :] for full in fulls)))
+
+
+@pytest.mark.usefixtures("hf_cache")
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER], "chosen": GOOD, "rejected": BAD},
+        {"messages": [USER], "chosen": "Good", "rejected": [BAD]},
+        {"question": [USER], "chosen": "Good", "rejected": "Bad"},
+        {"chosen": json.dumps([USER, GOOD]), "rejected": json.dumps([USER, BAD])},
+        {"prompt": repr([USER]), "chosen": repr([GOOD]), "rejected": repr([BAD])},
+        {"conversations": json.dumps([{"from": "human", "value": "Hi"}]), "chosen": "Good", "rejected": "Bad"},
+        {"prompt": [USER | {"content": [{"type": "text", "text": "Hi"}]}], "chosen": [GOOD], "rejected": [BAD]},
+        {"messages": [USER | {"name": None}], "completions": ["Good", "Bad"], "ranking": [1, 2]},
+    ],
+    ids=lambda row: " ".join(row),
+)
+def test_a_row_gives_the_ids_of_plain_transformers(tmp_path, tokenizer_folder, row):
+    path = write_jsonl(tmp_path / "a.jsonl", [row] * 2)
+    data = prepare_data(make_config(path, tokenizer=tokenizer_folder), TinyModelConfig())
+    assert all_pairs(data.train) == [plain_pair([USER], GOOD, BAD)] * 2
 
 
 # --- a system column ------------------------------------------------------------------------------------------------

@@ -201,3 +201,21 @@ def test_a_few_of_many_columns_are_named(tmp_path, tokenizer_folder):
         with pytest.raises(UserError) as error:
             prepare_data(make_config(path, tokenizer=tokenizer_folder), TinyModelConfig())
         assert len(str(error.value)) < 600
+
+
+@pytest.mark.usefixtures("hf_cache")
+def test_a_broken_first_row_is_named_by_its_line(tmp_path, tokenizer_folder):
+    """Also where the prompt that it breaks is one of two columns."""
+    row = {"instruction": [USER], "input": "it"} | PAIR
+    path = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match=r"a\.jsonl:1: instruction is a list; valid: a text$"):
+        prepare_data(make_config(path, tokenizer=tokenizer_folder), TinyModelConfig())
+
+
+def test_a_first_row_without_a_pair_does_not_tell_texts_from_messages():
+    """Two conversations of which neither is the other's: the rows after it are read as what they are."""
+    other = {"role": "user", "content": "Yo"}
+    differ = {"system": "Be", "chosen": [USER, GOOD], "rejected": [other, BAD]}
+    reading = decide(differ)
+    assert reading.is_text is None
+    assert read_row(reading, WHOLE).prompt == (USER,)

@@ -17,7 +17,7 @@ from dpo.data.formats.columns import (
     prompt_columns,
 )
 from dpo.data.formats.examples import FORMATS, check_columns, detect_format, to_example
-from dpo.data.formats.reading import TEXT_OR_MESSAGES, Reading, is_kept_as_text, known_row, with_messages
+from dpo.data.formats.reading import TEXT_OR_MESSAGES, Reading, is_kept_as_text, known_row, with_messages, with_prompt
 from dpo.data.formats.row_fields import Row
 
 
@@ -37,7 +37,7 @@ def decide_reading(config: SourceConfig, own: Set[str], first_row: Row, has_type
     """
     names = known_names(own, config.columns, f"{key}.columns")
     prompt_from = prompt_columns(names)
-    row = known_row(Reading("", names, prompt_from, null_is_missing=has_types), first_row)
+    row = _with_prompt(known_row(Reading("", names, null_is_missing=has_types), first_row), prompt_from)
     as_text = tuple(name for name in TEXT_OR_MESSAGES if is_kept_as_text(row.get(name)))
     row = with_messages(row, as_text)
     format = _format(config, {*names, *(["prompt"] if prompt_from else [])}, row, own, key)
@@ -56,6 +56,14 @@ def decide_reading(config: SourceConfig, own: Set[str], first_row: Row, has_type
         format, names_read, prompt_from, as_text, _is_text(format, row), "", config.template_args, has_types
     )
     return _with_line(replace(reading, chat_reason=_chat_reason(config, reading, key)), config, has_whole)
+
+
+def _with_prompt(row: Row, prompt_from: tuple[str, ...]) -> Row:
+    """Returns the first row with its prompt; a broken one without, whose error comes with the rows."""
+    try:
+        return with_prompt(row, prompt_from)
+    except InvalidValue:
+        return row
 
 
 def _format(config: SourceConfig, columns: set[str], first_row: Row, own: Set[str], key: str) -> str:
@@ -88,12 +96,14 @@ def _check_prompt_text(first_row: Row, own_name: str, place: str) -> None:
 
 
 def _is_text(format: str, first_row: Row) -> bool | None:
-    """Returns whether the first row is of texts; None where it is broken."""
+    """Returns whether the first row is of texts; None where it is broken, or has no completion to tell it."""
     try:
         example = to_example(format, first_row)
     except InvalidValue:
         return None
-    return isinstance(example.prompt if example.completions else first_row.get("chosen"), str)
+    if example.completions:
+        return isinstance(example.prompt, str)
+    return True if isinstance(first_row.get("chosen"), str) else None
 
 
 def _chat_reason(config: SourceConfig, reading: Reading, key: str) -> str:
@@ -144,6 +154,8 @@ def _kind(reading: Reading) -> str:
     """Returns the kind of prompts and completions."""
     if FORMATS[reading.format].holds_ids:
         return "token ids"
+    if reading.is_text is None and not reading.chat_reason:
+        return "texts or conversations"
     if not reading.is_text:
         return "conversations"
     return f"texts read as conversations, since {reading.chat_reason}" if reading.chat_reason else "texts"

@@ -23,7 +23,7 @@ def decoded(value: Any, kind: type) -> Any:
     """
     if not isinstance(value, str) or value.lstrip()[:1] != ("[" if kind is list else "{"):
         return value
-    for parse in (json.loads, _python_value, _numpy_list):
+    for parse in (json.loads, _python_value):
         try:
             result = parse(value.strip())
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
@@ -56,12 +56,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _python_value(text: str) -> Any:
-    """Returns the value of a Python literal, without Python's warnings about its escape sequences."""
+    """Returns the value of a Python literal, which may be a printed numpy array of objects."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ast.literal_eval(text)
-
-
-def _numpy_list(text: str) -> Any:
-    """Returns the list of objects that numpy printed without commas."""
-    return _python_value(NUMPY_SEPARATOR.sub("}, {", text))
+        warnings.simplefilter("ignore")  # Python warns about escape sequences
+        return ast.literal_eval(NUMPY_SEPARATOR.sub("}, {", text))

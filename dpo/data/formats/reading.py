@@ -35,7 +35,7 @@ class Reading:
     messages_as_text: tuple[str, ...] = ()
     """The fields of TEXT_OR_MESSAGES whose messages are kept as text."""
     is_text: bool | None = None
-    """Whether the first row is of texts; None where it is of token ids, or broken."""
+    """Whether the first row is of texts; None where it is of token ids, broken, or has no completion."""
     chat_reason: str = ""
     """The reason for which texts are read as conversations; empty where they stay texts."""
     template_args: Mapping[str, Any] = field(default_factory=dict)
@@ -77,13 +77,21 @@ def read_row(reading: Reading, record: Row) -> Example:
 
 
 def known_row(reading: Reading, record: Row) -> Row:
-    """Returns the columns of a raw row that are not null, by the names that the formats know, with `prompt`."""
+    """Returns the columns of a raw row that are not null, by the names that the formats know."""
     known = {own: name for name, own in reading.names.items()}
     row = {known[own]: value for own, value in record.items() if own in known and value is not None}
-    row = without_nulls(row) if reading.null_is_missing else row
-    if not any(name in row for name in reading.prompt_from):
-        return row
-    return row | {"prompt": _joined([row[name] for name in reading.prompt_from if name in row], reading.prompt_from)}
+    return without_nulls(row) if reading.null_is_missing else row
+
+
+def with_prompt(row: Row, prompt_from: tuple[str, ...]) -> Row:
+    """Returns the row with the prompt of its columns: one value, or the texts of two that are not blank, with a line
+    feed between them. Raises InvalidValue where one of two is no text.
+    """
+    given = [name for name in prompt_from if name in row]
+    if len(given) < 2:
+        return {**row, "prompt": row[given[0]]} if given else row
+    texts = [text_of(row[name], name) for name in given]
+    return {**row, "prompt": "\n".join(text for text in texts if text.strip())}
 
 
 def with_messages(row: Row, names: tuple[str, ...]) -> Row:
@@ -111,7 +119,7 @@ def without_nulls(value: Any) -> Any:
 
 
 def _example(reading: Reading, row: Row) -> Example:
-    row = with_messages(row, reading.messages_as_text)
+    row = with_messages(with_prompt(row, reading.prompt_from), reading.messages_as_text)
     _check_texts(reading, row)
     example = to_example(reading.format, row)
     if FORMATS[reading.format].holds_ids or not example.completions:
@@ -158,14 +166,6 @@ def _messages(value: object, name: str) -> object:
         what = f"{name} is a text without messages; in the source's first row it holds messages, kept as JSON text"
         raise InvalidValue(what, "one kind per source")
     return value if messages is None else messages
-
-
-def _joined(values: list[Any], names: tuple[str, ...]) -> Any:
-    """Returns the prompt of its columns: one value, or the texts that are not blank with a line feed between two."""
-    if len(names) == 1 or len(values) == 1:
-        return values[0]
-    texts = [text_of(value, name) for value, name in zip(values, names, strict=True)]
-    return "\n".join(text for text in texts if text.strip())
 
 
 def _own_names(reading: Reading, what: str) -> str:
