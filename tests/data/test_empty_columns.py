@@ -14,7 +14,8 @@ from tests.support.data_fixtures import write_jsonl
 
 pytest_plugins = ["tests.support.data_plugin"]
 pytestmark = pytest.mark.usefixtures("hf_cache")
-NOTHING = {"system": "", "tools": [], "extra": {}, "none": None, "late": None, "tags": [], "n": 0, "ok": False}
+EMPTY = {"system": "", "note": "", "tools": [], "images": [], "extra": {}, "none": None}
+NOTHING = EMPTY | {"late": None, "tags": [], "n": 0, "ok": False}
 ROWS = [
     NOTHING | {"prompt": "p"},
     NOTHING | {"prompt": "", "system": None, "tools": None, "late": ""},
@@ -30,8 +31,9 @@ def columns(path) -> set[str]:
 
 def arrow_table(chunk_rows: int) -> pa.Table:
     """ROWS with types that Parquet has, in chunks of so many rows; none is an object without keys, as `extra`."""
-    types = {"prompt": pa.string(), "system": pa.large_string(), "tools": pa.list_(pa.string()), "none": pa.null(),
-             "late": pa.string(), "tags": pa.large_list(pa.string()), "n": pa.int64(), "ok": pa.bool_()}  # fmt: skip
+    text, texts = pa.string(), pa.list_(pa.string())
+    types = {"prompt": text, "system": text, "note": pa.large_string(), "tools": texts, "none": pa.null(), "late": text,
+             "images": pa.large_list(text), "tags": texts, "n": pa.int64(), "ok": pa.bool_()}  # fmt: skip
     schema = pa.schema(list(types.items()))
     rows = [{name: row[name] for name in types} for row in ROWS]
     parts = [pa.Table.from_pylist(rows[i : i + chunk_rows], schema) for i in range(0, len(rows), chunk_rows)]

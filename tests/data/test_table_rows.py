@@ -67,11 +67,20 @@ def test_line_ends_of_windows_and_blank_lines(tmp_path):
     assert read(tmp_path / "a.csv") == ([{"prompt": "a\r\nb", "n": "1"}, {"prompt": "c", "n": "2"}], places)
 
 
-def test_a_long_field_leaves_the_limit_of_others_as_it_is(tmp_path):
-    """Python's csv module refuses fields of more than 131,072 characters, unless told otherwise for the process."""
-    limit, long = csv.field_size_limit(), "x" * 300_000
+@pytest.fixture
+def limit():
+    """A limit of Python's csv module that is not its own, 131,072 characters, and the former one after the test."""
+    former = csv.field_size_limit(1000)
+    yield 1000
+    csv.field_size_limit(former)
+
+
+def test_a_long_field_leaves_the_limit_of_others_as_it_is(tmp_path, limit):
+    """Python's csv module refuses longer fields, unless told otherwise for the process."""
+    long = "x" * 300_000
     (tmp_path / "a.csv").write_bytes(table(",", [["p", long, "r", "n"]]))
     assert read(tmp_path / "a.csv")[0][0]["chosen"] == long
+    assert csv.field_size_limit() == limit
     (tmp_path / "b.csv").write_text(f'a,b\n1,2\n3,"{long}')
     assert fault(tmp_path / "b.csv").startswith(f"{tmp_path}/b.csv:3: ")
     assert csv.field_size_limit() == limit

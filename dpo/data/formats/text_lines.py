@@ -11,6 +11,7 @@ from dpo.base.errors import UserError
 GZIP, BOM = b"\x1f\x8b", b"\xef\xbb\xbf"
 SPACE = " \t\n\r"
 """White space as JSON defines it."""
+PEEK_BYTES = 4096
 Line = tuple[int, str]
 """(number from 1, text with its line end)."""
 
@@ -41,11 +42,18 @@ def text_lines(path: str, name: str) -> Iterator[Line]:
 
 
 def first_character(path: str) -> str:
-    """Returns the first character of a file that is not white space; empty where there is none or it is not UTF-8."""
+    """Returns the first character of a file that is not white space, if it is ASCII; another one where it is not, and
+    none where the file is empty or a broken gzip. Reads no more than it needs: the first line may be the whole file.
+    """
     try:
-        return next((text.lstrip(SPACE)[0] for _, text in text_lines(path, path)), "")
-    except UserError:
-        return ""
+        with _open(path) as file:
+            while chunk := file.read(PEEK_BYTES):
+                begin = chunk.removeprefix(BOM).lstrip(SPACE.encode())
+                if begin:
+                    return chr(begin[0])
+    except (OSError, EOFError, zlib.error):
+        pass  # the reader of the file raises it with its place
+    return ""
 
 
 def _open(path: str) -> BufferedIOBase:
