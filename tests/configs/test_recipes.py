@@ -116,6 +116,7 @@ def test_a_recipe_is_estimated(recipe: str, tmp_path: Path, capsys: pytest.Captu
     shape, num_ranks, billions = SHAPES[recipe]
     (tmp_path / "config.json").write_text(json.dumps(shape))
     words = ["--config", str(FOLDER / f"{recipe}.yaml"), "--model.path", str(tmp_path), "--ranks", str(num_ranks)]
+    words += ["--parallel.activation_checkpointing", "full", "--parallel.sync_gradients", "every_micro_batch"]
     assert exit_code_of(program.main, "dpo.estimate", *words) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert f"{billions} billion parameters, one copy over {num_ranks} H100" in shown
