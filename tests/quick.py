@@ -84,6 +84,7 @@ SLOW: Sequence[str] = (
     "step/test_first_step",
     "step/test_loss_seam.py",
     "step/test_metrics.py",
+    "step/test_pair_weights.py",
     "tests/test_surroundings.py",
 )
 """Starts of the names of tests that start processes, run a training (it asks git for the commit) or wait."""
