@@ -80,6 +80,7 @@ SLOW: Sequence[str] = (
     "run/test_folder.py",
     "run/test_profiling.py",
     "run/test_provenance.py",
+    "run/test_sft.py",
     "run/test_summary.py",
     "step/test_first_step",
     "step/test_loss_seam.py",

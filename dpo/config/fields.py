@@ -49,7 +49,7 @@ class SourceConfig:
     """Split of a hub data set or of a saved folder with several."""
     format: Literal[
         "auto", "tokens", "grouped", "sharegpt", "preference", "hh", "shp", "tldr", "judged", "arena", "helpsteer",
-        "nectar", "rated", "tldr_tokens",
+        "nectar", "rated", "tldr_tokens", "demonstrations",
     ] = "auto"  # fmt: skip
     """Format of the rows; auto: recognized by the names of the columns."""
     columns: dict[str, str] = field(default_factory=dict)

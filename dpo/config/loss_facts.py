@@ -31,6 +31,13 @@ class LossFacts:
     offsets: bool = False
     """The loss takes a margin per pair, from the column that a source names in `columns`."""
 
+    @property
+    def compares(self) -> bool:
+        """Returns whether the loss compares winners with losers; one that does not takes demonstrations too, and no
+        loser is computed.
+        """
+        return self.rewards is not None
+
 
 LOSS_FACTS: Mapping[LossName, LossFacts] = {
     "dpo": LossFacts(uses_reference=True, rewards="implicit", smooths=True, offsets=True),

@@ -23,6 +23,8 @@ class Part:
     """(rows,) bool: whether the pairs of a row belong to the set."""
     num_pairs: int | None = None
     """The number of pairs of the source in an epoch, see `shares`; None: each pair once."""
+    has_losers: bool = True
+    """Whether the set has the losers; else the winner of each pair stands in the loser's place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,10 +96,17 @@ def _parts(source: Part, begin: tuple[int, int], values: Sequence[str]) -> Itera
             file.seek(0)
             for batch in pa.ipc.open_stream(file):
                 is_kept = source.is_kept[num_rows : num_rows + len(batch)]
-                yield _part(batch, is_kept, (first_row + num_rows, first_byte), memory, values)
+                columns = _part(batch, is_kept, (first_row + num_rows, first_byte), memory, values)
+                yield columns if source.has_losers else _without_losers(columns)
                 num_rows += len(batch)
             first_byte += memory.size
     assert num_rows == len(source.is_kept)
+
+
+def _without_losers(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the columns with the winner of each pair in the loser's place."""
+    winner = {"sizes": [0, 1, 1], "places": [0, 1, 1], "keys": [0, 0]}
+    return columns | {name: columns[name][:, indices] for name, indices in winner.items()}
 
 
 def _values_of(batch: pa.RecordBatch, name: str) -> np.ndarray:

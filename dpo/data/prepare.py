@@ -12,6 +12,7 @@ Stages 4 to 6 and the counts are cached too: a later start with the same data co
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,11 @@ import numpy as np
 from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.files import make_folder_atomically
-from dpo.config import Config, SourceConfig
+from dpo.config import Config, LossConfig, SourceConfig
 from dpo.data.caching import cache_path, digest
 from dpo.data.encoder import Encoder, ids_encoder, surplus_tokens, template_name, text_encoder
 from dpo.data.formats.decision import decide_reading
-from dpo.data.formats.examples import holds_ids
+from dpo.data.formats.examples import FORMATS, holds_ids
 from dpo.data.formats.reading import Reading, check_template
 from dpo.data.holdout import Split, split_sources
 from dpo.data.numbering import Part, write_pair_set
@@ -95,10 +96,10 @@ def prepare_data(config: Config, model_config: Any) -> PreferenceData:
     """
     opened = [_open(source, f"data.train[{i}]") for i, source in enumerate(config.data.train)]
     opened += [_open(source, f"data.eval[{i}]") for i, source in enumerate(config.data.eval)]
+    _check_losers(opened, config.loss)
     sources = _tokenize(opened, config, model_config)
     train, evals = sources[: len(config.data.train)], sources[len(config.data.train) :]
-    folder = cache_path(f"pairs-{_content(train, evals, config.train.seed)}")
-    prepared = _from_cache(folder, train, evals, config.train.seed)
+    prepared = _from_cache(cache_path(f"pairs-{_content(train, evals, config)}"), train, evals, config)
     prepared = replace(prepared, report=_with_encoders(prepared.report, sources, model_config.vocab_size))
     if config.data.on_bad_row == "stop":
         _raise_first_dropped(sources)
@@ -110,6 +111,14 @@ def _open(config: SourceConfig, key: str) -> _Opened:
     source = open_source(config, key)
     reading = decide_reading(config, source.columns, source.first_row(), not source.has_lines, key)
     return _Opened(key, config, source, reading)
+
+
+def _check_losers(opened: list[_Opened], loss: LossConfig) -> None:
+    """Raises UserError for a source of demonstrations, where the loss compares winners with losers."""
+    for entry in opened:
+        if loss.facts.compares and not FORMATS[entry.reading.format].compares:
+            what = f"{entry.config.path} has demonstrations, rows without rejected, and loss.name {loss.name} compares"
+            raise UserError(f"{entry.key}.path", what, "rows with chosen and rejected, or loss.name sft")
 
 
 def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[_Tokenized]:
@@ -141,7 +150,7 @@ def _raise_first_dropped(sources: list[_Tokenized]) -> None:
 # --- the pairs and their counts, cached -------------------------------------------------------------------------------
 
 
-def _content(train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> str:
+def _content(train: list[_Tokenized], evals: list[_Tokenized], config: Config) -> str:
     """Returns a hash of everything that `_number` depends on, 32 hex digits.
 
     The name of a file of token rows stands for its rows. Its size and modification time are hashed as well, because the
@@ -151,16 +160,16 @@ def _content(train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> str
     layout = [(name, info.st_size, info.st_mtime_ns) for name, info in files]
     num_files = [len(entry.files) for entry in train], [len(entry.files) for entry in evals]
     holdouts = [entry.config.holdout for entry in train]
-    shares = [describe_share(entry.config) for entry in train]
-    facts = (layout, (*num_files, holdouts), seed)
-    return digest([f"pairs {FORMAT}", repr(facts), *(shares if any(shares) else [])])
+    shares = [(entry.config.weight, entry.config.count) for entry in train]
+    facts = (layout, (*num_files, holdouts, shares), config.train.seed, config.loss.facts.compares)
+    return digest([f"pairs {FORMAT}", repr(facts)])
 
 
-def _from_cache(folder: Path, train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> PreferenceData:
+def _from_cache(folder: Path, train: list[_Tokenized], evals: list[_Tokenized], config: Config) -> PreferenceData:
     """Returns the data in a cache folder; makes the folder where it does not exist, and again where it is damaged."""
 
     def make() -> None:
-        make_folder_atomically(folder, lambda draft: _number(draft, train, evals, seed))
+        make_folder_atomically(folder, lambda draft: _number(draft, train, evals, config))
 
     if not folder.is_dir():
         make()
@@ -173,16 +182,17 @@ def _from_cache(folder: Path, train: list[_Tokenized], evals: list[_Tokenized], 
         return _read(folder, train, evals)
 
 
-def _number(draft: Path, train: list[_Tokenized], evals: list[_Tokenized], seed: int) -> None:
+def _number(draft: Path, train: list[_Tokenized], evals: list[_Tokenized], config: Config) -> None:
     """Writes the pair sets of training and evaluation, and the report. Raises UserError for the first broken row."""
     for entry in train + evals:
         raise_first_error(entry.rows, entry.source)
+    seed, part = config.train.seed, partial(Part, has_losers=config.loss.facts.compares)
     splits = split_sources([(entry.key, entry.rows, entry.config.holdout) for entry in train], seed)
     both = list(zip(train, splits, strict=True))
-    parts = [Part(entry.files, split.train, pairs_of_epoch(entry.config, split.num_train)) for entry, split in both]
+    parts = [part(entry.files, split.train, pairs_of_epoch(entry.config, split.num_train)) for entry, split in both]
     train_set = write_pair_set(draft / TRAIN, parts, _values_of(train), seed)
-    parts = [Part(entry.files, np.ones(len(entry.rows), bool)) for entry in evals]
-    parts += [Part(entry.files, split.held) for entry, split in both]
+    parts = [part(entry.files, np.ones(len(entry.rows), bool)) for entry in evals]
+    parts += [part(entry.files, split.held) for entry, split in both]
     eval_set = write_pair_set(draft / EVAL, parts, _values_of(evals + train), seed)
     reports = [_report(entry) for entry in train + evals]
     reports[: len(train)] = [_with_share(report, *each) for report, each in zip(reports, both, strict=False)]

@@ -187,7 +187,7 @@ def _columns(tokenized: TokenizedExample) -> dict[str, Any]:
         "completions_truncated": tokenized.completions_truncated,
         "over_positions": tokenized.over_positions,
         "repeated_pairs": len(pairs) - len(set(pairs)),
-        "contradicting_pairs": sum((loser, winner) in pairs for winner, loser in pairs),
+        "contradicting_pairs": sum((loser, winner) in pairs for winner, loser in pairs if winner != loser),
         "boundary_merges": tokenized.boundary_merges,
         **{kind: tokenized.kind == kind for kind in ("chats", "texts", "rendered_chats")},
         "control_texts": tokenized.has_control_text,

@@ -176,11 +176,12 @@ def _reason(pair: Index, faults: list[str | None], full: Sequence[Ids], cut: Seq
     found = {faults[winner], faults[loser]} - {None}
     if found:
         return min(found, key=FAULTS.index)
-    if full[winner] == full[loser]:
+    is_compared = winner != loser  # no demonstration
+    if is_compared and full[winner] == full[loser]:
         return "identical"
     if not cut[winner] or not cut[loser]:
         return "no_room"
-    return "identical_after_truncation" if cut[winner] == cut[loser] else None
+    return "identical_after_truncation" if is_compared and cut[winner] == cut[loser] else None
 
 
 def _fault(text: str | Message | tuple[int, ...], completion: Completion, stop_ids: tuple[int, ...]) -> str | None:

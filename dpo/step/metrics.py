@@ -121,16 +121,16 @@ def pair_means(sums: Mapping[str, float], has_rewards: bool) -> dict[str, float]
     rewards/accuracies  share of pairs whose winner has the strictly greater reward
     pairs            P
 
-    Some losses have no rewards (`has_rewards` is False).
+    A loss without rewards (`has_rewards` is False) compares no answers: there is no logps/rejected then.
     """
     pairs = max(sums["pairs"], 1)
     means = {
         "loss": sums["losses"] / pairs,
         "loss_sft": sums["winner_nll"] / max(sums["winner_tokens"], 1),
         "logps/chosen": sums["chosen_logps"] / pairs,
-        "logps/rejected": sums["rejected_logps"] / pairs,
     }
     if has_rewards:
+        means["logps/rejected"] = sums["rejected_logps"] / pairs
         chosen, rejected = sums["chosen_rewards"] / pairs, sums["rejected_rewards"] / pairs
         means |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}
         means["rewards/accuracies"] = sums["accurate"] / pairs

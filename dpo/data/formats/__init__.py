@@ -10,6 +10,7 @@ example.py     `Example`, and the type of a reader
 listed.py      readers: completions in a list, with pairs, scores or a ranking
 pairwise.py    readers: a chosen and a rejected answer
 published.py   readers: sets of texts as their authors published them
+demonstrations.py  reader: an answer that is compared with nothing
 judged.py      readers: answers with a winner, votes, ranks or ratings
 examples.py    `FORMATS`, and a row by known names -> `Example`
 columns.py     the source's own names of columns, and the columns that look like part of the prompt

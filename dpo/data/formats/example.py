@@ -22,6 +22,7 @@ class Example:
     prompt: str | tuple[Message, ...] | tuple[int, ...]
     completions: tuple[str | Message | tuple[int, ...], ...]
     pairs: tuple[Index, ...]
+    """(winner, loser); of a demonstration, which is compared with nothing, the loser is the winner itself."""
     dropped: tuple[str, ...] = ()
     template_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the chat template for this row, `tools` among them; empty for texts and tokens."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from dpo.base.errors import UserError
+from dpo.data.formats.demonstrations import demonstrations
 from dpo.data.formats.example import Example, Reader
 from dpo.data.formats.judged import ANSWERS, LISTS, VOTES, WINNERS, arena, helpsteer, judged, nectar, rated
 from dpo.data.formats.listed import PREFERENCES, grouped, tokens
@@ -30,6 +31,8 @@ class Format:
     reader: Reader
     holds_ids: bool = False
     """Prompt and completions are token ids: no tokenizer is needed."""
+    compares: bool = True
+    """The rows have winners and losers, not demonstrations alone."""
     fits: Callable[[set[str], Row], bool] = lambda columns, first_row: True
     """(columns, first row) -> whether `auto` may take this format where another one needs the same columns."""
 
@@ -41,6 +44,10 @@ class Format:
     def has_columns(self, columns: set[str]) -> bool:
         """Returns whether a source with these columns has one of the alternatives."""
         return any(needed <= columns for needed in self.needs)
+
+
+LABELS = frozenset({"label", "labels", "rejected"})
+"""Columns that make rows with one answer something else than demonstrations: answers judged good or bad, or pairs."""
 
 
 def _columns(*names: str) -> Columns:
@@ -157,6 +164,14 @@ _ENTRIES = (
         "query_rejected_token_response_label}",
         reader=tldr_tokens,
         holds_ids=True,
+    ),
+    Format(
+        name="demonstrations",
+        needs=(_columns("messages"), _columns("prompt", "completion"), _columns("prompt", "chosen")),
+        shape="{prompt, completion|chosen} or {messages}, for loss.name sft",
+        reader=demonstrations,
+        fits=lambda columns, first_row: not columns & LABELS,
+        compares=False,
     ),
 )
 

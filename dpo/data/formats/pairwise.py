@@ -61,15 +61,25 @@ def answer_of(value: object, name: str, prompt: str | Iterable[Message]) -> str 
 
 def _conversations(chosen: object, rejected: object, prompt: object) -> Example:
     """Reads two whole conversations, each with at least one message before the answer."""
-    (context, answer), (other, worse) = (_split(v, k) for v, k in ((chosen, "chosen"), (rejected, "rejected")))
+    (context, answer), (other, worse) = (
+        split_conversation(v, k) for v, k in ((chosen, "chosen"), (rejected, "rejected"))
+    )
     own = (context, other, (*context, answer), (*other, worse))
     if isinstance(prompt, list) and messages_of(prompt, "prompt") not in own:
         raise InvalidValue("chosen and rejected do not begin with prompt", "whole conversations or one answer each")
     return Example(context, (answer, worse), ((0, 1),)) if context == other else PROMPTS_DIFFER
 
 
-def _split(value: object, name: str) -> tuple[tuple[Message, ...], Message]:
-    """Returns the prompt and the answer of a conversation: all messages but the last, and the last."""
+def split_conversation(value: object, name: str) -> tuple[tuple[Message, ...], Message]:
+    """Returns the prompt and the answer of a conversation: all messages but the last, and the last.
+
+    Args:
+        value: the field's value.
+        name: the field's name, for errors.
+
+    Raises:
+        InvalidValue: the value is no list of at least two messages, or the last is not the assistant's.
+    """
     messages = messages_of(value, name)
     if len(messages) < 2:
         raise InvalidValue(f"{name} has one message", "a whole conversation, or a prompt of messages beside it")
