@@ -34,6 +34,7 @@ Where do I add ...
     a loss                 step/losses.py: a function and an entry in `LOSSES`; config/loss_facts.py: name, facts;
                            config/fields.py: its line in the help of loss.name
     a data format          data/formats/: a reader, and an entry in `FORMATS` of examples.py; its name in config
+    a set by its name      configs/data/: a file; rows of its shape in tests/data/test_named_sets.py
     a key of the config    config/fields.py: a field with its docstring; its bounds in config/rules.py
     a metric               step/metrics.py; its chart in board/charts.py
     an optimizer           step/optim.py, and `optimizer_elements` there

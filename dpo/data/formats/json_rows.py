@@ -12,7 +12,7 @@ BEGINS = ("{", "[")
 EMPTY_TEXTS = ("", "[]", "{}", "null")
 """The texts without a value; the last three are JSON, as tables keep lists and objects."""
 EMPTY: tuple[object, ...] = (None, [], {}, *EMPTY_TEXTS)
-"""The values that a row may as well not have."""
+"""The values of a column that is as good as absent."""
 FILES = "JSON or JSONL, *.csv, *.tsv (all of them also gzipped), Parquet"
 Located = tuple[int, str, Any]
 """(line from 1, the row's text, its value)."""
@@ -48,11 +48,13 @@ def json_rows(path: str, name: str) -> Iterator[dict[str, Any]]:
 def _located_rows(path: str, name: str) -> Iterator[Located]:
     """Yields the rows of an array or of lines, by the first character that is not white space: `[` begins an array."""
     lines = text_lines(path, name)
-    for first in lines:
-        begins = first[1].lstrip(SPACE)[0]
-        if begins not in BEGINS:
-            raise UserError(f"{name}:{first[0]}", f"not JSON, which begins with {{ or [, but {begins!r}", FILES)
-        yield from _array_rows(first, lines, name) if begins == "[" else _line_rows(first, lines, name)
+    first = next(lines, None)
+    if first is None:
+        return
+    begins = first[1].lstrip(SPACE)[0]
+    if begins not in BEGINS:
+        raise UserError(f"{name}:{first[0]}", f"not JSON, which begins with {{ or [, but {begins!r}", FILES)
+    yield from _array_rows(first, lines, name) if begins == "[" else _line_rows(first, lines, name)
 
 
 def _line_rows(first: Line, lines: Iterable[Line], name: str) -> Iterator[Located]:

@@ -65,13 +65,14 @@ def _header(row: TableRow | None, name: str) -> list[str]:
 def _fields(path: str, name: str, delimiter: str) -> Iterator[TableRow]:
     """Yields the fields of each row, without blank rows."""
     lines = text_lines(path, name)
-    for first in lines:
-        reader = csv.reader(_texts(first, lines, name), delimiter=delimiter, strict=True)
-        line = first[0]
-        while (values := _next_row(reader, f"{name}:{line}")) is not None:
-            if values:
-                yield line, values
-            line = first[0] + reader.line_num
+    first = next(lines, None)
+    if first is None:
+        return
+    reader, line = csv.reader(_texts(first, lines, name), delimiter=delimiter, strict=True), first[0]
+    while (values := _next_row(reader, f"{name}:{line}")) is not None:
+        if values:
+            yield line, values
+        line = first[0] + reader.line_num
 
 
 def _texts(first: Line, lines: Iterator[Line], name: str) -> Iterator[str]:
