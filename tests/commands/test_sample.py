@@ -121,7 +121,7 @@ def test_texts_for_a_model_with_a_chat_template(
 
 
 def test_generation_ends_at_every_stop_token(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The second token of the plain model's answer is a stop token of generation_config.json alone; not shown."""
+    """At a stop token that generation_config.json alone names, the second of the plain model's answer."""
     folder = Path(shutil.copytree(folders / "policy", tmp_path / "model"))
     answer = plain_greedy(plain_model(folder), [BOS, *ids("ab")], NEW)
     assert len(answer) == NEW and answer[1] not in (answer[0], EOS)
