@@ -4,7 +4,9 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import datasets
 import numpy as np
 import pytest
 
@@ -58,10 +60,15 @@ def mixture(root: Path, run_dir: Path, group_by_prompt: bool, **changes: Any) ->
     return make_config(root / "model", root / "a.jsonl", run_dir, **(facts | changes))
 
 
-def pairs_of_steps(config: Config) -> list[list[tuple[Ids, float, float]]]:
-    """The ids, the weight and the margin of every pair of every step, as a rank reads them."""
+def pairs_of_steps(config: Config, folder: Path) -> list[list[tuple[Ids, float, float]]]:
+    """The ids, the weight and the margin of every pair of every step, as a rank reads them that has a cache of its
+    own, so that it chooses the pairs itself.
+    """
     with open_world(70) as world:
-        inputs = read_inputs(config, world)
+        cache = folder / f"rank {world.rank} of {world.size}"
+        with patch.object(datasets.config, "HF_DATASETS_CACHE", cache):
+            inputs = read_inputs(config, world)
+        assert cache.is_dir()
         steps = []
         for step in range(1, inputs.last_step + 1):
             pairs = inputs.data.train.pairs(inputs.order.items(step, inputs.last_item))
@@ -86,10 +93,10 @@ def test_every_rank_reads_the_same_pairs(ranks: Ranks, root: Path, tmp_path: Pat
     times, with the weights and margins of their rows.
     """
     config = mixture(root, tmp_path / "run", group_by_prompt)
-    (steps,) = ranks(1, pairs_of_steps, config)
+    (steps,) = ranks(1, pairs_of_steps, config, tmp_path)
     assert [len(step) for step in steps] == [8] * 12 + [2]
     for size in (2, 3):
-        assert ranks(size, pairs_of_steps, config) == [steps] * size
+        assert ranks(size, pairs_of_steps, config, tmp_path) == [steps] * size
     sequence = [pair for step in steps for pair in step]
     first, second = Counter(sequence[:PAIRS_OF_EPOCH]), Counter(sequence[PAIRS_OF_EPOCH:])
     assert first == second and sequence[:PAIRS_OF_EPOCH] != sequence[PAIRS_OF_EPOCH:]
