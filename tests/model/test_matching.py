@@ -100,7 +100,7 @@ HARMLESS = {
     "gpt2": {"transformer.h.0.attn.bias": MASK, "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)},
     "gpt-neox": {"gpt_neox.layers.0.attention.bias": MASK, "gpt_neox.layers.0.attention.masked_bias": torch.ones(())},
     "llama": {f"{LAYER}.rotary_emb.inv_freq": torch.ones(4), "model.embeddings.position_ids": torch.ones(1, 8)},
-    "llama-tied": {"model.rotary_emb.inv_freq": torch.ones(4)},
+    "llama-tied": {"model.rotary_emb.inv_freq": torch.ones(4), "model.layers.0.self_attn.bias": MASK},
 }
 
 
