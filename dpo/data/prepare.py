@@ -118,7 +118,8 @@ def _check_losers(opened: list[_Opened], loss: LossConfig) -> None:
     for entry in opened:
         if loss.facts.compares and not FORMATS[entry.reading.format].compares:
             what = f"{entry.config.path} has demonstrations, rows without rejected, and loss.name {loss.name} compares"
-            raise UserError(f"{entry.key}.path", what, "rows with chosen and rejected, or loss.name sft")
+            valid = "rows with chosen and rejected (columns: {rejected: NAME}), or loss.name sft"
+            raise UserError(f"{entry.key}.path", what, valid)
 
 
 def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[_Tokenized]:

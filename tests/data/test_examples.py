@@ -236,7 +236,7 @@ def test_texts_without_the_mark_are_not_hh():
     ("columns", "nearest", "lacks"),
     [
         ("answer", "preference {prompt, chosen, rejected}", "chosen and rejected"),
-        ("prompt chosen worse", "preference {prompt, chosen, rejected}", "rejected"),
+        ("chosen worse", "preference {prompt, chosen, rejected}", "rejected"),
         ("prompt completions mark", "grouped {prompt, completions, pairs|scores|ranking}", "pairs"),
         ("prompt_ids chosen_ids", "tokens {prompt_ids, chosen_ids, rejected_ids}", "rejected_ids"),
         ("history human_ref_A human_ref_B", "shp {history, human_ref_A, human_ref_B, labels}", "labels"),

@@ -46,7 +46,7 @@ def lines_of(tmp_path, rows, template=CHAT_TEMPLATE, **source) -> list[str]:
 )
 def test_the_template_of_a_source(rows, template, source, expected: str, tmp_path) -> None:
     lines = lines_of(tmp_path, rows, template, **source)
-    assert [line for line in lines[1:] if "template" in line] == [expected]
+    assert [line for line in lines[2:] if "template" in line] == [expected], "after the line of the format"
 
 
 def test_rows_of_tokens_have_no_template(tmp_path) -> None:

@@ -116,9 +116,9 @@ def test_the_total_loss_has_the_weighted_sft_term() -> None:
     assert means["loss"] == pytest.approx(LN2 + 0.5)
 
 
-def test_without_a_reference_there_are_no_rewards() -> None:
+def test_a_loss_that_compares_nothing_has_no_rewards_and_no_losers() -> None:
     means = pair_means(sums_of(make_batch([-3.0, -9.0], [0.0, 0.0], [(0, 1)]), loss=LossConfig(name="sft")), False)
-    assert sorted(means) == ["logps/chosen", "logps/rejected", "loss", "loss_sft", "pairs"]
+    assert sorted(means) == ["logps/chosen", "loss", "loss_sft", "pairs"]
     assert means["loss"] == means["loss_sft"] == pytest.approx(1.5)
 
 
