@@ -5,13 +5,13 @@ They hold for all pairs of the row. Token rows have them as columns beside `toke
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import datasets
 import numpy as np
 
 from dpo.base.errors import InvalidValue
+from dpo.data.formats.numbers import as_number
 from dpo.data.formats.row_fields import Row, field, shown
 from dpo.data.sources import decode_row
 
@@ -67,11 +67,7 @@ def _number(value: Any, name: str, column: str) -> float:
         InvalidValue: the value is anything else.
     """
     least, valid = (0.0, "a finite number >= 0") if name == "weight" else (-math.inf, "a finite number")
-    number = value
-    if isinstance(value, str):  # as a CSV file has it
-        with suppress(ValueError):
-            number = float(value)
-    is_number = isinstance(number, int | float) and not isinstance(number, bool)
-    if not (is_number and abs(number) <= LARGEST and number >= least):
+    number = as_number(value)
+    if number is None or abs(number) > LARGEST or number < least:
         raise InvalidValue(f"{column}, the {name} of the row's pairs, is {shown(value)}", valid)
     return float(number)
