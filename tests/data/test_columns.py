@@ -208,7 +208,7 @@ def test_a_broken_first_row_is_named_by_its_line(tmp_path, tokenizer_folder):
     """Also where the prompt that it breaks is one of two columns."""
     row = {"instruction": [USER], "input": "it"} | PAIR
     path = write_jsonl(tmp_path / "a.jsonl", [row])
-    with pytest.raises(UserError, match=r"a\.jsonl:1: instruction is a list.*; valid: a text$"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: instruction is a list .*; valid: a text$"):
         prepare_data(make_config(path, tokenizer=tokenizer_folder), TinyModelConfig())
 
 

@@ -31,7 +31,7 @@ def as_conversation(example: Example) -> Example:
 def _turns(prompt: str) -> tuple[Message, ...]:
     """Returns the messages of a prompt: the turns of a dialogue that ends where the assistant begins, else one."""
     preface, *parts = TURN.split(prompt)
-    if not parts or parts[-1].strip() or parts[-2] != "Assistant" or "Human" not in parts:
+    if not parts or parts[-1].strip() or parts[-2] != "Assistant" or "Human" not in parts[::2]:
         return ({"role": "user", "content": prompt},)
     if preface.strip():
         raise InvalidValue(f"the dialogue begins with {preface[:40]!r}", "'\\n\\nHuman:' at its beginning")

@@ -1,4 +1,4 @@
-"""The columns and the first row of a source -> its `Reading`."""
+"""The columns and the first row of a source -> its `Reading`: decided once, before any row is tokenized."""
 
 from collections.abc import Mapping, Set
 from dataclasses import replace
@@ -37,7 +37,7 @@ def decide_reading(config: SourceConfig, own: Set[str], first_row: Row, has_type
     """
     names = known_names(own, config.columns, f"{key}.columns")
     prompt_from = prompt_columns(names)
-    row = _with_prompt(known_row(Reading("", names, null_is_missing=has_types), first_row), prompt_from)
+    row = _with_prompt(known_row(first_row, names, has_types), prompt_from)
     as_text = tuple(name for name in TEXT_OR_MESSAGES if is_kept_as_text(row.get(name)))
     row = with_messages(row, as_text)
     format = _format(config, {*names, *(["prompt"] if prompt_from else [])}, row, own, key)

@@ -1,7 +1,7 @@
-"""How the rows of a source are read, decided once per source; a raw row -> `Example`.
+"""`Reading`, the way in which the rows of a source are read; a raw row -> `Example`.
 
-raw row -> columns by known names -> messages that are kept as text -> the format's reader -> messages, where texts
-are read as conversations -> system message, arguments of the chat template
+A raw row -> its columns by known names -> messages that are kept as text -> the format's reader -> messages, where
+texts are read as conversations -> the system message and the arguments of the chat template.
 """
 
 import json
@@ -71,16 +71,22 @@ def check_template(reading: Reading, has_template: bool, place: str) -> None:
 def read_row(reading: Reading, record: Row) -> Example:
     """Returns a row as its source is read. Raises InvalidValue where it is broken."""
     try:
-        return _example(reading, known_row(reading, record))
+        return _example(reading, known_row(record, reading.names, reading.null_is_missing))
     except InvalidValue as fault:
         raise InvalidValue(fault.what + _own_names(reading, fault.what), fault.valid) from fault
 
 
-def known_row(reading: Reading, record: Row) -> Row:
-    """Returns the columns of a raw row that are not null, by the names that the formats know."""
-    known = {own: name for name, own in reading.names.items()}
+def known_row(record: Row, names: Names, null_is_missing: bool) -> Row:
+    """Returns the columns of a raw row that are not null, by the names that the formats know.
+
+    Args:
+        record: the row as the source has it.
+        names: the source's own names of the columns, by known names.
+        null_is_missing: `Reading.null_is_missing`.
+    """
+    known = {own: name for name, own in names.items()}
     row = {known[own]: value for own, value in record.items() if own in known and value is not None}
-    return without_nulls(row) if reading.null_is_missing else row
+    return without_nulls(row) if null_is_missing else row
 
 
 def with_prompt(row: Row, prompt_from: tuple[str, ...]) -> Row:
