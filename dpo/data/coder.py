@@ -146,8 +146,8 @@ def completions_after(coder: Coder, prompt: str, prompt_ids: Ids, texts: Sequenc
     prompt's. Else the tokenizer merges characters of both into one token: the completion is then encoded apart, without
     a space or prefix that the tokenizer puts before a text.
 
-    A short tail of the prompt stands for the whole: it begins at a control token or before a space, where tokenizers
-    cut a text anyway, and is taken only if its ids are the last ids of the prompt.
+    A short tail of the prompt stands for the whole: it begins where tokenizers cut a text anyway (`_last_cut`), and is
+    taken only if its ids are the last ids of the prompt.
 
     Args:
         coder: the tokenizer.
@@ -170,13 +170,15 @@ def _completion_after(coder: Coder, both: Ids, tail_ids: Ids, text: str) -> tupl
 
 
 def _tail_start(text: str, controls: re.Pattern[str]) -> int:
-    """Returns where the last control token or the last single space between other characters begins, in the last TAIL
-    characters of a text; 0 where there is none.
-    """
+    """Returns the last place in the last TAIL characters of a text that `_last_cut` finds; 0 where there is none."""
     last = _last_cut(controls).match(text, max(0, len(text) - TAIL))
     return 0 if last is None else last.end()
 
 
 @functools.lru_cache(maxsize=8)
 def _last_cut(controls: re.Pattern[str]) -> re.Pattern[str]:
-    return re.compile(rf".*(?:(?<=\S)(?= \S)|(?={controls.pattern}))", re.DOTALL)
+    """Returns a pattern that matches up to the last place before a single space, after a line feed, before a mark of
+    Chinese or Japanese (which have no spaces), or before a control token.
+    """
+    places = (r"(?<=\S)(?= \S)", r"(?<=\n)(?=\S)", r"(?<=\w)(?=[、。，！？：；])", f"(?={controls.pattern})")
+    return re.compile(f".*(?:{'|'.join(places)})", re.DOTALL)

@@ -64,7 +64,16 @@ def test_prompts_that_a_template_has_written(kind: str, prompt: str, completion:
 @pytest.mark.parametrize("name", ["tok-smollm2", "stories260K"])
 @pytest.mark.parametrize("completion", [" A sheep", "A sheep", "  two", "\nline", "s and more", "", "é 🦉", "日本"])
 @pytest.mark.parametrize(
-    "prompt", ["Which animal?\n\nAssistant:", "Answer: ", "The sheep", "Ends so.\n", "日本語", "word " * 90 + "é"]
+    "prompt",
+    [
+        "Which animal?\n\nAssistant:",
+        "Answer: ",
+        "The sheep",
+        "Ends so.\n",
+        "日本語",
+        "日本語、これは何ですか？",
+        "word " * 90 + "é",
+    ],
 )
 def test_real_tokenizers(shared_data, name: str, prompt: str, completion: str) -> None:
     check(load_tokenizer(str(shared_data / name)), prompt, completion, is_exact=True)
