@@ -87,7 +87,7 @@ def _set_findings(statistics: SetStatistics, config: Config) -> Iterator[str]:
     if completions_cut > MUCH_CUT:
         limit = f"data.max_length {config.data.max_length}"
         yield f"{completions_cut:.1%} of the completions lose their end, and EOS ({limit}); a larger one keeps it"
-    if abs(bias.longer_share - 0.5) > MUCH_BIAS:
+    if bias and abs(bias.longer_share - 0.5) > MUCH_BIAS:
         advice = "loss.length_normalized keeps the policy from learning length"
         yield f"the longer completion wins {bias.longer_share:.1%} of the pairs that differ in length; {advice}"
     counts = (

@@ -33,9 +33,10 @@ class SetLengths:
     """Tokens per bin, in all four histograms."""
     prompt: Lengths
     chosen: Lengths
-    rejected: Lengths
+    rejected: Lengths | None
+    """None where the pairs have no losers."""
     total: Lengths
-    """Prompt and completion together, of both completions."""
+    """Prompt and completion together, of every completion."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,14 @@ class LengthBias:
 
 def lengths_of(table: np.ndarray) -> SetLengths:
     """Returns the lengths of a set from `table`, shape (N, 3) with N >= 1: the tokens of prompt, winner and loser of
-    each pair.
+    each pair; (N, 2) where the pairs have no losers.
     """
     totals = (table[:, :1] + table[:, 1:]).ravel()
     maximum, percentile_99 = int(totals.max()), int(np.percentile(totals, 99, method="inverted_cdf"))
     width = bin_width(min(maximum, 2 * percentile_99))
     num_bins = min(NUM_BINS, maximum // width + 1)
-    return SetLengths(width, *(_summary(values, width, num_bins) for values in (*table.T, totals)))
+    prompt, chosen, *losers, total = (_summary(values, width, num_bins) for values in (*table.T, totals))
+    return SetLengths(width, prompt, chosen, losers[0] if losers else None, total)
 
 
 def bin_width(largest: int) -> int:

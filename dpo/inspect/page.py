@@ -53,6 +53,7 @@ def html_page(inspection: Inspection) -> str:
 def _key_numbers(inspection: Inspection) -> list[tuple[str, str]]:
     """Returns (number, meaning) of the numbers at the top of the page."""
     report, ends, steps = inspection.report, inspection.train.ends, inspection.steps
+    bias = inspection.train.bias
     dropped = sum(sum(source.dropped.values()) for source in report.sources)
     return [
         (f"{report.train_pairs:,}", "pairs to train on"),
@@ -60,7 +61,7 @@ def _key_numbers(inspection: Inspection) -> list[tuple[str, str]]:
         (f"{dropped:,}", "pairs dropped"),
         (f"{ends.prompts_cut / ends.rows:.1%}", "of prompts cut"),
         (f"{ends.completions_cut / ends.completions:.1%}", "of completions cut"),
-        (f"{inspection.train.bias.longer_share:.1%}", "of longer completions win"),
+        *([(f"{bias.longer_share:.1%}", "of longer completions win")] if bias else []),
         (f"{steps.shared:,.0f}", "tokens per step"),
         (f"{steps.saved(steps.unpadded):.1%}", "of tokens saved by sharing"),
     ]

@@ -37,7 +37,8 @@ class ShownPair:
     place: str
     prompt: Part
     chosen: Part
-    rejected: Part
+    rejected: Part | None
+    """None where the pairs have no losers."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,12 @@ def show_pairs(
     for number, pair in zip(ids.tolist(), pairs.pairs(ids), strict=True):
         row = int(pairs.row_of_pair[number])
         prompt_cut, cut = _cuts(pairs, row, eos_ids)
-        parts = [Part(speller.tokens(pair.prompt_ids.tolist()), prompt_cut)]
-        for completion in (pair.chosen_ids.tolist(), pair.rejected_ids.tolist()):
-            parts.append(Part(speller.tokens(completion), tuple(completion) in cut))
-        shown_pairs.append(ShownPair(_place(row, sources), *parts))
+        prompt = Part(speller.tokens(pair.prompt_ids.tolist()), prompt_cut)
+        chosen, rejected = (
+            Part(speller.tokens(completion), tuple(completion) in cut)
+            for completion in (pair.chosen_ids.tolist(), pair.rejected_ids.tolist())
+        )
+        shown_pairs.append(ShownPair(_place(row, sources), prompt, chosen, rejected if pairs.has_losers else None))
     return shown_pairs
 
 

@@ -5,7 +5,7 @@ two keys per pair.
 """
 
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -79,7 +79,8 @@ class SetStatistics:
     lengths: SetLengths
     ends: Ends
     repeats: Repeats
-    bias: LengthBias
+    bias: LengthBias | None
+    """None where the pairs have no losers."""
 
 
 def summarize(pairs: PairSet, ids: EndIds) -> SetStatistics:
@@ -88,13 +89,13 @@ def summarize(pairs: PairSet, ids: EndIds) -> SetStatistics:
     for block in _blocks(pairs):
         keys.append(block.keys[block.pairs])
         ends.append(_ends_of(block, ids))
-    table = pairs.lengths()
+    table = pairs.lengths() if pairs.has_losers else pairs.lengths()[:, :2]
     return SetStatistics(
         pairs=len(pairs),
         lengths=lengths_of(table),
         ends=Ends(*map(sum, zip(*map(astuple, ends), strict=True))),
         repeats=_repeats(pairs, np.concatenate(keys)),
-        bias=length_bias(table[:, 1] - table[:, 2]),
+        bias=length_bias(table[:, 1] - table[:, 2]) if pairs.has_losers else None,
     )
 
 
@@ -123,7 +124,8 @@ def _blocks(pairs: PairSet) -> Iterator[_Block]:
     for start, table in blocks(pairs.rows, COLUMNS):
         begin, end = np.searchsorted(pairs.row_of_pair, [start, start + len(table)])
         if begin < end:
-            yield _block(table, pairs.row_of_pair[begin:end] - start, pairs.pair_in_row[begin:end])
+            block = _block(table, pairs.row_of_pair[begin:end] - start, pairs.pair_in_row[begin:end])
+            yield block if pairs.has_losers else replace(block, pairs=block.pairs[:, [0, 0]])
 
 
 def _block(table: pa.Table, row_of_pair: np.ndarray, pair_in_row: np.ndarray) -> _Block:
@@ -181,7 +183,7 @@ def _repeats(pairs: PairSet, keys: np.ndarray) -> Repeats:
     seen, full = (np.unique(column_keys(pairs.rows, name)[rows]) for name in ("prompt_key", "full_prompt_key"))
     forward, backward = (np.ascontiguousarray(both).view("S32").ravel() for both in (keys, keys[:, ::-1]))
     repeated = len(forward) - len(np.unique(forward))
-    contradicted = int(np.isin(forward, backward).sum())
+    contradicted = int(np.isin(forward, backward).sum()) if pairs.has_losers else 0
     return Repeats(len(seen), len(rows) - len(seen), len(full) - len(seen), repeated, contradicted)
 
 

@@ -26,7 +26,7 @@ class StepTokens:
     steps: int
     """Number of steps that were counted: all of the first epoch, or NUM_STEPS of them, evenly spread."""
     padded: float
-    """Every chosen and every rejected completion after its prompt, padded to the longest of the step."""
+    """Every winner and every loser after its prompt, padded to the longest of the step."""
     unpadded: float
     """The same without padding."""
     shared: float
@@ -65,6 +65,7 @@ def step_tokens(train: PairSet, order: PairOrder, last_step: int) -> StepTokens:
 def _tokens_of_step(train: PairSet, ids: np.ndarray) -> tuple[int, int, int, int, int]:
     """Returns (padded, unpadded, shared tokens, trees, tokens of the largest tree) of the pairs of one step."""
     pairs = train.pairs(ids)
-    lengths = [len(pair.prompt_ids) + len(ids) for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    sizes = train.sizes[ids] if train.has_losers else train.sizes[ids][:, :2]
+    lengths = (sizes[:, :1] + sizes[:, 1:]).ravel().tolist()
     trees = [tree.num_tokens for tree in grow_trees(pairs)]
     return len(lengths) * max(lengths), sum(lengths), sum(trees), len(trees), max(trees)

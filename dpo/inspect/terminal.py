@@ -64,8 +64,8 @@ def _sections(inspection: Inspection) -> Iterator[tuple[str, Sequence[Renderable
         [*map(Text, tokenizer_lines(inspection.tokenizer)), _counts(inspection)],
     )
     for name, statistics in sets.items():
-        bias = statistics.bias
-        yield f"{name}: does the longer completion win?", [Text(bias_line(bias)), _bias_table(bias)]
+        if bias := statistics.bias:
+            yield f"{name}: does the longer completion win?", [Text(bias_line(bias)), _bias_table(bias)]
     yield "tokens per step", [Text(steps_line(inspection)), _steps_table(inspection.steps)]
     for number, pair in enumerate(inspection.examples, start=1):
         yield f"pair {number} of step 1: {pair.place}", [*_pair_texts(pair)]
@@ -116,7 +116,7 @@ def _table(*columns: str) -> Table:
 
 
 def _histograms(lengths: SetLengths) -> Table:
-    """Returns all four histograms side by side, with equal horizontal axes."""
+    """Returns all histograms side by side, with equal horizontal axes."""
     grid = Table.grid(padding=(0, 1, 0, 0))
     parts = parts_of(lengths)
     grid.add_row(*(_histogram(NAMES[name], part, lengths.bin_width, STYLES[name]) for name, part in parts.items()))
@@ -149,6 +149,8 @@ def _pair_texts(pair: ShownPair) -> Iterator[Text]:
     parts = (("prompt", pair.prompt, PROMPT_ENDS), ("chosen", pair.chosen, COMPLETION_ENDS),
              ("rejected", pair.rejected, COMPLETION_ENDS))  # fmt: skip
     for name, part, ends in parts:
+        if part is None:
+            continue
         yield Text(f"{name}: {len(part.tokens):,} tokens{cut_words(name, part)}", style=f"bold {STYLES[name]}")
         yield _part_text(part, ends, STYLES[name])
 

@@ -19,8 +19,9 @@ def sets_of(inspection: Inspection) -> dict[str, SetStatistics]:
 
 
 def parts_of(lengths: SetLengths) -> dict[str, Lengths]:
-    """Returns the four lengths by the keys of NAMES."""
-    return {name: getattr(lengths, name) for name in NAMES}
+    """Returns the lengths that a set has, by the keys of NAMES."""
+    parts = {name: getattr(lengths, name) for name in NAMES}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def length_headings() -> list[str]:
