@@ -21,7 +21,7 @@ import jinja2
 
 from dpo.base.errors import InvalidValue
 from dpo.data.coder import Ids, completions_after
-from dpo.data.controls import PRIVATE, hide, is_as_marked, mark, reveal, spells_control, unmark
+from dpo.data.controls import hide, is_as_marked, mark, reveal, spells_control, unmark
 from dpo.data.encoder import Completion, Encoded, Encoder
 from dpo.data.formats.row_fields import ASSISTANT, Message
 
@@ -94,9 +94,8 @@ def _marked_texts(
     except InvalidValue:
         return None
     marked = [reveal(controls, mark(controls, text)) for text in (prompt, *answers)]
-    if any(map(PRIVATE.search, plain)) or [unmark(controls, text) for text in marked] != plain:
-        return None
-    return marked[0], marked[1:]
+    is_same = [unmark(controls, text) for text in marked] == plain
+    return (marked[0], marked[1:]) if is_same else None
 
 
 def _until_stop(encoder: Encoder, ids: Ids) -> Ids:

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 HIDDEN, MARKED = 0xF0000, 0x100000
-PRIVATE = re.compile("[\U000f0000-\U0010ffff]")
-"""Both planes of private-use characters; a text that has one cannot be hidden or marked."""
 NEVER = "(?!)"
 
 

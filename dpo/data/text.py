@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpo.data.coder import Ids, completions_after, encode_text
-from dpo.data.controls import PRIVATE, Controls, is_as_marked, mark
+from dpo.data.controls import Controls, is_as_marked, mark, unmark
 from dpo.data.encoder import Completion, Encoded, Encoder
 
 
@@ -99,9 +99,10 @@ def _as_text(encoder: Encoder, prompt: str, prompt_ids: Ids, ending: _Ending) ->
     """Returns a completion whose control tokens are text. It is unclear where the tokenizer cannot be copied, where a
     text has characters that are marks, or where the tokenizer makes a control token of plain text.
     """
-    if encoder.marked is None or PRIVATE.search(prompt + ending.body):
+    controls, text = encoder.controls, prompt + ending.body
+    if encoder.marked is None or unmark(controls, text) != text:
         return Completion([], is_unclear=True)
-    ((ids, is_merged),) = completions_after(encoder.marked, mark(encoder.controls, prompt), prompt_ids, [ending.body])
-    if not is_as_marked(encoder.controls, ending.body, ids):
+    ((ids, is_merged),) = completions_after(encoder.marked, mark(controls, prompt), prompt_ids, [ending.body])
+    if not is_as_marked(controls, ending.body, ids):
         return Completion([], is_unclear=True)
     return _completion(encoder, ending, ids, is_merged)

@@ -3,6 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dpo.data.encoder import Encoded, text_encoder
 from dpo.data.text import encode_texts
@@ -50,6 +52,20 @@ def test_a_completion_that_merges_gets_no_space_that_nobody_wrote(kind: str) -> 
     assert tokenizer.tokenize("ves") == ["▁", "ves"]
     assert tokenizer.convert_ids_to_tokens(merged.ids) == ["ves", "</s>"]
     assert tokenizer.convert_ids_to_tokens(apart.ids) == ["▁", "ves", "</s>"]
+
+
+def test_a_token_that_goes_over_a_space() -> None:
+    """As one text "ab cd" is a, b▁c, d, since b and ▁ merge first. From the space on it would be ▁cd: that "c" and "d"
+    share a token is not so in the whole text.
+    """
+    pieces = ["<unk>", "</s>", "▁", "a", "b", "c", "d", "b▁", "b▁c", "▁c", "▁cd"]
+    merges = [("b", "▁"), ("b▁", "c"), ("▁", "c"), ("▁c", "d")]
+    backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace("▁", "never", split=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    assert [tokenizer.tokenize(text) for text in ("ab c", "ab cd", " cd")] == [["a", "b▁c"], ["a", "b▁c", "d"], ["▁cd"]]
+    (found,) = encode_texts(text_encoder(tokenizer), "ab c", ["d"]).completions
+    assert (tokenizer.convert_ids_to_tokens(found.ids), found.is_merged) == (["d", "</s>"], False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
