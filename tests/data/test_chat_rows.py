@@ -218,6 +218,22 @@ def test_wrong_arguments_of_a_source():
         reading_of(CHAT, template_args={"add_generation_prompt": False})
 
 
+@pytest.mark.usefixtures("hf_cache")
+def test_the_order_of_the_keys_of_a_tool_counts(tmp_path):
+    """A template writes a tool as JSON, its keys as they come: another order gives other ids, also beside a cache."""
+    folder = str(tmp_path / "tokenizer")
+    tokenizer = make_tokenizer(
+        chat_template="{{ tools | tojson }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    )
+    tokenizer.save_pretrained(folder)
+    path = write_jsonl(tmp_path / "a.jsonl", [CHAT])
+    for tool in ({"name": "f", "type": "x"}, {"type": "x", "name": "f"}):
+        config = make_config(SourceConfig(path, template_args={"tools": [tool]}), tokenizer=folder)
+        ((prompt, *_),) = all_pairs(prepare_data(config, TinyModelConfig()).train)
+        text = tokenizer.apply_chat_template(CHAT["prompt"], tools=[tool], tokenize=False)
+        assert prompt == tokenizer(text)["input_ids"]
+
+
 # --- prompts that end with the assistant ------------------------------------------------------------------------------
 
 

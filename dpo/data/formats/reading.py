@@ -51,8 +51,10 @@ class Reading:
         return frozenset(self.names.values())
 
     def content(self) -> str:
-        """Returns a text that is equal only for readings that read every row alike."""
-        return json.dumps(vars(self), sort_keys=True, default=str)
+        """Returns a text that is equal only for readings that read every row alike. The order of keys stays: a template
+        writes the keys of a tool in their order.
+        """
+        return json.dumps(vars(self), default=str)
 
 
 def check_template(reading: Reading, has_template: bool, place: str) -> None:
