@@ -83,3 +83,29 @@ def test_a_loss_that_compares_refuses_demonstrations(tmp_path, tokenizer_folder)
 def test_answers_judged_alone_are_no_demonstrations(tmp_path, tokenizer_folder):
     with pytest.raises(UserError, match="no format fits the columns completion, label, prompt"):
         prepared(tmp_path, tokenizer_folder, [{"prompt": "p0", "completion": "a", "label": True}])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TURNS, "completion": "bc"},
+        {"messages": TURNS, "chosen": [ANSWER]},
+        {"messages": TURNS, "completion": [ANSWER]},
+    ],
+)
+def test_messages_beside_an_answer_are_the_prompt(tmp_path, tokenizer_folder, row):
+    data = prepared(tmp_path, tokenizer_folder, [row])
+    assert [pair[:2] for pair in all_pairs(data.train)] == [(written(CHAT[0]), [*ids(CHAT[1]), EOS])]
+
+
+def test_of_two_answers_none_is_left_out(tmp_path, tokenizer_folder):
+    row = {"prompt": "p0", "completion": "a", "chosen": "b"}
+    with pytest.raises(UserError, match=r"completion and chosen are given; valid: one of them, with columns: {unused"):
+        prepared(tmp_path, tokenizer_folder, [row])
+    data = prepared(tmp_path, tokenizer_folder, [row], columns={"unused": "chosen"})
+    assert all_pairs(data.train)[0][1] == [*ids("a"), EOS]
+
+
+def test_the_place_of_a_wrong_answer(tmp_path, tokenizer_folder):
+    with pytest.raises(UserError, match=r"a.jsonl:1: messages\[2\] has the role 'user'; valid: assistant"):
+        prepared(tmp_path, tokenizer_folder, [{"messages": TURNS}])

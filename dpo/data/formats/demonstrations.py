@@ -1,8 +1,12 @@
 """The format of demonstrations: an answer per row, with which no other answer is compared."""
 
+from dpo.base.errors import InvalidValue
 from dpo.data.formats.example import Example
 from dpo.data.formats.pairwise import answer_of, split_conversation
 from dpo.data.formats.row_fields import Row, field, text_or_messages
+
+ANSWERS = ("completion", "chosen")
+"""The columns of the answer; a row has one of them, or its answer is the last of its messages."""
 
 
 def demonstrations(row: Row) -> Example:
@@ -10,9 +14,11 @@ def demonstrations(row: Row) -> Example:
 
     The only pair has the answer as winner and as loser.
     """
-    if "messages" in row:
+    names = [name for name in ANSWERS if name in row]
+    if len(names) == len(ANSWERS):
+        raise InvalidValue("completion and chosen are given", "one of them, with columns: {unused: NAME} for the other")
+    if "messages" in row and not names:
         prompt, answer = split_conversation(field(row, "messages"), "messages")
         return Example(prompt, (answer,), ((0, 0),))
-    name = "completion" if "completion" in row else "chosen"
-    text = text_or_messages(field(row, "prompt"), "prompt")
+    text, name = text_or_messages(field(row, "prompt"), "prompt"), names[0] if names else ANSWERS[0]
     return Example(text, (answer_of(field(row, name), name, text),), ((0, 0),))

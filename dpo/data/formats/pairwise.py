@@ -83,4 +83,4 @@ def split_conversation(value: object, name: str) -> tuple[tuple[Message, ...], M
     messages = messages_of(value, name)
     if len(messages) < 2:
         raise InvalidValue(f"{name} has one message", "a whole conversation, or a prompt of messages beside it")
-    return messages[:-1], answer_message([messages[-1]], name)
+    return messages[:-1], answer_message(messages[-1], f"{name}[{len(messages) - 1}]")
