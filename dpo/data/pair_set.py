@@ -81,6 +81,13 @@ class PairSet:
         """Returns the number of pairs, N."""
         return len(self.row_of_pair)
 
+    @property
+    def has_losers(self) -> bool:
+        """Returns whether its pairs compare two completions; else each has its winner in the loser's place, as for the
+        loss `sft`. A pair of equal completions is dropped otherwise.
+        """
+        return not len(self) or bool(self.keys[:1][0, 0] != self.keys[:1][0, 1])
+
     @functools.cached_property
     def content_hash(self) -> str:
         """Returns a hash of the keys of all pairs in order, and of their weights and margins where there are any, 32

@@ -14,7 +14,7 @@ ROUND = (1, 2, 4, 5, 8, 10, 16, 20, 25, 40, 50, 80)  # widths of bins, and their
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths in tokens, one value per pair (of `total`: two)."""
+    """Lengths in tokens, one value per pair (of `total`: two, or one where there are no losers)."""
 
     mean: float
     percentiles: tuple[int, ...]
@@ -33,10 +33,10 @@ class SetLengths:
     """Tokens per bin, in all four histograms."""
     prompt: Lengths
     chosen: Lengths
-    rejected: Lengths | None
-    """None where the pairs have no losers."""
     total: Lengths
-    """Prompt and completion together, of every completion."""
+    """Prompt and completion together, of both completions."""
+    rejected: Lengths | None = None
+    """None where the set has no losers."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,16 @@ class LengthBias:
 
 def lengths_of(table: np.ndarray) -> SetLengths:
     """Returns the lengths of a set from `table`, shape (N, 3) with N >= 1: the tokens of prompt, winner and loser of
-    each pair; (N, 2) where the pairs have no losers.
+    each pair; (N, 2) where the set has no losers.
     """
     totals = (table[:, :1] + table[:, 1:]).ravel()
     maximum, percentile_99 = int(totals.max()), int(np.percentile(totals, 99, method="inverted_cdf"))
     width = bin_width(min(maximum, 2 * percentile_99))
     num_bins = min(NUM_BINS, maximum // width + 1)
-    prompt, chosen, *losers, total = (_summary(values, width, num_bins) for values in (*table.T, totals))
-    return SetLengths(width, prompt, chosen, losers[0] if losers else None, total)
+    prompt, chosen, total, *rejected = (
+        _summary(values, width, num_bins) for values in (*table.T[:2], totals, *table.T[2:])
+    )
+    return SetLengths(width, prompt, chosen, total, *rejected)
 
 
 def bin_width(largest: int) -> int:

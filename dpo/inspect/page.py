@@ -52,8 +52,7 @@ def html_page(inspection: Inspection) -> str:
 
 def _key_numbers(inspection: Inspection) -> list[tuple[str, str]]:
     """Returns (number, meaning) of the numbers at the top of the page."""
-    report, ends, steps = inspection.report, inspection.train.ends, inspection.steps
-    bias = inspection.train.bias
+    report, ends, steps, bias = inspection.report, inspection.train.ends, inspection.steps, inspection.train.bias
     dropped = sum(sum(source.dropped.values()) for source in report.sources)
     return [
         (f"{report.train_pairs:,}", "pairs to train on"),

@@ -37,8 +37,8 @@ class ShownPair:
     place: str
     prompt: Part
     chosen: Part
-    rejected: Part | None
-    """None where the pairs have no losers."""
+    rejected: Part | None = None
+    """None where the pair has no loser."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,11 @@ def show_pairs(
     for number, pair in zip(ids.tolist(), pairs.pairs(ids), strict=True):
         row = int(pairs.row_of_pair[number])
         prompt_cut, cut = _cuts(pairs, row, eos_ids)
-        prompt = Part(speller.tokens(pair.prompt_ids.tolist()), prompt_cut)
-        chosen, rejected = (
-            Part(speller.tokens(completion), tuple(completion) in cut)
-            for completion in (pair.chosen_ids.tolist(), pair.rejected_ids.tolist())
-        )
-        shown_pairs.append(ShownPair(_place(row, sources), prompt, chosen, rejected if pairs.has_losers else None))
+        parts = [Part(speller.tokens(pair.prompt_ids.tolist()), prompt_cut)]
+        both = (pair.chosen_ids.tolist(), pair.rejected_ids.tolist())
+        for completion in both if pairs.has_losers else both[:1]:
+            parts.append(Part(speller.tokens(completion), tuple(completion) in cut))
+        shown_pairs.append(ShownPair(_place(row, sources), *parts))
     return shown_pairs
 
 

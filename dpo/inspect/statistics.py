@@ -80,7 +80,7 @@ class SetStatistics:
     ends: Ends
     repeats: Repeats
     bias: LengthBias | None
-    """None where the pairs have no losers."""
+    """None where the set has no losers."""
 
 
 def summarize(pairs: PairSet, ids: EndIds) -> SetStatistics:
@@ -92,7 +92,7 @@ def summarize(pairs: PairSet, ids: EndIds) -> SetStatistics:
     table = pairs.lengths() if pairs.has_losers else pairs.lengths()[:, :2]
     return SetStatistics(
         pairs=len(pairs),
-        lengths=lengths_of(table),
+        lengths=lengths_of(table if pairs.has_losers else table[:, :2]),
         ends=Ends(*map(sum, zip(*map(astuple, ends), strict=True))),
         repeats=_repeats(pairs, np.concatenate(keys)),
         bias=length_bias(table[:, 1] - table[:, 2]) if pairs.has_losers else None,
@@ -183,7 +183,7 @@ def _repeats(pairs: PairSet, keys: np.ndarray) -> Repeats:
     seen, full = (np.unique(column_keys(pairs.rows, name)[rows]) for name in ("prompt_key", "full_prompt_key"))
     forward, backward = (np.ascontiguousarray(both).view("S32").ravel() for both in (keys, keys[:, ::-1]))
     repeated = len(forward) - len(np.unique(forward))
-    contradicted = int(np.isin(forward, backward).sum()) if pairs.has_losers else 0
+    contradicted = int((np.isin(forward, backward) & (forward != backward)).sum())
     return Repeats(len(seen), len(rows) - len(seen), len(full) - len(seen), repeated, contradicted)
 
 

@@ -65,7 +65,7 @@ def step_tokens(train: PairSet, order: PairOrder, last_step: int) -> StepTokens:
 def _tokens_of_step(train: PairSet, ids: np.ndarray) -> tuple[int, int, int, int, int]:
     """Returns (padded, unpadded, shared tokens, trees, tokens of the largest tree) of the pairs of one step."""
     pairs = train.pairs(ids)
-    sizes = train.sizes[ids] if train.has_losers else train.sizes[ids][:, :2]
-    lengths = (sizes[:, :1] + sizes[:, 1:]).ravel().tolist()
+    sides = ("chosen_ids", "rejected_ids") if train.has_losers else ("chosen_ids",)
+    lengths = [len(pair.prompt_ids) + len(getattr(pair, side)) for pair in pairs for side in sides]
     trees = [tree.num_tokens for tree in grow_trees(pairs)]
     return len(lengths) * max(lengths), sum(lengths), sum(trees), len(trees), max(trees)

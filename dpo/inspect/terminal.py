@@ -148,9 +148,7 @@ def bars(counts: Sequence[int], rows: int) -> list[str]:
 def _pair_texts(pair: ShownPair) -> Iterator[Text]:
     parts = (("prompt", pair.prompt, PROMPT_ENDS), ("chosen", pair.chosen, COMPLETION_ENDS),
              ("rejected", pair.rejected, COMPLETION_ENDS))  # fmt: skip
-    for name, part, ends in parts:
-        if part is None:
-            continue
+    for name, part, ends in ((name, part, ends) for name, part, ends in parts if part):
         yield Text(f"{name}: {len(part.tokens):,} tokens{cut_words(name, part)}", style=f"bold {STYLES[name]}")
         yield _part_text(part, ends, STYLES[name])
 

@@ -19,9 +19,8 @@ def sets_of(inspection: Inspection) -> dict[str, SetStatistics]:
 
 
 def parts_of(lengths: SetLengths) -> dict[str, Lengths]:
-    """Returns the lengths that a set has, by the keys of NAMES."""
-    parts = {name: getattr(lengths, name) for name in NAMES}
-    return {name: part for name, part in parts.items() if part is not None}
+    """Returns the lengths by the keys of NAMES, without those of losers where there are none."""
+    return {name: part for name in NAMES if (part := getattr(lengths, name)) is not None}
 
 
 def length_headings() -> list[str]:

@@ -255,3 +255,30 @@ def test_real_hh(shared_data, tmp_path, capsys):
         assert re.search(r"pairs 1,794 ", shown) and re.search(r"completions in a pair 3,588 ", shown)
         assert re.search(r"prompts that begin without BOS 1,794 ", shown)
     assert max(map(len, out.splitlines())) <= 100
+
+
+# --- without losers ---------------------------------------------------------------------------------------------------
+
+
+def test_demonstrations_are_shown_without_losers(model, tmp_path, capsys):
+    """Two rows of a prompt of 1 token and an answer of 3 with EOS: 8 tokens, of which sharing saves none."""
+    save_tokenizer(Path(model))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": p, "completion": "ab"} for p in "pq"])
+    page = tmp_path / "page.html"
+    sections = {"data": {"train": [{"path": path}]}, "loss": {"name": "sft"}, "batch": {"pairs_per_step": 2}}
+    assert run(model, "--html", str(page), **sections) == 0
+    shown = capsys.readouterr().out
+    assert "another pair contradicts: loss" not in shown
+    assert re.search(r"(?m)^every completion after its prompt, padded .* 8 *$", shown)
+    for text in (shown, re.sub(r"(?s)<style>.*?</style>", "", page.read_text())):
+        assert "chosen" in text and "rejected" not in text and "longer completion" not in text
+
+
+def test_losers_that_are_not_computed_are_not_counted(model, tmp_path, capsys):
+    save_tokenizer(Path(model))
+    rows = [{"prompt": "p", "completions": ["ab", "c", "d"], "ranking": [1, 2, 3]}]
+    sections = {"data": {"train": [{"path": write_jsonl(tmp_path / "a.jsonl", rows)}]}, "loss": {"name": "sft"}}
+    assert run(model, batch={"pairs_per_step": 3}, **sections) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"completions in a pair +2\b", shown), "ab wins two pairs, c one, d none"
+    assert re.search(r"that another pair contradicts +0\b", shown)
