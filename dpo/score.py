@@ -155,7 +155,6 @@ def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, 
 def further_metrics(result: Evaluation, lengths: np.ndarray, loss: LossConfig) -> dict[str, float]:
     """Returns the metrics of a score that `metrics.pair_means` does not give.
 
-
     tokens/chosen     mean number of tokens of the winners, EOS included; tokens/rejected of the losers
     nats/margins      mean of h = (pi_logp - ref_logp)[winner] - (pi_logp - ref_logp)[loser]: rewards/margins / beta
     nats/margins_per_token  nats/margins / the mean number of tokens per completion
@@ -163,7 +162,7 @@ def further_metrics(result: Evaluation, lengths: np.ndarray, loss: LossConfig) -
     shares/ties       ties / pairs; the share of wins is rewards/accuracies
 
     Where rewards are beta pi_logp / n, there is no nats/margins, and nats/margins_per_token is rewards/margins / beta.
-    Where the loss has no rewards, there are only the metrics of the first line.
+    Where the loss has no rewards, there is only tokens/chosen.
 
     Args:
         result: the evaluation of N pairs.
@@ -171,8 +170,9 @@ def further_metrics(result: Evaluation, lengths: np.ndarray, loss: LossConfig) -
         loss: gives the kind of the rewards, and `beta`, by which they are divided to get nats.
     """
     _, chosen, rejected = lengths.mean(0).tolist()
-    metrics: dict[str, float] = {"tokens/chosen": chosen, "tokens/rejected": rejected}
+    metrics: dict[str, float] = {"tokens/chosen": chosen}
     if "rewards/margins" in result.metrics:
+        metrics["tokens/rejected"] = rejected
         margin, signs = result.metrics["rewards/margins"] / loss.beta, np.sign(result.margins)
         wins, ties, losses = (int((signs == sign).sum()) for sign in (1, 0, -1))
         if loss.facts.rewards == "implicit":

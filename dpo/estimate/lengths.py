@@ -78,8 +78,9 @@ def find_lengths(
             "are needed where the data is not read and data.max_length is null",
             "both, in tokens",
         )
-    description = f"prompts of {prompt:,} and two completions of {completion:,} tokens, {reason}"
-    trees = _equal_trees(config.batch.pairs_per_step, prompt, completion)
+    pair = (1, "a completion") if not config.loss.facts.compares else (2, "two completions")
+    description = f"prompts of {prompt:,} and {pair[1]} of {completion:,} tokens, {reason}"
+    trees = _equal_trees(config.batch.pairs_per_step, prompt, completion, pair[0])
     return Lengths((trees,), trees, description)
 
 
@@ -136,9 +137,10 @@ def _longest_pairs(pairs: PairSet, config: Config) -> np.ndarray:
     return ids[np.argsort(-tokens, kind="stable")[: config.batch.pairs_per_step]]
 
 
-def _equal_trees(count: int, prompt: int, completion: int) -> tuple[Tree, ...]:
+def _equal_trees(count: int, prompt: int, completion: int, num_completions: int) -> tuple[Tree, ...]:
+    """Returns a tree per pair; a pair of one completion has it as winner and as loser."""
     ids = np.zeros(max(prompt, completion), np.int32)
-    return (Tree(ids[:prompt], (ids[:completion], ids[:completion]), ((0, 1),)),) * count
+    return (Tree(ids[:prompt], (ids[:completion],) * num_completions, ((0, num_completions - 1),)),) * count
 
 
 MicroBatch = tuple[StepPlan, tuple[Tree, ...]]

@@ -217,7 +217,7 @@ def introduce(run: Run, writer: MetricsWriter | None, deviation: Deviation | Non
     writer.board.text("code", fenced((run.dir / PROVENANCE).read_text(encoding="utf-8")))
     writer.board.hparams(run.config)
     if run.start.step == 0:
-        names = ("prompt", "chosen", "rejected") if run.inputs.data.train.has_losers else ("prompt", "chosen")
+        names = ("prompt", "chosen", "rejected") if run.config.loss.facts.compares else ("prompt", "chosen")
         for name, tokens in zip(names, run.inputs.data.train.lengths().T, strict=False):
             writer.board.histogram(f"train/lengths/{name}", tokens, 0)
 

@@ -180,6 +180,11 @@ def test_rewards_per_token_by_hand() -> None:
     assert (further["wins"], further["ties"], further["losses"]) == (1, 0, 1)
 
 
+def test_no_losers_are_told_where_none_are_computed() -> None:
+    result = Evaluation({"loss": 1.0}, np.zeros(0))
+    assert score.further_metrics(result, np.array([[9, 2, 2], [9, 4, 4]]), LossConfig("sft")) == {"tokens/chosen": 3.0}
+
+
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "sft"])
 def test_the_final_model_scores_what_its_run_logged(loss: str, config: Config) -> None:
     """To the last bit; `config.yaml` of the run is config enough. simpo has no reference, sft no rewards either."""

@@ -486,6 +486,8 @@ def test_lengths_that_are_given_or_assumed() -> None:
     )
     assert lengths_of(config, 10, 20)[0] == {(10, 20, 20)}
     assert lengths_of(config, 100)[0] == {(100, 412, 412)}
+    without_losers = changed(config, loss__name="sft")
+    assert lengths_of(without_losers, 10, 20) == ({(10, 20)}, "prompts of 10 and a completion of 20 tokens, as given")
     with pytest.raises(UserError, match="--completion-tokens"):
         lengths_of(changed(config, data__max_length=None))
 
