@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -27,6 +27,7 @@ from dpo.config import ParallelConfig
 from dpo.data.coder import Ids
 from dpo.data.encoder import Encoder, text_encoder
 from dpo.data.encoding import encode
+from dpo.data.formats.chat import as_messages
 from dpo.data.formats.example import Example
 from dpo.data.formats.json_rows import json_rows
 from dpo.data.formats.row_fields import Message, field, text_or_messages
@@ -92,10 +93,15 @@ def read_questions(path: Path, as_chat: bool) -> list[Question]:
 
 
 def _as_chat(question: Question) -> Question:
-    """Returns the question with a text as a user's message."""
+    """Returns the question with a text as messages, as training reads it: the user's message, or the turns of a
+    dialogue with the marks `Human:` and `Assistant:`. Raises UserError where such a dialogue is broken.
+    """
     if not isinstance(question.prompt, str):
         return question
-    return Question(question.place, ({"role": "user", "content": question.prompt},))
+    try:
+        return replace(question, prompt=as_messages(question.prompt))
+    except InvalidValue as error:
+        raise error.at(question.place) from error
 
 
 def _text_questions(path: Path) -> list[Question]:
@@ -236,7 +242,7 @@ def show_table(questions: Sequence[Question], answers: dict[str, list[str]]) -> 
 def _shown(prompt: str | tuple[Message, ...]) -> str:
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in prompt)
 
 
 # --- the program -----------------------------------------------------------------------------------------------------

@@ -176,6 +176,21 @@ def test_a_table_for_people(folders: Path, tmp_path: Path, capsys: pytest.Captur
     assert f"{folders / 'policy'} answers 2 prompts" in captured.err
 
 
+def test_a_message_without_content_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """The call of a tool stands beside its content, which may be absent."""
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
+    sample.show_table([sample.Question("x:1", ({"role": "user", "content": "hi"}, call))], {"policy": ["yes"]})
+    assert "user: hi" in capsys.readouterr().out
+
+
+def test_a_dialogue_in_one_text_becomes_turns_as_in_training(tmp_path: Path) -> None:
+    rows = [{"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"}, {"prompt": "a"}]
+    path = Path(write_jsonl(tmp_path / "prompts.jsonl", rows))
+    turns, single = (question.prompt for question in sample.read_questions(path, as_chat=True))
+    assert [tuple(turn.values()) for turn in turns] == [("user", "a"), ("assistant", "b"), ("user", "c")]
+    assert single == ({"role": "user", "content": "a"},)
+
+
 def test_a_model_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     sample.show_table(
         [sample.Question("x:1", "a\tb\nc\x1b[31m")],

@@ -25,11 +25,13 @@ def as_conversation(example: Example) -> Example:
     """
     assert isinstance(example.prompt, str)
     answers = tuple({"role": ASSISTANT, "content": _unjoined(str(text))} for text in example.completions)
-    return replace(example, prompt=_turns(example.prompt), completions=answers)
+    return replace(example, prompt=as_messages(example.prompt), completions=answers)
 
 
-def _turns(prompt: str) -> tuple[Message, ...]:
-    """Returns the messages of a prompt: the turns of a dialogue that ends where the assistant begins, else one."""
+def as_messages(prompt: str) -> tuple[Message, ...]:
+    """Returns the messages of a prompt: the turns of a dialogue that ends where the assistant begins, else one. Raises
+    InvalidValue for a dialogue that does not begin with a mark.
+    """
     preface, *parts = TURN.split(prompt)
     if not parts or parts[-1].strip() or parts[-2] != "Assistant" or "Human" not in parts[::2]:
         return ({"role": "user", "content": prompt},)
