@@ -100,13 +100,6 @@ class PairSet:
             content.update(name.encode() + np.asarray(column, "<f8").tobytes())
         return content.hexdigest()
 
-    @functools.cached_property
-    def has_losers(self) -> bool:
-        """Returns whether the set has losers; in a set for a loss that compares nothing, each stands for its winner."""
-        starts = range(0, len(self), 2**16)
-        blocks = (self.keys[start : start + 2**16] for start in starts)
-        return any(bool((block[:, 0] != block[:, 1]).any()) for block in blocks)
-
     @property
     def rows(self) -> datasets.Dataset:
         """Returns the token rows (`token_rows.FEATURES`) of `token_files`, mapped into memory."""

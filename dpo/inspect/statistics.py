@@ -89,7 +89,7 @@ def summarize(pairs: PairSet, ids: EndIds) -> SetStatistics:
     for block in _blocks(pairs):
         keys.append(block.keys[block.pairs])
         ends.append(_ends_of(block, ids))
-    table = pairs.lengths() if pairs.has_losers else pairs.lengths()[:, :2]
+    table = pairs.lengths()
     return SetStatistics(
         pairs=len(pairs),
         lengths=lengths_of(table if pairs.has_losers else table[:, :2]),
