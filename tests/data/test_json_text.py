@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from dpo.base.errors import UserError
 from dpo.config import SourceConfig
 from dpo.data.formats.decision import decide_reading
 from dpo.data.formats.json_text import decoded, messages_in
@@ -110,3 +111,40 @@ def test_texts_and_messages_are_one_kind_too():
 ])  # fmt: skip
 def test_decoded(text, kind, value):
     assert decoded(text, kind) == value
+
+
+BROKEN = [
+    str([GOOD | {"name": float("nan")}]),  # as pandas writes a missing value
+    str([GOOD | {"tool_calls": np.array([{"id": "1"}], dtype=object)}]),  # as pandas writes lists that it read
+    json.dumps(json.dumps([GOOD])),
+    json.dumps([GOOD])[:-5],
+    json.dumps({"messages": [GOOD]}),
+    json.dumps([{"role": "assistant", "text": "Good"}]),
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_answers_that_are_broken_messages_are_no_texts(text):
+    row = {"prompt": "Hi", "chosen": text, "rejected": text.replace("Good", "Bad")}
+    with pytest.raises(UserError, match=r"chosen looks like messages kept as text, but cannot be read"):
+        read([row])
+
+
+def test_one_answer_about_messages_stays_a_text():
+    """A question for an example of messages, which only one of the answers gives."""
+    (example,) = read([{"prompt": "Show me a chat", "chosen": json.dumps({"messages": [GOOD]}), "rejected": "No."}])
+    assert example.completions == (json.dumps({"messages": [GOOD]}), "No.")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"completion": json.dumps([GOOD])},
+        {"response_a": json.dumps([GOOD]), "response_b": json.dumps([BAD]), "winner": "a"},
+        {"responses": [json.dumps([GOOD]), json.dumps([BAD])], "ratings": [2, 1]},
+    ],
+    ids=["a demonstration", "judged", "rated"],
+)
+def test_answers_of_every_format(row):
+    (example,) = read([{"prompt": json.dumps([USER])} | row])
+    assert (example.prompt, example.completions[0]) == ((USER,), GOOD)

@@ -17,7 +17,16 @@ from dpo.data.formats.columns import (
     prompt_columns,
 )
 from dpo.data.formats.examples import FORMATS, check_columns, detect_format, to_example
-from dpo.data.formats.reading import TEXT_OR_MESSAGES, Reading, is_kept_as_text, known_row, with_messages, with_prompt
+from dpo.data.formats.json_text import is_broken_messages
+from dpo.data.formats.reading import (
+    ANSWER_FIELDS,
+    TEXT_OR_MESSAGES,
+    Reading,
+    is_kept_as_text,
+    known_row,
+    with_messages,
+    with_prompt,
+)
 from dpo.data.formats.row_fields import Row
 
 
@@ -40,6 +49,7 @@ def decide_reading(config: SourceConfig, own: Set[str], first_row: Row, has_type
     row = _with_prompt(known_row(first_row, names, has_types), prompt_from)
     as_text = tuple(name for name in TEXT_OR_MESSAGES if is_kept_as_text(row.get(name)))
     row = with_messages(row, as_text)
+    _check_broken_messages(row, f"{key}.columns: {config.path}")
     format = _format(config, {*names, *(["prompt"] if prompt_from else [])}, row, own, key)
     prompt_from = prompt_from if "prompt" in FORMATS[format].reads else ()
     names_read = _names_read(format, names, prompt_from, config.columns)
@@ -64,6 +74,15 @@ def _with_prompt(row: Row, prompt_from: tuple[str, ...]) -> Row:
         return with_prompt(row, prompt_from)
     except InvalidValue:
         return row
+
+
+def _check_broken_messages(first_row: Row, place: str) -> None:
+    """Raises UserError where the answers of the first row are messages, kept as text, that cannot be read."""
+    answers = {name: first_row[name] for name in ANSWER_FIELDS if name in first_row}
+    items = [item for value in answers.values() for item in (value if isinstance(value, list) else [value])]
+    if items and all(map(is_broken_messages, items)):
+        what = f"{next(iter(answers))} looks like messages kept as text, but cannot be read: {str(items[0])[:60]!r}"
+        raise UserError(place, what, "json.dumps of a list of {role, content}, or the list itself in JSONL or Parquet")
 
 
 def _format(config: SourceConfig, columns: set[str], first_row: Row, own: Set[str], key: str) -> str:

@@ -13,6 +13,11 @@ from typing import Any
 NUMPY_SEPARATOR = re.compile(r"\}\s*\n\s*\{")
 """Between two items of a printed numpy array of objects. No text inside of it has a line end that is not escaped."""
 
+BEGIN_OF_MESSAGES = re.compile(
+    r"""[\s"]*(\{\s*\\*["']messages\\*["']\s*:\s*)?\[\s*\{\s*\\*["'](role|content|from|value)\\*["']\s*:"""
+)
+ROLE_OF_ANSWER = re.compile(r"""["'](role|from)\\*["']\s*:\s*\\*["'](assistant|gpt)\\*["']""")
+
 
 def decoded(value: Any, kind: type) -> Any:
     """Returns the list or object that a text holds; any other value, or a text that holds none, as it is.
@@ -40,6 +45,17 @@ def messages_in(value: Any) -> list[Any] | dict[str, Any] | None:
     result = decoded(decoded(value, list), dict)
     items = result if isinstance(result, list) else [result]
     return result if items and all(map(_is_message, items)) else None
+
+
+def is_broken_messages(value: Any) -> bool:
+    """Returns whether a text begins as messages that are kept as text, and has an answer, but cannot be read.
+
+    Such texts are JSON that was cut or encoded twice, messages inside of an object, and messages that Python printed
+    with a `nan` or an array among their values.
+    """
+    if not isinstance(value, str) or messages_in(value) is not None:
+        return False
+    return BEGIN_OF_MESSAGES.match(value) is not None and ROLE_OF_ANSWER.search(value) is not None
 
 
 def ends_with_answer(messages: list[Any] | dict[str, Any]) -> bool:

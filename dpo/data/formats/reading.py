@@ -16,9 +16,11 @@ from dpo.data.formats.columns import Names
 from dpo.data.formats.example import Example
 from dpo.data.formats.examples import FORMATS, to_example
 from dpo.data.formats.json_text import ends_with_answer, messages_in
+from dpo.data.formats.judged import ANSWERS, LISTS
 from dpo.data.formats.row_fields import Row, text_of
 
-TEXT_OR_MESSAGES = ("prompt", "chosen", "rejected", "completions")
+ANSWER_FIELDS = ("chosen", "rejected", "completion", *LISTS, *(name for names in ANSWERS for name in names))
+TEXT_OR_MESSAGES = ("prompt", *ANSWER_FIELDS)
 """The fields that are texts or messages. Messages may be kept as text, in all rows of a source or in none."""
 
 
@@ -49,6 +51,11 @@ class Reading:
     def own_columns(self) -> frozenset[str]:
         """Returns the source's own names of the columns that are read."""
         return frozenset(self.names.values())
+
+    @property
+    def arguments(self) -> frozenset[str]:
+        """Returns the names of the source's arguments of the chat template, and `tools` where rows have them."""
+        return frozenset(self.template_args) | ({"tools"} & self.names.keys())
 
     def content(self) -> str:
         """Returns a text that is equal only for readings that read every row alike. The order of keys stays: a template
