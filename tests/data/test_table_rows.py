@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 
+import pandas as pd
 import pytest
 
 from dpo.base.errors import UserError
@@ -84,6 +85,13 @@ def test_a_long_field_leaves_the_limit_of_others_as_it_is(tmp_path, limit):
     (tmp_path / "b.csv").write_text(f'a,b\n1,2\n3,"{long}')
     assert fault(tmp_path / "b.csv").startswith(f"{tmp_path}/b.csv:3: ")
     assert csv.field_size_limit() == limit
+
+
+def test_row_numbers_of_pandas(tmp_path):
+    """`DataFrame.to_csv` writes the numbers of the rows as a first column without a name."""
+    pd.DataFrame([{"prompt": "a"}, {"prompt": "c"}]).to_csv(tmp_path / "a.csv")
+    rows = [json.loads(row["row"]) for row in table_rows(str(tmp_path / "a.csv"), "a", ",")]
+    assert rows == [{"Unnamed: 0": "0", "prompt": "a"}, {"Unnamed: 0": "1", "prompt": "c"}]
 
 
 @pytest.mark.parametrize(

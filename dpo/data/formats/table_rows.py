@@ -16,6 +16,8 @@ from dpo.data.formats.text_lines import Line, text_lines
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 """The delimiter of the fields, by the suffix of the file."""
+ROW_NUMBERS = "Unnamed: 0"
+"""The name of a first column without one, as `pandas.read_csv` names it."""
 TableRow = tuple[int, list[str]]
 """(line from 1 in which the row begins, its fields)."""
 
@@ -52,8 +54,12 @@ def table_rows(path: str, name: str, delimiter: str) -> Iterator[dict[str, Any]]
 
 
 def _header(row: TableRow | None, name: str) -> list[str]:
-    """Returns the names of the columns. Raises UserError for none, an empty one and a repeated one."""
+    """Returns the names of the columns; the first may be empty, as pandas writes the numbers of rows.
+
+    Raises UserError for none, another empty one and a repeated one.
+    """
     line, names = row or (1, [])
+    names = [ROW_NUMBERS, *names[1:]] if len(names) > 1 and not names[0] else names
     if not all(names):
         raise UserError(f"{name}:{line}", f"column {names.index('') + 1} has no name", "a first row of names")
     twice = next((column for i, column in enumerate(names) if column in names[:i]), None)
