@@ -14,19 +14,24 @@ those of `apply_chat_template(tokenize=True)`. A message that spells a control t
 keeps it as text (`controls.py`): it neither ends the answer nor opens a turn.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jinja2
+import jinja2.meta
 
-from dpo.base.errors import InvalidValue
+from dpo.base.errors import InvalidValue, UserError
 from dpo.data.coder import Ids, completions_after
 from dpo.data.controls import hide, is_as_marked, mark, reveal, spells_control, unmark
 from dpo.data.encoder import Completion, Encoded, Encoder
-from dpo.data.formats.row_fields import ASSISTANT, Message
+from dpo.data.formats.row_fields import ASSISTANT, Message, few
 
 SHOWN = 40
 """Characters of a text that an error shows."""
+SHOWN_OF_ERROR = 300
+"""Characters of an error of the chat template, which may hold a whole message."""
+OF_TRANSFORMERS = ("add_generation_prompt", "messages", "raise_exception", "strftime_now")
+"""Variables of a chat template that transformers gives, beside the tokenizer's special tokens."""
 TextPart = Mapping[str, Any]
 """A part of a message's content: {"type": "text", "text": ...}."""
 
@@ -146,7 +151,8 @@ def _render(tokenizer: Any, messages: Sequence[Message], template_args: Mapping[
         listed = [dict(message) for message in messages]
         return str(tokenizer.apply_chat_template(listed, tokenize=False, **opening, **template_args))
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-        raise InvalidValue(f"the tokenizer's chat template refuses the messages: {error}") from error
+        what = f"the tokenizer's chat template refuses the messages: {str(error)[:SHOWN_OF_ERROR]}"
+        raise InvalidValue(what, "messages and roles that it takes, or another template in model.tokenizer") from error
 
 
 def _check_adds(prompt: str, full: str) -> None:
@@ -161,6 +167,36 @@ def _check_adds(prompt: str, full: str) -> None:
         "a template that only adds; one that opens a thought with template_args: {enable_thinking: false} or with "
         "answers that have the thought",
     )
+
+
+# --- arguments that the template reads --------------------------------------------------------------------------------
+
+
+def check_arguments(tokenizer: Any, names: Collection[str], place: str) -> None:
+    """Raises UserError for an argument that the chat template does not read, so that it would change nothing.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        names: the names of the arguments of `apply_chat_template`.
+        place: the place of the source, with which the error begins.
+    """
+    read = _names_read(tokenizer.chat_template)
+    if read is None or set(names) <= read:
+        return
+    unread = " and ".join(sorted(set(names) - read))
+    known = few(sorted(read - set(OF_TRANSFORMERS))) or "none"
+    valid = f"arguments that it reads ({known}), or columns: {{unused: NAME}} to leave a column out"
+    raise UserError(place, f"the tokenizer's chat template does not read {unread}", valid)
+
+
+def _names_read(template: str | Mapping[str, str] | None) -> set[str] | None:
+    """Returns the variables that a chat template, or any of several, reads; None where jinja alone cannot tell."""
+    texts = list(template.values()) if isinstance(template, Mapping) else [template or ""]
+    try:
+        trees = [jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text) for text in texts]
+    except jinja2.TemplateSyntaxError:
+        return None
+    return set[str]().union(*map(jinja2.meta.find_undeclared_variables, trees))
 
 
 # --- a prompt that ends with the assistant's words -------------------------------------------------------------------

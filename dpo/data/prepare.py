@@ -24,6 +24,7 @@ from dpo.base.errors import UserError
 from dpo.base.files import make_folder_atomically
 from dpo.config import Config, LossConfig, SourceConfig
 from dpo.data.caching import cache_path, digest
+from dpo.data.chat import check_arguments
 from dpo.data.encoder import Encoder, ids_encoder, surplus_tokens, template_name, text_encoder
 from dpo.data.formats.decision import decide_reading
 from dpo.data.formats.examples import FORMATS, holds_ids
@@ -132,6 +133,8 @@ def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[
         encoders[False] = text_encoder(tokenizer, stops)
         for entry in opened:
             check_template(entry.reading, bool(tokenizer.chat_template), f"{entry.key}: {entry.config.path}")
+            if tokenizer.chat_template:
+                check_arguments(tokenizer, entry.reading.arguments, f"{entry.key}: {entry.config.path}")
     tokenized = []
     for entry in opened:
         encoder = encoders[holds_ids(entry.reading.format)]

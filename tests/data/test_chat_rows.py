@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from dpo.base.errors import UserError
+from dpo.base.errors import InvalidValue, UserError
 from dpo.config import SourceConfig
 from dpo.data.formats.decision import decide_reading
 from dpo.data.formats.example import PROMPTS_DIFFER
@@ -275,3 +275,34 @@ def test_the_line_says_how_rows_are_read(row, line):
 
 def test_the_line_of_a_format_that_is_given():
     assert reading_of(TEXTS, format="preference").line == "format preference: texts"
+
+
+@pytest.mark.parametrize(
+    ("row", "source", "unread"),
+    [
+        ({}, {"template_args": {"enable_thinkin": False}}, "enable_thinkin"),
+        ({}, {"template_args": {"chat_template": "x", "style": "a"}}, "chat_template"),
+        ({"tools": [{"name": "f"}]}, {}, "tools"),
+    ],
+)
+def test_an_argument_that_the_template_does_not_read_is_refused(hf_cache, tmp_path, row, source, unread):
+    """It would change nothing, and nobody would know."""
+    template = "{% if style == 'a' %}!{% endif %}{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    make_tokenizer(chat_template=template).save_pretrained(tmp_path / "t")
+    path = write_jsonl(tmp_path / "a.jsonl", [TEXTS | row])
+    config = make_config(SourceConfig(path, **source), tokenizer=str(tmp_path / "t"))
+    with pytest.raises(UserError, match=rf"chat template does not read {unread}; valid: .*\(style\)"):
+        prepare_data(config, TinyModelConfig())
+
+
+def test_tool_calls_that_are_kept_as_text():
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"q": 1}}}]
+    asked = {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)}
+    row = {"prompt": [USER, asked, {"role": "tool", "content": "1"}], "chosen": [GOOD], "rejected": [BAD]}
+    assert read(row).prompt[1]["tool_calls"] == calls
+
+
+def test_the_place_of_a_conversation_that_does_not_end_with_an_answer():
+    whole = {"chosen": [USER, GOOD, USER], "rejected": [USER, BAD, USER]}
+    with pytest.raises(InvalidValue, match=r"chosen\[2\] has the role 'user'"):
+        read({**whole})

@@ -19,10 +19,11 @@ WARNING = (
     "  WARNING: 2 rows of texts do not go through the tokenizer's chat template; data.train[0].as_chat: true reads"
 )
 NONE = "  chat template: none, the rows are texts"
-BY_TEMPLATE = (
-    "  messages by the tokenizer's chat template "
-    f"{hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()[:8]} {CHAT_TEMPLATE[:40]!r}…"
-)
+WITH_A = CHAT_TEMPLATE + "{% if a == 2 %}!{% endif %}"
+
+
+def by_template(text: str) -> str:
+    return f"  messages by the tokenizer's chat template {hashlib.sha256(text.encode()).hexdigest()[:8]} {text[:40]!r}…"
 
 
 def lines_of(tmp_path, rows, template=CHAT_TEMPLATE, **source) -> list[str]:
@@ -40,8 +41,8 @@ def lines_of(tmp_path, rows, template=CHAT_TEMPLATE, **source) -> list[str]:
         (TEXTS, CHAT_TEMPLATE, {}, f"{WARNING} them as conversations"),
         (TEXTS, None, {}, NONE),
         (RENDERED, CHAT_TEMPLATE, {}, NONE),
-        (CHATS, CHAT_TEMPLATE, {}, BY_TEMPLATE),
-        (CHATS, CHAT_TEMPLATE, {"template_args": {"a": 1}}, BY_TEMPLATE + ', template_args {"a": 1}'),
+        (CHATS, CHAT_TEMPLATE, {}, by_template(CHAT_TEMPLATE)),
+        (CHATS, WITH_A, {"template_args": {"a": 1}}, by_template(WITH_A) + ', template_args {"a": 1}'),
     ],
 )
 def test_the_template_of_a_source(rows, template, source, expected: str, tmp_path) -> None:

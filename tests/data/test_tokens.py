@@ -107,6 +107,7 @@ def test_chat_is_cut_after_the_first_eos_and_gets_one_where_there_is_none():
         (None, "messages need a chat template, which the tokenizer lacks"),
         ("{{ raise_exception('roles must alternate') }}", "chat template refuses the messages: roles must alternate"),
         ("{% for %}", "chat template refuses the messages: "),
+        ("{{ raise_exception('x' * 9999) }}", f"refuses the messages: {'x' * 300}; valid: "),
     ],
 )
 def test_chat_template_that_does_not_serve(template, what):

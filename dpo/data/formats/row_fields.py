@@ -105,6 +105,8 @@ def chat_message(value: object, name: str) -> Message:
     row = _of_sharegpt(row, name) if "from" in row and "role" not in row else row
     message = {key: item for key, item in row.items() if item is not None and (key != "tool_calls" or item != [])}
     text_of(field(message, "role", f"{name}."), f"{name}.role")
+    if "tool_calls" in message:
+        message["tool_calls"] = list_of(message["tool_calls"], f"{name}.tool_calls")
     if "content" not in message and "tool_calls" in message:
         return message | ({"content": None} if "content" in row else {})
     return message | {"content": _content_of(field(message, "content", f"{name}."), f"{name}.content")}
