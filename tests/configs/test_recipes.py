@@ -213,7 +213,8 @@ def test_a_recipe_is_rehearsed(
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     config = read(recipe, "--model.path", str(model), "--train.run_dir", str(tmp_path / "run"))
-    train = [replace(source, count=source.count and 2) for source in config.data.train]
+    count = max(2, 8 // len(config.data.train))
+    train = [replace(source, count=source.count and count) for source in config.data.train]
     short = {"data__train": train, "data__num_proc": 1, "batch__pairs_per_step": 4, "eval__samples": 0}
     length = {"train__steps": 2, "train__epochs": None, "reference__cache_dir": str(tmp_path / "cache")}
     lines = train_lines(run(changed(config, **short, **length)))
