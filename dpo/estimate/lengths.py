@@ -130,7 +130,7 @@ def _longest_pairs(pairs: PairSet, config: Config) -> np.ndarray:
     prompts are returned.
     """
     ids = np.flatnonzero(pairs.is_first())
-    tokens = pairs.lengths()[ids].sum(1)
+    tokens = pairs.lengths()[ids, : 3 if pairs.has_losers else 2].sum(1)
     if config.batch.group_by_prompt:
         prompts = np.asarray(pairs.prompt_of_pair)[ids]
         tokens = np.bincount(prompts, tokens)[prompts]

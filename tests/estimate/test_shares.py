@@ -56,3 +56,17 @@ def test_the_report_comes_before_the_error(tmp_path: Path, capsys: pytest.Captur
     ):
         lengths_of(mixture(tmp_path, batch__pairs_per_step=65))
     assert "  of 8 pairs kept for training an epoch has 4: count 4" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(("loss", "longest"), [("sft", 10 + 3), ("dpo", 2 + 8 + 7)])
+def test_losers_that_are_not_computed_have_no_length(tmp_path: Path, loss: str, longest: int) -> None:
+    """Alone the winner of 3 tokens has the longer row, with its prompt of 10; its pair is the shorter one."""
+    rows = [
+        {"prompt_ids": [3] * 10, "chosen_ids": [5] * 3, "rejected_ids": [4]},
+        {"prompt_ids": [3] * 2, "chosen_ids": [5] * 8, "rejected_ids": [4] * 7},
+    ]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = SourceConfig(str(path), format="tokens")
+    config = make_config("no model", path, "run", data__train=[source], batch__pairs_per_step=1, loss__name=loss)
+    assert [tree.num_tokens for tree in lengths_of(config).longest] == [longest]
