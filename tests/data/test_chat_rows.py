@@ -306,3 +306,17 @@ def test_the_place_of_a_conversation_that_does_not_end_with_an_answer():
     whole = {"chosen": [USER, GOOD, USER], "rejected": [USER, BAD, USER]}
     with pytest.raises(InvalidValue, match=r"chosen\[2\] has the role 'user'"):
         read({**whole})
+
+
+def test_a_prompt_beside_whole_conversations_is_in_them_in_every_row():
+    """The first row's prompt is blank, or its answers are single messages; a later one would be left out in silence."""
+    whole = {"chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    for first in (
+        {"prompt": "Hi"} | whole,
+        {"prompt": " "} | whole,
+        {"prompt": "Hi", "chosen": [GOOD], "rejected": [BAD]},
+    ):
+        reading = decide_reading(SourceConfig("x.jsonl"), set(first), first, False, "data.train[0]")
+        assert read_row(reading, {"prompt": "  Hi\n"} | whole).prompt == (USER,)
+        with pytest.raises(ValueError, match="prompt does not occur in chosen and rejected, which are whole"):
+            read_row(reading, {"prompt": "Be brief"} | whole)

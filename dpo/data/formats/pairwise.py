@@ -24,10 +24,10 @@ def sharegpt(row: Row) -> Example:
 def preference(row: Row) -> Example:
     """Reads {prompt, chosen, rejected} as text or chat, or chosen and rejected as whole conversations.
 
-    A whole conversation holds the prompt: all its messages but the last. A `prompt` text beside it is not used (sets
-    like UltraFeedback repeat the question there). A `prompt` of messages must be the conversation's own, or be the
-    whole of chosen or rejected (the column `messages` of such sets). Beside answers of one message each, a `prompt`
-    text is the user's message.
+    A whole conversation holds the prompt: all its messages but the last. A `prompt` text beside it must occur in one of
+    its messages, and is not used (sets like UltraFeedback repeat the question there). A `prompt` of messages must be
+    the conversation's own, or be the whole of chosen or rejected (the column `messages` of such sets). Beside answers
+    of one message each, a `prompt` text is the user's message.
     """
     chosen, rejected, prompt = field(row, "chosen"), field(row, "rejected"), row.get("prompt")
     if all(isinstance(answer, list) and (prompt is None or len(answer) > 1) for answer in (chosen, rejected)):
@@ -67,7 +67,15 @@ def _conversations(chosen: object, rejected: object, prompt: object) -> Example:
     own = (context, other, (*context, answer), (*other, worse))
     if isinstance(prompt, list) and messages_of(prompt, "prompt") not in own:
         raise InvalidValue("chosen and rejected do not begin with prompt", "whole conversations or one answer each")
+    if isinstance(prompt, str) and not _occurs(prompt, (*context, answer, *other, worse)):
+        what = "prompt does not occur in chosen and rejected, which are whole conversations"
+        raise InvalidValue(what, "columns: {unused: NAME} to leave it out, or {system: NAME}")
     return Example(context, (answer, worse), ((0, 1),)) if context == other else PROMPTS_DIFFER
+
+
+def _occurs(text: str, messages: Iterable[Message]) -> bool:
+    """Returns whether a text occurs in a message, whatever white space is between its words."""
+    return any(" ".join(text.split()) in " ".join((message.get("content") or "").split()) for message in messages)
 
 
 def split_conversation(value: object, name: str) -> tuple[tuple[Message, ...], Message]:
