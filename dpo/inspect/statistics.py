@@ -183,7 +183,7 @@ def _repeats(pairs: PairSet, keys: np.ndarray) -> Repeats:
     seen, full = (np.unique(column_keys(pairs.rows, name)[rows]) for name in ("prompt_key", "full_prompt_key"))
     forward, backward = (np.ascontiguousarray(both).view("S32").ravel() for both in (keys, keys[:, ::-1]))
     repeated = len(forward) - len(np.unique(forward))
-    contradicted = int((np.isin(forward, backward) & (forward != backward)).sum())
+    contradicted = int((np.isin(forward, backward) & (forward != backward)).sum())  # equal: a demonstration
     return Repeats(len(seen), len(rows) - len(seen), len(full) - len(seen), repeated, contradicted)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dpo.batch.order import PairOrder
-from dpo.config import SourceConfig
+from dpo.config import LossConfig, SourceConfig
 from dpo.data import token_rows
 from dpo.data.prepare import prepare_data
 from dpo.inspect import statistics as data_statistics
@@ -132,6 +132,15 @@ def test_pairs_of_evaluation_whose_prompt_is_in_training(tmp_path):
     train, evaluation = (write_jsonl(tmp_path / name, part) for name, part in (("a", rows[:3]), ("b", rows[3:])))
     data = prepare_data(make_config(train, eval=[SourceConfig(path=evaluation)]), MODEL)
     assert shared_pairs(data.train, data.eval) == 1  # row 3 has the prompt of row 2; rows 4 and 5 have their own
+
+
+def test_demonstrations_contradict_nothing(tmp_path):
+    """Their pair is of the answer with itself."""
+    rows = [{"prompt": "p", "completion": "a"}, {"prompt": "q", "completion": "b"}]
+    make_tokenizer().save_pretrained(tmp_path / "t")
+    config = make_config(write_jsonl(tmp_path / "a.jsonl", rows), tokenizer=str(tmp_path / "t"))
+    data = prepare_data(dataclasses.replace(config, loss=LossConfig(name="sft")), MODEL)
+    assert summarize(data.train, IDS).repeats == Repeats(2, 0, 0, 0, 0)
 
 
 # --- lengths by hand --------------------------------------------------------------------------------------------------
