@@ -30,7 +30,8 @@ from dpo.data.encoding import encode
 from dpo.data.formats.chat import as_messages
 from dpo.data.formats.example import Example
 from dpo.data.formats.json_rows import json_rows
-from dpo.data.formats.row_fields import Message, field, text_or_messages
+from dpo.data.formats.reading import prompt_alone
+from dpo.data.formats.row_fields import Message
 from dpo.data.stops import model_stop_ids
 from dpo.data.tokenizer import load_tokenizer
 from dpo.data.tokens import Limits, check_ids, limits_of
@@ -117,10 +118,9 @@ def _json_questions(path: Path) -> list[Question]:
     for row in json_rows(str(path), str(path)):
         place = f"{path}:{row['line']}"
         try:
-            prompt = text_or_messages(field(json.loads(row["row"]), "prompt"), "prompt")
+            questions.append(Question(place, prompt_alone(json.loads(row["row"]))))
         except InvalidValue as error:
             raise error.at(place) from error
-        questions.append(Question(place, prompt))
     return questions
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo import sample
+from dpo.base.errors import UserError
 from tests.machine.test_toolchain import facts
 from tests.model.test_generation import plain_draw, plain_greedy
 from tests.support.data_fixtures import BOS, EOS, VOCAB_SIZE, ids, make_tokenizer, write_jsonl
@@ -288,3 +289,18 @@ def test_models_and_templates_that_cannot_read_are_refused(tmp_path: Path, capsy
         assert run("--model", str(tmp_path / model), "--prompts", prompts) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert line.startswith(f"error: {error}"), line
+
+
+@pytest.mark.parametrize(
+    "beside", [{"system": "Be brief."}, {"tools": [{"name": "f"}]}, {"chat_template_kwargs": {"a": 1}}]
+)
+def test_a_column_that_looks_like_part_of_the_prompt_is_refused(beside: dict[str, Any], tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Hi", "context": ""}, {"prompt": "Hi"} | beside])
+    with pytest.raises(UserError, match=rf"a.jsonl:2: {next(iter(beside))}: would not be read"):
+        sample.read_questions(Path(path), False)
+
+
+def test_messages_that_are_kept_as_text(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": json.dumps(messages)}, {"prompt": "[1]"}])
+    assert [question.prompt for question in sample.read_questions(Path(path), False)] == [tuple(messages), "[1]"]

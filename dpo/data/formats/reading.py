@@ -7,17 +7,19 @@ texts are read as conversations -> the system message and the arguments of the c
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from dataclasses import field as default
 from typing import Any
 
 from dpo.base.errors import InvalidValue, UserError
 from dpo.data.formats.chat import as_conversation, system_text, template_args, with_system
-from dpo.data.formats.columns import Names
+from dpo.data.formats.columns import PROMPT_LIKE, Names
 from dpo.data.formats.example import Example
 from dpo.data.formats.examples import FORMATS, to_example
+from dpo.data.formats.json_rows import EMPTY
 from dpo.data.formats.json_text import ends_with_answer, messages_in
 from dpo.data.formats.judged import ANSWERS, LISTS
-from dpo.data.formats.row_fields import Row, text_of
+from dpo.data.formats.row_fields import Message, Row, few, field, text_of, text_or_messages
 
 ANSWER_FIELDS = ("chosen", "rejected", "completion", *LISTS, *(name for names in ANSWERS for name in names))
 TEXT_OR_MESSAGES = ("prompt", *ANSWER_FIELDS)
@@ -40,7 +42,7 @@ class Reading:
     """Whether the first row is of texts; None where it is of token ids, broken, or has no completion."""
     chat_reason: str = ""
     """The reason for which texts are read as conversations; empty where they stay texts."""
-    template_args: Mapping[str, Any] = field(default_factory=dict)
+    template_args: Mapping[str, Any] = default(default_factory=dict)
     """The source's arguments of the chat template; those of a row take precedence."""
     null_is_missing: bool = False
     """Whether the source has columns with types, in which a key that an object lacks is null."""
@@ -118,6 +120,19 @@ def is_kept_as_text(value: object) -> bool:
     """Returns whether a value, or each item of a list, is a text that holds messages."""
     items = value if isinstance(value, list) else [value]
     return bool(items) and all(messages_in(item) is not None for item in items)
+
+
+def prompt_alone(row: Row) -> str | tuple[Message, ...]:
+    """Returns the prompt of a row without answers, whose messages may be kept as JSON text.
+
+    Raises InvalidValue for another value, and where a further column looks like part of the prompt.
+    """
+    beside = sorted(name for name, value in row.items() if name.lower() in PROMPT_LIKE and value not in EMPTY)
+    if beside:
+        valid = "prompt alone, a system message as its first message"
+        raise InvalidValue(f"{few(beside)}: would not be read, but looks like part of the prompt", valid)
+    (prompt,) = with_messages({"prompt": field(row, "prompt")}, ("prompt",) * is_kept_as_text(row["prompt"])).values()
+    return text_or_messages(prompt, "prompt")
 
 
 def without_nulls(value: Any) -> Any:
