@@ -295,6 +295,14 @@ def test_an_argument_that_the_template_does_not_read_is_refused(hf_cache, tmp_pa
         prepare_data(config, TinyModelConfig())
 
 
+@pytest.mark.parametrize("empty", [None, "", "null", json.dumps([]), json.dumps({})])
+def test_an_empty_value_among_arguments_that_are_kept_as_text(empty):
+    """As `json.dumps` writes None, [] and {} in the cells of a table."""
+    reading = reading_of(TEXTS | {"tools": "[{}]", "chat_template_kwargs": "{}", "system": ""}, template_args={"a": 1})
+    row = TEXTS | {"tools": empty, "chat_template_kwargs": empty}
+    assert read_row(reading, row).template_args == {"a": 1}
+
+
 def test_tool_calls_that_are_kept_as_text():
     calls = [{"type": "function", "function": {"name": "f", "arguments": {"q": 1}}}]
     asked = {"role": "assistant", "content": "", "tool_calls": json.dumps(calls)}

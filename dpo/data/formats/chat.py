@@ -7,6 +7,7 @@ from typing import Any
 
 from dpo.base.errors import InvalidValue
 from dpo.data.formats.example import Example
+from dpo.data.formats.json_rows import EMPTY
 from dpo.data.formats.row_fields import ASSISTANT, Message, Row, list_of, mapping, text_of
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -70,7 +71,8 @@ def template_args(row: Row, of_source: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the arguments of the chat template for a row: its `chat_template_kwargs` and `tools`, over those of the
     source. Raises InvalidValue for a wrong value.
     """
-    given = mapping(row.get("chat_template_kwargs", {}), "chat_template_kwargs")
+    given = row.get("chat_template_kwargs")
+    given = {} if given in EMPTY else mapping(given, "chat_template_kwargs")
     check_args(given, "chat_template_kwargs")
     tools = _tools(row.get("tools"))
     return {**of_source, **given, **({"tools": tools} if tools else {})}
@@ -85,7 +87,7 @@ def check_args(args: Mapping[str, Any], name: str) -> None:
 
 def _tools(value: object) -> list[Row]:
     """Returns the tools of a row, a list of objects, each of which may be kept as JSON text."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value in EMPTY or (isinstance(value, str) and not value.strip()):
         return []
     return [mapping(item, f"tools[{i}]") for i, item in enumerate(list_of(value, "tools"))]
 
