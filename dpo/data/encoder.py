@@ -128,6 +128,11 @@ def template_name(encoder: Encoder) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()[:8]} {text[:40]!r}…"
 
 
+def writes_date(encoder: Encoder) -> bool:
+    """Returns whether the tokenizer's chat template may write the date of the day, as Llama 3.1's does."""
+    return "strftime_now" in json.dumps(getattr(encoder.tokenizer, "chat_template", None))
+
+
 def surplus_tokens(encoder: Encoder, vocab_size: int) -> int:
     """Returns how many tokens the tokenizer has beyond the model's embeddings; rows that have one of them are refused.
 

@@ -81,9 +81,10 @@ def _columns_of(source: Part, begin: tuple[int, int], values: Sequence[str], see
     parts = [part for part in _parts(source, begin, values) if len(part["row_of_pair"])]
     columns = {name: np.concatenate([part[name] for part in (_no_pairs(values), *parts)]) for name in _no_pairs(values)}
     keys = columns["keys"]
+    columns = columns if source.has_losers else _without_losers(columns)
     if source.num_pairs in (None, len(keys)):
         return columns
-    times = times_in_epoch(keys, source.num_pairs, seed)
+    times = times_in_epoch(keys, source.num_pairs, seed)  # the same choice with and without losers
     return {name: np.repeat(column, times, axis=0) for name, column in columns.items()}
 
 
@@ -96,8 +97,7 @@ def _parts(source: Part, begin: tuple[int, int], values: Sequence[str]) -> Itera
             file.seek(0)
             for batch in pa.ipc.open_stream(file):
                 is_kept = source.is_kept[num_rows : num_rows + len(batch)]
-                columns = _part(batch, is_kept, (first_row + num_rows, first_byte), memory, values)
-                yield columns if source.has_losers else _without_losers(columns)
+                yield _part(batch, is_kept, (first_row + num_rows, first_byte), memory, values)
                 num_rows += len(batch)
             first_byte += memory.size
     assert num_rows == len(source.is_kept)

@@ -90,14 +90,16 @@ class PairSet:
 
     @functools.cached_property
     def content_hash(self) -> str:
-        """Returns a hash of the keys of all pairs in order, and of their weights and margins where there are any, 32
-        hex digits; a key stands for the ids of prompt and completion.
+        """Returns a hash of the keys of all pairs in order, and of their weights and margins where any is not neutral,
+        32 hex digits; a key stands for the ids of prompt and completion.
         """
         content = hashlib.blake2b(digest_size=16)
         for start in range(0, len(self), 2**16):
             content.update(self.keys[start : start + 2**16].tobytes())
         for name, column in self._values().items():
-            content.update(name.encode() + np.asarray(column, "<f8").tobytes())
+            numbers = np.asarray(column, "<f8")
+            if (numbers != NEUTRAL[VALUES[name]]).any():
+                content.update(name.encode() + numbers.tobytes())
         return content.hexdigest()
 
     @property

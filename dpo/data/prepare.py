@@ -25,7 +25,7 @@ from dpo.base.files import make_folder_atomically
 from dpo.config import Config, LossConfig, SourceConfig
 from dpo.data.caching import cache_path, digest
 from dpo.data.chat import check_arguments
-from dpo.data.encoder import Encoder, ids_encoder, surplus_tokens, template_name, text_encoder
+from dpo.data.encoder import Encoder, ids_encoder, surplus_tokens, template_name, text_encoder, writes_date
 from dpo.data.formats.decision import decide_reading
 from dpo.data.formats.examples import FORMATS, holds_ids
 from dpo.data.formats.reading import Reading, check_template
@@ -230,7 +230,12 @@ def _files(sources: list[_Tokenized]) -> list[str]:
 def _with_encoders(report: DataReport, sources: list[_Tokenized], vocab_size: int) -> DataReport:
     """Returns the report with the chat template of each source and the tokens that the model lacks."""
     described = [
-        replace(source, template=template_name(entry.encoder), template_args=dict(entry.config.template_args))
+        replace(
+            source,
+            template=template_name(entry.encoder),
+            template_args=dict(entry.config.template_args),
+            writes_date=writes_date(entry.encoder),
+        )
         for source, entry in zip(report.sources, sources, strict=True)
     ]
     surplus = max(surplus_tokens(entry.encoder, vocab_size) for entry in sources)

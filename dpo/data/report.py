@@ -72,6 +72,8 @@ class SourceReport:
     """The tokenizer's chat template, by its content; empty where there is none, and for rows of ids."""
     template_args: Mapping[str, Any] = field(default_factory=dict)
     """The source's arguments of the chat template."""
+    writes_date: bool = False
+    """Whether the chat template may write the date of the day."""
     removed_pairs: int = 0
     """Kept pairs that are neither trained on nor evaluated: their prompt is held out of another source, or equals a
     held-out prompt after truncation."""
@@ -122,6 +124,9 @@ class SourceReport:
         if self.chats:
             args = f", template_args {json.dumps(self.template_args)}" if self.template_args else ""
             yield f"  messages by the tokenizer's chat template {self.template}{args}"
+        if self.chats and self.writes_date and "date_string" not in self.template_args:
+            what = "the chat template may write today's date: tomorrow the same file would have other tokens"
+            yield f"  WARNING: {what}; {self.key}.template_args: {{date_string: '26 Jul 2024'}} fixes it for Llama 3.1"
         if self.lacks_template:
             what = f"{self.texts:,} rows of texts do not go through the tokenizer's chat template"
             yield f"  WARNING: {what}; {self.key}.as_chat: true reads them as conversations"

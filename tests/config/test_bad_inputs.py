@@ -75,8 +75,11 @@ def no_eos(folder: Path) -> None:
 
 
 def large_vocabulary(folder: Path) -> None:
+    """The tokenizer has w97, which the model has not, and a row has it."""
     good(folder)
     save_tokenizer(folder / "model", num_tokens=VOCAB + 3)
+    with (folder / "data.jsonl").open("a") as file:
+        file.write('{"prompt": "w3", "chosen": "w4", "rejected": "w97"}\n')
 
 
 def few_pairs(folder: Path) -> None:
@@ -109,7 +112,7 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (alibi, "model.path: bloom models are not supported: ALiBi biases attention by distance"),
     (mixture, "model.path: mixtral models are not supported: in a mixture of experts"),
     (no_eos, "model.tokenizer: ./model: the tokenizer has no EOS token; valid: "),
-    (large_vocabulary, "model.tokenizer: ./model: the tokenizer has 100 tokens, the model's vocabulary 97; valid: "),
+    (large_vocabulary, "data.jsonl:71: token id 97 is outside of the model's vocabulary; valid: 0 to 96"),
     (few_pairs, "data.train: 63 pairs to train on, fewer than batch.pairs_per_step 64; valid: "),
     (broken_row, "data.jsonl:71: "),
     (run_folder_is_a_file, "train.run_dir: runs/c"),

@@ -36,7 +36,7 @@ def prompt_of(row, **config):
         ({"instruction": "do", "input": ""}, "do"),
         ({"instruction": "do", "input": None}, "do"),
         ({"instruction": "", "input": "it"}, "it"),
-        ({"prompt": "p", "question": "q", "instruction": "do"}, "p"),
+        ({"prompt": "do q", "question": "q", "instruction": "do"}, "do q"),
         ({"question": "q", "messages": [USER]}, "q"),
     ],
 )
@@ -85,7 +85,10 @@ def test_other_formats_take_the_same_prompts():
 def test_two_prompts_are_none():
     with pytest.raises(UserError, match=r"no format fits .* which lacks prompt; valid: columns: {prompt: NAME}"):
         decide({"question": "q", "instruction": "do"} | PAIR)
-    assert prompt_of({"question": "q", "instruction": "do"} | PAIR, columns={"prompt": "question"}) == "q"
+    named = {"prompt": "question", "unused": "instruction"}
+    assert prompt_of({"question": "q", "instruction": "do"} | PAIR, columns=named) == "q"
+    with pytest.raises(UserError, match=r"instruction: would not be read, but looks like part of the prompt"):
+        decide({"question": "q", "instruction": "do"} | PAIR, columns={"prompt": "question"})
 
 
 # --- `columns` of the config ------------------------------------------------------------------------------------------

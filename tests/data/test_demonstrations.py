@@ -38,6 +38,10 @@ def prepared(tmp_path, tokenizer_folder, rows, loss=SFT, **source):
         ({"prompt": TURNS, "chosen": "bc"}, *CHAT),
         ({"messages": [{"from": "human", "value": "p1"}, {"from": "gpt", "value": "bc"}]},
          "[user]p1</s>[assistant]", "bc"),
+        ({"conversations": [{"from": "human", "value": "p1"}, {"from": "gpt", "value": "bc"}]},
+         "[user]p1</s>[assistant]", "bc"),
+        ({"messages": [{"role": "human", "content": "p1"}, {"role": "gpt", "content": "bc"}]},
+         "[user]p1</s>[assistant]", "bc"),
         ({"system": "s", "messages": [TURNS[2], ANSWER]}, "[system]s</s>[user]p1</s>[assistant]", "bc"),
     ],
 )  # fmt: skip
@@ -109,3 +113,12 @@ def test_of_two_answers_none_is_left_out(tmp_path, tokenizer_folder):
 def test_the_place_of_a_wrong_answer(tmp_path, tokenizer_folder):
     with pytest.raises(UserError, match=r"a.jsonl:1: messages\[2\] has the role 'user'; valid: assistant"):
         prepared(tmp_path, tokenizer_folder, [{"messages": TURNS}])
+
+
+@pytest.mark.parametrize("share", [{"count": 3}, {"weight": 0.5}, {"weight": 2.5}])
+def test_a_share_of_an_epoch_is_the_same_with_and_without_losers(tmp_path, tokenizer_folder, share):
+    """SFT and DPO of one mixture train on the same pairs."""
+    rows = [{"prompt": f"p{i}", "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(8)]
+    sft = prepared(tmp_path, tokenizer_folder, rows, **share)
+    dpo = prepared(tmp_path, tokenizer_folder, rows, LossConfig(name="dpo"), **share)
+    assert [pair[:2] for pair in all_pairs(sft.train)] == [pair[:2] for pair in all_pairs(dpo.train)]

@@ -63,3 +63,12 @@ def test_merges_and_surplus_tokens(tmp_path) -> None:
     assert report.sources[0].boundary_merges == 2 and report.surplus_tokens == 1
     assert "  2 completions tokenized apart from their prompt: as one text, both share a token" in report.lines()
     assert "the tokenizer has 1 tokens that the model has not; no row has them" in report.lines()
+
+
+def test_a_template_that_writes_the_date_is_told(tmp_path) -> None:
+    """As Llama 3.1's does where it is given no date_string."""
+    dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%d') %}{% endif %}{{ date_string }}"
+    told = [line for line in lines_of(tmp_path, CHATS, dated + CHAT_TEMPLATE) if "today's date" in line]
+    assert len(told) == 1 and told[0].startswith("  WARNING:") and "data.train[0].template_args" in told[0]
+    fixed = lines_of(tmp_path, CHATS, dated + CHAT_TEMPLATE, template_args={"date_string": "1 May"})
+    assert not [line for line in fixed if "today's date" in line]

@@ -246,6 +246,15 @@ SHAPES = {
         [{"prompt": [user(WOOL), assistant("Well, ")], "chosen": SHEEP, "rejected": TREES}],
         [Meaning([user(WOOL), assistant("Well, ")], assistant(SHEEP), assistant(TREES))],
     ),
+    # the question again in the prompt, roles of ShareGPT, weights that are all 1
+    "question_in_prompt": Shape(
+        [{"question": WOOL, "prompt": f"Answer: {WOOL}", "chosen": SHEEP, "rejected": TREES}],
+        [Meaning(f"Answer: {WOOL}", SHEEP, TREES)],
+    ),
+    "sharegpt_roles": Shape(
+        [{"prompt": [{"role": "human", "content": WOOL}], "chosen": [{"role": "gpt", "content": SHEEP}],
+          "rejected": [{"role": "gpt", "content": TREES}]}], [ONE]
+    ),
     # columns without a value
     "empty_columns": Shape(
         _rows("prompt", system=[None, ""], tools=[None, []], images=[[], []], context=["", ""]), TEXTS
@@ -253,6 +262,7 @@ SHAPES = {
 }  # fmt: skip
 
 REFUSED = {
+    "question_beside_prompt": (_rows("question", prompt=["Answer briefly.", "Answer."]), "question"),
     "images": (_rows("prompt", images=[["a.png"], ["b.png"]]), "images"),
     "context_beside_prompt": (_rows("prompt", context=["Sheep are animals.", "Bees fly."]), "context"),
     "history": (_rows("instruction", history=[[["a", "b"]], [["c", "d"]]]), "history"),

@@ -30,8 +30,9 @@ PROMPT_LIKE = frozenset(
 )  # fmt: skip
 """Columns that look like part of the prompt, in small letters: none of them is left out in silence."""
 DIALOGUE_LIKE = frozenset(
-    ("conversation", "conversations", "dialog", "dialogue", "history", "chat_history", "conversation_history")
-)
+    ("conversation", "conversations", "dialog", "dialogue", "history", "chat_history", "conversation_history",
+     "question", "instruction")
+)  # fmt: skip
 """The same, except beside chosen and rejected that are whole conversations, which have their own beginning."""
 
 

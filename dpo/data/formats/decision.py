@@ -58,7 +58,10 @@ def decide_reading(config: SourceConfig, own: Set[str], first_row: Row, has_type
         _check_no_chat(config, format, key)
         return _with_line(Reading(format, names_read), config, False)
     has_whole = all(isinstance(row.get(name), list) and len(row[name]) > 1 for name in ("chosen", "rejected"))
-    check_left_out(names.keys() - names_read.keys(), has_whole, f"{key}.columns: {config.path}")
+    left_out = {
+        name for name in names.keys() - names_read.keys() if not _is_in_prompt(row.get(name), row.get("prompt"))
+    }
+    check_left_out(left_out, has_whole, f"{key}.columns: {config.path}")
     if has_whole:
         own_prompt = names_read.get("prompt") or ", ".join(names_read[name] for name in prompt_from)
         _check_prompt_text(row, own_prompt, f"{key}.columns: {config.path}")
@@ -74,6 +77,11 @@ def _with_prompt(row: Row, prompt_from: tuple[str, ...]) -> Row:
         return with_prompt(row, prompt_from)
     except InvalidValue:
         return row
+
+
+def _is_in_prompt(value: object, prompt: object) -> bool:
+    """Returns whether a text of the first row is part of its prompt text, so that it need not be read again."""
+    return isinstance(value, str) and isinstance(prompt, str) and bool(value.strip()) and value.strip() in prompt
 
 
 def _check_broken_messages(first_row: Row, place: str) -> None:

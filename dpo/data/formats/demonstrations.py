@@ -5,20 +5,24 @@ from dpo.data.formats.example import Example
 from dpo.data.formats.pairwise import answer_of, split_conversation
 from dpo.data.formats.row_fields import Row, field, text_or_messages
 
+DIALOGUES = ("messages", "conversations")
+"""The columns of a whole conversation; a row has one of them, or a prompt."""
 ANSWERS = ("completion", "chosen")
 """The columns of the answer; a row has one of them, or its answer is the last of its messages."""
 
 
 def demonstrations(row: Row) -> Example:
-    """Reads {prompt, completion}, {prompt, chosen}, or {messages}: a whole conversation, which ends with the answer.
+    """Reads {prompt, completion}, {prompt, chosen}, or {messages} or {conversations}: a whole conversation, which ends
+    with the answer.
 
     The only pair has the answer as winner and as loser.
     """
     names = [name for name in ANSWERS if name in row]
     if len(names) == len(ANSWERS):
         raise InvalidValue("completion and chosen are given", "one of them, with columns: {unused: NAME} for the other")
-    if "messages" in row and not names:
-        prompt, answer = split_conversation(field(row, "messages"), "messages")
+    dialogue = next((name for name in DIALOGUES if name in row), None)
+    if dialogue and not names:
+        prompt, answer = split_conversation(row[dialogue], dialogue)
         return Example(prompt, (answer,), ((0, 0),))
     text, name = text_or_messages(field(row, "prompt"), "prompt"), names[0] if names else ANSWERS[0]
     return Example(text, (answer_of(field(row, name), name, text),), ((0, 0),))

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from dpo.base.errors import UserError
-from dpo.data.formats.demonstrations import demonstrations
+from dpo.data.formats.demonstrations import ANSWERS as DEMONSTRATED
+from dpo.data.formats.demonstrations import DIALOGUES, demonstrations
 from dpo.data.formats.example import Example, Reader
 from dpo.data.formats.judged import ANSWERS, LISTS, VOTES, WINNERS, arena, helpsteer, judged, nectar, rated
 from dpo.data.formats.listed import PREFERENCES, grouped, tokens
@@ -167,8 +168,8 @@ _ENTRIES = (
     ),
     Format(
         name="demonstrations",
-        needs=(_columns("messages"), _columns("prompt", "completion"), _columns("prompt", "chosen")),
-        shape="{prompt, completion|chosen} or {messages}, for loss.name sft",
+        needs=(*map(_columns, DIALOGUES), *(_columns("prompt", answer) for answer in DEMONSTRATED)),
+        shape="{prompt, completion|chosen} or {messages|conversations}, for loss.name sft",
         reader=demonstrations,
         fits=lambda columns, first_row: not columns & LABELS,
         compares=False,
@@ -204,7 +205,8 @@ def detect_format(columns: set[str], first_row: Row, where: str, own: Collection
     nearest, lacks = _nearest(columns)
     what = f"no format fits the columns {few(sorted(own or columns))}; the nearest is {nearest.name} {nearest.shape}"
     mapped = ", ".join(f"{name}: NAME" for name in lacks)
-    valid = f"columns: {{{mapped}}} with names of this source, or the columns of {', '.join(FORMATS)}"
+    alone = "; for loss.name sft columns: {completion: NAME}" if "prompt" in columns and "chosen" in lacks else ""
+    valid = f"columns: {{{mapped}}} with names of this source{alone}, or the columns of {', '.join(FORMATS)}"
     raise UserError(where, f"{what}, which lacks {' and '.join(lacks)}", valid)
 
 

@@ -61,7 +61,7 @@ def is_broken_messages(value: Any) -> bool:
 def ends_with_answer(messages: list[Any] | dict[str, Any]) -> bool:
     """Returns whether the last of the messages is the assistant's."""
     last = messages[-1] if isinstance(messages, list) else messages
-    return last.get("role", last.get("from")) in ("assistant", "gpt")
+    return last.get("role", last.get("from")) in ("assistant", "gpt", "chatgpt")
 
 
 def _is_message(value: Any) -> bool:

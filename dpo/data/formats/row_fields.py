@@ -21,6 +21,8 @@ SHAREGPT_ROLES = {
     "tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool",
 }  # fmt: skip
 """The role of each sender of ShareGPT's messages; `function` is its result."""
+SPEAKERS = {"human": "user", "gpt": ASSISTANT, "chatgpt": ASSISTANT}
+"""Names of ShareGPT's senders that also stand as roles of {role, content}, where a template would write them."""
 FUNCTION_CALL = "function_call"
 """The sender of a message whose text is a call of a function, the assistant's."""
 NUM_NAMES = 8
@@ -104,7 +106,8 @@ def chat_message(value: object, name: str) -> Message:
     row = mapping(value, name)
     row = _of_sharegpt(row, name) if "from" in row and "role" not in row else row
     message = {key: item for key, item in row.items() if item is not None and (key != "tool_calls" or item != [])}
-    text_of(field(message, "role", f"{name}."), f"{name}.role")
+    role = text_of(field(message, "role", f"{name}."), f"{name}.role")
+    message["role"] = SPEAKERS.get(role, role)
     if "tool_calls" in message:
         message["tool_calls"] = list_of(message["tool_calls"], f"{name}.tool_calls")
     if "content" not in message and "tool_calls" in message:
