@@ -10,6 +10,7 @@ coder.py        texts -> ids at the beginning and in the middle of a text; the b
 encoder.py      a tokenizer with its BOS, stop tokens and control tokens; its content
 text.py         texts -> ids
 chat.py         messages -> ids, by the chat template
+unwritten.py    whether a chat template writes what the messages say
 encoding.py     `Example` -> ids, before any limit
 tokenizer.py    finds and loads a tokenizer
 tokens.py       `Example` -> `TokenizedExample`: limits, truncation, drops; keys of token ids

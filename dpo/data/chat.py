@@ -15,6 +15,7 @@ keeps it as text (`controls.py`): it neither ends the answer nor opens a turn.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jinja2
@@ -25,6 +26,7 @@ from dpo.data.coder import Ids, completions_after
 from dpo.data.controls import hide, is_as_marked, mark, reveal, spells_control, unmark
 from dpo.data.encoder import Completion, Encoded, Encoder
 from dpo.data.formats.row_fields import ASSISTANT, Message, few
+from dpo.data.unwritten import leaves_out
 
 SHOWN = 40
 """Characters of a text that an error shows."""
@@ -51,12 +53,16 @@ def encode_chat(
         InvalidValue: as `chat_texts` does.
     """
     prompt, texts = chat_texts(encoder.tokenizer, messages, answers, template_args)
+    has_unwritten = any(
+        leaves_out([*messages, answer], prompt + text) for answer, text in zip(answers, texts, strict=True)
+    )
     if spells_control(encoder.controls, [messages, answers, template_args]):
-        return _encode_as_text(encoder, (messages, answers, template_args), (prompt, texts))
+        encoded = _encode_as_text(encoder, (messages, answers, template_args), (prompt, texts))
+        return replace(encoded, has_unwritten=has_unwritten)
     prompt_ids = encoder.plain.at_start(prompt)
     found = completions_after(encoder.plain, prompt, prompt_ids, texts)
     completions = [Completion(_until_stop(encoder, ids), is_merged) for ids, is_merged in found]
-    return Encoded(prompt_ids, tuple(completions), kind="chats")
+    return Encoded(prompt_ids, tuple(completions), kind="chats", has_unwritten=has_unwritten)
 
 
 def _encode_as_text(

@@ -76,6 +76,8 @@ class Encoded:
     """Whether the text of the prompt begins with BOS, so that the tokenizer's was left out."""
     has_trimmed_end: bool = False
     """Whether the text of an answer goes on after the stop token that ends it: by white space or more stop tokens."""
+    has_unwritten: bool = False
+    """Whether the chat template leaves out a content or a tool call of the messages (`unwritten.leaves_out`)."""
 
 
 def text_encoder(tokenizer: Any, of_model: Sequence[int] = ()) -> Encoder:

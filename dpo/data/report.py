@@ -19,7 +19,7 @@ NUM_PLACES = 3
 """The number of dropped pairs of each reason that are named with their place."""
 COUNTS = ("prompt_truncated", "completions_truncated", "over_positions", "repeated_pairs", "contradicting_pairs",
           "boundary_merges", "chats", "texts", "rendered_chats", "control_texts", "written_bos", "two_bos",
-          "trimmed_ends")  # fmt: skip
+          "trimmed_ends", "unwritten")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class SourceReport:
     """Prompts that begin with two BOS."""
     trimmed_ends: int
     """Rows with an answer whose text goes on after the stop token that ends it."""
+    unwritten: int
+    """Rows with a content or a tool call that the chat template leaves out."""
     held_out_prompts: int = 0
     held_out_pairs: int = 0
     """Kept pairs that were moved to evaluation."""
@@ -110,6 +112,7 @@ class SourceReport:
             (self.rendered_chats, "prompts of texts spell control tokens, which are read as control tokens"),
             (self.control_texts, "rows spell a control token in a message or an answer, where it stays text"),
             (self.trimmed_ends, "rows with text after the stop token that ends an answer, which was left out"),
+            (self.unwritten, "rows have a message or a tool call that the chat template leaves out: a WARNING"),
         )
         lines += [f"  {count:,} {text}" for count, text in facts if count]
         lines += self._template_lines()

@@ -64,6 +64,7 @@ FEATURES = datasets.Features(
         "written_bos": datasets.Value("bool"),  # the text brings its BOS
         "two_bos": datasets.Value("bool"),
         "trimmed_ends": datasets.Value("bool"),  # a text goes on after its stop token
+        "unwritten": datasets.Value("bool"),  # the chat template leaves out a content or a tool call
     }
 )
 
@@ -194,6 +195,7 @@ def _columns(tokenized: TokenizedExample) -> dict[str, Any]:
         "written_bos": tokenized.has_written_bos,
         "two_bos": tokenized.has_two_bos,
         "trimmed_ends": tokenized.has_trimmed_end,
+        "unwritten": tokenized.has_unwritten,
     }
 
 

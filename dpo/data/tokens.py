@@ -71,9 +71,10 @@ class TokenizedExample:
     has_two_bos: bool = False
     """Whether the prompt begins with two BOS."""
     has_control_text: bool = False
-    """`Encoded.has_control_text`; so for the next two."""
+    """`Encoded.has_control_text`; so for the next three."""
     has_written_bos: bool = False
     has_trimmed_end: bool = False
+    has_unwritten: bool = False
 
 
 def limits_of(max_length: int | None, max_prompt_length: int | None, model_config: Any) -> Limits:
@@ -150,6 +151,7 @@ def _facts(encoded: Encoded, bos_id: int | None) -> dict[str, Any]:
         "has_control_text": encoded.has_control_text,
         "has_written_bos": encoded.has_written_bos,
         "has_trimmed_end": encoded.has_trimmed_end,
+        "has_unwritten": encoded.has_unwritten,
     }
 
 

@@ -71,6 +71,11 @@ def _source_findings(source: SourceReport) -> Iterator[str]:
             " template, remove it from the rows",
         ),
         (
+            source.unwritten,
+            "rows have a message or a tool call that the chat template leaves out; a model.tokenizer whose template"
+            " knows these roles writes them",
+        ),
+        (
             source.dropped.get("control_token", 0),
             "pairs were dropped because an answer has a stop token inside; end it there, or leave the token out",
         ),
