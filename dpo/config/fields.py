@@ -107,15 +107,15 @@ class BatchConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """loss: h is the difference of the log-ratios of winner w and loser l, in nats; u is beta x a log-ratio, m the mean
-    log-probability per token, o its log odds, log p - log(1 - p)."""
+    """loss: h is the difference of the log-ratios of winner w and loser l, in nats; u is beta x a log-ratio, mean
+    the log-probability per token, o its log odds, log p - log(1 - p)."""
 
     name: LossName = "dpo"
     """dpo: -log sigmoid(beta h); ipo: (h - 1/(2 beta))^2; hinge: max(0, 1 - beta h); robust: dpo made unbiased for
     labels flipped at rate label_smoothing; apo_zero: 1 - sigmoid(u_w) + sigmoid(u_l); apo_down: sigmoid(u_w) + 1 -
-    sigmoid(u_w - u_l); dpop: -log sigmoid(beta h - dpop_lambda max(0, -u_w)); simpo: -log sigmoid(beta (m_w - m_l) -
-    gamma); orpo: cross-entropy of the winners - beta log sigmoid(o_w - o_l); sft: cross-entropy of the winners alone.
-    The last three have no reference."""
+    sigmoid(u_w - u_l); dpop: -log sigmoid(beta h - dpop_lambda max(0, -u_w)); simpo: -log sigmoid(beta (mean_w -
+    mean_l) - gamma); orpo: cross-entropy of the winners - beta log sigmoid(o_w - o_l); sft: cross-entropy of the
+    winners alone. The last three have no reference."""
     beta: float = 0.1
     """Strength of the constraint to stay near the reference, per nat, above 0; the paper uses 0.1 (TL;DR: 0.5). For
     simpo the scale of the rewards, 2 to 10."""
