@@ -179,6 +179,7 @@ TLDR = {"info": {"subreddit": "s", "title": "t", "post": "p"}, "summaries": [{"t
         ("grouped", GROUPED | {"scores": [1]}, "scores has 1 items for 2 completions"),
         ("grouped", GROUPED | {"scores": [1, "2"]}, "scores[1] is a text ('2'); valid: a finite number"),
         ("grouped", GROUPED | {"scores": [1, float("inf")]}, "scores[1] is a number (inf); valid: a finite number"),
+        ("grouped", GROUPED | {"scores": [1, 10**400]}, "scores[1] is a number; valid: a finite number"),
         ("grouped", GROUPED | {"scores": [1, True]}, "scores[1] is a truth value (True); valid: a finite number"),
         ("grouped", GROUPED | {"ranking": [0, 1]}, "ranking[0] is a number (0); valid: a whole number from 1"),
         ("grouped", GROUPED | {"ranking": [1.5, 1]}, "ranking[0] is a number (1.5); valid: a whole number from 1"),

@@ -1,9 +1,8 @@
 """Formats whose rows list the completions of a prompt, and say which is better: pairs, scores or a ranking."""
 
-import math
-
 from dpo.base.errors import InvalidValue
 from dpo.data.formats.example import Example, Index
+from dpo.data.formats.numbers import number_of
 from dpo.data.formats.pairwise import answer_of
 from dpo.data.formats.row_fields import Row, field, list_of, shown, text_or_messages, token_ids
 
@@ -75,10 +74,10 @@ def _pair(value: object, name: str, num: int) -> Index:
 
 
 def _score(value: object, name: str) -> float:
-    """Returns a score, which must be finite."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """Returns a score, a finite number that is not kept as text."""
+    if isinstance(value, str):
         raise InvalidValue(f"{name} is {shown(value)}", "a finite number")
-    return value
+    return number_of(value, name)
 
 
 def _rank(value: object, name: str) -> int:
