@@ -3,7 +3,7 @@
 import pytest
 
 from dpo.estimate.timeline import ACTIVATIONS, COPIED, GATHERED, LOGITS, REDUCED, WHOLE
-from tests.bench.estimate_check import CASES, NUM_RANKS, config_of, estimated, given_out
+from tests.bench.estimate_check import CASES, NUM_RANKS, config_of, estimated, peaks_given_out
 from tests.support.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -30,7 +30,7 @@ def test_the_peak_is_that_of_real_processes(ranks: Ranks, case: str) -> None:
     """
     config = config_of(CASES[case])
     memory = estimated(config)
-    for measured in ranks(NUM_RANKS, given_out, config):
+    for measured in peaks_given_out(ranks, config):
         assert memory.peak == pytest.approx(measured, rel=0.10), memory
     parts = memory.device
     assert sum(parts[kind] for kind in (WHOLE, GATHERED, REDUCED, COPIED, ACTIVATIONS, LOGITS)) > STATE

@@ -66,17 +66,27 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def allocated_peak(function: Callable[[], object]) -> int:
     """The most bytes that torch's CPU allocator had given out at once while `function` ran, above those before it:
-    temporaries inside of an operation too. Garbage of earlier measurements is freed before: freed meanwhile, it would
-    be counted against what `function` takes.
+    temporaries inside of an operation too.
+    """
+    return allocated(function)[0]
+
+
+def allocated(function: Callable[[], object]) -> tuple[int, int]:
+    """`allocated_peak`, and the bytes that were not given back when `function` had ended.
+
+    What a thread of gloo gives back after its collective, the profiler does not see: it counts as held from then on.
+    Whether the main thread or that one gives the copy back is chance, so a peak is true only where all was given back.
+    Garbage of earlier measurements is freed before: freed meanwhile, it would be counted against what `function` takes.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
-    del result
+        del result
+        gc.collect()
     kineto = profiler.profiler.kineto_results
     changes = sorted((event.start_ns(), event.nbytes()) for event in kineto.events() if event.name() == "[memory]")
     now = peak = 0
     for _, change in changes:
         now += change
         peak = max(peak, now)
-    return peak
+    return peak, now
