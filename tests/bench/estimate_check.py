@@ -46,7 +46,7 @@ MODEL = LlamaConfig(
     tie_word_embeddings=False,
 )
 NUM_RANKS = 2
-MUCH = 2**20  # bytes; the least that gloo copies of a layer is six times as much
+NEGLIGIBLE = 2**20  # bytes that may stay held; the smallest copy of gloo has six times as many
 TREES = [Tree(np.zeros(64, np.int32), (np.full(64, 1, np.int32), np.full(64, 2, np.int32)), ((0, 1),))] * 8
 
 CASES: dict[str, dict[str, Any]] = {
@@ -142,7 +142,7 @@ def peaks_given_out(ranks: Ranks, config: Config) -> list[int]:
     found: dict[int, int] = {}
     for _ in range(20):
         for rank, (peak, kept) in enumerate(ranks(NUM_RANKS, given_out, config)):
-            if kept < MUCH:
+            if kept < NEGLIGIBLE:
                 found.setdefault(rank, peak)
         if len(found) == NUM_RANKS:
             return [found[rank] for rank in range(NUM_RANKS)]
