@@ -13,7 +13,7 @@ from dpo.config.load import validate
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts, losses_that
 from launch.sweep import PlannedRun, reference_passes
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "configs" / "README.md"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The rows of README's table of formats are read as the format that stands beside them."""
+"""The rows of the table of formats in configs/README.md are read as the format that stands beside them."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from dpo.data.formats.decision import decide_reading
 from dpo.data.formats.examples import FORMATS
 from dpo.data.formats.reading import read_row
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).parents[2] / "configs" / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Preference files")[2].partition("\n## ")[0]
 LINES = re.findall(r"^\| `(\w+)` \| (.*) \|$", SECTION, re.MULTILINE)
 ROWS = [(name, code) for name, text in LINES for code in re.findall(r'`(\{".*?\})`', text)]
@@ -31,6 +31,6 @@ def test_a_row_is_read_as_its_format(name: str, code: str) -> None:
     example = read_row(reading, row)
     for winner, loser in example.pairs:
         assert winner == loser or winner < loser or name == "helpsteer", (
-            "each row of README has the better answer first"
+            "each row of the table has the better answer first"
         )
     assert example.pairs and all(example.completions)

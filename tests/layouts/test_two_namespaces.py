@@ -20,7 +20,7 @@ from dpo.config import Config, to_yaml
 from tests.support.models import save_model, save_pairs
 from tests.support.runs import changed, run, six_steps, train_lines, without_clock, worst_relative
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "dpo" / "README.md"
 NODES = {"node0": "10.78.0.1", "node1": "10.78.0.2"}
 HOSTS = Path("/etc/netns")
 """Where `ip netns exec` looks for what it lays over /etc."""

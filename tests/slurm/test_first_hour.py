@@ -49,13 +49,13 @@ def settings(printed: str) -> dict[str, str]:
     return dict(re.findall(r"^(signal|memory|cpus|time) +(\S.*)$", printed, re.MULTILINE))
 
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "launch" / "README.md"
 HERE = {
     "--partition P": "--partition tests",
     "-node 8": "-node 2",
+    "--gpus 8": "--ranks 2",
     "--ranks 16": "--ranks 4",
-    "python ": f"{sys.executable} ",
-    "torchrun ": f"{sys.executable} -m torch.distributed.run ",
+    "dpo ": f"{sys.executable} -m dpo ",
 }
 """What is otherwise here than in the README: nodes of two GPUs."""
 
