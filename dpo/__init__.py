@@ -6,7 +6,7 @@ lower floors only, and rooms of one floor do not know each other (`make check` h
 pyproject.toml). Each room's `__init__.py` has a line for each of its files.
 
     floor  room
-    8      train.py        python -m dpo.train: checks the input, builds the run, trains, exports
+    8      train/          python -m dpo.train: checks the input, builds the run, trains, exports
            prepare.py      python -m dpo.prepare: downloads and tokenizes all that a run reads, without GPUs
            reference.py    python -m dpo.reference: fills the cache of reference log-probabilities
            score.py        python -m dpo.score: margins and accuracy of any model on any pairs
@@ -42,7 +42,8 @@ Where do I add ...
     an adapter kind        model/, between build.py and parallelize.py
     a parallel axis        distributed/world.py (the mesh), batch/plan.py (lanes), model/attention.py
     a GPU                  machine/data_sheets.py: a line of the table
-    a command              a file beside train.py, or a folder with __main__.py, that holds nothing others need
+    a command              a file beside prepare.py, or a folder with __main__.py, that holds nothing others need; its
+                           line in front/names.py
     another tracker        board/writer.py
     another cluster        launch/, beside the files that talk to SLURM
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from dpo import train as program
 from dpo.checkpoint import saver as saving
 from dpo.config import load_config
 from dpo.run.files import read_metrics
+from dpo.train import program
 from tests.bench.worlds import SIZES, hh_pairs, save_llama, save_pairs
 
 STEPS, PAIRS_PER_STEP = 7, 64

@@ -55,8 +55,8 @@ def main() -> None:
     files = [path for path in (root / "dpo").glob("*.py") if path.name != "__init__.py"]
     folders = list((root / "dpo").glob("*/__init__.py"))
     print(f"dpo/: {len(files)} files beside {len(folders)} folders")
-    imports = own_imports(ast.parse((root / "dpo" / "train.py").read_text(encoding="utf-8")))
-    print(f"dpo/train.py imports {len(imports)} modules of the project")
+    imports = own_imports(ast.parse((root / "dpo" / "train" / "program.py").read_text(encoding="utf-8")))
+    print(f"dpo/train/program.py imports {len(imports)} modules of the project")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What importing the trainer asks of a file system: `python -m tests.bench.imports [--ranks 16]`.
 
-Prints, by strace, the files that `import dpo.train` opens, the look-ups that fail, the calls that ask for a file's
-attributes, and the bytes read, each in all and by package. A network file system asks its server at every open.
+Prints, by strace, the files that importing `dpo.train.program` opens, the look-ups that fail, the calls that ask for a
+file's attributes, and the bytes read, each in all and by package. A network file system asks its server at every open.
 
 With `--ranks`, as root, it empties the page cache and prints the seconds until that many ranks have joined their group:
 with all importing at once, and after one process has imported alone, as a launcher could do on each node.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 CALLS = "openat,newfstatat,statx,readlink,access,read,pread64"
 JOIN = """
-import dpo.train
+import dpo.train.program
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.startup import open_world
 with open_world(600):
@@ -62,7 +62,7 @@ def seconds_to_join(ranks: int, cold: bool, alone_first: bool) -> float:
         Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
     started = time.monotonic()
     if alone_first:
-        subprocess.run([sys.executable, "-c", "import dpo.train"], check=True)
+        subprocess.run([sys.executable, "-c", "import dpo.train.program"], check=True)
     with tempfile.NamedTemporaryFile("w", suffix=".py") as file:
         file.write(JOIN)
         file.flush()
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int)
     ranks = parser.parse_args().ranks
-    for kind, counts in count(traced("import dpo.train")).items():
+    for kind, counts in count(traced("import dpo.train.program")).items():
         shown = ", ".join(f"{package} {number:,}" for package, number in counts.most_common(6))
         print(f"{kind}: {counts.total():,} ({shown})")
     if ranks:

@@ -13,10 +13,10 @@ from unittest.mock import patch
 
 import torch
 
-from dpo import train as program
 from dpo.config import load_config
 from dpo.run.files import read_metrics
 from dpo.run.setup import Run
+from dpo.train import program
 from tests.bench.jobs import FILL, Job, Told, digest, read_job, tell
 from tests.bench.memory import peak_bytes, reset_peak, resident_bytes
 

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dpo import train as program
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.program import run_program
 from dpo.run import loop
+from dpo.train import program
 from tests.bench.first_step import private_bytes
 
 SECONDS_BETWEEN_COUNTS = 0.02

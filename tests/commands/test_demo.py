@@ -22,7 +22,7 @@ from dpo.data.tokens import limits_of, tokenize
 from dpo.demo import program as demo
 from dpo.demo.world import GRADES, SOUNDS, Grade, answer, grade_of, questions
 from dpo.run.files import read_metrics
-from dpo.train import run_training
+from dpo.train.program import run_training
 
 ALL_QUESTIONS = 960  # 16 names x (6 x 6 sums + 12 sounds + 12 homes)
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BloomConfig, MixtralConfig, PreTrainedTokenizerFast
 
 from dpo.distributed.program import run_program
-from dpo.train import main
+from dpo.train.program import main
 from tests.support.models import VOCAB, save_model, save_pairs
 from tests.support.ranks import Ranks
 

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from dpo import train
 from dpo.base import space
 from dpo.base.errors import RunError
 from dpo.checkpoint import export as exporting
@@ -31,6 +30,7 @@ from dpo.config import Config, to_yaml
 from dpo.distributed.program import run_program
 from dpo.distributed.startup import open_world
 from dpo.run import loop, storage
+from dpo.train import program as train
 from tests.support.disks import small_disk
 from tests.support.ranks import Ranks
 from tests.support.runs import changed, error_lines, exit_code, run, save_six_steps, six_steps, train_lines

@@ -50,7 +50,7 @@ saving.write_checkpoint = write_or_hold
 MAIN = """
 import sys
 from dpo.distributed.program import run_program
-from dpo.train import main
+from dpo.train.program import main
 sys.exit(run_program(main))
 """
 

@@ -150,7 +150,7 @@ MAIN = """
 import os, sys
 from dataclasses import replace
 import torch
-from dpo import train
+from dpo.train import program as train
 from dpo.step import update
 from dpo.distributed.program import exit_program
 from dpo.estimate import at_start

@@ -11,7 +11,6 @@ from unittest.mock import patch
 
 import pytest
 
-from dpo import train
 from dpo.base.status import STATUS_FILE
 from dpo.checkpoint.store import newest_checkpoint
 from dpo.config import Config
@@ -19,6 +18,7 @@ from dpo.distributed.program import run_program
 from dpo.run import loop, outputs
 from dpo.run.files import read_metrics
 from dpo.step.evaluation import Evaluation
+from dpo.train import program as train
 from tests.support.ranks import Ranks
 from tests.support.runs import (
     eval_lines,

@@ -118,7 +118,7 @@ def test_two_jobs_may_probe_at_the_same_time(config: Config, monkeypatch: pytest
 
 def train_as_rank(config: Config) -> None:
     """A rank of a run."""
-    from dpo.train import run_training
+    from dpo.train.program import run_training
 
     run_training(config)
 

@@ -14,11 +14,11 @@ from unittest.mock import patch
 import datasets
 import pytest
 
-from dpo import train
 from dpo.config import Config, to_yaml
 from dpo.data import token_rows
 from dpo.data.prepare import prepare_data
 from dpo.distributed.program import run_program
+from dpo.train import program as train
 from tests.support.garbage import collect_and_tokenize, leave_group
 from tests.support.models import family_config, save_model, save_pairs
 from tests.support.processes import start_program
@@ -56,7 +56,7 @@ def test_garbage_of_the_parent_is_not_collected(config: Config, tmp_path: Path) 
 
 MAIN = """
 import os, signal, threading
-from dpo import train
+from dpo.train import program as train
 from dpo.data import token_rows
 from dpo.distributed.program import exit_program
 

@@ -12,12 +12,12 @@ from unittest.mock import patch
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from dpo import train
 from dpo.checkpoint import saver as saving
 from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
 from dpo.config import Config
 from dpo.distributed.program import run_program
 from dpo.run import loop
+from dpo.train import program as train
 from tests.faults.late import written_late
 from tests.faults.test_one_rank_fails import fail_as_rank, infinite_loss
 from tests.faults.test_preemption import preempted

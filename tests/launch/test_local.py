@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 import pytest
 
-from dpo import reference, train
+from dpo import reference
 from dpo.base.errors import RunError
+from dpo.train import program as train
 from launch import submit, supervise
 from launch.follow import Followed, follow
 from launch.reports import history, read_outcome, submissions

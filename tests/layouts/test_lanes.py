@@ -7,7 +7,7 @@ import pytest
 
 from dpo.config import Config
 from dpo.distributed.world import World
-from dpo.train import run_training
+from dpo.train.program import run_training
 from tests.support.models import save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import eval_lines, save_six_steps, six_steps, train_lines, worst_relative

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo.train import run_training
+from dpo.train.program import run_training
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import eval_lines, make_config, train_lines, without_clock, worst_relative

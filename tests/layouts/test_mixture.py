@@ -13,7 +13,7 @@ import pytest
 from dpo.config import Config, SourceConfig
 from dpo.distributed.startup import open_world
 from dpo.run.inputs import read_inputs
-from dpo.train import run_training
+from dpo.train.program import run_training
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import make_config, run_until, train_lines, without_clock, worst_relative

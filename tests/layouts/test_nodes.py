@@ -16,7 +16,7 @@ from dpo.distributed.collectives import all_gather, first_on_each_node
 from dpo.distributed.program import run_program
 from dpo.distributed.shared import Unseen, _sees
 from dpo.distributed.startup import open_world
-from dpo.train import run_training
+from dpo.train.program import run_training
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import changed, error_lines, make_config, save_six_steps, six_steps, train_lines

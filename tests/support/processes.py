@@ -15,7 +15,7 @@ def start(work: Callable[..., None], *args: Any) -> BaseProcess:
     The first call of a session starts the process from which all are forked. It imports the trainer and does nothing
     else, so that no thread, no process group and no autograd engine is inherited.
     """
-    multiprocessing.set_forkserver_preload(["dpo.train"])
+    multiprocessing.set_forkserver_preload(["dpo.train.program"])
     process = multiprocessing.get_context("forkserver").Process(target=work, args=args, daemon=False)
     process.start()
     return process

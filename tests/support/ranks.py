@@ -62,7 +62,7 @@ def _answer(pipe: Connection) -> tuple[bool, Any]:
 def _serve(pipe: Connection) -> None:
     import torch
 
-    import dpo.train  # noqa: F401  (most of what runs here needs it)
+    import dpo.train.program  # noqa: F401  (most of what runs here needs it)
 
     torch.set_num_threads(1)
     spare_the_disk()

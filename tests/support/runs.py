@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from dpo import train as program
 from dpo.base.errors import RunError
 from dpo.config import (
     BatchConfig,
@@ -33,6 +32,7 @@ from dpo.config import (
 from dpo.distributed.program import run_program
 from dpo.run import loop
 from dpo.run.files import read_metrics
+from dpo.train import program
 from tests.support.models import save_model, save_pairs
 
 CLOCK = (

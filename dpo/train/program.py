@@ -4,12 +4,9 @@ Without torchrun, `python -m dpo.train` runs on one rank. The code has three lev
 over steps, `dpo/run/loop.py`; one step, `dpo/step/update.py`.
 """
 
-import sys
-
-from dpo.config import Config, load_config
+from dpo.config import Config
 from dpo.distributed.failures import remembered_need
 from dpo.distributed.preemption import listen_for_stop
-from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.estimate.at_start import decide_parallel
 from dpo.run.closing import conclude
@@ -20,11 +17,7 @@ from dpo.run.setup import build_run
 from dpo.run.start import check_first_step, find_start_together, is_done
 from dpo.run.storage import check_folders, check_space
 from dpo.run.summary import introduce
-
-DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node with eight GPUs:
-torchrun --standalone --nproc-per-node 8 -m dpo.train --config FILE. Without torchrun, python -m dpo.train runs on one
-rank."""
-
+from dpo.train.words import read_config
 
 AFTER_STOP = "the same command resumes from the newest checkpoint, or starts again where there is none yet"
 
@@ -59,8 +52,4 @@ def run_training(config: Config) -> None:
 
 def main() -> None:
     """Runs `python -m dpo.train`."""
-    run_training(load_config(sys.argv[1:], prog="dpo.train", description=DESCRIPTION))
-
-
-if __name__ == "__main__":
-    exit_program(main, AFTER_STOP)
+    run_training(read_config())

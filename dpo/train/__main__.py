@@ -1,0 +1,25 @@
+"""`python -m dpo.train`. A single rank checks its command line before torch is imported, which takes seconds."""
+
+import os
+import sys
+
+from dpo.base.command import run_program
+from dpo.train.words import read_config
+
+
+def check_words() -> None:
+    """Raises UserError where the command line is wrong. The ranks of torchrun check it later, when they can end
+    together.
+    """
+    if "RANK" not in os.environ:
+        read_config()
+
+
+if __name__ == "__main__":
+    code = run_program(check_words)
+    if code:
+        sys.exit(code)
+    from dpo.distributed.program import exit_program
+    from dpo.train.program import AFTER_STOP, main
+
+    exit_program(main, AFTER_STOP)
