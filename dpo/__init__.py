@@ -55,3 +55,6 @@ Words of the code:
     lane         the index of a rank among those that divide the trees of a step; each lane is one rank today
     spread       the deviation of a policy from its reference per completion; drift: over all tokens (step/deviation.py)
 """
+
+DISTRIBUTION = "exact-dpo"
+"""The name under which this package is installed: `dpo` belongs to another project on the package index."""

@@ -5,7 +5,7 @@ command that a person would type. `python -m launch.compare RUN...` reads run fo
 dpo the launcher imports base, config, board.hparams, run.files and run.forecast only.
 
     0  durations.py   SLURM's formats of a duration
-    0  failures.py    finds the failure to blame among the failures of all ranks
+    0  failures.py    collects the failures of a node's ranks
     0  squeue.py      asks SLURM for the state of a job
     0  supervise.py   torchrun as a child process: signals, time limits
     0  torchrun.py    the command line and environment of torchrun

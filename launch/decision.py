@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.failures import Failure, describe, first_cause
+from dpo.base.blame import Failure, first_cause
+from launch.failures import describe
 from launch.reports import Outcome
 
 STOPPED = Outcome("stopped", "ended by SIGTERM (scancel, a requeue, a lost node)", 143)

@@ -19,12 +19,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo.base.blame import Failure
 from dpo.base.command import tell_error
 from dpo.base.console import say, warn
 from dpo.base.status import STATUS_FILE
 from launch import supervise, torchrun
 from launch.decision import End, decide
-from launch.failures import Failure, failures_of_node
+from launch.failures import failures_of_node
 from launch.reports import (
     Attempt,
     NodeReport,

@@ -18,9 +18,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from dpo.base.blame import Failure
 from dpo.base.files import write_atomically
 from dpo.run.files import JOBS
-from launch.failures import Failure
 
 State = Literal["running", "done", "failed", "stopped", "preempted", "crashed"]
 FINAL = ("done", "failed")

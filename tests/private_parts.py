@@ -390,6 +390,7 @@ class ForeignText:
 
 
 LAUNCH_FAILURES, RANK_FAILURES = "launch/failures.py", "dpo/distributed/failures.py"
+BLAME = "dpo/base/blame.py"
 KILLED_RANK = "launch/test_node.py::test_a_killed_rank_is_named_and_does_not_restart_the_job_for_ever"
 OTHER_NODE = "launch/test_node.py::test_the_true_exception_of_another_node_is_shown"
 NO_MEMORY = "faults/test_no_memory.py::test_no_memory_is_one_line"
@@ -399,10 +400,10 @@ FOREIGN_TEXTS = (
     ForeignText(
         LAUNCH_FAILURES, "*/attempt_*/*/error.json", "where torchrun keeps the error file of a rank", OTHER_NODE
     ),
-    ForeignText(LAUNCH_FAILURES, "extraInfo", "the error file that torchelastic writes", OTHER_NODE),
-    ForeignText(LAUNCH_FAILURES, "_LOST_PEER", "messages of gloo, NCCL and torchelastic", OTHER_NODE),
+    ForeignText(BLAME, "extraInfo", "the error file that torchelastic writes", OTHER_NODE),
+    ForeignText(BLAME, "_LOST_PEER", "messages of gloo, NCCL and torchelastic", OTHER_NODE),
     ForeignText(
-        LAUNCH_FAILURES,
+        BLAME,
         "_BROKEN_MACHINE",
         "messages of NVIDIA's driver",
         "launch/test_decision.py::test_a_broken_machine_is_no_bug",

@@ -11,7 +11,8 @@ arrays.py     .npy files that are read in parts, without memory mapping
 hub.py        tells ids of the Hugging Face hub from local paths
 hub_files.py  which files of a model's repository a program reads, and which a folder lacks
 snapshots.py  repositories of the hub -> local folders, from which a run reads without the network
-status.py     reports to the launcher how a program ended
+status.py     reports to the launcher how far a program is, and how it ended
+blame.py      the failure to blame among the failures of all ranks
 prefetch.py   a thread builds the next item while the caller uses the current one
 workers.py    work in forked processes, which end with the process that started them
 spawned.py    a function in a spawned process, which shares nothing with this one

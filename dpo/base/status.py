@@ -1,4 +1,6 @@
-"""Reports to the launcher how a program ended, since torchrun's exit code does not tell "done" from "preempted"."""
+"""Reports to the launcher how far a program is, and how it ended: torchrun's exit code is 0 for a run that is done and
+for one that was preempted.
+"""
 
 import json
 import os
@@ -12,10 +14,22 @@ STATUS_FILE = "DPO_STATUS_FILE"
 """The environment variable with which a launcher names the file for `write_status`."""
 
 
-def write_status(status: Mapping[str, Any]) -> None:
-    """Writes {"state": "done" or "preempted", "step": s} to the file that the launcher named; does nothing without one.
+def read_status(path: Path) -> dict[str, Any]:
+    """Returns the state that rank 0 wrote; empty before it has written one."""
+    try:
+        status: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    return status
 
-    Rank 0 alone calls this, after a run that ended well. torchrun's exit code is 0 for both states.
+
+def write_status(status: Mapping[str, Any]) -> None:
+    """Writes the state of the run to the file that the launcher named; does nothing without one. Rank 0 alone calls
+    this.
+
+    {"state": "training", "step": s}     the steps begin with step s; from now on the run saves when it is asked to stop
+    {"state": "preempted", "step": s}    the run has ended early, after s steps
+    {"state": "done"}                    the run has ended
     """
     path = os.environ.get(STATUS_FILE)
     if path:

@@ -26,6 +26,7 @@ from dpo.distributed.descriptors import check_shortage, publish_shortage, raise_
 from dpo.distributed.network import VARIABLE, gloo_interface
 from dpo.distributed.timeouts import arrival_seconds
 from dpo.distributed.world import World
+from dpo.machine.job import check_tasks
 
 
 @contextmanager
@@ -41,8 +42,10 @@ def open_world(timeout_seconds: int, replicate: int = 1) -> Iterator[World]:
         replicate: copies of the model, for the number of file descriptors that a rank will need.
 
     Raises:
-        UserError: on every rank, where any rank may open too few file descriptors.
+        UserError: on every rank, where any rank may open too few file descriptors; and where srun started tasks that
+            are not ranks of one run.
     """
+    check_tasks(os.environ)
     env = _environment()
     # Otherwise torch asks the CUDA runtime whether there is a GPU, which starts the driver in this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")

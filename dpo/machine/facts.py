@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from dpo.machine.job import asked_gpus
+
 HIDDEN = ("", "-1")
 """Values of CUDA_VISIBLE_DEVICES that hide all GPUs: the user asks for the CPU."""
 
@@ -43,6 +45,8 @@ class Facts:
     """Version of the NVIDIA driver; "unknown" if only the device files of GPUs are seen; None without NVIDIA GPUs."""
     is_hidden: bool
     """CUDA_VISIBLE_DEVICES hides all GPUs."""
+    asked: str | None
+    """The environment variable that says that the job asked for GPUs, as NAME=VALUE; None: it asked for none."""
     num_gpus: int
     """Number of GPUs that the ranks of this machine may use."""
     gpu_index: int | None
@@ -83,6 +87,7 @@ def gather_facts(device: torch.device) -> Facts:
         archs=tuple(torch.cuda.get_arch_list()),
         driver=find_driver(),
         is_hidden=os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN,
+        asked=asked_gpus(os.environ),
         num_gpus=num_gpus,
         gpu_index=device.index if on_cuda else None,
         cuda_error=cuda_error,

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 
 from dpo.base.errors import UserError, render
 from dpo.machine.facts import Facts, Gpu
+from dpo.machine.job import why_no_gpu
 
 OLDEST_DRIVER = {"11": "450.80", "12": "525.60", "13": "580.65"}
 """Oldest NVIDIA driver for each major version of CUDA, on Linux:
@@ -143,11 +144,21 @@ def _check_driver(facts: Facts, needs: Needs) -> Problem | None:
     return Problem(what, f"{wanted}; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU")
 
 
+def _check_asked(facts: Facts, needs: Needs) -> Problem | None:
+    """Returns the problem of a job that asked for GPUs, and whose node has none that torch can use."""
+    if facts.asked is None or facts.is_hidden or facts.gpu_index is not None or _check_driver(facts, needs):
+        return None
+    why = why_no_gpu(facts.torch, facts.cuda, facts.driver)
+    what = f"the job asked for GPUs ({facts.asked}), and torch finds none: {why}"
+    return Problem(what, "a CUDA build of torch on a node with GPUs; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU")
+
+
 def _check_ranks(facts: Facts, needs: Needs) -> Problem | None:
     if facts.gpu_index is None or facts.gpu_index < facts.num_gpus:
         return None
     what = f"rank {facts.gpu_index} of this node has no GPU of its own: there are {facts.num_gpus}"
-    return Problem(what, f"--nproc-per-node {facts.num_gpus}, or CUDA_VISIBLE_DEVICES with a GPU for each rank")
+    fitting = f"--nproc-per-node {facts.num_gpus} of torchrun, --gpus {facts.num_gpus} of dpo train"
+    return Problem(what, f"{fitting}, or CUDA_VISIBLE_DEVICES with a GPU for each rank")
 
 
 def _check_capability(facts: Facts, needs: Needs) -> Problem | None:
@@ -251,6 +262,7 @@ def shared_bytes(compute_dtype: str, capability: tuple[int, int], head_width: in
 
 CHECKS: tuple[Callable[[Facts, Needs], Problem | None], ...] = (
     _check_driver,
+    _check_asked,
     _check_ranks,
     _check_capability,
     _check_architecture,

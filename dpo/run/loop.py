@@ -16,6 +16,7 @@ from functools import partial
 from dpo.base.console import say
 from dpo.base.errors import Preempted, RunError
 from dpo.base.prefetch import prefetch
+from dpo.base.status import write_status
 from dpo.batch.packing import PackedBatch
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.saver import Saver
@@ -48,6 +49,8 @@ def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
         RunError: on every rank, where a gradient or an evaluation loss is not finite.
     """
     first, last, every = run.start.step + 1, run.inputs.last_step, run.config.train.eval_every
+    if writer:
+        write_status({"state": "training", "step": first})
     if is_time(first - 1, every, last) and on_main(run.world, lambda: lacks_evaluation(run.dir, first - 1)):
         _evaluate(run, writer, saver, first - 1)
     started = time.monotonic()

@@ -4,6 +4,7 @@ import os
 import sys
 
 from dpo.base.command import run_program
+from dpo.machine.job import check_tasks
 from dpo.train.words import read_config
 
 
@@ -13,6 +14,7 @@ def check_words() -> None:
     """
     if "RANK" not in os.environ:
         read_config()
+        check_tasks(os.environ)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from dpo.base.blame import Failure, first_cause
 from launch.decision import End, decide
-from launch.failures import Failure, first_cause
 
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [10.77.0.2]:54470: Connection reset by peer"
 TIMED_OUT = "RuntimeError: [gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation"

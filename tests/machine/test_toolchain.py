@@ -34,6 +34,7 @@ def facts(**changes: Any) -> Facts:
         archs=("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
         driver="580.95.05",
         is_hidden=False,
+        asked=None,
         num_gpus=8,
         gpu_index=0,
         cuda_error=None,
@@ -48,6 +49,8 @@ def facts(**changes: Any) -> Facts:
 
 
 NO_GPU = {"gpu": None, "gpu_index": None, "num_gpus": 0}
+CPU_JOB = {**NO_GPU, "asked": "SLURM_GPUS_ON_NODE=8"}
+"""A job that asked for GPUs, where torch finds none."""
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040)"
 
 
@@ -57,6 +60,13 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 12040)"
         ({"gpu": None, "cuda_error": TOO_OLD, "driver": "550.54"}, "12040", "driver 580.65 or newer"),
         ({"gpu": None, "gpu_index": 5, "num_gpus": 4}, "rank 5 of this node has no GPU", "--nproc-per-node 4"),
         ({"gpu": None, "cuda_error": "No CUDA GPUs are available"}, "CUDA does not start", "--gpus-per-node"),
+        (
+            {**CPU_JOB, "torch": "2.13.0+cpu", "cuda": None},
+            "2.13.0+cpu is a build without CUDA",
+            "a CUDA build of torch",
+        ),
+        ({**CPU_JOB, "driver": None}, "no NVIDIA driver is loaded, torch 2.13.0+cu130", "a node with GPUs"),
+        ({**CPU_JOB, "cuda_error": TOO_OLD, "driver": None}, "(SLURM_GPUS_ON_NODE=8), and torch finds none", "a node"),
         ({"compiler": None}, "no C compiler", "apt-get install gcc, or module load gcc"),
         ({"compiler": None, "cc": "icc"}, "CC is 'icc'", "apt-get install gcc"),
         ({"has_python_h": False}, "python3.11/Python.h", "-dev (Debian: python3-dev), or module load python"),
@@ -80,6 +90,8 @@ def test_each_thing_that_is_missing_has_one_line_that_helps(changes: dict[str, A
         {"cuda": None, "archs": (), "gpu": Gpu("AMD Instinct MI300X", (9, 4), None), "driver": None},
         {**NO_GPU, "driver": None, "compiler": None, "has_python_h": False},  # a machine without a GPU
         {**NO_GPU, "is_hidden": True, "cuda_error": "No CUDA GPUs are available"},  # CUDA_VISIBLE_DEVICES is empty
+        {**CPU_JOB, "is_hidden": True, "driver": None},  # the same in a job that asked for GPUs
+        {"asked": "SLURM_GPUS_ON_NODE=8"},
     ],
 )
 def test_a_machine_that_has_all_it_needs_passes(changes: dict[str, Any]) -> None:

@@ -1,0 +1,66 @@
+"""Lists the shipped configs, or copies one: `dpo configs`, `dpo configs NAME [OUT]`."""
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from dpo.base.command import COMMAND_LINE, Parser, parse_arguments, run_program
+from dpo.base.errors import UserError
+from dpo.config.shipped import shipped_configs
+
+DESCRIPTION = "Lists the configs that come with the package, or copies one into the current folder."
+
+
+def named_configs() -> Mapping[str, Path]:
+    """Returns the shipped configs by name, without .yaml: pythia-2.8b_hh, data/hh, recipes/zephyr-7b."""
+    files = shipped_configs()
+    return {file.relative_to(files[0].parent).with_suffix("").as_posix(): file for file in files}
+
+
+def list_configs() -> str:
+    """Returns a line for each shipped config: its name and the first line of its comment."""
+    configs = named_configs()
+    width = max(map(len, configs), default=0)
+    return "\n".join(
+        f"{name.ljust(width)}  {first_comment(file.read_text())}".rstrip() for name, file in configs.items()
+    )
+
+
+def first_comment(text: str) -> str:
+    """Returns the first line of a comment in a YAML text; empty where there is none."""
+    comments = (line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
+    return next((comment for comment in comments if comment), "")
+
+
+def copy_config(name: str, out: Path) -> Path:
+    """Copies a shipped config, and returns the file.
+
+    Args:
+        name: with or without .yaml.
+        out: the file, or a folder that exists.
+
+    Raises UserError where no config has this name, or the file exists.
+    """
+    configs = named_configs()
+    source = configs.get(name.removesuffix(".yaml"))
+    if source is None:
+        raise UserError(f"{COMMAND_LINE}: {name}", "no shipped config has this name", ", ".join(configs))
+    file = out / source.name if out.is_dir() else out
+    if file.exists():
+        raise UserError(str(file), "is there already", "another OUT, or remove the file")
+    shutil.copyfile(source, file)
+    return file
+
+
+def main() -> None:
+    """Runs `dpo configs`."""
+    parser = Parser("dpo configs", description=DESCRIPTION)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="a config of the list (default: print the list)")
+    parser.add_argument("out", nargs="?", type=Path, default=Path(), metavar="OUT", help="file or folder (default: .)")
+    arguments = parse_arguments(parser)
+    print(list_configs() if arguments.name is None else copy_config(arguments.name, arguments.out))
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

@@ -1,0 +1,77 @@
+"""`dpo NAME WORDS`: the same as `python -m MODULE WORDS`, where some programs start their ranks themselves."""
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from functools import partial
+from importlib.metadata import version
+
+from dpo import DISTRIBUTION
+from dpo.base.command import COMMAND_LINE, run_program, split_options
+from dpo.base.errors import UserError
+from dpo.config import load_config
+from dpo.front.names import COMMANDS, Command, help_text, suggestion
+from dpo.front.ranks import make_parser, read_wanted
+from dpo.machine.job import check_tasks
+
+
+def main() -> None:
+    """Runs `dpo NAME WORDS`, and ends this process with the exit code of the program."""
+    name, words = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
+    code = run_program(partial(answer, name, words))
+    if code == 0 and name in COMMANDS:
+        run_module(COMMANDS[name].module, words)
+    sys.exit(code)
+
+
+def answer(name: str, words: Sequence[str]) -> None:
+    """Answers what needs no program of its own: --help, --version, an unknown name, and a program whose ranks `dpo`
+    starts.
+
+    Raises:
+        UserError: for an unknown name.
+        SystemExit: with the exit code of the command, unless `run_module` is to run it.
+    """
+    if name in ("--help", "-h"):
+        print(help_text())
+        raise SystemExit(0)
+    if name == "--version":
+        print(version(DISTRIBUTION))
+        raise SystemExit(0)
+    command = COMMANDS.get(name)
+    if command is None:
+        raise UserError(f"{COMMAND_LINE}: {name}", "no such program", suggestion(name))
+    if starts_ranks(command):
+        run_ranks_of(name, command, words)
+
+
+def run_ranks_of(name: str, command: Command, words: Sequence[str]) -> None:
+    """Checks the command line, then starts the ranks of a program and waits for them. Returns after --help.
+
+    Raises:
+        UserError: where the command line is wrong.
+        SystemExit: with the exit code of the program.
+    """
+    parser = make_parser(name)
+    wanted, rest = read_wanted(parser, words)
+    if any(option.key == "help" or option.words == ("-h",) for option in split_options(rest)):
+        print(parser.format_help())
+        return
+    check_tasks(os.environ)
+    if not command.flags:  # all words are the config's
+        load_config(rest, prog=command.module)
+    from dpo.front.parent import run_ranks  # imports torch
+
+    raise SystemExit(run_ranks(command, tuple(rest), wanted))
+
+
+def starts_ranks(command: Command) -> bool:
+    """Returns whether this process starts the ranks of a program: not where it is a rank of torchrun itself."""
+    return command.starts_ranks and "RANK" not in os.environ
+
+
+def run_module(module: str, words: Sequence[str]) -> None:
+    """Runs a module in this process, as `python -m` does."""
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

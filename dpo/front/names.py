@@ -1,0 +1,102 @@
+"""The names of `dpo NAME`. A row names its module as text, so that no program is imported before it is chosen."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program of `dpo NAME`."""
+
+    module: str
+    """Run as by `python -m`."""
+    about: str
+    """One line, for `dpo --help`."""
+    after_stop: str = ""
+    """Advice after a stop, for a program of which `dpo` starts the ranks; empty: `dpo` starts none."""
+    before_steps: str = ""
+    """Words before this advice, where the run had not begun its first step."""
+    has_config: bool = True
+    """Whether the command line holds keys of the config."""
+    flags: tuple[str, ...] = ()
+    """The flags of the program, for completion, without those of every program."""
+
+    @property
+    def starts_ranks(self) -> bool:
+        """Returns whether `dpo` starts the ranks of this program: it takes --gpus and --ranks."""
+        return bool(self.after_stop)
+
+
+RESUMES = "the same command goes on from the newest checkpoint, or starts again where there is none"
+KEPT = "nothing is saved before the first step, but rows of the reference cache are kept; "
+REFILLS = "the same command goes on: rows computed so far are in the cache"
+
+ESTIMATE = (
+    "--device",
+    "--ranks",
+    "--ranks-per-node",
+    "--mfu",
+    "--link-gb-s",
+    "--node-link-gb-s",
+    "--measured",
+    "--json",
+)
+SCORE = ("--model", "--by-source", "--json")
+SAMPLE = (
+    "--model",
+    "--reference",
+    "--tokenizer",
+    "--prompts",
+    "--max-new-tokens",
+    "--as-chat",
+    "--temperature",
+    "--json",
+)
+EXPORT = ("--checkpoint", "--out", "--dtype")
+
+COMMANDS: Mapping[str, Command] = {
+    "train": Command("dpo.train", "train a model on preference pairs", RESUMES, KEPT),
+    "prepare": Command("dpo.prepare", "download and tokenize all that a run reads, without GPUs"),
+    "inspect": Command("dpo.inspect", "show the data as the trainer will see it", flags=("--html", "--examples")),
+    "estimate": Command("dpo.estimate", "predict memory and time of a step on GPUs that are not here", flags=ESTIMATE),
+    "score": Command("dpo.score", "margins and accuracy of any model on any pairs", flags=SCORE),
+    "sample": Command("dpo.sample", "answers of models side by side", flags=SAMPLE),
+    "export": Command("dpo.export", "turn a checkpoint into a model folder", has_config=False, flags=EXPORT),
+    "reference": Command("dpo.reference", "fill the cache of reference log-probabilities", REFILLS),
+    "submit": Command("launch.submit", "send runs or a sweep to SLURM, or start them here"),
+    "compare": Command(
+        "launch.compare", "compare finished runs in a table", has_config=False, flags=("--sort", "--json")
+    ),
+    "configs": Command("dpo.front.configs", "list the shipped configs, or copy one", has_config=False),
+    "doctor": Command(
+        "dpo.doctor", "will a run work here, and how fast", "the same command starts again", flags=("--report",)
+    ),
+    "report": Command("dpo.report", "one page with the curves of a run, or of several", has_config=False),
+    "push": Command("dpo.push", "upload the model of a run to the Hugging Face hub", has_config=False),
+    "demo": Command("dpo.demo", "a small model learns a preference on two processes", has_config=False),
+    "completion": Command("dpo.front.completion", "tab completion for a shell", has_config=False),
+}
+
+
+def help_text() -> str:
+    """Returns the text of `dpo --help`."""
+    width = max(map(len, COMMANDS))
+    rows = (f"  {name.ljust(width)}  {command.about}" for name, command in COMMANDS.items())
+    lines = [
+        "usage: dpo NAME [WORDS ...]",
+        "",
+        "  dpo train my.yaml --gpus 8 loss.beta=0.5",
+        "",
+        *rows,
+        "",
+        "dpo NAME --help shows the options of a program; dpo --version the version.",
+    ]
+    return "\n".join(lines)
+
+
+def suggestion(name: str) -> str:
+    """Returns the valid names, after the nearest to an unknown `name` if one is near."""
+    near = get_close_matches(name, COMMANDS, n=1)
+    valid = ", ".join(COMMANDS)
+    return f"{valid}; did you mean {near[0]}?" if near else valid

@@ -1,0 +1,176 @@
+"""The parent of ranks: starts them with torchrun's API, passes on a stop, and prints the last line.
+
+`start_processes` is the part of torchrun that starts and watches processes. What torchrun puts around it serves several
+nodes and restarts; a run on one node that resumes by the same command needs neither, and the 40 lines that torchrun
+prints after a failure would stand below ours. Each rank gets the environment that torchrun gives, and a session of its
+own, so that a terminal's Ctrl-C reaches the parent alone.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
+from torch.distributed.elastic.multiprocessing.api import RunProcsResult
+
+from dpo.base.blame import Failure, read_error
+from dpo.base.command import tell_error, tell_stop
+from dpo.base.console import say
+from dpo.base.status import STATUS_FILE, read_status
+from dpo.base.workers import signal_name
+from dpo.front.ending import End, exit_code, stop_advice, untold_cause
+from dpo.front.names import Command
+from dpo.front.ranks import Wanted, number_of_ranks
+from dpo.front.stops import held_back, noted_stops
+from dpo.machine.facts import HIDDEN, find_driver
+from dpo.machine.job import GPUS_ASKED, why_no_gpu
+
+HOST = "127.0.0.1"
+_POLL_SECONDS = 0.1
+_KILL_SECONDS = 30
+
+
+def run_ranks(command: Command, words: tuple[str, ...], wanted: Wanted) -> int:
+    """Runs a program on ranks of this machine to its end, and returns the exit code of `dpo.front.ending`.
+
+    Args:
+        command: the program.
+        words: its command line.
+        wanted: the ranks that the user asked for.
+
+    Raises UserError where fewer GPUs are visible than asked for.
+    """
+    size = number_of_ranks(wanted, *_visible_gpus())
+    with TemporaryDirectory(prefix="dpo-") as folder, noted_stops() as stops:
+        store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # alive until all ranks have ended
+        status = Path(os.environ.get(STATUS_FILE) or Path(folder, "status.json"))
+        status.unlink(missing_ok=True)
+        common = {STATUS_FILE: str(status)} | _devices(wanted)
+        envs = environments(size, store.port, common)
+        context = _start(command.module, words, envs, folder)
+        end = _watch(context, stops, lambda: read_status(status))
+        _tell(end, command)
+    return exit_code(end)
+
+
+def _visible_gpus() -> tuple[int, str]:
+    """Returns the number of GPUs that torch finds, and why it finds none. Does not start CUDA in this process."""
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN
+    why_none = (
+        "CUDA_VISIBLE_DEVICES hides all GPUs"
+        if is_hidden
+        else why_no_gpu(torch.__version__, torch.version.cuda, find_driver())
+    )
+    return (torch.cuda.device_count() if torch.cuda.is_available() else 0), why_none
+
+
+def _devices(wanted: Wanted) -> dict[str, str]:
+    """Returns the variables that tell the ranks their kind of device."""
+    if wanted.ranks:
+        return {"CUDA_VISIBLE_DEVICES": ""}
+    return {GPUS_ASKED: str(wanted.gpus)} if wanted.gpus else {}
+
+
+def environments(size: int, port: int, common: dict[str, str]) -> dict[int, dict[str, str]]:
+    """Returns the environment variables of each rank beside those of this process: those of torchrun on one node.
+
+    Args:
+        size: the number of ranks.
+        port: of the store, which this process serves.
+        common: further variables, for all ranks.
+    """
+    numbers = {"GROUP_RANK": "0", "GROUP_WORLD_SIZE": "1", "ROLE_NAME": "default"}
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), str(size))
+    place = {"MASTER_ADDR": HOST, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    attempt = {"TORCHELASTIC_RESTART_COUNT": "0", "TORCHELASTIC_MAX_RESTARTS": "0", "TORCHELASTIC_RUN_ID": "dpo"}
+    nccl = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")}
+    shared = numbers | sizes | place | attempt | nccl | _threads(size) | common
+    return {rank: shared | dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)) for rank in range(size)}
+
+
+def _threads(size: int) -> dict[str, str]:
+    """Returns OMP_NUM_THREADS for ranks that share the CPUs, unless the user has set it."""
+    if size == 1 or "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // size))}
+
+
+def _start(module: str, words: tuple[str, ...], envs: dict[int, dict[str, str]], folder: str) -> PContext:
+    """Starts the ranks with SIGUSR2 held back: it waits until a rank listens."""
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are handled here
+    arguments = (*_python_flags(), "-m", "dpo.front.rank", str(os.getpid()), module, *words)
+    with held_back(signal.SIGUSR2):
+        return start_processes(
+            "dpo", sys.executable, dict.fromkeys(envs, arguments), envs, DefaultLogsSpecs(log_dir=folder)
+        )
+
+
+def _python_flags() -> list[str]:
+    """Returns the flags of a rank's Python. Where `dpo` was not started as `python -m dpo`, no module of the current
+    folder is imported, such as a dpo.py of the user.
+    """
+    return ["-u"] if sys.path[0] in ("", str(Path.cwd())) else ["-u", "-P"]
+
+
+def _watch(context: PContext, stops: list[int], status: Callable[[], Mapping[str, object]]) -> End:
+    """Waits until the ranks end: by themselves, or asked to save by a first signal, or killed by a second one."""
+    first_step: int | None = None
+    asked = False
+    try:
+        while (result := context.wait(timeout=0)) is None:
+            if stops and not asked:
+                asked, first_step = True, _first_step(status())
+                if first_step is not None:
+                    _ask(context, stops[0])
+            if asked and (first_step is None or len(stops) > 1):
+                return End(tuple(stops), first_step, killed=True)
+            time.sleep(_POLL_SECONDS)
+    finally:
+        context.close(signal.SIGKILL, _KILL_SECONDS)  # does nothing where all have ended
+    return End(tuple(stops), first_step, status(), _failures(result))
+
+
+def _first_step(status: Mapping[str, object]) -> int | None:
+    step = status.get("step") if status.get("state") == "training" else None
+    return step if isinstance(step, int) else None
+
+
+def _ask(context: PContext, number: int) -> None:
+    """Asks the ranks to save after the step that they are in."""
+    again = "Ctrl-C again ends the run at once" if number == signal.SIGINT else "a second signal ends the run at once"
+    say(f"{signal_name(number)}: saving after the current step; {again}")
+    for pid in context.pids().values():
+        os.kill(pid, signal.SIGUSR2)
+
+
+def _failures(result: RunProcsResult) -> list[Failure]:
+    """Returns the failures of the ranks."""
+    host, failures = socket.gethostname(), []
+    for rank, failure in result.failures.items():
+        if Path(failure.error_file).is_file():
+            failures.append(read_error(Path(failure.error_file), host, rank))
+        elif failure.exitcode < 0:
+            how = f"killed by {signal_name(-failure.exitcode)}, without a Python exception"
+            failures.append(Failure(host, rank, failure.timestamp, how, killed_by=-failure.exitcode))
+        else:
+            code = failure.exitcode
+            failures.append(Failure(host, rank, failure.timestamp, f"exit code {code}", exit_code=code))
+    return failures
+
+
+def _tell(end: End, command: Command) -> None:
+    """Prints the last line, unless a rank has."""
+    if end.is_stopped:
+        tell_stop(stop_advice(end, command))
+    elif (line := untold_cause(end.failures)) is not None:
+        tell_error(line)

@@ -1,0 +1,58 @@
+"""What the environment of a process says of its job: pure functions of environment variables, without torch.
+
+Sources: https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLES and sbatch's.
+"""
+
+from collections.abc import Mapping
+
+from dpo.base.errors import UserError
+
+GPUS_ASKED = "DPO_GPUS_ASKED"
+"""The environment variable with which `dpo train --gpus` and the launcher tell the ranks that GPUs were asked for."""
+
+ASKING = (
+    GPUS_ASKED,
+    *("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"),
+    *("SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK"),
+)
+"""Variables that say that a job has asked for GPUs."""
+
+
+def asked_gpus(environment: Mapping[str, str]) -> str | None:
+    """Returns the variable that says that this job asked for GPUs, as NAME=VALUE; None where it asked for none."""
+    found = (f"{name}={environment[name]}" for name in ASKING if environment.get(name, "0") not in ("", "0"))
+    return next(found, None)
+
+
+def why_no_gpu(torch: str, cuda: str | None, driver: str | None) -> str:
+    """Returns why torch finds no GPU on a machine.
+
+    Args:
+        torch: its version.
+        cuda: the version of CUDA that it was built for; None for a build without CUDA.
+        driver: the version of the NVIDIA driver; None where none is loaded.
+    """
+    if cuda is None:
+        return f"torch {torch} is a build without CUDA"
+    loaded = "no NVIDIA driver is loaded" if driver is None else f"the NVIDIA driver is {driver}"
+    return f"{loaded}, torch {torch} is built for CUDA {cuda}"
+
+
+def check_tasks(environment: Mapping[str, str]) -> None:
+    """Raises UserError in a step of srun with more tasks than nodes, where nothing made the tasks the ranks of one run:
+    each task would be rank 0 of 1, and all of them would write the same run folder.
+
+    A batch script is one process, whatever number of tasks its job has: it has a job and no step.
+    """
+    if "RANK" in environment or ("SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment):
+        return
+    tasks, nodes = (_number(environment, name) for name in ("SLURM_NTASKS", "SLURM_NNODES"))
+    if tasks > max(nodes, 1):
+        what = f"srun started {tasks} tasks on {max(nodes, 1)} nodes, and each of them would be rank 0 of 1"
+        valid = "one task per node that starts torchrun, or on one node `dpo train CONFIG --gpus N`; or launch.submit"
+        raise UserError("SLURM_NTASKS", what, valid)
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    return int(text) if text.isdecimal() else 0
