@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo.base.command import parse_arguments, split_options, words_of
+from dpo.base.command import Option, parse_arguments, split_options, words_of
 from dpo.base.errors import UserError
 from launch.durations import FORMATS, minutes_of
-from launch.flags import PLAIN, make_parser
+from launch.flags import PLAIN, REPEATABLE, make_parser
 
 LEAST_SIGNAL_DELAY = 120
 """Seconds; also the value where the needs of the run are not known."""
@@ -95,12 +95,10 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
         UserError: if a flag is unknown, missing or wrong, or flags conflict.
         SystemExit: with code 0, after --help has printed.
     """
-    options = split_options(sys.argv[1:] if argv is None else argv)
-    args = parse_arguments(make_parser(), words_of([option for option in options if not option.is_key]))
-    keys = words_of([option for option in options if option.is_key])
-    config = [word for file in args.config for word in ("--config", file)]  # `load_config` refuses a second file
+    own, of_config = _divided(split_options(sys.argv[1:] if argv is None else argv))
+    args = parse_arguments(make_parser(), words_of(own), REPEATABLE)
     request = Request(
-        words=(*config, *keys, *(["--quiet"] if args.quiet else [])),
+        words=(*words_of(of_config), *(["--quiet"] if args.quiet else [])),
         sweep=tuple(args.sweep),
         cluster=args.cluster,
         nodes=args.nodes,
@@ -129,6 +127,19 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
     )
     _check(request)
     return request
+
+
+def _divided(options: Sequence[Option]) -> tuple[list[Option], list[Option]]:
+    """Returns the launcher's own options, and those that are the config's. Bare words KEY=VALUE after --sweep are more
+    of its values.
+    """
+    own: list[Option] = []
+    of_config: list[Option] = []
+    is_sweep = False
+    for option in options:
+        is_sweep = option.key == "sweep" or (is_sweep and option.is_bare and option.is_key)
+        (own if is_sweep or not option.is_config else of_config).append(option)
+    return own, of_config
 
 
 # --- flags that need more than a type ---------------------------------------------------------------------------------

@@ -12,16 +12,15 @@ yourself. Keys of the config, such as --loss.beta 0.5, are passed to the run. Af
 up, the run resumes by itself."""
 
 
+REPEATABLE = ("env", "sbatch", "setup", "sweep")
+"""Flags that may be given more than once."""
+
+
 def make_parser() -> Parser:
-    """Returns the parser of the launcher's own flags."""
+    """Returns the parser of the launcher's own flags. --config stands in it for the help text alone."""
     parser = Parser(prog=f"python -m {PROG}", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument(
-        "--config",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="YAML file of the run; --SECTION.KEY VALUE replaces its values",
-    )
+    about = "YAML file of the run, also without --config; --SECTION.KEY VALUE or SECTION.KEY=VALUE replaces its values"
+    parser.add_argument("--config", metavar="FILE", help=about)
     _add_where(parser.add_argument_group("where and how long"))
     _add_restarts(parser.add_argument_group("stopping and restarting"))
     _add_sweep(parser.add_argument_group("many runs"))
@@ -70,7 +69,7 @@ def _add_restarts(group: argparse._ArgumentGroup) -> None:
 
 def _add_sweep(group: argparse._ArgumentGroup) -> None:
     about = "start one run for every combination of values, each in its own folder under train.run_dir"
-    group.add_argument("--sweep", nargs="+", default=[], metavar="KEY=A,B,...", help=about)
+    group.add_argument("--sweep", nargs="+", action="extend", default=[], metavar="KEY=A,B,...", help=about)
     about = "maximum number of runs of a sweep at the same time"
     group.add_argument("--max-parallel", type=_positive, metavar="N", help=about)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo.base.command import split_options
+from dpo.base.command import replaced, split_options
 from dpo.base.errors import UserError
 from dpo.config import Config, load_config
 from launch.arguments import Request
@@ -82,7 +82,7 @@ def _planned_run(words: Sequence[str], settings: Sequence[tuple[str, str]], name
     if not settings:
         return PlannedRun(folder, tuple(words), config)
     folder /= ",".join(f"{names[key]}={_safe(value)}" for key, value in settings)
-    return PlannedRun(folder, (*words, *over, "--train.run_dir", str(folder)), config)
+    return PlannedRun(folder, tuple(replaced([*words, *over], "train.run_dir", str(folder))), config)
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:

@@ -1,13 +1,15 @@
 """Command lines: the one place that divides them into options, a program's own flags, and exit codes.
 
 `--config run.yaml --loss.beta=0.5 --quiet` is three options: ("config", "run.yaml"), ("loss.beta", "0.5") and
-("quiet", None). A value may begin with one dash, except for -h. Names are not checked here: argparse checks a program's
-own flags, and `dpo.config.reading` the keys of a config.
+("quiet", None). `run.yaml loss.beta=0.5 --quiet` is the same: a bare word that ends with .yaml or .yml is a config, and
+a bare SECTION.KEY=VALUE a key of it. A value may begin with one dash, except for -h. Names are not checked here:
+argparse checks a program's own flags, and `dpo.config.reading` the keys of a config.
 """
 
 import argparse
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -45,27 +47,70 @@ class Option:
         """Whether the option is a key of the config, SECTION.KEY: a program's own flags have no dot."""
         return self.key is not None and "." in self.key
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether the option was typed as a word without dashes: run.yaml, or loss.beta=0.5."""
+        return self.key is not None and not self.words[0].startswith("--")
+
 
 def split_options(argv: Sequence[str]) -> list[Option]:
-    """Returns the options of a command line in order: --KEY VALUE, --KEY=VALUE, --KEY alone, and single words."""
+    """Returns the options of a command line in order: --KEY VALUE, --KEY=VALUE, --KEY alone, FILE.yaml,
+    SECTION.KEY=VALUE, and other words.
+
+    A flag without a dot, but --config, does not take FILE.yaml and SECTION.KEY=VALUE as its value, since it may be a
+    flag that has none (--json run.yaml).
+    """
     words, options = list(argv), []
     while words:
         word = words.pop(0)
         key, equals, value = word[2:].partition("=")
         if not word.startswith("--") or not key or key.startswith("-"):
-            options.append(Option(None, word, (word,)))
+            options.append(_bare(word))
         elif equals:
             options.append(Option(key, value, (word,)))
-        elif key in SWITCHES or not words or words[0] == "-h" or words[0].startswith("--"):
+        elif not words or not _takes(key, words[0]):
             options.append(Option(key, None, (word,)))
         else:
             options.append(Option(key, words[0], (word, words.pop(0))))
     return options
 
 
+def _bare(word: str) -> Option:
+    if word.endswith((".yaml", ".yml")) and not word.startswith("-"):
+        return Option("config", word, (word,))
+    setting = re.fullmatch(r"([A-Za-z]\w*\.[^\s=/]+)=(.*)", word, re.DOTALL)
+    return Option(setting[1], setting[2], (word,)) if setting else Option(None, word, (word,))
+
+
+def _takes(key: str, word: str) -> bool:
+    """Returns whether `word` is the value of the flag --KEY before it."""
+    if key in SWITCHES or word == "-h" or word.startswith("--"):
+        return False
+    return key == "config" or "." in key or _bare(word).key is None
+
+
 def words_of(options: Sequence[Option]) -> list[str]:
     """Returns the options as they were typed."""
     return [word for option in options for word in option.words]
+
+
+def replaced(words: Sequence[str], key: str, value: str) -> list[str]:
+    """Returns a command line with --KEY VALUE in the place of any value that it gives the key."""
+    return [*words_of([option for option in split_options(words) if option.key != key]), f"--{key}", value]
+
+
+def check_once(options: Sequence[Option], repeatable: Collection[str] = ()) -> None:
+    """Raises UserError for the first flag that is given twice, unless it is one of `repeatable`."""
+    first: dict[str, Option] = {}
+    for option in options:
+        if option.key is None or option.key in repeatable:
+            continue
+        if option.key in first:
+            values = [shown.value for shown in (first[option.key], option) if shown.value is not None]
+            both = f", {' and '.join(map(repr, values))}" if values else ""
+            name = option.key if option.is_config else f"--{option.key}"
+            raise UserError(f"{COMMAND_LINE}: {name}", f"given twice{both}", "once")
+        first[option.key] = option
 
 
 # --- a program's own flags --------------------------------------------------------------------------------------------
@@ -79,10 +124,22 @@ class Parser(argparse.ArgumentParser):
         raise UserError(COMMAND_LINE, message, f"see {self.prog} --help")
 
 
-def parse_arguments(parser: Parser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Returns the arguments in `words` (None: this process's own), --quiet among them. Raises UserError."""
+def parse_arguments(
+    parser: Parser, words: Sequence[str] | None = None, repeatable: Collection[str] = ()
+) -> argparse.Namespace:
+    """Returns the arguments of a command line, --quiet among them.
+
+    Args:
+        parser: the program's flags.
+        words: the command line; None: this process's own.
+        repeatable: flags that may be given more than once.
+
+    Raises UserError where a flag is wrong, or given twice.
+    """
     parser.add_argument("--quiet", action="store_true", help=QUIET)
-    return parser.parse_args(words)
+    argv = sys.argv[1:] if words is None else words
+    check_once([option for option in split_options(argv) if not option.is_bare], repeatable)
+    return parser.parse_args(argv)
 
 
 def own_flags(prog: str) -> Parser:
@@ -96,6 +153,7 @@ def split_words(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace
     """
     flags = {name.replace("_", "-") for name in vars(parser.parse_args([]))}
     options = split_options(argv)
+    check_once(options)
     own = parser.parse_args(words_of([option for option in options if option.key in flags]))
     return own, words_of([option for option in options if option.key not in flags])
 

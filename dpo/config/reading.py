@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from dpo.base.command import COMMAND_LINE, SWITCHES, Option, split_options
+from dpo.base.command import COMMAND_LINE, SWITCHES, Option, check_once, split_options
 from dpo.base.errors import UserError
 from dpo.config.shipped import shipped_configs, valid_paths
 from dpo.config.strict_yaml import parse_yaml, read_yaml_file
@@ -25,7 +25,7 @@ class CommandLine:
     config: str | None
     """The file of --config."""
     texts: dict[str, str]
-    """KEY -> text of --KEY TEXT; a repeated key keeps its last text, as in argparse."""
+    """KEY -> text of --KEY TEXT, without --config."""
     print_config: bool
     """--print_config was given."""
     help: bool
@@ -33,29 +33,25 @@ class CommandLine:
 
 
 def split_command_line(argv: Sequence[str]) -> CommandLine:
-    """Splits a command line of keys of the config into --KEY VALUE and --KEY=VALUE. A value may begin with one dash,
-    not with two (except after "="). Raises UserError for a word that belongs to no key, and for a key without a value.
+    """Splits a command line of keys of the config: --KEY VALUE, --KEY=VALUE, KEY=VALUE, and FILE.yaml. A value may
+    begin with one dash, not with two (except after "="). Raises UserError for a word that belongs to no key, for a key
+    without a value, and for a key that is given twice.
     """
-    texts: dict[str, str] = {}
-    configs, switches = [], set()
-    for option in split_options(argv):
+    options, texts, switches = split_options(argv), {}, set()
+    for option in options:
         if option.words == ("-h",) or (option.key in SWITCHES and option.value is None):
             switches.add(option.words[0])
             continue
         key, value = _key_and_value(option)
-        if key == "config":
-            configs.append(value)
-        else:
-            texts[key] = value
-    if len(configs) > 1:
-        _wrong(COMMAND_LINE, "config", f"given twice, {configs[0]!r} and {configs[1]!r}", "one --config FILE")
-    config = configs[0] if configs else None
+        texts[key] = value
+    check_once(options)
+    config = texts.pop("config", None)
     return CommandLine(config, texts, "--print_config" in switches, bool(switches & {"-h", "--help"}))
 
 
 def _key_and_value(option: Option) -> tuple[str, str]:
     if option.key is None:
-        _wrong(COMMAND_LINE, repr(option.value), "unexpected word", "--config FILE, --SECTION.KEY VALUE")
+        _wrong(COMMAND_LINE, repr(option.value), "unexpected word", "FILE.yaml, SECTION.KEY=VALUE, --SECTION.KEY VALUE")
     if option.value is None:
         _wrong(COMMAND_LINE, option.key, "has no value", f"--{option.key} VALUE, --{option.key}=VALUE")
     return option.key, option.value

@@ -1,13 +1,17 @@
 """Command lines divided into options, and how programs end: exit codes, the line of the error, --quiet."""
 
 import sys
+from collections.abc import Callable
 
 import pytest
 
 from dpo.base.command import (
     Option,
+    Parser,
+    check_once,
     own_flags,
     parse_arguments,
+    replaced,
     run_program,
     split_options,
     split_words,
@@ -31,6 +35,18 @@ from dpo.base.errors import RunError, UserError
         ("--optim.lr -h", [("optim.lr", None), (None, "-h")]),
         ("--quiet run", [("quiet", None), (None, "run")]),
         ("--sweep a=1 b=2", [("sweep", "a=1"), (None, "b=2")]),
+        ("my.yaml", [("config", "my.yaml")]),
+        ("--config my.yml", [("config", "my.yml")]),
+        ("runs/my.yml loss.beta=0.5", [("config", "runs/my.yml"), ("loss.beta", "0.5")]),
+        ("data.train=[{path:a=b}]", [("data.train", "[{path:a=b}]")]),
+        ("data.train[0].format=hh", [("data.train[0].format", "hh")]),
+        ("--json my.yaml", [("json", None), ("config", "my.yaml")]),
+        ("--json loss.beta=0.5", [("json", None), ("loss.beta", "0.5")]),
+        ("--json=my.yaml", [("json", "my.yaml")]),
+        ("--train.run_dir exp.lr=3", [("train.run_dir", "exp.lr=3")]),
+        ("--model runs/lr.a=1/final", [("model", "runs/lr.a=1/final")]),
+        ("--html page.html my.yaml", [("html", "page.html"), ("config", "my.yaml")]),
+        ("-my.yaml beta=0.5 a.b", [(None, "-my.yaml"), (None, "beta=0.5"), (None, "a.b")]),
         ("-x --=1 -- ---y", [(None, "-x"), (None, "--=1"), (None, "--"), (None, "---y")]),
         ("", []),
     ],
@@ -49,6 +65,42 @@ def test_options(words: str, options: list[tuple[str | None, str | None]]) -> No
 def test_keys_of_the_config_have_a_dot(key: str | None, is_key: bool, is_config: bool) -> None:
     option = Option(key, "1.5", ())
     assert (option.is_key, option.is_config) == (is_key, is_config)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("--loss.beta 0.1 --loss.beta=0.5", "loss.beta: given twice, '0.1' and '0.5'; valid: once"),
+        ("loss.beta=0.1 --loss.beta 0.1", "loss.beta: given twice, '0.1' and '0.1'; valid: once"),
+        ("a.yaml --config b.yaml", "config: given twice, 'a.yaml' and 'b.yaml'; valid: once"),
+        ("--num 1 --num=2", "--num: given twice, '1' and '2'; valid: once"),
+        ("--quiet --quiet", "--quiet: given twice; valid: once"),
+    ],
+)
+def test_a_flag_is_given_once(words: str, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_once(split_options(words.split()))
+    assert str(caught.value) == f"command line: {line}"
+
+
+def test_some_flags_may_be_repeated() -> None:
+    options = split_options("--env A=1 --env B=2 c.d=3".split())
+    check_once(options, ("env",))
+    with pytest.raises(UserError, match="--env: given twice, 'A=1' and 'B=2'"):
+        check_once(options)
+
+
+@pytest.mark.parametrize("reads", [split_words, parse_arguments], ids=["split_words", "parse_arguments"])
+def test_a_programs_own_flag_is_given_once(reads: Callable[[Parser, list[str]], object]) -> None:
+    parser = own_flags("python -m p")
+    parser.add_argument("--num", type=int)
+    with pytest.raises(UserError, match=r"^command line: --num: given twice, '1' and '2'; valid: once$"):
+        reads(parser, ["--num", "1", "--num", "2"])
+
+
+@pytest.mark.parametrize("words", ["a.yaml a.b=1 --c.d 2", "a.yaml --a.b 1 --c.d 2", "--a.b=1 a.yaml --c.d 2"])
+def test_a_value_is_replaced(words: str) -> None:
+    assert replaced(words.split(), "a.b", "3") == ["a.yaml", "--c.d", "2", "--a.b", "3"]
 
 
 def test_a_programs_own_flags_and_the_configs_words() -> None:

@@ -128,8 +128,14 @@ def test_text_stays_text_on_the_command_line() -> None:
     assert (config.model.tokenizer, config.train.run_dir, config.reference.path) == ("007", "1e-6", None)
 
 
-def test_repeated_option_takes_the_last() -> None:
-    assert load(*REQUIRED, "--train.seed", "1", "--train.seed", "2").train.seed == 2
+def test_bare_words_are_the_config_and_its_keys(tmp_path: Path) -> None:
+    """The same command line in both forms; `run_dir` shows that the file's name was read."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {path: m}\ndata: {train: [{path: a}]}\n")
+    bare = load(str(file), "loss.beta=0.5", "data.train=[{path: b=c}]", "--optim.lr", "1e-5")
+    dashed = load("--config", str(file), "--loss.beta", "0.5", "--data.train", "[{path: b=c}]", "--optim.lr=1e-5")
+    assert bare == dashed
+    assert (bare.loss.beta, bare.data.train, bare.train.run_dir) == (0.5, [SourceConfig("b=c")], "runs/mine")
 
 
 def test_run_dir_without_a_file() -> None:

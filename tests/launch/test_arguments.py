@@ -2,17 +2,20 @@
 
 import pytest
 
+from dpo.base.command import split_options, words_of
 from dpo.base.errors import UserError
 from launch.arguments import Request, parse_request, unused_here
 from launch.durations import minutes_of
+from launch.sweep import planned_runs
 
 CONFIG = ("--config", "my.yaml")
 GOOD = (*CONFIG, "--gpus-per-node", "8", "--time", "60")
 
 
 def parse(*argv: str) -> Request:
-    """The request of a good command line with more words."""
-    return parse_request([*GOOD, *argv])
+    """The request of a good command line with these words in the place of its own."""
+    given = {option.key for option in split_options(argv)}
+    return parse_request([*words_of([option for option in split_options(GOOD) if option.key not in given]), *argv])
 
 
 @pytest.mark.parametrize(
@@ -61,6 +64,28 @@ def test_the_run_gets_the_config_and_its_keys() -> None:
     request = parse("--loss.beta", "0.5", "--nodes", "2")
     assert request.words == ("--config", "my.yaml", "--loss.beta", "0.5")
     assert (request.nodes, request.ranks_per_node, request.gpus, request.minutes) == (2, 8, "8", 60)
+
+
+def test_bare_words_are_the_runs() -> None:
+    """But those after --sweep, which are more of its values, up to the next word that is none."""
+    words = ["my.yaml", "loss.beta=0.5", "--sweep", "optim.lr=1,2", "train.seed=1,2", "--nodes", "2", "loss.name=ipo"]
+    request = parse_request([*words, *GOOD[2:]])
+    assert request.words == ("my.yaml", "loss.beta=0.5", "loss.name=ipo")
+    assert (request.sweep, request.nodes) == (("optim.lr=1,2", "train.seed=1,2"), 2)
+
+
+def test_a_flag_of_a_list_may_be_repeated() -> None:
+    request = parse("--sweep", "optim.lr=1,2", "--sweep", "train.seed=1,2", "--env", "A=1", "--env", "B=2")
+    assert request.sweep == ("optim.lr=1,2", "train.seed=1,2")
+    assert request.env == (("A", "1"), ("B", "2"))
+
+
+@pytest.mark.parametrize(
+    "words", [("--nodes", "1", "--nodes=2"), ("--time", "60", "--time", "90"), ("a.yaml", "b.yaml")]
+)
+def test_a_flag_is_given_once(words: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="given twice"):
+        planned_runs(parse(*words))
 
 
 def test_a_type_of_gpus() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo.base.errors import UserError
+from dpo.config import load_config
 from launch.arguments import parse_request
 from launch.sweep import PlannedRun, parse_choice, planned_runs, reference_passes
 
@@ -51,6 +52,14 @@ def test_the_product(config: Path) -> None:
         *("--loss.beta", "0.5", "--optim.lr", "5e-7"),
         *("--train.run_dir", "runs/mine/beta=0.5,lr=5e-7"),
     )
+
+
+@pytest.mark.parametrize("word", ["train.run_dir=runs/x", "--train.run_dir=runs/x"])
+def test_the_folder_of_a_run_replaces_that_of_the_sweep(config: Path, word: str) -> None:
+    """A second --train.run_dir would be an error of the run."""
+    run, _ = plan(config, word, "--sweep", "loss.beta=0.1,0.5")
+    assert run.words[2:] == ("--loss.beta", "0.1", "--train.run_dir", "runs/x/beta=0.1")
+    assert load_config(run.words, "dpo.train").train.run_dir == "runs/x/beta=0.1"
 
 
 def test_one_reference_pass_for_what_does_not_change_it(config: Path) -> None:
