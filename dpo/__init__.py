@@ -44,7 +44,7 @@ Where do I add ...
     a GPU                  machine/data_sheets.py: a line of the table
     a command              a file beside prepare.py, or a folder with __main__.py, that holds nothing others need; its
                            line in front/names.py
-    another tracker        board/writer.py
+    another tracker        board/sinks.py: an entry, beside a file with the methods of sink.py; its name in config
     another cluster        launch/, beside the files that talk to SLURM
 
 Words of the code:

@@ -6,7 +6,7 @@
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,19 +23,11 @@ from dpo.base.console import harmless
 from dpo.board.charts import LAYOUT, ROOT, Chart, histogram_place, place, text_place
 from dpo.board.event_files import drop_points, event_files, open_events, write_event
 from dpo.board.hparams import flat, write_entry
+from dpo.board.sink import Answer
 from dpo.config import Config
 
 COLUMN_WIDTH = 44
 """Characters per column; three columns fit into a window of 1,500 pixels."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A prompt with the answers of reference and policy, as texts."""
-
-    prompt: str
-    reference: str
-    policy: str
 
 
 class Dashboard:
@@ -75,20 +67,13 @@ class Dashboard:
         sub_run, tag = histogram_place(name)
         self._write(sub_run, histogram_pb(tag, values), step)
 
-    def text(self, name: str, markdown: str, step: int | None = None) -> None:
-        """Writes a page of the Text tab.
-
-        Args:
-            name: the name of the page, such as `config`.
-            markdown: the page.
-            step: None: the first step of this start, for texts about the start.
-        """
-        sub_run, tag = text_place(name)
-        self._write(sub_run, text_pb(tag, markdown), self.first_step if step is None else step)
+    def text(self, name: str, text: str) -> None:
+        """Writes a page of the Text tab about this start, which shows a text of many lines unchanged."""
+        self._page(name, fenced(text), self.first_step)
 
     def answers(self, step: int, answers: Sequence[Answer]) -> None:
         """Writes the table of answers, policy and reference side by side, after `step` steps."""
-        self.text("answers", answers_table(answers), step)
+        self._page("answers", answers_table(answers), step)
 
     def hparams(self, config: Config) -> None:
         """Writes the run's entry in the HParams tab, replacing an earlier entry; the tab shows the newest metrics."""
@@ -99,6 +84,10 @@ class Dashboard:
         """Closes all files."""
         for file in self.files.values():
             file.close()
+
+    def _page(self, name: str, markdown: str, step: int) -> None:
+        sub_run, tag = text_place(name)
+        self._write(sub_run, text_pb(tag, markdown), step)
 
     def _write(self, sub_run: str, summary: Summary, step: int) -> None:
         file = self._file(sub_run)

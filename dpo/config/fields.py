@@ -234,7 +234,10 @@ class TrainConfig:
     eval_every: int | None = 100
     """Steps between evaluations; null: only before the first step and after the last."""
     log_every: int = 10
-    """Steps between lines on the terminal; metrics.jsonl and TensorBoard record every step."""
+    """Steps between lines on the terminal; metrics.jsonl and the sinks of report_to record every step."""
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    """Sinks that show the run beside metrics.jsonl: TensorBoard, in the run folder, and trackers, each of which needs
+    its package; [] for none. On the command line: '[tensorboard, wandb]'."""
     profile_steps: tuple[int, int] | None = None
     """First and last step that torch's profiler records, in profile/ of the run folder; null: none."""
     seed: int = 0

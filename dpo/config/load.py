@@ -9,7 +9,7 @@ import sys
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -33,6 +33,7 @@ from dpo.config.fields import (
 from dpo.config.reading import (
     Given,
     describe,
+    example,
     options_of_file,
     options_of_texts,
     required_keys,
@@ -156,13 +157,20 @@ def _add_help(parser: ArgumentParser, prefix: str, cls: Any) -> None:
     """Adds a group of options for a dataclass. Lists are added by hand, since jsonargparse would offer options for
     them (append, by index) that `split_command_line` refuses.
     """
-    lists = {name for name, hint in get_type_hints(cls).items() if get_origin(hint) is list}
+    lists = {name: hint for name, hint in get_type_hints(cls).items() if get_origin(hint) is list}
     group = parser.add_argument_group((inspect.getdoc(cls) or "").rstrip("."))
     for param in docstring_parser.parse_from_object(cls).params:
         if param.arg_name in lists:
-            default = "required" if param.arg_name in required_keys(cls) else "default: []"
-            text = f"{param.description} (type: list of the items below, {default})"
-            group.add_argument(
-                f"--{prefix}.{param.arg_name}", metavar="'[{path: FILE}, ...]'", help=text, default=SUPPRESS
-            )
-    group.add_class_arguments(cls, prefix, as_group=False, skip=lists)
+            text = f"{param.description} ({_kind_of_list(cls, param.arg_name, lists[param.arg_name])})"
+            metavar = example(lists[param.arg_name])
+            group.add_argument(f"--{prefix}.{param.arg_name}", metavar=metavar, help=text, default=SUPPRESS)
+    group.add_class_arguments(cls, prefix, as_group=False, skip=set(lists))
+
+
+def _kind_of_list(cls: Any, name: str, hint: Any) -> str:
+    """Returns the type and default of a list, as --help shows them."""
+    items = "list of the items below" if dataclasses.is_dataclass(get_args(hint)[0]) else describe(hint)
+    if name in required_keys(cls):
+        return f"type: {items}, required"
+    factory: Any = next(field.default_factory for field in dataclasses.fields(cls) if field.name == name)
+    return f"type: {items}, default: [{', '.join(factory())}]"

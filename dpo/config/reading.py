@@ -93,7 +93,7 @@ def options_of_texts(texts: Mapping[str, str], sections: Mapping[str, type]) -> 
             _wrong(COMMAND_LINE, key, "is a section, not a key", ", ".join(f"--{key}.{name}" for name in hints))
         head = re.split(r"[.\[]", name)[0]
         if head != name and get_origin(hints.get(head)) is list:
-            _wrong(COMMAND_LINE, key, "unknown key", f"the whole list, --{section}.{head} '[{{path: FILE}}, ...]'")
+            _wrong(COMMAND_LINE, key, "unknown key", f"the whole list, --{section}.{head} {example(hints[head])}")
         if name not in hints:
             _unknown(COMMAND_LINE, key, list(hints))
         value = _value_of_text(text, hints[name], key)
@@ -119,7 +119,7 @@ def fit(value: Any, hint: Any, place: str, key: str) -> Any:
 
     Args:
         value: plain data, as YAML gives it.
-        hint: bool, int, float, str, Any, Literal of texts, list[dataclass], dict[str, X], tuple[X, Y], X | None or a
+        hint: bool, int, float, str, Any, Literal of texts, list[X], dict[str, X], tuple[X, Y], X | None or a
             dataclass.
         place: file name or `command line`, for the error.
         key: SECTION.KEY, for the error.
@@ -145,7 +145,8 @@ def fit(value: Any, hint: Any, place: str, key: str) -> Any:
     if isinstance(value, str) and value in names:
         return value
     if isinstance(value, str) and names and bool not in kinds:
-        _wrong(place, key, f"{value!r:.60} is not a {key.rpartition('.')[2]}", describe(hint))
+        name = key.rpartition(".")[2].partition("[")[0]
+        _wrong(place, key, f"{value!r:.60} is not a {name}", describe(hint))
     return _wrong(place, key, f"got {_short(value)}", describe(hint))
 
 
@@ -197,13 +198,21 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(args)
     if origin is list:
-        return f"a list of {{{', '.join(get_type_hints(args[0]))}}}"
+        items = f"{{{', '.join(get_type_hints(args[0]))}}}" if is_dataclass(args[0]) else describe(args[0])
+        return f"a list of {items}"
     if origin is dict:
         return "a mapping {NAME: VALUE, ...}"
     if origin is tuple:
         return f"a list of {len(args)} values, each {describe(args[0])}"
     joint = ", or " if any(get_origin(kind) is tuple for kind in args) else " or "
     return joint.join(describe(kind) for kind in args)
+
+
+def example(hint: Any) -> str:
+    """Returns a list of the type `hint` as a word of the command line."""
+    item = get_args(hint)[0]
+    words = [f"{{{required_keys(item)[0]}: FILE}}"] if is_dataclass(item) else get_args(item)[:2]
+    return f"'[{', '.join([*words, '...'] if len(words) == 1 else words)}]'"
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

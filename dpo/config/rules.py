@@ -92,6 +92,9 @@ def _problems(config: Config) -> Iterator[Problem]:
     if config.train.profile_steps is not None and config.train.profile_steps[0] > config.train.profile_steps[1]:
         what = f"ends before it begins, got {list(config.train.profile_steps)}"
         yield Problem(("train.profile_steps",), what, "[FIRST, LAST], the last not before the first")
+    if len(set(config.train.report_to)) < len(config.train.report_to):
+        what = f"names a sink twice, got [{', '.join(config.train.report_to)}]"
+        yield Problem(("train.report_to",), what, "each name once")
 
 
 def _out_of_bounds(config: Config, bound: Bound) -> Iterator[Problem]:

@@ -18,7 +18,7 @@ import numpy as np
 from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.files import write_atomically
-from dpo.board.dashboard import Answer
+from dpo.board.sink import Answer
 from dpo.config import Config
 from dpo.data.coder import Ids
 from dpo.data.pair_set import PairSet

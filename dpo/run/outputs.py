@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
+from dpo.board.sinks import open_sinks
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.export import export
 from dpo.checkpoint.saver import Saver, open_saver
@@ -31,10 +32,14 @@ def open_outputs(run: Run) -> Iterator[tuple[MetricsWriter | None, Saver]]:
         on_main(run.world, partial(open_answers, run.answers, run.start.step))
     keep, seconds = run.config.checkpoint.keep, run.config.parallel.timeout_seconds
     with (
-        closing(MetricsWriter(run.dir, run.start.step + 1)) if run.world.is_main else nullcontext() as writer,
+        closing(_open_writer(run)) if run.world.is_main else nullcontext() as writer,
         open_saver(run.dir, run.policy.model, run.optimizer, keep, run.world, seconds) as saver,
     ):
         yield writer, saver
+
+
+def _open_writer(run: Run) -> MetricsWriter:
+    return MetricsWriter(run.dir, open_sinks(run.config, run.start.step + 1))
 
 
 def export_run(run: Run) -> None:

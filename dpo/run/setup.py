@@ -14,7 +14,7 @@ from dpo.batch.costs import MODEL_UNITS
 from dpo.batch.packer import Packer, make_packer
 from dpo.batch.packing import PackedBatch
 from dpo.batch.trees import Tree, grow_trees
-from dpo.board.dashboard import Answer
+from dpo.board.sink import Answer
 from dpo.checkpoint.store import load_checkpoint
 from dpo.config import Config
 from dpo.distributed.collectives import all_gather

@@ -1,6 +1,7 @@
 """The start of a run: the checkpoint to resume from, whether steps are left, the check of a fresh run's first step."""
 
 from dpo.base.console import say
+from dpo.board.sinks import check_installed
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
@@ -14,7 +15,11 @@ from dpo.step.first_step import Terms, verify_start
 
 
 def find_start_together(config: Config, world: World) -> Start:
-    """Returns the start that rank 0 finds (`find_start`). Every rank must get here, or the rest hang."""
+    """Returns the start that rank 0 finds (`find_start`). Every rank must get here, or the rest hang.
+
+    Raises UserError, on every rank, where rank 0 lacks the package of a sink.
+    """
+    on_main(world, lambda: check_installed(config.train.report_to))
     return on_main(world, lambda: find_start(config))
 
 

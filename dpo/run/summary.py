@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dpo.base.console import say, warn
-from dpo.board.dashboard import Answer, fenced
+from dpo.board.sink import Answer
 from dpo.board.writer import MetricsWriter
 from dpo.config import Config, OptimConfig, to_yaml
 from dpo.run.files import PROVENANCE
@@ -211,15 +211,15 @@ def introduce(run: Run, writer: MetricsWriter | None, deviation: Deviation | Non
     for line in table:
         say(line)
     tell_warmup(run.inputs.last_step, run.config.optim)
-    writer.board.text("summary", fenced("\n".join(table)))
-    writer.board.text("config", fenced(to_yaml(run.config)))
-    writer.board.text("data", fenced("\n".join(run.inputs.data.report.lines())))
-    writer.board.text("code", fenced((run.dir / PROVENANCE).read_text(encoding="utf-8")))
-    writer.board.hparams(run.config)
+    writer.text("summary", "\n".join(table))
+    writer.text("config", to_yaml(run.config))
+    writer.text("data", "\n".join(run.inputs.data.report.lines()))
+    writer.text("code", (run.dir / PROVENANCE).read_text(encoding="utf-8"))
+    writer.hparams(run.config)
     if run.start.step == 0:
         names = ("prompt", "chosen", "rejected") if run.config.loss.facts.compares else ("prompt", "chosen")
         for name, tokens in zip(names, run.inputs.data.train.lengths().T, strict=False):
-            writer.board.histogram(f"train/lengths/{name}", tokens, 0)
+            writer.histogram(f"train/lengths/{name}", tokens, 0)
 
 
 def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluation, answers: Sequence[Answer]) -> None:
@@ -235,7 +235,7 @@ def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluati
     metrics = prefixed("eval", result.metrics)
     writer.write(step, metrics)
     if len(result.margins):
-        writer.board.histogram("eval/rewards/margins", result.margins, step)
+        writer.histogram("eval/rewards/margins", result.margins, step)
     if answers:
-        writer.board.answers(step, answers)
+        writer.answers(step, answers)
     say(evaluation_line(step, run.inputs.last_step, metrics))

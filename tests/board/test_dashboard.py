@@ -17,8 +17,9 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from dpo.board import dashboard
 from dpo.board.charts import LAYOUT, OTHER, ROOT, Place, place
-from dpo.board.dashboard import Answer, Dashboard, answers_table, fenced
+from dpo.board.dashboard import Dashboard, answers_table, fenced
 from dpo.board.hparams import ENTRY, KEYS, METRICS
+from dpo.board.sink import Answer
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.step.metrics import SUMS, pair_means, prefixed, step_metrics
 from tests.support.boards import accumulators, hparams_entry, points_of

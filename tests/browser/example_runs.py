@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo.board.dashboard import Answer, Dashboard, fenced
+from dpo.board.dashboard import Dashboard
+from dpo.board.sink import Answer
 from dpo.config import Config, SourceConfig, to_yaml
 from tests.support.runs import make_config
 
@@ -33,8 +34,8 @@ def save_run(run_dir: Path, beta: float, until: int = NUM_STEPS, seed: int = 0, 
     (run_dir / "config.yaml").write_text(to_yaml(config))
     board = Dashboard(run_dir / "tensorboard", 1)
     board.hparams(config)
-    board.text("config", fenced(to_yaml(config)))
-    board.text("data", fenced("data.train[0] data/train.jsonl (preference): 1,800 rows, 1,794 pairs kept, 6 dropped"))
+    board.text("config", to_yaml(config))
+    board.text("data", "data.train[0] data/train.jsonl (preference): 1,800 rows, 1,794 pairs kept, 6 dropped")
     rng = np.random.default_rng(seed)
     for side, mean in (("prompt", 80), ("chosen", 60), ("rejected", 50)):
         board.histogram(f"train/lengths/{side}", rng.poisson(mean, 2000), 1)

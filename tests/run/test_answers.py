@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo.board.dashboard import Answer
+from dpo.board.sink import Answer
 from dpo.config import Config, SourceConfig
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World

@@ -273,7 +273,7 @@ def test_an_evaluation_against_the_plain_model(folders: Path, two_steps: Path) -
 
 
 def test_a_line_is_flat_and_on_the_disk_at_once(tmp_path: Path) -> None:
-    writer = MetricsWriter(tmp_path, first_step=1)
+    writer = MetricsWriter(tmp_path, sinks=[])
     writer.write(3, prefixed("train", {"loss": 0.5, "rewards/margins": 1.25}))
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 3, "train/loss": 0.5, "train/rewards/margins": 1.25}\n'
     assert read_metrics(tmp_path) == [{"step": 3, "train/loss": 0.5, "train/rewards/margins": 1.25}]
