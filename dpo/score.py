@@ -194,9 +194,8 @@ def split_by_source(data: PreferenceData, pairs: PairSet, num_train: int, is_eva
         num_train: number of sources in data.train.
         is_eval: whether `pairs` is the evaluation set.
     """
-    train, evals = data.report.sources[:num_train], data.report.sources[num_train:]
-    sources = (*evals, *train) if is_eval else train
-    number = np.searchsorted(np.cumsum([source.rows for source in sources]), pairs.row_of_pair, side="right")
+    sources = data.eval_sources if is_eval else data.report.sources[:num_train]
+    number = pairs.source_of_pair([source.rows for source in sources])
     parts = {source.key: pairs.select(number == i) for i, source in enumerate(sources)}
     return {key: part for key, part in parts.items() if len(part)}
 

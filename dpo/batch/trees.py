@@ -31,6 +31,8 @@ class Tree:
     """The weight of each pair; empty where all are 1."""
     margins: tuple[float, ...] = ()
     """The margin of each pair; empty where all are 0."""
+    pair_ids: tuple[int, ...] = ()
+    """The id of each pair in its `PairSet`; empty where the pairs are of no set."""
 
     @property
     def num_scored(self) -> int:
@@ -77,10 +79,12 @@ def _tree(prompt_ids: np.ndarray, completions: dict[bytes, np.ndarray], pairs: l
     index = {key: number for number, key in enumerate(completions)}
     indices = tuple((index[pair.chosen_ids.tobytes()], index[pair.rejected_ids.tobytes()]) for pair in pairs)
     weights, margins = (tuple(getattr(pair, name) for pair in pairs) for name in ("weight", "margin"))
+    pair_ids = tuple(pair.id for pair in pairs if pair.id is not None)
     return Tree(
         prompt_ids,
         tuple(completions.values()),
         indices,
         weights if any(weight != 1 for weight in weights) else (),
         margins if any(margins) else (),
+        pair_ids,
     )

@@ -50,6 +50,8 @@ class Pair:
     """The factor of the pair's loss."""
     margin: float = 0.0
     """The margin m of the loss `dpo`: -log sigmoid(beta h - m)."""
+    id: int | None = None
+    """Its index in the `PairSet` from which it was read; None for a pair of no set."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,14 +117,18 @@ class PairSet:
         places, sizes = self.places[ids].tolist(), self.sizes[ids].tolist()
         values = _values_at(self.weights, ids, NEUTRAL["weight"]), _values_at(self.margins, ids, NEUTRAL["margin"])
         found = []
-        for at, num, weight, margin in zip(places, sizes, *values, strict=True):
+        for number, at, num, weight, margin in zip(ids.tolist(), places, sizes, *values, strict=True):
             prompt_ids, chosen_ids, rejected_ids = map(read, at, num)
-            found.append(Pair(prompt_ids, chosen_ids, rejected_ids, weight, margin))
+            found.append(Pair(prompt_ids, chosen_ids, rejected_ids, weight, margin, number))
         return found
 
     def lengths(self) -> np.ndarray:
         """Returns the tokens of prompt, winner and loser of each pair, (N, 3) int32."""
         return np.asarray(self.sizes)
+
+    def source_of_pair(self, rows: Sequence[int]) -> np.ndarray:
+        """Returns the number of the source of each pair, (N,) int32, given the rows of each source in order."""
+        return np.searchsorted(np.cumsum(rows), np.asarray(self.row_of_pair), side="right").astype(np.int32)
 
     def select(self, mask: np.ndarray) -> "PairSet":
         """Returns the set of the pairs for which `mask` (N,) is true."""

@@ -59,6 +59,12 @@ class PreferenceData:
     report: DataReport
     """The counts that a run prints."""
 
+    @property
+    def eval_sources(self) -> tuple[SourceReport, ...]:
+        """Returns the sources whose rows the evaluation set counts, in their order: `data.eval`, then `data.train`."""
+        sources = self.report.sources
+        return tuple(sorted(sources, key=lambda source: source.key.startswith("data.train")))  # stable
+
 
 @dataclass(frozen=True, eq=False)
 class _Opened:

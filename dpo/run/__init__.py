@@ -1,6 +1,7 @@
 """A run: its inputs, its folder, its loop, its reports.
 
 files.py       the names of the files of a run folder, and its metrics; without torch
+evaluations.py  the values of single pairs at each evaluation, as files; without torch
 forecast.py    what a run needs of a cluster, as a file; without torch
 folder.py      decides from a run folder how a run starts, and prepares the folder
 provenance.py  versions and git commit of a start

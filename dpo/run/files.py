@@ -5,6 +5,8 @@ provenance.json   code, hosts and layout of each start, a list
 metrics.jsonl     the metrics of each step and evaluation, one line each
 tensorboard/      the same as charts, with histograms and texts
 answers/          answers of reference and policy to a few evaluation prompts
+eval/             the values of single pairs at each evaluation, see `dpo.run.evaluations`
+report.html       the run as one page, see `dpo.report`
 profile/          traces of profiled steps
 checkpoints/step-000100/
 final/            the trained model
@@ -19,6 +21,7 @@ from dpo.base.files import write_atomically
 
 CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "metrics.jsonl", "tensorboard"
 ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
+EVALUATIONS, REPORT = "eval", "report.html"
 
 LAST_STEPS = 10
 """Steps over which a training metric is averaged where it is shown as a single number: single steps vary much."""

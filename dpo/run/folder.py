@@ -22,9 +22,11 @@ from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing, write_atomically
 from dpo.checkpoint.store import RunState, newer_checkpoints, newest_checkpoint, read_state
 from dpo.config import Config, load_config, to_yaml
+from dpo.run.evaluations import drop_evaluations_after
 from dpo.run.files import (
     ANSWERS,
     CONFIG,
+    EVALUATIONS,
     FINAL,
     JOBS,
     METRICS,
@@ -132,8 +134,9 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
         _put_aside(checkpoint)
     if start.checkpoint and _lies_in(start.checkpoint, run_dir):
         drop_metrics_after(run_dir, start.step)
+        drop_evaluations_after(run_dir, start.step)
     else:
-        for name in (METRICS, TENSORBOARD, ANSWERS):
+        for name in (METRICS, TENSORBOARD, ANSWERS, EVALUATIONS):
             _put_aside(run_dir / name)
     return run_dir
 

@@ -24,6 +24,7 @@ from dpo.checkpoint.store import RunState
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import use_device
 from dpo.run.folder import lacks_evaluation
+from dpo.run.outputs import keep_pairs
 from dpo.run.setup import Run
 from dpo.run.summary import show_evaluation, step_line
 from dpo.run.watch import profiled_steps, step_bar, telling_new_graphs
@@ -118,6 +119,7 @@ def _evaluate(run: Run, writer: MetricsWriter | None, saver: Saver, step: int) -
         raise Preempted(step)
     if not math.isfinite(result.metrics["loss"]):
         raise RunError(f"evaluation after step {step}: the loss is {result.metrics['loss']}")
+    on_main(run.world, lambda: keep_pairs(run, step, result))
     with telling_new_graphs(run, f"answers after step {step}"):
         answers = run.answers_after(step)
     if writer:

@@ -5,17 +5,21 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
+import numpy as np
+
 from dpo.board.sinks import open_sinks
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.export import export
 from dpo.checkpoint.saver import Saver, open_saver
 from dpo.distributed.collectives import all_gather, on_main
 from dpo.run.answers import open_answers
+from dpo.run.evaluations import write_evaluation
 from dpo.run.files import FINAL
 from dpo.run.folder import open_run_folder
 from dpo.run.layout import layout_here
 from dpo.run.provenance import provenance
 from dpo.run.setup import Run
+from dpo.step.evaluation import Evaluation
 
 
 @contextmanager
@@ -45,3 +49,14 @@ def _open_writer(run: Run) -> MetricsWriter:
 def export_run(run: Run) -> None:
     """Exports the trained model to `final/` in the run folder. Every rank must get here, or the rest hang."""
     export(run.policy, run.inputs.model.folder, run.dir / FINAL, run.config, run.world)
+
+
+def keep_pairs(run: Run, step: int, result: Evaluation) -> None:
+    """Writes the values of single pairs after `step` steps, see `dpo.run.evaluations`. For rank 0 alone."""
+    pairs, sources = run.inputs.data.eval, run.inputs.data.eval_sources
+    lengths = dict(zip(("tokens_chosen", "tokens_rejected"), pairs.lengths().T[1:], strict=True))
+    if "logps_rejected" not in result.pairs:
+        del lengths["tokens_rejected"]
+    number = pairs.source_of_pair([source.rows for source in sources])
+    names = np.array([f"{source.key} {source.path}" for source in sources])
+    write_evaluation(run.dir, step, {**result.pairs, **lengths, "source": number, "sources": names})

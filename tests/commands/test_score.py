@@ -153,12 +153,17 @@ def test_training_pairs_where_there_are_no_others(
     assert f"{root / 'other'} on training pairs, dpo: against {root / 'model'}, beta 0.5" in captured.out
 
 
+def with_margins(margins: list[float]) -> Evaluation:
+    """An evaluation of pairs with these margins, whose losers have a reward of 1; the mean margin is 1."""
+    rewards = {"rewards_chosen": np.array(margins, np.float32) + 1, "rewards_rejected": np.ones(len(margins))}
+    return Evaluation({"rewards/margins": 1.0}, rewards)
+
+
 def test_wins_ties_and_losses_by_hand() -> None:
     """Margins 2, -1, 0, 0, 4: two wins, two ties, one loss; mean 1, at beta 1/2 2 nats. Winners have 1 to 5 tokens, in
     the mean 3, losers 3 to 7, in the mean 5: 1/2 nat a token.
     """
-    margins = np.array([2, -1, 0, 0, 4], np.float32)
-    result = Evaluation({"rewards/margins": 1.0}, margins)
+    result = with_margins([2, -1, 0, 0, 4])
     lengths = np.array([[9, tokens, tokens + 2] for tokens in range(1, 6)], np.int32)
     assert score.further_metrics(result, lengths, LossConfig(beta=BETA)) == {
         "tokens/chosen": 3.0,
@@ -174,14 +179,14 @@ def test_wins_ties_and_losses_by_hand() -> None:
 
 def test_rewards_per_token_by_hand() -> None:
     """A mean margin of 1 at beta 1/2 is 2 nats per token; there is no sum over tokens to tell."""
-    result = Evaluation({"rewards/margins": 1.0}, np.array([3, -1], np.float32))
+    result = with_margins([3, -1])
     further = score.further_metrics(result, np.array([[9, 2, 4]] * 2), LossConfig("simpo", beta=BETA))
     assert further["nats/margins_per_token"] == 2 and "nats/margins" not in further
     assert (further["wins"], further["ties"], further["losses"]) == (1, 0, 1)
 
 
 def test_no_losers_are_told_where_none_are_computed() -> None:
-    result = Evaluation({"loss": 1.0}, np.zeros(0))
+    result = Evaluation({"loss": 1.0}, {"logps_chosen": np.zeros(2)})
     assert score.further_metrics(result, np.array([[9, 2, 2], [9, 4, 4]]), LossConfig("sft")) == {"tokens/chosen": 3.0}
 
 

@@ -10,6 +10,7 @@ import pytest
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.store import checkpoint_path
 from dpo.config import Config, load_config
+from dpo.run.evaluations import evaluation_steps
 from dpo.run.files import read_metrics
 from dpo.run.folder import find_start
 from tests.support.runs import (
@@ -70,7 +71,7 @@ def test_what_lies_in_a_run_folder(folders: Path) -> None:
     """The names of the contract, where the code came from, and nothing else; config.yaml says the same when it is read
     again."""
     names = {path.name for path in (folders / "done").iterdir()}
-    assert names == {"config.yaml", "provenance.json", "metrics.jsonl", "tensorboard", "checkpoints", "final"}
+    assert names == {"config.yaml", "provenance.json", "metrics.jsonl", "tensorboard", "checkpoints", "final", "eval"}
     written = load_config(["--config", str(folders / "done" / "config.yaml")], "dpo.train")
     decided = {"parallel__activation_checkpointing": "none", "parallel__sync_gradients": "every_micro_batch"}
     assert written == changed(six_steps(folders, folders / "done"), **decided)
@@ -78,6 +79,7 @@ def test_what_lies_in_a_run_folder(folders: Path) -> None:
     assert steps(folders / "done") == [1, 2, 3, 4, 5, 6]
     assert [line["step"] for line in eval_lines(folders / "done")] == [0, 3, 6]
     assert [line["step"] for line in read_metrics(folders / "done") if "reference/seconds" in line] == [0]
+    assert evaluation_steps(folders / "done") == [0, 3, 6]
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
@@ -106,7 +108,7 @@ def test_files_without_a_checkpoint_are_put_aside(folders: Path, tmp_path: Path)
     # those at 3 and 6.
     assert found == {"metrics.jsonl.old": 4, "metrics.jsonl.old-1": 5, "metrics.jsonl.old-2": 7, "metrics.jsonl": 11}
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
-    assert len(list((tmp_path / "run").glob("tensorboard*"))) == 4
+    assert len(list((tmp_path / "run").glob("tensorboard*"))) == len(list((tmp_path / "run").glob("eval*"))) == 4
     assert same_weights(folders / "done" / "final", tmp_path / "run" / "final")
 
 
@@ -243,8 +245,9 @@ def test_back_to_an_earlier_checkpoint_of_the_same_run(
     for named in (two, two.relative_to(tmp_path), two.parent / ".." / "checkpoints" / two.name):
         back = changed(done, train__run_dir="run", checkpoint__resume=str(named))
         assert find_start(back).step == 2  # of another run, the newest of this one would be taken
-    run_until(back, 4)
-    assert steps(tmp_path / "run") == [1, 2, 3]
+    run_until(back, 3)
+    assert steps(tmp_path / "run") == [1, 2]
+    assert evaluation_steps(tmp_path / "run") == [0]  # those after steps 3 and 6 are gone
     assert find_start(done).step == 2
     assert checkpoint_path(tmp_path / "run", 6).with_name("step-000006.old").is_dir()
     run(done)

@@ -1,0 +1,132 @@
+"""The file of an evaluation has each pair's own values, in the order of the set, on any ranks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.lib.npyio import NpzFile
+
+from dpo.batch import packer as batches
+from dpo.config import Config, SourceConfig
+from dpo.run.evaluations import evaluation_path, evaluation_steps
+from dpo.train import run_training
+from tests.support.models import plain_logp, plain_model, save_pairs
+from tests.support.ranks import Ranks
+from tests.support.runs import eval_lines, save_six_steps, six_steps
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+BETA = 0.5
+PREFERENCES = ((0, 1), (2, 3), (1, 3))
+"""Pairs of four completions, each a row of its own."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, pairs.jsonl, and two files to evaluate: nine prompts with a pair each in three turns, and five pairs."""
+    root = save_six_steps(tmp_path_factory.mktemp("evaluations"))
+    rows = read(save_pairs(root / "grouped.jsonl", 9, seed=2, completions=4))
+    turns = [
+        {
+            "prompt_ids": row["prompt_ids"],
+            "completion_ids": [row["completion_ids"][w], row["completion_ids"][lo]],
+            "pairs": [[0, 1]],
+        }
+        for w, lo in PREFERENCES
+        for row in rows
+    ]
+    (root / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+    save_pairs(root / "single.jsonl", 5, seed=3)
+    return root
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def config_of(root: Path, run_dir: Path, **changes: Any) -> Config:
+    facts = {
+        "data__eval": [SourceConfig(str(root / name)) for name in ("turns.jsonl", "single.jsonl")],
+        "batch__tokens_per_micro_batch": 60,
+        "loss__beta": BETA,
+        "train__steps": 1,
+    }
+    return six_steps(root, run_dir, **(facts | changes))
+
+
+def train_in_parts(config: Config) -> None:
+    """A run whose evaluations are planned seven pairs at a time: five plans."""
+    pairs_per_plan, batches.PAIRS_PER_EVALUATION_PLAN = batches.PAIRS_PER_EVALUATION_PLAN, 7
+    try:
+        run_training(config)
+    finally:
+        batches.PAIRS_PER_EVALUATION_PLAN = pairs_per_plan
+
+
+def plain_values(root: Path, final: Path) -> dict[str, np.ndarray]:
+    """The arrays by the plain models, pair by pair in the order of the files, each completion alone."""
+    pi, ref = plain_model(final), plain_model(root / "model")
+    columns: dict[str, list[float]] = {}
+    for number, name in enumerate(("turns.jsonl", "single.jsonl")):
+        for row in read(root / name):
+            columns.setdefault("source", []).append(number)
+            for side, ids in zip(("chosen", "rejected"), row["completion_ids"], strict=True):
+                own, others = (plain_logp(model, row["prompt_ids"], ids).item() for model in (pi, ref))
+                columns.setdefault(f"tokens_{side}", []).append(len(ids))
+                columns.setdefault(f"logps_{side}", []).append(own)
+                columns.setdefault(f"logratios_{side}", []).append(own - others)
+                columns.setdefault(f"rewards_{side}", []).append(BETA * (own - others))
+    return {name: np.array(column) for name, column in columns.items()}
+
+
+def arrays_of(run_dir: Path, step: int) -> NpzFile:
+    return np.load(evaluation_path(run_dir, step), allow_pickle=False)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_pair_has_its_own_values_in_the_sets_order(ranks: Ranks, root: Path, tmp_path: Path, size: int) -> None:
+    """32 pairs of two sources against the plain models: 1e-4 nats. The
+    rows of a prompt are nine rows apart, so that no plan, lane or micro-batch has the pairs in the order of the files.
+    The means are the metrics of the same evaluation.
+    """
+    ranks(size, train_in_parts, config_of(root, tmp_path / "run"))
+    expected = plain_values(root, tmp_path / "run" / "final")
+    assert np.abs(np.diff(expected["logratios_chosen"])).min() > 1e-4  # a pair for its neighbour is seen
+    assert evaluation_steps(tmp_path / "run") == [0, 1]
+    found = arrays_of(tmp_path / "run", 1)
+    assert sorted(found.files) == sorted([*expected, "sources"])
+    for name, column in expected.items():
+        assert found[name].shape == (32,)
+        assert found[name].dtype == (np.int32 if name in ("source", "tokens_chosen", "tokens_rejected") else np.float32)
+        np.testing.assert_allclose(found[name], column, atol=1e-4, rtol=0, err_msg=name)
+    assert found["sources"].tolist() == [
+        f"data.eval[0] {root / 'turns.jsonl'}",
+        f"data.eval[1] {root / 'single.jsonl'}",
+        f"data.train[0] {root / 'pairs.jsonl'}",
+    ]
+    line = eval_lines(tmp_path / "run")[-1]
+    for name in ("rewards", "logps"):
+        for side in ("chosen", "rejected"):
+            assert found[f"{name}_{side}"].mean() == pytest.approx(line[f"eval/{name}/{side}"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "names"),
+    [
+        ("simpo", ["logps_chosen", "logps_rejected", "rewards_chosen", "rewards_rejected"]),
+        ("sft", ["logps_chosen"]),
+    ],
+)
+def test_arrays_that_a_loss_does_not_have_are_absent(
+    ranks: Ranks, root: Path, tmp_path: Path, loss: str, names: list[str]
+) -> None:
+    """simpo has no reference; sft computes no losers either, so that it has no lengths of them."""
+    ranks(1, run_training, config_of(root, tmp_path / "run", loss__name=loss))
+    found = arrays_of(tmp_path / "run", 0)
+    tokens = [f"tokens_{name.removeprefix('logps_')}" for name in names if name.startswith("logps_")]
+    assert sorted(found.files) == sorted([*names, *tokens, "source", "sources"])
+    if loss == "simpo":
+        per_token = BETA * found["logps_rejected"] / found["tokens_rejected"]
+        np.testing.assert_allclose(found["rewards_rejected"], per_token, rtol=1e-5)
