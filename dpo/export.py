@@ -37,7 +37,8 @@ def main() -> None:
     )
     parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step-000100")
     parser.add_argument("--out", type=Path, required=True, help="a new or an empty folder")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: the run's checkpoint.export_dtype")
+    dtypes, about = ["auto", "float32", "bfloat16"], "default: the run's checkpoint.export_dtype"
+    parser.add_argument("--dtype", choices=dtypes, help=about)
     args = parse_arguments(parser)
     config = _config_of(args.checkpoint)
     if args.dtype:

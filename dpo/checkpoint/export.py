@@ -11,6 +11,7 @@ from dpo.base.errors import RunError
 from dpo.base.files import remove_folder
 from dpo.base.space import find_shortage
 from dpo.checkpoint.companions import write_companions
+from dpo.checkpoint.export_dtype import export_dtype
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
@@ -28,13 +29,13 @@ def export(policy: Policy, model_folder: Path, out: Path, config: Config, world:
         policy: the sharded model.
         model_folder: the folder of the model from which the policy started.
         out: the new folder; an existing one is replaced.
-        config: gives `checkpoint.export_dtype` and the tokenizer.
+        config: gives `checkpoint.export_dtype` (see `export_dtype.export_dtype`) and the tokenizer.
         world: all ranks.
 
     Raises:
         RunError: on every rank, where the model does not fit on the disk, or a rank cannot write.
     """
-    dtype = getattr(torch, config.checkpoint.export_dtype)
+    dtype = on_main(world, lambda: export_dtype(config.checkpoint, model_folder))
     draft = draft_of(out)
     tensors = stored_tensors(policy)
     on_main(world, lambda: _make_draft(draft, _written_bytes(tensors, dtype)))

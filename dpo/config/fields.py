@@ -257,8 +257,8 @@ class CheckpointConfig:
     resume: str = "auto"
     """auto: resume from the newest complete checkpoint in train.run_dir, or start if there is none; never: raise an
     error if train.run_dir has been used; else the folder of the checkpoint to resume from."""
-    export_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Data type of the parameters in the exported Hugging Face folder."""
+    export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Data type of the parameters in the exported Hugging Face folder; auto: that of model.path (float16: float32)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
 
 from dpo.base.units import shown_bytes
+from dpo.checkpoint.export_dtype import export_dtype
 from dpo.config import Config
 from dpo.model.build import build_on_meta
 from dpo.step.optim import optimizer_elements
@@ -74,13 +76,14 @@ def sizes_of(config: Config, model_config: PretrainedConfig, last_step: int | No
 
     Args:
         config: the run's.
-        model_config: the transformers config of the model.
+        model_config: the transformers config of the model, which knows the folder that it was read from.
         last_step: the number of steps of the whole run; None where the pairs were not read.
 
     Raises:
         UserError: the model cannot be trained.
     """
-    dtype, export_dtype = getattr(torch, config.model.dtype), getattr(torch, config.checkpoint.export_dtype)
+    dtype = getattr(torch, config.model.dtype)
+    exported = export_dtype(config.checkpoint, Path(model_config.name_or_path or "."))
     model = build_on_meta(model_config, dtype, config.model.trust_remote_code)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     elements = 1 + optimizer_elements(config.optim)
@@ -88,7 +91,7 @@ def sizes_of(config: Config, model_config: PretrainedConfig, last_step: int | No
         num_parameters,
         num_parameters * dtype.itemsize * (1 + elements),
         num_parameters * dtype.itemsize * elements,
-        num_parameters * export_dtype.itemsize,
+        num_parameters * exported.itemsize,
         config.checkpoint.keep,
         num_saves(config, last_step),
     )

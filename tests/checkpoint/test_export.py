@@ -105,10 +105,12 @@ def test_names_and_shapes_are_those_of_the_model_that_came_in(data: Path, tmp_pa
     assert configs[0] == configs[1]
 
 
-@pytest.mark.parametrize("way", ["final", "command"])
+@pytest.mark.parametrize("way", ["base", "final", "command"])
 def test_bfloat16(config: Config, tmp_path: Path, way: str) -> None:
     """Each float32 weight rounded once; config.json says so, so that `from_pretrained` with dtype auto has it too."""
-    run_dir = run(changed(config, checkpoint__export_dtype="bfloat16" if way == "final" else "float32"))
+    if way == "base":
+        save_model(tmp_path / "model", "llama-tied", dtype=torch.bfloat16)
+    run_dir = run(changed(config, checkpoint__export_dtype="bfloat16" if way == "final" else "auto"))
     assert run_export(checkpoint_path(run_dir, 2), tmp_path / "full", "--dtype", "float32") == 0
     folder = run_dir / "final"
     if way == "command":
