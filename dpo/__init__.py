@@ -6,6 +6,7 @@ lower floors only, and rooms of one floor do not know each other (`make check` h
 pyproject.toml). Each room's `__init__.py` has a line for each of its files.
 
     floor  room
+    9      front/          dpo NAME: the programs below by their names, ranks that it starts itself; Python's way in
     8      train/          python -m dpo.train: checks the input, builds the run, trains, exports
            prepare.py      python -m dpo.prepare: downloads and tokenizes all that a run reads, without GPUs
            reference.py    python -m dpo.reference: fills the cache of reference log-probabilities
@@ -56,5 +57,17 @@ Words of the code:
     spread       the deviation of a policy from its reference per completion; drift: over all tokens (step/deviation.py)
 """
 
+from importlib import import_module
+from typing import Any
+
 DISTRIBUTION = "exact-dpo"
 """The name under which this package is installed: `dpo` belongs to another project on the package index."""
+
+_API = ("load_config", "run_training")
+
+
+def __getattr__(name: str) -> Any:
+    """Returns a function of `dpo.front.api`, which is imported at its first use: `import dpo` takes no time."""
+    if name in _API:
+        return getattr(import_module("dpo.front.api"), name)
+    raise AttributeError(f"module 'dpo' has no attribute {name!r}; valid: {', '.join(_API)}")

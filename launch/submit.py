@@ -13,6 +13,7 @@ from pathlib import Path
 from dpo.base.command import run_program
 from dpo.base.console import warn
 from dpo.base.errors import RunError
+from dpo.base.status import GPUS_ASKED
 from dpo.run.files import JOBS
 from launch import executors, torchrun
 from launch.arguments import Request, for_preparing, parse_request, unused_here
@@ -108,7 +109,9 @@ def make_plan(request: Request, runs: Sequence[PlannedRun]) -> Plan:
 
 
 def _program(plan: Plan, request: Request, module: str, words: tuple[str, ...]) -> torchrun.Program:
-    return torchrun.Program(module, words, request.ranks_per_node, request.env, interpreter(request, plan.folders))
+    asked = ((GPUS_ASKED, request.gpus),) if request.gpus and request.cluster != "slurm" else ()
+    env = (*request.env, *asked)
+    return torchrun.Program(module, words, request.ranks_per_node, env, interpreter(request, plan.folders))
 
 
 def _job(plan: Plan, request: Request, module: str, words: tuple[str, ...], run_dir: Path) -> NodeJob:

@@ -14,6 +14,10 @@ STATUS_FILE = "DPO_STATUS_FILE"
 """The environment variable with which a launcher names the file for `write_status`."""
 
 
+GPUS_ASKED = "DPO_GPUS_ASKED"
+"""The environment variable with which a launcher tells the ranks how many GPUs were asked for, where SLURM does not."""
+
+
 def read_status(path: Path) -> dict[str, Any]:
     """Returns the state that rank 0 wrote; empty before it has written one."""
     try:

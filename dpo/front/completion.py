@@ -11,7 +11,7 @@ import shtab
 from dpo.base.command import Parser, parse_arguments, run_program
 from dpo.config.load import KEYS
 from dpo.front.configs import named_configs
-from dpo.front.names import COMMANDS, Command
+from dpo.front.names import COMMANDS, FLAGS, Command
 from dpo.front.ranks import add_ranks
 
 DESCRIPTION = """Prints a script that completes words of dpo in a shell. To switch it on in bash, add to ~/.bashrc:
@@ -24,7 +24,7 @@ def make_parser() -> Parser:
     programs = parser.add_subparsers()
     for name, command in COMMANDS.items():
         program = programs.add_parser(name, help=command.about)
-        _add_flags(program, command)
+        _add_flags(program, name, command)
         if name in CHOICES:
             program.add_argument("name", choices=CHOICES[name]())
     return parser
@@ -37,9 +37,9 @@ CHOICES: Mapping[str, Callable[[], Sequence[str]]] = {
 """Name of a program -> its single words that are not flags."""
 
 
-def _add_flags(parser: Parser, command: Command) -> None:
+def _add_flags(parser: Parser, name: str, command: Command) -> None:
     """Adds the flags of a program to its parser."""
-    for flag in command.flags:
+    for flag in FLAGS.get(name, "").split():
         parser.add_argument(flag).complete = shtab.FILE  # type: ignore[attr-defined]
     if command.starts_ranks:
         add_ranks(parser)

@@ -11,7 +11,7 @@ from dpo import DISTRIBUTION
 from dpo.base.command import COMMAND_LINE, run_program, split_options
 from dpo.base.errors import UserError
 from dpo.config import load_config
-from dpo.front.names import COMMANDS, Command, help_text, suggestion
+from dpo.front.names import COMMANDS, FLAGS, Command, help_text, suggestion
 from dpo.front.ranks import make_parser, read_wanted
 from dpo.machine.job import check_tasks
 
@@ -59,7 +59,7 @@ def run_ranks_of(name: str, command: Command, words: Sequence[str]) -> None:
         print(parser.format_help())
         return
     check_tasks(os.environ)
-    if not command.flags:  # all words are the config's
+    if name not in FLAGS:  # all words are the config's
         load_config(rest, prog=command.module)
     from dpo.front.parent import run_ranks  # imports torch
 

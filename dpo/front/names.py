@@ -19,8 +19,6 @@ class Command:
     """Words before this advice, where the run had not begun its first step."""
     has_config: bool = True
     """Whether the command line holds keys of the config."""
-    flags: tuple[str, ...] = ()
-    """The flags of the program, for completion, without those of every program."""
 
     @property
     def starts_ranks(self) -> bool:
@@ -32,46 +30,31 @@ RESUMES = "the same command goes on from the newest checkpoint, or starts again 
 KEPT = "nothing is saved before the first step, but rows of the reference cache are kept; "
 REFILLS = "the same command goes on: rows computed so far are in the cache"
 
-ESTIMATE = (
-    "--device",
-    "--ranks",
-    "--ranks-per-node",
-    "--mfu",
-    "--link-gb-s",
-    "--node-link-gb-s",
-    "--measured",
-    "--json",
-)
-SCORE = ("--model", "--by-source", "--json")
-SAMPLE = (
-    "--model",
-    "--reference",
-    "--tokenizer",
-    "--prompts",
-    "--max-new-tokens",
-    "--as-chat",
-    "--temperature",
-    "--json",
-)
-EXPORT = ("--checkpoint", "--out", "--dtype")
+FLAGS: Mapping[str, str] = {
+    "inspect": "--html --examples",
+    "estimate": "--device --ranks --ranks-per-node --prompt-tokens --completion-tokens --mfu --link-gb-s"
+    " --node-link-gb-s --measured --json",
+    "score": "--model --by-source --json",
+    "sample": "--model --reference --tokenizer --prompts --max-new-tokens --as-chat --temperature --seed --json",
+    "export": "--checkpoint --out --dtype",
+    "compare": "--sort --json",
+    "doctor": "--report",
+}
+"""The flags of a program that are no keys of the config, for completion."""
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command("dpo.train", "train a model on preference pairs", RESUMES, KEPT),
     "prepare": Command("dpo.prepare", "download and tokenize all that a run reads, without GPUs"),
-    "inspect": Command("dpo.inspect", "show the data as the trainer will see it", flags=("--html", "--examples")),
-    "estimate": Command("dpo.estimate", "predict memory and time of a step on GPUs that are not here", flags=ESTIMATE),
-    "score": Command("dpo.score", "margins and accuracy of any model on any pairs", flags=SCORE),
-    "sample": Command("dpo.sample", "answers of models side by side", flags=SAMPLE),
-    "export": Command("dpo.export", "turn a checkpoint into a model folder", has_config=False, flags=EXPORT),
+    "inspect": Command("dpo.inspect", "show the data as the trainer will see it"),
+    "estimate": Command("dpo.estimate", "predict memory and time of a step on GPUs that are not here"),
+    "score": Command("dpo.score", "margins and accuracy of any model on any pairs"),
+    "sample": Command("dpo.sample", "answers of models side by side"),
+    "export": Command("dpo.export", "turn a checkpoint into a model folder", has_config=False),
     "reference": Command("dpo.reference", "fill the cache of reference log-probabilities", REFILLS),
     "submit": Command("launch.submit", "send runs or a sweep to SLURM, or start them here"),
-    "compare": Command(
-        "launch.compare", "compare finished runs in a table", has_config=False, flags=("--sort", "--json")
-    ),
+    "compare": Command("launch.compare", "compare finished runs in a table", has_config=False),
     "configs": Command("dpo.front.configs", "list the shipped configs, or copy one", has_config=False),
-    "doctor": Command(
-        "dpo.doctor", "will a run work here, and how fast", "the same command starts again", flags=("--report",)
-    ),
+    "doctor": Command("dpo.doctor", "will a run work here, and how fast", "the same command starts again"),
     "report": Command("dpo.report", "one page with the curves of a run, or of several", has_config=False),
     "push": Command("dpo.push", "upload the model of a run to the Hugging Face hub", has_config=False),
     "demo": Command("dpo.demo", "a small model learns a preference on two processes", has_config=False),

@@ -24,14 +24,14 @@ from torch.distributed.elastic.multiprocessing.api import RunProcsResult
 from dpo.base.blame import Failure, read_error
 from dpo.base.command import tell_error, tell_stop
 from dpo.base.console import say
-from dpo.base.status import STATUS_FILE, read_status
+from dpo.base.status import GPUS_ASKED, STATUS_FILE, read_status
 from dpo.base.workers import signal_name
 from dpo.front.ending import End, exit_code, stop_advice, untold_cause
 from dpo.front.names import Command
 from dpo.front.ranks import Wanted, number_of_ranks
 from dpo.front.stops import held_back, noted_stops
 from dpo.machine.facts import HIDDEN, find_driver
-from dpo.machine.job import GPUS_ASKED, why_no_gpu
+from dpo.machine.job import why_no_gpu
 
 HOST = "127.0.0.1"
 _POLL_SECONDS = 0.1

@@ -71,8 +71,6 @@ def number_of_ranks(wanted: Wanted, visible: int, why_none: str) -> int:
         return wanted.ranks
     if wanted.gpus and wanted.gpus > visible:
         found = f"finds {visible}" if visible else f"finds none: {why_none}"
-        valid = (
-            f"up to --gpus {visible}" if visible else "a node with GPUs and a CUDA build of torch, or --ranks N on CPUs"
-        )
+        valid = f"up to {visible}" if visible else "a CUDA build of torch on a node with GPUs, or --ranks N on CPUs"
         raise UserError(f"{COMMAND_LINE}: --gpus", f"{wanted.gpus} asked for, and torch {found}", valid)
     return wanted.gpus or visible or 1

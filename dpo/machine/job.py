@@ -6,9 +6,7 @@ Sources: https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLE
 from collections.abc import Mapping
 
 from dpo.base.errors import UserError
-
-GPUS_ASKED = "DPO_GPUS_ASKED"
-"""The environment variable with which `dpo train --gpus` and the launcher tell the ranks that GPUs were asked for."""
+from dpo.base.status import GPUS_ASKED
 
 ASKING = (
     GPUS_ASKED,

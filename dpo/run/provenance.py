@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 from typing import Any
 
+from dpo import DISTRIBUTION
+
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers")
 
@@ -19,7 +21,7 @@ def provenance(hosts: Sequence[str], last_step: int) -> dict[str, Any]:
     `hosts`: the host name of each rank.
     """
     return {
-        "version": _version("dpo"),
+        "version": _version(DISTRIBUTION),
         **git_state(PACKAGE),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
@@ -53,7 +55,7 @@ def _git(folder: Path, *arguments: str) -> str | None:
 def _installed_commit() -> str | None:
     """Returns the commit in PEP 610's direct_url.json; None where there is none."""
     try:
-        text = distribution("dpo").read_text("direct_url.json")
+        text = distribution(DISTRIBUTION).read_text("direct_url.json")
     except PackageNotFoundError:
         return None
     commit: str | None = json.loads(text or "{}").get("vcs_info", {}).get("commit_id")

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import pytest
 
 from dpo.base.errors import UserError
-from dpo.machine.job import GPUS_ASKED, asked_gpus, check_tasks
+from dpo.base.status import GPUS_ASKED
+from dpo.machine.job import asked_gpus, check_tasks
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo import DISTRIBUTION
 from dpo.run import provenance as module
 from dpo.run.provenance import git_state, provenance
 from tests.support.models import save_model, save_pairs
@@ -57,7 +58,7 @@ def test_a_run_folder_says_what_made_it(tmp_path: Path) -> None:
     save_pairs(tmp_path / "eval.jsonl", 1)
     folder = run(six_steps(tmp_path, tmp_path / "run", train__steps=1))
     [written] = json.loads((folder / "provenance.json").read_text())
-    assert written["version"] == importlib.metadata.version("dpo")
+    assert written["version"] == importlib.metadata.version(DISTRIBUTION)
     assert written["torch"] == importlib.metadata.version("torch")
     assert written["ranks"] == 1 and len(written["hosts"]) == 1
     assert written["last_step"] == 1  # which train.epochs alone does not tell

@@ -1,0 +1,104 @@
+"""A program without torch that stands for the trainer under `dpo NAME --ranks N`: `MODE FOLDER`.
+
+Each rank writes its process id to FOLDER/pid-RANK once it is where the mode says.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from dpo.base.status import write_status
+from dpo.distributed.preemption import listen_for_stop
+
+FIRST, SAVED = 5, 7
+"""The first step of this start, and the step that is saved."""
+
+
+def arrive(folder: Path) -> None:
+    """Tells the test that this rank is there, with the environment that it was given."""
+    draft = folder / f"draft-{os.environ['RANK']}"
+    draft.write_text(json.dumps({"pid": os.getpid(), **os.environ}))
+    draft.rename(folder / f"rank-{os.environ['RANK']}")
+
+
+def begin() -> None:
+    """Rank 0 tells that the steps begin."""
+    if os.environ["RANK"] == "0":
+        write_status({"state": "training", "step": FIRST})
+
+
+def preparing(folder: Path) -> None:
+    """Has not begun its steps, and never does."""
+    arrive(folder)
+    signal.pause()
+
+
+def training(folder: Path) -> None:
+    """Trains until it is asked to stop, and saves."""
+    with listen_for_stop() as stop_requested:
+        begin()
+        arrive(folder)
+        while not stop_requested():
+            time.sleep(0.02)
+    if os.environ["RANK"] == "0":
+        write_status({"state": "preempted", "step": SAVED})
+
+
+def importing(folder: Path) -> None:
+    """As `training`, but rank 1 listens only once the test has put a file."""
+    while os.environ["RANK"] == "1" and not (folder / "listen").exists():
+        if not (folder / "rank-1").exists():
+            arrive(folder)
+        time.sleep(0.02)
+    training(folder)
+
+
+def stuck(folder: Path) -> None:
+    """Is asked to stop and does not."""
+    with listen_for_stop():
+        begin()
+        arrive(folder)
+        while True:
+            time.sleep(1)
+
+
+def evaluating(folder: Path) -> None:
+    """Is asked to stop in the evaluation before its first step: nothing is saved."""
+    with listen_for_stop() as stop_requested:
+        begin()
+        arrive(folder)
+        while not stop_requested():
+            time.sleep(0.02)
+    if os.environ["RANK"] == "0":
+        write_status({"state": "preempted", "step": FIRST - 1})
+
+
+def ending(folder: Path) -> None:
+    """Ends by itself after it was asked to stop."""
+    with listen_for_stop() as stop_requested:
+        begin()
+        arrive(folder)
+        while not stop_requested():
+            time.sleep(0.02)
+    if os.environ["RANK"] == "0":
+        write_status({"state": "done"})
+
+
+def killed(folder: Path) -> None:
+    """Rank 1 is killed, as by the kernel where memory runs out; rank 0 waits for it."""
+    arrive(folder)
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
+
+
+def fine(folder: Path) -> None:
+    """Does its work."""
+    arrive(folder)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Path(sys.argv[2]))
