@@ -7,9 +7,10 @@ argparse checks a program's own flags, and `dpo.config.reading` the keys of a co
 """
 
 import argparse
+import difflib
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -18,7 +19,7 @@ from dpo.base.errors import Preempted, RunError, UserError, one_line
 
 COMMAND_LINE = "command line"
 """The place of an error in the arguments of a program."""
-SWITCHES = ("help", "print_config", "quiet")
+SWITCHES = ("help", "help-config", "config-schema", "print_config", "quiet")
 """The flags of every program that take no value, so that the word after one is not its value."""
 QUIET = "leave out progress messages; results, warnings and errors stay"
 """The help text of --quiet."""
@@ -111,6 +112,23 @@ def check_once(options: Sequence[Option], repeatable: Collection[str] = ()) -> N
             name = option.key if option.is_config else f"--{option.key}"
             raise UserError(f"{COMMAND_LINE}: {name}", f"given twice{both}", "once")
         first[option.key] = option
+
+
+def closest(word: str, names: Iterable[str], likeness: float = 0.6) -> str | None:
+    """Returns the name that `word` was probably meant to be; None where none is like it.
+
+    Args:
+        word: as it was typed.
+        names: the valid names.
+        likeness: the least ratio of difflib, from 0 to 1.
+    """
+    found = difflib.get_close_matches(word, list(names), 1, likeness)
+    return found[0] if found else None
+
+
+def meant(name: str | None) -> str:
+    """Returns the end of an error that asks whether `name` was meant; empty for None."""
+    return f"; did you mean {name}?" if name else ""
 
 
 # --- a program's own flags --------------------------------------------------------------------------------------------

@@ -79,14 +79,14 @@ def renamed_places(places: Mapping[str, str]) -> Iterator[None]:
 
 
 def render(what: str, valid: str, label: str = "valid") -> str:
-    """Returns `WHAT; LABEL: VALID`, or `WHAT` alone where `valid` is empty.
+    """Returns `WHAT; LABEL: VALID`, or `WHAT` alone where `valid` is empty. After a question there is no semicolon.
 
     Args:
         what: the error.
         valid: the values that would be right; may be empty.
         label: the word before them.
     """
-    return f"{what}; {label}: {valid}" if valid else what
+    return f"{what}{'' if what.endswith('?') else ';'} {label}: {valid}" if valid else what
 
 
 def one_line(text: str) -> str:

@@ -2,7 +2,10 @@
 
 fields.py       the keys, by section, as dataclasses
 loss_facts.py   the inputs of each loss, and the keys of `loss` that it takes
+keys.py         the keys as a table: types, defaults, docstrings
 rules.py        bounds of single keys, and rules between keys
+trl_names.py    TRL's names and their counterparts here
+hints.py        errors about names that do not exist, with the one that was probably meant
 reading.py      checks YAML and command line against the types of the fields
 strict_yaml.py  YAML 1.2 scalars, no repeated keys, errors with line numbers
 shipped.py      the configs that come with the package

@@ -30,6 +30,7 @@ from dpo.config.fields import (
     SourceConfig,
     TrainConfig,
 )
+from dpo.config.keys import KEYS, SECTIONS
 from dpo.config.reading import (
     Given,
     describe,
@@ -60,10 +61,6 @@ __all__ = [
     "validate",
     "with_place",
 ]
-
-SECTIONS: Mapping[str, type] = get_type_hints(Config)
-KEYS = frozenset(f"{section}.{field.name}" for section, cls in SECTIONS.items() for field in dataclasses.fields(cls))
-"""Every key of the config, SECTION.KEY."""
 
 
 def load_config(argv: Sequence[str] | None, prog: str, description: str = "") -> Config:
@@ -107,8 +104,17 @@ def with_place(failure: UserError, argv: Sequence[str]) -> UserError:
     if key not in KEYS:
         return failure
     given = {option.key: option.value for option in split_options(argv)}
-    place = COMMAND_LINE if key in given else given.get("config")
+    file = given.get("config")
+    place = COMMAND_LINE if key in given else file if file is not None and _sets(file, key) else None
     return failure if place is None else failure.at(f"{place}: {failure.place}")
+
+
+def _sets(file: str, key: str) -> bool:
+    """Returns whether a YAML file has a key of the config."""
+    try:
+        return key in options_of_file(file, SECTIONS)
+    except UserError:  # the file has changed since
+        return False
 
 
 def to_yaml(config: Config) -> str:

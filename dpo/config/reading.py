@@ -8,12 +8,14 @@ values.
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from dpo.base.command import COMMAND_LINE, SWITCHES, Option, check_once, split_options
 from dpo.base.errors import UserError
+from dpo.config.hints import unknown_flag, unknown_key, wrong_word
+from dpo.config.keys import SECTIONS
 from dpo.config.shipped import shipped_configs, valid_paths
 from dpo.config.strict_yaml import parse_yaml, read_yaml_file
 
@@ -32,24 +34,33 @@ class CommandLine:
     """--help or -h was given."""
 
 
-def split_command_line(argv: Sequence[str]) -> CommandLine:
+def split_command_line(argv: Sequence[str], own: Collection[str] = ()) -> CommandLine:
     """Splits a command line of keys of the config: --KEY VALUE, --KEY=VALUE, KEY=VALUE, and FILE.yaml. A value may
     begin with one dash, not with two (except after "="). Raises UserError for a word that belongs to no key, for a key
     without a value, and for a key that is given twice.
+
+    Args:
+        argv: the words.
+        own: the names of the program's own flags, for the error about a flag that does not exist.
     """
     options, texts, switches = split_options(argv), {}, set()
     for option in options:
         if option.words == ("-h",) or (option.key in SWITCHES and option.value is None):
             switches.add(option.words[0])
             continue
-        key, value = _key_and_value(option)
+        key, value = _key_and_value(option, own)
         texts[key] = value
     check_once(options)
     config = texts.pop("config", None)
     return CommandLine(config, texts, "--print_config" in switches, bool(switches & {"-h", "--help"}))
 
 
-def _key_and_value(option: Option) -> tuple[str, str]:
+def _key_and_value(option: Option, own: Collection[str]) -> tuple[str, str]:
+    setting = re.match(r"[A-Za-z]\w*(?==)", option.words[0])
+    if setting:
+        raise unknown_key(COMMAND_LINE, setting[0], ["FILE.yaml", "SECTION.KEY=VALUE", "--SECTION.KEY VALUE"])
+    if option.key is not None and not option.is_config and option.key not in SECTIONS:
+        raise unknown_flag(option.key, own)
     if option.key is None:
         _wrong(COMMAND_LINE, repr(option.value), "unexpected word", "FILE.yaml, SECTION.KEY=VALUE, --SECTION.KEY VALUE")
     if option.value is None:
@@ -87,7 +98,7 @@ def options_of_texts(texts: Mapping[str, str], sections: Mapping[str, type]) -> 
     for key, text in texts.items():
         section, _, name = key.partition(".")
         if section not in sections:
-            _unknown(COMMAND_LINE, section, ["config", *sections])
+            raise unknown_key(COMMAND_LINE, key, list(sections))
         hints = get_type_hints(sections[section])
         if not name:
             _wrong(COMMAND_LINE, key, "is a section, not a key", ", ".join(f"--{key}.{name}" for name in hints))
@@ -95,7 +106,7 @@ def options_of_texts(texts: Mapping[str, str], sections: Mapping[str, type]) -> 
         if head != name and get_origin(hints.get(head)) is list:
             _wrong(COMMAND_LINE, key, "unknown key", f"the whole list, --{section}.{head} {example(hints[head])}")
         if name not in hints:
-            _unknown(COMMAND_LINE, key, list(hints))
+            raise unknown_key(COMMAND_LINE, key, list(hints))
         value = _value_of_text(text, hints[name], key)
         given[key] = Given(fit(value, hints[name], COMMAND_LINE, key), COMMAND_LINE)
     return given
@@ -145,8 +156,7 @@ def fit(value: Any, hint: Any, place: str, key: str) -> Any:
     if isinstance(value, str) and value in names:
         return value
     if isinstance(value, str) and names and bool not in kinds:
-        name = key.rpartition(".")[2].partition("[")[0]
-        _wrong(place, key, f"{value!r:.60} is not a {name}", describe(hint))
+        _wrong(place, key, *wrong_word(key.partition("[")[0], value, names))
     return _wrong(place, key, f"got {_short(value)}", describe(hint))
 
 
@@ -179,7 +189,7 @@ def _mapping(value: Any, place: str, key: str, names: list[str]) -> dict[str, An
         _wrong(place, key, f"got {_short(value)}", f"a mapping of {', '.join(names)}")
     for name in value:
         if name not in names:
-            _unknown(place, f"{key}.{name}" if key else f"{name}", names)
+            raise unknown_key(place, f"{key}.{name}" if key else f"{name}", names)
     return value
 
 
@@ -226,10 +236,6 @@ def _short(value: Any) -> str:
     kinds = {str: "the text", int: "the integer", float: "the number", list: "a list", dict: "a mapping"}
     text = repr(value)
     return f"{kinds.get(type(value), 'a value')} {text if len(text) <= 60 else text[:57] + '...'}"
-
-
-def _unknown(place: str, key: str, names: list[str]) -> NoReturn:
-    _wrong(place, key, "unknown key", ", ".join(names))
 
 
 def _wrong(place: str, key: str, what: str, valid: str) -> NoReturn:
