@@ -29,16 +29,13 @@ from dpo.model.model_config import read_model_config
 
 def main() -> None:
     """Runs `python -m dpo.export`."""
-    parser = Parser(
-        "python -m dpo.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--checkpoint", type=Path, required=True, help="RUN/checkpoints/step-000100")
-    parser.add_argument("--out", type=Path, required=True, help="a new or an empty folder")
-    dtypes, about = ["auto", "float32", "bfloat16"], "default: the run's checkpoint.export_dtype"
-    parser.add_argument("--dtype", choices=dtypes, help=about)
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m dpo.export", description=__doc__, formatter_class=form, allow_abbrev=False)
+    about = "such as RUN/checkpoints/step-000100; required"
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", required=True, help=about)
+    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="a new or an empty folder; required")
+    about = "data type of the parameters (default: the run's checkpoint.export_dtype)"
+    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help=about)
     args = parse_arguments(parser)
     config = _config_of(args.checkpoint)
     if args.dtype:

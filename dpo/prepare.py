@@ -49,7 +49,7 @@ from dpo.run.home import caches_of_run, describe_small_home
 
 DESCRIPTION = """Downloads, checks and tokenizes all that a run reads: models, tokenizers, data. Needs no GPU; a run
 after it needs no network. Tells the steps and the disk that the run will need, and ends with exit code 1 where that is
-not there. It has no options beside --config and the keys below."""
+not there."""
 NICENESS = 10
 """Added to the priority number of this process: other users of a login node come first."""
 

@@ -272,21 +272,19 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = Parser(
-        "python -m dpo.sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--model", required=True, help="folder or hub id of the model: RUN/final")
-    parser.add_argument("--reference", help="folder or hub id of a second model, to compare with")
-    parser.add_argument("--tokenizer", help="folder or hub id of the tokenizer; default: that of each model")
-    parser.add_argument("--prompts", type=Path, required=True, help="the file of prompts")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="maximum tokens per answer (default: 128)")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m dpo.sample", description=__doc__, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub id of the model; required")
+    about = "folder or hub id of a second model, to compare with (default: none)"
+    parser.add_argument("--reference", metavar="DIR", help=about)
+    parser.add_argument("--tokenizer", metavar="DIR", help="its folder or hub id (default: that of each model)")
+    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="the file of prompts; required")
+    about = "maximum tokens per answer (default: 128)"
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help=about)
     parser.add_argument("--as-chat", action="store_true", help="texts are a user's messages, for the chat template")
-    about = "0, the default: greedy, always the most likely token; above 0: sampling"
-    parser.add_argument("--temperature", type=float, default=0.0, help=about)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling: the same seed, the same answers")
+    about = "0: greedy, always the most likely token; above 0: sampling (default: 0)"
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help=about)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
     parser.add_argument("--json", action="store_true", help='JSON lines: {"prompt", "policy", "reference"}')
     args = parse_arguments(parser)
     if args.max_new_tokens < 1:

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo.base.command import own_flags, split_words
+from dpo.base.command import names_of, own_flags, split_words
 from dpo.base.console import say
 from dpo.base.errors import RunError, UserError, renamed_places
 from dpo.batch.packer import Packer, make_packer
@@ -36,9 +36,8 @@ from dpo.run.inputs import Inputs, read_inputs
 from dpo.run.storage import check_cache
 from dpo.step.evaluation import Evaluation, evaluate
 
-DESCRIPTION = """Scores a model on preference pairs. Beside the keys below: --model DIR (or hub id) names the model to
-score; the config's model.path stays the reference where reference.path is null. --by-source also scores the pairs of
-each source separately, in another pass; --json prints one JSON object instead of a table."""
+DESCRIPTION = """Scores a model on preference pairs, against the config's reference: its model.path where reference.path
+is null."""
 
 COLUMNS = 120
 """Width of the table where the output is not a terminal."""
@@ -226,12 +225,13 @@ def _shown(metric: float) -> str:
 
 def read_arguments(words: Sequence[str]) -> Arguments:
     """Parses the command line. Raises UserError where it is wrong; --help and --print_config raise SystemExit(0)."""
-    parser = own_flags("python -m dpo.score")
-    parser.add_argument("--model")
-    parser.add_argument("--by-source", action="store_true")
-    parser.add_argument("--json", action="store_true")
+    parser = own_flags("python -m dpo.score", DESCRIPTION, "--model runs/my/final")
+    parser.add_argument("--model", metavar="DIR", help="folder or hub id of the model to score; required")
+    about = "also score the pairs of each source separately, in another pass"
+    parser.add_argument("--by-source", action="store_true", help=about)
+    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
     own, rest = split_words(parser, words)
-    config = load_config(rest, "dpo.score", DESCRIPTION)
+    config = load_config(rest, "dpo.score", own=names_of(own))
     if own.model is None:
         raise UserError("command line: --model", "is missing", "--model DIR, the folder or hub id of a model")
     return Arguments(with_model(config, own.model), own.by_source, own.json)

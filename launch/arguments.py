@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo.base.command import Option, parse_arguments, split_options, words_of
+from dpo.base.command import Option, names_of, parse_arguments, split_options, words_of
 from dpo.base.errors import UserError
+from dpo.config.help import print_about_config
+from dpo.config.hints import unknown_flag
 from launch.durations import FORMATS, minutes_of
 from launch.flags import PLAIN, REPEATABLE, make_parser
 
@@ -93,9 +95,11 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
 
     Raises:
         UserError: if a flag is unknown, missing or wrong, or flags conflict.
-        SystemExit: with code 0, after --help has printed.
+        SystemExit: with code 0, after --help, --help-config or --config-schema has printed.
     """
     own, of_config = _divided(split_options(sys.argv[1:] if argv is None else argv))
+    print_about_config([option.key for option in own if option.key])
+    _check_flags(own)
     args = parse_arguments(make_parser(), words_of(own), REPEATABLE)
     request = Request(
         words=(*words_of(of_config), *(["--quiet"] if args.quiet else [])),
@@ -140,6 +144,15 @@ def _divided(options: Sequence[Option]) -> tuple[list[Option], list[Option]]:
         is_sweep = option.key == "sweep" or (is_sweep and option.is_bare and option.is_key)
         (own if is_sweep or not option.is_config else of_config).append(option)
     return own, of_config
+
+
+def _check_flags(options: Sequence[Option]) -> None:
+    """Raises UserError for a flag that does not exist, which may be a key of the config or one of TRL's names."""
+    parser = make_parser()
+    names = [*names_of(parser.parse_args([])), "help", "quiet"]
+    for option in options:
+        if option.key is not None and not option.is_key and option.key not in names:
+            raise unknown_flag(option.key, names, f"see {parser.prog} --help")
 
 
 # --- flags that need more than a type ---------------------------------------------------------------------------------

@@ -245,9 +245,12 @@ def _kind(value: Value | None) -> type:
 
 def main() -> None:
     """Compares runs: `python -m launch.compare`."""
-    parser = Parser("python -m launch.compare", description=DESCRIPTION, allow_abbrev=False)
+    example = "example: python -m launch.compare runs/sweep/*"
+    parser = Parser("python -m launch.compare", description=DESCRIPTION, epilog=example, allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder; runs/sweep/* names many")
-    parser.add_argument("--sort", metavar="NAME", help="a metric, eval/rewards/margins, or a config key, loss.beta")
+    about = "a metric, eval/rewards/margins, or a config key, loss.beta (default: eval/loss, or eval/rewards/accuracies"
+    about += " where runs differ in their loss)"
+    parser.add_argument("--sort", metavar="NAME", help=about)
     parser.add_argument("--json", action="store_true", help="print JSON with all metrics in place of the table")
     arguments = parse_arguments(parser)
     runs = read_runs(arguments.runs)

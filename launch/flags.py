@@ -3,7 +3,8 @@
 import argparse
 import re
 
-from dpo.base.command import Parser
+from dpo.base.command import SWITCHES, Parser
+from dpo.config.help import TEXTS as CONFIG_TEXTS
 from launch.durations import FORMATS
 
 PROG = "launch.submit"
@@ -18,9 +19,12 @@ REPEATABLE = ("env", "sbatch", "setup", "sweep")
 
 def make_parser() -> Parser:
     """Returns the parser of the launcher's own flags. --config stands in it for the help text alone."""
-    parser = Parser(prog=f"python -m {PROG}", description=DESCRIPTION, allow_abbrev=False)
+    example = f"example: python -m {PROG} my.yaml --nodes 2 --gpus-per-node 8 --time 1-0 loss.beta=0.5"
+    parser = Parser(prog=f"python -m {PROG}", description=DESCRIPTION, epilog=example, allow_abbrev=False)
     about = "YAML file of the run, also without --config; --SECTION.KEY VALUE or SECTION.KEY=VALUE replaces its values"
     parser.add_argument("--config", metavar="FILE", help=about)
+    for flag in CONFIG_TEXTS:
+        parser.add_argument(f"--{flag}", action="store_true", help=SWITCHES[flag])
     _add_where(parser.add_argument_group("where and how long"))
     _add_restarts(parser.add_argument_group("stopping and restarting"))
     _add_sweep(parser.add_argument_group("many runs"))

@@ -19,10 +19,16 @@ from dpo.base.errors import Preempted, RunError, UserError, one_line
 
 COMMAND_LINE = "command line"
 """The place of an error in the arguments of a program."""
-SWITCHES = ("help", "help-config", "config-schema", "print_config", "quiet")
-"""The flags of every program that take no value, so that the word after one is not its value."""
 QUIET = "leave out progress messages; results, warnings and errors stay"
 """The help text of --quiet."""
+SWITCHES: Mapping[str, str] = {
+    "help": "print this text and exit",
+    "help-config": "print the keys of the config, with types and defaults, and exit",
+    "config-schema": "print a JSON schema of the YAML file, for editors, and exit",
+    "print_config": "print the resolved config as YAML and exit",
+    "quiet": QUIET,
+}
+"""The flags of every program that take no value, so that the word after one is not its value, with their help texts."""
 
 # --- options ----------------------------------------------------------------------------------------------------------
 
@@ -157,22 +163,63 @@ def parse_arguments(
     parser.add_argument("--quiet", action="store_true", help=QUIET)
     argv = sys.argv[1:] if words is None else words
     check_once([option for option in split_options(argv) if not option.is_bare], repeatable)
-    return parser.parse_args(argv)
+    return _parsed(parser, argv)
 
 
-def own_flags(prog: str) -> Parser:
-    """Returns a parser for the flags that a program has beside the config's keys; see `split_words`."""
-    return Parser(prog, add_help=False, allow_abbrev=False)
+def _parsed(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    """Returns the arguments in `words`. Raises UserError, for an unknown flag with the one that was probably meant."""
+    arguments, unknown = parser.parse_known_args(words)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        flag = closest(name, [f"--{flag}" for flag in names_of(arguments)]) if name.startswith("-") else None
+        what = f"unknown flag{meant(flag)}" if name.startswith("-") else "unexpected word"
+        raise UserError(f"{COMMAND_LINE}: {name}", what, f"see {parser.prog} --help")
+    return arguments
+
+
+def names_of(arguments: argparse.Namespace) -> list[str]:
+    """Returns the names of a program's flags, without dashes at their beginning."""
+    return [name.replace("_", "-") for name in vars(arguments)]
+
+
+def own_flags(prog: str, description: str = "", example: str = "") -> Parser:
+    """Returns a parser for the flags that a program has beside the config's keys; see `split_words`.
+
+    Args:
+        prog: `python -m` and the module.
+        description: what the program does.
+        example: words of a command line after FILE.yaml.
+    """
+    words = example or "loss.beta=0.5"
+    parser = Parser(
+        prog,
+        usage=f"{prog} FILE.yaml [SECTION.KEY=VALUE ...] [--FLAG VALUE ...]",
+        description=description,
+        epilog=f"example: {prog} my.yaml {words}",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("options of every program that reads a config")
+    about = "YAML file of SECTION: {KEY: VALUE}, also without --config; SECTION.KEY=VALUE on the command line, or"
+    about += " --SECTION.KEY VALUE, replaces a value of it (a list as a whole)"
+    group.add_argument("--config", metavar="FILE.yaml", help=about, default=argparse.SUPPRESS)
+    for flag, about in SWITCHES.items():
+        names = ["-h", "--help"] if flag == "help" else [f"--{flag}"]
+        group.add_argument(*names, action="store_true", help=about, default=argparse.SUPPRESS)
+    return parser
 
 
 def split_words(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Returns the program's own flags, none of which is required, and the words that are the config's. Raises
-    UserError.
+    UserError; --help prints and raises SystemExit(0).
     """
-    flags = {name.replace("_", "-") for name in vars(parser.parse_args([]))}
+    flags = names_of(parser.parse_args([]))
     options = split_options(argv)
+    if any(option.words in (("--help",), ("-h",)) for option in options):
+        print(parser.format_help(), end="")
+        raise SystemExit(0)
     check_once(options)
-    own = parser.parse_args(words_of([option for option in options if option.key in flags]))
+    own = _parsed(parser, words_of([option for option in options if option.key in flags]))
     return own, words_of([option for option in options if option.key not in flags])
 
 

@@ -9,6 +9,8 @@ hints.py        errors about names that do not exist, with the one that was prob
 reading.py      checks YAML and command line against the types of the fields
 strict_yaml.py  YAML 1.2 scalars, no repeated keys, errors with line numbers
 shipped.py      the configs that come with the package
+help.py         the text of --help-config
+schema.py       the JSON schema of --config-schema
 load.py         load_config, to_yaml
 """
 

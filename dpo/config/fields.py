@@ -1,6 +1,6 @@
 """The keys of a run: one frozen dataclass per section.
 
-The docstring under a field is the text that --help prints (jsonargparse reads it). `rules` checks the values.
+The docstring under a field is the text that --help-config prints. `rules` checks the values.
 """
 
 from dataclasses import dataclass, field

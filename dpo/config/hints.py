@@ -24,21 +24,22 @@ def unknown_key(place: str, key: str, names: Sequence[str]) -> UserError:
     return UserError(f"{place}: {key}", "unknown key" + meant(guess), ", ".join(names))
 
 
-def unknown_flag(name: str, own: Collection[str]) -> UserError:
+def unknown_flag(name: str, own: Collection[str], valid: str = "") -> UserError:
     """Returns the error about --NAME, which is no flag of a program that reads a config.
 
     Args:
         name: without dashes.
         own: the names of the program's own flags.
+        valid: what is valid; empty: a list of all flags and sections.
     """
     place, flags = f"{COMMAND_LINE}: --{name}", [*own, "config", *SWITCHES]
     if name in SWITCHES:
         return UserError(place, "takes no value", f"--{name}")
-    valid = f"{', '.join(f'--{flag}' for flag in flags)}, and SECTION.KEY=VALUE of {', '.join(SECTIONS)}"
+    listed = f"{', '.join(f'--{flag}' for flag in flags)}, and SECTION.KEY=VALUE of {', '.join(SECTIONS)}"
     flag = closest(name, flags, 0.75)
     guess = f"--{flag}" if flag else _own_name(name) or _close_key(name, list(SECTIONS))
     found = None if flag else _from_trl(place, name)
-    return found or UserError(place, "unknown flag" + meant(guess), valid)
+    return found or UserError(place, "unknown flag" + meant(guess), valid or listed)
 
 
 def wrong_word(key: str, value: str, names: Sequence[str]) -> tuple[str, str]:

@@ -4,17 +4,12 @@ The command line (--SECTION.KEY) overrides the file of --config, which overrides
 """
 
 import dataclasses
-import inspect
 import sys
-from argparse import SUPPRESS
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import get_type_hints
 
-import docstring_parser
-from jsonargparse import ArgumentParser, set_parsing_settings
-
-from dpo.base.command import COMMAND_LINE, QUIET, split_options
+from dpo.base.command import COMMAND_LINE, own_flags, split_options
 from dpo.base.errors import UserError
 from dpo.config.fields import (
     BatchConfig,
@@ -30,6 +25,7 @@ from dpo.config.fields import (
     SourceConfig,
     TrainConfig,
 )
+from dpo.config.help import print_about_config
 from dpo.config.keys import KEYS, SECTIONS
 from dpo.config.reading import (
     Given,
@@ -63,28 +59,30 @@ __all__ = [
 ]
 
 
-def load_config(argv: Sequence[str] | None, prog: str, description: str = "") -> Config:
+def load_config(argv: Sequence[str] | None, prog: str, description: str = "", own: Collection[str] = ()) -> Config:
     """Reads and checks the config that a command line gives, and fills in train.run_dir.
 
     Args:
         argv: the words of the command line; None: sys.argv[1:].
         prog: the module that `python -m` runs, for the text of --help.
         description: what the program does, for the text of --help.
+        own: the names of the program's own flags, for the error about a flag that does not exist.
 
     Raises:
         UserError: with one line, `FILE or command line: KEY: problem; valid: ...` or `file:line: problem`.
-        SystemExit: with code 0, after --help or --print_config has printed.
+        SystemExit: with code 0, after --help, --help-config, --config-schema or --print_config has printed.
     """
-    line = split_command_line(sys.argv[1:] if argv is None else argv)
-    if line.help:
-        print(help_text(prog, description), end="")
+    line = split_command_line(sys.argv[1:] if argv is None else argv, own)
+    if "help" in line.switches:
+        print(own_flags(f"python -m {prog}", description).format_help(), end="")
         raise SystemExit(0)
+    print_about_config(line.switches)
     given = {} if line.config is None else options_of_file(line.config, SECTIONS)
     given |= options_of_texts(line.texts, SECTIONS)
     config = _build(given, line.config or COMMAND_LINE)
     validate(config, {key: g.place for key, g in given.items()}, line.config or COMMAND_LINE)
     config = _with_run_dir(config, line.config)
-    if line.print_config:
+    if "print_config" in line.switches:
         print(to_yaml(config), end="")
         raise SystemExit(0)
     return config
@@ -140,43 +138,3 @@ def _with_run_dir(config: Config, config_file: str | None) -> Config:
         return config
     run_dir = f"runs/{Path(config_file).stem if config_file else 'train'}"
     return dataclasses.replace(config, train=dataclasses.replace(config.train, run_dir=run_dir))
-
-
-def help_text(prog: str, description: str) -> str:
-    """Returns the text of --help: every key with its docstring, type and default."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    usage = f"python -m {prog} [--config FILE] [--SECTION.KEY VALUE ...]"
-    parser = ArgumentParser(prog=prog, usage=usage, description=description or None, print_config=None)
-    about = "YAML file of SECTION: {KEY: VALUE}; keys on the command line replace its values (a list as a whole)"
-    parser.add_argument("--config", metavar="FILE", help=about, default=SUPPRESS)
-    about = "print the resolved config as YAML and exit"
-    parser.add_argument("--print_config", action="store_true", help=about, default=SUPPRESS)
-    parser.add_argument("--quiet", action="store_true", help=QUIET, default=SUPPRESS)
-    for section, cls in SECTIONS.items():
-        _add_help(parser, section, cls)
-        if cls is DataConfig:
-            _add_help(parser, "data.train[i]", SourceConfig)
-    return parser.format_help()
-
-
-def _add_help(parser: ArgumentParser, prefix: str, cls: Any) -> None:
-    """Adds a group of options for a dataclass. Lists are added by hand, since jsonargparse would offer options for
-    them (append, by index) that `split_command_line` refuses.
-    """
-    lists = {name: hint for name, hint in get_type_hints(cls).items() if get_origin(hint) is list}
-    group = parser.add_argument_group((inspect.getdoc(cls) or "").rstrip("."))
-    for param in docstring_parser.parse_from_object(cls).params:
-        if param.arg_name in lists:
-            text = f"{param.description} ({_kind_of_list(cls, param.arg_name, lists[param.arg_name])})"
-            metavar = example(lists[param.arg_name])
-            group.add_argument(f"--{prefix}.{param.arg_name}", metavar=metavar, help=text, default=SUPPRESS)
-    group.add_class_arguments(cls, prefix, as_group=False, skip=set(lists))
-
-
-def _kind_of_list(cls: Any, name: str, hint: Any) -> str:
-    """Returns the type and default of a list, as --help shows them."""
-    items = "list of the items below" if dataclasses.is_dataclass(get_args(hint)[0]) else describe(hint)
-    if name in required_keys(cls):
-        return f"type: {items}, required"
-    factory: Any = next(field.default_factory for field in dataclasses.fields(cls) if field.name == name)
-    return f"type: {items}, default: [{', '.join(factory())}]"

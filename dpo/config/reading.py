@@ -1,8 +1,6 @@
 """Strict reading of config files and command lines against the types of dataclasses, whatever their keys mean.
 
-jsonargparse only prints the help: as a reader it turns the text "null" into None, keeps the last of repeated keys, and
-its errors run over many lines. Every problem here raises UserError: one line with the place, the problem and the valid
-values.
+Every problem raises UserError: one line with the place, the problem and the valid values.
 """
 
 import math
@@ -28,10 +26,8 @@ class CommandLine:
     """The file of --config."""
     texts: dict[str, str]
     """KEY -> text of --KEY TEXT, without --config."""
-    print_config: bool
-    """--print_config was given."""
-    help: bool
-    """--help or -h was given."""
+    switches: frozenset[str]
+    """The names of --help, also for -h, --print_config and other flags of every program that have no value."""
 
 
 def split_command_line(argv: Sequence[str], own: Collection[str] = ()) -> CommandLine:
@@ -46,13 +42,13 @@ def split_command_line(argv: Sequence[str], own: Collection[str] = ()) -> Comman
     options, texts, switches = split_options(argv), {}, set()
     for option in options:
         if option.words == ("-h",) or (option.key in SWITCHES and option.value is None):
-            switches.add(option.words[0])
+            switches.add(option.key or "help")
             continue
         key, value = _key_and_value(option, own)
         texts[key] = value
     check_once(options)
     config = texts.pop("config", None)
-    return CommandLine(config, texts, "--print_config" in switches, bool(switches & {"-h", "--help"}))
+    return CommandLine(config, texts, frozenset(switches))
 
 
 def _key_and_value(option: Option, own: Collection[str]) -> tuple[str, str]:

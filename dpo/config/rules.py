@@ -20,33 +20,70 @@ class Problem:
 
 @dataclass(frozen=True)
 class Bound:
-    """A condition on the numbers under `keys`. None always passes: the types decide whether a key may be null."""
+    """Limits of the numbers under `keys`. None always passes: the types decide whether a key may be null."""
 
     noun: str
-    condition: str
-    fits: Callable[[float], bool]
     keys: tuple[str, ...]
+    least: int | None = None
+    """The smallest number that is valid."""
+    above: int | None = None
+    """All valid numbers are above it."""
+    below: float | None = None
+    """All valid numbers are below it."""
+
+    def fits(self, number: float) -> bool:
+        """Returns whether a number is within the limits."""
+        is_low = (self.least is not None and number < self.least) or (self.above is not None and number <= self.above)
+        return not is_low and (self.below is None or number < self.below)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Returns the limits in the words of a JSON schema."""
+        found = {"minimum": self.least, "exclusiveMinimum": self.above, "exclusiveMaximum": self.below}
+        return {word: limit for word, limit in found.items() if limit is not None}
+
+    @property
+    def condition(self) -> str:
+        """Returns the limits, for the user."""
+        signs = {"minimum": ">=", "exclusiveMinimum": ">", "exclusiveMaximum": "<"}
+        return " and ".join(f"{signs[word]} {_shown(limit)}" for word, limit in self.limits.items())
+
+    @property
+    def valid(self) -> str:
+        """Returns the valid values, for the user."""
+        return f"{self.noun} {self.condition}"
 
 
+def _shown(limit: float) -> str:
+    return "2^63" if limit == _SEEDS else str(limit)
+
+
+_SEEDS = 2**63
+"""Number of seeds."""
 _COUNTS = ("batch.pairs_per_step", "batch.tokens_per_micro_batch", "parallel.replicate", "parallel.head_memory_mib")
 _OPTIONAL_COUNTS = ("data.num_proc", "data.max_prompt_length", "parallel.shard", "train.steps", "train.epochs")
 _CADENCES = ("train.eval_every", "checkpoint.save_every", "checkpoint.keep")
 _OTHER_COUNTS = ("parallel.setup_timeout_seconds", "parallel.timeout_seconds", "train.log_every", "eval.max_new_tokens")
 _WEIGHTS = ("loss.sft_weight", "loss.gamma", "loss.dpop_lambda", "optim.weight_decay", "eval.temperature")
 _BOUNDS = (
-    Bound("an integer", ">= 1", lambda x: x >= 1, (*_COUNTS, *_OTHER_COUNTS)),
-    Bound("null or an integer", ">= 1", lambda x: x >= 1, (*_OPTIONAL_COUNTS, *_CADENCES)),
-    Bound("null or an integer", ">= 2", lambda x: x >= 2, ("data.max_length",)),
-    Bound("null or two integers, each", ">= 1", lambda x: x >= 1, ("train.profile_steps",)),
-    Bound("an integer", ">= 0", lambda x: x >= 0, ("eval.samples",)),
-    Bound("an integer", ">= 0 and < 2^63", lambda x: 0 <= x < 2**63, ("train.seed",)),
-    Bound("a number", "> 0", lambda x: x > 0, ("loss.beta", "optim.lr", "optim.eps")),
-    Bound("null or a number", "> 0", lambda x: x > 0, ("optim.max_grad_norm",)),
-    Bound("a number", ">= 0", lambda x: x >= 0, _WEIGHTS),
-    Bound("a number", ">= 0 and < 0.5", lambda x: 0 <= x < 0.5, ("loss.label_smoothing",)),
-    Bound("a number", ">= 0 and < 1", lambda x: 0 <= x < 1, ("optim.alpha", "optim.momentum", "optim.min_lr_ratio")),
-    Bound("two numbers, each", ">= 0 and < 1", lambda x: 0 <= x < 1, ("optim.betas",)),
+    Bound("an integer", (*_COUNTS, *_OTHER_COUNTS), least=1),
+    Bound("null or an integer", (*_OPTIONAL_COUNTS, *_CADENCES), least=1),
+    Bound("null or an integer", ("data.max_length",), least=2),
+    Bound("null or two integers, each", ("train.profile_steps",), least=1),
+    Bound("an integer", ("eval.samples",), least=0),
+    Bound("an integer", ("train.seed",), least=0, below=_SEEDS),
+    Bound("a number", ("loss.beta", "optim.lr", "optim.eps"), above=0),
+    Bound("null or a number", ("optim.max_grad_norm",), above=0),
+    Bound("a number", _WEIGHTS, least=0),
+    Bound("a number", ("loss.label_smoothing",), least=0, below=0.5),
+    Bound("a number", ("optim.alpha", "optim.momentum", "optim.min_lr_ratio"), least=0, below=1),
+    Bound("two numbers, each", ("optim.betas",), least=0, below=1),
 )
+
+
+def bound_of(key: str) -> Bound | None:
+    """Returns the limits of a key's numbers; None where it has none, or they depend on other keys."""
+    return next((bound for bound in _BOUNDS if key in bound.keys), None)
 
 
 def decided(parallel: ParallelConfig) -> ParallelConfig:
@@ -104,7 +141,7 @@ def _out_of_bounds(config: Config, bound: Bound) -> Iterator[Problem]:
         numbers = value if isinstance(value, tuple) else (value,)
         if not all(number is None or bound.fits(number) for number in numbers):
             what = f"must be {bound.condition}, got {', '.join(str(number) for number in numbers)}"
-            yield Problem((key,), what, f"{bound.noun} {bound.condition}")
+            yield Problem((key,), what, bound.valid)
 
 
 def _data_problems(data: DataConfig) -> Iterator[Problem]:

@@ -200,6 +200,7 @@ def estimate_command(argv: Sequence[str]) -> str | None:
     """
     words = words_of([option for option in split_options(argv) if option.is_config])
     here = ["--ranks", os.environ.get("WORLD_SIZE", "1"), "--device", _this_device() or "NAME"]
+    here += ["--ranks-per-node", os.environ["LOCAL_WORLD_SIZE"]] if "LOCAL_WORLD_SIZE" in os.environ else []
     return f"python -m dpo.estimate {shlex.join([*words, *here])}" if words else None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
-from dpo.base.command import own_flags, split_words
+from dpo.base.command import names_of, own_flags, split_words
 from dpo.base.console import is_quiet, say
 from dpo.base.errors import RunError, UserError
 from dpo.base.files import default_cache_dir, nearest_existing
@@ -47,9 +47,8 @@ from dpo.run.disk import sizes_of
 DESCRIPTION = """Shows on one screen whether a run would work here and how fast the machine is: devices, versions,
 compiler, matrix products, all-gathers, the disks of the run folder and of the cache, the memory that the model takes
 per rank, and attention against plain attention. Start it as the run would be started, alone or under torchrun. With
---config FILE it examines the run's mesh, folders and model, without it the defaults. --report FILE also times five
-steps of the config with random weights, and writes all measurements to FILE as JSON, without names, paths or data, for
-python -m dpo.estimate --measured FILE. The exit code is 1 where a run would fail."""
+FILE.yaml it examines the run's mesh, folders and model, without it the defaults. The exit code is 1 where a run would
+fail."""
 
 TIMEOUT_SECONDS = 300
 """A collective that takes longer ends the program: a network that does not work must show soon."""
@@ -80,15 +79,17 @@ class Arguments:
 
 def read_arguments(argv: Sequence[str]) -> Arguments:
     """Returns the arguments. Raises UserError; --help prints and raises SystemExit(0)."""
-    parser = own_flags("python -m dpo.doctor")
-    parser.add_argument("--report")
+    parser = own_flags("python -m dpo.doctor", DESCRIPTION, "--report nodes.json")
+    about = "also time five steps of the config with random weights, and write all measurements as JSON, without names,"
+    about += " paths or data, for dpo.estimate --measured FILE (default: no steps are timed)"
+    parser.add_argument("--report", metavar="FILE", help=about)
     own, rest = split_words(parser, argv)
-    line = split_command_line(rest)
-    is_bare = line.config is None and not line.texts and not line.help
+    line = split_command_line(rest, names_of(own))
+    is_bare = line.config is None and not line.texts and not line.switches - {"quiet"}
     if own.report is not None and (is_bare or Path(own.report).is_dir()):
         what = "needs a config, whose steps are timed" if is_bare else f"{own.report} is a folder"
         raise UserError("command line: --report", what, "--config FILE --report REPORT.json")
-    config = None if is_bare else load_config(rest, "dpo.doctor", DESCRIPTION)
+    config = None if is_bare else load_config(rest, "dpo.doctor")
     return Arguments(config, Path(own.report) if own.report else None)
 
 

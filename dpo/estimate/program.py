@@ -15,7 +15,7 @@ import torch
 from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
-from dpo.base.command import own_flags, split_words
+from dpo.base.command import COMMAND_LINE, Parser, names_of, own_flags, split_words
 from dpo.base.console import is_quiet, say
 from dpo.base.errors import RunError, UserError
 from dpo.config import Config, load_config
@@ -38,16 +38,10 @@ from dpo.model.download import find_model_config
 from dpo.run.disk import sizes_of
 from dpo.run.forecast import write_forecast
 
-DEFAULT_RANKS_PER_NODE = 8
+DEFAULT_RANKS_PER_NODE, DEFAULT_DEVICE = 8, "h100"
 
-DESCRIPTION = f"""Says whether a step fits and what it costs; needs no GPU and no weights, of a model only config.json.
-Beside the keys below: --ranks N GPUs in all (default: parallel.shard x parallel.replicate); --device
-{", ".join(DEVICES)}, or cpu, this machine (default: h100); --ranks-per-node N (default: 8); --mfu X share of the
-device's peak that the arithmetic reaches while it runs (default: {DEFAULT_MFU}); --measured FILE a report of
-python -m dpo.doctor --report FILE, whose numbers take the place of the data sheet's; --link-gb-s X and
---node-link-gb-s X GB a second and GPU in one direction, within a node and between nodes (default: the device's);
---prompt-tokens N and --completion-tokens N in the place of the data's lengths; --json FILE also writes what the run
-needs: seconds, memory of the hosts, bytes on disk. The exit code is 1 where it does not fit."""
+DESCRIPTION = """Says whether a step fits and what it costs; needs no GPU and no weights, of a model only config.json.
+The exit code is 1 where it does not fit."""
 
 
 @dataclass(frozen=True)
@@ -71,16 +65,9 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     """Returns the arguments of the command line. Raises UserError where they are wrong; --help and --print_config print
     and raise SystemExit(0).
     """
-    parser = own_flags("python -m dpo.estimate")
-    for flag in ("--ranks", "--ranks-per-node", "--prompt-tokens", "--completion-tokens"):
-        parser.add_argument(flag, type=int)
-    for flag in ("--mfu", "--link-gb-s", "--node-link-gb-s"):
-        parser.add_argument(flag, type=float)
-    parser.add_argument("--device")
-    parser.add_argument("--measured")
-    parser.add_argument("--json", type=Path)
+    parser = _make_parser()
     own, rest = split_words(parser, argv)
-    config = load_config(rest, "dpo.estimate", DESCRIPTION)
+    config = load_config(rest, "dpo.estimate", own=names_of(own))
     for name, value in vars(own).items():
         if name not in ("device", "measured", "json") and value is not None and not value > 0:
             raise UserError(f"command line: --{name.replace('_', '-')}", f"must be > 0, got {value}", "a number > 0")
@@ -91,11 +78,36 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     check_mesh(World(0, num_ranks, 0, num_ranks, torch.device("cpu")), config.parallel)
     usual = report.ranks.ranks_per_node if report else DEFAULT_RANKS_PER_NODE
     ranks_per_node = min(own.ranks_per_node or usual, num_ranks)
+    _check_nodes(num_ranks, ranks_per_node, own.ranks_per_node is not None)
     device = _measured_device(own, config, report, ranks_per_node) if report else _device(own, ranks_per_node)
     found = arithmetic(report) if report else None
     mfu = own.mfu or (found[0] if found else DEFAULT_MFU)
     cluster = Cluster(_with_given(own, device), num_ranks, ranks_per_node, mfu)
     return Arguments(_with_dtype(config, device), cluster, own.prompt_tokens, own.completion_tokens, own.json, report)
+
+
+def _make_parser() -> Parser:
+    parser = own_flags("python -m dpo.estimate", DESCRIPTION, "--ranks 16 --device h100")
+    for flag, about in {
+        "--ranks": "number of GPUs of all nodes (default: parallel.shard x parallel.replicate)",
+        "--ranks-per-node": f"GPUs per node (default: {DEFAULT_RANKS_PER_NODE}, or that of the report of --measured)",
+        "--prompt-tokens": "tokens of every prompt (default: the lengths of the data)",
+        "--completion-tokens": "tokens of every completion (default: the lengths of the data)",
+    }.items():
+        parser.add_argument(flag, type=int, metavar="N", help=about)
+    about = f"one of {', '.join(DEVICES)}, or cpu, this machine (default: {DEFAULT_DEVICE})"
+    parser.add_argument("--device", metavar="NAME", help=about)
+    for flag, about in {
+        "--mfu": f"share of the device's peak that the arithmetic reaches while it runs (default: {DEFAULT_MFU})",
+        "--link-gb-s": "GB a second and GPU in one direction within a node (default: the device's)",
+        "--node-link-gb-s": "GB a second and GPU in one direction between nodes (default: the device's)",
+    }.items():
+        parser.add_argument(flag, type=float, metavar="X", help=about)
+    about = "report of dpo.doctor --report, whose numbers take the place of the data sheet's (default: the data sheet)"
+    parser.add_argument("--measured", metavar="FILE", help=about)
+    about = "file for what the run needs: seconds, memory of the hosts, bytes on disk (default: none)"
+    parser.add_argument("--json", type=Path, metavar="FILE", help=about)
+    return parser
 
 
 def _ranks_of(config: Config, report: Report | None) -> int:
@@ -107,8 +119,17 @@ def _ranks_of(config: Config, report: Report | None) -> int:
     return config.parallel.shard * config.parallel.replicate
 
 
+def _check_nodes(num_ranks: int, ranks_per_node: int, is_given: bool) -> None:
+    """Raises UserError where the ranks do not fill the nodes. `is_given`: --ranks-per-node is on the command line."""
+    if num_ranks % ranks_per_node:
+        flag = "--ranks-per-node" if is_given else "--ranks"
+        full = [str(n) for n in range(1, ranks_per_node + 1) if num_ranks % n == 0]
+        valid = f"--ranks-per-node {', '.join(full)}, or --ranks a multiple of {ranks_per_node}"
+        raise UserError(f"{COMMAND_LINE}: {flag}", f"{num_ranks} ranks do not fill nodes of {ranks_per_node}", valid)
+
+
 def _device(own: argparse.Namespace, ranks_per_node: int) -> Device:
-    name = own.device or "h100"
+    name = own.device or DEFAULT_DEVICE
     return this_machine(ranks_per_node) if name == "cpu" else _named_device(name)
 
 

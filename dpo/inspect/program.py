@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
-from dpo.base.command import own_flags, split_words
+from dpo.base.command import names_of, own_flags, split_words
 from dpo.base.console import is_quiet, say
 from dpo.base.errors import UserError
 from dpo.config import Config, load_config
@@ -27,9 +27,8 @@ from dpo.inspect.page import html_page
 from dpo.inspect.terminal import make_console, print_inspection
 from dpo.model.download import find_model_config
 
-DESCRIPTION = """Shows the data of a run as the trainer sees it; needs no GPU and no weights. Beside the keys below:
---html FILE also writes everything as one HTML page; --examples N shows the first N pairs of step 1, token by token
-(default: 3)."""
+DESCRIPTION = "Shows the data of a run as the trainer sees it; needs no GPU and no weights."
+DEFAULT_EXAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,13 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     """Returns the arguments of the command line. Raises UserError where they are wrong; --help and --print_config print
     and raise SystemExit(0).
     """
-    parser = own_flags("python -m dpo.inspect")
-    parser.add_argument("--html", type=Path)
-    parser.add_argument("--examples", type=int, default=3)
+    parser = own_flags("python -m dpo.inspect", DESCRIPTION, "--html data.html")
+    about = "also write everything as one HTML page (default: the terminal alone)"
+    parser.add_argument("--html", type=Path, metavar="FILE", help=about)
+    about = f"number of pairs of step 1 to show, token by token (default: {DEFAULT_EXAMPLES})"
+    parser.add_argument("--examples", type=int, metavar="N", default=DEFAULT_EXAMPLES, help=about)
     own, rest = split_words(parser, argv)
-    config = load_config(rest, "dpo.inspect", DESCRIPTION)
+    config = load_config(rest, "dpo.inspect", own=names_of(own))
     if own.examples < 0:
         raise UserError("command line: --examples", f"must be >= 0, got {own.examples}", "an integer >= 0")
     if own.html is not None and (own.html.is_dir() or not own.html.parent.is_dir()):

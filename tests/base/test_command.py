@@ -90,9 +90,18 @@ def test_some_flags_may_be_repeated() -> None:
         check_once(options)
 
 
-@pytest.mark.parametrize("reads", [split_words, parse_arguments], ids=["split_words", "parse_arguments"])
-def test_a_programs_own_flag_is_given_once(reads: Callable[[Parser, list[str]], object]) -> None:
-    parser = own_flags("python -m p")
+Reads = Callable[[Parser, list[str]], object]
+READERS = pytest.mark.parametrize(
+    ("make", "reads"),
+    [(own_flags, split_words), (lambda prog: Parser(prog, allow_abbrev=False), parse_arguments)],
+    ids=["split_words", "parse_arguments"],
+)
+"""The programs that read a config, and the others."""
+
+
+@READERS
+def test_a_programs_own_flag_is_given_once(make: Callable[[str], Parser], reads: Reads) -> None:
+    parser = make("python -m p")
     parser.add_argument("--num", type=int)
     with pytest.raises(UserError, match=r"^command line: --num: given twice, '1' and '2'; valid: once$"):
         reads(parser, ["--num", "1", "--num", "2"])
@@ -112,23 +121,43 @@ def test_a_programs_own_flags_and_the_configs_words() -> None:
     assert rest == ["--config", "a", "--loss.beta", "-1", "--by-sources"]
 
 
+@READERS
 @pytest.mark.parametrize(
-    ("words", "what"),
+    ("words", "place", "what"),
     [
-        (["--num", "x"], "argument --num: invalid int value: 'x'"),
-        (["--num"], "argument --num: expected one argument"),
-        (["--by-source", "x"], "unrecognized arguments: x"),
+        (["--num", "x"], "command line", "argument --num: invalid int value: 'x'"),
+        (["--num"], "command line", "argument --num: expected one argument"),
+        (["--by-source", "x"], "command line: x", "unexpected word"),
     ],
 )
-def test_wrong_flags_are_one_line_and_do_not_end_the_process(words: list[str], what: str) -> None:
-    parser = own_flags("python -m p")
+def test_wrong_flags_are_one_line_and_do_not_end_the_process(
+    make: Callable[[str], Parser], reads: Reads, words: list[str], place: str, what: str
+) -> None:
+    parser = make("python -m p")
     parser.add_argument("--by-source", action="store_true")
     parser.add_argument("--num", type=int)
-    for read in (split_words, parse_arguments):
+    with pytest.raises(UserError) as caught:
+        reads(parser, words)
+    error = caught.value
+    assert (error.place, error.what, error.valid) == (place, what, "see python -m p --help")
+
+
+@pytest.mark.parametrize(
+    ("word", "what"),
+    [
+        ("--by-sorce", "unknown flag; did you mean --by-source?"),
+        ("--by_source", "unknown flag; did you mean --by-source?"),
+        ("--qiet", "unknown flag; did you mean --quiet?"),
+        ("--zzz", "unknown flag"),
+    ],
+)
+def test_an_unknown_flag_names_the_one_that_was_meant(word: str, what: str) -> None:
+    for words in ([word, "3"], [f"{word}=3"]):
+        parser = Parser("python -m p", allow_abbrev=False)
+        parser.add_argument("--by-source")
         with pytest.raises(UserError) as caught:
-            read(parser, words)
-        error = caught.value
-        assert (error.place, error.what, error.valid) == ("command line", what, "see python -m p --help")
+            parse_arguments(parser, words)
+        assert (caught.value.place, caught.value.what) == (f"command line: {word}", what)
 
 
 @pytest.mark.parametrize(

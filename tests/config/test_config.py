@@ -209,30 +209,50 @@ def field_docs() -> list[tuple[str, str, str]]:
     return docs
 
 
-def help_text(capsys: pytest.CaptureFixture[str]) -> str:
+def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as caught:
-        load_config(["--loss.bet", "1", "--help"], prog="dpo.reference", description="Fills the cache.")
+        load_config(words, prog="dpo.reference", description="Fills the cache.")
     assert caught.value.code == 0
     return capsys.readouterr().out
 
 
 def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
     """Without white space, since the help is wrapped."""
-    printed = "".join(help_text(capsys).split())
-    prefixes = {cls.__name__: f"--{section}" for section, cls in get_type_hints(Config).items()}
-    prefixes["SourceConfig"] = "--data.train[i]"
+    text = "".join(printed(capsys, "--loss.bet", "1", "--help-config").split())
+    prefixes = {cls.__name__: section for section, cls in get_type_hints(Config).items()}
+    prefixes["SourceConfig"] = "data.train[i]"
     docs = field_docs()
     assert len(docs) == sum(len(dataclasses.fields(getattr(config_fields, name))) for name in prefixes)
     for cls, name, doc in docs:
-        begin = printed.index(f"{prefixes[cls]}.{name}")
-        assert len(doc.split()) >= 3 and "".join(doc.split()) in printed[begin:], f"{cls}.{name}"
+        begin = text.index(f"{prefixes[cls]}.{name}:")
+        assert len(doc.split()) >= 3 and "".join(doc.split()) in text[begin:], f"{cls}.{name}"
 
 
-def test_help_shows_program_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    printed = " ".join(help_text(capsys).split())
-    assert printed.startswith("usage: python -m dpo.reference [--config FILE]") and "Fills the cache." in printed
-    assert "default: 1e-06" in printed and "default: 16384" in printed and "(required, type: str)" in printed
-    assert "--data.train+" not in printed and "data.train.help" not in printed
+@pytest.mark.parametrize(
+    "line",
+    [
+        "optim.lr: a number > 0 (default: 1e-06)",
+        "batch.tokens_per_micro_batch: an integer >= 1 (default: 16384)",
+        "model.path: text (not empty) (required)",
+        "data.train: a list of the items below (required)",
+        "data.eval: a list of the items below (default: [])",
+        "optim.betas: two numbers, each >= 0 and < 1 (default: [0.9, 0.999])",
+        "train.seed: an integer >= 0 and < 2^63 (default: 0)",
+        "parallel.compile: true or false or auto (default: auto)",
+        "data.train[i].columns: a mapping {NAME: VALUE, ...} (default: {})",
+        "train.eval_every: null or an integer >= 1 (default: 100)",
+    ],
+)
+def test_help_shows_types_bounds_and_defaults(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Read off `fields` and the paper's bounds by hand."""
+    assert f"\n  {line}\n" in printed(capsys, "--help-config")
+
+
+def test_help_shows_the_program_and_not_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(capsys, "--loss.bet", "1", "--help")
+    assert text.startswith("usage: python -m dpo.reference FILE.yaml") and "Fills the cache." in text
+    assert "example: python -m dpo.reference my.yaml loss.beta=0.5" in text
+    assert "--help-config" in text and "optim.lr" not in text and len(text.splitlines()) < 30
 
 
 def test_reading_a_config_needs_no_torch() -> None:

@@ -4,11 +4,11 @@ import dataclasses
 import re
 from pathlib import Path
 
-import docstring_parser
 import pytest
 
 from dpo.base.errors import UserError
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SourceConfig
+from dpo.config.keys import keys_of
 from dpo.config.load import validate
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts, losses_that
 from launch.sweep import PlannedRun, reference_passes
@@ -132,8 +132,7 @@ def test_a_sweep_of_a_new_loss_without_a_reference_has_no_reference_pass(registe
 
 
 def doc_of(key: str) -> str:
-    docs = {param.arg_name: param.description or "" for param in docstring_parser.parse_from_object(LossConfig).params}
-    return docs[key]
+    return next(found.text for found in keys_of(LossConfig) if found.name == key)
 
 
 def losses_in(text: str) -> list[str]:

@@ -111,8 +111,12 @@ def test_what_a_job_on_this_machine_does_not_use() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--foll"], "unrecognized arguments: --foll"),
-        (["--node", "2"], "unrecognized arguments: --node 2"),
+        (["--foll"], "--foll: unknown flag; did you mean --follow?"),
+        (["--node", "2"], "--node: unknown flag; did you mean --nodes?"),
+        (["--ranks_per_node", "2"], "--ranks_per_node: unknown flag; did you mean --ranks-per-node?"),
+        (["--learning_rate", "1e-5"], "--learning_rate: unknown key; TRL's learning_rate is optim.lr here"),
+        (["--beta", "0.5"], "--beta: unknown flag; did you mean loss.beta?"),
+        (["two"], "two: unexpected word"),
         (["--nodes", "0"], "--nodes: must be an integer >= 1, got '0'"),
         (["--nodes", "two"], "--nodes: must be an integer >= 1, got 'two'"),
         (["--cluster", "cloud"], "--cluster: invalid choice: 'cloud'"),
@@ -141,7 +145,7 @@ def test_wrong_words(words: list[str], message: str) -> None:
     with pytest.raises(UserError) as failure:
         parse(*words)
     text = str(failure.value)
-    assert text.startswith("command line: ") and message in text and "; valid: " in text and "\n" not in text
+    assert text.startswith("command line: ") and message in text and " valid: " in text and "\n" not in text
 
 
 @pytest.mark.parametrize(
