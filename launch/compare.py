@@ -213,9 +213,9 @@ def write_entries(runs: Sequence[RunFacts], keys: Sequence[str]) -> None:
     boards = [run for run in runs if (run.folder / TENSORBOARD).is_dir()]
     written = 0
     for run, values in zip(boards, comparable([run.config for run in boards], keys), strict=True):
-        sub_run = "eval" if "eval/loss" in run.metrics else "train"
+        part = "eval" if "eval/loss" in run.metrics else "train"
         try:
-            write_entry(run.folder / TENSORBOARD, sub_run, values, keys or KEYS)
+            write_entry(run.folder / TENSORBOARD, part, values, keys or KEYS)
             written += 1
         except OSError as failure:  # for example in a colleague's run folder; the table does not need it
             warn(f"no entry for TensorBoard's HParams tab in {run.folder}: {failure.strerror}")

@@ -41,7 +41,7 @@ PLANS = "layouts/test_checkpoint_plans.py::test_a_run_plans_its_first_checkpoint
 FORGOTTEN = "layouts/test_checkpoint_plans.py::test_groups_of_several_sizes_in_one_process_each_keep_their_own"
 PARTITIONED = "estimate/test_estimate.py::test_a_compiled_layer_keeps_what_the_partitioner_says"
 WEIGHTS = "estimate/test_estimate.py::test_weights_gradients_and_what_is_gathered"
-ENTRY = "board/test_dashboard.py::test_the_entry_has_the_config_and_the_figures_of_its_sub_run"
+ENTRY = "board/test_dashboard.py::test_the_entry_has_the_config_and_the_figures_of_its_run"
 ON_DISK = "board/test_dashboard.py::test_a_point_is_on_the_disk_at_once"
 
 PRIVATE_PARTS = (
@@ -353,12 +353,12 @@ PRIVATE_PARTS = (
             f"{PLUGINS}.custom_scalar.{name}",
             (DASHBOARD,),
             "the page of charts",
-            "board/test_dashboard.py::test_the_custom_charts_have_lines_and_chosen_and_rejected_are_two_runs",
+            "board/test_dashboard.py::test_the_custom_charts_have_two_or_three_lines_of_a_run",
         )
         for name in ("layout_pb2", "metadata.CONFIG_SUMMARY_TAG", "metadata.create_summary_metadata")
     ),
     PrivatePart(
-        f"{PLUGINS}.histogram.summary_v2.histogram_pb",
+        f"{PLUGINS}.histogram.metadata.create_summary_metadata",
         (DASHBOARD,),
         "a histogram",
         "board/test_dashboard.py::test_a_histogram_counts_every_value_where_it_lies",

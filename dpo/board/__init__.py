@@ -2,7 +2,8 @@
 
 sink.py         the interface of a sink
 sinks.py        opens the sinks that `train.report_to` names
-charts.py       the chart of each metric
+charts.py       the tags of metrics, histograms and texts; the page of charts
+bins.py         the buckets of a histogram
 event_files.py  TensorBoard's event files: opens, appends, removes points
 hparams.py      the run's entry in the HParams tab
 dashboard.py    TensorBoard's charts, histograms, texts and answers of a run

@@ -1,108 +1,67 @@
-"""The chart in TensorBoard of each metric of a run: its sub-run (which gives the color), group and tag.
+"""TensorBoard's tags of a run's metrics, histograms and texts, and its page of charts. Pure functions, without torch.
 
-TensorBoard groups charts by the first part of their tag, in alphabetical order. It draws one line per run in a chart,
-and assigns colors to runs, not to tags. So the groups are numbered in the order in which a person reads them, and lines
-that share a chart lie in different *sub-runs*, folders of RUN/tensorboard. Pure functions, without torch.
+All events of a run lie in one folder, so that it is one run of TensorBoard: one color in all charts, one box to tick,
+one row in the HParams tab. The tag of a metric is its name in metrics.jsonl. TensorBoard groups charts by the first
+part of their tag, in alphabetical order, and opens the first two groups: `eval` and `train`.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
-PREFERENCE, SIDES, OPTIMIZATION, SPEED = "1 preference", "2 chosen and rejected", "3 optimization", "4 speed"
-REFERENCE, DISTRIBUTIONS, OTHER, TEXTS = "5 reference", "6 distributions", "7 other", "run"
+ONCE = ("reference", "first_step")
+"""First parts of the names of metrics that a run has once, before its first step. They have no chart, which would be a
+single point in a group before `train`; the text `summary` shows them."""
 
-ROOT = "."
-"""The name of the sub-run in RUN/tensorboard itself."""
+VALUES = "values"
+"""The group of histograms, which TensorBoard shows after all others."""
 
-GROUPS = {
-    "loss": PREFERENCE,
-    "rewards/accuracies": PREFERENCE,
-    "rewards/margins": PREFERENCE,
-    "loss_sft": OPTIMIZATION,
-    "grad_norm": OPTIMIZATION,
-    "lr": OPTIMIZATION,
-    "pairs_per_second": SPEED,
-    "tokens_per_second": SPEED,
-    "step_seconds": SPEED,
-    "pairs": SPEED,
-    "tokens": SPEED,
-    "padding_fraction": SPEED,
-    "peak_memory_bytes": SPEED,
-    "mfu": SPEED,
-}
-"""The group of each metric but those of only chosen or rejected, by its name after train/ or eval/."""
+TEXTS = "run"
+"""The group of texts; all are in one, since TensorBoard opens only the first groups of a tab."""
 
 
-class Place(NamedTuple):
-    """The chart of a metric."""
-
-    sub_run: str
-    """Folder in RUN/tensorboard."""
-    tag: str
-    """`GROUP/chart`."""
+def has_chart(name: str) -> bool:
+    """Returns whether the metric with this name in metrics.jsonl has a chart."""
+    return name.partition("/")[0] not in ONCE
 
 
-def place(name: str) -> Place:
-    """Returns the chart of the metric with this name in metrics.jsonl. Every name has one.
-
-    | metric                                    | sub-run               | tag                                         |
-    |-------------------------------------------|-----------------------|---------------------------------------------|
-    | train/loss, eval/loss                     | train, eval           | 1 preference/loss                           |
-    | train/rewards/margins, eval/...           | train, eval           | 1 preference/rewards/margins                |
-    | train/rewards/chosen, train/rewards/rejected | train-chosen, train-rejected | 2 chosen and rejected/rewards     |
-    | eval/logps/chosen, eval/logps/rejected    | eval-chosen, eval-rejected | 2 chosen and rejected/logps            |
-    | train/grad_norm, train/lr                 | train                 | 3 optimization/grad_norm, .../lr            |
-    | train/pairs_per_second                    | train                 | 4 speed/pairs_per_second                    |
-    | reference/seconds                         | ROOT                  | 5 reference/seconds                         |
-    | first_step/spread                         | ROOT                  | 5 reference/first_step/spread               |
-    | train/new_metric                          | train                 | 7 other/new_metric                          |
-    | a/name, name                              | ROOT                  | 7 other/a/name, 7 other/name                |
-    """
-    part, _, metric = name.partition("/")
-    if part == "reference" and metric:
-        return Place(ROOT, f"{REFERENCE}/{metric}")
-    if part == "first_step" and metric:
-        return Place(ROOT, f"{REFERENCE}/{name}")
-    if part not in ("train", "eval") or not metric:
-        return Place(ROOT, f"{OTHER}/{name}")
-    chart, _, side = metric.rpartition("/")
-    if chart and side in ("chosen", "rejected"):
-        return Place(f"{part}-{side}", f"{SIDES}/{chart}")
-    return Place(part, f"{GROUPS.get(metric, OTHER)}/{metric}")
+def histogram_tag(name: str) -> str:
+    """Returns the tag of the histogram of the values whose mean is the metric `name`: a tag cannot hold both."""
+    return f"{VALUES}/{name}"
 
 
-def histogram_place(name: str) -> Place:
-    """Returns the chart for the distribution of the values whose mean is the metric `name`.
-
-    eval/rewards/margins -> 6 distributions/rewards/margins: histograms have their own group, because a tag cannot hold
-    both scalars and histograms.
-    """
-    sub_run, tag = place(name)
-    return Place(sub_run, f"{DISTRIBUTIONS}/{tag.partition('/')[2]}")
-
-
-def text_place(name: str) -> Place:
-    """Returns the place of a page of text. All are in one group: TensorBoard opens only the first groups of a tab."""
-    return Place(ROOT, f"{TEXTS}/{name}")
+def text_tag(name: str) -> str:
+    """Returns the tag of a page of text."""
+    return f"{TEXTS}/{name}"
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of the Custom Scalars tab: the lines with this tag of all sub-runs."""
+    """A chart of the Custom Scalars tab, with at most three tags: TensorBoard tells the tags of a run apart by symbol
+    alone, since color stands for the run.
+    """
 
     title: str
-    tag: str
+    tags: tuple[str, ...]
+
+
+def both(name: str) -> tuple[str, ...]:
+    """Returns the tags of a metric over the evaluation pairs and over the pairs of each step."""
+    return f"eval/{name}", f"train/{name}"
+
+
+def sides(name: str) -> tuple[str, ...]:
+    """Returns the tags of a metric of the evaluation pairs' completions, chosen and rejected."""
+    return f"eval/{name}/chosen", f"eval/{name}/rejected"
 
 
 LAYOUT = {
-    "train against eval": (
-        Chart("loss", f"{PREFERENCE}/loss"),
-        Chart("accuracy: pairs whose winner is ahead", f"{PREFERENCE}/rewards/accuracies"),
-        Chart("margin: reward of chosen minus rejected", f"{PREFERENCE}/rewards/margins"),
+    "eval and train (the default smoothing of 0.6 lags behind: with few evaluations set it to 0)": (
+        Chart("loss", both("loss")),
+        Chart("accuracy: pairs whose winner is ahead", both("rewards/accuracies")),
+        Chart("margin: reward of chosen minus rejected", both("rewards/margins")),
     ),
-    "chosen against rejected": (
-        Chart("rewards: beta (pi_logp - ref_logp); simpo, orpo: beta pi_logp / tokens", f"{SIDES}/rewards"),
-        Chart("log-probabilities of a completion, nats", f"{SIDES}/logps"),
+    "eval: chosen and rejected (smoothing lags behind here too)": (
+        Chart("rewards: beta (pi_logp - ref_logp); simpo, orpo: beta pi_logp / tokens", sides("rewards")),
+        Chart("log-probabilities of a completion, nats", sides("logps")),
     ),
 }
 """The Custom Scalars tab: title of a category -> its charts."""

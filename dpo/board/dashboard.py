@@ -1,6 +1,6 @@
 """A run in TensorBoard: charts, histograms, texts, answers and the HParams entry; for rank 0 alone, without torch.
 
-`charts.py` has the chart of each metric. Each sub-run has its own event files, which are created with its first point.
+`charts.py` has the tag of each metric. Each start writes an event file of its own.
 """
 
 import re
@@ -8,20 +8,20 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.custom_scalar.metadata import CONFIG_SUMMARY_TAG, create_summary_metadata
-from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+from tensorboard.plugins.histogram.metadata import create_summary_metadata as histogram_metadata
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from dpo.base.console import harmless
-from dpo.board.charts import LAYOUT, ROOT, Chart, histogram_place, place, text_place
-from dpo.board.event_files import drop_points, event_files, open_events, write_event
+from dpo.board.bins import bins
+from dpo.board.charts import LAYOUT, Chart, has_chart, histogram_tag, text_tag
+from dpo.board.event_files import drop_points, event_files, open_events, put_aside_sub_runs, write_event
 from dpo.board.hparams import flat, write_entry
 from dpo.board.sink import Answer
 from dpo.config import Config
@@ -34,27 +34,25 @@ class Dashboard:
     """Writes RUN/tensorboard from step `first_step` on, on rank 0 alone. Each point is flushed at once.
 
     The constructor removes the points of an interrupted run at steps >= `first_step`. A TensorBoard that has already
-    read them discards them at the latest when it reads the first new point of the same chart.
+    read them discards them at the latest when it reads the first new point of the same chart. Event files of an older
+    version are renamed, and the points of `earlier`, lines of metrics.jsonl, are written again.
     """
 
-    def __init__(self, folder: Path, first_step: int):
+    def __init__(self, folder: Path, first_step: int, earlier: Sequence[Mapping[str, float]] = ()):
         self.folder, self.first_step = folder, first_step
-        self.files: dict[str, BinaryIO] = {}
-        old = event_files(folder)
-        for path in old:
+        rewrites = put_aside_sub_runs(folder)
+        for path in event_files(folder):
             drop_points(path, first_step)
-        for sub_run in {path.parent.relative_to(folder).as_posix() for path in old}:
-            self._file(sub_run)  # at once, so that an open TensorBoard discards the removed points
-        self._write(ROOT, layout_summary(LAYOUT), first_step)
+        self.file = open_events(folder, first_step)  # at once, so that an open TensorBoard discards the removed points
+        self._write(layout_summary(LAYOUT), first_step)
+        for line in earlier if rewrites else ():
+            self.metrics(int(line["step"]), {name: metric for name, metric in line.items() if name != "step"})
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Adds a point to the chart of each metric; names as in metrics.jsonl."""
-        values: dict[str, list[Summary.Value]] = {}
-        for name, metric in metrics.items():
-            sub_run, tag = place(name)
-            values.setdefault(sub_run, []).append(Summary.Value(tag=tag, simple_value=metric))
-        for sub_run, points in values.items():
-            self._write(sub_run, Summary(value=points), step)
+        """Adds a point to the chart of each metric; tags are the names in metrics.jsonl."""
+        points = [Summary.Value(tag=name, simple_value=metric) for name, metric in metrics.items() if has_chart(name)]
+        if points:
+            self._write(Summary(value=points), step)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """Adds the histogram of the values whose mean is a metric.
@@ -64,8 +62,7 @@ class Dashboard:
             values: an array of numbers, any shape.
             step: the step of the point.
         """
-        sub_run, tag = histogram_place(name)
-        self._write(sub_run, histogram_pb(tag, values), step)
+        self._write(histogram_summary(histogram_tag(name), values), step)
 
     def text(self, name: str, text: str) -> None:
         """Writes a page of the Text tab about this start, which shows a text of many lines unchanged."""
@@ -81,33 +78,26 @@ class Dashboard:
         write_entry(self.folder, "eval" if evaluates else "train", flat(asdict(config)))
 
     def close(self) -> None:
-        """Closes all files."""
-        for file in self.files.values():
-            file.close()
+        """Closes the event file."""
+        self.file.close()
 
     def _page(self, name: str, markdown: str, step: int) -> None:
-        sub_run, tag = text_place(name)
-        self._write(sub_run, text_pb(tag, markdown), step)
+        self._write(text_pb(text_tag(name), markdown), step)
 
-    def _write(self, sub_run: str, summary: Summary, step: int) -> None:
-        file = self._file(sub_run)
-        write_event(file, Event(step=step, summary=summary))
-        file.flush()
-
-    def _file(self, sub_run: str) -> BinaryIO:
-        if sub_run not in self.files:
-            self.files[sub_run] = open_events(self.folder / sub_run, self.first_step)
-        return self.files[sub_run]
+    def _write(self, summary: Summary, step: int) -> None:
+        write_event(self.file, Event(step=step, summary=summary))
+        self.file.flush()
 
 
 def layout_summary(layout: Mapping[str, Sequence[Chart]]) -> Summary:
-    """Returns the layout of the Custom Scalars tab: categories of charts, each with all lines of its tag."""
+    """Returns the layout of the Custom Scalars tab: categories of charts, each with all lines of its tags."""
     categories = [
         layout_pb2.Category(
             title=title,
             chart=[
                 layout_pb2.Chart(
-                    title=chart.title, multiline=layout_pb2.MultilineChartContent(tag=[f"^{re.escape(chart.tag)}$"])
+                    title=chart.title,
+                    multiline=layout_pb2.MultilineChartContent(tag=[f"^{re.escape(tag)}$" for tag in chart.tags]),
                 )
                 for chart in charts
             ],
@@ -117,6 +107,14 @@ def layout_summary(layout: Mapping[str, Sequence[Chart]]) -> Summary:
     content = layout_pb2.Layout(category=categories).SerializeToString()
     tensor = make_tensor_proto(content, dtype=np.object_)
     return Summary(value=[Summary.Value(tag=CONFIG_SUMMARY_TAG, metadata=create_summary_metadata(), tensor=tensor)])
+
+
+def histogram_summary(tag: str, values: np.ndarray) -> Summary:
+    """Returns the histogram of values as TensorBoard keeps it: a row per bucket, left edge, right edge and count."""
+    counts, edges = bins(values)
+    tensor = make_tensor_proto(np.stack([edges[:-1], edges[1:], counts], axis=1), dtype=np.float64)
+    metadata = histogram_metadata(display_name=None, description=None)
+    return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])
 
 
 def answers_table(answers: Sequence[Answer]) -> str:

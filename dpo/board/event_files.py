@@ -22,6 +22,9 @@ from dpo.base.files import write_atomically
 
 PREFIX = "events.out.tfevents"
 
+SUB_RUNS = ("train", "eval", "train-chosen", "train-rejected", "eval-chosen", "eval-rejected")
+"""Folders of event files in RUN/tensorboard until version 0.2."""
+
 
 def open_events(folder: Path, first_step: int) -> BinaryIO:
     """Creates a file that sorts after all others of the folder, for points from `first_step` on.
@@ -55,8 +58,20 @@ def write_events_atomically(path: Path, events: Sequence[Event]) -> None:
 
 
 def event_files(folder: Path) -> list[Path]:
-    """Returns the event files in a folder and below whose names this module gave, sorted by name."""
-    return sorted(path for path in folder.rglob(f"{PREFIX}.*") if path.name.split(".")[3].isdigit())
+    """Returns the event files in a folder whose names this module gave, sorted by name."""
+    return sorted(path for path in folder.glob(f"{PREFIX}.*") if path.name.split(".")[3].isdigit())
+
+
+def put_aside_sub_runs(folder: Path) -> bool:
+    """Renames all event files of a run, so that TensorBoard ignores them, where an older version of this package wrote
+    them: it had a folder for each color, such as `train` and `eval-chosen`, and TensorBoard would show each as a run.
+
+    Returns whether there were such folders.
+    """
+    old = [path for name in SUB_RUNS for path in event_files(folder / name)]
+    for path in [*old, *event_files(folder)] if old else ():
+        path.rename(path.with_name(path.name.replace("tfevents", "old")))
+    return bool(old)
 
 
 def drop_points(path: Path, first_step: int) -> None:

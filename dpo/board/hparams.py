@@ -1,9 +1,9 @@
 """The entry of a run in TensorBoard's HParams tab: its config in columns, beside its newest metrics; without torch.
 
-The entry is an event file with a fixed name, so that a later start replaces it. It lies in the sub-run whose metrics
-the tab shows, `eval` if the run evaluates, else `train`: TensorBoard looks for metrics in the entry's own sub-run,
-whatever folder it was started on. So the tab shows metrics of running and of interrupted runs too. TensorBoard takes
-the list of columns from the first entry that it finds.
+The entry is an event file with a fixed name, so that a later start replaces it. It lies beside the run's other event
+files: TensorBoard looks for metrics in the folder of the entry, whatever folder it was started on. So the tab shows
+metrics of running and of interrupted runs too. TensorBoard takes the list of columns from the first entry that it
+finds.
 """
 
 import json
@@ -26,7 +26,6 @@ from tensorboard.plugins.hparams.api_pb2 import (
 )
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
 
-from dpo.board.charts import place
 from dpo.board.event_files import PREFIX, write_events_atomically
 
 ENTRY = f"{PREFIX}.0000000000.hparams"
@@ -50,7 +49,7 @@ METRICS = {
     "rewards/margins": "margin",
     "loss_sft": "loss_sft",
 }
-"""The columns of metrics: the name after eval/ -> the heading."""
+"""The columns of metrics: the name after eval/ or train/ -> the heading."""
 
 Value = bool | int | float | str
 
@@ -65,25 +64,22 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Value]:
     }
 
 
-def write_entry(folder: Path, sub_run: str, values: Mapping[str, Value], columns: Sequence[str] = KEYS) -> None:
+def write_entry(folder: Path, part: str, values: Mapping[str, Value], columns: Sequence[str] = KEYS) -> None:
     """Writes the run's entry, replacing an earlier entry. Raises OSError.
 
     Args:
         folder: RUN/tensorboard.
-        sub_run: the sub-run whose metrics are shown, eval or train.
+        part: the metrics that are shown, eval or train.
         values: the values of all keys, as `flat` returns them.
         columns: the keys that the tab shows, the most important first.
     """
-    for name in {"eval", "train"} - {sub_run}:
-        (folder / name / ENTRY).unlink(missing_ok=True)
-    experiment = Experiment(hparam_infos=_key_columns(columns, values), metric_infos=_metric_columns(sub_run))
+    experiment = Experiment(hparam_infos=_key_columns(columns, values), metric_infos=_metric_columns(part))
     contents = {
         metadata.EXPERIMENT_TAG: HParamsPluginData(experiment=experiment),
         metadata.SESSION_START_INFO_TAG: HParamsPluginData(session_start_info=_session(values)),
     }
     summary = Summary(value=[_value(tag, content) for tag, content in contents.items()])
-    (folder / sub_run).mkdir(parents=True, exist_ok=True)
-    write_events_atomically(folder / sub_run / ENTRY, [Event(file_version="brain.Event:2"), Event(summary=summary)])
+    write_events_atomically(folder / ENTRY, [Event(file_version="brain.Event:2"), Event(summary=summary)])
 
 
 def _session(values: Mapping[str, Value]) -> SessionStartInfo:
@@ -105,9 +101,9 @@ def _key_columns(columns: Sequence[str], values: Mapping[str, Value]) -> list[HP
     ]
 
 
-def _metric_columns(sub_run: str) -> list[MetricInfo]:
+def _metric_columns(part: str) -> list[MetricInfo]:
     return [
-        MetricInfo(name=MetricName(tag=place(f"{sub_run}/{name}").tag), display_name=f"{sub_run} {title}")
+        MetricInfo(name=MetricName(tag=f"{part}/{name}"), display_name=f"{part} {title}")
         for name, title in METRICS.items()
     ]
 

@@ -10,10 +10,13 @@ from dpo.board.dashboard import Dashboard
 from dpo.board.sink import Sink
 from dpo.config import Config
 
-OPENERS: Mapping[str, Callable[[Path, int], Sink]] = {
-    "tensorboard": lambda run_dir, first_step: Dashboard(run_dir / "tensorboard", first_step),
+Lines = Sequence[Mapping[str, float]]
+"""Lines of metrics.jsonl."""
+
+OPENERS: Mapping[str, Callable[[Path, int, Lines], Sink]] = {
+    "tensorboard": lambda run_dir, first_step, earlier: Dashboard(run_dir / "tensorboard", first_step, earlier),
 }
-"""Name in `train.report_to` -> function of the run folder and the first step of this start."""
+"""Name in `train.report_to` -> function of the run folder, the first step of this start, and the lines before it."""
 
 
 def check_installed(names: Sequence[str]) -> None:
@@ -25,11 +28,12 @@ def check_installed(names: Sequence[str]) -> None:
             raise UserError("train.report_to", f"{name} is not installed", valid)
 
 
-def open_sinks(config: Config, first_step: int) -> list[Sink]:
+def open_sinks(config: Config, first_step: int, earlier: Lines) -> list[Sink]:
     """Opens the sinks of a run, for rank 0 alone.
 
     Args:
         config: names the sinks and the run folder.
         first_step: the first step of this start.
+        earlier: the lines of metrics.jsonl before that step.
     """
-    return [OPENERS[name](Path(str(config.train.run_dir)), first_step) for name in config.train.report_to]
+    return [OPENERS[name](Path(str(config.train.run_dir)), first_step, earlier) for name in config.train.report_to]

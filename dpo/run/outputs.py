@@ -14,7 +14,7 @@ from dpo.checkpoint.saver import Saver, open_saver
 from dpo.distributed.collectives import all_gather, on_main
 from dpo.run.answers import open_answers
 from dpo.run.evaluations import write_evaluation
-from dpo.run.files import FINAL
+from dpo.run.files import FINAL, read_metrics
 from dpo.run.folder import open_run_folder
 from dpo.run.layout import layout_here
 from dpo.run.provenance import provenance
@@ -43,7 +43,7 @@ def open_outputs(run: Run) -> Iterator[tuple[MetricsWriter | None, Saver]]:
 
 
 def _open_writer(run: Run) -> MetricsWriter:
-    return MetricsWriter(run.dir, open_sinks(run.config, run.start.step + 1))
+    return MetricsWriter(run.dir, open_sinks(run.config, run.start.step + 1, read_metrics(run.dir)))
 
 
 def export_run(run: Run) -> None:

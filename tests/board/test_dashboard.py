@@ -1,6 +1,7 @@
 """What TensorBoard shows of a run, as its own reader and its own markdown show it; `tests/browser` looks at it."""
 
 import re
+import shutil
 import socket
 import time
 from html.parser import HTMLParser
@@ -11,76 +12,64 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing import plugin_event_accumulator
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.util.tensor_util import make_ndarray
 
 from dpo.board import dashboard
-from dpo.board.charts import LAYOUT, OTHER, ROOT, Place, place
+from dpo.board.bins import NUM_BINS, bins
 from dpo.board.dashboard import Dashboard, answers_table, fenced
+from dpo.board.event_files import open_events, write_event
 from dpo.board.hparams import ENTRY, KEYS, METRICS
 from dpo.board.sink import Answer
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.step.metrics import SUMS, pair_means, prefixed, step_metrics
-from tests.support.boards import accumulators, hparams_entry, points_of
+from tests.support.boards import board_of, hparams_entry, points_of, steps_of
 from tests.support.runs import make_config
 
 # --- where a metric is shown -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "sub_run", "tag"),
-    [
-        ("train/loss", "train", "1 preference/loss"),
-        ("eval/loss", "eval", "1 preference/loss"),
-        ("eval/rewards/margins", "eval", "1 preference/rewards/margins"),
-        ("train/rewards/chosen", "train-chosen", "2 chosen and rejected/rewards"),
-        ("train/rewards/rejected", "train-rejected", "2 chosen and rejected/rewards"),
-        ("eval/logps/rejected", "eval-rejected", "2 chosen and rejected/logps"),
-        ("train/lr", "train", "3 optimization/lr"),
-        ("train/peak_memory_bytes", "train", "4 speed/peak_memory_bytes"),
-        ("reference/seconds", ".", "5 reference/seconds"),
-        ("train/something/new", "train", "7 other/something/new"),
-        ("train/chosen", "train", "7 other/chosen"),
-        ("train", ".", "7 other/train"),
-        ("reference", ".", "7 other/reference"),
-        ("of/another/kind", ".", "7 other/of/another/kind"),
-    ],
-)
-def test_the_place_of_a_figure(name: str, sub_run: str, tag: str) -> None:
-    assert place(name) == (sub_run, tag)
-
-
 def trainer_figures() -> dict[str, float]:
-    """The names of all metrics of a run's metrics.jsonl."""
+    """The names of all metrics of a run's metrics.jsonl, but those that it has once."""
     means = pair_means(dict.fromkeys(SUMS, 1.0), has_rewards=True)
     timed = step_metrics(dict.fromkeys((*SUMS, "peak_memory_bytes"), 1.0), 1.0, 0.5) | {"grad_norm": 1.0, "lr": 1.0}
-    return prefixed("train", means | timed) | prefixed("eval", means) | {"reference/seconds": 1.0}
+    return prefixed("train", means | timed) | prefixed("eval", means)
 
 
-def test_every_figure_of_a_run_has_a_group_and_a_chart_of_its_own() -> None:
-    places = [place(name) for name in trainer_figures()]
-    assert len(set(places)) == len(places)
-    assert not [found for found in places if found.tag.startswith(OTHER)]
+def test_every_figure_has_a_chart_by_its_name_but_those_that_a_run_has_once(tmp_path: Path) -> None:
+    """A point at step 0 needs no chart, and its group would be open in place of `train`."""
+    board = Dashboard(tmp_path, 1)
+    board.metrics(0, {"reference/seconds": 1.0, "first_step/spread": 1.0})
+    board.metrics(1, trainer_figures())
+    board.close()
+    assert points_of(tmp_path) == {name: [(1, value)] for name, value in trainer_figures().items()}
 
 
-def test_the_custom_charts_have_lines_and_chosen_and_rejected_are_two_runs(tmp_path: Path) -> None:
-    """A run has one colour: two lines of one run in a chart could not be told apart."""
+def test_the_custom_charts_have_two_or_three_lines_of_a_run(tmp_path: Path) -> None:
+    """A run has one colour: TensorBoard tells its lines in a chart apart by symbol."""
     board = Dashboard(tmp_path, 1)
     board.metrics(1, trainer_figures())
     board.close()
-    content = accumulators(tmp_path)[ROOT].Tensors("custom_scalars__config__")[0].tensor_proto
+    content = board_of(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto
     layout = layout_pb2.Layout.FromString(make_ndarray(content).item())
-    found: dict[str, list[str]] = {}
-    for chart in [chart for category in layout.category for chart in category.chart]:
-        lines = [
-            sub_run for sub_run, tag in points_of(tmp_path) for regex in chart.multiline.tag if re.match(regex, tag)
+    found = {
+        chart.title.partition(":")[0].partition(" of")[0]: [
+            tag for regex in chart.multiline.tag for tag in points_of(tmp_path) if re.match(regex, tag)
         ]
-        found[chart.title.partition(":")[0].partition(" of")[0]] = sorted(lines)
-    sides = ["eval-chosen", "eval-rejected", "train-chosen", "train-rejected"]
-    both = ["eval", "train"]
-    assert found == {"loss": both, "accuracy": both, "margin": both, "rewards": sides, "log-probabilities": sides}
-    assert [category.title for category in layout.category] == list(LAYOUT)
+        for category in layout.category
+        for chart in category.chart
+    }
+    assert found == {
+        "loss": ["eval/loss", "train/loss"],
+        "accuracy": ["eval/rewards/accuracies", "train/rewards/accuracies"],
+        "margin": ["eval/rewards/margins", "train/rewards/margins"],
+        "rewards": ["eval/rewards/chosen", "eval/rewards/rejected"],
+        "log-probabilities": ["eval/logps/chosen", "eval/logps/rejected"],
+    }
+    assert all("smoothing" in category.title for category in layout.category)
 
 
 # --- a run that was interrupted --------------------------------------------------------------------------------------
@@ -112,23 +101,22 @@ def test_a_resumed_run_has_every_point_once(tmp_path: Path, lost_bytes: int) -> 
     train = [(step, 1.0 if step < 5 else 5.0) for step in range(1, 10)]
     evaluations = [(0, 1.0), (3, 1.0), (6, 5.0), (9, 5.0)]
     assert points_of(tmp_path) == {
-        Place("train", "1 preference/loss"): train,
-        Place("train-chosen", "2 chosen and rejected/rewards"): train,
-        Place("eval", "1 preference/loss"): evaluations,
-        Place("eval-rejected", "2 chosen and rejected/rewards"): evaluations,
+        "train/loss": train,
+        "train/rewards/chosen": train,
+        "eval/loss": evaluations,
+        "eval/rewards/rejected": evaluations,
     }
-    boards = accumulators(tmp_path)
     steps = [step for step, _ in evaluations]
-    assert [event.step for event in boards["eval"].Tensors("6 distributions/rewards/margins")] == steps
-    assert [event.step for event in boards[ROOT].Tensors("run/answers")] == steps
-    assert [event.step for event in boards[ROOT].Tensors("run/config")] == [1, 5]
+    assert steps_of(tmp_path, "values/eval/rewards/margins") == steps
+    assert steps_of(tmp_path, "run/answers") == steps
+    assert steps_of(tmp_path, "run/config") == [1, 5]
 
 
 def test_what_is_given_up_disappears_before_there_is_anything_new(tmp_path: Path) -> None:
     write_steps(tmp_path, 1, 8)
     write_steps(tmp_path, 5, 5)  # no evaluation yet
-    assert [step for step, _ in points_of(tmp_path)["eval", "1 preference/loss"]] == [0, 3]
-    assert [step for step, _ in points_of(tmp_path)["train", "1 preference/loss"]] == [1, 2, 3, 4, 5]
+    assert [step for step, _ in points_of(tmp_path)["eval/loss"]] == [0, 3]
+    assert [step for step, _ in points_of(tmp_path)["train/loss"]] == [1, 2, 3, 4, 5]
 
 
 def test_a_tensorboard_that_is_open_forgets_what_is_given_up(tmp_path: Path) -> None:
@@ -136,26 +124,45 @@ def test_a_tensorboard_that_is_open_forgets_what_is_given_up(tmp_path: Path) -> 
     for scripts.
     """
     write_steps(tmp_path, 1, 8)
-    reader = plugin_event_accumulator.EventAccumulator(str(tmp_path / "eval"))
+    reader = plugin_event_accumulator.EventAccumulator(str(tmp_path))
     reader.Reload()
-    assert [event.step for event in reader.Tensors("1 preference/loss")] == [0, 3, 6]
+    assert [event.step for event in reader.Tensors("eval/loss")] == [0, 3, 6]
     write_steps(tmp_path, 5, 5)
     reader.Reload()
-    assert [event.step for event in reader.Tensors("1 preference/loss")] == [0, 3]
+    assert [event.step for event in reader.Tensors("eval/loss")] == [0, 3]
+
+
+def test_a_run_of_an_older_version_goes_on_without_its_sub_runs(tmp_path: Path) -> None:
+    """Its points up to the checkpoint are written again from metrics.jsonl; no line is shown twice, in two runs. A
+    folder of the user's stays.
+    """
+    for folder in (".", "train", "eval-chosen", "mine"):
+        file = open_events(tmp_path / folder, 1)
+        write_event(file, Event(step=2, summary=Summary(value=[Summary.Value(tag="1 preference/loss")])))
+        file.close()
+    lines = [{"step": 0, "eval/loss": 0.75}, {"step": 1, "train/loss": 0.5}, {"step": 2, "train/loss": 0.25}]
+    for first_step in (3, 4):
+        board = Dashboard(tmp_path, first_step, lines)
+        board.metrics(first_step, {"train/loss": float(first_step)})
+        board.close()
+    assert {path.parent.name for path in tmp_path.rglob("*tfevents*")} == {tmp_path.name, "mine"}
+    shutil.rmtree(tmp_path / "mine")
+    train = [(1, 0.5), (2, 0.25), (3, 3.0), (4, 4.0)]
+    assert points_of(tmp_path) == {"eval/loss": [(0, 0.75)], "train/loss": train}
 
 
 def test_two_starts_from_one_step_leave_the_config_of_the_last(tmp_path: Path) -> None:
     for _ in range(2):
         write_steps(tmp_path, 5, 5)
-    assert [event.step for event in accumulators(tmp_path)[ROOT].Tensors("run/config")] == [5]
+    assert steps_of(tmp_path, "run/config") == [5]
 
 
 def test_a_point_is_on_the_disk_at_once(tmp_path: Path) -> None:
     board = Dashboard(tmp_path, 1)
     for step in range(1, 4):
         board.metrics(step, {"train/loss": 1.0, "train/rewards/chosen": 2.0})
-        assert points_of(tmp_path)["train", "1 preference/loss"][-1] == (step, 1.0)
-        assert points_of(tmp_path)["train-chosen", "2 chosen and rejected/rewards"][-1] == (step, 2.0)
+        assert points_of(tmp_path)["train/loss"][-1] == (step, 1.0)
+        assert points_of(tmp_path)["train/rewards/chosen"][-1] == (step, 2.0)
     board.close()
 
 
@@ -168,20 +175,35 @@ def test_a_host_whose_clock_is_behind_goes_on_where_the_other_was(
     monkeypatch.setattr(time, "time", lambda: hour_ago)
     monkeypatch.setattr(socket, "gethostname", lambda: "a-host")
     write_steps(tmp_path, 5, 9)
-    assert [step for step, _ in points_of(tmp_path)["eval", "1 preference/loss"]] == [0, 3, 6, 9]
+    assert [step for step, _ in points_of(tmp_path)["eval/loss"]] == [0, 3, 6, 9]
 
 
 # --- distributions ---------------------------------------------------------------------------------------------------
 
 
 def test_a_histogram_counts_every_value_where_it_lies(tmp_path: Path) -> None:
-    """0, 1, 1 and 30 in 30 bins of width 1: one in [0, 1), two in [1, 2), one in the last, [29, 30]."""
+    """-3, 0, 0 and 27 in 30 buckets of width 1: one in [-3, -2), two in [0, 1), one in the last, [26, 27]."""
     board = Dashboard(tmp_path, 1)
-    board.histogram("train/lengths/chosen", np.array([[0, 1], [1, 30]]), 1)
+    board.histogram("eval/rewards/margins", np.array([[-3.0, 0.0], [0.0, 27.0]]), 1)
     board.close()
-    (event,) = accumulators(tmp_path)["train-chosen"].Tensors("6 distributions/lengths")
-    bins = {(left, right): count for left, right, count in make_ndarray(event.tensor_proto).tolist() if count}
-    assert bins == {(0, 1): 1, (1, 2): 2, (29, 30): 1}
+    (event,) = board_of(tmp_path).Tensors("values/eval/rewards/margins")
+    buckets = {(left, right): count for left, right, count in make_ndarray(event.tensor_proto).tolist() if count}
+    assert buckets == {(-3, -2): 1, (0, 1): 2, (26, 27): 1}
+
+
+@pytest.mark.parametrize("longest", [1, 2, 30, 31, 47, 61, 512, 1000])
+def test_lengths_are_no_comb(longest: int) -> None:
+    """Each length from 1 on once: every bucket holds as many as the others, but the last, where the lengths end."""
+    counts, edges = bins(np.arange(1, longest + 1, dtype=np.int32))
+    assert len(set(counts[:-1].tolist())) <= 1 and 0 < counts[-1] <= counts[0] and counts.sum() == longest
+    assert len(counts) <= NUM_BINS and len(edges) == len(counts) + 1
+    assert len(set(np.diff(edges).tolist())) == 1
+
+
+@pytest.mark.parametrize("value", [0, 7, 0.0, -1.5])
+def test_values_that_are_all_equal_are_one_bucket(value: float) -> None:
+    counts, edges = bins(np.full(5, value))
+    assert counts.tolist() == [5] and edges.tolist() == [value - 0.5, value + 0.5]
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
@@ -269,8 +291,8 @@ def make(tmp_path: Path, **changes: object) -> Config:
 
 
 @pytest.mark.parametrize("part", ["eval", "train"])
-def test_the_entry_has_the_config_and_the_figures_of_its_sub_run(tmp_path: Path, part: str) -> None:
-    """Without evaluation pairs the metrics are those of training; they are found in the entry's own sub-run, so that
+def test_the_entry_has_the_config_and_the_figures_of_its_run(tmp_path: Path, part: str) -> None:
+    """Without evaluation pairs the metrics are those of training; they are found in the entry's own folder, so that
     they show whatever folder TensorBoard is started on.
     """
     config = make(tmp_path, data__eval=[SourceConfig("eval.jsonl")] if part == "eval" else [])
@@ -278,14 +300,14 @@ def test_the_entry_has_the_config_and_the_figures_of_its_sub_run(tmp_path: Path,
     board.hparams(config)
     board.metrics(1, trainer_figures())
     board.close()
-    entry = hparams_entry(tmp_path, part)
+    entry = hparams_entry(tmp_path)
     values = entry.values
     assert (values["loss.beta"], values["loss.name"], values["loss.length_normalized"]) == (0.25, "dpo", False)
     assert (values["train.steps"], values["model.path"]) == (7, "model")
     assert "train.epochs" not in values  # null
     assert entry.columns == [key for key in KEYS if key != "train.epochs"]
     assert set(entry.metrics) <= points_of(tmp_path).keys()
-    assert len(entry.metrics) == len(METRICS)
+    assert entry.metrics == [f"{part}/{name}" for name in METRICS]
 
 
 def test_the_entry_is_written_again_not_twice(tmp_path: Path) -> None:
@@ -293,10 +315,11 @@ def test_the_entry_is_written_again_not_twice(tmp_path: Path) -> None:
     board = Dashboard(tmp_path, 1)
     board.hparams(make(tmp_path, data__eval=[SourceConfig("eval.jsonl")]))
     board.hparams(make(tmp_path, data__eval=[SourceConfig("eval.jsonl")], optim__lr=1e-3))
-    assert hparams_entry(tmp_path, "eval").values["optim.lr"] == 1e-3
+    assert hparams_entry(tmp_path).values["optim.lr"] == 1e-3
     board.hparams(make(tmp_path))
     board.close()
-    assert [path.parent.name for path in tmp_path.rglob(ENTRY)] == ["train"]
+    assert list(tmp_path.rglob(ENTRY)) == [tmp_path / ENTRY]
+    assert all(tag.startswith("train/") for tag in hparams_entry(tmp_path).metrics)
 
 
 def test_a_start_keeps_the_entry(tmp_path: Path) -> None:
@@ -306,7 +329,7 @@ def test_a_start_keeps_the_entry(tmp_path: Path) -> None:
         board.hparams(make(tmp_path))
         board.metrics(1, trainer_figures())
         board.close()
-    assert hparams_entry(tmp_path, "train").values["loss.beta"] == 0.25
+    assert hparams_entry(tmp_path).values["loss.beta"] == 0.25
 
 
 def test_every_column_is_a_key_of_a_config(tmp_path: Path) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo.board.charts import place
+from dpo.board.charts import has_chart
 from dpo.config import Config, SourceConfig
 from dpo.demo.world import preference_row, questions, save_model, save_rows
 from dpo.run.files import read_metrics
-from tests.support.boards import accumulators, points_of
+from tests.support.boards import board_of, points_of, steps_of
 from tests.support.runs import changed, make_config, run, run_until, same_weights, without_clock
 
 
@@ -50,13 +50,13 @@ def whole(world: Path) -> Path:
 
 
 def test_every_figure_of_every_line_is_a_point(whole: Path) -> None:
-    """And there is no other point."""
-    lines = read_metrics(whole)
-    expected = {place(name): [] for line in lines for name in line if name != "step"}
-    for line in lines:
-        for name in line.keys() - {"step"}:
-            expected[place(name)].append((line["step"], pytest.approx(line[name], rel=1e-6)))
+    """But those that a run has once; and there is no other point."""
+    expected: dict[str, list[object]] = {}
+    for line in read_metrics(whole):
+        for name in filter(has_chart, line.keys() - {"step"}):
+            expected.setdefault(name, []).append((line["step"], pytest.approx(line[name], rel=1e-6)))
     assert points_of(whole / "tensorboard") == expected
+    assert {name.partition("/")[0] for name in expected} == {"train", "eval"}
 
 
 def test_answers_stand_beside_the_references(whole: Path) -> None:
@@ -68,19 +68,17 @@ def test_answers_stand_beside_the_references(whole: Path) -> None:
     ]
     first = [json.loads(line) for line in files[1].read_text().splitlines()]
     assert len(first) == 2 and all(row["reference"] == row["policy"] for row in first)
-    texts = accumulators(whole / "tensorboard")["."]
-    assert [event.step for event in texts.Tensors("run/answers")] == [0, 3, 6]
+    assert steps_of(whole / "tensorboard", "run/answers") == [0, 3, 6]
 
 
 def test_texts_and_histograms(whole: Path) -> None:
     """What ran on what, and how long it is; the margins of each evaluation."""
-    boards = accumulators(whole / "tensorboard")
-    texts = {tag.removeprefix("run/") for tag in boards["."].Tags()["tensors"]}
+    board = whole / "tensorboard"
+    texts = {tag.removeprefix("run/") for tag in board_of(board).Tags()["tensors"]}
     assert {"summary", "config", "data", "code", "answers"} <= texts
-    margins = boards["eval"].Tensors("6 distributions/rewards/margins")
-    assert [event.step for event in margins] == [0, 3, 6]
-    for sub_run, tag in (("train", "lengths/prompt"), ("train-chosen", "lengths"), ("train-rejected", "lengths")):
-        assert [event.step for event in boards[sub_run].Tensors(f"6 distributions/{tag}")] == [0]
+    assert steps_of(board, "values/eval/rewards/margins") == [0, 3, 6]
+    for side in ("prompt", "chosen", "rejected"):
+        assert steps_of(board, f"values/train/lengths/{side}") == [0]
 
 
 def test_an_interruption_leaves_no_trace(world: Path, whole: Path) -> None:
@@ -90,7 +88,7 @@ def test_an_interruption_leaves_no_trace(world: Path, whole: Path) -> None:
     run(parts)
     mine, theirs = (without_clock(read_metrics(folder))[1:] for folder in (whole, world / "parts"))
     assert mine == theirs and same_weights(whole / "final", world / "parts" / "final")
-    steps = [{place: [step for step, _ in line] for place, line in points_of(folder / "tensorboard").items()}
+    steps = [{tag: [step for step, _ in line] for tag, line in points_of(folder / "tensorboard").items()}
              for folder in (whole, world / "parts")]  # fmt: skip
     assert steps[0] == steps[1]
     for path in (whole / "answers").iterdir():

@@ -18,14 +18,13 @@ TEXT = "node.innerText.trim()"
 
 
 def time_series(page: Browser) -> dict[str, Any]:
-    """Groups in their order, and of each card that is open the colours of its lines by sub-run."""
+    """Groups in their order, and of each card in the window the colours of its lines by run."""
     rows = """[...node.querySelectorAll('tb-data-table-content-row')].map((row) => [
         row.querySelectorAll('tb-data-table-content-cell')[1].innerText.trim(),
         row.querySelector('.row-circle span').style.backgroundColor])"""
     cards = page.each("scalar-card-component", f"[node.querySelector('.tag').title, {rows}]")
-    lines = {title: dict(runs) for title, runs in cards}
-    is_whole = cards and all(lines.values())  # a card gets its table when its points are there
-    return {"groups": page.each(".group-title", TEXT), "lines": lines} if is_whole else {}
+    lines = {title: dict(runs) for title, runs in cards if runs}  # a card gets its table when it is in the window
+    return {"groups": page.each(".group-title", TEXT), "lines": lines} if lines else {}
 
 
 def line_charts(page: Browser) -> dict[str, Any]:
@@ -68,7 +67,8 @@ def by_title(titles: Sequence[str], shown: Sequence[Any]) -> dict[str, Any]:
 def text(page: Browser) -> dict[str, Any]:
     """The pages, the cells of their tables, and their blocks of code."""
     pages = page.each("tf-card-heading", "node.tag")
-    return {"pages": pages, "cells": page.each("td", TEXT), "code": page.each("pre code", TEXT)} if pages else {}
+    cells, code = page.each("td", TEXT), page.each("pre code", TEXT)
+    return {"pages": pages, "cells": cells, "code": code} if cells else {}  # the answers come after their heading
 
 
 def hparams(page: Browser) -> dict[str, Any]:

@@ -51,9 +51,7 @@ def stopped(four_steps: Config, tmp_path: Path) -> Config:
 
 
 def the_event_file(folder: Path) -> Path:
-    [path] = [
-        path for path in (folder / "tensorboard" / "train").glob("events.out.tfevents.*") if "hparams" not in path.name
-    ]
+    [path] = [path for path in (folder / "tensorboard").glob("events.out.tfevents.*") if "hparams" not in path.name]
     return path
 
 
@@ -69,12 +67,12 @@ def test_a_damaged_event_file_goes_on_from_what_can_be_read(stopped, place: str,
     copies = list(path.parent.glob("*damaged*"))
     assert [copy.read_bytes() for copy in copies] == [bytes(data)] * len(copies)
     assert len(copies) == capsys.readouterr().err.count("is damaged: its charts keep")
-    steps = [[step for step, _ in line] for place, line in points_of(tmp_path / "run" / "tensorboard").items()]
+    steps = [[step for step, _ in line] for _, line in points_of(tmp_path / "run" / "tensorboard").items()]
     assert all(len(line) == len(set(line)) and line[-1] == 6 for line in steps if len(line) > 1)
 
 
 def test_a_foreign_event_file_is_left_alone(stopped, tmp_path: Path) -> None:
-    foreign = tmp_path / "run" / "tensorboard" / "train" / "events.out.tfevents.profile"
+    foreign = tmp_path / "run" / "tensorboard" / "events.out.tfevents.profile"
     foreign.write_bytes(b"")
     assert exit_code(stopped) == 0 and foreign.read_bytes() == b""
 

@@ -145,7 +145,7 @@ def test_the_entries_have_the_keys_that_differ(tmp_path: Path, program: Callable
     for _ in range(2):
         assert program(tmp_path / "a", tmp_path / "b") == 0
     for name, beta, norm in (("a", 0.5, "null"), ("b", 0.1, "10.0")):
-        entry = hparams_entry(tmp_path / name / "tensorboard", "eval")
+        entry = hparams_entry(tmp_path / name / "tensorboard")
         assert entry.columns == ["data.eval", "loss.beta", "optim.max_grad_norm"]
         assert (entry.values["loss.beta"], entry.values["optim.max_grad_norm"]) == (beta, norm)
         assert len(list((tmp_path / name).rglob(ENTRY))) == 1
@@ -155,9 +155,9 @@ def test_the_entry_of_one_run_has_the_usual_columns(tmp_path: Path, program: Cal
     """And is shown with the metrics of training where there was no evaluation."""
     save_run(tmp_path / "a", [{"step": 1, "train/loss": 1.0}])
     assert program(tmp_path / "a") == 0
-    assert hparams_entry(tmp_path / "a" / "tensorboard", "train").columns == [
-        key for key in KEYS if key != "train.epochs"
-    ]
+    entry = hparams_entry(tmp_path / "a" / "tensorboard")
+    assert entry.columns == [key for key in KEYS if key != "train.epochs"]
+    assert entry.metrics[0] == "train/loss"
 
 
 def test_a_folder_that_cannot_be_written_is_said(

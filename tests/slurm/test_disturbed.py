@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from dpo.board.charts import place
 from dpo.config import Config, SourceConfig, to_yaml
 from tests.slurm.jobs import (
     Job,
@@ -223,5 +222,5 @@ def test_tensorboard_shows_each_point_once(disturbed: Config) -> None:
     run_dir = Path(str(disturbed.train.run_dir))
     steps = {chart: [step for step, _ in points] for chart, points in points_of(run_dir / "tensorboard").items()}
     assert [chart for chart, found in steps.items() if found != sorted(set(found))] == []
-    assert steps[place("train/loss")] == [line["step"] for line in train_lines(run_dir)]
-    assert steps[place("eval/loss")] == [line["step"] for line in eval_lines(run_dir)]
+    assert steps["train/loss"] == [line["step"] for line in train_lines(run_dir)]
+    assert steps["eval/loss"] == [line["step"] for line in eval_lines(run_dir)]
