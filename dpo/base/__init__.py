@@ -8,6 +8,7 @@ limits.py     the limit of open file descriptors
 files.py      atomic writes of files and folders; the default cache folder
 space.py      whether files of a size fit in a folder, quotas included
 arrays.py     .npy files that are read in parts, without memory mapping
+pages.py      HTML pages: their style sheet (page.css) and their template
 hub.py        tells ids of the Hugging Face hub from local paths
 hub_files.py  which files of a model's repository a program reads, and which a folder lacks
 snapshots.py  repositories of the hub -> local folders, from which a run reads without the network

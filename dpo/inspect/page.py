@@ -1,7 +1,6 @@
 """Renders an inspection as one HTML page without other files. The template, `page.html`, escapes all data."""
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
+from dpo.base.pages import render_page
 from dpo.inspect.findings import findings
 from dpo.inspect.inspection import Inspection
 from dpo.inspect.lengths import PERCENTS
@@ -25,9 +24,9 @@ TEMPLATE = "page.html"
 
 def html_page(inspection: Inspection) -> str:
     """Returns the page. It has no script and loads nothing from elsewhere."""
-    environment = Environment(loader=PackageLoader("dpo.inspect", ""), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"n": "{:,.0f}".format, "share": "{:.1%}".format}
-    return environment.get_template(TEMPLATE).render(
+    return render_page(
+        "dpo.inspect",
+        TEMPLATE,
         config=inspection.config,
         key_numbers=_key_numbers(inspection),
         findings=findings(inspection),

@@ -9,6 +9,7 @@ from dpo.distributed.failures import remembered_need
 from dpo.distributed.preemption import listen_for_stop
 from dpo.distributed.startup import open_world, start_devices
 from dpo.estimate.at_start import decide_parallel
+from dpo.report.program import report_at_end
 from dpo.run.closing import conclude
 from dpo.run.inputs import read_inputs
 from dpo.run.loop import train
@@ -48,6 +49,8 @@ def run_training(config: Config) -> None:
                 train(run, writer, saver)
             export_run(run)
             conclude(run)
+            if run.world.is_main:
+                report_at_end(run.dir)
 
 
 def main() -> None:

@@ -1,0 +1,9 @@
+"""`python -m dpo.report`."""
+
+import sys
+
+from dpo.base.command import run_program
+from dpo.report.program import main
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))

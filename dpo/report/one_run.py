@@ -1,0 +1,316 @@
+"""The parts of the page of one run: key numbers, charts, tables. Each is empty where the run has nothing for it."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+import numpy as np
+
+from dpo.base.console import harmless
+from dpo.config import Config
+from dpo.report.drawing import Chart, Series, diagonal_chart, histogram_chart, line_chart, scatter_chart
+from dpo.report.metrics import cost, curve, last_split, latest, smooth, splits, total_tokens
+from dpo.report.numbers import (
+    calibration,
+    calibration_error,
+    correlation,
+    grouped,
+    histogram,
+    margins_of,
+    shared_edges,
+    thinned,
+)
+from dpo.report.record import Line, Pairs, Record
+from dpo.report.scales import shown, shown_count, shown_hours
+from dpo.report.story import (
+    calibration_sentence,
+    length_sentence,
+    split_sentences,
+    token_sentence,
+    warning,
+    where_from,
+)
+
+MOST_DOTS = 3000
+"""Points of the scatter."""
+MOST_PROMPTS, MOST_ANSWERS, MOST_CHARACTERS = 8, 6, 1500
+"""Prompts that are shown, answers of each, and characters of a text."""
+NO_PREFERENCE = 1e-6
+"""The mean margin below which policy and reference are the same but for rounding, so that accuracies tell nothing."""
+UNITS = {"implicit": "reward, nats × beta", "per_token": "reward, nats per token × beta"}
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A chart of metrics of training and evaluation."""
+
+    title: str
+    y_label: str
+    metrics: Mapping[str, str]
+    """Name of a metric without train/ or eval/ -> its hue; "": one hue for training, another for evaluation."""
+    is_exact: bool = False
+    """The metric does not vary by chance: no running mean."""
+
+
+CURVES = (
+    Curves("Loss", "nats per pair", {"loss": ""}),
+    Curves("Accuracy", "share of pairs whose winner is ahead", {"rewards/accuracies": ""}),
+    Curves("Margin: reward of chosen minus rejected", "reward", {"rewards/margins": ""}),
+    Curves("Rewards, thin: training", "reward", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+    Curves(
+        "Log-probability of an answer, thin: training", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}
+    ),
+    Curves("Gradient norm, before clipping", "L2 norm", {"grad_norm": ""}),
+    Curves("Learning rate", "rate", {"lr": ""}, is_exact=True),
+    Curves("Speed", "tokens per second", {"tokens_per_second": ""}),
+)
+
+
+def key_numbers(record: Record) -> list[tuple[str, str]]:
+    """Returns (number, meaning) of the numbers at the top of the page."""
+    spent, of = cost(record), f" of {record.last_step:,}" if record.last_step else ""
+    state = "done" if record.is_done else "not finished"
+    numbers = [(f"{record.step:,}{of}", f"steps: {state}")]
+    for name, meaning in {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "loss": "loss"}.items():
+        group, where = ("eval", "held-out") if record.evals else ("train", "training")
+        if (value := latest(record, f"{group}/{name}")) is not None:
+            numbers.append((shown(value), f"{where} {meaning}"))
+    if record.evals and "eval/pairs" in record.evals[-1]:
+        numbers.append((f"{record.evals[-1]['eval/pairs']:,.0f}", "held-out pairs"))
+    if spent.hours:
+        numbers.append(
+            (shown_hours(spent.hours), "steps and reference pass" + f" on {spent.devices}" * bool(spent.devices))
+        )
+        numbers.append((_device_hours(record), "GPU-hours" if spent.has_gpus else "rank-hours, without GPUs"))
+        numbers.append((shown_count(total_tokens(record)), "tokens trained on"))
+    return numbers
+
+
+def _device_hours(record: Record) -> str:
+    spent = cost(record)
+    least, most = shown(spent.least_device_hours), shown(spent.most_device_hours)
+    return least if least == most else f"{least} to {most}"
+
+
+# --- curves -----------------------------------------------------------------------------------------------------------
+
+
+def curve_charts(record: Record) -> list[Chart]:
+    """Returns the charts of CURVES for which the run has a metric."""
+    charts = []
+    for curves in CURVES:
+        series = [line for name in curves.metrics for line in _series(record, name, curves)]
+        if any(line.points for line in series):
+            charts.append(line_chart(curves.title, curves.y_label, series))
+    return charts
+
+
+def _series(record: Record, name: str, curves: Curves) -> list[Series]:
+    """Returns the lines of a metric: single steps thin and their running mean bold, and evaluations with dots."""
+    hue = curves.metrics[name]
+    side = f" {name.rpartition('/')[2]}" if hue else ""
+    steps = curve(_preferring(record.train, "train", name), f"train/{name}")
+    evaluations = curve(_preferring(record.evals, "eval", name), f"eval/{name}")
+    if hue and evaluations:  # two sides and two groups: training stays in the background
+        return [
+            Series("", hue, smooth(steps), is_bold=False),
+            Series(f"held-out{side}", hue, evaluations, has_dots=True),
+        ]
+    mean = steps if curves.is_exact else smooth(steps)
+    is_smoothed = mean != steps
+    train = Series(f"training{side}" + ", running mean" * is_smoothed, hue or "prompt", mean)
+    return [
+        *([Series("", hue or "prompt", steps, is_bold=False)] if is_smoothed else []),
+        train,
+        Series(f"held-out{side}", hue or "special", evaluations, has_dots=True),
+    ]
+
+
+def _preferring(lines: Sequence[Line], group: str, name: str) -> Sequence[Line]:
+    """Returns the lines, for accuracies without those of a policy that is its reference, where ties count as wrong."""
+    if name != "rewards/accuracies":
+        return lines
+    return [line for line in lines if abs(line.get(f"{group}/rewards/margins", 1.0)) > NO_PREFERENCE]
+
+
+# --- why both rewards fall --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Why:
+    """The split of the margin, and what it says."""
+
+    chart: Chart
+    sentences: tuple[str, ...]
+    warning: str | None
+
+
+def why(record: Record) -> Why | None:
+    """Returns the split of the margin into winner up and loser down; None where the run has no rewards."""
+    every, last = splits(record), last_split(record)
+    if last is None:
+        return None
+    columns = {
+        name: [(float(split.step), getattr(split, name)) for split in every] for name in ("winner", "loser", "margin")
+    }
+    has_dots = bool(record.evals)
+    lines = (
+        Series("margin: their sum", "ink", _fewer(columns["margin"]), has_dots=has_dots),
+        Series("winner up", "chosen", _fewer(columns["winner"]), has_dots=has_dots),
+        Series("loser down", "rejected", _fewer([(x, -y) for x, y in columns["loser"]]), has_dots=has_dots),
+    )
+    pairs = _last_pairs(record)
+    told = [*split_sentences(last, record), *([token_sentence(pairs)] if pairs else [])]
+    chart = line_chart("What the margin is made of", _unit(record), lines)
+    return Why(chart, (*filter(None, told), where_from(record)), warning(pairs) if pairs else None)
+
+
+def _fewer(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    return [points[i] for i in thinned(len(points), 400)]
+
+
+def _unit(record: Record) -> str:
+    return UNITS.get(str(record.facts.rewards), "reward") if record.facts else "reward"
+
+
+def _last_pairs(record: Record) -> Pairs:
+    """Returns the values of single pairs at the last evaluation; empty where there are none."""
+    return record.pairs[max(record.pairs)] if record.pairs else {}
+
+
+# --- single pairs -----------------------------------------------------------------------------------------------------
+
+
+def reward_charts(record: Record) -> list[Chart]:
+    """Returns the overlaid histograms of both rewards, at the last and at the first evaluation, on one axis."""
+    sides = ("chosen", "rejected")
+    found = {step: pairs for step, pairs in record.pairs.items() if margins_of(pairs) is not None}
+    if not found:
+        return []
+    edges = shared_edges([pairs[f"rewards_{side}"] for pairs in found.values() for side in sides])
+    charts = []
+    for step in sorted(found, reverse=True):
+        bars = [(side, histogram(found[step][f"rewards_{side}"], edges)) for side in sides]
+        beyond = sum(bar.beyond for _, bar in bars)
+        title = f"after step {step:,}" + f", {beyond:,} values beyond" * bool(beyond)
+        charts.append(histogram_chart(title, _unit(record), bars, max(int(bar.counts.max()) for _, bar in bars) or 1))
+    return charts
+
+
+def length_chart(record: Record) -> tuple[Chart, str] | None:
+    """Returns margin against difference in length at the last evaluation, and what their correlation says."""
+    pairs = _last_pairs(record)
+    margins = margins_of(pairs)
+    if margins is None:
+        return None
+    longer = pairs["tokens_chosen"].astype(np.float64) - pairs["tokens_rejected"]
+    shown_pairs = thinned(len(longer), MOST_DOTS)
+    means = [(group.x, group.y) for group in grouped(longer, margins, longer)]
+    line = Series("mean of a tenth of the pairs", "ink", means, has_dots=True)
+    of = (
+        f"{len(shown_pairs):,} of {len(longer):,} pairs" if len(shown_pairs) < len(longer) else f"{len(longer):,} pairs"
+    )
+    points = list(zip(longer[shown_pairs].tolist(), margins[shown_pairs].tolist(), strict=True))
+    labels = ("tokens of chosen − tokens of rejected", f"margin ({_unit(record)})")
+    chart = scatter_chart(f"Margin against difference in length, {of}", labels, points, line)
+    return chart, length_sentence(correlation(longer, margins))
+
+
+def calibration_chart(record: Record) -> tuple[Chart, str] | None:
+    """Returns observed against predicted preferences at the last evaluation; None where rewards are not those of
+    Bradley and Terry, or all pairs are ties.
+    """
+    margins = margins_of(_last_pairs(record))
+    if margins is None or record.facts is None or record.facts.rewards != "implicit" or not margins.any():
+        return None
+    groups = calibration(margins)
+    points = [(group.x, group.y, math.sqrt(group.y * (1 - group.y) / group.pairs)) for group in groups]
+    labels = ("predicted: sigmoid(|margin|)", "observed: winner ahead")
+    return diagonal_chart("Calibration", labels, points), calibration_sentence(groups, calibration_error(groups))
+
+
+# --- answers ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Told:
+    """A prompt, the reference's answer, and the policy's answers over time."""
+
+    prompt: str
+    reference: str
+    policy: tuple[tuple[int, str], ...]
+    """(step, answer)."""
+
+
+def answers_over_time(record: Record) -> list[Told]:
+    """Returns the first MOST_PROMPTS prompts with at most MOST_ANSWERS answers each, from first to last step."""
+    steps = list(record.answers)
+    if not steps:
+        return []
+    chosen = sorted({steps[i] for i in np.linspace(0, len(steps) - 1, MOST_ANSWERS).round().astype(int)})
+    by_prompt: dict[str, list[tuple[int, Mapping[str, str]]]] = {}
+    for step in chosen:
+        for row in record.answers[step]:
+            by_prompt.setdefault(row["prompt"], []).append((step, row))
+    return [
+        Told(
+            _cut(prompt),
+            _cut(rows[-1][1]["reference"]),
+            tuple((step, _cut(row["policy"])) for step, row in reversed(rows)),
+        )
+        for prompt, rows in list(by_prompt.items())[:MOST_PROMPTS]
+    ]
+
+
+def _cut(text: str) -> str:
+    """Returns a text that cannot steer a terminal or browser, cut after MOST_CHARACTERS."""
+    return harmless(text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …")
+
+
+# --- config and code --------------------------------------------------------------------------------------------------
+
+
+def config_rows(record: Record) -> list[tuple[str, str, str]]:
+    """Returns (key, value, default) of the keys of the config that differ from the defaults."""
+    defaults = default_values()
+    return [
+        (key, _value(value), _value(defaults[key]) if key in defaults else "required")
+        for key, value in record.config.items()
+        if key not in defaults or _value(value) != _value(defaults[key])
+    ]
+
+
+def default_values() -> dict[str, Any]:
+    """Returns SECTION.KEY -> default of every key that has one."""
+    found = {}
+    for section, cls in get_type_hints(Config).items():
+        for key in dataclasses.fields(cls):
+            if key.default is not dataclasses.MISSING:
+                found[f"{section}.{key.name}"] = key.default
+            elif key.default_factory is not dataclasses.MISSING:
+                found[f"{section}.{key.name}"] = key.default_factory()
+    return found
+
+
+def _value(value: Any) -> str:
+    """Returns a value as in YAML, on one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, dict):
+        given = {key: item for key, item in value.items() if item not in (None, {}, False, "auto", "train")}
+        return f"{{{', '.join(f'{key}: {_value(item)}' for key, item in given.items())}}}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def origin_rows(record: Record) -> list[tuple[str, str]]:
+    """Returns (name, text) of the code and machines of the last start, and the number of starts."""
+    if not record.starts:
+        return []
+    last = record.starts[-1]
+    names = ("version", "commit", "dirty", "python", "torch", "transformers", "datasets", "ranks", "hosts", "started")
+    rows = [(name, _value(last[name])) for name in names if last.get(name) not in (None, False)]
+    return [*rows, ("devices", cost(record).devices), ("starts", str(len(record.starts)))]

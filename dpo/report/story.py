@@ -1,0 +1,155 @@
+"""Sentences about a run's numbers, in plain English."""
+
+import math
+
+from dpo.report.metrics import Split
+from dpo.report.numbers import Group, nats_per_token
+from dpo.report.record import Pairs, Record
+from dpo.report.scales import shown, signed
+
+HARDLY = 0.005
+"""The change of a reward below which it has hardly moved."""
+FALLEN = -0.5
+"""Nats per token of the winners against the reference below which a page warns."""
+ADVICE = "a larger loss.beta, a smaller optim.lr or fewer steps keep the policy nearer to its reference"
+
+
+# --- why both rewards fall --------------------------------------------------------------------------------------------
+
+
+def split_sentences(split: Split, record: Record) -> list[str]:
+    """Returns what the split of the margin says about this run: the case, and what it means."""
+    if max(abs(split.winner), abs(split.loser)) < HARDLY:
+        return [
+            f"Neither reward has moved by more than {HARDLY:g}: the policy is still about where it began.",
+            "Try more steps, a larger optim.lr or a shorter warm-up.",
+        ]
+    case = (split.winner > 0, split.loser > 0)
+    told, meaning = CASES[case]
+    moves = f"Winners went {_way(split.winner)}, losers went {_way(split.loser)}"
+    margin = f"the margin {'grew' if split.margin > 0 else 'shrank'} by {shown(abs(split.margin))}"
+    if split.margin <= 0 and case in SHRUNK:
+        meaning = SHRUNK[case]
+    return [f"{told} {moves}: {margin}.", _shares(split), meaning + _remedy(case, record)]
+
+
+CASES = {
+    (True, False): (
+        "Winners rose and losers fell.",
+        "Both parts widen the margin: as it should be.",
+    ),
+    (False, False): (
+        "Both rewards fell.",
+        "The margin grew all the same, because losers fell further. The loss sees the difference alone: lowering both "
+        "sides satisfies it as long as losers fall faster, and the probability goes to answers that are in no pair. "
+        "Winner and loser share words, so that what lowers a loser lowers its winner too; a small fall is common and "
+        "harmless.",
+    ),
+    (True, True): (
+        "Both rewards rose.",
+        "The policy learnt what all answers of these data have in common, such as style and length, and the winners' "
+        "ways more than the losers'. This is usual where the reference was not fine-tuned on such answers.",
+    ),
+    (False, True): (
+        "Winners fell and losers rose.",
+        "The policy moves against its labels: look whether chosen and rejected are swapped in the data, and whether "
+        "optim.lr is too large.",
+    ),
+}
+"""(winners rose, losers rose) -> the case, and what it means."""
+
+SHRUNK = {
+    (
+        False,
+        False,
+    ): "Winners fell further than losers, so that the policy tells them apart less than its reference does: "
+    "look at the labels, and try a smaller optim.lr.",
+    (True, True): "Losers rose further than winners, so that the policy tells them apart less than its reference does: "
+    "look at the labels, and try a smaller optim.lr.",
+}
+"""What two of the cases mean where the margin has shrunk."""
+
+
+def _way(change: float) -> str:
+    return f"{'up' if change > 0 else 'down'} by {shown(abs(change))}" if change else "neither up nor down"
+
+
+def _shares(split: Split) -> str:
+    """Returns how much of the change of the margin comes from each side."""
+    text = f"Winner up {signed(split.winner)} and loser down {signed(-split.loser)} add up to {signed(split.margin)}"
+    if split.winner > 0 and split.loser < 0:
+        return f"{text}; {split.winner / split.margin:.0%} of it comes from winners."
+    return f"{text}."
+
+
+def _remedy(case: tuple[bool, bool], record: Record) -> str:
+    """Returns the keys of the config that hold winners up, for the case in which both rewards fell."""
+    if case != (False, False):
+        return ""
+    keys = []
+    if record.facts is None or not record.facts.includes_sft:
+        keys.append("loss.sft_weight (for example 0.1)")
+    if record.config.get("loss.name") != "dpop":
+        keys.append("loss.name dpop")
+    held = f"; {' or '.join(keys)} hold{'s' * (len(keys) == 1)} winners up" if keys else ""
+    return f" Where answers get worse, {ADVICE}{held}."
+
+
+def where_from(record: Record) -> str:
+    """Returns from where the changes of rewards are counted, and in what unit."""
+    group = "evaluation" if record.evals else "training step"
+    if record.facts is not None and record.facts.rewards == "per_token":
+        return f"Rewards are beta times the mean log-probability per token; changes are counted from the first {group}."
+    return "Rewards are beta times (log pi − log ref), summed over an answer: 0 is the reference."
+
+
+def token_sentence(pairs: Pairs) -> str | None:
+    """Returns the nats per token of both sides; None without a reference."""
+    chosen, rejected = nats_per_token(pairs, "chosen"), nats_per_token(pairs, "rejected")
+    if chosen is None or rejected is None:
+        return None
+    what = "the mean over pairs of (log pi − log ref of the answer) / its tokens"
+    return f"Per token, winners are at {signed(chosen)} nats and losers at {signed(rejected)}: {what}."
+
+
+def warning(pairs: Pairs) -> str | None:
+    """Returns the warning that winners have fallen below FALLEN nats per token; None where they have not."""
+    chosen = nats_per_token(pairs, "chosen")
+    if chosen is None or chosen >= FALLEN:
+        return None
+    what = f"the mean over {len(pairs['source']):,} pairs of (log pi − log ref of the winner) / its tokens"
+    odds = f"a token of a winner is {math.exp(chosen):.0%} as likely as under the reference, in the geometric mean"
+    return f"Winners have fallen to {signed(chosen)} nats per token, below {signed(FALLEN)}: {what}; {odds}. {_loud()}"
+
+
+def _loud() -> str:
+    return f"The policy unlearns its good answers: {ADVICE}."
+
+
+# --- length and calibration -------------------------------------------------------------------------------------------
+
+
+def length_sentence(r: float | None) -> str:
+    """Returns what the correlation of margin and difference in length says."""
+    if r is None:
+        return (
+            "There is no correlation to tell: all pairs differ by the same number of tokens, or all margins are equal."
+        )
+    told = f"Correlation {signed(r)}, which explains {r * r:.0%} of the margins' variance"
+    if abs(r) < 0.1:
+        return f"{told}: the margin hardly depends on length."
+    which = "longer" if r > 0 else "shorter"
+    how = "somewhat" if abs(r) < 0.3 else "clearly"
+    return f"{told}: the policy {how} prefers {which} answers; look whether that is the preference you want."
+
+
+def calibration_sentence(groups: list[Group], error: float) -> str:
+    """Returns how predicted and observed preferences differ."""
+    predicted, observed = (
+        sum(g.pairs * getattr(g, name) for g in groups) / sum(g.pairs for g in groups) for name in "xy"
+    )
+    told = f"It expects to be right in {predicted:.1%} of pairs and is in {observed:.1%}"
+    verdict = "well calibrated"
+    if error >= 0.03:
+        verdict = "overconfident" if predicted > observed else "underconfident"
+    return f"{told}; the mean distance from the diagonal is {error:.3f}: {verdict}."
