@@ -202,14 +202,13 @@ def places_of(config: Config, sizes: Sizes, data: PreferenceData, folders: Seque
     models = sum(path.stat().st_size for folder in folders for path in tensor_paths(folder))
     rows = sum(path.stat().st_size for path in token_files)
     hub, cache = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
-    needed = sizes.disk_bytes(present)
     parts = f"checkpoints of {shown_bytes(sizes.checkpoint)}, exported model of {shown_bytes(sizes.final)}"
-    kept = f"{shown_bytes(needed)} needed: {parts}"
+    kept = f"{shown_bytes(sizes.disk_bytes(present))} needed: {parts}"
     remedy = "a train.run_dir with more room, a smaller checkpoint.keep"
     places = [
         Place("models", hub, f"weights of {shown_bytes(models)}, with local folders", 0, ""),
         Place("data", cache, f"token rows of {shown_bytes(rows)}", 0, ""),
-        Place("run folder", run_dir, kept, needed, remedy),
+        Place("run folder", run_dir, kept, sizes.least_bytes(present), remedy),
     ]
     if config.loss.facts.uses_reference:
         num_rows = count_rows([data.train, data.eval])
@@ -221,8 +220,8 @@ def places_of(config: Config, sizes: Sizes, data: PreferenceData, folders: Seque
 
 
 def check_places(places: Sequence[Place]) -> None:
-    """Raises RunError for the first file system that does not take what the run needs in all places on it, by its free
-    space or by a quota (`space.find_shortage`).
+    """Raises RunError for the first file system that does not take what the run cannot do without in all places on it,
+    by its free space or by a quota (`space.find_shortage`).
     """
     for place in places:
         together = [other for other in places if other.device == place.device and other.needed]

@@ -22,7 +22,7 @@ if not os.environ.get("DPO_TEST_GPU"):
 
 import torch
 
-from dpo.base.console import set_quiet
+from dpo.base.console import begin_log, set_quiet
 from tests.quick import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401
 from tests.support.ranks import Ranks
 from tests.warning_rules import pytest_configure  # noqa: F401
@@ -48,10 +48,11 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _as_before() -> Iterator[None]:
-    """What a program under test sets for its whole process reaches no other test: --quiet, environment variables."""
+    """What a program under test sets for its whole process reaches no other test: --quiet, log, environment."""
     environment = dict(os.environ)
     yield
     set_quiet(False)
+    begin_log()
     if environment != os.environ:
         os.environ.clear()
         os.environ.update(environment)

@@ -3,6 +3,8 @@
 errors.py     the exceptions with which a program of this package ends early
 command.py    command lines and exit codes of all programs
 console.py    log lines and progress bars; text made safe for a terminal
+terminal.py   draws lines and a bar on a terminal with rich; plain lines elsewhere
+log_file.py   the log of a run, a file
 units.py      numbers with units, for people
 limits.py     the limit of open file descriptors
 files.py      atomic writes of files and folders; the default cache folder

@@ -14,8 +14,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from dpo.base.console import harmless, set_quiet
+from dpo.base.console import set_quiet, tell
 from dpo.base.errors import Preempted, RunError, UserError, one_line
+from dpo.base.space import describe_full
 
 COMMAND_LINE = "command line"
 """The place of an error in the arguments of a program."""
@@ -241,19 +242,24 @@ def exit_code_of(failure: BaseException) -> int:
 
 
 def line_of(failure: BaseException) -> str:
-    """Returns the error line of an exception: its message, after the exception's name if it is not ours."""
+    """Returns the error line of an exception: its message, after the exception's name if it is not ours; of a full disk
+    `the disk is full`, with the file.
+    """
+    full = describe_full(failure) if isinstance(failure, OSError) else None
+    if full:
+        return one_line(full)
     is_ours = isinstance(failure, (UserError, RunError))
     return one_line(str(failure) if is_ours else f"{type(failure).__name__}: {failure}")
 
 
 def tell_error(line: str) -> None:
     """Prints the line that says why a program ends."""
-    print(f"error: {harmless(one_line(line))}", file=sys.stderr, flush=True)
+    tell(f"error: {one_line(line)}")
 
 
 def tell_stop(advice: str) -> None:
     """Prints the line of a program that Ctrl-C ends; `advice` says how to go on, empty: nothing to say."""
-    print(f"stopped; {advice}" if advice else "stopped", file=sys.stderr, flush=True)
+    tell(f"stopped; {advice}" if advice else "stopped")
 
 
 def obey_quiet(argv: Sequence[str]) -> None:

@@ -1,40 +1,49 @@
-"""Log lines and progress bars of rank 0, on stderr. `--quiet` silences all but warnings and errors."""
+"""Log lines and progress bars of rank 0, on stderr and in the log of a run.
+
+    say, warn, tell    a line on stderr (`terminal.py`), and in RUN/log.txt (`log_file.py`)
+    progress           a bar on a terminal; elsewhere lines
+
+`--quiet` silences all but warnings and errors on stderr; the log has every line all the same.
+"""
 
 import logging
-import sys
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
-from tqdm import tqdm
+from dpo.base.log_file import LogFile
+from dpo.base.terminal import Bar, Terminal, has_bars
 
 SECONDS_BETWEEN_LINES = 10.0
 """Minimum time between progress lines where stderr is no terminal, and therefore shows no bar."""
 
 
-class _AboveTheBar(logging.Handler):
-    """Writes log records to stderr, above the progress bar if one is shown."""
+class _OneLine(logging.Formatter):
+    """Formats each record as one line that no text in it can break or use to steer a terminal."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(harmless(self.format(record)), file=sys.stderr)
-        sys.stderr.flush()
+    def format(self, record: logging.LogRecord) -> str:
+        return harmless(super().format(record)).replace("\n", "↵")
 
 
+TERMINAL, LOG_FILE = Terminal(), LogFile()
 LOG = logging.getLogger("dpo")
-LOG.addHandler(_AboveTheBar())
+for _handler in (TERMINAL, LOG_FILE):
+    _handler.setFormatter(_OneLine())
+    LOG.addHandler(_handler)
 LOG.setLevel(logging.INFO)
 LOG.propagate = False
 
 
 def set_quiet(quiet: bool) -> None:
-    """Silences `say` and progress bars from now on, or turns them on again."""
-    LOG.setLevel(logging.WARNING if quiet else logging.INFO)
+    """Silences `say` and progress bars on stderr from now on, or turns them on again."""
+    TERMINAL.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def is_quiet() -> bool:
-    """Returns whether `say` is silent."""
-    return not LOG.isEnabledFor(logging.INFO)
+    """Returns whether `say` prints nothing."""
+    return TERMINAL.level > logging.INFO
 
 
 def say(line: str) -> None:
@@ -47,30 +56,55 @@ def warn(line: str) -> None:
     LOG.warning(f"WARNING: {line}")
 
 
-class Progress:
-    """Shows the progress of one long phase: a bar on a terminal, elsewhere a line every `SECONDS_BETWEEN_LINES`.
+def tell(line: str) -> None:
+    """Prints one line, also with `--quiet`: the line that says how a program ends."""
+    LOG.error(line)
 
-    `shown` is False on ranks that print nothing. `lines_elsewhere` is False where the caller prints lines of its own.
+
+# --- the log of a run ------------------------------------------------------------------------------------------------
+
+
+def begin_log() -> None:
+    """Begins the log of a run: no later line goes to the log of an earlier run of this process. Every rank may call it.
+
+    Lines that were said before the first run, such as a warning about versions, belong to that run.
     """
+    LOG_FILE.begin()
 
-    def __init__(self, label: str, total: int, unit: str, shown: bool, done: int, lines_elsewhere: bool):
+
+def open_log(path: Path) -> None:
+    """Appends the lines of this run to the file `path`, those that were said since `begin_log` first; for rank 0 alone.
+
+    Where the file cannot be written, a warning says so.
+    """
+    LOG_FILE.write_to(path)
+
+
+def log_traceback(text: str) -> None:
+    """Writes the lines of a traceback, which Python prints itself, to the log alone."""
+    for line in text.splitlines():
+        LOG_FILE.handle(LOG.makeRecord(LOG.name, logging.ERROR, "", 0, line, (), None))
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Shows the progress of one long phase; see `progress`."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int, bar: Bar | None, has_lines: bool):
         self.label, self.total, self.unit, self.done = label, total, unit, done
-        self.shown = shown and not is_quiet()
-        disable = None if self.shown else True  # None: tqdm is silent where there is no terminal
-        self.bar = tqdm(total=total, initial=done, desc=label, unit=unit, disable=disable, leave=False)
-        self.lines_elsewhere = lines_elsewhere
+        self.bar, self.has_lines = bar, has_lines
         self.spoke = time.monotonic()
 
-    def advance(self, count: int, metrics: Mapping[str, str] | None = None) -> None:
-        """Adds `count` units to the progress and shows the metrics beside it."""
+    def advance(self, count: int) -> None:
+        """Adds `count` units to the progress."""
         self.done += count
-        if not self.bar.disable:
-            self.bar.set_postfix(metrics or {}, refresh=False)
-            self.bar.update(count)
-        elif self.shown and self.lines_elsewhere and self._is_time_for_a_line():
+        if self.bar:
+            self.bar.advance(count)
+        elif self.has_lines and self._is_time_for_a_line():
             self.spoke = time.monotonic()
-            rest = "".join(f"  {name} {metric}" for name, metric in (metrics or {}).items())
-            say(f"{self.label}: {self.done}/{self.total} {self.unit}{rest}")
+            say(f"{self.label}: {self.done}/{self.total} {self.unit}")
 
     def _is_time_for_a_line(self) -> bool:
         return self.done >= self.total or time.monotonic() - self.spoke > SECONDS_BETWEEN_LINES
@@ -80,7 +114,8 @@ class Progress:
 def progress(
     label: str, total: int, unit: str, shown: bool, done: int = 0, lines_elsewhere: bool = True
 ) -> Iterator[Progress]:
-    """Shows the progress of a phase during a with-block, as `Progress` does.
+    """Shows the progress of a phase during a with-block: a bar on a terminal, elsewhere a line every
+    `SECONDS_BETWEEN_LINES`.
 
     Args:
         label: the name of the phase.
@@ -88,14 +123,15 @@ def progress(
         unit: the name of a unit, such as `completions`.
         shown: False on ranks that print nothing.
         done: units that are already complete.
-        lines_elsewhere: False where the caller prints lines of its own.
+        lines_elsewhere: False where the caller prints lines of its own, which then tell the time that is left.
     """
-    bar = Progress(label, total, unit, shown, done, lines_elsewhere)
-    try:
-        yield bar
-    finally:
-        bar.bar.close()
+    is_shown = shown and not is_quiet()
+    bar = Bar(label, total, unit, done, has_eta=lines_elsewhere) if is_shown and has_bars() else None
+    with TERMINAL.showing(bar) if bar else nullcontext():
+        yield Progress(label, total, unit, done, bar, has_lines=shown and lines_elsewhere)
 
+
+# --- texts of users --------------------------------------------------------------------------------------------------
 
 CONTROL_PICTURES = 0x2400  # first of the Unicode block that pictures control characters: ␀, ␁, …
 

@@ -4,9 +4,20 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the name `path` to an OSError of the with-block that names no file, as a write to a full disk raises."""
+    try:
+        yield
+    except OSError as failure:
+        if failure.errno is None or failure.filename is not None:
+            raise
+        raise OSError(failure.errno, failure.strerror, str(path)) from failure
 
 
 def write_atomically(target: Path, content: bytes | memoryview) -> None:
@@ -44,7 +55,8 @@ def make_folder_atomically(target: Path, fill: Callable[[Path], None]) -> None:
     draft = target.with_name(f".{uuid.uuid4().hex}.draft")
     draft.mkdir()
     try:
-        fill(draft)
+        with naming(target):
+            fill(draft)
         for path in (*draft.rglob("*"), draft):
             _sync(path)
         draft.rename(target)

@@ -17,8 +17,8 @@ from pathlib import Path
 from dpo.base.files import nearest_existing
 from dpo.base.units import shown_bytes
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of a full file system, and of a quota that is used up."""
+CAUSES = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "a quota is used up"}
+"""Errors of a full file system, and of a quota that is used up, in words."""
 
 UNKNOWN = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.EPERM, errno.EFBIG)
 """Errors of fallocate that do not tell whether there is room: the file system or a sandbox has no fallocate, or files
@@ -42,7 +42,7 @@ class Shortage:
     @property
     def cause(self) -> str:
         """Returns `the disk is full`, or the same of a quota."""
-        return "a quota is used up" if self.is_quota else "the disk is full"
+        return CAUSES[errno.EDQUOT if self.is_quota else errno.ENOSPC]
 
     @property
     def room(self) -> str:
@@ -71,13 +71,35 @@ def find_shortage(folder: Path, num_bytes: int) -> Shortage | None:
     try:
         _reserve(present, num_bytes)
     except OSError as failure:
-        if failure.errno not in FULL + UNKNOWN:
+        if failure.errno not in (*CAUSES, *UNKNOWN):
             raise
         refusal = failure.errno
     free = shutil.disk_usage(present).free
-    if refusal in FULL or (refusal is not None and num_bytes > free):
+    if refusal in CAUSES or (refusal is not None and num_bytes > free):
         return Shortage(folder, num_bytes, free, refusal == errno.EDQUOT or free >= num_bytes)
     return None
+
+
+def describe_full(failure: OSError, path: Path | None = None) -> str | None:
+    """Returns a line for the error of a write to a full disk or over a quota; None for any other error.
+
+    Args:
+        failure: the error.
+        path: the file or folder that could not be written; None: the one that the error names.
+    """
+    if failure.errno not in CAUSES:
+        return None
+    named = path or (Path(os.fsdecode(failure.filename)) if isinstance(failure.filename, str | bytes) else None)
+    place = f": cannot write {named}{free_room(named)}" if named else ""
+    return CAUSES[failure.errno] + place
+
+
+def free_room(path: Path) -> str:
+    """Returns `: 3.2 GiB are free there`; nothing where the file system does not answer."""
+    try:
+        return f": {shown_bytes(shutil.disk_usage(nearest_existing(path)).free)} are free there"
+    except OSError:
+        return ""
 
 
 def _reserve(folder: Path, num_bytes: int) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dpo.base.files import naming
 from dpo.board.sink import Answer, Sink
 from dpo.config import Config
 
@@ -15,17 +16,20 @@ class MetricsWriter:
     """Appends to a run's metrics.jsonl, on rank 0 alone, and calls each of the run's sinks (`dpo.board.sink`)."""
 
     def __init__(self, run_dir: Path, sinks: Sequence[Sink]):
+        self.run_dir = run_dir
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.sinks = sinks
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a line of metrics.jsonl, `{"step": step, name: metric, ...}`, and a point in the chart of each metric.
 
-        Raises ValueError where a metric is not finite: JSON cannot hold it.
+        Raises ValueError where a metric is not finite: JSON cannot hold it. Raises OSError, with the name of the
+        folder, where the disk is full.
         """
-        print(json.dumps({"step": step, **metrics}, allow_nan=False), file=self.file, flush=True)
-        for sink in self.sinks:
-            sink.metrics(step, metrics)
+        with naming(self.run_dir):
+            print(json.dumps({"step": step, **metrics}, allow_nan=False), file=self.file, flush=True)
+            for sink in self.sinks:
+                sink.metrics(step, metrics)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """Shows the distribution of the values whose mean is the metric `name`, after `step` steps."""
@@ -49,7 +53,8 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Waits until all lines of metrics.jsonl are on the disk (fsync)."""
-        os.fsync(self.file.fileno())
+        with naming(self.run_dir):
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Closes metrics.jsonl and all sinks."""

@@ -29,7 +29,7 @@ from dpo.base.command import line_of
 from dpo.base.console import say
 from dpo.base.errors import RunError, UserError
 from dpo.base.files import remove_folder
-from dpo.base.space import find_shortage
+from dpo.base.space import describe_full, find_shortage
 from dpo.distributed.collectives import on_main
 from dpo.distributed.copies import fill_copies
 from dpo.distributed.failures import storage_errors
@@ -102,7 +102,7 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
             before_commit()
             _commit(draft, target, state, shelf.keep)
         except OSError as failure:  # names the path: this is reported many steps later
-            raise RunError(f"{target}: {line_of(failure)}") from failure
+            raise RunError(describe_full(failure, target) or f"{target}: {line_of(failure)}") from failure
 
     on_main(world, commit, group)
 

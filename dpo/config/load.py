@@ -30,7 +30,6 @@ from dpo.config.keys import KEYS, SECTIONS
 from dpo.config.reading import (
     Given,
     describe,
-    example,
     options_of_file,
     options_of_texts,
     required_keys,

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from dpo.base.errors import UserError
 from dpo.base.snapshots import offline
-from dpo.base.space import FULL
+from dpo.base.space import CAUSES, free_room
 from dpo.config import SourceConfig
 from dpo.data.caching import cache_path, digest, file_hashes, first_line, load, quiet_progress
 from dpo.data.formats.json_rows import BEGINS, EMPTY_TEXTS, json_rows
@@ -214,9 +214,9 @@ def _cache_fault(failure: OSError) -> UserError | None:
     if failure.errno in NO_LOCKS:
         what = f"{cache}: files cannot be locked there: {failure.strerror}"
         return UserError("HF_HOME", what, "a folder on a file system with locks, such as a local disk")
-    if failure.errno in FULL:  # arrow's error has no file name
-        room = "a folder with more room, or free space there"
-        return UserError("HF_HOME", f"cannot write to {cache}: {failure.strerror}", room)
+    if failure.errno in CAUSES:  # arrow's error has no file name
+        what = f"{CAUSES[failure.errno]}: cannot write to {cache}{free_room(cache)}"
+        return UserError("HF_HOME", what, "a folder with more room, or free space there")
     if place.is_relative_to(cache) or cache.is_relative_to(place):  # a file in the cache, or a parent to be made
         return UserError("HF_HOME", f"cannot write to {cache}: {failure.strerror}", "a folder to write in")
     return None

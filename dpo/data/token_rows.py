@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from dpo.base.console import progress
 from dpo.base.errors import InvalidValue, UserError
 from dpo.base.files import make_folder_atomically
 from dpo.base.workers import Report
@@ -119,11 +120,12 @@ def _write(path: Path, source: Source, reading: Reading, row: Tokenize, num: int
     features = datasets.Features(FEATURES | value_features(named_values(reading.names)))
     write = functools.partial(_write_part, rows, row, features)
     works = [functools.partial(write, f"{path}-{i:05d}.arrow", part) for i, part in enumerate(parts)]
-    with datasets.utils.tqdm(total=len(rows), unit=" rows", desc=f"Tokenizing {Path(source.path).name}") as bar:
+    label, is_shown = f"tokenizing {Path(source.path).name}", datasets.utils.is_progress_bar_enabled()
+    with progress(label, len(rows), "rows", is_shown) as bar:
         if num == 1:
-            works[0](bar.update)
+            works[0](bar.advance)
         else:
-            tokenize_in_workers(works, bar.update)
+            tokenize_in_workers(works, bar.advance)
 
 
 def _write_part(

@@ -17,7 +17,6 @@ import os
 import re
 import resource
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo.base.command import exit_code_of, line_of, split_options, words_of
 from dpo.base.errors import RunError, UserError, one_line
-from dpo.base.units import shown_bytes
+from dpo.base.space import CAUSES, free_room
 from dpo.machine.data_sheets import GIB, find_sheet
 
 
@@ -62,20 +61,16 @@ def storage_errors(folder: Path) -> Iterator[None]:
         yield
     except CheckpointException as failure:
         rank, (reason, _) = next(iter(failure.failures.items()))
-        text = f"{type(reason).__name__}: {reason}"
-        if _FULL.search(text):
-            text = f"the disk is full, or a quota is used up ({text})"
-        raise RunError(f"{folder}: rank {rank}: {text}{_room(folder.parent)}") from failure
+        cause, room = _full_cause(reason), free_room(folder.parent)
+        full = f"{cause}: rank {rank} cannot write {folder}{room}"
+        raise RunError(full if cause else f"{folder}: rank {rank}: {line_of(reason)}{room}") from failure
 
 
-def _room(folder: Path) -> str:
-    """Returns the free space of a folder as a clause; nothing where the file system does not answer, since every rank
-    must raise the same error.
-    """
-    try:
-        return f"; {shown_bytes(shutil.disk_usage(folder).free)} are free there"
-    except OSError:
-        return ""
+def _full_cause(failure: BaseException) -> str | None:
+    """Returns whether the disk or a quota was full where a write failed; None for another failure."""
+    if isinstance(failure, OSError):
+        return CAUSES.get(failure.errno or 0)
+    return " or ".join(CAUSES.values()) if _FULL.search(str(failure)) else None
 
 
 _FULL = re.compile(r"inline_container\.cc.*(unexpected pos|file write failed)")

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from dpo.base.command import exit_code_of, line_of, obey_quiet, tell_error, tell_stop
-from dpo.base.console import say, warn
+from dpo.base.console import log_traceback, say, warn
 from dpo.base.errors import Preempted, RunError, UserError
 from dpo.base.status import write_status
 from dpo.config import with_place
@@ -79,8 +79,10 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
         return exit_code_of(stop)
     except Exception as failure:
         line = met_alone(failure)
-        record_failure(failure, line or traceback.format_exc())
+        details = traceback.format_exc()
+        record_failure(failure, line or details)
         if line is None:
+            log_traceback(details)
             raise
         tell_error(line)  # without waiting for other ranks
         return exit_code_of(failure)

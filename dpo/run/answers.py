@@ -137,6 +137,13 @@ def keep_answers(book: AnswerBook, step: int, texts: Sequence[str]) -> list[Answ
     return answers
 
 
+def read_answers(book: AnswerBook, step: int) -> list[Answer]:
+    """Returns the answers that `keep_answers` wrote after `step` steps; none where it wrote none."""
+    path = _file(book.folder, step)
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # not at a text's own U+2028
+    return [Answer(**json.loads(line)) for line in lines]
+
+
 def _file(folder: Path, step: int) -> Path:
     return folder / f"step-{step:06d}.jsonl"
 

@@ -58,6 +58,10 @@ class Sizes:
         last = max(self.checkpoint, self.export) if self.is_replaced else self.export
         return self.num_new(present) * self.checkpoint + last
 
+    def least_bytes(self, present: int) -> int:
+        """Returns the bytes without which the run cannot save a checkpoint and export the model."""
+        return min(self.disk_bytes(present), self.checkpoint + self.export)
+
 
 def disk_words(sizes: Sizes, present: int) -> str:
     """Returns the parts of `Sizes.disk_bytes` in words, with the key from which their number follows."""

@@ -2,6 +2,7 @@
 
 config.yaml       the resolved config of the last start
 provenance.json   code, hosts and layout of each start, a list
+log.txt           everything that rank 0 says, of all starts, with time stamps
 metrics.jsonl     the metrics of each step and evaluation, one line each
 tensorboard/      the same as charts, with histograms and texts
 answers/          answers of reference and policy to a few evaluation prompts
@@ -21,7 +22,7 @@ from dpo.base.files import write_atomically
 
 CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "metrics.jsonl", "tensorboard"
 ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
-EVALUATIONS, REPORT = "eval", "report.html"
+EVALUATIONS, REPORT, LOG = "eval", "report.html", "log.txt"
 
 LAST_STEPS = 10
 """Steps over which a training metric is averaged where it is shown as a single number: single steps vary much."""

@@ -29,6 +29,7 @@ from dpo.run.files import (
     EVALUATIONS,
     FINAL,
     JOBS,
+    LOG,
     METRICS,
     PROVENANCE,
     TENSORBOARD,
@@ -61,7 +62,7 @@ def find_start(config: Config) -> Start:
     _check_writable(run_dir)
     resume = config.checkpoint.resume
     if resume == "never":
-        if run_dir.exists() and any(path.name != JOBS for path in run_dir.iterdir()):
+        if run_dir.exists() and any(path.name not in (JOBS, LOG) for path in run_dir.iterdir()):
             raise UserError("train.run_dir", f"{run_dir} is not empty", f"a new folder, or {KEY} auto")
         return Start()
     checkpoint = newest_checkpoint(run_dir) if resume == "auto" else _named_checkpoint(Path(resume), run_dir)

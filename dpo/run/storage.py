@@ -1,7 +1,8 @@
 """Checks a run's folders before its weights are read: shared by all nodes, and with room for the files of the run.
 
 check_folders   before the data is read    all nodes see train.run_dir and reference.cache_dir
-check_space     when the steps are known   checkpoints and exported model fit in train.run_dir, quotas included
+check_space     when the steps are known   checkpoints and exported model fit in train.run_dir: a warning where not all
+                                           do; an error where one checkpoint and the model do not, or over a quota
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import datasets
 
-from dpo.base.console import say
+from dpo.base.console import say, warn
 from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing
 from dpo.base.space import find_shortage
@@ -23,7 +24,7 @@ from dpo.distributed.collectives import on_main
 from dpo.distributed.shared import find_unseen
 from dpo.distributed.world import World
 from dpo.ref_logps.cache import cache_root
-from dpo.run.disk import disk_words, saves_after, sizes_of
+from dpo.run.disk import Sizes, disk_words, saves_after, sizes_of
 from dpo.run.files import FINAL
 from dpo.run.folder import Start
 from dpo.run.home import caches_of_run, describe_small_home
@@ -82,7 +83,8 @@ def _check(folders: Mapping[str, Path], world: World) -> None:
 
 
 def check_space(config: Config, start: Start, inputs: Inputs, world: World) -> None:
-    """Checks that the files fit that the run will still write to its folder; rank 0 also tells of a small home folder.
+    """Checks that the files fit that the run will still write to its folder, and warns where not all of them do; rank 0
+    also tells of a small home folder.
 
     Every rank must get here, or the rest hang.
 
@@ -93,7 +95,8 @@ def check_space(config: Config, start: Start, inputs: Inputs, world: World) -> N
         world: all ranks.
 
     Raises:
-        UserError: on every rank, where they do not fit on the disk, or a quota does not allow them.
+        UserError: on every rank, where a checkpoint and the exported model do not fit on the disk, or a quota does not
+            allow all files.
     """
     on_main(world, lambda: _check_space(config, start, inputs))
 
@@ -103,14 +106,37 @@ def _check_space(config: Config, start: Start, inputs: Inputs) -> None:
     present = len(checkpoints_until(run_dir, start.step))
     sizes = sizes_of(config, inputs.model.config, inputs.last_step)
     sizes = replace(sizes, num_saves=present + saves_after(config, start.step, inputs.last_step))
-    needed = sizes.disk_bytes(present)
-    shortage = find_shortage(run_dir, needed - _bytes_of([*drafts_of(run_dir), draft_of(run_dir / FINAL)]))
+    removed = _bytes_of([*drafts_of(run_dir), draft_of(run_dir / FINAL)])
+    shortage = _check_room(run_dir, sizes, present, removed)
     if shortage:
-        what = f"the run needs {shown_bytes(needed)} in {run_dir}, {disk_words(sizes, present)}; {shortage.room}"
-        raise UserError(RUN_DIR, what, "a folder with more room, a smaller checkpoint.keep")
+        warn(shortage)
     small_home = describe_small_home(caches_of_run(), sizes.num_parameters)
     if small_home:
         say(small_home)
+
+
+def _check_room(run_dir: Path, sizes: Sizes, present: int, removed: int) -> str | None:
+    """Returns a warning where not all files of the run fit in its folder; None where they do.
+
+    Args:
+        run_dir: the run folder.
+        sizes: the sizes of the run's files.
+        present: checkpoints that are there.
+        removed: bytes of files that the run will remove before it writes.
+
+    Raises:
+        UserError: a checkpoint and the exported model do not fit, or a quota does not allow all files.
+    """
+    needed, least = sizes.disk_bytes(present), sizes.least_bytes(present)
+    shortage = find_shortage(run_dir, needed - removed)
+    if shortage is None:
+        return None
+    what = f"the run needs {shown_bytes(needed)} in {run_dir}, {disk_words(sizes, present)}; {shortage.room}"
+    if shortage.is_quota or find_shortage(run_dir, least - removed):
+        alone = f", and one checkpoint with the exported model takes {shown_bytes(least)}"
+        what += "" if shortage.is_quota else alone
+        raise UserError(RUN_DIR, what, "a folder with more room, a smaller checkpoint.keep")
+    return f"{RUN_DIR}: {what}: the disk will be full before the run ends; free some, or lower checkpoint.keep"
 
 
 def _bytes_of(folders: list[Path]) -> int:

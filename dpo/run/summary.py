@@ -1,5 +1,6 @@
 """The terminal output of a run: a table at the start, and a line per logged step and evaluation."""
 
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -35,33 +36,46 @@ def step_line(step: int, last_step: int, metrics: Mapping[str, float], seconds_l
         seconds_left: estimated seconds to the end of the run.
     """
     digits = len(str(last_step))
-    parts = [f"step {step:>{digits}}/{last_step}", *_outcome(metrics, "train"), f"eta {clock(seconds_left)}"]
-    speed = metrics["train/pairs_per_second"]
-    parts.append(f"{speed:,.0f} pairs/s" if speed >= 100 else f"{speed:.3g} pairs/s")
-    parts += [f"grad {metrics['train/grad_norm']:.2g}", f"lr {metrics['train/lr']:.2g}"]
+    parts = [f"step {step:>{digits}}/{last_step}", *_outcome(metrics, "train")]
+    parts += [f"lr {_short(metrics['train/lr'])}", f"grad {_short(metrics['train/grad_norm'])}"]
+    parts += [f"eta {remaining(seconds_left)}", f"{_short(metrics['train/pairs_per_second'], 3)} pairs/s"]
     return fitting(parts)
 
 
-def evaluation_line(step: int, last_step: int, metrics: Mapping[str, float]) -> str:
+def evaluation_line(step: int, last_step: int, metrics: Mapping[str, float], is_reference: bool = False) -> str:
     """Returns the line of an evaluation, in at most COLUMNS columns.
 
     Args:
         step: updates made before the evaluation.
         last_step: the number of steps of the whole run.
         metrics: the metrics of the evaluation, named `eval/...`.
+        is_reference: whether the policy is still its reference: all margins are 0, and no pair counts as accurate.
     """
     digits = len(str(last_step))
-    pairs = f"{metrics['eval/pairs']:,} pairs"
-    return fitting([f"eval {step:>{digits}}/{last_step}", *_outcome(metrics, "eval"), pairs])
+    head, pairs = f"eval {step:>{digits}}/{last_step}", f"{metrics['eval/pairs']:,} pairs"
+    if is_reference:
+        return fitting([head, _loss(metrics, "eval"), "the policy is the reference: all margins are 0", pairs])
+    return fitting([head, *_outcome(metrics, "eval"), pairs])
 
 
 def _outcome(metrics: Mapping[str, float], group: str) -> list[str]:
     """Returns the loss, and where the loss has rewards the accuracy and margin."""
-    parts = [f"loss {metrics[f'{group}/loss']:.4f}"]
+    parts = [_loss(metrics, group)]
     if f"{group}/rewards/margins" in metrics:
         parts.append(f"acc {metrics[f'{group}/rewards/accuracies']:z.3f}")
         parts.append(f"margin {metrics[f'{group}/rewards/margins']:z.3f}")
     return parts
+
+
+def _loss(metrics: Mapping[str, float], group: str) -> str:
+    return f"loss {metrics[f'{group}/loss']:.4f}"
+
+
+def _short(number: float, digits: int = 2) -> str:
+    """Returns a number with so many significant digits: 7.9e-07 as 7.9e-7, and 100 to 99,999 as an integer."""
+    if 100 <= abs(number) < 99_999.5:
+        return f"{number:.0f}"
+    return re.sub(r"e-0", "e-", f"{number:.{digits}g}")
 
 
 def fitting(parts: Sequence[str]) -> str:
@@ -74,12 +88,13 @@ def fitting(parts: Sequence[str]) -> str:
     return line
 
 
-def clock(seconds: float) -> str:
-    """Returns a duration as h:mm:ss, from one day on as 1d h:mm:ss."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    return f"{f'{days}d ' if days else ''}{hour}:{minute:02}:{second:02}"
+def remaining(seconds: float) -> str:
+    """Returns a duration in its two largest units: 45s, 12m33s, 3h05m, 2d01h."""
+    for unit, name, part, part_name in ((86_400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        whole, rest = divmod(round(seconds / part), unit // part)
+        if whole:
+            return f"{whole}{name}{rest:02}{part_name}"
+    return f"{round(seconds)}s"
 
 
 # --- at the start ----------------------------------------------------------------------------------------------------
@@ -97,7 +112,8 @@ def start_lines(run: Run, deviation: Deviation | None) -> list[str]:
             ("steps", _steps(run)),
             ("ranks", _ranks(run)),
             ("memory", _memory(run)),
-            ("run", f"{run.dir}; charts: tensorboard --logdir {run.dir}"),
+            ("run", str(run.dir)),
+            ("charts", f"tensorboard --logdir {run.dir}"),
         ]
     )
 
@@ -121,9 +137,7 @@ def _name(dtype: torch.dtype) -> str:
 def _reference(run: Run) -> str:
     if run.reference_pass is None:
         return "none: the loss has no reference"
-    which = run.config.reference.path or "the model before training"
-    computed, reused = run.reference_pass.rows_computed, run.reference_pass.rows_reused
-    return f"{which}: {computed + reused:,} log-probabilities, {reused:,} of them from the cache"
+    return run.config.reference.path or "the model before training"
 
 
 def _steps(run: Run) -> str:
@@ -238,4 +252,4 @@ def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluati
         writer.histogram("eval/rewards/margins", result.margins, step)
     if answers:
         writer.answers(step, answers)
-    say(evaluation_line(step, run.inputs.last_step, metrics))
+    say(evaluation_line(step, run.inputs.last_step, metrics, step == 0 and run.begins_at_reference))

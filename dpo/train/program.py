@@ -4,6 +4,7 @@ Without torchrun, `python -m dpo.train` runs on one rank. The code has three lev
 over steps, `dpo/run/loop.py`; one step, `dpo/step/update.py`.
 """
 
+from dpo.base.console import begin_log
 from dpo.config import Config
 from dpo.distributed.failures import remembered_need
 from dpo.distributed.preemption import listen_for_stop
@@ -13,7 +14,7 @@ from dpo.report.program import report_at_end
 from dpo.run.closing import conclude
 from dpo.run.inputs import read_inputs
 from dpo.run.loop import train
-from dpo.run.outputs import export_run, open_outputs
+from dpo.run.outputs import export_run, open_outputs, write_log
 from dpo.run.setup import build_run
 from dpo.run.start import check_first_step, find_start_together, is_done
 from dpo.run.storage import check_folders, check_space
@@ -29,6 +30,7 @@ def run_training(config: Config) -> None:
     Raises UserError before the first step where any input is wrong, and Preempted where a rank is asked to stop.
     """
     parallel = config.parallel
+    begin_log()
     with (
         listen_for_stop() as stop_requested,
         open_world(parallel.setup_timeout_seconds, parallel.replicate) as world,
@@ -39,6 +41,7 @@ def run_training(config: Config) -> None:
         if is_done(config, start, inputs, world):
             return
         check_space(config, start, inputs, world)
+        write_log(config, world)
         start_devices(world, config.parallel.timeout_seconds)
         config, need = decide_parallel(config, start, inputs, world)
         with remembered_need(need):

@@ -67,7 +67,7 @@ def test_one_failure_leaves_the_next_checkpoints_whole(
 ) -> None:
     """The first checkpoint of a run fails; the next two, the second of which uses kept plans, are whole."""
     fail_once(monkeypatch, name)
-    assert "No space left on device" in save(tmp_path, 1, world)
+    assert "the disk is full" in save(tmp_path, 1, world)
     assert [save(tmp_path, step, world) for step in (2, 3)] == ["", ""]
     assert "failing" in SavePlanner._cached_all_plans
 
@@ -83,7 +83,7 @@ def test_a_draft_that_cannot_be_removed_hides_no_failure(
 
     with monkeypatch.context() as patch:
         patch.setattr(store, "remove_folder", stale)
-        assert "No space left on device" in save(tmp_path, 1, world)
+        assert "the disk is full" in save(tmp_path, 1, world)
     assert save(tmp_path, 2, world) == ""
 
 

@@ -88,8 +88,10 @@ def take(folder: Path, num_bytes: int) -> None:
 
 @pytest.mark.parametrize("keep", [2, None])
 def test_a_run_that_will_not_fit_is_one_line_before_step_1(root: Path, disk: Path, keep: int | None) -> None:
-    """Three checkpoints of 16.2 MiB, two of them kept or all three, and the export's 16.2 MiB: on 40 of 60 MiB."""
-    take(disk, 20 * MIB)
+    """Three checkpoints of 16.2 MiB, two of them kept or all three, and the export's 16.2 MiB: on 30 of 60 MiB, where
+    one of them and the export do not fit either.
+    """
+    take(disk, 30 * MIB)
     (disk.parent / "run.yaml").write_text(to_yaml(make(root, disk, checkpoint__keep=keep)))
     command = [sys.executable, "-m", "dpo.train", "--config", str(disk.parent / "run.yaml")]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -101,18 +103,48 @@ def test_a_run_that_will_not_fit_is_one_line_before_step_1(root: Path, disk: Pat
         None: "64.9 MiB in {}, 3 checkpoints of 16.2 MiB (checkpoint.keep null, which keeps all) and 16.2 MiB for the "
         "export of the model",
     }
-    assert f"train.run_dir: the run needs {parts[keep].format(disk / 'run')}; 40.0 MiB are free there; valid: " in error
+    assert f"train.run_dir: the run needs {parts[keep].format(disk / 'run')}; 30.0 MiB are free there, and " in error
+    assert "and one checkpoint with the exported model takes 32.4 MiB; valid: " in error
     assert error.endswith("valid: a folder with more room, a smaller checkpoint.keep")
     assert [path.name for path in disk.iterdir()] == ["other"]
 
 
-def test_a_run_that_fits_exactly_trains(root: Path, disk: Path) -> None:
+def test_a_run_that_fits_exactly_trains(root: Path, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two checkpoints for a while: 34 MiB with what torch and the metrics add, of 35."""
     take(disk, 25 * MIB)
     assert len(train_lines(run(make(root, disk)))) == 6
+    assert "WARNING: train.run_dir" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("room, code", [(40, 2), (50, 0)])
+def test_a_run_that_fits_in_part_is_warned(root: Path, disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On 40 MiB one checkpoint and the export fit, the kept two and a third do not: told before step 1. The third is
+    the last, so the run has no model.
+    """
+    take(disk, 20 * MIB)
+    assert exit_code(make(root, disk, checkpoint__keep=2)) == 1
+    lines = capsys.readouterr().err.splitlines()
+    (warning,) = [line for line in lines if line.startswith("WARNING: train.run_dir: the run needs 48.7 MiB in ")]
+    assert "; 40.0 MiB are free there: the disk will be full before the run ends; " in warning
+    assert lines.index(warning) < next(number for number, line in enumerate(lines) if line.startswith("step 1/6"))
+    assert len(train_lines(disk / "run")) == 6
+
+
+def test_a_quota_under_the_whole_need_is_refused(
+    root: Path, disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """40 MiB of a quota, where one checkpoint and the export would fit."""
+
+    def over_quota(descriptor: int, num_bytes: int) -> None:
+        if num_bytes > 40 * MIB:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(space, "_fallocate", over_quota)
+    assert exit_code(make(root, disk, checkpoint__keep=2)) == 2
+    (error,) = error_lines(capsys.readouterr().err)
+    assert "60.0 MiB are free there, but a quota of the user, the group or the folder allows less; valid: " in error
+
+
+@pytest.mark.parametrize("room, code", [(30, 2), (50, 0)])
 def test_without_fallocate_the_free_space_decides(
     root: Path, disk: Path, capsys: pytest.CaptureFixture[str], room: int, code: int
 ) -> None:
@@ -217,7 +249,7 @@ def test_a_shortage_that_is_met_in_the_middle_of_a_file_is_told_as_one(
         shelf = Shelf(disk, None, "full", world, dist.group.WORLD)
         tensors = {"weight": torch.zeros(CHECKPOINT // 4)}
         before = free(disk)
-        with pytest.raises(RunError, match=r"step-000001\.tmp: rank 0: .*(the disk is full|No space left on device)"):
+        with pytest.raises(RunError, match=r"^the disk is full.*: rank 0 cannot write .*step-000001\.tmp: "):
             write_checkpoint(shelf, RunState(1, {}), tensors, lambda: None)
         assert free(disk) >= before - 4 * 4096  # of folders
         (disk / "other").unlink()
@@ -242,8 +274,8 @@ def test_a_model_that_does_not_fit(
     monkeypatch.setattr(exporting, "find_shortage", find if seen else lambda *_: None)
     assert exit_code(config) == 1
     (error,) = error_lines(capsys.readouterr().err)
-    expected = f"does not fit in {disk / 'run'}: 6.0 MiB are free there" if seen else "No space left on device"
-    assert expected in error
+    expected = f"does not fit in {disk / 'run'}: 6.0 MiB are free there" if seen else "cannot write "
+    assert error.startswith("error: the disk is full: ") and expected in error
     monkeypatch.undo()
     (disk / "other").unlink()
     run(config)

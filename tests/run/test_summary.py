@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo.config import Config, OptimConfig
-from dpo.run.summary import COLUMNS, clock, evaluation_line, fitting, state_bytes, step_line, tell_warmup
+from dpo.run.summary import COLUMNS, evaluation_line, fitting, remaining, state_bytes, step_line, tell_warmup
 from tests.support.runs import changed, exit_code, make_config, run, save_six_steps, six_steps, train_lines
 
 FIGURES = {
@@ -21,11 +21,19 @@ FIGURES = {
 
 
 def test_a_step_in_one_line() -> None:
-    """With four digits of steps all of it fits."""
-    shown = "step  120/2514  loss 0.6512  acc 0.641  margin 0.132  eta 0:12:33  412 pairs/s  grad 3.4  lr 7.9e-07"
+    shown = "step  120/2514  loss 0.6512  acc 0.641  margin 0.132  lr 7.9e-7  grad 3.4  eta 12m33s  412 pairs/s"
     assert step_line(120, 2514, FIGURES, 753.4) == shown
-    assert "  1,094 pairs/s" in step_line(120, 2514, FIGURES | {"train/pairs_per_second": 1093.7}, 753.4)
+    assert "  1094 pairs/s" in step_line(120, 2514, FIGURES | {"train/pairs_per_second": 1093.7}, 753.4)
     assert "  8.78 pairs/s" in step_line(120, 2514, FIGURES | {"train/pairs_per_second": 8.777}, 753.4)
+    assert "  grad 341  " in step_line(120, 2514, FIGURES | {"train/grad_norm": 341.2}, 753.4)
+
+
+@pytest.mark.parametrize("last_step", [999, 1_000, 9_999, 99_999])
+def test_nothing_falls_off_a_long_run(last_step: int) -> None:
+    """Days of steps, with a margin below 0 and a gradient norm of two digits."""
+    figures = FIGURES | {"train/rewards/margins": -1.132, "train/grad_norm": 12.7, "train/pairs_per_second": 41.2}
+    line = step_line(last_step, last_step, figures, 176_400)
+    assert len(line) <= COLUMNS and line.endswith("  lr 7.9e-7  grad 13  eta 2d01h  41.2 pairs/s")
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1.0, 1e3, 1e9, -1e9])
@@ -50,10 +58,27 @@ def test_the_last_parts_go_first() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3725, "1:02:05"), (2 * 86400 + 3600, "2d 1:00:00")]
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (45.2, "45s"),
+        (59.6, "1m00s"),
+        (753, "12m33s"),
+        (3725, "1h02m"),
+        (176_400, "2d01h"),
+    ],
 )
-def test_clock(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+def test_the_time_that_is_left(seconds: float, text: str) -> None:
+    """In two units, rounded to the smaller one, also up to the next larger unit."""
+    assert remaining(seconds) == text
+
+
+def test_before_training_no_accuracy_looks_like_a_failure() -> None:
+    """Margins of 0 are no preference, which counts as wrong: 0.000 says nothing of the model."""
+    metrics = {"eval/loss": 0.69314, "eval/rewards/accuracies": 0.0, "eval/rewards/margins": 0.0, "eval/pairs": 600}
+    shown = "eval   0/150  loss 0.6931  the policy is the reference: all margins are 0  600 pairs"
+    assert evaluation_line(0, 150, metrics, is_reference=True) == shown
+    assert "acc 0.000  margin 0.000" in evaluation_line(50, 150, metrics)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +147,11 @@ def test_a_run_tells_what_it_is(config: Config, capsys: pytest.CaptureFixture[st
     table = dict(line.split(maxsplit=1) for line in lines if not line.startswith(("step", "eval", "  ")))
     assert "21,728 parameters in float32, computes in float32" in table["model"]
     assert table["memory"].startswith("0.2 MiB per rank")
-    assert "20 log-probabilities" in table["reference"]
+    assert table["reference"] == "the model before training"
+    told = [line for line in lines if "log-probabilities" in line]
+    assert len(told) == 1 and told[0].startswith("reference: 20 log-probabilities computed, 0 from the cache ")
+    assert table["charts"] == f"tensorboard --logdir {config.train.run_dir}"
+    assert [line[:8] for line in lines if "the policy is the reference: all margins are 0" in line] == ["eval 0/6"]
     assert any(re.match(r"steps +6, each of 4 pairs in about ", line) for line in lines)
     shown = [line.split()[1] for line in lines if line.startswith(("step ", "eval "))]
     assert shown == ["0/6", "1/6", "3/6", "4/6", "6/6", "6/6"]
