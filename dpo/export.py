@@ -8,6 +8,7 @@ and each rank loads and writes its shards.
 
 import argparse
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from dpo.base.command import Parser, parse_arguments
@@ -23,6 +24,7 @@ from dpo.distributed.world import make_mesh
 from dpo.model.build import build_policy
 from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
+from dpo.run.card import model_card
 
 # --- the program -----------------------------------------------------------------------------------------------------
 
@@ -41,14 +43,14 @@ def main() -> None:
     if args.dtype:
         config = replace(config, checkpoint=replace(config.checkpoint, export_dtype=args.dtype))
     with open_world(config.parallel.setup_timeout_seconds) as world:
-        on_main(world, lambda: _check(args.checkpoint, args.out))
+        step = on_main(world, lambda: _check(args.checkpoint, args.out))
         folder = find_model(config.model.path, "model.path", world)
         model_config = together(lambda: read_model_config(folder, config.model.trust_remote_code))
         start_devices(world, config.parallel.timeout_seconds)
         mesh = make_mesh(world, replace(config.parallel, shard=None, replicate=1))
         policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
         load_model(args.checkpoint, policy.model)
-        export(policy, folder, args.out, config, world)
+        export(policy, folder, args.out, config, world, partial(model_card, config, step, folder))
         if world.is_main:
             say(f"the model is in {args.out}")
 
@@ -56,16 +58,20 @@ def main() -> None:
 def _config_of(checkpoint: Path) -> Config:
     if not checkpoint.is_dir():
         raise UserError("command line: --checkpoint", f"no such folder: {checkpoint}", "RUN/checkpoints/step-000100")
-    path = checkpoint.resolve().parent.parent / "config.yaml"
+    run_dir = checkpoint.resolve().parent.parent
+    path = run_dir / "config.yaml"
     if not path.is_file():
         raise UserError("command line: --checkpoint", f"{path} is missing", "a checkpoint that lies in its run folder")
-    return load_config(["--config", str(path)], "dpo.export")
+    config = load_config(["--config", str(path)], "dpo.export")
+    return replace(config, train=replace(config.train, run_dir=str(run_dir)))  # it may have been moved
 
 
-def _check(checkpoint: Path, out: Path) -> None:
-    read_state(checkpoint, "command line: --checkpoint")
+def _check(checkpoint: Path, out: Path) -> int:
+    """Returns the step of a complete checkpoint. Raises UserError where it is not complete, or `out` is not empty."""
+    step = read_state(checkpoint, "command line: --checkpoint").step
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("command line: --out", f"{out} is not empty", "a new or an empty folder")
+    return step
 
 
 if __name__ == "__main__":

@@ -82,6 +82,8 @@ SLOW: Sequence[str] = (
     "ref_logps/test_blocks.py",
     "ref_logps/test_reference.py",
     "run/test_answers.py",
+    "run/test_card.py::test_damaged",
+    "run/test_card.py::test_final",
     "run/test_disk.py",
     "run/test_folder.py",
     "run/test_profiling.py",

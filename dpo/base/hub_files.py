@@ -55,7 +55,12 @@ def model_companions(names: Sequence[str]) -> list[str]:
     config, its own code and its licence; see `tokenizer_companions`.
     """
     beside = [name for name in config_files(names, None) if name != CONFIG_FILE]
-    return [*beside, *(name for name in names if _LICENCE.fullmatch(name))]
+    return [*beside, *licence_files(names)]
+
+
+def licence_files(names: Sequence[str]) -> list[str]:
+    """Returns the files that hold a licence or its notices."""
+    return [name for name in names if _LICENCE.fullmatch(name)]
 
 
 def tokenizer_companions(names: Sequence[str]) -> list[str]:

@@ -185,7 +185,7 @@ def find_code(folder: Path) -> None:
     """
     for reference in _references(folder):
         owner, _, name = reference.rpartition("--")
-        repository, module = owner or _repository_of(folder), f"{name.partition('.')[0]}.py"
+        repository, module = owner or repository_of(folder), f"{name.partition('.')[0]}.py"
         if repository is not None:
             find_snapshot(repository, Need(config_files, functools.partial(_absent, module)))
 
@@ -206,7 +206,7 @@ def _references(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def _repository_of(folder: Path) -> str | None:
+def repository_of(folder: Path) -> str | None:
     """Returns the id of the hub repository whose snapshot a folder is; None for another folder."""
     if len(folder.parts) < 3 or folder.parent.name != "snapshots":
         return None

@@ -1,7 +1,7 @@
 """Writes a trained policy as a model folder that transformers loads."""
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,8 +20,11 @@ from dpo.model.policy import Policy
 from dpo.model.weights import save_tensors
 
 
-def export(policy: Policy, model_folder: Path, out: Path, config: Config, world: World) -> None:
-    """Writes weights, config, tokenizer, chat template, generation config, own code and licence to the folder `out`.
+def export(
+    policy: Policy, model_folder: Path, out: Path, config: Config, world: World, card: Callable[[Path], str]
+) -> None:
+    """Writes weights, config, tokenizer, chat template, generation config, own code, licence and a model card to the
+    folder `out`.
 
     The folder gets its name when it is complete. Every rank must get here, or the rest hang.
 
@@ -31,6 +34,7 @@ def export(policy: Policy, model_folder: Path, out: Path, config: Config, world:
         out: the new folder; an existing one is replaced.
         config: gives `checkpoint.export_dtype` (see `export_dtype.export_dtype`) and the tokenizer.
         world: all ranks.
+        card: returns the text of the model card, README.md, given the folder with all other files; empty: no card.
 
     Raises:
         RunError: on every rank, where the model does not fit on the disk, or a rank cannot write.
@@ -43,6 +47,9 @@ def export(policy: Policy, model_folder: Path, out: Path, config: Config, world:
 
     def complete() -> None:
         write_companions(draft, model_folder, config, policy.model, dtype)
+        text = card(draft)
+        if text:
+            (draft / "README.md").write_text(text, encoding="utf-8")
         remove_folder(out, f".{uuid.uuid4().hex}.draft")
         draft.replace(out)
 

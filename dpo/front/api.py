@@ -44,8 +44,8 @@ def _text(value: Any) -> str:
 def run_training(config: Config) -> Path:
     """Trains a model as `python -m dpo.train` does, and returns the folder of the model.
 
-    While it runs in the main thread, SIGUSR2 asks it to save and end. In another thread no signal does, since Python sets
-    handlers in the main thread alone.
+    While it runs in the main thread, SIGUSR2 asks it to save and end. In another thread no signal does, since Python
+    sets handlers in the main thread alone.
 
     Raises:
         UserError: the input is wrong; found before the first step.

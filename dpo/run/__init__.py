@@ -4,7 +4,7 @@ files.py       the names of the files of a run folder, and its metrics; without 
 evaluations.py  the values of single pairs at each evaluation, as files; without torch
 forecast.py    what a run needs of a cluster, as a file; without torch
 folder.py      decides from a run folder how a run starts, and prepares the folder
-provenance.py  versions and git commit of a start
+provenance.py  versions, git commit and data of a start
 agreement.py   checks that models and tokenizer agree on the ids of the data
 inputs.py      finds, checks and hashes all input
 disk.py        the bytes of checkpoints and exported model
@@ -20,5 +20,7 @@ watch.py       progress bar, profiler and warnings around the steps
 summary.py     the terminal output of a run, to its last step
 closing.py     the terminal output at the end of a run
 loop.py        all steps, with evaluations and checkpoints in between
+card_facts.py  reads the facts of a model card
+card.py        writes the model card of an exported model
 outputs.py     opens the run folder, metrics and checkpoints; exports the model
 """

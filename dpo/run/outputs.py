@@ -17,11 +17,12 @@ from dpo.config import Config
 from dpo.distributed.collectives import all_gather, on_main
 from dpo.distributed.world import World
 from dpo.run.answers import open_answers
+from dpo.run.card import model_card
 from dpo.run.evaluations import write_evaluation
 from dpo.run.files import FINAL, LOG, read_metrics
 from dpo.run.folder import open_run_folder
 from dpo.run.layout import layout_here
-from dpo.run.provenance import provenance
+from dpo.run.provenance import data_facts, provenance
 from dpo.run.setup import Run
 from dpo.step.evaluation import Evaluation
 
@@ -43,7 +44,7 @@ def open_outputs(run: Run) -> Iterator[tuple[MetricsWriter | None, Saver]]:
     or the rest hang.
     """
     hosts, layout = all_gather(socket.gethostname()), layout_here(run.config, run.world)
-    origin = provenance(hosts, run.inputs.last_step) | {"layout": layout}
+    origin = provenance(hosts, run.inputs.last_step) | {"layout": layout, "data": data_facts(run.inputs.data.report)}
     on_main(run.world, lambda: open_run_folder(run.config, run.start, origin))
     if run.answers:
         on_main(run.world, partial(open_answers, run.answers, run.start.step))
@@ -61,7 +62,8 @@ def _open_writer(run: Run) -> MetricsWriter:
 
 def export_run(run: Run) -> None:
     """Exports the trained model to `final/` in the run folder. Every rank must get here, or the rest hang."""
-    export(run.policy, run.inputs.model.folder, run.dir / FINAL, run.config, run.world)
+    base, step = run.inputs.model.folder, max(run.start.step, run.inputs.last_step)
+    export(run.policy, base, run.dir / FINAL, run.config, run.world, partial(model_card, run.config, step, base))
 
 
 def keep_pairs(run: Run, step: int, result: Evaluation) -> None:

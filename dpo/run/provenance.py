@@ -1,4 +1,4 @@
-"""The code that a start runs: versions of packages, and the git commit of this one."""
+"""The code and the data of a start: versions of packages, the git commit of this one, counts of pairs."""
 
 import json
 import platform
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo import DISTRIBUTION
+from dpo.data.report import DataReport
 
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers")
@@ -30,6 +31,24 @@ def provenance(hosts: Sequence[str], last_step: int) -> dict[str, Any]:
         "last_step": last_step,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def data_facts(report: DataReport) -> dict[str, Any]:
+    """Returns the counts of a run's data for `provenance.json`: of the training and evaluation pairs, and per source of
+    pairs kept, dropped by reason, and held out. A source that is no file or folder here is of the hub (`hub`).
+    """
+    sources = [
+        {
+            "key": source.key,
+            "path": source.path,
+            "hub": not Path(source.path).expanduser().exists(),
+            "pairs": source.pairs,
+            "dropped": source.dropped,
+            "held_out_pairs": source.held_out_pairs,
+        }
+        for source in report.sources
+    ]
+    return {"train_pairs": report.train_pairs, "eval_pairs": report.eval_pairs, "sources": sources}
 
 
 def git_state(folder: Path) -> dict[str, Any]:

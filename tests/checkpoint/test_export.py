@@ -159,7 +159,7 @@ def test_another_tokenizer_is_the_one_exported(config: Config, tmp_path: Path) -
 def test_no_tokenizer_and_no_generation_config(config: Config, tmp_path: Path) -> None:
     (tmp_path / "model" / "generation_config.json").unlink()
     final = run(config) / "final"
-    assert sorted(path.name for path in final.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in final.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_a_tokenizer_of_no_use_does_not_cost_the_model(

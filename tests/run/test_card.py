@@ -1,0 +1,215 @@
+"""Model cards: read back by huggingface_hub, against the config and the files from which they are written."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from dpo import export
+from dpo.config import Config, LossConfig, OptimConfig
+from dpo.run.card import card_text, front_matter
+from dpo.run.card_facts import Base, CardFacts, Exported, read_base
+from tests.support.runs import changed, eval_lines, exit_code_of, make_config, run, save_six_steps, six_steps
+
+ORIGIN = {
+    "version": "9.8.7",
+    "commit": "abc123",
+    "dirty": True,
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "data": {
+        "train_pairs": 1754,
+        "eval_pairs": 40,
+        "sources": [
+            {
+                "key": "data.train[0]",
+                "path": "Anthropic/hh-rlhf",
+                "hub": True,
+                "pairs": 1794,
+                "dropped": {"empty": 4, "prompts_differ": 2},
+                "held_out_pairs": 40,
+            },
+            {
+                "key": "data.eval[0]",
+                "path": "/home/me/secret/pairs.jsonl",
+                "hub": False,
+                "pairs": 7,
+                "dropped": {},
+                "held_out_pairs": 0,
+            },
+        ],
+    },
+}
+METRICS = [
+    {"step": step, "eval/loss": loss, "eval/rewards/accuracies": accuracy, "eval/rewards/margins": margin}
+    for step, loss, accuracy, margin in ((0, 0.6931, 0.0, 0.0), (50, 0.61, 0.6, 0.2), (100, 0.5125, 0.75, 0.875))
+]
+HUB_BASE = Base("org/base", True, "org/base", {"license": "apache-2.0"})
+
+
+def facts_of(**changes: object) -> CardFacts:
+    """The facts of a run of 100 steps on a base of the hub, with changes of its config."""
+    config = make_config("org/base", "Anthropic/hh-rlhf", "runs/my-run", **changes)
+    return CardFacts(config, 100, HUB_BASE, Exported(True, False), ORIGIN, METRICS)
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """The rows of all tables of a card by their first cell."""
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    return {first: rest for first, *rest in cells}
+
+
+def test_the_hub_reads_its_keys() -> None:
+    card = ModelCard(card_text(facts_of()))
+    assert card.data.to_dict() == {
+        "base_model": "org/base",
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "datasets": ["Anthropic/hh-rlhf"],
+        "tags": ["dpo", "preference-optimization", "rlhf", "generated_from_trainer"],
+    }
+
+
+def test_the_text_tells_the_run() -> None:
+    text = card_text(facts_of(loss__beta=0.3, optim__lr=5e-7, optim__schedule="cosine", train__seed=7))
+    found = rows(text)
+    assert "# my-run\n" in text and "arxiv.org/abs/2305.18290" in text and "@inproceedings{rafailov2023direct" in text
+    assert found["base"] == ["[org/base](https://huggingface.co/org/base)"] and found["reference"] == ["the base"]
+    assert found["loss"] == ["dpo, beta 0.3"]
+    assert found["optimizer"] == ["rmsprop, learning rate 5e-07, warm-up over 150 steps, then cosine to 0 of it"]
+    assert found["steps"] == ["100, each of 64 pairs, seed 7"]
+    assert found["[Anthropic/hh-rlhf](https://huggingface.co/datasets/Anthropic/hh-rlhf)"] == [
+        *("training", "1,794", "4 empty, 2 prompts_differ", "40")
+    ]
+    assert "An epoch has 1,754 pairs; 40 pairs are evaluated." in text
+    assert (found["0"], found["100"]) == (["0.6931", "0.0000", "0.0000"], ["0.5125", "0.7500", "0.8750"])
+    assert "50" not in found
+    assert "dpo 9.8.7 (commit abc123, with changes), torch 2.13.0, transformers 5.23.0\n" in text
+
+
+def test_an_earlier_checkpoint_has_the_result_of_its_step() -> None:
+    found = rows(card_text(replace(facts_of(), step=99)))
+    assert found["steps"] == ["99, each of 64 pairs, seed 0"]
+    assert found["50"][0] == "0.6100" and "100" not in found
+
+
+def test_a_card_tells_no_path_of_the_machine() -> None:
+    facts = facts_of(reference__path="/home/me/secret/models/sft")
+    facts = replace(facts, config=changed(facts.config, model__path="/home/me/secret/models/sft"))
+    facts = replace(facts, base=Base("models/sft", False, None, {}))
+    text = card_text(facts)
+    assert "/home" not in text and "me/secret" not in text
+    assert rows(text)["base"] == rows(text)["reference"] == ["`models/sft`"]
+    assert rows(text)["`secret/pairs.jsonl`"] == ["evaluation", "7", "0", "0"]
+    assert not {"base_model", "base_model_relation", "license"} & set(front_matter(facts))
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    """A run of an older version, which counted no data, and one that evaluated nothing."""
+    text = card_text(replace(facts_of(), origin={}, metrics=[{"step": 1, "train/loss": 0.7}]))
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## Training", "## Use", "## Citation"]
+    assert "datasets" not in ModelCard(text).data.to_dict()
+
+
+@pytest.mark.parametrize(
+    ("loss", "words", "tag"),
+    [
+        (LossConfig("dpo", label_smoothing=0.1), "dpo, beta 0.1, label_smoothing 0.1", "dpo"),
+        (LossConfig("simpo", beta=2.0, gamma=1.5), "simpo, beta 2, gamma 1.5", "simpo"),
+        (LossConfig("ipo", length_normalized=True), "ipo, beta 0.1, length_normalized", "ipo"),
+        (LossConfig("sft"), "sft", "sft"),
+    ],
+)
+def test_losses(loss: LossConfig, words: str, tag: str) -> None:
+    facts = facts_of()
+    facts = replace(facts, config=replace(facts.config, loss=loss))
+    assert rows(card_text(facts))["loss"] == [words]
+    assert ("reference" in rows(card_text(facts))) is loss.facts.uses_reference
+    assert front_matter(facts)["tags"][0] == tag
+
+
+def test_schedules() -> None:
+    for optim, words in (
+        (OptimConfig(warmup_steps=0), "no warm-up, then constant"),
+        (OptimConfig(warmup_steps=0.1, schedule="linear", min_lr_ratio=0.2), "warm-up over 10% of the steps, then"),
+    ):
+        facts = facts_of()
+        facts = replace(facts, config=replace(facts.config, optim=optim))
+        assert words in rows(card_text(facts))["optimizer"][0]
+
+
+# --- the base --------------------------------------------------------------------------------------------------------
+
+
+def test_the_licence_of_the_base(tmp_path: Path) -> None:
+    """By its card; else by the text of its licence; else by the name of the file; else not at all."""
+    cases = {
+        "card": {"README.md": "---\nlicense: other\nlicense_name: x\n---\n# Base\n", "LICENSE": "MIT License"},
+        "apache": {"LICENSE": "                  Apache License\n            Version 2.0, January 2004", "NOTICE": "x"},
+        "mit": {"license.txt": "MIT License\n\nCopyright (c) 2023"},
+        "own": {"LICENSE.txt": "Community licence"},
+        "none": {"README.md": "---\n[\n---\n"},
+    }
+    for name, files in cases.items():
+        (tmp_path / name).mkdir()
+        for file, text in files.items():
+            (tmp_path / name / file).write_text(text)
+    found = {name: read_base("x", tmp_path / name).licence for name in cases}
+    assert found == {
+        "card": {"license": "other", "license_name": "x"},
+        "apache": {"license": "apache-2.0"},
+        "mit": {"license": "mit"},
+        "own": {"license": "other", "license_link": "LICENSE.txt"},
+        "none": {},
+    }
+
+
+def test_the_id_of_the_base(tmp_path: Path) -> None:
+    """A snapshot of the hub's cache; a folder of a run, whose card names the hub's model that it comes from."""
+    snapshot = tmp_path / "models--org--name" / "snapshots" / "0123"
+    tuned = tmp_path / "runs" / "sft"
+    for folder in (snapshot, tuned):
+        folder.mkdir(parents=True)
+    (tuned / "README.md").write_text("---\nbase_model: org/name\n---\n")
+    assert read_base("org/name", snapshot) == Base("org/name", True, "org/name", {})
+    assert read_base(str(tuned), tuned) == Base("runs/sft", False, "org/name", {})
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    save_six_steps(tmp_path)
+    return six_steps(tmp_path, tmp_path / "my-run", train__steps=2, train__eval_every=1)
+
+
+def test_final_has_a_card_of_its_own(config: Config, tmp_path: Path) -> None:
+    """Its numbers are those of metrics.jsonl and of the files; the card of the base is not copied over it."""
+    (tmp_path / "model" / "README.md").write_text("---\nlicense: mit\n---\nthe card of the base\n")
+    run_dir = run(config)
+    card = ModelCard.load(run_dir / "final" / "README.md")
+    assert "the card of the base" not in card.content
+    assert card.data.license == "mit" and card.data.base_model is None
+    first, *_, last = eval_lines(run_dir)
+    found = rows(card.text)
+    assert found["0"][0] == f"{first['eval/loss']:z.4f}" and found["2"][0] == f"{last['eval/loss']:z.4f}"
+    assert found["steps"] == ["2, each of 4 pairs, seed 0"]
+    assert "An epoch has 8 pairs; 2 pairs are evaluated." in card.text  # as `save_six_steps` writes them
+    [start] = json.loads((run_dir / "provenance.json").read_text())
+    assert [source["pairs"] for source in start["data"]["sources"]] == [8, 2]
+    assert str(tmp_path) not in card.content
+
+
+def test_damaged_metrics_cost_the_card_alone(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = run(config)
+    (run_dir / "metrics.jsonl").write_text("no metrics\n")
+    words = ("--checkpoint", str(run_dir / "checkpoints" / "step-000002"), "--out", str(run_dir / "again"))
+    assert exit_code_of(export.main, "dpo.export", *words) == 0
+    final, again = ({path.name for path in (run_dir / name).iterdir()} for name in ("final", "again"))
+    assert final - again == {"README.md"} and again < final
+    assert "WARNING: the exported model has no README.md: " in capsys.readouterr().err
