@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import shtab
 
 from dpo.base.command import Parser, parse_arguments, run_program
-from dpo.config.load import KEYS
+from dpo.config.keys import KEYS
 from dpo.front.configs import named_configs
 from dpo.front.names import COMMANDS, FLAGS, Command
 from dpo.front.ranks import add_ranks

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from dpo.base.console import say, visible
-from dpo.board.dashboard import Answer
+from dpo.board.sink import Answer
 from dpo.config import LossConfig
 from dpo.run.answers import read_answers
 from dpo.run.files import FINAL, LAST_STEPS, read_metrics
