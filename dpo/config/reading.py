@@ -152,7 +152,7 @@ def fit(value: Any, hint: Any, place: str, key: str) -> Any:
     if isinstance(value, str) and value in names:
         return value
     if isinstance(value, str) and names and bool not in kinds:
-        _wrong(place, key, *wrong_word(key.partition("[")[0], value, names))
+        _wrong(place, key, *wrong_word(key, value, names))
     return _wrong(place, key, f"got {_short(value)}", describe(hint))
 
 
