@@ -13,7 +13,7 @@ from dpo.base.errors import UserError
 from dpo.config import load_config
 from dpo.front.names import COMMANDS, FLAGS, Command, help_text, suggestion
 from dpo.front.ranks import make_parser, read_wanted
-from dpo.machine.job import check_tasks
+from dpo.machine.job import check_one_node, check_tasks
 
 
 def main() -> None:
@@ -59,6 +59,7 @@ def run_ranks_of(name: str, command: Command, words: Sequence[str]) -> None:
         print(parser.format_help())
         return
     check_tasks(os.environ)
+    check_one_node(os.environ)
     if name not in FLAGS:  # all words are the config's
         load_config(rest, prog=command.module)
     from dpo.front.parent import run_ranks  # imports torch

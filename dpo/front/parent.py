@@ -106,7 +106,7 @@ def _threads(size: int) -> dict[str, str]:
 
 def _start(module: str, words: tuple[str, ...], envs: dict[int, dict[str, str]], folder: str) -> PContext:
     """Starts the ranks with SIGUSR2 held back: it waits until a rank listens."""
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger(PContext.__module__).setLevel(logging.CRITICAL)  # its words on ranks that ended
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are handled here
     arguments = (*_python_flags(), "-m", "dpo.front.rank", str(os.getpid()), module, *words)
     with held_back(signal.SIGUSR2):

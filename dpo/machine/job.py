@@ -51,6 +51,16 @@ def check_tasks(environment: Mapping[str, str]) -> None:
         raise UserError("SLURM_NTASKS", what, valid)
 
 
+def check_one_node(environment: Mapping[str, str]) -> None:
+    """Raises UserError in a step of srun with tasks on several nodes: `dpo` starts the ranks of one node, and each task
+    would start a run of its own.
+    """
+    tasks = _number(environment, "SLURM_NTASKS")
+    if "SLURM_STEP_ID" in environment and tasks > 1:
+        valid = "torchrun --nnodes, or launch.submit, which starts torchrun on every node"
+        raise UserError("SLURM_NTASKS", f"srun started {tasks} tasks, and dpo starts the ranks of one node", valid)
+
+
 def _number(environment: Mapping[str, str], name: str) -> int:
     text = environment.get(name, "")
     return int(text) if text.isdecimal() else 0

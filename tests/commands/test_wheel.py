@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo import DISTRIBUTION
+
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"dpo": "dpo", "launch": "launch", "configs": "dpo/configs"}
 """The folders of the clone, and where the wheel has them."""
@@ -53,7 +55,7 @@ def test_the_wheel_has_the_rooms_and_the_configs(unpacked: Path) -> None:
 
 
 def test_programs_run_in_an_empty_folder(unpacked: Path, tmp_path: Path) -> None:
-    for module in ("dpo.train", "dpo.demo", "launch.submit"):
+    for module in ("dpo", "dpo.train", "dpo.demo", "launch.submit"):
         done = run(unpacked, tmp_path, "-m", module, "--help")
         assert done.returncode == 0, done.stderr
         assert f"python -m {module}" in done.stdout or module in done.stdout
@@ -73,3 +75,23 @@ def test_the_shipped_configs_are_found(unpacked: Path, tmp_path: Path) -> None:
     assert done.stdout.split() == [str(configs)]
     for path in configs.rglob("*.yaml"):
         assert path.read_bytes() == (ROOT / "configs" / path.relative_to(configs)).read_bytes()
+
+
+def test_the_command_dpo(unpacked: Path, tmp_path: Path) -> None:
+    """pip makes a script of the entry point; a config is copied from the wheel into an empty folder."""
+    (metadata,) = unpacked.glob("*.dist-info")
+    assert "dpo = dpo.front.main:main" in (metadata / "entry_points.txt").read_text()
+    assert metadata.name.startswith(DISTRIBUTION.replace("-", "_"))
+    done = run(unpacked, tmp_path, "-m", "dpo", "configs", "data/hh", "my.yaml")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "my.yaml").read_bytes() == (ROOT / "configs/data/hh.yaml").read_bytes()
+
+
+def test_a_file_of_the_user_hides_no_module(unpacked: Path, tmp_path: Path) -> None:
+    """A dpo.py in the current folder, as scripts of other trainers are named: the script `dpo` does not import it."""
+    (tmp_path / "dpo.py").write_text("raise SystemExit('the wrong dpo')\n")
+    script = tmp_path / "bin" / "dpo"
+    script.parent.mkdir()
+    script.write_text("import sys\nfrom dpo.front.main import main\nsys.exit(main())\n")  # as pip writes it
+    done = run(unpacked, tmp_path, str(script), "train", "--ranks", "2", "--config", "my.yaml")
+    assert done.returncode == 2 and "cannot read 'my.yaml'" in done.stderr

@@ -6,7 +6,7 @@ import pytest
 
 from dpo.base.errors import UserError
 from dpo.base.status import GPUS_ASKED
-from dpo.machine.job import asked_gpus, check_tasks
+from dpo.machine.job import asked_gpus, check_one_node, check_tasks
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,11 @@ def test_srun_without_torchrun_is_refused(environment: Mapping[str, str]) -> Non
 )
 def test_other_starts_pass(environment: Mapping[str, str]) -> None:
     check_tasks(environment)
+
+
+def test_dpo_starts_the_ranks_of_one_node() -> None:
+    """In a step with a task per node each task would train a run of its own; a batch script is one process."""
+    with pytest.raises(UserError, match="srun started 2 tasks"):
+        check_one_node({"SLURM_NTASKS": "2", "SLURM_NNODES": "2", **STEP})
+    check_one_node({"SLURM_NTASKS": "2", "SLURM_NNODES": "2", "SLURM_JOB_ID": "7"})
+    check_one_node({"SLURM_NTASKS": "1", "SLURM_NNODES": "1", **STEP})
