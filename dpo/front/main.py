@@ -3,9 +3,9 @@
 import os
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 from dpo import DISTRIBUTION
 from dpo.base.command import COMMAND_LINE, run_program, split_options
@@ -33,17 +33,26 @@ def answer(name: str, words: Sequence[str]) -> None:
         UserError: for an unknown name.
         SystemExit: with the exit code of the command, unless `run_module` is to run it.
     """
-    if name in ("--help", "-h"):
-        print(help_text())
-        raise SystemExit(0)
-    if name == "--version":
-        print(version(DISTRIBUTION))
+    if name in TEXTS:
+        print(TEXTS[name]())
         raise SystemExit(0)
     command = COMMANDS.get(name)
     if command is None:
         raise UserError(f"{COMMAND_LINE}: {name}", "no such program", suggestion(name))
     if starts_ranks(command):
         run_ranks_of(name, command, words)
+
+
+def installed_version() -> str:
+    """Returns the version of this package, as it is installed."""
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return f"{DISTRIBUTION} is not installed: a checkout, without a version"
+
+
+TEXTS: Mapping[str, Callable[[], str]] = {"--help": help_text, "-h": help_text, "--version": installed_version}
+"""Flags in the place of a name -> the text that they print."""
 
 
 def run_ranks_of(name: str, command: Command, words: Sequence[str]) -> None:

@@ -108,14 +108,14 @@ def _start(module: str, words: tuple[str, ...], envs: dict[int, dict[str, str]],
     """Starts the ranks with SIGUSR2 held back: it waits until a rank listens."""
     logging.getLogger(PContext.__module__).setLevel(logging.CRITICAL)  # its words on ranks that ended
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are handled here
-    arguments = (*_python_flags(), "-m", "dpo.front.rank", str(os.getpid()), module, *words)
+    arguments = (*python_flags(), "-m", "dpo.front.rank", str(os.getpid()), module, *words)
     with held_back(signal.SIGUSR2):
         return start_processes(
             "dpo", sys.executable, dict.fromkeys(envs, arguments), envs, DefaultLogsSpecs(log_dir=folder)
         )
 
 
-def _python_flags() -> list[str]:
+def python_flags() -> list[str]:
     """Returns the flags of a rank's Python. Where `dpo` was not started as `python -m dpo`, no module of the current
     folder is imported, such as a dpo.py of the user.
     """

@@ -45,7 +45,7 @@ def add_ranks(parser: Parser) -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise ArgumentTypeError(f"got {text!r}; valid: an integer from 1 on")
+        raise ArgumentTypeError(f"{text!r} is not an integer from 1 on")
     return int(text)
 
 

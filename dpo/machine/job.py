@@ -46,7 +46,8 @@ def check_tasks(environment: Mapping[str, str]) -> None:
         return
     tasks, nodes = (_number(environment, name) for name in ("SLURM_NTASKS", "SLURM_NNODES"))
     if tasks > max(nodes, 1):
-        what = f"srun started {tasks} tasks on {max(nodes, 1)} nodes, and each of them would be rank 0 of 1"
+        where = f"{nodes} nodes" if nodes > 1 else "one node"
+        what = f"srun started {tasks} tasks on {where}, and each of them would be rank 0 of 1"
         valid = "one task per node that starts torchrun, or on one node `dpo train CONFIG --gpus N`; or launch.submit"
         raise UserError("SLURM_NTASKS", what, valid)
 

@@ -8,7 +8,9 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dpo.base.status import write_status
 from dpo.distributed.preemption import listen_for_stop
@@ -36,15 +38,30 @@ def preparing(folder: Path) -> None:
     signal.pause()
 
 
-def training(folder: Path) -> None:
-    """Trains until it is asked to stop, and saves."""
+def end_when_asked(folder: Path, status: Mapping[str, Any]) -> None:
+    """Trains until it is asked to stop; rank 0 then tells `status`."""
     with listen_for_stop() as stop_requested:
         begin()
         arrive(folder)
         while not stop_requested():
             time.sleep(0.02)
     if os.environ["RANK"] == "0":
-        write_status({"state": "preempted", "step": SAVED})
+        write_status(status)
+
+
+def training(folder: Path) -> None:
+    """Trains until it is asked to stop, and saves."""
+    end_when_asked(folder, {"state": "preempted", "step": SAVED})
+
+
+def evaluating(folder: Path) -> None:
+    """Is asked to stop in the evaluation before its first step: nothing is saved."""
+    end_when_asked(folder, {"state": "preempted", "step": FIRST - 1})
+
+
+def ending(folder: Path) -> None:
+    """Ends by itself after it was asked to stop."""
+    end_when_asked(folder, {"state": "done"})
 
 
 def importing(folder: Path) -> None:
@@ -65,28 +82,6 @@ def stuck(folder: Path) -> None:
             time.sleep(1)
 
 
-def evaluating(folder: Path) -> None:
-    """Is asked to stop in the evaluation before its first step: nothing is saved."""
-    with listen_for_stop() as stop_requested:
-        begin()
-        arrive(folder)
-        while not stop_requested():
-            time.sleep(0.02)
-    if os.environ["RANK"] == "0":
-        write_status({"state": "preempted", "step": FIRST - 1})
-
-
-def ending(folder: Path) -> None:
-    """Ends by itself after it was asked to stop."""
-    with listen_for_stop() as stop_requested:
-        begin()
-        arrive(folder)
-        while not stop_requested():
-            time.sleep(0.02)
-    if os.environ["RANK"] == "0":
-        write_status({"state": "done"})
-
-
 def killed(folder: Path) -> None:
     """Rank 1 is killed, as by the kernel where memory runs out; rank 0 waits for it."""
     arrive(folder)
@@ -100,5 +95,7 @@ def fine(folder: Path) -> None:
     arrive(folder)
 
 
+MODES = (preparing, training, importing, stuck, evaluating, ending, killed, fine)
+
 if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]))
+    {mode.__name__: mode for mode in MODES}[sys.argv[1]](Path(sys.argv[2]))

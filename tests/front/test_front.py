@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from dpo.base.blame import Failure
 from dpo.base.errors import UserError
 from dpo.config import load_config
-from dpo.front import configs
+from dpo.front import configs, parent
 from dpo.front.ending import End, exit_code, stop_advice, untold_cause
 from dpo.front.main import answer
 from dpo.front.names import COMMANDS, Command, help_text
@@ -101,6 +102,20 @@ def test_the_words_of_the_ranks_are_taken_out() -> None:
 def test_wrong_numbers_of_ranks(words: list[str]) -> None:
     with pytest.raises(UserError, match=r"^command line: .*--(gpus|ranks)"):
         read_wanted(make_parser("train"), words)
+
+
+def test_gpus_that_are_hidden_are_not_used() -> None:
+    """Tests hide all GPUs of the machine by CUDA_VISIBLE_DEVICES."""
+    with pytest.raises(UserError, match="8 asked for, and torch finds none: CUDA_VISIBLE_DEVICES hides all GPUs"):
+        parent.run_ranks(COMMANDS["train"], (), Wanted(8, None))
+
+
+def test_ranks_import_from_the_current_folder_only_where_dpo_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m dpo` has it in sys.path, and the script `dpo` has its own folder there."""
+    monkeypatch.setattr(sys, "path", [str(Path.cwd()), "/usr/lib"])
+    assert "-P" not in parent.python_flags()
+    monkeypatch.setattr(sys, "path", ["/usr/bin", "/usr/lib"])
+    assert "-P" in parent.python_flags()
 
 
 # --- exit codes and last lines ---------------------------------------------------------------------------------------

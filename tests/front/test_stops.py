@@ -17,7 +17,15 @@ import pytest
 from tests.front.stub import SAVED
 from tests.support.processes import start_program
 
-MAIN = """
+END_WITH_TESTS = """
+import os
+from dpo.base.workers import end_with
+end_with(os.getppid())
+"""
+"""A program that runs until it gets a signal also ends where the tests are killed."""
+MAIN = (
+    END_WITH_TESTS
+    + """
 from unittest.mock import patch
 from dpo.front.main import main
 from dpo.front.names import COMMANDS, FLAGS, Command
@@ -25,6 +33,7 @@ row = Command("tests.front.stub", "a stub", after_stop="AFTER", before_steps="BE
 with patch.dict(COMMANDS, {"stub": row}), patch.dict(FLAGS, {"stub": ""}):
     main()
 """
+)
 SECONDS = 120
 """After which a test gives up: no test waits so long unless something is broken."""
 

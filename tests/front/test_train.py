@@ -10,14 +10,17 @@ import pytest
 
 from dpo.checkpoint.store import newest_checkpoint
 from dpo.config import Config, to_yaml
-from tests.front.test_stops import wait_for
+from tests.front.test_stops import END_WITH_TESTS, wait_for
 from tests.support.processes import start_program
 from tests.support.runs import changed, run, save_six_steps, six_steps, train_lines
 
-MAIN = """
+MAIN = (
+    END_WITH_TESTS
+    + """
 from dpo.front.main import main
 main()
 """
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,7 @@ def stopped(config: Config, number: int, stderr: Path) -> int | None:
 
 def test_a_stopped_run_names_its_step_and_goes_on_from_it(root: Path, tmp_path: Path) -> None:
     """Ctrl-C, the same command again, SIGTERM, and a third start to the end: each step is made once."""
-    endless = {"train__steps": 1_000_000, "train__eval_every": None, "checkpoint__save_every": None}
+    endless = {"train__steps": 20_000, "train__eval_every": None, "checkpoint__save_every": None}
     config = six_steps(root, tmp_path / "run", **endless)
     steps = []
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
