@@ -1,4 +1,6 @@
-"""Exact, sharded Direct Preference Optimization: `torchrun -m dpo.train --config FILE`.
+"""Exact, sharded Direct Preference Optimization: `dpo train my.yaml --gpus 8`, or `torchrun -m dpo.train`.
+
+From Python: `from dpo import load_config, run_training`, see front/api.py.
 
 The floors of the house are the way of the data, which goes up it once: a row of a file -> `Example` -> token ids ->
 the pairs of a step -> trees -> `StepPlan` -> `PackedBatch` -> `pi_logps` -> losses -> an update. A room imports from

@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -150,7 +151,8 @@ def _ask(context: PContext, number: int) -> None:
     again = "Ctrl-C again ends the run at once" if number == signal.SIGINT else "a second signal ends the run at once"
     say(f"{signal_name(number)}: saving after the current step; {again}")
     for pid in context.pids().values():
-        os.kill(pid, signal.SIGUSR2)
+        with suppress(ProcessLookupError):  # a rank that is done before the others
+            os.kill(pid, signal.SIGUSR2)
 
 
 def _failures(result: RunProcsResult) -> list[Failure]:

@@ -82,6 +82,14 @@ def stuck(folder: Path) -> None:
             time.sleep(1)
 
 
+def waiting_for_rank_0(folder: Path) -> None:
+    """As `training`, but rank 1 is done already."""
+    if os.environ["RANK"] == "0":
+        training(folder)
+    else:
+        arrive(folder)
+
+
 def killed(folder: Path) -> None:
     """Rank 1 is killed, as by the kernel where memory runs out; rank 0 waits for it."""
     arrive(folder)
@@ -95,7 +103,7 @@ def fine(folder: Path) -> None:
     arrive(folder)
 
 
-MODES = (preparing, training, importing, stuck, evaluating, ending, killed, fine)
+MODES = (preparing, training, importing, stuck, evaluating, ending, waiting_for_rank_0, killed, fine)
 
 if __name__ == "__main__":
     {mode.__name__: mode for mode in MODES}[sys.argv[1]](Path(sys.argv[2]))

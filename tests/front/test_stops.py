@@ -168,6 +168,14 @@ def test_a_signal_waits_for_a_rank_that_does_not_listen_yet(start: Callable[[str
     assert program.end() == (0, f"stopped; step {SAVED} is saved: the same command goes on from there")
 
 
+def test_a_signal_after_one_rank_is_done(start: Callable[[str], Started]) -> None:
+    """The parent has taken its exit code: no process has its id any more."""
+    program = start("waiting_for_rank_0")
+    wait_for(lambda: not Path(f"/proc/{program.ranks[1]['pid']}").exists())
+    os.kill(program.pid, signal.SIGTERM)
+    assert program.end() == (0, f"stopped; step {SAVED} is saved: the same command goes on from there")
+
+
 def test_a_killed_rank_is_named_in_the_last_line(start: Callable[[str], Started]) -> None:
     code, line = start("killed").end()
     assert code == 1 and line.startswith("error: rank 1 ") and "killed by SIGKILL" in line
