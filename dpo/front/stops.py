@@ -7,14 +7,16 @@ from contextlib import contextmanager
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
 """Signals that ask the run to save and end: Ctrl-C, a scheduler, a closed terminal, SLURM's warning."""
 
+LEFT_IGNORED = (signal.SIGINT, signal.SIGHUP)
+"""Signals that stay ignored where they are: a shell's `&` ignores Ctrl-C, and nohup a closed terminal."""
+
 
 @contextmanager
 def noted_stops() -> Iterator[list[int]]:
-    """Yields the list of signals of ASKING that came, in order. A signal that is ignored stays ignored, as nohup and a
-    shell's `&` want it.
-    """
+    """Yields the list of signals of ASKING that came, in order."""
     noted: list[int] = []
-    handled = [number for number in ASKING if signal.getsignal(number) != signal.SIG_IGN]
+    left = [number for number in LEFT_IGNORED if signal.getsignal(number) == signal.SIG_IGN]
+    handled = [number for number in ASKING if number not in left]
     before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in handled}
     try:
         yield noted

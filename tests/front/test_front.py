@@ -1,6 +1,7 @@
 """The table of names, the ranks that a command line asks for, exit codes and last lines, the shipped configs."""
 
 import importlib.util
+import os
 import re
 import signal
 import sys
@@ -17,6 +18,7 @@ from dpo.front.ending import End, exit_code, stop_advice, untold_cause
 from dpo.front.main import answer
 from dpo.front.names import COMMANDS, Command, help_text
 from dpo.front.ranks import Wanted, make_parser, number_of_ranks, read_wanted
+from dpo.front.stops import noted_stops
 from tests.support.runs import exit_code_of
 
 TO_COME = ("report", "push")
@@ -184,6 +186,20 @@ def test_what_a_stopped_run_has_kept() -> None:
 )
 def test_the_line_that_the_ranks_have_not_said(failures: list[Failure], line: str | None) -> None:
     assert untold_cause(failures) == line
+
+
+def test_what_is_ignored_before() -> None:
+    """nohup and a shell's `&` are obeyed; SIGUSR2, which a training in the process above leaves ignored, is heard."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (INT, signal.SIGHUP, signal.SIGUSR2)}
+    try:
+        with noted_stops() as noted:
+            for number in before:
+                os.kill(os.getpid(), number)
+            assert noted == [signal.SIGUSR2]
+        assert [signal.getsignal(number) for number in before] == [signal.SIG_IGN] * 3
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------
