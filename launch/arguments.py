@@ -3,7 +3,7 @@
 import argparse
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,11 @@ from dpo.base.errors import UserError
 from dpo.config.help import print_about_config
 from dpo.config.hints import unknown_flag
 from launch.durations import FORMATS, minutes_of
-from launch.flags import PLAIN, REPEATABLE, make_parser
+from launch.flags import REPEATABLE, make_parser
+from launch.sbatch import sbatch_options
 
 LEAST_SIGNAL_DELAY = 120
 """Seconds; also the value where the needs of the run are not known."""
-_ASKED_BY_US = (
-    "array",
-    "error",
-    "gpus-per-node",
-    "nodes",
-    "ntasks",
-    "ntasks-per-node",
-    "open-mode",
-    "output",
-    "signal",
-)
-"""Options of sbatch that the launcher sets itself, since it relies on their values."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +114,7 @@ def parse_request(argv: Sequence[str] | None = None) -> Request:
         container_mounts=args.container_mounts,
         setup=tuple(args.setup),
         env=tuple(_name_and_value("--env", text, "NAME=VALUE", r"[A-Za-z_]\w*") for text in args.env),
-        sbatch=_sbatch_options(args),
+        sbatch=sbatch_options(args),
         follow=args.follow,
         dry_run=args.dry_run,
     )
@@ -192,29 +181,6 @@ def _name_and_value(flag: str, text: str, form: str, name_form: str) -> tuple[st
     if not equals or not re.fullmatch(name_form, name):
         raise UserError(f"command line: {flag}", f"got {text!r}", form)
     return name, value
-
-
-def _sbatch_options(args: argparse.Namespace) -> tuple[tuple[str, str | bool], ...]:
-    """Returns the options of sbatch: first the flags of the same name, then those of --sbatch. Raises UserError."""
-    plain = {name: getattr(args, name.replace("-", "_")) for name in PLAIN}
-    options: dict[str, str | bool] = {name: value for name, value in plain.items() if value is not None}
-    for text in args.sbatch:
-        name, equals, value = text.partition("=")
-        if not re.fullmatch(r"[a-z][a-z-]+", name) or text.endswith("="):
-            raise UserError("command line: --sbatch", f"got {text!r}", "a long option of sbatch, KEY or KEY=VALUE")
-        _check_sbatch(name, options)
-        options[name] = value if equals else True
-    return tuple(options.items())
-
-
-def _check_sbatch(name: str, given: Collection[str]) -> None:
-    """Raises UserError if --sbatch must not set the option `name`; `given`: the options that are set already."""
-    if name in _ASKED_BY_US:
-        raise UserError("command line: --sbatch", f"cannot set {name}, which the launcher sets", "other options")
-    if name in (*PLAIN, "time"):
-        raise UserError("command line: --sbatch", f"cannot set {name}, which has its own flag", f"--{name}")
-    if name in given:
-        raise UserError("command line: --sbatch", f"{name} is given twice", "once")
 
 
 def _check(request: Request) -> None:

@@ -37,6 +37,10 @@ SHOWN = {
 """Metrics of the table, without eval/ or train/ -> heading of their column."""
 
 
+SAME_RUN = ("train.run_dir", "train.log_every", "train.eval_every", "checkpoint.save_every")
+"""Keys that do not change what a run learns, and are no columns of the table."""
+
+
 @dataclass(frozen=True)
 class RunFacts:
     """The config, state and metrics that a run folder holds."""
@@ -109,9 +113,9 @@ def _last_step(folder: Path, config: Mapping[str, Value]) -> int | None:
 
 
 def differing(runs: Sequence[RunFacts]) -> list[str]:
-    """Returns the config keys whose values differ between runs, in the order of the config."""
+    """Returns the config keys whose values differ between runs, in the order of the config, without SAME_RUN."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    return [key for key in keys if key != "train.run_dir" and len({run.config.get(key) for run in runs}) > 1]
+    return [key for key in keys if key not in SAME_RUN and len({run.config.get(key) for run in runs}) > 1]
 
 
 def best_metric(runs: Sequence[RunFacts], keys: Sequence[str]) -> str | None:

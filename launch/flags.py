@@ -49,7 +49,7 @@ def _add_where(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", metavar="NAME", help=about)
     about = "report of dpo.doctor --report from these nodes: the estimate then uses measured speeds"
     group.add_argument("--measured", metavar="FILE", help=about)
-    about = "do not estimate what the run needs: --signal-delay, --mem and --cpus-per-gpu are not derived"
+    about = "do not estimate what the run needs: --signal-delay and --mem are not derived"
     group.add_argument("--no-estimate", action="store_true", help=about)
     about = "queue a job without GPUs that runs dpo.prepare, and start the run after it"
     group.add_argument("--prepare", action="store_true", help=about)

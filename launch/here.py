@@ -103,8 +103,11 @@ def start_in_background(work: RunsHere, log: Path, python: str, setup: Sequence[
 
 
 def main() -> None:
-    """Starts the runs in a pickle: `python -m launch.here FILE`, which `start_in_background` starts."""
-    run_here(pickle.loads(Path(sys.argv[1]).read_bytes()))
+    """Starts the runs in a pickle, and removes it: `python -m launch.here FILE`, which `start_in_background` starts."""
+    file = Path(sys.argv[1])
+    work = pickle.loads(file.read_bytes())
+    file.unlink()
+    run_here(work)
 
 
 if __name__ == "__main__":

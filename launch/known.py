@@ -45,8 +45,12 @@ def learn(request: Request, run: PlannedRun) -> Known | None:
     if not forecast.fits:
         warn(f"a step does not fit by the estimate on {forecast.device}: {forecast.verdict}; python -m dpo.estimate")
     rate, source = write_rate(run.dir, forecast)
-    site = ask_site(request.sbatch_option("partition"), request.gpus)
-    return Known(forecast, rate, source, site, steps_done(run.dir))
+    return Known(forecast, rate, source, site_of(request), steps_done(run.dir))
+
+
+def site_of(request: Request) -> Site:
+    """Returns the facts of the partition of the runs."""
+    return ask_site(request.sbatch_option("partition"), request.gpus)
 
 
 def site_to_prepare(request: Request) -> Site:

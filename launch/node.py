@@ -128,5 +128,6 @@ class NodeJob:
             print(outcome.traceback, end="", file=sys.stderr)
             tell_error(outcome.message)
         else:
-            say(f"{outcome.state}: {outcome.message}" if outcome.message else outcome.state)
+            after = f": {outcome.message}" if outcome.message else ""
+            say(f"{self.program.module} in {self.folder.parents[1]}: {outcome.state}{after}")
         return outcome

@@ -62,13 +62,19 @@ def with_settings(request: Request, known: Known) -> tuple[Request, list[Setting
 
     Raises UserError if --time leaves no time to save.
     """
-    delay, mib, cpus = signal_delay(request, known), memory(request, known), cpus_per_rank(request, known)
+    delay, mib, cpus = signal_delay(request, known), memory(request, known), cpus_per_rank(request, known.site)
     if request.minutes and 60 * request.minutes <= (delay.value or 0):
         what = f"{60 * request.minutes} s are not more than the {delay.value} s for saving a checkpoint"
         raise UserError("command line: --time", what, "a longer time, or a shorter --signal-delay")
     asked = () if mib.value is None else (("mem", f"{mib.value}M" if mib.value else "0"),)
     settled = replace(request, signal_delay=delay.value, cpus_per_gpu=cpus.value, sbatch=(*request.sbatch, *asked))
     return settled, [delay, mib, cpus, time_needed(settled, known)]
+
+
+def with_cpus(request: Request, site: Site) -> tuple[Request, list[Setting]]:
+    """Returns the request with the CPUs of each rank, and the setting, where the needs of the run are not known."""
+    cpus = cpus_per_rank(request, site)
+    return replace(request, cpus_per_gpu=cpus.value), [cpus]
 
 
 # --- the time to save ------------------------------------------------------------------------------------------------
@@ -147,23 +153,29 @@ def mib_of(text: str) -> int | None:
 # --- CPUs of a node --------------------------------------------------------------------------------------------------
 
 
-def cpus_per_rank(request: Request, known: Known) -> Setting:
+def cpus_per_rank(request: Request, site: Site) -> Setting:
     """Returns the CPUs of each rank to ask for; None where the CPUs of a node are not known."""
     for name in _CPUS_BY_OPTION:
         if request.sbatch_option(name) is not None:
             return Setting(None, f"cpus    --{name} {request.sbatch_option(name)}, as given")
-    available = known.site.cpus and max(1, known.site.cpus // request.ranks_per_node)
+    available = site.cpus and max(1, site.cpus // request.ranks_per_node)
     if request.cpus_per_gpu:
         total = request.cpus_per_gpu * request.ranks_per_node
-        over = known.site.cpus is not None and total > known.site.cpus
-        what = f"--cpus-per-gpu {request.cpus_per_gpu} asks for {total} CPUs, a node has {known.site.cpus}"
+        over = site.cpus is not None and total > site.cpus
+        what = f"--cpus-per-gpu {request.cpus_per_gpu} asks for {total} CPUs, a node has {site.cpus}"
         return Setting(request.cpus_per_gpu, f"cpus    {request.cpus_per_gpu} per rank, as given", what if over else "")
     if not available:
-        return Setting(None, "cpus    not asked for: no answer from SLURM; --cpus-per-gpu N, or a task may get one CPU")
+        return Setting(None, f"cpus    not asked for: no answer from SLURM; {_few(request)}")
     wanted = min(CPUS_PER_GPU, available) if request.gpus else available
-    why = f"a node of partition {known.site.partition} has {known.site.cpus} for {request.ranks_per_node} ranks"
+    why = f"a node of partition {site.partition} has {site.cpus} for {request.ranks_per_node} ranks"
     most = f", and a rank with a GPU uses at most {CPUS_PER_GPU}" if request.gpus else ""
     return Setting(wanted, f"cpus    {wanted} per rank: {why}{most}")
+
+
+def _few(request: Request) -> str:
+    """Returns what may come of a job that asks for no CPUs."""
+    many = f"the {request.ranks_per_node} ranks of a node share" if request.ranks_per_node > 1 else "a rank has"
+    return f"where SLURM gives a task one CPU, {many} it; to ask for more: --cpus-per-gpu N"
 
 
 # --- the time of the run ---------------------------------------------------------------------------------------------

@@ -21,10 +21,10 @@ from launch.checks import check_free, check_paths
 from launch.containers import Bound, bound_folders, interpreter, lines_of, make_folders, pyxis_arguments
 from launch.follow import Followed, cancel_command, follow
 from launch.here import RunsHere, run_here, start_in_background
-from launch.known import learn, site_to_prepare
+from launch.known import learn, site_of, site_to_prepare
 from launch.node import NodeJob
 from launch.reports import Submission, new_submission, write_submission
-from launch.resources import with_settings
+from launch.resources import with_cpus, with_settings
 from launch.slurm_job import SlurmJob
 from launch.sweep import PlannedRun, planned_runs, prepare_passes, reference_passes
 
@@ -86,15 +86,7 @@ def main() -> None:
 
 def make_plan(request: Request, runs: Sequence[PlannedRun]) -> Plan:
     """Returns the plan of some runs: decides what the user left open, and warns of values that look wrong."""
-    lines: list[str] = []
-    known = learn(request, runs[0]) if request.cluster == "slurm" and not request.no_estimate else None
-    if known:
-        request, settings = with_settings(request, known)
-        lines += [setting.line for setting in settings]
-        lines += [f"sweep   these are of the first of {len(runs)} runs"] if len(runs) > 1 else []
-        for setting in settings:
-            if setting.warning:
-                warn(setting.warning)
+    request, lines = _settled(request, runs) if request.cluster == "slurm" else (request, [])
     folders: list[Bound] = []
     if request.apptainer or request.container_image:
         folders = bound_folders([run.config for run in runs], request.words, os.environ | dict(request.env))
@@ -106,6 +98,20 @@ def make_plan(request: Request, runs: Sequence[PlannedRun]) -> Plan:
         firsts = [First("dpo.prepare", words, alone, "prepares models and data") for words in prepare_passes(runs)]
     firsts += [First("dpo.reference", w, request, "fills the reference cache") for w in reference_passes(runs)]
     return Plan(request, runs, firsts, lines, folders)
+
+
+def _settled(request: Request, runs: Sequence[PlannedRun]) -> tuple[Request, list[str]]:
+    """Returns the request with a value for each option that the user left open, and the lines that tell them."""
+    known = None if request.no_estimate else learn(request, runs[0])
+    if known:
+        request, settings = with_settings(request, known)
+    else:
+        request, settings = with_cpus(request, site_of(request))
+    for setting in settings:
+        if setting.warning:
+            warn(setting.warning)
+    lines = [setting.line for setting in settings]
+    return request, lines + ([f"sweep   these are of the first of {len(runs)} runs"] if known and len(runs) > 1 else [])
 
 
 def _program(plan: Plan, request: Request, module: str, words: tuple[str, ...]) -> torchrun.Program:
@@ -175,8 +181,12 @@ def tell(plan: Plan, submissions: Sequence[Submission], firsts: Sequence[tuple[s
         print(line)
     for job, purpose in firsts:
         print(f"job     {job}  {purpose} first")
-    for run, submission in zip(plan.runs, submissions, strict=True):
-        print(f"job     {submission.job}\nrun     {run.dir}\nfollow  tail -F {shlex.quote(submission.log)}")
+    for submission in dict.fromkeys(submissions):
+        print(f"job     {submission.job}")
+        for run, its in zip(plan.runs, submissions, strict=True):
+            if its == submission:  # one job on this machine starts all runs of a sweep
+                print(f"run     {run.dir}")
+        print(f"follow  tail -F {shlex.quote(submission.log)}")
     jobs = dict.fromkeys([*(job for job, _ in firsts), *(submission.whole for submission in submissions)])
     print(f"cancel  {cancel_command(submissions[0].cluster, list(jobs))}", flush=True)
 

@@ -101,7 +101,7 @@ def test_what_a_schema_cannot_say(name: str) -> None:
         ("optim: {betas: [0.9, 1]}", ".optim.betas[1]"),
         ("train: {profile_steps: [0, 3]}", ".train.profile_steps"),
         ("data: {train: [{split: x}]}", ".data.train[0].path"),
-        ("data: {train: [{path: x, formt: hh}]}", ".data.train[0].formt"),
+        ("data: {train: [{path: x, formats: hh}]}", ".data.train[0].formats"),
         ("train: {seed: -1}", ".train.seed"),
     ],
 )

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo.base.command import split_options, words_of
+
 SCRIPT = """#!/bin/sh
 cd {folder}
 echo "$@" >> {name}.calls
@@ -44,6 +46,12 @@ class FakeSlurm:
     def script(self, number: int) -> str:
         """What the sbatch of this number got, from 1."""
         return (self.folder / f"script-{number}").read_text()
+
+
+def changed(usual: Sequence[str], words: Sequence[str]) -> list[str]:
+    """The usual words of a command line with these in the place of those that give the same flags."""
+    given = {option.key for option in split_options(words)}
+    return [*words_of([option for option in split_options(usual) if option.key not in given]), *words]
 
 
 @pytest.fixture

@@ -2,11 +2,11 @@
 
 import pytest
 
-from dpo.base.command import split_options, words_of
 from dpo.base.errors import UserError
 from launch.arguments import Request, parse_request, unused_here
 from launch.durations import minutes_of
 from launch.sweep import planned_runs
+from tests.launch.conftest import changed
 
 CONFIG = ("--config", "my.yaml")
 GOOD = (*CONFIG, "--gpus-per-node", "8", "--time", "60")
@@ -14,8 +14,7 @@ GOOD = (*CONFIG, "--gpus-per-node", "8", "--time", "60")
 
 def parse(*argv: str) -> Request:
     """The request of a good command line with these words in the place of its own."""
-    given = {option.key for option in split_options(argv)}
-    return parse_request([*words_of([option for option in split_options(GOOD) if option.key not in given]), *argv])
+    return parse_request(changed(GOOD, argv))
 
 
 @pytest.mark.parametrize(
@@ -103,6 +102,13 @@ def test_what_sbatch_gets() -> None:
     assert dict(request.sbatch) == {"account": "a", "mail-type": "END", "exclusive": True, "reservation": "r=1"}
 
 
+def test_an_option_of_a_plugin_is_passed_on_with_a_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dict(parse("--sbatch", "bcm-power=low").sbatch) == {"bcm-power": "low"}
+    assert "WARNING: --sbatch bcm-power: not an option of sbatch's manual" in capsys.readouterr().err
+    parse("--sbatch", "reservation=mine", "--sbatch", "exclusive", "--sbatch", "gres=gpu:8", "--sbatch", "hold")
+    assert capsys.readouterr().err == ""
+
+
 def test_what_a_job_on_this_machine_does_not_use() -> None:
     request = parse("--cluster", "local", "--partition", "p", "--setup", "module load cuda")
     assert unused_here(request) == ["--time", "--partition"]
@@ -132,8 +138,21 @@ def test_what_a_job_on_this_machine_does_not_use() -> None:
         (["--env", "A B=1"], "--env: got 'A B=1'"),
         (["--sbatch", "N2"], "--sbatch: got 'N2'"),
         (["--sbatch", "wckey="], "--sbatch: got 'wckey='; valid: a long option of sbatch, KEY or KEY=VALUE"),
-        (["--sbatch", "nodes=3"], "--sbatch: cannot set nodes, which the launcher sets"),
-        (["--sbatch", "signal=USR1"], "--sbatch: cannot set signal, which the launcher sets"),
+        (["--sbatch", "nodes=3"], "--sbatch: cannot set nodes, which the launcher sets; valid: --nodes"),
+        (["--sbatch", "signal=USR1"], "--sbatch: cannot set signal, which the launcher sets; valid: --signal-delay"),
+        (["--sbatch", "output=x"], "--sbatch: cannot set output, which the launcher sets; valid: other options"),
+        (
+            ["--sbatch", "partitoin=gpu"],
+            "--sbatch: partitoin is not an option of sbatch; did you mean partition? valid: --partition",
+        ),
+        (
+            ["--sbatch", "reservtion=r"],
+            "--sbatch: reservtion is not an option of sbatch; did you mean reservation? valid: --sbatch reservation",
+        ),
+        (
+            ["--sbatch", "ntasks-pernode=2"],
+            "--sbatch: ntasks-pernode is not an option of sbatch; did you mean ntasks-per-node?",
+        ),
         (["--sbatch", "partition=p"], "--sbatch: cannot set partition, which has its own flag; valid: --partition"),
         (["--sbatch", "time=5"], "--sbatch: cannot set time, which has its own flag; valid: --time"),
         (["--sbatch", "nice=1", "--sbatch", "nice=2"], "--sbatch: nice is given twice"),

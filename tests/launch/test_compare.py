@@ -69,6 +69,12 @@ def test_the_table(tmp_path: Path, program: Callable[..., int], capsys: pytest.C
     ]
 
 
+def test_keys_that_do_not_change_the_run_are_no_columns(tmp_path: Path) -> None:
+    one = save_run(tmp_path / "one", lines(2, 0.5, 0.5), train__log_every=1, train__eval_every=5, loss__beta=0.5)
+    two = save_run(tmp_path / "two", lines(2, 0.5, 0.5), checkpoint__save_every=7)
+    assert compare.differing(compare.read_runs([one, two])) == ["loss.beta"]
+
+
 @pytest.mark.parametrize(
     ("sort", "order"),
     [

@@ -1,7 +1,9 @@
 """Runs on one machine, one after the other, each until it ends; torchrun is one that ends as a test tells it to."""
 
 import json
+import pickle
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import pytest
 
 from dpo.base.status import STATUS_FILE
-from launch import supervise
+from launch import here, supervise
 from launch.here import RunsHere, run_here
 from launch.node import NodeJob
 from launch.reports import Outcome, history, read_outcome
@@ -108,6 +110,20 @@ def test_crashes_count_from_the_newest_checkpoint(work: Callable[..., Any], tmp_
     assert history(tmp_path / "a/jobs/x") == ["crashed"] * 6 + ["failed"]
 
 
-def test_a_single_run_that_is_done(work: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_single_run_that_is_done(
+    work: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last line says what is done."""
     run_here(work(a=["done"])[0])
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1] == f"dpo.train in {tmp_path / 'a'}: done: step 4"
     assert read_outcome(tmp_path / "a/jobs/x") == Outcome("done", "step 4") and not (tmp_path / "sweep").exists()
+
+
+def test_the_process_in_the_background_removes_its_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would stay in the run folder for ever; the file has served when it is read."""
+    file = tmp_path / "log.pkl"
+    file.write_bytes(pickle.dumps(RunsHere((), (), tmp_path)))
+    monkeypatch.setattr(sys, "argv", ["launch.here", str(file)])
+    here.main()
+    assert not file.exists()

@@ -10,6 +10,7 @@ from dpo.run.forecast import Forecast
 from launch.arguments import Request, parse_request
 from launch.resources import GIB, Known, cpus_per_rank, memory, mib_of, signal_delay, time_needed, with_settings
 from launch.site import Site
+from tests.launch.conftest import changed
 
 FORECAST = Forecast(
     device="H100",
@@ -33,7 +34,7 @@ KNOWN = Known(FORECAST, 1e9, "made up", SITE, steps_done=0)
 
 def request(*words: str) -> Request:
     """A request for eight GPUs and two hours."""
-    return parse_request(["--config", "my.yaml", "--gpus-per-node", "8", "--time", "120", *words])
+    return parse_request(changed(["--config", "my.yaml", "--gpus-per-node", "8", "--time", "120"], words))
 
 
 def known(**changes: Any) -> Known:
@@ -129,17 +130,17 @@ def test_the_forms_of_memory(text: str, mib: int | None) -> None:
 
 @pytest.mark.parametrize(("cpus", "per_rank"), [(96, 8), (32, 4), (4, 1), (None, None)])
 def test_the_cpus_of_a_rank_with_a_gpu(cpus: int | None, per_rank: int | None) -> None:
-    assert cpus_per_rank(request(), known(cpus=cpus)).value == per_rank
+    assert cpus_per_rank(request(), known(cpus=cpus).site).value == per_rank
 
 
 def test_ranks_on_cpus_share_all_of_them() -> None:
     asked = parse_request(["--config", "my.yaml", "--ranks-per-node", "4", "--time", "60"])
-    assert cpus_per_rank(asked, KNOWN).value == 24
+    assert cpus_per_rank(asked, SITE).value == 24
 
 
 def test_cpus_that_were_given_stay() -> None:
-    assert cpus_per_rank(request("--cpus-per-gpu", "12"), KNOWN).value == 12
-    assert "asks for 128 CPUs, a node has 96" in cpus_per_rank(request("--cpus-per-gpu", "16"), KNOWN).warning
+    assert cpus_per_rank(request("--cpus-per-gpu", "12"), SITE).value == 12
+    assert "asks for 128 CPUs, a node has 96" in cpus_per_rank(request("--cpus-per-gpu", "16"), SITE).warning
     assert with_settings(request("--sbatch", "cpus-per-task=32"), KNOWN)[0].cpus_per_gpu is None
 
 

@@ -19,6 +19,11 @@ from tests.launch.conftest import FakeSlurm
 from tests.launch.test_resources import KNOWN
 
 Launch = Callable[..., int]
+NO_CPUS = (
+    "cpus    not asked for: no answer from SLURM; where SLURM gives a task one CPU, the 2 ranks of a node share it; to"
+    " ask for more: --cpus-per-gpu N\n"
+)
+"""What is said where neither the user nor SLURM tells the CPUs of a node."""
 
 
 @pytest.fixture
@@ -49,7 +54,9 @@ def options(script: str) -> dict[str, str]:
 def test_a_job_is_queued(launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert launch("--partition", "p", "--loss.beta", "0.5") == 0
     log = tmp_path / "work/runs/my/jobs/4242_0_log.out"
-    assert capsys.readouterr().out == (f"job     4242\nrun     runs/my\nfollow  tail -F {log}\ncancel  scancel 4242\n")
+    assert capsys.readouterr().out == (
+        f"{NO_CPUS}job     4242\nrun     runs/my\nfollow  tail -F {log}\ncancel  scancel 4242\n"
+    )
     found = options(slurm.script(1))
     assert {
         "nodes": "2",
@@ -78,7 +85,7 @@ def test_a_dry_run_prints_the_same_script_without_slurm(
     monkeypatch.setenv("PATH", "/nowhere")
     assert launch("--qos", "high", "--dry-run") == 0
     out = capsys.readouterr().out
-    assert out.startswith(slurm.script(1))
+    assert out.startswith(f"# {NO_CPUS}{slurm.script(1)}")
     assert "--nnodes 2 --node-rank THIS_NODE --master-addr FIRST_NODE" in out
     assert out.rstrip().endswith("-m dpo.train --config my.yaml")
     assert not Path("runs").exists() and len(slurm.calls("sbatch")) == 1
@@ -111,7 +118,7 @@ def test_a_sweep_is_an_array_behind_its_reference_pass(
     assert array["dependency"] == "afterok:4242" and array["kill-on-invalid-dep"] == "yes"
     out = capsys.readouterr().out
     assert out.startswith(
-        "job     4242  fills the reference cache first\njob     4242_0\nrun     runs/my/beta=0.1,lr=5e-7\n"
+        f"{NO_CPUS}job     4242  fills the reference cache first\njob     4242_0\nrun     runs/my/beta=0.1,lr=5e-7\n"
     )
     assert out.endswith("cancel  scancel 4242\n")
     assert len(list(Path("runs/my/jobs").glob("4242_?_submitted.pkl"))) == 4
@@ -137,6 +144,26 @@ def test_the_needs_of_a_run_decide_what_is_asked_for(
     found = options(slurm.script(2))
     assert (found["signal"], found["mem"], found["cpus-per-task"]) == ("USR2@200", "184320M", "16")
     assert [work.signal_delay for work in works()] == [200]
+
+
+@pytest.mark.parametrize("flag", ["--no-estimate", "--quiet"])
+def test_the_cpus_of_a_node_are_asked_for_without_an_estimate(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    """A node with 96 CPUs and 2 GPUs: 8 for each of its ranks. The estimate fails, or is not wanted."""
+    slurm.answer("scontrol", "PartitionName=gpu Default=YES GraceTime=0 MaxTime=2-00:00:00\n")
+    slurm.answer("sinfo", "96|1031000|gpu:h100:2|n1\n")
+    assert launch(flag) == 0
+    assert options(slurm.script(1))["cpus-per-task"] == "16"
+    assert capsys.readouterr().out.startswith("cpus    8 per rank: a node of partition gpu has 96 for 2 ranks, ")
+
+
+def test_the_user_asks_for_cpus_without_an_estimate(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch("--cpus-per-gpu", "4", "--no-estimate") == 0
+    assert options(slurm.script(1))["cpus-per-task"] == "8"
+    assert capsys.readouterr().out.startswith("cpus    4 per rank, as given\n")
 
 
 def test_a_wckey_is_only_that_of_the_user(launch: Launch, slurm: FakeSlurm) -> None:
@@ -179,7 +206,8 @@ def test_a_job_prepares_models_and_data_first(
     assert not {"gpus-per-node", "cpus-per-gpu", "tres-per-task", "constraint", "exclusive"} & set(first)
     assert "dependency" not in first
     assert second["dependency"] == "afterok:4242"
-    assert capsys.readouterr().out.startswith("job     4242  prepares models and data first\njob     4242\n")
+    out = capsys.readouterr().out.partition("as given\n")[2]
+    assert out.startswith("job     4242  prepares models and data first\njob     4242\n")
     assert launch("--prepare", "--dry-run") == 0
     assert "--nproc-per-node 1 -m dpo.prepare --config my.yaml" in capsys.readouterr().out
     slurm.answer("sinfo", "128|64000|gpu:8|a\n")
@@ -258,6 +286,18 @@ def test_a_dry_run_on_this_machine_is_the_torchrun_line(launch: Launch, capsys: 
     assert out.endswith("-m torch.distributed.run --standalone --nproc-per-node 2 -m dpo.train --config my.yaml\n\n")
 
 
+def test_a_sweep_on_this_machine_is_one_job(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One process starts its runs, so that there is one job to follow and to cancel."""
+    monkeypatch.setattr(submit, "start_in_background", lambda *_: 77)
+    usual = ("my.yaml", "--ranks-per-node", "2", "--cluster", "local", "loss.name=sft")
+    assert launch("--sweep", "optim.lr=1e-6,5e-7", usual=usual) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in out] == ["job", "run", "run", "follow", "cancel"]
+    assert out[:3] == ["job     77", "run     runs/my/lr=1e-6", "run     runs/my/lr=5e-7"]
+
+
 def test_no_sbatch(launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert launch() == 2
@@ -270,6 +310,10 @@ def test_no_sbatch(launch: Launch, monkeypatch: pytest.MonkeyPatch, capsys: pyte
         (["--loss.beta", "-1"], "command line: loss.beta: must be > 0, got -1"),
         (["--loss.bta", "1"], "command line: loss.bta: unknown key"),
         (["--config", "other.yaml"], "command line: config: given twice"),
+        (["other.yaml"], "command line: config: given twice"),
+        (["--nodes", "3"], "command line: --nodes: given twice, '2' and '3'"),
+        (["--sbatch", "partitoin=gpu"], "command line: --sbatch: partitoin is not an option of sbatch; did you mean"),
+        (["--num_train_epochs", "3"], "command line: --num_train_epochs: unknown key; TRL's num_train_epochs is"),
         (
             ["--data.train", "[{path: gone.jsonl}]"],
             "command line: data.train[0].path: no such file or folder: gone.jsonl",
