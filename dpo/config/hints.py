@@ -42,6 +42,12 @@ def unknown_flag(name: str, own: Collection[str], valid: str = "") -> UserError:
     return found or UserError(place, "unknown flag" + meant(guess), valid or listed)
 
 
+def not_a_key(section: str) -> str:
+    """Returns the key that is meant where a section is given a value, as in TRL's `optim: adamw_torch`; or nothing."""
+    found = TRL_NAMES.get(section)
+    return f"; TRL's {section} is {found.key} here ({found.note})" if found else ""
+
+
 def wrong_word(key: str, value: str, names: Sequence[str]) -> tuple[str, str]:
     """Returns the fault of a word that is none of the values of a key, and the valid ones.
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from dpo.base.command import COMMAND_LINE, SWITCHES, Option, check_once, split_options
 from dpo.base.errors import UserError
-from dpo.config.hints import unknown_flag, unknown_key, wrong_word
+from dpo.config.hints import not_a_key, unknown_flag, unknown_key, wrong_word
 from dpo.config.keys import SECTIONS
 from dpo.config.shipped import shipped_configs, valid_paths
 from dpo.config.strict_yaml import parse_yaml, read_yaml_file
@@ -97,7 +97,8 @@ def options_of_texts(texts: Mapping[str, str], sections: Mapping[str, type]) -> 
             raise unknown_key(COMMAND_LINE, key, list(sections))
         hints = get_type_hints(sections[section])
         if not name:
-            _wrong(COMMAND_LINE, key, "is a section, not a key", ", ".join(f"--{key}.{name}" for name in hints))
+            what = f"is a section, not a key{not_a_key(key)}"
+            _wrong(COMMAND_LINE, key, what, ", ".join(f"--{key}.{name}" for name in hints))
         head = re.split(r"[.\[]", name)[0]
         if head != name and get_origin(hints.get(head)) is list:
             _wrong(COMMAND_LINE, key, "unknown key", f"the whole list, --{section}.{head} {example(hints[head])}")
@@ -182,7 +183,7 @@ def required_keys(cls: Any) -> list[str]:
 def _mapping(value: Any, place: str, key: str, names: list[str]) -> dict[str, Any]:
     """Returns `value` if it is a mapping whose keys are all in `names`, or raises UserError."""
     if not isinstance(value, dict):
-        _wrong(place, key, f"got {_short(value)}", f"a mapping of {', '.join(names)}")
+        _wrong(place, key, f"got {_short(value)}{not_a_key(key)}", f"a mapping of {', '.join(names)}")
     for name in value:
         if name not in names:
             raise unknown_key(place, f"{key}.{name}" if key else f"{name}", names)

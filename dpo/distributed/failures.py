@@ -194,8 +194,10 @@ def estimate_command(argv: Sequence[str]) -> str | None:
     if that command line has no key of the config.
     """
     words = words_of([option for option in split_options(argv) if option.is_config])
-    here = ["--ranks", os.environ.get("WORLD_SIZE", "1"), "--device", _this_device() or "NAME"]
-    here += ["--ranks-per-node", os.environ["LOCAL_WORLD_SIZE"]] if "LOCAL_WORLD_SIZE" in os.environ else []
+    ranks = os.environ.get("WORLD_SIZE", "1")
+    on_a_node = os.environ.get("LOCAL_WORLD_SIZE", ranks)
+    nodes = ["--ranks-per-node", on_a_node] if on_a_node != ranks else []
+    here = ["--ranks", ranks, *nodes, "--device", _this_device() or "NAME"]
     return f"python -m dpo.estimate {shlex.join([*words, *here])}" if words else None
 
 

@@ -629,6 +629,12 @@ def test_a_device_by_the_name_that_slurm_or_cuda_gives(name: str, device: str) -
     [
         ([], "error: command line: --ranks: is missing, and parallel.shard is null; valid: --ranks N"),
         (["--ranks", "0"], "error: command line: --ranks: must be > 0, got 0; valid: a number > 0"),
+        (
+            ["--ranks", "12", "--ranks-per-node", "8"],
+            "error: command line: --ranks-per-node: 12 ranks do not fill nodes of 8; valid: --ranks-per-node 1, 2, 3,"
+            " 4, 6, or --ranks a multiple of 8",
+        ),
+        (["--ranks", "12"], "error: command line: --ranks: 12 ranks do not fill nodes of 8; valid: "),
         (["--ranks", "2", "--mfu", "40"], "error: command line: --mfu: must be <= 1, got 40.0; valid: a share"),
         (["--ranks", "2", "--device", "h1"], "error: command line: --device: no such device: h1; valid: gb300, gb200"),
         (["--ranks", "2", "--link-gb-s", "fast"], "error: command line: argument --link-gb-s: invalid float"),

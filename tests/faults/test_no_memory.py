@@ -137,11 +137,13 @@ def test_the_estimate_takes_the_command(
 ) -> None:
     words = ["--model.path", "m", "--data.train", "[{path: a b.jsonl}]", "--parallel.replicate=2"]
     monkeypatch.setattr(sys, "argv", ["train.py", "--quiet", *words])
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "6")
     (line,) = failing(MemoryError(), capsys)
     command = line.partition("python -m dpo.estimate ")[2]
     arguments = read_arguments(shlex.split(command))
-    assert (arguments.config.data.train[0].path, arguments.cluster.num_ranks) == ("a b.jsonl", 4)
+    cluster = arguments.cluster
+    assert (arguments.config.data.train[0].path, cluster.num_ranks, cluster.ranks_per_node) == ("a b.jsonl", 12, 6)
 
 
 # --- one rank of two -------------------------------------------------------------------------------------------------
