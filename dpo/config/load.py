@@ -39,6 +39,7 @@ from dpo.config.rules import validate
 from dpo.config.strict_yaml import dump_yaml
 
 __all__ = [
+    "KEYS",
     "BatchConfig",
     "CheckpointConfig",
     "Config",
