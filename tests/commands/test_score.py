@@ -303,7 +303,7 @@ def test_help_names_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         run("--help")
     out = capsys.readouterr().out
-    assert all(word in out for word in ("--model DIR", "--by-source", "--json", "--loss.beta"))
+    assert all(word in out for word in ("--model DIR", "--by-source", "--json", "--help-config"))
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -320,8 +320,9 @@ def test_errors_say_where(config: Config, root: Path, tmp_path: Path, capsys: py
         (words[2:], "command line: --model: is missing; valid: --model DIR"),
         (["--model"], "command line: argument --model: expected one argument; valid: see "),
         (["--json=3", *words], "command line: argument --json: ignored explicit argument '3'; valid: see "),
-        ([*words, "--loss.bata", "1"], "command line: loss.bata: unknown key; valid: "),
-        ([*words, "--model", "/nowhere"], "command line: --model: no such folder: /nowhere; valid: "),
+        ([*words, "--loss.bata", "1"], "command line: loss.bata: unknown key; did you mean loss.beta? valid: "),
+        ([*words, "--model", "/nowhere"], "command line: --model: given twice, "),
+        (["--model", "/nowhere", *words[2:]], "command line: --model: no such folder: /nowhere; valid: "),
         ([*words, "--reference.path", "/nowhere"], "command line: reference.path: no such folder: /nowhere; valid: "),
     ]
     for argv, error in cases:

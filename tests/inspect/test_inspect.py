@@ -205,7 +205,7 @@ def test_a_hub_model_needs_its_config_alone(tmp_path, monkeypatch):
         (["--html"], "command line: argument --html: expected one argument; valid: see .* --help"),
         (["--html", "absent/x.html"], "command line: --html: cannot be written: absent/x.html; valid: .+"),
         (["--examples", "-1"], "command line: --examples: must be >= 0, got -1; valid: .+"),
-        (["--htm", "x"], "command line: htm: unknown key; valid: .+"),
+        (["--htm", "x"], r"command line: --htm: unknown flag; did you mean --html\? valid: .+"),
         (
             ["--batch.pairs_per_step", "9"],
             ".*x.yaml: data.train: 1 pairs to train on, fewer than .+; valid: .+",
@@ -237,7 +237,7 @@ def test_help_explains_its_own_words(capsys):
     with pytest.raises(SystemExit):
         inspect.read_arguments(["--help"])
     out = capsys.readouterr().out
-    assert "--html FILE" in out and "--examples N" in out and "--data.max_length" in out
+    assert "--html FILE" in out and "--examples N" in out and "--help-config" in out
 
 
 def test_real_hh(shared_data, tmp_path, capsys):
