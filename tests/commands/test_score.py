@@ -319,7 +319,7 @@ def test_errors_say_where(config: Config, root: Path, tmp_path: Path, capsys: py
     cases: list[tuple[list[str], str]] = [
         (words[2:], "command line: --model: is missing; valid: --model DIR"),
         (["--model"], "command line: argument --model: expected one argument; valid: see "),
-        (["--json=3", *words], "command line: argument --json: ignored explicit argument '3'; valid: see "),
+        (["--json=3", *words[:-1]], "command line: argument --json: ignored explicit argument '3'; valid: see "),
         ([*words, "--loss.bata", "1"], "command line: loss.bata: unknown key; did you mean loss.beta? valid: "),
         ([*words, "--model", "/nowhere"], "command line: --model: given twice, "),
         (["--model", "/nowhere", *words[2:]], "command line: --model: no such folder: /nowhere; valid: "),
