@@ -7,5 +7,10 @@ bins.py         the buckets of a histogram
 event_files.py  TensorBoard's event files: opens, appends, removes points
 hparams.py      the run's entry in the HParams tab
 dashboard.py    TensorBoard's charts, histograms, texts and answers of a run
+tracker.py      the sink of an experiment tracker: each row is sent once, over all starts of a run
+journal.py      the record of what a tracker was sent
+to_wandb.py     a run in W&B; imported only where train.report_to names it
+wandb_file.py   reads the files to which W&B writes a run
+to_trackio.py   a run in trackio; imported only where train.report_to names it
 writer.py       writes metrics.jsonl, and hands all that is shown to the sinks
 """

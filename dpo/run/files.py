@@ -5,6 +5,7 @@ provenance.json   code, hosts and layout of each start, a list
 log.txt           everything that rank 0 says, of all starts, with time stamps
 metrics.jsonl     the metrics of each step and evaluation, one line each
 tensorboard/      the same as charts, with histograms and texts
+trackers/         what trackers such as W&B were sent, with the files of their libraries
 answers/          answers of reference and policy to a few evaluation prompts
 eval/             the values of single pairs at each evaluation, see `dpo.run.evaluations`
 report.html       the run as one page, see `dpo.report`
@@ -22,7 +23,7 @@ from dpo.base.files import write_atomically
 
 CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "metrics.jsonl", "tensorboard"
 ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
-EVALUATIONS, REPORT, LOG = "eval", "report.html", "log.txt"
+EVALUATIONS, REPORT, LOG, TRACKERS = "eval", "report.html", "log.txt", "trackers"
 
 LAST_STEPS = 10
 """Steps over which a training metric is averaged where it is shown as a single number: single steps vary much."""

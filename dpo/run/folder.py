@@ -33,6 +33,7 @@ from dpo.run.files import (
     METRICS,
     PROVENANCE,
     TENSORBOARD,
+    TRACKERS,
     drop_metrics_after,
     read_metrics,
 )
@@ -137,7 +138,7 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
         drop_metrics_after(run_dir, start.step)
         drop_evaluations_after(run_dir, start.step)
     else:
-        for name in (METRICS, TENSORBOARD, ANSWERS, EVALUATIONS):
+        for name in (METRICS, TENSORBOARD, TRACKERS, ANSWERS, EVALUATIONS):
             _put_aside(run_dir / name)
     return run_dir
 

@@ -68,7 +68,8 @@ def text(page: Browser) -> dict[str, Any]:
     """The pages, the cells of their tables, and their blocks of code."""
     pages = page.each("tf-card-heading", "node.tag")
     cells, code = page.each("td", TEXT), page.each("pre code", TEXT)
-    return {"pages": pages, "cells": cells, "code": code} if cells else {}  # the answers come after their heading
+    is_whole = pages and cells  # the answers come after their heading
+    return {"pages": pages, "cells": cells, "code": code} if is_whole else {}
 
 
 def hparams(page: Browser) -> dict[str, Any]:

@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dpo.board.hparams import ENTRY
 from launch import compare
-from tests.browser.example_runs import ANSWERS, save_run
-from tests.browser.look import look
+from tests.browser.example_runs import ANSWERS, lines, save_run
+from tests.browser.look import TABS, look
 from tests.browser.webdriver import PROGRAMS
 
 MISSING = [name for name in PROGRAMS if not shutil.which(name)]
@@ -20,7 +21,9 @@ pytestmark = [
 ]
 
 Seen = dict[str, Any]
-SIDES = ("eval-chosen", "eval-rejected", "train-chosen", "train-rejected")
+NUM_RUNS = 12
+NUM_COLOURS = 7
+"""TensorBoard has no more; with another run a colour comes again."""
 
 
 @pytest.fixture(scope="module")
@@ -31,35 +34,40 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     return look(root / "run", root / "pictures")
 
 
-def test_groups_stand_in_the_order_in_which_they_are_read(seen: Seen) -> None:
-    groups = ["1 preference", "2 chosen and rejected", "3 optimization", "4 speed", "5 reference"]
-    assert seen["scalars"]["groups"] == groups
-    assert seen["timeseries"]["groups"] == ["Pinned", *groups, "6 distributions"]
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """Tab -> what it shows of a sweep."""
+    root = tmp_path_factory.mktemp("sweep")
+    for number in range(NUM_RUNS):
+        save_run(root / "runs" / f"{number:02}", beta=0.05 * (number + 1), seed=number)
+    return look(root / "runs", root / "pictures")
 
 
-def test_the_first_groups_are_open_and_what_belongs_together_shares_a_chart(seen: Seen) -> None:
-    lines = {
-        title: [run.removeprefix("tensorboard/") for run in runs] for title, runs in seen["timeseries"]["lines"].items()
-    }
-    assert {title: sorted(runs) for title, runs in lines.items()} == {
-        "1 preference/loss": ["eval", "train"],
-        "1 preference/rewards/accuracies": ["eval", "train"],
-        "1 preference/rewards/margins": ["eval", "train"],
-        "2 chosen and rejected/logps": list(SIDES),
-        "2 chosen and rejected/rewards": list(SIDES),
-    }
+def test_the_groups_with_what_is_learnt_stand_first(seen: Seen) -> None:
+    assert seen["scalars"]["groups"] == ["eval", "train"]
+    assert seen["timeseries"]["groups"] == ["Pinned", "eval", "train", "values"]
 
 
-def test_the_lines_of_a_chart_have_different_colours(seen: Seen) -> None:
-    """By the legend of each card, and by the strokes that are drawn in the other tabs."""
-    for runs in seen["timeseries"]["lines"].values():
-        assert len(set(runs.values())) == len(runs)
+def test_the_first_groups_are_open_and_tags_are_those_of_the_metrics(seen: Seen) -> None:
+    """The first page of each group."""
+    metrics = {name for _, line in lines(0.1, 10, np.random.default_rng(0)) for name in line}
+    shown = seen["scalars"]["lines"].keys()
+    assert shown <= metrics
+    assert {"eval/loss", "eval/rewards/accuracies", "eval/rewards/margins", "train/loss", "train/grad_norm"} <= shown
+    assert {"eval/loss", "eval/rewards/accuracies"} <= seen["timeseries"]["lines"].keys()
+
+
+def test_a_run_has_one_colour(seen: Seen) -> None:
+    assert len({colour for runs in seen["timeseries"]["lines"].values() for colour in runs.values()}) == 1
     for tab in ("scalars", "custom_scalars"):
-        assert [len(colours) for colours in seen[tab]["lines"].values()] == [2, 2, 2, 4, 4]
+        assert len({colour for colours in seen[tab]["lines"].values() for colour in colours}) == 1
 
 
 def test_the_custom_charts(seen: Seen) -> None:
-    assert seen["custom_scalars"]["groups"] == ["train against eval", "chosen against rejected"]
+    assert [title.partition(" (")[0] for title in seen["custom_scalars"]["groups"]] == [
+        "eval and train",
+        "eval: chosen and rejected",
+    ]
     titles = [title.split(":")[0] for title in seen["custom_scalars"]["lines"]]
     assert titles == ["loss", "accuracy", "margin", "rewards", "log-probabilities of a completion, nats"]
 
@@ -67,13 +75,49 @@ def test_the_custom_charts(seen: Seen) -> None:
 def test_the_distributions(seen: Seen) -> None:
     """Lengths once; margins at seven evaluations."""
     drawn = {
-        "6 distributions/lengths tensorboard/train-chosen": 1,
-        "6 distributions/lengths tensorboard/train-rejected": 1,
-        "6 distributions/lengths/prompt tensorboard/train": 1,
-        "6 distributions/rewards/margins tensorboard/eval": 7,
+        "values/eval/rewards/margins tensorboard": 7,
+        "values/train/lengths/chosen tensorboard": 1,
+        "values/train/lengths/prompt tensorboard": 1,
+        "values/train/lengths/rejected tensorboard": 1,
     }
     assert seen["histograms"] == drawn
     assert seen["distributions"].keys() == drawn.keys()
+
+
+# --- a sweep: TensorBoard ticks the boxes of up to 40 runs -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("tab", TABS)
+def test_every_tab_shows_a_sweep(sweep: Seen, tab: str) -> None:
+    """On its first page; the texts that are blocks of code are on the next ones."""
+    assert [what for what, shown in sweep[tab].items() if not shown] == (["code"] if tab == "text" else [])
+
+
+def test_each_chart_of_a_sweep_has_all_runs_in_as_many_colours_as_there_are(sweep: Seen) -> None:
+    for runs in sweep["timeseries"]["lines"].values():
+        assert (len(runs), len(set(runs.values()))) == (NUM_RUNS, NUM_COLOURS)
+    for tab in ("scalars", "custom_scalars"):
+        assert {len(colours) for colours in sweep[tab]["lines"].values()} == {NUM_COLOURS}
+
+
+def test_each_run_of_a_sweep_has_its_answers_and_its_distributions(sweep: Seen) -> None:
+    """The first page of a tab has twelve cards; a card of answers has a table for each of the seven evaluations."""
+    assert sweep["text"]["pages"] == ["run/answers"] * NUM_RUNS
+    assert len(sweep["text"]["cells"]) == NUM_RUNS * 7 * 3 * len(ANSWERS)
+    margins = {f"values/eval/rewards/margins {number:02}/tensorboard" for number in range(NUM_RUNS)}
+    assert sweep["histograms"].keys() == sweep["distributions"].keys() == margins
+
+
+def test_each_run_of_a_sweep_is_a_row_of_hparams(sweep: Seen) -> None:
+    """With its own key, and the metrics of its last evaluation."""
+    rows = {trial: (float(row["loss.beta"]), float(row["eval accuracy"])) for trial, row in sweep["hparams"].items()}
+    assert {trial: beta for trial, (beta, _) in rows.items()} == {
+        f"{number:02}/tensorboard": pytest.approx(0.05 * (number + 1)) for number in range(NUM_RUNS)
+    }
+    assert all(0.8 < accuracy < 1 for _, accuracy in rows.values())
+
+
+# --- texts, hparams --------------------------------------------------------------------------------------------------
 
 
 def test_answers_are_shown_as_they_are_beside_config_and_data(seen: Seen) -> None:
@@ -88,7 +132,7 @@ def test_answers_are_shown_as_they_are_beside_config_and_data(seen: Seen) -> Non
 
 def test_hparams_have_keys_and_figures(seen: Seen) -> None:
     """The metrics are those of the last evaluation, as many digits as the tab shows."""
-    table = seen["hparams"]["tensorboard/eval"]
+    table = seen["hparams"]["tensorboard"]
     assert (table["loss.beta"], table["loss.name"], table["optim.lr"]) == ("0.10000", "dpo", "0.0000010000")
     for name in ("eval loss", "eval accuracy", "eval margin"):
         assert 0.3 < float(table[name]) < 0.9
@@ -100,13 +144,13 @@ def test_a_comparison_has_the_keys_that_differ_also_of_interrupted_runs(
     runs = [tmp_path / "runs" / "a", tmp_path / "runs" / "b"]
     save_run(runs[0], beta=0.1)
     save_run(runs[1], beta=0.5, until=43, seed=1, optim__max_grad_norm=None)
-    (runs[1] / "tensorboard" / "eval" / ENTRY).unlink()
+    (runs[1] / "tensorboard" / ENTRY).unlink()
     monkeypatch.setattr(sys, "argv", ["compare", *map(str, runs)])
     compare.main()
     table = look(tmp_path / "runs", tmp_path / "pictures", ["hparams"])["hparams"]
     metrics = ["eval loss", "eval accuracy", "eval margin", "eval loss_sft"]
     assert {trial: list(row) for trial, row in table.items()} == {
-        f"{name}/tensorboard/eval": ["loss.beta", "optim.max_grad_norm", *metrics] for name in "ab"
+        f"{name}/tensorboard": ["loss.beta", "optim.max_grad_norm", *metrics] for name in "ab"
     }
     keys = {trial[0]: (row["loss.beta"], row["optim.max_grad_norm"]) for trial, row in table.items()}
     assert keys == {"a": ("0.10000", "10.0"), "b": ("0.50000", "null")}

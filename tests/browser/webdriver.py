@@ -113,8 +113,8 @@ def serving(command: list[str], pattern: str) -> Iterator[str]:
 
 def settled(read: Callable[[], T], what: str) -> T:
     """What `read` gives, once it is something and has not changed for a second. Raises TimeoutError naming `what`."""
-    begin = changed = time.monotonic()
-    before = read()
+    begin = time.monotonic()
+    before, changed = read(), time.monotonic()
     while not before or time.monotonic() < changed + 1:
         if time.monotonic() > begin + SECONDS:
             raise TimeoutError(f"{what}: not there, or not at rest, after {SECONDS:g} seconds: {before}")

@@ -1,0 +1,134 @@
+"""The sink of an experiment tracker, such as W&B: each row is sent once, over all starts of a run.
+
+A resumed run computes steps again that it has sent before: some trackers ignore a row of an earlier step, others keep
+both. So `Journal` records the rows that were sent, and such a row is not sent again. A row that was not sent, because
+the tracker failed or was added to `train.report_to` later, is sent by the next start, from metrics.jsonl.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dpo.base.console import warn
+from dpo.board.bins import bins
+from dpo.board.charts import histogram_tag, text_tag
+from dpo.board.hparams import Value, flat
+from dpo.board.journal import Journal
+from dpo.board.sink import Answer
+from dpo.config import Config
+
+COLUMNS = ("prompt", "reference", "policy")
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a client opens: a run in a tracker."""
+
+    name: str
+    """The name of the run folder."""
+    id: str
+    """The same at each start of the run."""
+    folder: Path
+    """Folder for files of the tracker's library."""
+    config: Mapping[str, Value]
+    """SECTION.KEY -> value."""
+    num_rows: int
+    """Rows that earlier starts have sent."""
+
+
+class Client(Protocol):
+    """A run in a tracker, by the tracker's library. Every method may raise any error of that library."""
+
+    def held(self) -> Mapping[str, int] | None:
+        """Returns name -> last step of all that the tracker holds of the run; None where it does not tell."""
+
+    def send(self, step: int, row: Mapping[str, Any]) -> None:
+        """Sends metrics, or values that the next three methods return, by name."""
+
+    def histogram(self, counts: np.ndarray, edges: np.ndarray) -> Any:
+        """Returns a histogram for `send`."""
+
+    def text(self, text: str) -> Any:
+        """Returns a text of many lines for `send`."""
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+        """Returns a table of texts for `send`."""
+
+    def close(self) -> None:
+        """Waits until all is sent."""
+
+
+class Tracker:
+    """Sends a run to a tracker, on rank 0 alone.
+
+    Where the library raises an error, warns and sends no more: the run goes on.
+
+    Args:
+        name: the tracker's name in `train.report_to`.
+        config: the run's.
+        first_step: the first step of this start.
+        connect: opens the run in the tracker.
+    """
+
+    def __init__(self, name: str, config: Config, first_step: int, connect: Callable[[Opening], Client]):
+        self.name, self.first_step = name, first_step
+        self.client: Client | None = None
+        self._attempt(lambda: self._open(config, connect))
+
+    def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Sends metrics by their names in metrics.jsonl."""
+        self._send(step, next(iter(metrics)), lambda client: metrics)
+
+    def histogram(self, name: str, values: np.ndarray, step: int) -> None:
+        """Sends the distribution of the values whose mean is the metric `name`."""
+        tag = histogram_tag(name)
+        self._send(step, tag, lambda client: {tag: client.histogram(*bins(values))})
+
+    def text(self, name: str, text: str) -> None:
+        """Sends a text about this start."""
+        tag = text_tag(name)
+        self._send(self.first_step, tag, lambda client: {tag: client.text(text)})
+
+    def answers(self, step: int, answers: Sequence[Answer]) -> None:
+        """Sends the table of answers."""
+        self._send(step, "answers", lambda client: {"answers": client.table(COLUMNS, [*map(astuple, answers)])})
+
+    def hparams(self, config: Config) -> None:
+        """Does nothing: the config was sent as the tracker was opened."""
+
+    def close(self) -> None:
+        """Waits until all is sent."""
+        if self.client:
+            self._attempt(self.client.close)
+
+    def _open(self, config: Config, connect: Callable[[Opening], Client]) -> None:
+        run_dir = Path(str(config.train.run_dir))
+        self.journal = Journal(run_dir / "trackers" / f"{self.name}.jsonl")
+        values = flat(asdict(config))
+        client = connect(Opening(run_dir.name, self.journal.id, run_dir / "trackers", values, self.journal.num_rows))
+        held = client.held()
+        self.journal.last = self.journal.last if held is None else held
+        self.client = client
+
+    def _send(self, step: int, name: str, row: Callable[[Client], Mapping[str, Any]]) -> None:
+        """Sends a row, which goes by its first name, unless an earlier start has sent it."""
+        client = self.client
+        if client and not self.journal.has(step, name):
+            self._attempt(lambda: self._send_new(client, step, name, row))
+
+    def _send_new(self, client: Client, step: int, name: str, row: Callable[[Client], Mapping[str, Any]]) -> None:
+        client.send(step, row(client))
+        self.journal.add(step, name)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        """Calls the library. After an error of any kind, warns and sends no more."""
+        try:
+            action()
+        except Exception as failure:  # such as the network's: a run must not end with its tracker
+            self.client = None
+            reason = " ".join(f"{type(failure).__name__}: {failure}".split())
+            later = "the run goes on, and its next start sends the metrics that are missing"
+            warn(f"{self.name} failed, and is sent no more: {reason:.300}; {later}")

@@ -1,0 +1,176 @@
+"""The sink of a tracker, with a library that can fail: `tests/trackers` has the real ones."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dpo.base.errors import UserError
+from dpo.board import sinks
+from dpo.board.dashboard import Dashboard
+from dpo.board.sink import Answer
+from dpo.board.tracker import Opening, Tracker
+from dpo.config import Config
+from tests.support.runs import changed, make_config
+
+
+@dataclasses.dataclass
+class Service:
+    """What a tracker was sent: (step, names) of each row, over all starts."""
+
+    rows: list[tuple[int, list[str]]] = dataclasses.field(default_factory=list)
+    openings: list[Opening] = dataclasses.field(default_factory=list)
+    fails_at: int | None = None
+    """The step of the row that does not arrive."""
+    knows: Callable[[], Mapping[str, int] | None] = lambda: None
+
+    def connect(self, opening: Opening) -> "Library":
+        """What `Tracker` calls."""
+        self.openings.append(opening)
+        return Library(self)
+
+
+class Library:
+    """A `Client` that appends to its service."""
+
+    def __init__(self, service: Service):
+        self.service = service
+
+    def held(self) -> Mapping[str, int] | None:
+        return self.service.knows()
+
+    def send(self, step: int, row: Mapping[str, Any]) -> None:
+        if step == self.service.fails_at:
+            raise ConnectionError("the network\nis gone")
+        self.service.rows.append((step, [*row]))
+
+    def histogram(self, counts: np.ndarray, edges: np.ndarray) -> Any:
+        return counts, edges
+
+    def text(self, text: str) -> Any:
+        return text
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+        return columns, rows
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return make_config("model", "train.jsonl", tmp_path / "run")
+
+
+def start(config: Config, service: Service, first: int, last: int, earlier: Sequence[Mapping[str, float]] = ()) -> None:
+    """A start of a run that evaluates after 0, 3, 6, ... steps, and is killed after step `last`."""
+    tracker = sinks._open_tracker("wandb", service.connect)(config, first, earlier)
+    tracker.text("config", f"from {first}")
+    for step in range(first if first > 1 else 0, last + 1):
+        if step:
+            tracker.metrics(step, {"train/loss": 1.0, "train/lr": 1.0})
+        if step % 3 == 0:
+            tracker.metrics(step, {"eval/loss": 1.0})
+            tracker.histogram("eval/rewards/margins", np.zeros(2), step)
+            tracker.answers(step, [Answer("", "", "")])
+
+
+def steps_of(service: Service, name: str) -> list[int]:
+    return [step for step, names in service.rows if name in names]
+
+
+TRAIN = [{"step": step, "train/loss": 1.0, "train/lr": 1.0} for step in range(1, 10)]
+
+
+def test_a_resumed_run_sends_each_row_once_to_the_same_run(config: Config) -> None:
+    """Killed after step 8, goes on from the checkpoint of step 4; the line of step 8 in the journal is cut off, as is
+    that of a run which is killed while it writes.
+    """
+    service = Service()
+    start(config, service, 1, 8)
+    start(config, service, 5, 7)
+    (journal,) = Path(str(config.train.run_dir), "trackers").iterdir()
+    with journal.open("ab") as file:
+        file.write(b'{"step": 9, "ro')
+    start(config, service, 5, 9)
+    assert steps_of(service, "train/loss") == [*range(1, 10)]
+    for name in ("eval/loss", "values/eval/rewards/margins", "answers"):
+        assert steps_of(service, name) == [0, 3, 6, 9]
+    assert steps_of(service, "run/config") == [1, 5]
+    assert len({opening.id for opening in service.openings}) == 1
+    assert [opening.num_rows for opening in service.openings] == [0, 18, 19]
+
+
+def test_an_evaluation_that_was_cut_short_is_sent_though_later_steps_were(config: Config) -> None:
+    """Step 3 was sent and saved, its evaluation not: the next start evaluates it first."""
+    service = Service()
+    tracker = Tracker("wandb", config, 1, service.connect)
+    tracker.metrics(3, {"train/loss": 1.0})
+    tracker = Tracker("wandb", config, 4, service.connect)
+    tracker.metrics(3, {"eval/loss": 1.0})
+    assert service.rows == [(3, ["train/loss"]), (3, ["eval/loss"])]
+
+
+def test_a_tracker_that_fails_ends_nothing_and_gets_what_it_lacks_from_the_next_start(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The network goes at step 5, and the run is killed after step 8; its checkpoint is of step 7."""
+    service = Service(fails_at=5)
+    start(config, service, 1, 8)
+    assert steps_of(service, "train/loss") == [1, 2, 3, 4]
+    told = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
+    assert told == [
+        "WARNING: wandb failed, and is sent no more: ConnectionError: the network is gone; "
+        "the run goes on, and its next start sends the metrics that are missing"
+    ]
+    service.fails_at = None
+    start(config, service, 8, 9, earlier=TRAIN[:7])
+    assert steps_of(service, "train/loss") == [*range(1, 10)]
+
+
+def test_what_the_tracker_holds_goes_before_what_it_was_sent(config: Config) -> None:
+    """Its library had two rows in memory as the run was killed."""
+    service = Service()
+    start(config, service, 1, 4)
+    del service.rows[-2:]
+    service.knows = lambda: {name: step for step, names in service.rows for name in names}
+    start(config, service, 5, 5, earlier=TRAIN[:4])
+    assert steps_of(service, "train/loss") == [1, 2, 3, 4, 5]
+
+
+def test_a_tracker_that_cannot_be_opened_ends_nothing(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(opening: Opening) -> Library:
+        raise PermissionError("no key")
+
+    tracker = Tracker("wandb", config, 1, refuse)
+    tracker.metrics(1, {"train/loss": 1.0})
+    tracker.close()
+    assert capsys.readouterr().err.count("WARNING: wandb failed") == 1
+
+
+def test_the_config_is_sent_as_it_is_in_its_yaml(config: Config) -> None:
+    service = Service()
+    Tracker("wandb", config, 1, service.connect).close()
+    (opening,) = service.openings
+    assert (opening.name, opening.config["loss.beta"], opening.config["train.report_to"]) == (
+        "run",
+        0.1,
+        '["tensorboard"]',
+    )
+
+
+def test_a_tracker_that_is_not_installed_is_told_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sinks, "find_spec", lambda name: None if name == "wandb" else name)
+    sinks.check_installed(["tensorboard", "trackio"])
+    with pytest.raises(UserError, match=r"^train.report_to: wandb is not installed; valid: after pip install '"):
+        sinks.check_installed(["tensorboard", "wandb"])
+
+
+def test_sinks_are_those_of_the_config(config: Config) -> None:
+    assert sinks.open_sinks(changed(config, train__report_to=[]), 1, []) == []
+    (only,) = sinks.open_sinks(config, 1, [])
+    assert isinstance(only, Dashboard)
+    only.close()
