@@ -7,7 +7,7 @@ PACKAGES := chromium chromium-driver iproute2 bubblewrap
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo board test test-oldest test-newest test-python test-3.12 test-3.13 test-gpu test-cuda-host test-slurm bench bench-gpu tools check clean
+.PHONY: demo board test test-oldest test-newest test-python test-3.12 test-3.13 test-gpu test-cuda-host test-slurm test-trackers bench bench-gpu tools check clean
 
 demo: .venv/installed          ## learn a preference on two processes, in minutes
 	$(BIN)/python -m dpo.demo
@@ -40,6 +40,9 @@ bench-gpu: .venv/installed     ## speed, memory and the first step's check on th
 
 test-slurm: .venv/installed    ## jobs on a real SLURM of two nodes on this machine (root; apt installs it), in minutes
 	$(BIN)/python -m tests.slurm.cluster $(BIN)/python -m pytest tests/slurm || test $$? = 77  # no such cluster here: it prints why
+
+test-trackers: .venv-trackers/installed  ## a killed run in W&B and trackio, without a network
+	.venv-trackers/bin/python -m pytest tests/trackers -rs
 
 bench: .venv/installed-bench .venv-trl/installed  ## tables and plots of speed and memory into bench/, in two hours on an idle machine
 	$(BIN)/python -m tests.bench.peer
@@ -82,6 +85,12 @@ NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "
 	.venv-$*/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv-trackers/installed: pyproject.toml constraints-trackers.txt
+	$(NEW_ENOUGH)
+	$(PYTHON) -m venv .venv-trackers
+	.venv-trackers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-trackers.txt -e '.[dev,wandb,trackio]'
+	touch $@
+
 .venv/installed-bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
@@ -92,4 +101,4 @@ NEW_ENOUGH = $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "
 	touch $@
 
 clean:                         ## remove everything that make created
-	rm -rf .venv .venv-oldest .venv-newest .venv-3.12 .venv-3.13 .venv-cuda .venv-trl runs bench
+	rm -rf .venv .venv-oldest .venv-newest .venv-3.12 .venv-3.13 .venv-cuda .venv-trackers .venv-trl runs bench

@@ -3,23 +3,39 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from dpo.board import sinks
 from dpo.board.charts import has_chart
 from dpo.config import Config, SourceConfig
 from dpo.demo.world import preference_row, questions, save_model, save_rows
 from dpo.run.files import read_metrics
 from tests.support.boards import board_of, points_of, steps_of
-from tests.support.runs import changed, make_config, run, run_until, same_weights, without_clock
+from tests.support.runs import (
+    changed,
+    error_lines,
+    exit_code,
+    make_config,
+    run,
+    run_until,
+    same_weights,
+    without_clock,
+)
+
+
+def example_rows() -> list[dict[str, Any]]:
+    """Twelve questions of the demo, each with two answers."""
+    rng = random.Random(0)
+    return [preference_row(question, 2, rng) for question in questions(12, 0)]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model with its tokenizer, eight questions to learn from and four to evaluate."""
     root = tmp_path_factory.mktemp("watching")
-    rng = random.Random(0)
-    rows = [preference_row(question, 2, rng) for question in questions(12, 0)]
+    rows = example_rows()
     save_model(root / "model", rows, 0)
     save_rows(root / "pairs.jsonl", rows[:8])
     save_rows(root / "eval.jsonl", rows[8:])
@@ -93,6 +109,18 @@ def test_an_interruption_leaves_no_trace(world: Path, whole: Path) -> None:
     assert steps[0] == steps[1]
     for path in (whole / "answers").iterdir():
         assert path.read_bytes() == (world / "parts" / "answers" / path.name).read_bytes()
+
+
+def test_a_tracker_that_is_not_installed_ends_a_run_before_data_is_read(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file of training pairs is missing too, which would be told later."""
+    monkeypatch.setattr(sinks, "find_spec", lambda name: None)
+    changes = {"train__report_to": ["wandb"], "data__train": [SourceConfig("absent.jsonl")]}
+    assert exit_code(changed(config(world, "untracked"), **changes)) == 2
+    (line,) = error_lines(capsys.readouterr().err)
+    assert "train.report_to: wandb is not installed; valid: after pip install '" in line
+    assert not (world / "untracked").exists()
 
 
 def test_sampling_changes_nothing(world: Path, whole: Path) -> None:
