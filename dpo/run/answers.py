@@ -177,8 +177,11 @@ def choose_prompts(pairs: PairSet, count: int) -> list[Ids]:
 
 
 def prompt_text(tokenizer: Any, ids: Ids) -> str:
-    """Returns a prompt as the model reads it, with special tokens."""
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+    """Returns a prompt as the model reads it, with special tokens such as those of a chat, but without a BOS before it,
+    which is no part of the text.
+    """
+    shown = ids[1:] if ids[:1] == [tokenizer.bos_token_id] else ids
+    return str(tokenizer.decode(shown, clean_up_tokenization_spaces=False))
 
 
 def answer_text(tokenizer: Any, ids: Ids) -> str:

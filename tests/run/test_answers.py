@@ -17,10 +17,10 @@ from dpo.distributed.world import World
 from dpo.model.build import load_policy
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
-from dpo.run.answers import AnswerBook, Questions, answer, choose_prompts, open_answers, prepare_answers
+from dpo.run.answers import AnswerBook, Questions, answer, choose_prompts, open_answers, prepare_answers, prompt_text
 from dpo.run.inputs import Inputs, read_inputs
 from tests.model.test_generation import plain_draw, plain_greedy
-from tests.support.data_fixtures import EOS, make_tokenizer
+from tests.support.data_fixtures import BOS, EOS, ids, make_tokenizer
 from tests.support.models import plain_model, save_model, save_pairs
 from tests.support.runs import changed, make_config, run, run_until
 
@@ -95,6 +95,14 @@ def test_prompts_are_different_and_spread_over_the_set(inputs: Inputs, folders: 
     assert choose_prompts(inputs.data.eval, 1) == [prompts[0]]
     assert choose_prompts(inputs.data.eval, 7) == choose_prompts(inputs.data.eval, 100) == prompts
     assert choose_prompts(inputs.data.eval, 0) == []
+
+
+@pytest.mark.parametrize("marks", [[], [EOS]], ids=["text", "the end of a turn before it"])
+def test_a_prompt_is_shown_without_its_bos(marks: list[int]) -> None:
+    """Other special tokens stay, as those of a chat must; the characters have a space between them (`text`)."""
+    shown = ["</s>"] * len(marks) + ["H", "i"]
+    assert prompt_text(make_tokenizer(), [BOS, *marks, *ids("Hi")]) == " ".join(shown)
+    assert prompt_text(make_tokenizer(), [*marks, *ids("Hi")]) == " ".join(shown)
 
 
 def test_an_answer_ends_with_the_tokenizers_eos_and_the_models(config: Config, world: World, folders: Path) -> None:
