@@ -9,7 +9,8 @@ metrics.py   curves, hours and other numbers of metrics.jsonl
 story.py     sentences about a run's numbers
 scales.py    ticks and numbers as text
 drawing.py   lines, points and bars in SVG
-one_run.py   the parts of the page of one run
+one_run.py   numbers and charts of one run
+listings.py  answers, config and code of one run
 sweep.py     several runs: differing keys, heat maps, colours
 page.py      the parts as HTML
 """

@@ -112,7 +112,8 @@ def line_chart(title: str, y_label: str, series: Sequence[Series]) -> Chart:
     present = [line for line in series if line.points]
     points = [point for line in present for point in line.points]
     axis_x, axis_y = ([point[i] for point in points] for i in (0, 1))
-    axes = frame(_range(axis_x, 0.0), _range(axis_y, 0.04), "step", y_label)
+    low, high = _range(axis_x, 0.0)
+    axes = frame((0.0 if low < high / 2 else low, high), _range(axis_y, 0.04), "step", y_label)
     lines = [_polyline(line, axes) for line in present]
     legend = tuple(replace(line, points=()) for line in present if line.label)
     return Chart(title, drawing(title, axes.svg, *lines), legend)

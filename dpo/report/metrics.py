@@ -13,6 +13,10 @@ Point = tuple[float, float]
 """(step, value)."""
 MOST_POINTS = 400
 """Points of a curve: a longer run is shown by means of successive steps."""
+ACCURACIES, MARGINS = "rewards/accuracies", "rewards/margins"
+NO_PREFERENCE = 1e-6
+"""The mean margin below which policy and reference are the same but for rounding. Ties count as wrong there, so that
+accuracies tell nothing, and are not shown."""
 MEAN_OVER = 25
 """A bold curve of training is a mean over 1/25 of the steps."""
 
@@ -50,7 +54,10 @@ class Cost:
 
 
 def curve(lines: Sequence[Line], name: str) -> list[Point]:
-    """Returns the metric of each line that has it, in at most about MOST_POINTS points: means of successive lines."""
+    """Returns the metric of each line that has it, in at most MOST_POINTS points: means of successive lines."""
+    if name.endswith(ACCURACIES):
+        margins = name.replace(ACCURACIES, MARGINS)
+        lines = [line for line in lines if abs(line.get(margins, 1.0)) > NO_PREFERENCE]
     found = [(float(line["step"]), line[name]) for line in lines if name in line]
     if len(found) <= MOST_POINTS:
         return found

@@ -1,15 +1,11 @@
-"""The parts of the page of one run: key numbers, charts, tables. Each is empty where the run has nothing for it."""
+"""The numbers and charts of the page of one run. Each part is empty where the run has nothing for it."""
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, get_type_hints
 
 import numpy as np
 
-from dpo.base.console import harmless
-from dpo.config import Config
 from dpo.report.drawing import Chart, Series, diagonal_chart, histogram_chart, line_chart, scatter_chart
 from dpo.report.metrics import cost, curve, last_split, latest, smooth, splits, total_tokens
 from dpo.report.numbers import (
@@ -22,7 +18,7 @@ from dpo.report.numbers import (
     shared_edges,
     thinned,
 )
-from dpo.report.record import Line, Pairs, Record
+from dpo.report.record import Pairs, Record
 from dpo.report.scales import shown, shown_count, shown_hours
 from dpo.report.story import (
     calibration_sentence,
@@ -35,10 +31,6 @@ from dpo.report.story import (
 
 MOST_DOTS = 3000
 """Points of the scatter."""
-MOST_PROMPTS, MOST_ANSWERS, MOST_CHARACTERS = 8, 6, 1500
-"""Prompts that are shown, answers of each, and characters of a text."""
-NO_PREFERENCE = 1e-6
-"""The mean margin below which policy and reference are the same but for rounding, so that accuracies tell nothing."""
 UNITS = {"implicit": "reward, nats × beta", "per_token": "reward, nats per token × beta"}
 
 
@@ -59,9 +51,7 @@ CURVES = (
     Curves("Accuracy", "share of pairs whose winner is ahead", {"rewards/accuracies": ""}),
     Curves("Margin: reward of chosen minus rejected", "reward", {"rewards/margins": ""}),
     Curves("Rewards, thin: training", "reward", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
-    Curves(
-        "Log-probability of an answer, thin: training", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}
-    ),
+    Curves("Log-probability, thin: training", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
     Curves("Gradient norm, before clipping", "L2 norm", {"grad_norm": ""}),
     Curves("Learning rate", "rate", {"lr": ""}, is_exact=True),
     Curves("Speed", "tokens per second", {"tokens_per_second": ""}),
@@ -111,8 +101,7 @@ def _series(record: Record, name: str, curves: Curves) -> list[Series]:
     """Returns the lines of a metric: single steps thin and their running mean bold, and evaluations with dots."""
     hue = curves.metrics[name]
     side = f" {name.rpartition('/')[2]}" if hue else ""
-    steps = curve(_preferring(record.train, "train", name), f"train/{name}")
-    evaluations = curve(_preferring(record.evals, "eval", name), f"eval/{name}")
+    steps, evaluations = curve(record.train, f"train/{name}"), curve(record.evals, f"eval/{name}")
     if hue and evaluations:  # two sides and two groups: training stays in the background
         return [
             Series("", hue, smooth(steps), is_bold=False),
@@ -126,13 +115,6 @@ def _series(record: Record, name: str, curves: Curves) -> list[Series]:
         train,
         Series(f"held-out{side}", hue or "special", evaluations, has_dots=True),
     ]
-
-
-def _preferring(lines: Sequence[Line], group: str, name: str) -> Sequence[Line]:
-    """Returns the lines, for accuracies without those of a policy that is its reference, where ties count as wrong."""
-    if name != "rewards/accuracies":
-        return lines
-    return [line for line in lines if abs(line.get(f"{group}/rewards/margins", 1.0)) > NO_PREFERENCE]
 
 
 # --- why both rewards fall --------------------------------------------------------------------------------------------
@@ -229,88 +211,3 @@ def calibration_chart(record: Record) -> tuple[Chart, str] | None:
     points = [(group.x, group.y, math.sqrt(group.y * (1 - group.y) / group.pairs)) for group in groups]
     labels = ("predicted: sigmoid(|margin|)", "observed: winner ahead")
     return diagonal_chart("Calibration", labels, points), calibration_sentence(groups, calibration_error(groups))
-
-
-# --- answers ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Told:
-    """A prompt, the reference's answer, and the policy's answers over time."""
-
-    prompt: str
-    reference: str
-    policy: tuple[tuple[int, str], ...]
-    """(step, answer)."""
-
-
-def answers_over_time(record: Record) -> list[Told]:
-    """Returns the first MOST_PROMPTS prompts with at most MOST_ANSWERS answers each, from first to last step."""
-    steps = list(record.answers)
-    if not steps:
-        return []
-    chosen = sorted({steps[i] for i in np.linspace(0, len(steps) - 1, MOST_ANSWERS).round().astype(int)})
-    by_prompt: dict[str, list[tuple[int, Mapping[str, str]]]] = {}
-    for step in chosen:
-        for row in record.answers[step]:
-            by_prompt.setdefault(row["prompt"], []).append((step, row))
-    return [
-        Told(
-            _cut(prompt),
-            _cut(rows[-1][1]["reference"]),
-            tuple((step, _cut(row["policy"])) for step, row in reversed(rows)),
-        )
-        for prompt, rows in list(by_prompt.items())[:MOST_PROMPTS]
-    ]
-
-
-def _cut(text: str) -> str:
-    """Returns a text that cannot steer a terminal or browser, cut after MOST_CHARACTERS."""
-    return harmless(text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " …")
-
-
-# --- config and code --------------------------------------------------------------------------------------------------
-
-
-def config_rows(record: Record) -> list[tuple[str, str, str]]:
-    """Returns (key, value, default) of the keys of the config that differ from the defaults."""
-    defaults = default_values()
-    return [
-        (key, _value(value), _value(defaults[key]) if key in defaults else "required")
-        for key, value in record.config.items()
-        if key not in defaults or _value(value) != _value(defaults[key])
-    ]
-
-
-def default_values() -> dict[str, Any]:
-    """Returns SECTION.KEY -> default of every key that has one."""
-    found = {}
-    for section, cls in get_type_hints(Config).items():
-        for key in dataclasses.fields(cls):
-            if key.default is not dataclasses.MISSING:
-                found[f"{section}.{key.name}"] = key.default
-            elif key.default_factory is not dataclasses.MISSING:
-                found[f"{section}.{key.name}"] = key.default_factory()
-    return found
-
-
-def _value(value: Any) -> str:
-    """Returns a value as in YAML, on one line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_value, value))}]"
-    if isinstance(value, dict):
-        given = {key: item for key, item in value.items() if item not in (None, {}, False, "auto", "train")}
-        return f"{{{', '.join(f'{key}: {_value(item)}' for key, item in given.items())}}}"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def origin_rows(record: Record) -> list[tuple[str, str]]:
-    """Returns (name, text) of the code and machines of the last start, and the number of starts."""
-    if not record.starts:
-        return []
-    last = record.starts[-1]
-    names = ("version", "commit", "dirty", "python", "torch", "transformers", "datasets", "ranks", "hosts", "started")
-    rows = [(name, _value(last[name])) for name in names if last.get(name) not in (None, False)]
-    return [*rows, ("devices", cost(record).devices), ("starts", str(len(record.starts)))]

@@ -3,18 +3,9 @@
 from collections.abc import Sequence
 
 from dpo.base.pages import render_page
+from dpo.report.listings import answers_over_time, config_rows, origin_rows
 from dpo.report.numbers import by_source
-from dpo.report.one_run import (
-    answers_over_time,
-    calibration_chart,
-    config_rows,
-    curve_charts,
-    key_numbers,
-    length_chart,
-    origin_rows,
-    reward_charts,
-    why,
-)
+from dpo.report.one_run import calibration_chart, curve_charts, key_numbers, length_chart, reward_charts, why
 from dpo.report.record import Record
 from dpo.report.scales import shown
 from dpo.report.sweep import HEADINGS, differing, heat_maps, run_curves, run_rows

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 STEPS = (1.0, 2.0, 5.0, 10.0)
 """The steps between ticks, times a power of ten."""
@@ -97,3 +98,12 @@ def shown_hours(hours: float) -> str:
     if hours >= 1:
         return f"{shown(hours)} h"
     return f"{hours * 60:.0f} min" if hours >= 1 / 60 else f"{hours * 3600:.0f} s"
+
+
+def value_text(value: Any) -> str:
+    """Returns a value of the config as text."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, float):
+        return f"{value:g}" if value == 0 or 1e-3 <= abs(value) < 1e6 else scientific(value)
+    return str(value)

@@ -40,8 +40,8 @@ CASES = {
     ),
     (False, False): (
         "Both rewards fell.",
-        "The margin grew all the same, because losers fell further. The loss sees the difference alone: lowering both "
-        "sides satisfies it as long as losers fall faster, and the probability goes to answers that are in no pair. "
+        "The margin grew all the same, because losers fell further. DPO's loss sees the difference alone: it is "
+        "content with lowering both as long as losers fall faster, and the probability goes to answers in no pair. "
         "Winner and loser share words, so that what lowers a loser lowers its winner too; a small fall is common and "
         "harmless.",
     ),

@@ -9,7 +9,7 @@ from dpo.report.drawing import DASHES, Chart, Series, line_chart
 from dpo.report.metrics import cost, curve, last_split, latest, smooth
 from dpo.report.numbers import nats_per_token
 from dpo.report.record import Record
-from dpo.report.scales import shown, shown_hours, signed
+from dpo.report.scales import shown, shown_hours, signed, value_text
 from dpo.report.story import FALLEN
 
 COLORS = 10
@@ -214,8 +214,3 @@ def _values(records: Sequence[Record], key: str) -> list[Any]:
 
 def _index(values: Sequence[Any], value: Any) -> int:
     return next(i for i, known in enumerate(values) if repr(known) == repr(value))
-
-
-def value_text(value: Any) -> str:
-    """Returns a value of the config as text."""
-    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value)

@@ -80,6 +80,7 @@ def test_what_lies_in_a_run_folder(folders: Path) -> None:
         "checkpoints",
         "eval",
         "final",
+        "report.html",
     }
     written = load_config(["--config", str(folders / "done" / "config.yaml")], "dpo.train")
     decided = {"parallel__activation_checkpointing": "none", "parallel__sync_gradients": "every_micro_batch"}
