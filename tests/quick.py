@@ -32,6 +32,7 @@ FOLDERS = (
     "machine",
     "model",
     "ref_logps",
+    "report",
     "run",
     "step",
 )

@@ -53,11 +53,12 @@ def write_evaluation(run_dir: Path, step: int, arrays: Mapping[str, np.ndarray])
 
 def read_evaluation(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     """Returns the arrays of an evaluation by name. Raises OSError or ValueError where the file cannot be read."""
+    path = evaluation_path(run_dir, step)
     try:
-        with np.load(evaluation_path(run_dir, step), allow_pickle=False) as content:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
             return {name: content[name] for name in content.files}
-    except (zipfile.BadZipFile, EOFError) as failure:
-        raise ValueError(f"{evaluation_path(run_dir, step)} is damaged: {failure}") from failure
+    except (zipfile.BadZipFile, EOFError, TypeError) as failure:  # TypeError: a file of a single array
+        raise ValueError(f"{path} is damaged: {failure}") from failure
 
 
 def drop_evaluations_after(run_dir: Path, step: int) -> None:

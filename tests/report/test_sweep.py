@@ -1,0 +1,102 @@
+"""Several runs side by side: keys that differ, cells of heat maps, looks of runs."""
+
+from typing import Any
+
+import numpy as np
+
+from dpo.report.record import Record
+from dpo.report.sweep import Cell, differing, heat_map, heat_maps, look_of, names_of, run_curves, run_rows
+from tests.report.folders import eval_line, pairs_of, record_of
+
+ACCURACY = "eval/rewards/accuracies"
+
+
+def run_of(name: str, beta: Any, lr: float, accuracy: float | None, **more: Any) -> Record:
+    config = {"loss.name": "dpo", "loss.beta": beta, "optim.lr": lr, "train.run_dir": name} | more
+    lines = [] if accuracy is None else [eval_line(5, 0.3, 0.1, accuracy=accuracy, loss=1 - accuracy)]
+    return record_of(lines, f"runs/{name}", config=config)
+
+
+SWEEP = [
+    run_of("a", 0.5, 1e-6, 0.6),
+    run_of("b", 0.1, 1e-6, 0.7),
+    run_of("c", 0.1, 1e-5, 0.8),
+    run_of("d", 0.1, 1e-5, 0.9, **{"train.seed": 0}),
+]
+
+
+def test_a_heat_map_by_hand() -> None:
+    """beta down, lr across, both rising; two runs of a cell are averaged; no run has beta 0.5 and lr 1e-5. 0.6 is the
+    worst and 0.85 the best: 0.7 is 40 % of the way.
+    """
+    found = heat_map(SWEEP, ["loss.beta", "optim.lr"], ACCURACY, "accuracy")
+    assert (found.row_key, found.column_key) == ("loss.beta", "optim.lr")
+    assert (found.rows, found.columns) == (("0.1", "0.5"), ("1e-6", "1e-5"))
+    (seven, best), (six, absent) = found.cells
+    assert (seven.value, seven.runs, round(seven.share, 9), seven.is_best) == (0.7, 1, 0.4, False)
+    assert (round(best.value or 0, 9), best.runs, best.share, best.is_best) == (0.85, 2, 1.0, True)
+    assert (six.value, six.share) == (0.6, 0.0)
+    assert absent == Cell(None, 0, 0.0, False)
+
+
+def test_the_best_loss_is_the_lowest() -> None:
+    """The loss of a run here is 1 - accuracy, so that the same cell is best."""
+    found = heat_map(SWEEP, ["loss.beta", "optim.lr"], "eval/loss", "loss")
+    assert [[cell.is_best for cell in row] for row in found.cells] == [[False, True], [False, False]]
+
+
+def test_equal_cells_are_all_in_the_middle() -> None:
+    runs = [run_of("a", 0.1, 1e-6, 0.7), run_of("b", 0.2, 1e-6, 0.7)]
+    found = heat_map(runs, ["loss.beta"], ACCURACY, "accuracy")
+    assert [(cell.share, cell.is_best) for cell in found.cells[0]] == [(0.5, False), (0.5, False)]
+    assert found.rows == ("",)
+
+
+def test_heat_maps_are_of_one_or_two_keys_and_of_metrics_that_runs_have() -> None:
+    keys = ["loss.beta", "optim.lr"]
+    assert [found.title for found in heat_maps(SWEEP, keys)] == ["held-out accuracy", "held-out margin"]
+    assert [found.title for found in heat_maps(SWEEP, keys, "eval/loss")] == ["eval/loss"]
+    assert heat_maps(SWEEP, [*keys, "train.seed"]) == heat_maps(SWEEP, []) == []
+    assert heat_maps([run_of("a", 0.1, 1e-6, None), run_of("b", 0.2, 1e-6, None)], keys[:1]) == []
+
+
+def test_keys_that_do_not_change_what_is_learnt_are_left_out() -> None:
+    """Every run has another folder, and here another evaluation and sharding; a key that one run lacks differs."""
+    other = {"train.eval_every": 5, "checkpoint.keep": 9, "parallel.shard": 4}
+    runs = [run_of("a", 0.1, 1e-6, 0.6), run_of("b", 0.5, 1e-6, 0.6, **other, **{"loss.gamma": 0.5})]
+    assert differing(runs) == ["loss.beta", "loss.gamma"]
+
+
+def test_values_that_are_no_numbers_stand_in_the_order_of_the_runs() -> None:
+    runs = [run_of("a", True, 1e-6, 0.6), run_of("b", 1, 1e-6, 0.7), run_of("c", None, 1e-6, 0.8)]
+    found = heat_map(runs, ["loss.beta"], ACCURACY, "accuracy")
+    assert found.columns == ("true", "1", "null")
+    assert [cell.value for cell in found.cells[0]] == [0.6, 0.7, 0.8]
+
+
+def test_names_are_the_shortest_that_differ() -> None:
+    assert names_of([record_of(folder="x/a/run"), record_of(folder="x/b/run")]) == ["a/run", "b/run"]
+    assert names_of([record_of(folder="x/a"), record_of(folder="x/b")]) == ["a", "b"]
+
+
+def test_thirty_runs_look_different() -> None:
+    assert len({look_of(number) for number in range(30)}) == 30
+
+
+def test_a_row_of_the_table_by_hand() -> None:
+    """The last evaluation; winners at -6 nats on 10 tokens are marked."""
+    record = record_of([eval_line(0, 0, 0), eval_line(5, -0.6, -0.8, accuracy=0.7)], pairs={5: pairs_of([-6], [-8])})
+    (row,) = run_rows([record], ["loss.name"])
+    assert row.values == ("dpo",)
+    assert row.cells == ("0.500", "0.700", "0.200", "−0.600", "+0.800", "−0.600", "0 s")
+    assert row.has_fallen and row.state == "0, not finished"
+    (row,) = run_rows([record_of()], [])
+    assert row.cells[:6] == ("–",) * 6 and not row.has_fallen
+
+
+def test_a_chart_has_a_line_per_run_that_has_the_metric() -> None:
+    charts = run_curves([*SWEEP, record_of(folder="runs/e")])
+    accuracy = next(chart for chart in charts if chart.title == "Held-out accuracy")
+    assert [line.label for line in accuracy.legend] == ["a", "b", "c", "d"]
+    assert len({(line.hue, line.dash) for line in accuracy.legend}) == 4
+    assert np.all([chart.title.startswith("Held-out") for chart in charts])  # no run has training steps
