@@ -19,6 +19,7 @@ pyproject.toml). Each room's `__init__.py` has a line for each of its files.
            demo/           python -m dpo.demo: a small policy learns a preference on two processes
     7      inspect/        python -m dpo.inspect: the data as the trainer will see it
            estimate/       python -m dpo.estimate: the memory and time of a step on devices that are not here
+           report/         python -m dpo.report: a run, or several side by side, as one HTML page; without torch
     6      run/            a run: its inputs, folder, loop and reports
     5      step/           one update: log-probabilities -> losses -> gradient -> weights; evaluation without gradient
            ref_logps/      the reference's log-probabilities: computed once, cached by content
@@ -39,7 +40,7 @@ Where do I add ...
     a data format          data/formats/: a reader, and an entry in `FORMATS` of examples.py; its name in config
     a set by its name      configs/data/: a file; rows of its shape in tests/data/test_named_sets.py
     a key of the config    config/fields.py: a field with its docstring; its bounds in config/rules.py
-    a metric               step/metrics.py; its chart in board/charts.py
+    a metric               step/metrics.py; its chart in board/charts.py, on the page of a run in report/one_run.py
     an optimizer           step/optim.py, and `optimizer_elements` there
     a model family         nothing where it uses transformers' attention interface; else model/, and an exactness test
     an adapter kind        model/, between build.py and parallelize.py

@@ -7,7 +7,7 @@ from dpo.report.listings import answers_over_time, config_rows, origin_rows
 from dpo.report.numbers import by_source
 from dpo.report.one_run import calibration_chart, curve_charts, key_numbers, length_chart, reward_charts, why
 from dpo.report.record import Record
-from dpo.report.scales import shown
+from dpo.report.scales import shown, value_text
 from dpo.report.sweep import HEADINGS, differing, heat_maps, run_curves, run_rows
 
 ONE, SEVERAL = "one_run.html", "sweep.html"
@@ -36,6 +36,7 @@ def page_of_run(record: Record) -> str:
         config_text=record.config_text,
         origin=origin_rows(record),
         shown=shown,
+        value_text=value_text,
     )
 
 
