@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 540, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 526, 24, 210
 """The place of the plot in the drawing."""
 DASHES = ("", "7 4", "2 3")
-"""Patterns of lines, so that more lines than colors can be told apart."""
+"""Patterns of lines, so that more lines than colors can be tip apart."""
 
 Point = tuple[float, float]
 
@@ -168,9 +168,9 @@ def _bars(hue: str, found: Histogram, axes: Frame) -> Markup:
     for low, high, count in zip(found.edges, found.edges[1:], found.counts, strict=False):
         if count:
             x, y = axes.x(float(low)), axes.y(float(count))
-            told = f"{hue}, {shown(float(low))} to {shown(float(high))}: {count:,} pairs"
+            tip = f"{hue}, {shown(float(low))} to {shown(float(high))}: {count:,} pairs"
             width = axes.x(float(high)) - x
-            bars.append(bar.format(hue, f"{x:.1f}", f"{y:.1f}", f"{width:.1f}", f"{BOTTOM - y:.1f}", told))
+            bars.append(bar.format(hue, f"{x:.1f}", f"{y:.1f}", f"{width:.1f}", f"{BOTTOM - y:.1f}", tip))
     return Markup("").join(bars)
 
 

@@ -19,7 +19,7 @@ MOST_PROMPTS, MOST_ANSWERS, MOST_CHARACTERS = 8, 6, 1500
 
 
 @dataclass(frozen=True)
-class Told:
+class AnswerHistory:
     """A prompt, the reference's answer, and the policy's answers over time."""
 
     prompt: str
@@ -28,7 +28,7 @@ class Told:
     """(step, answer)."""
 
 
-def answers_over_time(record: Record) -> list[Told]:
+def answers_over_time(record: Record) -> list[AnswerHistory]:
     """Returns the first MOST_PROMPTS prompts with at most MOST_ANSWERS answers each, from first to last step."""
     steps = list(record.answers)
     if not steps:
@@ -39,7 +39,7 @@ def answers_over_time(record: Record) -> list[Told]:
         for row in record.answers[step]:
             by_prompt.setdefault(row["prompt"], []).append((step, row))
     return [
-        Told(
+        AnswerHistory(
             _cut(prompt),
             _cut(rows[-1][1]["reference"]),
             tuple((step, _cut(row["policy"])) for step, row in reversed(rows)),

@@ -144,9 +144,9 @@ def why(record: Record) -> Why | None:
         Series("loser down", "rejected", _fewer([(x, -y) for x, y in columns["loser"]]), has_dots=has_dots),
     )
     pairs = _last_pairs(record)
-    told = [*split_sentences(last, record), *([token_sentence(pairs)] if pairs else [])]
+    sentences = [*split_sentences(last, record), *([token_sentence(pairs)] if pairs else [])]
     chart = line_chart("What the margin is made of", _unit(record), lines)
-    return Why(chart, (*filter(None, told), where_from(record)), warning(pairs) if pairs else None)
+    return Why(chart, (*filter(None, sentences), where_from(record)), warning(pairs) if pairs else None)
 
 
 def _fewer(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -25,12 +25,12 @@ def split_sentences(split: Split, record: Record) -> list[str]:
             "Try more steps, a larger optim.lr or a shorter warm-up.",
         ]
     case = (split.winner > 0, split.loser > 0)
-    told, meaning = CASES[case]
+    text, meaning = CASES[case]
     moves = f"Winners went {_way(split.winner)}, losers went {_way(split.loser)}"
     margin = f"the margin {'grew' if split.margin > 0 else 'shrank'} by {shown(abs(split.margin))}"
     if split.margin <= 0 and case in SHRUNK:
         meaning = SHRUNK[case]
-    return [f"{told} {moves}: {margin}.", _shares(split), meaning + _remedy(case, record)]
+    return [f"{text} {moves}: {margin}.", _shares(split), meaning + _remedy(case, record)]
 
 
 CASES = {
@@ -135,12 +135,12 @@ def length_sentence(r: float | None) -> str:
         return (
             "There is no correlation to tell: all pairs differ by the same number of tokens, or all margins are equal."
         )
-    told = f"Correlation {signed(r)}, which explains {r * r:.0%} of the margins' variance"
+    text = f"Correlation {signed(r)}, which explains {r * r:.0%} of the margins' variance"
     if abs(r) < 0.1:
-        return f"{told}: the margin hardly depends on length."
+        return f"{text}: the margin hardly depends on length."
     which = "longer" if r > 0 else "shorter"
     how = "somewhat" if abs(r) < 0.3 else "clearly"
-    return f"{told}: the policy {how} prefers {which} answers; look whether that is the preference you want."
+    return f"{text}: the policy {how} prefers {which} answers; look whether that is the preference you want."
 
 
 def calibration_sentence(groups: list[Group], error: float) -> str:
@@ -148,8 +148,8 @@ def calibration_sentence(groups: list[Group], error: float) -> str:
     predicted, observed = (
         sum(g.pairs * getattr(g, name) for g in groups) / sum(g.pairs for g in groups) for name in "xy"
     )
-    told = f"It expects to be right in {predicted:.1%} of pairs and is in {observed:.1%}"
+    text = f"It expects to be right in {predicted:.1%} of pairs and is in {observed:.1%}"
     verdict = "well calibrated"
     if error >= 0.03:
         verdict = "overconfident" if predicted > observed else "underconfident"
-    return f"{told}; the mean distance from the diagonal is {error:.3f}: {verdict}."
+    return f"{text}; the mean distance from the diagonal is {error:.3f}: {verdict}."

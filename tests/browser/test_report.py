@@ -37,7 +37,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / f"{name}.html" for name in texts}
 
 
-@pytest.fixture(scope="module", params=[420, 1250])
+@pytest.fixture(scope="module", params=[500, 1250])
 def browser(request: pytest.FixtureRequest) -> Iterator[Browser]:
     with chromium(request.param, 900) as page:
         yield page
