@@ -7,7 +7,7 @@ from pathlib import Path
 from dpo.base.console import say, warn
 from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing, timed_write
-from dpo.run.forecast import Forecast
+from dpo.run.forecast import ASSUMED_RATE, Forecast
 from launch.arguments import Request
 from launch.forecast import Unknown, ask_forecast
 from launch.reports import newest_checkpoint
@@ -15,8 +15,6 @@ from launch.resources import Known
 from launch.site import Site, ask_site
 from launch.sweep import PlannedRun
 
-ASSUMED_RATE = 5e8
-"""Bytes per second at which checkpoints are assumed to be written where it cannot be measured."""
 _FILE_BYTES = 64 * 2**20
 
 

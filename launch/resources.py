@@ -219,4 +219,5 @@ def _parts(known: Known) -> dict[str, float] | None:
         f"{left:,} steps of {shown_duration(forecast.step_seconds)}": left * forecast.step_seconds,
         "the reference": 0 if known.steps_done else forecast.reference_seconds or 0,
         "evaluations": (forecast.evaluation_seconds or 0) * left / max(forecast.num_steps, 1),
+        "checkpoints": forecast.checkpoint_seconds or 0,
     }

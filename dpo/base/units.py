@@ -15,8 +15,10 @@ def shown_rate(number: float) -> str:
 
 
 def shown_seconds(number: float) -> str:
-    """Returns seconds, or milliseconds below a tenth of a second."""
-    return f"{number:,.1f} s" if number >= 10 else f"{number:.2f} s" if number >= 0.1 else f"{1000 * number:.1f} ms"
+    """Returns seconds; milliseconds below a tenth of a second, microseconds below a tenth of a millisecond."""
+    if number >= 0.1:
+        return f"{number:,.1f} s" if number >= 10 else f"{number:.2f} s"
+    return f"{1e6 * number:.2g} µs" if 0 < number < 0.95e-4 else f"{1000 * number:.1f} ms"
 
 
 def shown_duration(seconds: float) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from dpo.base.units import shown_bytes
 from dpo.distributed.collectives import all_gather, on_main
 from dpo.distributed.failures import estimate_command
 from dpo.distributed.world import World
@@ -89,13 +90,13 @@ def describe_memory(subject: Subject, memories: Sequence[Memory]) -> Finding:
     where = "host memory" if least.on_host else "GPU memory"
     line = (
         f"{subject.models[0].model_type}, {shown_count(subject.sizes.num_parameters)} parameters: weights, gradients"
-        f" and optimizer {gib(state)} GiB per rank; {gib(least.free)} GiB of {where} are free"
+        f" and optimizer {shown_bytes(state)} per rank; {gib(least.free)} GiB of {where} are free"
     )
     lines, advice = _step(memories[0].step)
     problems = []
     if state > least.free:
         room = f"{gib(least.free)} GiB of {where} are free"
-        shortage = f"weights, gradients and optimizer take {gib(state)} GiB per rank, {room}"
+        shortage = f"weights, gradients and optimizer take {shown_bytes(state)} per rank, {room}"
         problems.append(with_remedy(shortage, _room(subject, least.on_host)))
     return Finding(MODEL.name, (line, *lines), problems=tuple(problems), advice=tuple(advice))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from dpo.base.errors import RunError
 from dpo.base.files import nearest_existing, timed_write
 from dpo.base.space import find_shortage
-from dpo.base.units import shown_rate, shown_seconds
+from dpo.base.units import shown_bytes, shown_rate, shown_seconds
 from dpo.checkpoint.store import checkpoints_of
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World
@@ -125,7 +125,7 @@ def describe_storage(subject: Subject, ranks: Sequence[Storage]) -> Finding:
         needed = subject.sizes.disk_bytes(least.num_checkpoints)
         room = f"{gib(least.free)} GiB are free" if needed > least.free else ranks[0].shortage
         if room:
-            shortage = f"the run needs {gib(needed)} GiB in {least.folder}, {room}"
+            shortage = f"the run needs {shown_bytes(needed)} in {least.folder}, {room}"
             problems.append(with_remedy(shortage, "a train.run_dir with more room, a smaller checkpoint.keep"))
     speed = f"{shown_rate(written)} written and synced, {shown_rate(read)} read, all ranks together"
     lines.append(f"{speed} ({FILE_BYTES >> 20} MiB per rank)")
@@ -139,8 +139,8 @@ def _checkpoints(sizes: Sizes, present: int, written: float) -> str:
     keeps = "checkpoint.keep null keeps all" if sizes.keep is None else f"checkpoint.keep {sizes.keep}"
     there = f"; {counted(present, 'checkpoint')} there already" if present else ""
     at_least = "at least " if sizes.keep is None and sizes.num_saves is None else ""
-    needed = f"{at_least}{gib(sizes.disk_bytes(present))} GiB"
-    each = f"checkpoints of {gib(sizes.checkpoint)} GiB, about {shown_seconds(sizes.checkpoint / written)} each"
+    needed = f"{at_least}{shown_bytes(sizes.disk_bytes(present))}"
+    each = f"checkpoints of {shown_bytes(sizes.checkpoint)}, about {shown_seconds(sizes.checkpoint / written)} each"
     return f"a run needs {needed} there: {each} ({keeps}{there})"
 
 

@@ -6,16 +6,18 @@ of the evaluations after steps 0, 50 and 100 takes 10 of them, 40 s.
 """
 
 import math
+from collections.abc import Callable
 
-from dpo.base.units import shown_bytes, shown_duration
+from dpo.base.units import shown_bytes, shown_duration, shown_rate, shown_seconds
 from dpo.batch.costs import MODEL_UNITS
 from dpo.config import Config
 from dpo.estimate.lengths import Extent
 from dpo.estimate.memory import COPY
 from dpo.estimate.words import Estimate, verdict
 from dpo.machine.data_sheets import GIB
+from dpo.ref_logps.blocks import ROW
 from dpo.run.disk import Sizes
-from dpo.run.forecast import Forecast
+from dpo.run.forecast import ASSUMED_RATE, Forecast
 from dpo.run.loop import is_time
 
 PROCESS_BYTES = {"cpu": 0.75 * GIB, "cuda": 6 * GIB}
@@ -24,25 +26,27 @@ buffers, the libraries, and the processes that compile kernels.
 """
 
 
-def forecast(estimate: Estimate, sizes: Sizes, extent: Extent | None) -> Forecast:
+def forecast(estimate: Estimate, sizes: Sizes, extent: Extent | None, write_rate: float | None = None) -> Forecast:
     """Returns the forecast that follows from an estimate.
 
     Args:
         estimate: of a step.
         sizes: of the run's checkpoints.
         extent: the number of steps and pairs; None where the data was not read.
+        write_rate: bytes per second that all ranks together write; None where it was not measured.
     """
     config, cluster, memory = estimate.config, estimate.cluster, estimate.memory
     on_cpu, copied = cluster.device.is_cpu, memory.host[COPY]
     tensors = memory.host.total() - copied + (memory.device.total() if on_cpu else 0)
-    forward = forward_seconds(estimate)
+    forward, seconds = forward_seconds(estimate), estimate.speed.serial
+    num_steps = extent.num_steps if extent else config.train.steps
     return Forecast(
         device=cluster.device.name,
         lengths=estimate.lengths,
         fits=estimate.fits,
         verdict=verdict(estimate),
-        step_seconds=estimate.speed.serial,
-        num_steps=extent.num_steps if extent else config.train.steps,
+        step_seconds=seconds,
+        num_steps=num_steps,
         reference_seconds=reference_passes(config, extent) * forward if extent else None,
         evaluation_seconds=evaluation_passes(config, extent) * forward if extent else None,
         checkpoint_bytes=sizes.checkpoint,
@@ -50,19 +54,86 @@ def forecast(estimate: Estimate, sizes: Sizes, extent: Extent | None) -> Forecas
         copy_bytes=copied * cluster.ranks_per_node,
         step_bytes=tensors * cluster.ranks_per_node,
         process_bytes=PROCESS_BYTES["cpu" if on_cpu else "cuda"] * cluster.ranks_per_node,
+        write_rate=write_rate,
+        num_ranks=cluster.num_ranks,
+        checkpoint_seconds=num_steps and checkpoint_seconds(config, sizes, num_steps * seconds, write_rate),
+        keep=sizes.keep,
+        final_bytes=sizes.final,
+        cache_bytes=cache_bytes(config, extent) if extent else None,
     )
 
 
-def line_of_run(found: Forecast, num_ranks: int) -> str:
-    """Returns one line about the whole run: its time, by part and times the devices, and bytes on disk."""
-    disk = f"it needs {shown_bytes(found.disk_bytes)} in its run folder"
-    if found.num_steps is None or found.seconds is None:
-        return f"a run: the number of steps is not known, since the data was not read; {disk}"
-    parts = [f"{found.num_steps:,} steps {shown_duration(found.num_steps * found.step_seconds)}"]
-    for name, more in (("the reference", found.reference_seconds), ("evaluations", found.evaluation_seconds)):
-        parts += [f"{name} {shown_duration(more)}"] if more else []
-    whole, all_devices = shown_duration(found.seconds), shown_duration(found.seconds * num_ranks)
-    return f"a run takes {whole} ({', '.join(parts)}), times {num_ranks} devices {all_devices}; {disk}"
+def checkpoint_seconds(config: Config, sizes: Sizes, seconds: float, write_rate: float | None) -> float:
+    """Returns the seconds in which a run waits for its files: for the last checkpoint and the export, and at each
+    earlier save for what the checkpoint before takes longer than the steps in between, beside which it is written.
+
+    Args:
+        config: the run's.
+        sizes: the bytes and the number of its checkpoints.
+        seconds: of all steps together.
+        write_rate: as in `forecast`.
+    """
+    rate, saves = write_rate or ASSUMED_RATE, sizes.num_saves or 1
+    each, between = sizes.checkpoint / rate, seconds / saves
+    return (saves - 1) * max(0.0, each - between) + each + sizes.export / rate
+
+
+def cache_bytes(config: Config, extent: Extent) -> int:
+    """Returns the bytes of the log-probabilities of the reference: of both completions of each pair a row in a block of
+    the cache, and one in the table of the run. Pairs that share a completion need fewer.
+    """
+    num_completions = 2 * (extent.num_pairs + extent.num_eval_pairs)
+    return 2 * ROW.itemsize * num_completions if config.loss.facts.uses_reference else 0
+
+
+# --- for the user ----------------------------------------------------------------------------------------------------
+
+
+def lines_of_run(found: Forecast, on_cpu: bool) -> list[str]:
+    """Returns lines about the whole run: its time by part, its device-hours, and its bytes on disk."""
+    return [*_time_lines(found, on_cpu), *_disk_lines(found)]
+
+
+def _time_lines(found: Forecast, on_cpu: bool) -> list[str]:
+    each = "" if on_cpu else ", if no parts overlap"
+    if found.num_steps is None or found.seconds is None or found.device_hours is None:
+        what = "the number of steps is not known, since the data was not read and train.steps is null"
+        return [f"hours of a run: not known: {what}; a step takes {shown_seconds(found.step_seconds)}{each}"]
+    source = "assumed" if found.write_rate is None else "measured"
+    rate = f"{shown_rate(found.write_rate or ASSUMED_RATE)} ({source})"
+    rows = [
+        ("steps", found.num_steps * found.step_seconds, f"{shown_seconds(found.step_seconds)} each{each}"),
+        ("reference pass", found.reference_seconds, "once: its log-probabilities are cached"),
+        ("evaluations", found.evaluation_seconds, ""),
+        ("checkpoints", found.checkpoint_seconds, f"the last, and final/, at {rate}; others beside steps"),
+    ]
+    hours = f"{found.device_hours:,.1f}" if found.device_hours >= 0.1 else "under 0.1"
+    unit = f"{'CPU' if on_cpu else 'GPU'}-hours on {found.num_ranks} {'ranks' if on_cpu else 'GPUs'}"
+    bound = "at least " if any(seconds is None for _, seconds, _ in rows) else ""
+    head = f"a run of {found.num_steps:,} steps takes {bound}{shown_duration(found.seconds)}, {hours} {unit}:"
+    return [head, *(_row(name, seconds, shown_duration, about) for name, seconds, about in rows if seconds != 0)]
+
+
+def _disk_lines(found: Forecast) -> list[str]:
+    keep = "null keeps all" if found.keep is None else str(found.keep)
+    bound = "at least" if found.keep is None and found.num_steps is None else "at most"
+    rows = [
+        ("checkpoint", found.checkpoint_bytes, f"each; checkpoint.keep {keep}"),
+        ("final/", found.final_bytes, "and as much again while it is written"),
+        ("cache", found.cache_bytes, "at most, of the reference pass, in reference.cache_dir"),
+    ]
+    head = f"disk of a run: {bound} {shown_bytes(found.disk_bytes)} at once in train.run_dir:"
+    return [head, *(_row(name, number, shown_bytes, about) for name, number, about in rows if number != 0)]
+
+
+def _row(name: str, number: float | None, shown: Callable[[float], str], about: str) -> str:
+    """Returns a row of a table; `number` is None where it depends on the number of pairs, which is not known."""
+    if number is None:
+        return f"  {name:<16} not known   the number of pairs is missing, since the data was not read"
+    return f"  {name:<16}{shown(number):>10}   {about}".rstrip()
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
 
 
 def forward_seconds(estimate: Estimate) -> float:

@@ -20,12 +20,11 @@ What of g and r is not the link is copies, per byte of the gathered and reduced 
 from dataclasses import replace
 
 from dpo.base.errors import UserError
-from dpo.base.units import shown_seconds
+from dpo.base.units import shown_bytes, shown_seconds
 from dpo.config import Config
 from dpo.estimate.devices import Device, device_like, this_machine
 from dpo.estimate.report import Collective, Kind, Layout, Report, Steps
 from dpo.estimate.speed import Cluster, precision_of
-from dpo.estimate.words import gib
 
 LEAST_ARITHMETIC = 0.5
 """Share of the timed steps that must be arithmetic; below it, its seconds are the difference of larger numbers."""
@@ -227,4 +226,4 @@ def checkpoint_lines(report: Report, num_bytes: int) -> list[str]:
     if rate is None:
         return []
     seconds = shown_seconds(num_bytes / rate)
-    return [f"a checkpoint of {gib(num_bytes)} GiB: {seconds} at the measured {rate / 1e9:.3g} GB/s of all ranks"]
+    return [f"a checkpoint of {shown_bytes(num_bytes)}: {seconds} at the measured {rate / 1e9:.3g} GB/s of all ranks"]

@@ -24,7 +24,7 @@ from dpo.estimate.advice import advice
 from dpo.estimate.changes import Change, find_changes, with_keys
 from dpo.estimate.choice import Case, decide, with_values
 from dpo.estimate.devices import DEVICES, Device, this_machine
-from dpo.estimate.forecast import forecast, line_of_run
+from dpo.estimate.forecast import forecast, lines_of_run
 from dpo.estimate.lengths import Extent, Lengths, find_lengths
 from dpo.estimate.measured import arithmetic, checkpoint_lines, measured_device, sources, unmeasured_device, write_rate
 from dpo.estimate.needs import Trial, memory_of, needed_bytes, plans_of, with_dtype
@@ -232,10 +232,8 @@ def _measured_lines(arguments: Arguments, model_config: PretrainedConfig) -> lis
 def _tell_forecast(arguments: Arguments, result: Estimate, extent: Extent | None) -> None:
     """Prints what the whole run needs, and writes it where the command line names a file."""
     sizes = sizes_of(arguments.config, result.model_config, extent.num_steps if extent else None)
-    found = forecast(result, sizes, extent)
-    if arguments.report:
-        found = replace(found, write_rate=write_rate(arguments.report))
-    print("\n".join(wrapped([line_of_run(found, arguments.cluster.num_ranks)])), flush=True)
+    found = forecast(result, sizes, extent, write_rate(arguments.report) if arguments.report else None)
+    print("\n".join(wrapped(lines_of_run(found, arguments.cluster.device.is_cpu))), flush=True)
     if arguments.json:
         write_forecast(arguments.json, found)
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 from dpo.base.files import write_atomically
 
+ASSUMED_RATE = 5e8
+"""Bytes per second at which all ranks together write a checkpoint, where nothing was measured."""
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -37,18 +40,40 @@ class Forecast:
     """Host memory of a node for the processes of its ranks."""
     write_rate: float | None = None
     """Bytes per second at which the ranks of a measured run wrote; None where nothing was measured."""
+    num_ranks: int = 1
+    checkpoint_seconds: float | None = None
+    """Seconds in which the run waits for checkpoints and for the export of the model; None where the number of steps is
+    not known.
+    """
+    keep: int | None = None
+    """`checkpoint.keep`; None: all."""
+    final_bytes: int = 0
+    """Bytes of the exported model."""
+    cache_bytes: int | None = None
+    """Maximum number of bytes of the reference's log-probabilities, 0 for a loss without one; None where the data was
+    not read.
+    """
 
     @property
     def seconds(self) -> float | None:
-        """Returns the seconds of the whole run; None where the number of steps is not known."""
+        """Returns the seconds of the whole run; None where the number of steps is not known, and a lower bound where
+        those of the reference and of evaluations are not.
+        """
         if self.num_steps is None:
             return None
-        return self.num_steps * self.step_seconds + (self.reference_seconds or 0) + (self.evaluation_seconds or 0)
+        others = (self.reference_seconds, self.evaluation_seconds, self.checkpoint_seconds)
+        return self.num_steps * self.step_seconds + sum(part or 0 for part in others)
+
+    @property
+    def device_hours(self) -> float | None:
+        """Returns the hours of the run times its ranks; None as `seconds`."""
+        return None if self.seconds is None else self.seconds * self.num_ranks / 3600
 
 
 def write_forecast(file: Path, found: Forecast) -> None:
-    """Writes a forecast as a JSON object."""
-    write_atomically(file, json.dumps(asdict(found), indent=1).encode())
+    """Writes a forecast as a JSON object, with the `seconds` and `device_hours` of the run."""
+    facts = asdict(found) | {"seconds": found.seconds, "device_hours": found.device_hours}
+    write_atomically(file, json.dumps(facts, indent=1).encode())
 
 
 def read_forecast(file: Path) -> Forecast:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dpo.base.console import say, warn
+from dpo.base.units import shown_bytes
 from dpo.board.sink import Answer
 from dpo.board.writer import MetricsWriter
 from dpo.config import Config, OptimConfig, to_yaml
@@ -165,8 +166,7 @@ def _ranks(run: Run) -> str:
 
 def _memory(run: Run) -> str:
     size = state_bytes(num_parameters(run.policy.model), run.config, run.world.size)
-    shown = f"{size / 2**30:.1f} GiB" if size > 2**29 else f"{size / 2**20:.1f} MiB"
-    return f"{shown} per rank for weights, gradients and optimizer, without activations"
+    return f"{shown_bytes(size)} per rank for weights, gradients and optimizer, without activations"
 
 
 def num_parameters(model: nn.Module) -> int:

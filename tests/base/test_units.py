@@ -28,3 +28,4 @@ def test_durations(seconds: float, text: str) -> None:
 
 def test_seconds_do_not_become_minutes() -> None:
     assert shown_seconds(1234.5) == "1,234.5 s"
+    assert [shown_seconds(n) for n in (0.0, 1e-4, 8.9e-5, 1.7e-7)] == ["0.0 ms", "0.1 ms", "89 µs", "0.17 µs"]

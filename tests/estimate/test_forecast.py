@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,7 +10,14 @@ from typing import Any, cast
 import pytest
 
 from dpo.estimate.devices import DEVICES
-from dpo.estimate.forecast import GIB, evaluation_passes, forecast, line_of_run, reference_passes
+from dpo.estimate.forecast import (
+    GIB,
+    checkpoint_seconds,
+    evaluation_passes,
+    forecast,
+    lines_of_run,
+    reference_passes,
+)
 from dpo.estimate.lengths import Extent
 from dpo.estimate.memory import COPY, WEIGHTS, Memory, copy_bytes
 from dpo.estimate.speed import Cluster, Part, Speed
@@ -43,10 +51,62 @@ def test_the_forecast_of_a_run() -> None:
     assert found.evaluation_seconds == 3 * 10 * 3.0  # after steps 0, 50 and 100
     assert (found.checkpoint_bytes, found.disk_bytes) == (80, 3 * 80)  # two are kept, and a third is written first
     assert (found.copy_bytes, found.step_bytes, found.process_bytes) == (20, 8, 4 * 6 * GIB)
-    assert line_of_run(found, 8) == (
-        "a run takes 27 min (100 steps 20 min, the reference 6 min, evaluations 90.0 s), times 8 devices 3.6 h;"
-        " it needs 0.2 KiB in its run folder"
+    assert (found.num_ranks, found.keep, found.final_bytes) == (8, 2, 40)
+    assert found.cache_bytes == 2 * 24 * 2 * (6400 + 640)  # rows of 24 bytes, in a block and in the table
+
+
+GIBS = replace(SIZES, checkpoint=60 * GIB, final=15 * GIB)
+
+
+def test_the_hours_and_the_disk_of_a_run() -> None:
+    """60 GiB at 0.5 GB/s take 128.85 s, within 25 steps of 12 s each; both copies of the model 64.42 s. In all
+    1,200 + 330 + 90 + 193.27 = 1,813 s: 30 min, on 8 GPUs 4.03 hours.
+    """
+    assert lines_of_run(forecast(estimate(), GIBS, EXTENT), on_cpu=False) == [
+        "a run of 100 steps takes 30 min, 4.0 GPU-hours on 8 GPUs:",
+        "  steps               20 min   12.0 s each, if no parts overlap",
+        "  reference pass       6 min   once: its log-probabilities are cached",
+        "  evaluations         90.0 s",
+        "  checkpoints          3 min   the last, and final/, at 500 MB/s (assumed); others beside steps",
+        "disk of a run: at most 180.0 GiB at once in train.run_dir:",
+        "  checkpoint        60.0 GiB   each; checkpoint.keep 2",
+        "  final/            15.0 GiB   and as much again while it is written",
+        "  cache            660.0 KiB   at most, of the reference pass, in reference.cache_dir",
+    ]
+
+
+def test_a_slow_disk_delays_the_steps() -> None:
+    """At 100 MB/s a checkpoint of 64.42 GB takes 644.2 s; 25 steps take 300 s: three saves wait 344.2 s each, the last
+    checkpoint 644.2 s, and the export of 2 x 16.11 GB 322.1 s.
+    """
+    config = estimate().config
+    waited = 3 * 344.245 + 644.245 + 322.123
+    assert checkpoint_seconds(config, GIBS, 1200.0, 1e8) == pytest.approx(waited, rel=1e-5)
+    assert forecast(estimate(), GIBS, EXTENT, 1e8).checkpoint_seconds == pytest.approx(waited, rel=1e-5)
+
+
+def test_without_data_the_steps_are_known_and_the_rest_is_named() -> None:
+    lines = lines_of_run(forecast(estimate(train__steps=100), GIBS, None), on_cpu=False)
+    assert lines[0] == "a run of 100 steps takes at least 23 min, 3.1 GPU-hours on 8 GPUs:"
+    missing = "not known   the number of pairs is missing, since the data was not read"
+    assert [line.split()[0] for line in lines if line.endswith(missing)] == ["reference", "evaluations", "cache"]
+
+
+def test_without_data_and_steps_no_hours_are_known() -> None:
+    sizes = replace(GIBS, keep=None, num_saves=None)
+    lines = lines_of_run(forecast(estimate(train__steps=None, train__epochs=1), sizes, None), on_cpu=False)
+    assert lines[0] == (
+        "hours of a run: not known: the number of steps is not known, since the data was not read and train.steps is "
+        "null; a step takes 12.0 s, if no parts overlap"
     )
+    assert "disk of a run: at least 90.0 GiB at once in train.run_dir:" in lines  # a checkpoint and two copies
+
+
+def test_a_cpu_has_ranks_and_no_overlap() -> None:
+    lines = lines_of_run(forecast(estimate(loss__name="sft"), GIBS, EXTENT), on_cpu=True)
+    assert lines[0].endswith(" CPU-hours on 8 ranks:")
+    assert "  steps               20 min   12.0 s each" in lines
+    assert not any("reference" in line for line in lines)
 
 
 def test_weights_that_stay_unsharded_are_gathered_once_for_both_passes() -> None:
@@ -75,6 +135,7 @@ def test_the_launcher_reads_what_is_written(tmp_path: Path) -> None:
     found = forecast(estimate(), SIZES, EXTENT)
     write_forecast(tmp_path / "f.json", found)
     file = json.loads((tmp_path / "f.json").read_text())
+    assert file["seconds"] == found.seconds and file["device_hours"] == pytest.approx(8 * found.seconds / 3600)
     (tmp_path / "f.json").write_text(json.dumps(file | {"later": 1}))
     assert read_forecast(tmp_path / "f.json") == found
 

@@ -140,13 +140,13 @@ def config(root: Path, tmp_path: Path) -> Config:
 
 
 def test_a_run_tells_what_it_is(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """21,728 weights (counted by Hugging Face), 3 numbers of 4 bytes each: 0.25 MiB; 8 and 2 pairs of 2 completions,
-    in 6 steps of 4."""
+    """21,728 weights (counted by Hugging Face), 3 numbers of 4 bytes each: 260,736 bytes; 8 and 2 pairs of 2
+    completions, in 6 steps of 4."""
     run(changed(config, train__log_every=4))
     lines = capsys.readouterr().err.splitlines()
     table = dict(line.split(maxsplit=1) for line in lines if not line.startswith(("step", "eval", "  ")))
     assert "21,728 parameters in float32, computes in float32" in table["model"]
-    assert table["memory"].startswith("0.2 MiB per rank")
+    assert table["memory"].startswith("254.6 KiB per rank")
     assert table["reference"] == "the model before training"
     told = [line for line in lines if "log-probabilities" in line]
     assert len(told) == 1 and told[0].startswith("reference: 20 log-probabilities computed, 0 from the cache ")
