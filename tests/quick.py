@@ -87,6 +87,7 @@ SLOW: Sequence[str] = (
     "run/test_card.py::test_final",
     "run/test_disk.py",
     "run/test_folder.py",
+    "run/test_log.py",
     "run/test_profiling.py",
     "run/test_provenance.py",
     "run/test_sft.py",

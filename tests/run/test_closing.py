@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo.board.dashboard import Answer
 from dpo.config import LossConfig
-from dpo.run.closing import end_lines
+from dpo.run.closing import end_lines, points, sparkline
 
 
 def test_what_improved() -> None:
@@ -24,6 +25,44 @@ def test_what_improved() -> None:
     assert loss == "loss      █▄▄▃▃▃▂▂▂▁▁  0.700 to 0.500"  # 0.59 is 0.45 of the way from 0.5 to 0.7: block 3 of 0 to 7
     assert margin == "margin    ▁█  held out, 0.000 to 0.250"
     assert charts == "charts    tensorboard --logdir runs/x"
+
+
+def test_a_sparkline_has_a_block_per_value_from_least_to_most() -> None:
+    """Eight blocks: 0 to 7 each its own, in whatever unit; a constant is at the bottom."""
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([-2e-9, 5e-9, -2e-9]) == "▁█▁"
+    assert sparkline([3.0, 3.0]) == "▁▁"
+
+
+def test_a_long_run_is_drawn_by_means() -> None:
+    """Of 120 steps two a character: the mean of 0 and 1 is 0.5, of 118 and 119 118.5; of 61, one has two."""
+    assert points([float(step) for step in range(120)]) == [2 * i + 0.5 for i in range(60)]
+    found = points([float(step) for step in range(61)])
+    assert len(found) == 60 and sum(value != round(value) for value in found) == 1
+    assert points([]) == []
+
+
+ANSWERS = [
+    Answer("same", "yes", "yes"),
+    Answer("<s>" + "long " * 40 + "Question?\n\nAssistant:", " [red]I\x1b[2J do\tnot\nknow[/red]", "x" * 200),
+    Answer("later", "a", "b"),
+]
+
+
+def test_one_answer_is_shown_shortened_and_harmless() -> None:
+    """The first that differs; of a prompt its end, of an answer its beginning, in at most 100 columns."""
+    lines = end_lines(Path("runs/x"), [], LossConfig(), ANSWERS)
+    prompt, reference, policy, charts = lines
+    assert prompt.startswith("prompt     …") and prompt.endswith(" long Question?↵↵Assistant:") and len(prompt) == 100
+    assert reference == "reference  [red]I␛[2J do⇥not↵know[/red]"
+    assert policy == "policy     " + "x" * 88 + "…"
+    assert charts.startswith("charts     tensorboard ")
+
+
+def test_equal_and_empty_answers_are_shown_too() -> None:
+    lines = end_lines(Path("runs/x"), [], LossConfig(), [Answer("a", "", "")])
+    assert lines[1:3] == ["reference  (an empty answer)", "policy     (an empty answer)"]
+    assert len(end_lines(Path("runs/x"), [], LossConfig(), [])) == 1
 
 
 @pytest.mark.parametrize(
@@ -49,5 +88,5 @@ def test_a_margin_of_nought_is_told(loss: LossConfig, margin: float, told: bool)
 
 def test_without_rewards_no_margin_is_told() -> None:
     lines = [{"step": 0, "eval/loss": 0.7}, {"step": 9, "eval/loss": 0.7}]
-    assert len(end_lines(Path("runs/x"), lines, LossConfig("sft"))) == 2
+    assert len(end_lines(Path("runs/x"), lines, LossConfig("sft"))) == 2  # held out, charts
     assert len(end_lines(Path("runs/x"), lines[:1], LossConfig())) == 1

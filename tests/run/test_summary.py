@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.config import Config, OptimConfig
+from dpo.config import Config, OptimConfig, SourceConfig
 from dpo.run.summary import COLUMNS, evaluation_line, fitting, remaining, state_bytes, step_line, tell_warmup
 from tests.support.runs import changed, exit_code, make_config, run, save_six_steps, six_steps, train_lines
 
@@ -164,6 +164,22 @@ def test_a_fraction_of_the_run_is_its_warm_up(config: Config) -> None:
     run(changed(config, optim__lr=1e-3, **changes))
     rates = [line["train/lr"] for line in train_lines(str(config.train.run_dir))]
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 0.9e-3, 0.8e-3, 0.7e-3, 0.6e-3])
+
+
+def test_the_data_report_comes_before_too_few_pairs(
+    root: Path, config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of eight pairs four are held out, and the same four of the second source removed: eight are left of sixteen."""
+    path = str(root / "pairs.jsonl")
+    sources = [SourceConfig(path, holdout=0.5), SourceConfig(path)]
+    few = changed(config, data__train=sources, data__eval=[], batch__pairs_per_step=9)
+    assert exit_code(few) == 2
+    lines = capsys.readouterr().err.splitlines()
+    removed = lines.index("  4 pairs removed from training: their prompt is held out")
+    (error,) = [line for line in lines if line.startswith("error: ")]
+    assert removed < lines.index(error)
+    reasons = "not trained on: 4 held out for evaluation, 4 removed because their prompt is held out"
+    assert f"8 pairs to train on, fewer than batch.pairs_per_step 9; {reasons}" in error
 
 
 def test_quiet_is_quiet(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
