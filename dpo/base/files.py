@@ -1,6 +1,8 @@
 """Atomic writes: no reader sees a file or folder half-written; the caches' folder; bytes as text."""
 
+import errno
 import os
+import re
 import shutil
 import time
 import uuid
@@ -15,9 +17,14 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        if failure.errno is None or failure.filename is not None:
+        code = errno.ENOSPC if _SHORT.fullmatch(str(failure)) else failure.errno
+        if code is None or failure.filename is not None:
             raise
-        raise OSError(failure.errno, failure.strerror, str(path)) from failure
+        raise OSError(code, os.strerror(code), str(path)) from failure
+
+
+_SHORT = re.compile(r"\d+ requested and \d+ written")
+"""The message of numpy's `tofile` for a file that takes no more bytes; it drops the system's error."""
 
 
 def write_atomically(target: Path, content: bytes | memoryview) -> None:

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dpo.base.files import nearest_existing, remove_folder, write_atomically
+from dpo.base.files import naming, nearest_existing, remove_folder, write_atomically
 
 
 def hold_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +64,20 @@ def test_a_file_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*/report.json'$"):
         write_atomically(tmp_path / "report.json", b"{}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_short_write_of_numpy_is_a_full_disk() -> None:
+    """numpy says how many elements were written, and not why no more: /dev/full takes none."""
+    with (
+        pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: 'rows.npy'$"),
+        naming(Path("rows.npy")),
+        Path("/dev/full").open("wb") as file,
+    ):
+        np.arange(10_000).tofile(file)
+
+
+@pytest.mark.parametrize("failure", [OSError("no number"), OSError(errno.EIO, "Input/output error", "named")])
+def test_other_errors_keep_their_words(failure: OSError) -> None:
+    with pytest.raises(OSError) as raised, naming(Path("rows.npy")):
+        raise failure
+    assert raised.value is failure

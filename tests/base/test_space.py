@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dpo.base import space
-from dpo.base.space import PIECE, Shortage, find_shortage
+from dpo.base.space import PIECE, Shortage, describe_full, find_shortage
 from dpo.base.units import shown_bytes
 
 GIB = 2**30
@@ -155,3 +155,17 @@ def test_sentences(tmp_path: Path) -> None:
         "1,024.0 MiB",
         "0.0 KiB",
     ]
+
+
+def test_the_error_of_a_write_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a full disk and of a quota, with the file that the error or the caller names; of nothing else."""
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: Usage(100 * GIB, 90 * GIB, 2**20))
+    file = tmp_path / "new" / "metrics.jsonl"
+    room = f"cannot write {file}: 1.0 MiB are free there"
+    full, quota = (OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EDQUOT))
+    assert describe_full(OSError(errno.ENOSPC, "No space left on device", str(file))) == f"the disk is full: {room}"
+    assert describe_full(full, file) == f"the disk is full: {room}"
+    assert describe_full(quota, file) == f"a quota is used up: {room}"
+    assert describe_full(full) == "the disk is full"
+    assert describe_full(OSError(errno.EIO, os.strerror(errno.EIO), str(file))) is None
+    assert describe_full(OSError("2 requested and 1 written")) is None
