@@ -49,10 +49,11 @@ class Bar:
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int, has_eta: bool):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeElapsedColumn as Elapsed
         from rich.progress import TimeRemainingColumn as Remaining
 
-        time_column = (TextColumn("eta"), Remaining()) if has_eta else (TimeElapsedColumn(),)
+        time_column = (TextColumn("eta"), Remaining()) if has_eta else (Elapsed(),)
         columns = (TextColumn(label, markup=False), BarColumn(), MofNCompleteColumn(), TextColumn(unit, markup=False))
         self.console = _console()
         self.progress = Progress(
@@ -61,7 +62,7 @@ class Bar:
             console=self.console,
             auto_refresh=False,
             transient=True,
-            redirect_stdout=False,
+            redirect_stdout=False,  # results stay on stdout; what libraries write to stderr comes above the bar
         )
         self.task = self.progress.add_task(label, total=total, completed=done)
         self.total, self.done, self.drawn = total, done, 0.0

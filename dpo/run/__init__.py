@@ -22,5 +22,5 @@ closing.py     the terminal output at the end of a run
 loop.py        all steps, with evaluations and checkpoints in between
 card_facts.py  reads the facts of a model card
 card.py        writes the model card of an exported model
-outputs.py     opens the run folder, metrics and checkpoints; exports the model
+outputs.py     opens the run folder, log, metrics and checkpoints; exports the model
 """
