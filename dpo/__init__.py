@@ -15,6 +15,7 @@ pyproject.toml). Each room's `__init__.py` has a line for each of its files.
            score.py        python -m dpo.score: margins and accuracy of any model on any pairs
            sample.py       python -m dpo.sample: answers of models side by side
            export.py       python -m dpo.export: a checkpoint -> a model folder
+           push.py         python -m dpo.push: a trained model -> the Hugging Face hub
            doctor/         python -m dpo.doctor: will it run here, and how fast
            demo/           python -m dpo.demo: a small policy learns a preference on two processes
     7      inspect/        python -m dpo.inspect: the data as the trainer will see it

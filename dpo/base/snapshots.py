@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from dpo.base.errors import InvalidValue, RunError, UserError, one_line
+from dpo.base.errors import InvalidValue, RunError, UserError
 from dpo.base.hub_files import CONFIG_FILE, INDEX, MODEL, TOKENIZER, Need, config_files, files_that_prove, read_index
+from dpo.base.hub_reasons import has_answered, reason_of
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
 
@@ -163,9 +164,8 @@ def hub_failures(repository: str, missing: Sequence[str]) -> Iterator[None]:
 
 def _explained(failure: Exception, repository: str, missing: Sequence[str]) -> InvalidValue:
     """Returns the error of a user for a failure of the hub (which has answered) or of the network."""
-    reason = one_line(str(failure))[:200]
-    is_down = isinstance(failure, HfHubHTTPError) and failure.response.status_code >= 500
-    if isinstance(failure, (HfHubHTTPError, HFValidationError)) and not is_down:
+    reason = reason_of(failure)
+    if has_answered(failure) or isinstance(failure, HFValidationError):
         what = f"{repository} is no folder here and the hub did not give it ({reason})"
         return InvalidValue(what, "a local folder or hub id; of a private or gated one after `hf auth login`")
     more = f" and {len(missing) - 1} more files" if len(missing) > 1 else ""

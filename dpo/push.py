@@ -1,0 +1,114 @@
+"""Uploads the trained model of a run, or any model folder, to the Hugging Face hub.
+
+    python -m dpo.push RUN ORG/NAME [--private] [--revision BRANCH]
+
+The repository and the branch are made where they do not exist. The token is that of HF_TOKEN or of `hf auth login`,
+with the right to write. Nothing is removed from the repository; files of the same names are replaced.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
+from dpo.base.command import Parser, parse_arguments, run_program
+from dpo.base.console import say
+from dpo.base.errors import RunError, UserError, one_line
+from dpo.base.hub import is_tokenizer_id
+from dpo.base.hub_files import CONFIG_FILE, stored_weights
+from dpo.base.hub_reasons import has_answered, reason_of
+from dpo.base.units import shown_bytes
+from dpo.checkpoint.store import newest_checkpoint
+from dpo.run.files import FINAL
+
+RUN, REPO = "command line: RUN", "command line: REPO"
+_TOKEN = "HF_TOKEN, or `hf auth login`, with a token that may write there"
+
+
+def find_model_folder(path: Path) -> Path:
+    """Returns the model folder to upload: `final/` of a run folder, or `path` itself.
+
+    Raises UserError where there is none; of a run that is not finished, it names the command that exports a checkpoint.
+    """
+    if not path.is_dir():
+        raise UserError(RUN, f"no such folder: {path}", "a run folder or a model folder")
+    for folder in (path / FINAL, path):
+        if (folder / CONFIG_FILE).is_file() and stored_weights(folder):
+            return folder
+    run = path.parents[1] if path.parent.name == "checkpoints" else path
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        raise UserError(RUN, f"{path} has no {FINAL}/ and no checkpoint", "a run folder or a model folder")
+    command = f"python -m dpo.export --checkpoint {checkpoint} --out DIR"
+    raise UserError(RUN, f"{path} has no {FINAL}/: the run is not finished", f"{command}, then python -m dpo.push DIR")
+
+
+def push(folder: Path, repository: str, private: bool, revision: str | None) -> str:
+    """Uploads the files of a folder, and returns the address of the repository.
+
+    Args:
+        folder: the model folder.
+        repository: org/name, or a name alone, of the token's user.
+        private: whether a new repository can be seen by its owners alone.
+        revision: the branch, which is made where it does not exist; None: main.
+
+    Raises:
+        UserError: the token or the name is wrong.
+        RunError: the hub does not answer.
+    """
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    where = f"{repository}, branch {revision}" if revision else repository
+    say(f"uploading {len(sizes)} files of {folder}, {shown_bytes(sum(sizes))}, to {where}")
+    api = HfApi()
+    with _one_line_failures(repository):
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        if revision:
+            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, revision=revision, commit_message="Upload a model trained by dpo"
+        )
+    return str(url)
+
+
+@contextmanager
+def _one_line_failures(repository: str) -> Iterator[None]:
+    """Raises UserError or RunError for a failure of the hub or of the network in the block."""
+    try:
+        yield
+    except HFValidationError as failure:
+        raise UserError(REPO, one_line(str(failure)), "ORG/NAME") from failure
+    except LocalTokenNotFoundError as failure:
+        raise UserError(REPO, f"{repository}: there is no token", _TOKEN) from failure
+    except Exception as failure:  # the hub's client and its http client raise classes without a common base
+        if isinstance(failure, OSError) and failure.errno is not None:
+            raise
+        if has_answered(failure):
+            raise UserError(REPO, f"{repository}: the hub refused it ({reason_of(failure)})", _TOKEN) from failure
+        raise RunError(f"{repository}: the hub does not answer ({reason_of(failure)})") from failure
+
+
+def main() -> None:
+    """Runs `python -m dpo.push`."""
+    parser = Parser(
+        "python -m dpo.push",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder with final/, or a model folder")
+    parser.add_argument("repo", metavar="REPO", help="ORG/NAME; NAME alone is one of your own")
+    parser.add_argument("--private", action="store_true", help="a new repository is seen by its owners alone")
+    parser.add_argument("--revision", metavar="BRANCH", help="the branch to upload to (default: main)")
+    args = parse_arguments(parser)
+    if not is_tokenizer_id(args.repo):
+        raise UserError(REPO, f"not the name of a repository: {args.repo}", "ORG/NAME, or NAME alone")
+    url = push(find_model_folder(args.run), args.repo, args.private, args.revision)
+    say(f"the model is at {url}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
