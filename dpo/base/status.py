@@ -27,9 +27,9 @@ def read_status(path: Path) -> dict[str, Any]:
     return status
 
 
-def write_status(status: Mapping[str, Any]) -> None:
-    """Writes the state of the run to the file that the launcher named; does nothing without one. Rank 0 alone calls
-    this.
+def write_status(status: Mapping[str, Any]) -> bool:
+    """Writes the state of the run to the file that the launcher named, and returns whether there is one. Rank 0 alone
+    calls this.
 
     {"state": "training", "step": s}     the steps begin with step s; from now on the run saves when it is asked to stop
     {"state": "preempted", "step": s}    the run has ended early, after s steps
@@ -38,3 +38,4 @@ def write_status(status: Mapping[str, Any]) -> None:
     path = os.environ.get(STATUS_FILE)
     if path:
         write_atomically(Path(path), json.dumps(status).encode())
+    return bool(path)

@@ -60,9 +60,8 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
     try:
         main()
     except Preempted as stop:
-        if is_main:  # torchrun's exit code is 0 for a run that is done and for one that was stopped
-            write_status({"state": "preempted", "step": stop.step})
-            say(str(stop))
+        if is_main and not write_status({"state": "preempted", "step": stop.step}):
+            say(str(stop))  # a launcher says it itself
         _leave_together()
         return exit_code_of(stop)
     except (UserError, RunError) as failure:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,14 +44,25 @@ def test_changes_are_of_the_type_of_their_key(tmp_path: Path) -> None:
         load_config(str(tmp_path / "my.yaml"), {"loss.beto": 0.5})
 
 
-def test_several_runs_in_one_process(tmp_path: Path) -> None:
+@pytest.fixture
+def own_handler() -> Iterator[Callable[..., None]]:
+    """A handler of SIGUSR2 that the caller of `run_training` has set."""
+
+    def handle(number: int, frame: object) -> None:
+        pass
+
+    before = signal.signal(signal.SIGUSR2, handle)
+    yield handle
+    signal.signal(signal.SIGUSR2, before)
+
+
+def test_several_runs_in_one_process(tmp_path: Path, own_handler: Callable[..., None]) -> None:
     """One that fails, one, the same elsewhere, and one in another thread: each equals the run of the program, and the
     handlers of signals stay as they were.
     """
     root = save_six_steps(tmp_path)
-    by_program = run(six_steps(root, tmp_path / "program"))
     (tmp_path / "my.yaml").write_text(to_yaml(six_steps(root, tmp_path / "first")))
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)]
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(UserError, match=r"missing\.jsonl"):
         run_training(load_config(tmp_path / "my.yaml", {"data.train": [{"path": "missing.jsonl"}]}))
     assert run_training(load_config(tmp_path / "my.yaml")) == tmp_path / "first" / "final"
@@ -59,7 +71,9 @@ def test_several_runs_in_one_process(tmp_path: Path) -> None:
     thread = threading.Thread(target=run_training, args=(config,))
     thread.start()
     thread.join()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert signal.getsignal(signal.SIGUSR2) is own_handler
+    by_program = run(six_steps(root, tmp_path / "program"))
     for name in ("first", "second", "thread"):
         assert same_weights(tmp_path / name / "final", by_program / "final")
         assert without_clock(train_lines(tmp_path / name)) == without_clock(train_lines(by_program))
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)] == handlers
