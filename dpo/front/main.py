@@ -12,7 +12,7 @@ from dpo.base.command import COMMAND_LINE, run_program, split_options
 from dpo.base.errors import UserError
 from dpo.config import load_config
 from dpo.front.names import COMMANDS, FLAGS, Command, help_text, suggestion
-from dpo.front.ranks import make_parser, read_wanted
+from dpo.front.ranks import help_of_ranks, make_parser, read_wanted
 from dpo.machine.job import check_one_node, check_tasks
 
 
@@ -62,11 +62,10 @@ def run_ranks_of(name: str, command: Command, words: Sequence[str]) -> None:
         UserError: where the command line is wrong.
         SystemExit: with the exit code of the program.
     """
-    parser = make_parser(name)
-    wanted, rest = read_wanted(parser, words)
-    if any(option.key == "help" or option.words == ("-h",) for option in split_options(rest)):
-        print(parser.format_help())
+    if any(option.words in (("--help",), ("-h",)) for option in split_options(words)):
+        print(help_of_ranks(name), flush=True)
         return
+    wanted, rest = read_wanted(make_parser(name), words)
     check_tasks(os.environ)
     check_one_node(os.environ)
     if name not in FLAGS:  # all words are the config's

@@ -26,9 +26,16 @@ class Wanted:
 def make_parser(name: str) -> Parser:
     """Returns the parser of --gpus and --ranks."""
     parser = own_flags(f"dpo {name}")
-    parser.usage = f"dpo {name} [CONFIG.yaml] [--gpus N | --ranks N] [SECTION.KEY=VALUE ...]"
     add_ranks(parser)
     return parser
+
+
+def help_of_ranks(name: str) -> str:
+    """Returns the text on --gpus and --ranks, which stands above the help of the program itself."""
+    usage = f"dpo {name} [CONFIG.yaml] [--gpus N | --ranks N] [SECTION.KEY=VALUE ...]"
+    parser = Parser(f"dpo {name}", usage=usage, add_help=False)
+    add_ranks(parser)
+    return parser.format_help()
 
 
 def add_ranks(parser: Parser) -> None:

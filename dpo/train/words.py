@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from dpo.config import Config, load_config
 
-DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node with eight GPUs:
-torchrun --standalone --nproc-per-node 8 -m dpo.train --config FILE. Without torchrun, python -m dpo.train runs on one
-rank."""
+DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node with eight GPUs: dpo train FILE.yaml
+--gpus 8, or torchrun --standalone --nproc-per-node 8 -m dpo.train --config FILE.yaml. Without torchrun, python -m
+dpo.train runs on one rank."""
 
 
 def read_config(words: Sequence[str] | None = None) -> Config:

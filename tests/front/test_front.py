@@ -64,6 +64,12 @@ def test_a_rank_of_torchrun_starts_no_ranks(monkeypatch: pytest.MonkeyPatch) -> 
     answer("train", ["--los.beta", "1"])  # returns: the program itself reads its words
 
 
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_the_help_of_ranks_stands_above_that_of_the_program(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    answer("doctor", ["--gpus", "8", flag])  # returns: the program itself prints its help
+    assert re.search(r"^usage: dpo doctor.*--gpus N.*--ranks N", capsys.readouterr().out, re.DOTALL)
+
+
 # --- how many ranks --------------------------------------------------------------------------------------------------
 
 
