@@ -86,8 +86,8 @@ TRAIN = [{"step": step, "train/loss": 1.0, "train/lr": 1.0} for step in range(1,
 
 
 def test_a_resumed_run_sends_each_row_once_to_the_same_run(config: Config) -> None:
-    """Killed after step 8, goes on from the checkpoint of step 4; the line of step 8 in the journal is cut off, as is
-    that of a run which is killed while it writes.
+    """Killed after step 8, goes on from the checkpoint of step 4. A line of the journal is cut off, as where a run is
+    killed while it writes: the lines after it are read all the same.
     """
     service = Service()
     start(config, service, 1, 8)
@@ -96,12 +96,13 @@ def test_a_resumed_run_sends_each_row_once_to_the_same_run(config: Config) -> No
     with journal.open("ab") as file:
         file.write(b'{"step": 9, "ro')
     start(config, service, 5, 9)
+    start(config, service, 8, 9)
     assert steps_of(service, "train/loss") == [*range(1, 10)]
     for name in ("eval/loss", "values/eval/rewards/margins", "answers"):
         assert steps_of(service, name) == [0, 3, 6, 9]
-    assert steps_of(service, "run/config") == [1, 5]
+    assert steps_of(service, "run/config") == [1, 5, 8]
     assert len({opening.id for opening in service.openings}) == 1
-    assert [opening.num_rows for opening in service.openings] == [0, 18, 19]
+    assert [opening.num_rows for opening in service.openings] == [0, 18, 19, 23]
 
 
 def test_an_evaluation_that_was_cut_short_is_sent_though_later_steps_were(config: Config) -> None:
