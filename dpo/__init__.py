@@ -41,7 +41,7 @@ Where do I add ...
     a data format          data/formats/: a reader, and an entry in `FORMATS` of examples.py; its name in config
     a set by its name      configs/data/: a file; rows of its shape in tests/data/test_named_sets.py
     a key of the config    config/fields.py: a field with its docstring; its bounds in config/rules.py
-    a metric               step/metrics.py; its chart in board/charts.py, on the page of a run in report/one_run.py
+    a metric               step/metrics.py; a page of charts in board/charts.py; a curve in report/one_run.py
     an optimizer           step/optim.py, and `optimizer_elements` there
     a model family         nothing where it uses transformers' attention interface; else model/, and an exactness test
     an adapter kind        model/, between build.py and parallelize.py

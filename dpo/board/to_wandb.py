@@ -3,6 +3,7 @@
 import html
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,10 +11,13 @@ import wandb
 
 from dpo.base.console import is_quiet
 from dpo.board.tracker import Opening
-from dpo.board.wandb_file import rows
+from dpo.board.wandb_file import files_of, rows_of
 
 SECONDS_IN_MEMORY = 1.0
 """Seconds for which W&B may hold rows in memory, before it writes them to its file."""
+
+LOGIN_SECONDS = 60.0
+"""Seconds for which W&B may wait at a terminal for a login: all ranks wait with it."""
 
 
 class WandbRun:
@@ -24,14 +28,19 @@ class WandbRun:
     """
 
     def __init__(self, opening: Opening):
-        settings = {"console": "off", "quiet": is_quiet(), "x_transaction_log_flush_interval": SECONDS_IN_MEMORY}
+        settings = wandb.Settings(
+            console="off",
+            quiet=is_quiet(),
+            login_timeout=LOGIN_SECONDS,
+            x_transaction_log_flush_interval=SECONDS_IN_MEMORY,
+        )
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "dpo"),
             name=os.environ.get("WANDB_NAME", opening.name),
             id=opening.id,
             resume="allow",
             dir=str(opening.folder),
-            settings=wandb.Settings(**settings),
+            settings=settings,
         )
         self.opening = opening
         self.run.config.update(dict(opening.config), allow_val_change=True)
@@ -39,13 +48,15 @@ class WandbRun:
         self.num_rows = max(opening.num_rows, self.run.step)
 
     def held(self) -> Mapping[str, int] | None:
-        """Returns name -> last step of all in W&B's files of this run: rows of the last second before a crash are not
-        in them.
+        """Returns name -> last step of all in W&B's files of earlier starts: rows of the last second before a crash are
+        not in them. None where there is no such file, as after `wandb sync --clean`.
         """
+        here = Path(self.run.dir).parent
+        earlier = [path for path in files_of(self.opening.folder, self.opening.id) if path.parent.name != here.name]
         last: dict[str, int] = {}
-        for row in rows(self.opening.folder, self.opening.id):
-            last |= {name: max(row["step"], last.get(name, 0)) for name in row if "step" in row}
-        return last
+        for row in (row for path in earlier for row in rows_of(path) if "step" in row):
+            last |= {name: max(row["step"], last.get(name, 0)) for name in row}
+        return last if earlier else None
 
     def send(self, step: int, row: Mapping[str, Any]) -> None:
         """Sends a row at once."""

@@ -17,27 +17,31 @@ BLOCK, HEADER = 32768, 7
 WHOLE, LAST = 1, 4
 
 
-def rows(folder: Path, run_id: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows that all starts of a run have written, in their order, each with the name of every value.
+def files_of(folder: Path, run_id: str) -> list[Path]:
+    """Returns the files of all starts of a run, the earliest first; W&B can remove those that it has sent.
 
     Args:
         folder: the folder given to `wandb.init`.
         run_id: the id given to it.
     """
-    for path in sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb"), key=_time):
-        for record in records(path.read_bytes()):
-            items = Record.FromString(record).history.item
-            if items:
-                yield {(item.nested_key[0] if item.nested_key else item.key): _value(item) for item in items}
-
-
-def _value(item: Any) -> Any:
-    return json.loads(item.value_json)
+    return sorted(folder.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb"), key=_time)
 
 
 def _time(path: Path) -> str:
     """Returns the time in the name of a start's folder, offline-run-TIME-ID or run-TIME-ID."""
     return path.parent.name.split("-")[-2]
+
+
+def rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file, each with the name of every value."""
+    for record in records(path.read_bytes()):
+        items = Record.FromString(record).history.item
+        if items:
+            yield {(item.nested_key[0] if item.nested_key else item.key): _value(item) for item in items}
+
+
+def _value(item: Any) -> Any:
+    return json.loads(item.value_json)
 
 
 def records(data: bytes) -> Iterator[bytes]:

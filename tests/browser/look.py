@@ -43,17 +43,17 @@ def groups(page: Browser) -> list[str]:
 
 
 def histograms(page: Browser) -> dict[str, int]:
-    """Tag and sub-run of a card -> the number of distributions that are drawn."""
+    """Tag and run of a card -> the number of distributions that are drawn."""
     return areas(page, "vz-histogram-timeseries", "path.outline")
 
 
 def distributions(page: Browser) -> dict[str, int]:
-    """Tag and sub-run of a card -> the number of areas that are drawn."""
+    """Tag and run of a card -> the number of areas that are drawn."""
     return areas(page, "vz-distribution-chart", "path.area")
 
 
 def areas(page: Browser, chart: str, mark: str) -> dict[str, int]:
-    """Tag and sub-run of a card -> how many marks its chart has."""
+    """Tag and run of a card -> how many marks its chart has."""
     titles = page.each("tf-card-heading", "`${node.tag} ${node.run}`")
     counts = page.each(chart, f"node.shadowRoot.querySelectorAll('{mark}').length")
     return by_title(titles, counts)

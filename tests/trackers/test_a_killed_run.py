@@ -1,8 +1,10 @@
 """A run that is killed and resumed, in the real W&B and the real trackio, without a network: `make test-trackers`."""
 
+import dataclasses
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dpo.board.tracker import Opening
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.demo.world import save_model, save_rows
 from dpo.run.files import read_metrics
@@ -102,12 +105,12 @@ def assert_every_step_once(rows: list[dict[str, Any]], config: Config) -> None:
 
 def test_wandb_has_every_step_once(config: Config) -> None:
     """And one id, whose offline folders `wandb sync` joins."""
-    from dpo.board.wandb_file import rows
+    from dpo.board.wandb_file import files_of, rows_of
 
     folder = Path(str(config.train.run_dir), "trackers")
     run_id = json.loads((folder / "wandb.jsonl").read_text().splitlines()[0])["id"]
     assert len(list(folder.glob(f"wandb/offline-run-*-{run_id}"))) == len(list(folder.glob("wandb/offline-run-*"))) == 2
-    found = list(rows(folder, run_id))
+    found = [row for path in files_of(folder, run_id) for row in rows_of(path)]
     assert_every_step_once(found, config)
     numbers = [row["_step"] for row in found]
     assert numbers == sorted(set(numbers))
@@ -130,3 +133,39 @@ def test_trackio_has_every_step_once(config: Config) -> None:
     (run,) = trackio.Api().runs("dpo")
     assert run.name.startswith("run-") and run.config["loss.beta"] == 0.1
     assert_every_step_once(SQLiteStorage.get_logs("dpo", run.name, run_id=run.id), config)
+
+
+def test_a_wandb_file_of_many_blocks_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a second start, which a first one has left 400 rows; without its file the second cannot tell."""
+    from dpo.board.to_wandb import WandbRun
+    from dpo.board.wandb_file import BLOCK, files_of, rows_of
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    opening = Opening("run", "0123abcd", tmp_path, {"loss.beta": 0.1}, 0)
+    first = WandbRun(opening)
+    assert first.held() is None
+    for step in range(400):
+        first.send(step, {f"train/{number}": step * 1.5 for number in range(20)})
+    first.close()
+    (file,) = files_of(tmp_path, "0123abcd")
+    assert file.stat().st_size > 10 * BLOCK
+    assert [row["step"] for row in rows_of(file)] == [*range(400)]
+    second = WandbRun(dataclasses.replace(opening, num_rows=400))
+    held = second.held()
+    second.close()
+    assert held is not None and held.keys() >= {f"train/{number}" for number in range(20)}
+    assert set(held.values()) == {399}
+
+
+def test_records_that_end_near_a_block_span_blocks_or_are_cut_off() -> None:
+    """By hand: the first record leaves three bytes of its block, the second spans two blocks, the third is cut off."""
+    from dpo.board.wandb_file import BLOCK, HEADER, records
+
+    def chunk(kind: int, content: bytes) -> bytes:
+        return bytes(4) + struct.pack("<HB", len(content), kind) + content
+
+    first, second = b"a" * (BLOCK - 2 * HEADER - 3), b"b" * BLOCK
+    begun = BLOCK - HEADER
+    data = bytes(HEADER) + chunk(1, first) + bytes(3) + chunk(2, second[:begun]) + chunk(4, second[begun:])
+    assert list(records(data + chunk(1, b"ccc")[:-1])) == [first, second]
