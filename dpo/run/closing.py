@@ -48,7 +48,7 @@ def end_lines(
     latest = steps[-LAST_STEPS:]
     rows = []
     if len(steps) > 1:
-        what = f"step 1 -> mean of last {len(latest)}: "
+        what = f"step 1 -> last {len(latest)}: "
         rows.append(("trained", what + _change(steps[0], latest, "train")))
     if len(evaluations) > 1:
         what = f"step {evaluations[0]['step']} -> step {evaluations[-1]['step']}: "

@@ -66,8 +66,8 @@ def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
             if writer:
                 writer.write(step, metrics)
                 if is_time(step, run.config.train.log_every, last) or step == first:
-                    seconds_per_step = (time.monotonic() - started) / (step - first + 1)
-                    say(step_line(step, last, metrics, seconds_per_step * (last - step)))
+                    left = (time.monotonic() - started) / (step - first + 1) * (last - step)
+                    say(step_line(step, last, metrics, left, is_reference=step == 1 and run.begins_at_reference))
             if must_stop or is_time(step, run.config.checkpoint.save_every, last):
                 _save(run, writer, saver, step)
             if must_stop:

@@ -27,7 +27,9 @@ STEPS_LOOKED_AT = 4
 # --- lines while it runs ---------------------------------------------------------------------------------------------
 
 
-def step_line(step: int, last_step: int, metrics: Mapping[str, float], seconds_left: float) -> str:
+def step_line(
+    step: int, last_step: int, metrics: Mapping[str, float], seconds_left: float, is_reference: bool = False
+) -> str:
     """Returns the line of a logged step, in at most COLUMNS columns; omits the last metrics where they do not fit.
 
     Args:
@@ -35,9 +37,11 @@ def step_line(step: int, last_step: int, metrics: Mapping[str, float], seconds_l
         last_step: the number of steps of the whole run.
         metrics: the step's metrics, named `train/...`.
         seconds_left: estimated seconds to the end of the run.
+        is_reference: as in `evaluation_line`; the metrics of a step are those before its update.
     """
     digits = len(str(last_step))
-    parts = [f"step {step:>{digits}}/{last_step}", *_outcome(metrics, "train")]
+    outcome = [_loss(metrics, "train"), "all margins 0"] if is_reference else _outcome(metrics, "train")
+    parts = [f"step {step:>{digits}}/{last_step}", *outcome]
     parts += [f"lr {_short(metrics['train/lr'])}", f"grad {_short(metrics['train/grad_norm'])}"]
     parts += [f"eta {remaining(seconds_left)}", f"{_short(metrics['train/pairs_per_second'], 3)} pairs/s"]
     return fitting(parts)
@@ -55,7 +59,7 @@ def evaluation_line(step: int, last_step: int, metrics: Mapping[str, float], is_
     digits = len(str(last_step))
     head, pairs = f"eval {step:>{digits}}/{last_step}", f"{metrics['eval/pairs']:,} pairs"
     if is_reference:
-        return fitting([head, _loss(metrics, "eval"), "the policy is the reference: all margins are 0", pairs])
+        return fitting([head, _loss(metrics, "eval"), "the policy is the reference: all margins 0", pairs])
     return fitting([head, *_outcome(metrics, "eval"), pairs])
 
 

@@ -19,7 +19,7 @@ def test_what_improved() -> None:
         {"step": 11, "eval/loss": 0.61, "eval/rewards/accuracies": 0.64, "eval/rewards/margins": 0.25},
     ]
     trained, held_out, loss, margin, charts = end_lines(Path("runs/x"), lines, LossConfig())
-    assert trained == "trained   step 1 -> mean of last 10: loss 0.7000 -> 0.5450"
+    assert trained == "trained   step 1 -> last 10: loss 0.7000 -> 0.5450"
     metrics = "loss 0.6931 -> 0.6100  acc 0.000 -> 0.640  margin 0.000 -> 0.250"
     assert held_out == f"held out  step 0 -> step 11: {metrics}"
     assert loss == "loss      █▄▄▃▃▃▂▂▂▁▁  0.700 to 0.500"  # 0.59 is 0.45 of the way from 0.5 to 0.7: block 3 of 0 to 7

@@ -76,9 +76,10 @@ def test_the_time_that_is_left(seconds: float, text: str) -> None:
 def test_before_training_no_accuracy_looks_like_a_failure() -> None:
     """Margins of 0 are no preference, which counts as wrong: 0.000 says nothing of the model."""
     metrics = {"eval/loss": 0.69314, "eval/rewards/accuracies": 0.0, "eval/rewards/margins": 0.0, "eval/pairs": 600}
-    shown = "eval   0/150  loss 0.6931  the policy is the reference: all margins are 0  600 pairs"
+    shown = "eval   0/150  loss 0.6931  the policy is the reference: all margins 0  600 pairs"
     assert evaluation_line(0, 150, metrics, is_reference=True) == shown
     assert "acc 0.000  margin 0.000" in evaluation_line(50, 150, metrics)
+    assert step_line(1, 150, FIGURES, 9, True).startswith("step   1/150  loss 0.6512  all margins 0  lr 7.9e-7  ")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,8 @@ def test_a_run_tells_what_it_is(config: Config, capsys: pytest.CaptureFixture[st
     told = [line for line in lines if "log-probabilities" in line]
     assert len(told) == 1 and told[0].startswith("reference: 20 log-probabilities computed, 0 from the cache ")
     assert table["charts"] == f"tensorboard --logdir {config.train.run_dir}"
-    assert [line[:8] for line in lines if "the policy is the reference: all margins are 0" in line] == ["eval 0/6"]
+    assert [line[:8] for line in lines if "the policy is the reference: all margins 0" in line] == ["eval 0/6"]
+    assert [line[:8] for line in lines if "  all margins 0  " in line] == ["step 1/6"]
     assert any(re.match(r"steps +6, each of 4 pairs in about ", line) for line in lines)
     shown = [line.split()[1] for line in lines if line.startswith(("step ", "eval "))]
     assert shown == ["0/6", "1/6", "3/6", "4/6", "6/6", "6/6"]
