@@ -11,6 +11,7 @@ A run does not end because of its log: a line that cannot be written is lost, an
 import logging
 import time
 from collections import deque
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -37,7 +38,8 @@ class LogFile(logging.Handler):
         if self.num_runs:
             self.kept.clear()
         if self.file:
-            self.file.close()
+            with suppress(OSError):  # a line that a full disk did not take
+                self.file.close()
         self.file, self.has_warned = None, False
         self.num_runs += 1
 

@@ -58,6 +58,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes metrics.jsonl and all sinks."""
-        self.file.close()
+        with naming(self.run_dir):  # of a full disk it fails once more, for a line that is still to be written
+            self.file.close()
         for sink in self.sinks:
             sink.close()

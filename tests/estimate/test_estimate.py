@@ -3,6 +3,7 @@ hand, and the program."""
 
 import gc
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -570,13 +571,18 @@ def small(tmp_path: Path) -> Path:
 def test_llama_3_70b(tmp_path: Path, capsys) -> None:
     """Published: 70.6 billion parameters. Float32 weights, gradients and RMSprop's state over 64 ranks: 3 x 4.1 GiB."""
     path = save_config(tmp_path / "llama", LLAMA_70B)
-    assert run(path, "--ranks", "64", "--parallel.activation_checkpointing", "full") == 0
+    words = ["--ranks", "64", "--parallel.activation_checkpointing", "full", "--train.steps", "2500"]
+    assert run(path, *words) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("parallel (auto): sync_gradients ")
     assert any("70.55 billion parameters, one copy over 64 H100" in line for line in lines)
     assert [line.split()[1:] for line in lines if line.split()[0] in ("weights", "optimizer")] == [["4.1", "GiB"]] * 2
     assert any(line.startswith("fits: ") and line.endswith(" of 79.1 GiB") for line in lines)
-    assert len(lines) <= 29 and max(map(len, lines)) <= 100
+    head = next(line for line in lines if line.startswith("a run of "))
+    assert re.fullmatch(r"a run of 2,500 steps takes at least [\d.]+ (h|min), [\d,.]+ GPU-hours on 64 GPUs:", head)
+    disk = lines.index(next(line for line in lines if line.startswith("disk of a run: ")))
+    assert [line.split()[0] for line in lines[disk + 1 : disk + 4]] == ["checkpoint", "final/", "cache"]
+    assert len(lines) <= 36 and max(map(len, lines)) <= 100
 
 
 def test_what_does_not_fit_says_so_and_what_would(small: Path, capsys, monkeypatch) -> None:

@@ -21,7 +21,9 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.base import space
+from dpo.base.command import line_of
 from dpo.base.errors import RunError
+from dpo.board.writer import MetricsWriter
 from dpo.checkpoint import export as exporting
 from dpo.checkpoint import saver as saving
 from dpo.checkpoint import store
@@ -281,6 +283,18 @@ def test_a_model_that_does_not_fit(
     run(config)
     assert (disk / "run" / "final" / "model.safetensors").is_file()
     assert [path.name for path in (disk / "run").glob(".final*")] == []
+
+
+def test_metrics_name_the_run_folder(tmp_path: Path) -> None:
+    """/dev/full takes no byte, neither of a line nor, of the same line again, when the file is closed."""
+    writer = MetricsWriter(tmp_path, 1)
+    writer.file.close()
+    writer.file = Path("/dev/full").open("a", encoding="utf-8")
+    for write in (lambda: writer.write(1, {"train/loss": 0.5}), writer.close):
+        with pytest.raises(OSError) as raised:
+            write()
+        assert line_of(raised.value).startswith(f"the disk is full: cannot write {tmp_path}: ")
+    writer.board.close()
 
 
 def test_a_cache_that_does_not_fit_is_told_before_the_reference_is_computed(
