@@ -4,15 +4,15 @@
 
 FILE is a .txt file with one prompt per line, which the model reads as it is (blank lines are skipped); or JSON or JSONL
 with rows {"prompt": TEXT} or {"prompt": [{"role": "user", "content": TEXT}, ...]}, whose messages go through the chat
-template as in training. With --as-chat each text is a user's message, as with `as_chat: true` in training. Under
-torchrun each model is sharded over the ranks.
+template as in training, with `system`, `tools` and `chat_template_kwargs` of the row. With --as-chat each text is a
+user's message, as with `as_chat: true` in training. Under torchrun each model is sharded over the ranks.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -53,10 +53,11 @@ COLUMNS = 120
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt of the file, a text or messages, and its place (`file:line`)."""
+    """A prompt of the file, a text or messages, its place (`file:line`) and its arguments of the chat template."""
 
     place: str
     prompt: str | tuple[Message, ...]
+    template_args: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,10 @@ def _json_questions(path: Path) -> list[Question]:
     for row in json_rows(str(path), str(path)):
         place = f"{path}:{row['line']}"
         try:
-            questions.append(Question(place, prompt_alone(json.loads(row["row"]))))
+            example = prompt_alone(json.loads(row["row"]))
         except InvalidValue as error:
             raise error.at(place) from error
+        questions.append(Question(place, example.prompt, example.template_args))  # type: ignore[arg-type]  # no ids
     return questions
 
 
@@ -140,7 +142,7 @@ def read_prompts(questions: Sequence[Question], encoder: Encoder, limits: Limits
 
 def _read_prompt(question: Question, encoder: Encoder, limits: Limits) -> Ids:
     try:
-        ids = encode(Example(question.prompt, (), ()), encoder).prompt_ids
+        ids = encode(Example(question.prompt, (), (), (), question.template_args), encoder).prompt_ids
         check_ids(ids, limits.vocab_size)
     except InvalidValue as error:
         raise error.at(question.place) from error
@@ -187,7 +189,6 @@ def open_reader(path: str, flag: str, tokenizer: str | None, questions: Sequence
         config = first_on_each_node(world, lambda: read_model_config(folder, trust_remote_code=False))
         loaded = first_on_each_node(world, lambda: load_tokenizer(tokenizer or str(folder)))
         limits = limits_of(None, None, config)
-
         encoder = together(lambda: text_encoder(loaded, model_stop_ids(config, str(folder))))
         return Reader(folder, config, encoder, together(lambda: read_prompts(questions, encoder, limits)))
 
@@ -262,8 +263,7 @@ def main() -> None:
         }
         if world.is_main:
             warn_of_texts(questions, list(readers.values()))
-        configs = [reader.config for reader in readers.values()]
-        check_machines(world, parallel, "float32", configs, compiles=False)
+        check_machines(world, parallel, "float32", [reader.config for reader in readers.values()], compiles=False)
         start_devices(world, parallel.timeout_seconds)
         rule = (args.max_new_tokens, args.temperature, args.seed)
         answers = {name: answers_of(reader, *rule, world) for name, reader in readers.items()}

@@ -107,7 +107,7 @@ def prepare_data(config: Config, model_config: Any) -> PreferenceData:
     sources = _tokenize(opened, config, model_config)
     train, evals = sources[: len(config.data.train)], sources[len(config.data.train) :]
     prepared = _from_cache(cache_path(f"pairs-{_content(train, evals, config)}"), train, evals, config)
-    prepared = replace(prepared, report=_with_encoders(prepared.report, sources, model_config.vocab_size))
+    prepared = replace(prepared, report=_with_facts(prepared.report, sources, model_config))
     if config.data.on_bad_row == "stop":
         _raise_first_dropped(sources)
     return prepared
@@ -233,18 +233,22 @@ def _files(sources: list[_Tokenized]) -> list[str]:
     return [name for entry in sources for name in entry.files]
 
 
-def _with_encoders(report: DataReport, sources: list[_Tokenized], vocab_size: int) -> DataReport:
-    """Returns the report with the chat template of each source and the tokens that the model lacks."""
+def _with_facts(report: DataReport, sources: list[_Tokenized], model_config: Any) -> DataReport:
+    """Returns the report with the facts of tokenizer and model: the chat template of each source, the positions of the
+    model, the tokens that it lacks.
+    """
+    max_positions = limits_of(None, None, model_config).max_positions
     described = [
         replace(
             source,
             template=template_name(entry.encoder),
             template_args=dict(entry.config.template_args),
             writes_date=writes_date(entry.encoder),
+            max_positions=max_positions,
         )
         for source, entry in zip(report.sources, sources, strict=True)
     ]
-    surplus = max(surplus_tokens(entry.encoder, vocab_size) for entry in sources)
+    surplus = max(surplus_tokens(entry.encoder, model_config.vocab_size) for entry in sources)
     return replace(report, sources=tuple(described), surplus_tokens=surplus)
 
 

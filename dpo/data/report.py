@@ -76,6 +76,8 @@ class SourceReport:
     """The source's arguments of the chat template."""
     writes_date: bool = False
     """Whether the chat template may write the date of the day."""
+    max_positions: int | None = None
+    """The model's max_position_embeddings."""
     removed_pairs: int = 0
     """Kept pairs that are neither trained on nor evaluated: their prompt is held out of another source, or equals a
     held-out prompt after truncation."""
@@ -105,7 +107,6 @@ class SourceReport:
             (self.completions_truncated, "completions cut at their end"),
             (self.held_out_prompts, f"prompts held out, with {self.held_out_pairs:,} pairs"),
             (self.removed_pairs, "pairs removed from training: their prompt is held out"),
-            (self.over_positions, "completions end after the model's max_position_embeddings: a WARNING"),
             (self.boundary_merges, "completions tokenized apart from their prompt: as one text, both share a token"),
             (self.written_bos, "prompts bring their BOS: the tokenizer's was left out, so that there is one"),
             (self.two_bos, "prompts begin with two BOS: a WARNING"),
@@ -115,6 +116,8 @@ class SourceReport:
             (self.unwritten, "rows have a message or a tool call that the chat template leaves out: a WARNING"),
         )
         lines += [f"  {count:,} {text}" for count, text in facts if count]
+        if self.over_positions:
+            lines.append(f"  WARNING: {self.over_positions_words()}")
         lines += self._template_lines()
         if self.ignored_columns:
             lines.append(f"  columns not used: {few(self.ignored_columns)}")
@@ -135,6 +138,11 @@ class SourceReport:
             yield f"  WARNING: {what}; {self.key}.as_chat: true reads them as conversations"
         elif self.texts or self.rendered_chats:
             yield "  chat template: none, the rows are texts"
+
+    def over_positions_words(self) -> str:
+        """Returns how many completions end after the model's positions, and the key that cuts them."""
+        what = f"{self.over_positions:,} completions end after the model's {self.max_positions} positions"
+        return f"{what} (max_position_embeddings); data.max_length {self.max_positions} cuts them"
 
     @property
     def lacks_template(self) -> bool:

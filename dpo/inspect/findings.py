@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dpo.config import Config
 from dpo.data.report import SourceReport
 from dpo.inspect.inspection import Inspection, TokenizerFacts
-from dpo.inspect.statistics import SetStatistics
+from dpo.inspect.statistics import Ends, SetStatistics
 from dpo.inspect.words import sets_of
 
 MUCH_CUT = 0.05
@@ -19,6 +19,7 @@ def findings(inspection: Inspection) -> list[str]:
     lines = [*_tokenizer_findings(inspection.tokenizer)]
     lines += [line for source in inspection.report.sources for line in _source_findings(source)]
     for name, statistics in sets_of(inspection).items():
+        lines += [f"{name}: {line}" for line in _begin_findings(statistics.ends, inspection.tokenizer)]
         lines += [f"{name}: {line}" for line in _set_findings(statistics, inspection.config)]
     if inspection.eval_pairs_in_training:
         lines.append(
@@ -26,10 +27,6 @@ def findings(inspection: Inspection) -> list[str]:
             f" (prompts: {inspection.report.eval_prompts_in_training:,}); metrics of these pairs are not held out;"
             " data.train[i].holdout holds whole prompts out"
         )
-    over = sum(source.over_positions for source in inspection.report.sources)
-    if over:
-        advice = "data.max_length up to that number cuts them"
-        lines.append(f"completions that end after the model's max_position_embeddings: {over:,}; {advice}")
     return lines
 
 
@@ -49,6 +46,8 @@ def _source_findings(source: SourceReport) -> Iterator[str]:
             f"{source.key}: {source.texts:,} rows of texts do not go through the tokenizer's chat template; for a chat"
             f" model {source.key}.as_chat: true"
         )
+    if source.over_positions:
+        yield f"{source.key}: {source.over_positions_words()}"
     facts = (
         (
             source.boundary_merges,
@@ -81,6 +80,20 @@ def _source_findings(source: SourceReport) -> Iterator[str]:
         ),
     )
     yield from (f"{source.key}: {count:,} {text}" for count, text in facts if count)
+
+
+def _begin_findings(ends: Ends, facts: TokenizerFacts) -> Iterator[str]:
+    """Yields prompts without the BOS that others have, and tokens for characters that the tokenizer lacks."""
+    with_bos = ends.begin_with_bos + ends.begin_with_two_bos
+    if ends.begin_without_bos and with_bos:
+        what = f"{ends.begin_without_bos:,} prompts begin without BOS, and {with_bos:,} with it"
+        yield f"{what}; a model is trained on one of the two: see how each source is read, above"
+    elif ends.begin_without_bos and facts.adds_bos:
+        what = f"{ends.begin_without_bos:,} prompts begin without BOS, which the tokenizer adds to texts"
+        yield f"{what}; the chat template or the rows of tokens must write it, if the model was trained with it"
+    if ends.unknown_tokens:
+        what = f"{ends.unknown_tokens:,} tokens stand for characters that the tokenizer lacks"
+        yield f"{what}: the model cannot read or write them; remove them from the rows, or check model.tokenizer"
 
 
 def _set_findings(statistics: SetStatistics, config: Config) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Gathers everything that `python -m dpo.inspect` shows in one value."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -68,7 +68,7 @@ def inspect_data(
     order, last_step, _ = make_order(config, data)
     formats = {source.format for source in data.report.sources}
     encoders = encoders_of(config, formats, tokenizer, model_config)
-    ends = end_ids(encoders)
+    ends = replace(end_ids(encoders), unknown=unknown_ids(encoders))
     speller = make_speller(tokenizer, (*ends.bos, *ends.eos))
     first = order.items(1)[:num_examples]
     sources = [source for source in data.report.sources if source.key.startswith("data.train")]
@@ -103,6 +103,13 @@ def end_ids(encoders: Sequence[Encoder]) -> EndIds:
     """Returns the BOS and stop tokens of all encoders, each once."""
     bos = dict.fromkeys(encoder.bos_id for encoder in encoders if encoder.bos_id is not None)
     return EndIds(tuple(bos), tuple(dict.fromkeys(i for encoder in encoders for i in encoder.stop_ids)))
+
+
+def unknown_ids(encoders: Sequence[Encoder]) -> tuple[int, ...]:
+    """Returns the tokenizer's token for characters that it lacks; none where that is a token with another use too."""
+    ends, tokenizer = end_ids(encoders), encoders[-1].tokenizer
+    found = None if tokenizer is None else tokenizer.unk_token_id
+    return () if found in (None, *ends.bos, *ends.eos) else (int(found),)
 
 
 def tokenizer_facts(encoders: Sequence[Encoder], tokenizer: Any, model_stops: tuple[int, ...]) -> TokenizerFacts:

@@ -30,6 +30,8 @@ class EndIds:
 
     bos: tuple[int, ...]
     eos: tuple[int, ...]
+    unknown: tuple[int, ...] = ()
+    """The token that stands for characters which the tokenizer lacks; empty where it has none of its own."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Ends:
     end_with_eos: int
     eos_inside: int
     """Completions with an EOS before their last token."""
+    unknown_tokens: int = 0
+    """Tokens of these prompts and completions that stand for characters which the tokenizer lacks."""
 
     @property
     def end_without_eos(self) -> int:
@@ -155,9 +159,10 @@ def _ends_of(block: _Block, ids: EndIds) -> Ends:
     begins = is_bos[first]
     twice = begins & (after - first > 1) & is_bos[np.minimum(first + 1, after - 1)]
     is_eos = np.isin(block.completion_ids, ids.eos)
-    num_before = np.concatenate([[0], np.cumsum(is_eos)])
     start, stop = block.completion_at[used], block.completion_at[used + 1]
     at_end = is_eos[stop - 1]
+    unknown = _count(np.isin(block.prompt_ids, ids.unknown), first, after).sum()
+    unknown += _count(np.isin(block.completion_ids, ids.unknown), start, stop).sum()
     return Ends(
         rows=len(rows),
         prompts_cut=int(block.prompt_cut[rows].sum()),
@@ -167,8 +172,16 @@ def _ends_of(block: _Block, ids: EndIds) -> Ends:
         completions=len(used),
         completions_cut=int(block.completions_cut[rows].sum()),
         end_with_eos=int(at_end.sum()),
-        eos_inside=int((num_before[stop] - num_before[start] > at_end).sum()),
+        eos_inside=int((_count(is_eos, start, stop) > at_end).sum()),
+        unknown_tokens=int(unknown),
     )
+
+
+def _count(mask: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """Returns the number of true values in each slice of a mask."""
+    before = np.concatenate([[0], np.cumsum(mask)])
+    counts: np.ndarray = before[stop] - before[start]
+    return counts
 
 
 def _repeats(pairs: PairSet, keys: np.ndarray) -> Repeats:

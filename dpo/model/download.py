@@ -49,12 +49,21 @@ def checked_model(folder: Path, path: str, key: str) -> Path:
     if not (folder / "config.json").is_file():
         raise UserError(key, f"{path} has no config.json", VALID)
     if not tensor_paths(folder):
-        command = (
-            'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;'
-            f" [x.from_pretrained('{path}').save_pretrained('{path}-safetensors') for x in (M, T)]\""
-        )
-        raise UserError(key, f"{path} has no *.safetensors; convert it with: {command}")
+        raise UserError(key, *_without_safetensors(folder, path))
     return folder
+
+
+def _without_safetensors(folder: Path, path: str) -> tuple[str, str]:
+    """Returns what is wrong with a folder without safetensors, and what would be right: weights in torch's own form can
+    be converted.
+    """
+    if Path(path).exists() and not any(folder.glob("*.bin")):  # those of a hub model are not downloaded
+        return f"{path} has no weights: no *.safetensors", "the folder of a trained model, or its hub id"
+    command = (
+        'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T;'
+        f" [x.from_pretrained('{path}').save_pretrained('{path}-safetensors') for x in (M, T)]\""
+    )
+    return f"{path} has no *.safetensors; convert it with: {command}", ""
 
 
 def _snapshot(path: str, key: str, need: Need) -> Path:

@@ -6,10 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dpo.base.console import say
+from dpo.base.units import shown_seconds
 
+NUM_KERNELS = 10
+"""The number of kernels that are told after a profile, those with the most time."""
 MEMORY_EVENTS = 100_000
 """The maximum number of allocations in a memory snapshot, the latest; all ranks wait while it is written."""
 
@@ -17,12 +21,30 @@ StepHook = Callable[[int], None]
 """A function that is called with the number of a step, before it begins or after it has ended."""
 
 
+def kernel_lines(profiler: profile, device: torch.device) -> list[str]:
+    """Returns a line for each of the kernels (on a CPU the operators) that took the most time of their own: the share
+    of the whole, the time, the number of calls, the name.
+    """
+    on_cpu = device.type == "cpu"
+    key = "self_cpu_time_total" if on_cpu else "self_device_time_total"
+    events = [event for event in profiler.key_averages() if (event.device_type == DeviceType.CPU) == on_cpu]
+    times = [(float(getattr(event, key)) / 1e6, event) for event in events if not event.is_user_annotation]  # from µs
+    total = sum(seconds for seconds, _ in times)
+    first = sorted(times, key=lambda each: -each[0])[:NUM_KERNELS]
+    return [
+        f"  {seconds / total:6.1%}  {shown_seconds(seconds):>9}  {event.count:>7,} calls  {event.key[:80]}"
+        for seconds, event in first
+        if seconds > 0
+    ]
+
+
 @contextmanager
 def profiled(steps: tuple[int, int] | None, folder: Path, device: torch.device) -> Iterator[tuple[StepHook, StepHook]]:
     """Records steps[0] to steps[1], inclusive; yields (begin, end), which must be called before and after each step.
 
-    Writes `folder`/steps-10-12.pt.trace.json, and on CUDA .memory.pickle, named after the recorded steps. Where the run
-    ends earlier, writes the steps so far. Only one rank should record; the others pass None for `steps`.
+    Writes `folder`/steps-10-12.pt.trace.json.gz, and on CUDA .memory.pickle, named after the recorded steps, and tells
+    the kernels with the most time. Where the run ends earlier, writes the steps so far. Only one rank should record;
+    the others pass None for `steps`.
 
     Args:
         steps: the first and the last step to record, from 1; None records nothing.
@@ -40,7 +62,8 @@ class _Recorder:
     """Starts and stops torch's profiler; `profiler` is None where it does not run."""
 
     def __init__(self, steps: tuple[int, int] | None, folder: Path, device: torch.device):
-        self.steps, self.folder, self.on_cuda = steps, folder, device.type == "cuda"
+        self.steps, self.folder, self.device = steps, folder, device
+        self.on_cuda = device.type == "cuda"
         self.profiler: profile | None = None
         self.first = self.last = 0
         """The first and the last recorded step."""
@@ -68,8 +91,10 @@ class _Recorder:
         profiler.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"steps-{self.first}-{self.last}"
-        profiler.export_chrome_trace(str(self.folder / f"{name}.pt.trace.json"))
-        say(f"the trace of steps {self.first} to {self.last} is in {self.folder}")
+        profiler.export_chrome_trace(str(self.folder / f"{name}.pt.trace.json.gz"))
+        say(f"the trace of steps {self.first} to {self.last} is in {self.folder}; most time on the {self.device.type}:")
+        for line in kernel_lines(profiler, self.device):
+            say(line)
         if self.on_cuda:
             torch.cuda.memory._dump_snapshot(str(self.folder / f"{name}.memory.pickle"))
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -275,6 +275,12 @@ def test_an_interrupted_export_leaves_no_half_folder(
     assert [line["step"] for line in read_metrics(run_dir) if "train/loss" in line] == [1, 2]
 
 
+def test_a_run_folder_is_its_newest_checkpoint(config: Config, tmp_path: Path) -> None:
+    run_dir = run(config)
+    assert run_export(run_dir, tmp_path / "newest") == 0
+    assert contents(tmp_path / "newest") == contents(run_dir / "final")
+
+
 def test_wrong_command_lines(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each one line, exit code 2, and nothing written."""
     run_dir = run(config)
@@ -290,6 +296,8 @@ def test_wrong_command_lines(config: Config, tmp_path: Path, capsys: pytest.Capt
             tmp_path / "out",
         ),
         "it is not complete: no COMPLETE": (checkpoint_path(tmp_path / "broken", 2), tmp_path / "out"),
+        f"{run_dir / 'final'} is an exported model; valid: {checkpoint}": (run_dir / "final", tmp_path / "out"),
+        f"{tmp_path} is no checkpoint and no run with one; valid: RUN/checkpoints": (tmp_path, tmp_path / "out"),
         f"no such folder: {checkpoint_path(run_dir, 9)}": (checkpoint_path(run_dir, 9), tmp_path / "out"),
         f"--out: {tmp_path / 'full'} is not empty": (checkpoint, tmp_path / "full"),
         f"--out: {tmp_path / 'full' / 'file'} is not empty": (checkpoint, tmp_path / "full" / "file"),

@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from dpo import sample
 from dpo.base.errors import UserError
+from dpo.data.encoder import text_encoder
+from dpo.data.tokens import Limits
 from tests.machine.test_toolchain import facts
 from tests.model.test_generation import plain_draw, plain_greedy
 from tests.support.data_fixtures import BOS, EOS, VOCAB_SIZE, ids, make_tokenizer, write_jsonl
@@ -291,13 +293,38 @@ def test_models_and_templates_that_cannot_read_are_refused(tmp_path: Path, capsy
         assert line.startswith(f"error: {error}"), line
 
 
-@pytest.mark.parametrize(
-    "beside", [{"system": "Be brief."}, {"tools": [{"name": "f"}]}, {"chat_template_kwargs": {"a": 1}}]
-)
-def test_a_column_that_looks_like_part_of_the_prompt_is_refused(beside: dict[str, Any], tmp_path: Path) -> None:
-    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Hi", "context": ""}, {"prompt": "Hi"} | beside])
-    with pytest.raises(UserError, match=rf"a.jsonl:2: {next(iter(beside))}: would not be read"):
+def test_a_column_that_looks_like_part_of_the_prompt_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Hi", "context": ""}, {"prompt": "Hi", "context": "x"}])
+    with pytest.raises(UserError, match=r"a.jsonl:2: context: would not be read, .* valid: prompt, system, tools, "):
         sample.read_questions(Path(path), False)
+
+
+@pytest.mark.parametrize(
+    ("beside", "text"),
+    [
+        ({"system": None, "tools": []}, "Hi"),
+        ({"system": "Be brief."}, "|[system]Be brief.[user]Hi>"),
+        ({"tools": [{"name": "f"}]}, "f|[user]Hi>"),
+        ({"chat_template_kwargs": {"end": "!"}}, "|[user]Hi!"),
+    ],
+)
+@pytest.mark.parametrize("prompt", ["Hi", [{"role": "user", "content": "Hi"}]])
+def test_columns_of_a_conversation_go_through_the_template(
+    beside: dict[str, Any], text: str, prompt: Any, tmp_path: Path
+) -> None:
+    """As training reads them: by hand, what the template writes. A text without such a column stays as it is."""
+    template = (
+        "{% for t in tools or [] %}{{ t['name'] }}{% endfor %}|"
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ end or '>' }}{% endif %}"
+    )
+    if text == "Hi" and not isinstance(prompt, str):
+        text = "|[user]Hi>"
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": prompt} | beside])
+    encoder = text_encoder(make_tokenizer(chat_template=template), (EOS,))
+    limits = Limits(None, None, VOCAB_SIZE, None, False)
+    [found] = sample.read_prompts(sample.read_questions(Path(path), False), encoder, limits)
+    assert list(found) == ids(text)
 
 
 def test_messages_that_are_kept_as_text(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from tests.support.data_fixtures import BOS, EOS, TinyModelConfig, make_config, 
 pytest_plugins = ["tests.support.data_plugin"]
 pytestmark = pytest.mark.usefixtures("hf_cache")
 MODEL = TinyModelConfig()
-IDS = EndIds((BOS,), (EOS,))
+UNKNOWN = 6
+IDS = EndIds((BOS,), (EOS,), (UNKNOWN,))
 
 
 # --- the statistics of a set -----------------------------------------------------------------------------------------
@@ -66,6 +67,8 @@ def plain_summary(rows: list[dict]) -> tuple[Ends, Repeats, list]:
             ends["completions"] += 1
             ends["end_with_eos"] += ids[-1] == EOS
             ends["eos_inside"] += EOS in ids[:-1]
+            ends["unknown_tokens"] += ids.count(UNKNOWN)
+        ends["unknown_tokens"] += prompt.count(UNKNOWN)
         prompts.append(tuple(prompt))
         full.add(tuple(row["prompt_ids"]))
         pairs += [(tuple(prompt), tuple(short[w]), tuple(short[v])) for w, v in kept]

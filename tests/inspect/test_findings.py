@@ -16,13 +16,16 @@ pytest_plugins = ["tests.support.data_plugin"]
 pytestmark = pytest.mark.usefixtures("hf_cache")
 
 
-def findings_of(tmp_path, rows, template=None, stops=(EOS,)) -> list[str]:
-    """The findings of one source; the model stops at `stops` by its generation_config.json, at EOS by its config."""
+def findings_of(tmp_path, rows, template=None, stops=(EOS,), more=(), positions=256) -> list[str]:
+    """The findings of a source, and of `more` sources; the model stops at `stops` by its generation_config.json, at EOS
+    by its config.
+    """
     folder = str(tmp_path / "model")
     make_tokenizer(bos=True, chat_template=template).save_pretrained(folder)
     (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"eos_token_id": list(stops)}))
-    model = LlamaConfig(vocab_size=VOCAB_SIZE, bos_token_id=BOS, eos_token_id=stops[0])
-    config = make_config(SourceConfig(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer=folder)
+    ends = {"bos_token_id": BOS, "eos_token_id": stops[0]}
+    model = LlamaConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=positions, **ends)
+    config = make_config(SourceConfig(write_jsonl(tmp_path / "a.jsonl", rows)), *more, tokenizer=folder)
     return findings(inspect_data(config, model, load_tokenizer(folder), prepare_data(config, model), 1))
 
 
@@ -49,6 +52,43 @@ def row(prompt, chosen="ab", rejected="cd"):
 def test_a_finding_has_advice(rows, template, found: str, advice: str, tmp_path) -> None:
     lines = [line for line in findings_of(tmp_path, rows, template) if found in line]
     assert len(lines) == 1 and lines[0].startswith("data.train[0]: ") and advice in lines[0]
+
+
+MESSAGES = [{"role": "user", "content": "p"}]
+CHAT = {"prompt": MESSAGES, "chosen": [{"role": "assistant", "content": "ab"}],
+        "rejected": [{"role": "assistant", "content": "cd"}]}  # fmt: skip
+
+
+def test_prompts_without_bos(tmp_path) -> None:
+    """The tokenizer adds BOS to texts, the template of the fixture writes none."""
+    (line,) = findings_of(tmp_path, [CHAT], CHAT_TEMPLATE)
+    assert line.startswith("training: 1 prompts begin without BOS, which the tokenizer adds to texts; the chat")
+
+
+def test_prompts_with_and_without_bos(tmp_path) -> None:
+    """A model that is trained on chats without BOS, and on texts with it."""
+    sources = [SourceConfig(write_jsonl(tmp_path / "b.jsonl", [row("p"), row("q", "ef", "gh")]))]
+    lines = findings_of(tmp_path, [CHAT], CHAT_TEMPLATE, more=sources)
+    found = [line for line in lines if "BOS" in line]
+    assert found == [
+        "training: 1 prompts begin without BOS, and 2 with it; a model is trained on one of the two: see how each"
+        " source is read, above"
+    ]
+
+
+def test_characters_that_the_tokenizer_lacks(tmp_path) -> None:
+    """Two in a prompt, three in an answer; none of them are in the fixture's vocabulary."""
+    (line,) = findings_of(tmp_path, [row("pöä", "abäöü", "abcde"), row("q", "ef", "gh")])
+    assert line.startswith("training: 5 tokens stand for characters that the tokenizer lacks: ")
+
+
+def test_completions_after_the_last_position(tmp_path) -> None:
+    """12 positions: BOS, 4 characters and 8 of the winner with its EOS are 13."""
+    (line,) = findings_of(tmp_path, [row("pppp", "abababa", "cdcdcdc")], positions=12)
+    assert line == (
+        "data.train[0]: 2 completions end after the model's 12 positions (max_position_embeddings); data.max_length 12"
+        " cuts them"
+    )
 
 
 def test_nothing_is_found_in_plain_rows(tmp_path) -> None:

@@ -144,6 +144,13 @@ def test_a_folder_without_safetensors_is_refused_with_the_command_that_converts_
         find_model(str(folder), "model.path", world)
 
 
+def test_a_folder_without_any_weights_is_refused_as_such(world: World, tmp_path: Path) -> None:
+    """Nothing can be converted there."""
+    (save_model(tmp_path, "llama") / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^model\.path: .* has no weights: no \*\.safetensors; valid: the "):
+        find_model(str(tmp_path), "model.path", world)
+
+
 @pytest.mark.parametrize("path", ["./nowhere", "nowhere", "/no/where"])
 def test_a_missing_folder_is_refused(path: str, world: World) -> None:
     with pytest.raises(UserError, match=rf"^reference\.path: no such folder: {path}; valid: "):

@@ -1,14 +1,16 @@
 """A profiled run: the trace holds the asked steps and no others, and changes nothing."""
 
+import gzip
 import json
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from dpo.run.files import read_metrics
-from dpo.run.profiling import MEMORY_EVENTS, profiled
+from dpo.run.profiling import MEMORY_EVENTS, kernel_lines, profiled
 from tests.support.runs import run, save_six_steps, six_steps, without_clock
 
 
@@ -22,7 +24,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def optimizer_steps(trace: Path) -> int:
     """How many updates a trace saw; Perfetto and TensorBoard's plugin read this form of JSON."""
-    events = json.loads(trace.read_text())["traceEvents"]
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     return sum(event.get("name", "").startswith("Optimizer.step#") and event.get("ph") == "X" for event in events)
 
 
@@ -31,10 +33,24 @@ def test_the_trace_holds_the_asked_steps(root: Path, tmp_path: Path, steps: tupl
     """Steps 5 to 9 of a run of 6 are two steps. The metrics stay what they are, to the last bit."""
     folder = run(six_steps(root, tmp_path / "run", train__profile_steps=steps))
     [trace] = (folder / "profile").iterdir()
-    assert trace.name == f"steps-{steps[0]}-{min(steps[1], 6)}.pt.trace.json"
+    assert trace.name == f"steps-{steps[0]}-{min(steps[1], 6)}.pt.trace.json.gz"
     assert optimizer_steps(trace) == count
     lines = [without_clock(read_metrics(each))[1:] for each in (folder, root / "plain")]
     assert lines[0] == lines[1]
+
+
+def test_the_kernels_with_the_most_time_are_told() -> None:
+    """80 products of large matrices and one sum: the products come first, with their number; at most ten lines."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        a = torch.ones(256, 256)
+        for _ in range(80):
+            a @ a
+        a.sum().exp().log().sin().cos().tan().sqrt().neg().abs().relu().sigmoid().tanh()
+    lines = kernel_lines(profiler, torch.device("cpu"))
+    assert len(lines) == 10
+    assert lines[0].split()[-3:] == ["80", "calls", "aten::mm"]
+    shares = [float(line.split("%")[0]) for line in lines]
+    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5
 
 
 def test_steps_that_never_come_leave_no_trace(root: Path, tmp_path: Path) -> None:
@@ -48,7 +64,7 @@ def test_on_cuda_the_memory_is_recorded_too(tmp_path: Path, monkeypatch: pytest.
     memory = "torch.cuda.memory."
     monkeypatch.setattr(memory + "_record_memory_history", lambda **facts: calls.append(("record", facts)))
     monkeypatch.setattr(memory + "_dump_snapshot", lambda path: calls.append(("dump", {"path": path})))
-    monkeypatch.setattr("dpo.run.profiling.profile", Mock())
+    monkeypatch.setattr("dpo.run.profiling.profile", Mock(return_value=Mock(key_averages=list)))
     with profiled((2, 3), tmp_path, torch.device("cuda")) as (begin, end):
         for step in (1, 2, 3, 4):
             begin(step)

@@ -13,13 +13,13 @@ from typing import Any
 
 from dpo.base.errors import InvalidValue, UserError
 from dpo.data.formats.chat import as_conversation, system_text, template_args, with_system
-from dpo.data.formats.columns import PROMPT_LIKE, Names
+from dpo.data.formats.columns import PROMPT_LIKE, ROW, Names
 from dpo.data.formats.example import Example
 from dpo.data.formats.examples import FORMATS, to_example
 from dpo.data.formats.json_rows import EMPTY
 from dpo.data.formats.json_text import ends_with_answer, messages_in
 from dpo.data.formats.judged import ANSWERS, LISTS
-from dpo.data.formats.row_fields import Message, Row, few, field, text_of, text_or_messages
+from dpo.data.formats.row_fields import Row, few, field, text_of, text_or_messages
 
 ANSWER_FIELDS = ("chosen", "rejected", "completion", *LISTS, *(name for names in ANSWERS for name in names))
 TEXT_OR_MESSAGES = ("prompt", *ANSWER_FIELDS)
@@ -122,17 +122,27 @@ def is_kept_as_text(value: object) -> bool:
     return bool(items) and all(messages_in(item) is not None for item in items)
 
 
-def prompt_alone(row: Row) -> str | tuple[Message, ...]:
-    """Returns the prompt of a row without answers, whose messages may be kept as JSON text.
+def prompt_alone(row: Row) -> Example:
+    """Returns a row without answers as training reads its prompt: messages may be kept as JSON text, and beside
+    `system`, `tools` or `chat_template_kwargs` a text is a conversation.
 
     Raises InvalidValue for another value, and where a further column looks like part of the prompt.
     """
-    beside = sorted(name for name, value in row.items() if name.lower() in PROMPT_LIKE and value not in EMPTY)
+    given = {name: value for name, value in row.items() if value not in EMPTY}
+    beside = sorted(name for name in given if name.lower() in PROMPT_LIKE and name not in ROW)
     if beside:
-        valid = "prompt alone, a system message as its first message"
+        valid = f"prompt, {', '.join(ROW)}"
         raise InvalidValue(f"{few(beside)}: would not be read, but looks like part of the prompt", valid)
     (prompt,) = with_messages({"prompt": field(row, "prompt")}, ("prompt",) * is_kept_as_text(row["prompt"])).values()
-    return text_or_messages(prompt, "prompt")
+    example = Example(text_or_messages(prompt, "prompt"), (), ())
+    if isinstance(example.prompt, str):
+        return _with_template(as_conversation(example), given, {}) if given.keys() & set(ROW) else example
+    return _with_template(example, given, {})
+
+
+def _with_template(example: Example, row: Row, of_source: Mapping[str, Any]) -> Example:
+    """Returns an example of messages with the row's system message and arguments of the chat template."""
+    return replace(with_system(example, system_text(row)), template_args=template_args(row, of_source))
 
 
 def without_nulls(value: Any) -> Any:
@@ -159,8 +169,7 @@ def _example(reading: Reading, row: Row) -> Example:
         return example
     if example.prompt[-1] in example.completions:
         raise InvalidValue("the prompt ends with an answer of the row itself", "a prompt that ends before the answers")
-    args = template_args(row, reading.template_args)
-    return replace(with_system(example, system_text(row)), template_args=args)
+    return _with_template(example, row, reading.template_args)
 
 
 def _of_one_kind(reading: Reading, example: Example) -> Example:
