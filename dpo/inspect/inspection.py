@@ -109,7 +109,7 @@ def unknown_ids(encoders: Sequence[Encoder]) -> tuple[int, ...]:
     """Returns the tokenizer's token for characters that it lacks; none where that is a token with another use too."""
     ends, tokenizer = end_ids(encoders), encoders[-1].tokenizer
     found = None if tokenizer is None else tokenizer.unk_token_id
-    return () if found in (None, *ends.bos, *ends.eos) else (int(found),)
+    return () if found is None or found in (*ends.bos, *ends.eos) else (int(found),)
 
 
 def tokenizer_facts(encoders: Sequence[Encoder], tokenizer: Any, model_stops: tuple[int, ...]) -> TokenizerFacts:

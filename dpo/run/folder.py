@@ -20,6 +20,7 @@ from typing import Any
 from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing, write_atomically
+from dpo.base.units import shown_bytes
 from dpo.checkpoint.store import RunState, newer_checkpoints, newest_checkpoint, read_state
 from dpo.config import Config, load_config, to_yaml
 from dpo.run.evaluations import drop_evaluations_after
@@ -185,7 +186,15 @@ def _put_aside(path: Path) -> None:
         moved = path.rename(_old(path, number))
         for events in moved.rglob("*tfevents*"):  # else TensorBoard would find and show them
             events.rename(events.with_name(events.name.replace("tfevents", "old")))
-        say(f"{path} belongs to an earlier run or to later steps: renamed to {moved}")
+        say(f"{path} belongs to an earlier run or to later steps: renamed to {moved}{_size_of_old(path)}")
+
+
+def _size_of_old(path: Path) -> str:
+    """Returns the bytes that the folders take which were put aside for `path`, as words; none for a file."""
+    folders = [old for old in path.parent.glob(f"{path.name}.old*") if old.is_dir()]
+    size = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
+    what = f"{path.name}.old and later ones take" if len(folders) > 1 else "it takes"
+    return f"; {what} {shown_bytes(size)}, which you may remove" if folders else ""
 
 
 def _old(path: Path, number: int) -> Path:

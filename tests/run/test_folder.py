@@ -12,7 +12,7 @@ from dpo.checkpoint.store import checkpoint_path
 from dpo.config import Config, load_config
 from dpo.run.evaluations import evaluation_steps
 from dpo.run.files import read_metrics
-from dpo.run.folder import find_start
+from dpo.run.folder import _put_aside, find_start
 from tests.support.runs import (
     changed,
     error_lines,
@@ -202,6 +202,23 @@ def test_a_finished_run_may_be_made_longer(done: Config, eight: Path, folders: P
     assert (parts / "final.old" / "config.json").is_file()
     run(longer)
     assert same_weights(eight / "final", parts / "final")
+
+
+def test_the_size_of_what_is_put_aside_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """3 KiB each: of the first alone, then of both together; of a file nothing."""
+    path, told = tmp_path / "final", []
+    for _ in range(2):
+        path.mkdir()
+        (path / "model.safetensors").write_bytes(bytes(3072))
+        _put_aside(path)
+        told.append(capsys.readouterr().err.partition("renamed to ")[2])
+    assert told == [
+        f"{path}.old; it takes 3.0 KiB, which you may remove\n",
+        f"{path}.old-1; final.old and later ones take 6.0 KiB, which you may remove\n",
+    ]
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    _put_aside(tmp_path / "metrics.jsonl")
+    assert capsys.readouterr().err.endswith(f"renamed to {tmp_path}/metrics.jsonl.old\n")
 
 
 def test_fewer_steps_than_are_done_export_what_there_is(
