@@ -3,10 +3,12 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from dpo.run.files import read_metrics
@@ -51,6 +53,29 @@ def test_the_kernels_with_the_most_time_are_told() -> None:
     assert lines[0].split()[-3:] == ["80", "calls", "aten::mm"]
     shares = [float(line.split("%")[0]) for line in lines]
     assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 100.5
+
+
+def test_on_cuda_kernels_are_told_and_not_the_operators_that_launch_them() -> None:
+    """An operator has the time of its kernels too, and so has a named span of the program: 3 of 4 ms are of gemm."""
+
+    def event(name: str, kind: DeviceType, microseconds: float, is_user_annotation: bool = False) -> Any:
+        return Mock(
+            key=name,
+            device_type=kind,
+            self_device_time_total=microseconds,
+            self_cpu_time_total=9e6,
+            count=2,
+            is_user_annotation=is_user_annotation,
+        )
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 3000),
+        event("Optimizer.step#SGD", DeviceType.CUDA, 5000, is_user_annotation=True),
+        event("add", DeviceType.CUDA, 1000),
+        event("gemm", DeviceType.CUDA, 3000),
+    ]
+    lines = kernel_lines(Mock(key_averages=lambda: events), torch.device("cuda"))
+    assert lines == ["   75.0%     3.0 ms        2 calls  gemm", "   25.0%     1.0 ms        2 calls  add"]
 
 
 def test_steps_that_never_come_leave_no_trace(root: Path, tmp_path: Path) -> None:
