@@ -137,6 +137,8 @@ def test_trackio_has_every_step_once(config: Config) -> None:
 
 def test_a_wandb_file_of_many_blocks_is_read_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a second start, which a first one has left 400 rows; without its file the second cannot tell."""
+    import wandb
+
     from dpo.board.to_wandb import WandbRun
     from dpo.board.wandb_file import BLOCK, files_of, rows_of
 
@@ -148,6 +150,7 @@ def test_a_wandb_file_of_many_blocks_is_read_whole(tmp_path: Path, monkeypatch: 
     for step in range(400):
         first.send(step, {f"train/{number}": step * 1.5 for number in range(20)})
     first.close()
+    wandb.teardown()  # its service ends, as at the end of a program: it writes the last rows after `finish`
     (file,) = files_of(tmp_path, "0123abcd")
     assert file.stat().st_size > 10 * BLOCK
     assert [row["step"] for row in rows_of(file)] == [*range(400)]
