@@ -270,7 +270,8 @@ def test_a_run_is_shown_once_and_other_folders_are_skipped(
 ) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "jobs").mkdir()
-    assert command(run_dir, run_dir / ".", tmp_path / "notes", tmp_path / "jobs") == 0
+    (tmp_path / "link").symlink_to(run_dir)
+    assert command(run_dir, tmp_path / "link", tmp_path / "notes", tmp_path / "jobs") == 0
     assert "Run run" in (run_dir / "report.html").read_text()
     assert f"skipped, without a config.yaml: {tmp_path / 'notes'}\n" in capsys.readouterr().err
 
