@@ -22,9 +22,12 @@ SECONDS_BETWEEN_DRAWINGS = 0.1
 STYLES = (
     (re.compile(r"WARNING:"), "bold yellow"),
     (re.compile(r"error:"), "bold red"),
+    (re.compile(r"\w+ +\d+/\d+(?=  )"), "bold cyan"),
     (re.compile(r"\S.{0,30}?(?=  )"), "bold cyan"),
 )
-"""Patterns of the beginning of a line, and the style of what they match: the third is the name before two blanks."""
+"""Patterns of the beginning of a line, and the style of what they match: the third is `step  1/20`, the fourth another
+name before two spaces.
+"""
 
 
 def is_terminal() -> bool:

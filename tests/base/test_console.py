@@ -42,7 +42,7 @@ def test_a_terminal_shows_every_character_as_it_is() -> None:
         ("WARNING: low", "WARNING:", "1;33"),
         ("error: wrong", "error:", "1;31"),
         ("model      a folder", "model", "1;36"),
-        ("step  1/20  loss 0.69", "step", "1;36"),
+        ("step  1/20  loss 0.69", "step  1/20", "1;36"),
         ("data: reading", "", ""),
         ("  format texts", "", ""),
     ],
