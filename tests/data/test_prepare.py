@@ -260,7 +260,8 @@ def test_report_warns_of_positions_and_of_prompts_on_both_sides(tmp_path, tokeni
     assert [source.key for source in report.sources] == ["data.train[0]", "data.eval[0]"]
     assert (report.sources[0].over_positions, report.eval_prompts_in_training) == (1, 1)
     text = "\n".join(report.lines())
-    assert "1 completions end after the model's max_position_embeddings: a WARNING" in text
+    advice = "(max_position_embeddings); data.max_length 4 cuts them"
+    assert f"\n  WARNING: 1 completions end after the model's 4 positions {advice}\n" in text
     assert "2 completions tokenized apart from their prompt: as one text, both share a token" in text
     assert "WARNING: 1 prompts of data.eval are in training data too" in text
 
