@@ -95,9 +95,9 @@ TRL_NAMES: Mapping[str, Counterpart] = {
     "save_strategy": Counterpart("checkpoint.save_every", "a number of steps; null: at the end alone"),
     "save_total_limit": Counterpart("checkpoint.keep"),
     "resume_from_checkpoint": Counterpart("checkpoint.resume", "auto, which is the default, resumes by itself"),
-    "report_to": Counterpart(None, "the run folder has metrics.jsonl and TensorBoard's files"),
-    "push_to_hub": Counterpart(None, "the run writes a Hugging Face folder, RUN/final, which can be uploaded"),
-    "hub_model_id": Counterpart(None, "the run writes a Hugging Face folder, RUN/final, which can be uploaded"),
+    "report_to": Counterpart("train.report_to", "a list"),
+    "push_to_hub": Counterpart(None, "dpo push RUN REPO uploads the model of a finished run"),
+    "hub_model_id": Counterpart(None, "dpo push RUN REPO uploads the model of a finished run"),
 }
 """TRL's name -> ours."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import shtab
 
-from dpo.base.command import Parser, parse_arguments, run_program
+from dpo.base.command import SWITCHES, Parser, parse_arguments, run_program
 from dpo.config.keys import KEYS
 from dpo.front.configs import named_configs
 from dpo.front.names import COMMANDS, FLAGS, Command
@@ -49,8 +49,8 @@ def _add_flags(parser: Parser, name: str, command: Command) -> None:
 
 def _add_config(parser: Parser) -> None:
     parser.add_argument("--config").complete = shtab.FILE  # type: ignore[attr-defined]
-    for flag in ("--print_config", "--quiet"):
-        parser.add_argument(flag, action="store_true")
+    for flag in sorted(SWITCHES.keys() - {"help"}):
+        parser.add_argument(f"--{flag}", action="store_true")
     for key in sorted(KEYS):
         parser.add_argument(f"--{key}")
     parser.add_argument("words", nargs="*").complete = shtab.FILE  # type: ignore[attr-defined]

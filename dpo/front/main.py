@@ -69,7 +69,7 @@ def run_ranks_of(name: str, command: Command, words: Sequence[str]) -> None:
     check_tasks(os.environ)
     check_one_node(os.environ)
     if name not in FLAGS:  # all words are the config's
-        load_config(rest, prog=command.module)
+        load_config(rest, prog=command.module, own=("gpus", "ranks"))
     from dpo.front.parent import run_ranks  # imports torch
 
     raise SystemExit(run_ranks(command, tuple(rest), wanted))

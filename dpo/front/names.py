@@ -39,6 +39,8 @@ FLAGS: Mapping[str, str] = {
     "export": "--checkpoint --out --dtype",
     "compare": "--sort --json",
     "doctor": "--report",
+    "report": "--out --metric",
+    "push": "--private --revision",
 }
 """The flags of a program that are no keys of the config, for completion."""
 

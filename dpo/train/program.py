@@ -41,11 +41,11 @@ def run_training(config: Config) -> None:
         if is_done(config, start, inputs, world):
             return
         check_space(config, start, inputs, world)
-        write_log(config, world)
         start_devices(world, config.parallel.timeout_seconds)
         config, need = decide_parallel(config, start, inputs, world)
         with remembered_need(need):
             run = build_run(config, world, inputs, start, stop_requested)
+            write_log(config, world)
             deviation = check_first_step(run)
             with open_outputs(run) as (writer, saver):
                 introduce(run, writer, deviation)

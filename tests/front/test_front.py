@@ -21,10 +21,6 @@ from dpo.front.ranks import Wanted, make_parser, number_of_ranks, read_wanted
 from dpo.front.stops import noted_stops
 from tests.support.runs import exit_code_of
 
-TO_COME = ("report", "push")
-"""Rows of the table whose modules are not there yet."""
-
-
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
@@ -37,7 +33,7 @@ def test_help_has_a_line_for_each_program() -> None:
         assert re.search(rf"^  {name}  +\w", text, re.MULTILINE), name
 
 
-@pytest.mark.parametrize("name", [name for name in COMMANDS if name not in TO_COME])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_each_name_has_a_program(name: str) -> None:
     """Found without importing it; a package needs a `__main__`."""
     spec = importlib.util.find_spec(COMMANDS[name].module)
