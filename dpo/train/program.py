@@ -51,9 +51,9 @@ def run_training(config: Config) -> None:
                 introduce(run, writer, deviation)
                 train(run, writer, saver)
             export_run(run)
-            conclude(run)
             if run.world.is_main:
                 report_at_end(run.dir)
+            conclude(run)
 
 
 def main() -> None:

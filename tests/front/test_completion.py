@@ -50,7 +50,12 @@ def test_a_word_is_completed(words: str, completed: str, tmp_path: Path, capsys:
 @pytest.mark.parametrize("name", FLAGS)
 def test_the_flags_are_those_of_the_programs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Each stands in the text of --help."""
-    with patch.object(sys, "argv", [name, "--help"]), pytest.raises(SystemExit) as end:
+    others = {key: module for key, module in sys.modules.items() if key != COMMANDS[name].module}
+    with (
+        patch.dict(sys.modules, others, clear=True),  # runpy warns of a module that a test has imported
+        patch.object(sys, "argv", [name, "--help"]),
+        pytest.raises(SystemExit) as end,
+    ):
         runpy.run_module(COMMANDS[name].module, run_name="__main__", alter_sys=True)
     told = set(re.findall(r"--[a-z][a-z-]*(?![\w.-])", capsys.readouterr().out))
     assert end.value.code in (0, None) and set(FLAGS[name].split()) <= told
