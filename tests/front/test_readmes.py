@@ -1,0 +1,53 @@
+"""The commands of the READMEs exist: their names, flags and keys of the config."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dpo.base.command import SWITCHES, split_options
+from dpo.config.keys import KEYS
+from dpo.config.trl_names import TRL_NAMES
+from dpo.front.names import COMMANDS, FLAGS
+from launch.flags import make_parser
+
+ROOT = Path(__file__).parents[2]
+READMES = [ROOT / "README.md", *(ROOT / room / "README.md" for room in ("configs", "dpo", "launch", "tests"))]
+RANKS = ("--gpus", "--ranks")
+
+
+def commands() -> list[str]:
+    """Each line `dpo NAME ...` of a block of code or between backquotes, without its comment."""
+    found: list[str] = []
+    for path in READMES:
+        text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+        found += re.findall(r"^    (dpo [a-z].*)$", text, re.MULTILINE) + re.findall(r"`(dpo [a-z][^`]*)`", text)
+    return sorted({shlex.join(shlex.split(line, comments=True)) for line in found})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_of_a_readme_exists(line: str) -> None:
+    name, *words = shlex.split(line)[1:]
+    flags = {*FLAGS.get(name, "").split(), "--config", *(f"--{switch}" for switch in SWITCHES)}
+    flags |= set(RANKS) if COMMANDS[name].starts_ranks else set()
+    if name == "submit":
+        flags |= set(make_parser()._option_string_actions)
+    for option in split_options(words):
+        assert option.key is None or option.key in KEYS or f"--{option.key}" in flags, option
+
+
+def test_every_command_stands_in_the_table() -> None:
+    """But the demo, which `make demo` runs, and completion, which is no program of a run."""
+    table = (ROOT / "dpo" / "README.md").read_text(encoding="utf-8").partition("## Programs")[2].partition("\n## ")[0]
+    names = re.findall(r"^\| `(\w+)[^`]*` \|", table, re.MULTILINE)
+    assert sorted(names[1:]) == sorted(COMMANDS.keys() - {"demo", "completion"}), "the first is the heading, dpo"
+
+
+def test_the_names_of_trl_are_those_of_the_table() -> None:
+    """Each row that gives single keys gives the counterparts that an error gives."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Coming from TRL")[2].partition("\n## ")[0]
+    for theirs, ours in re.findall(r"^\| (`.*) \| (.*) \|$", table, re.MULTILINE):
+        for name in re.findall(r"`(\w+)`", theirs):
+            key = TRL_NAMES[name].key if name in TRL_NAMES else None
+            assert key is None or key in ours or key.partition(".")[0] in ours, (name, key)
