@@ -1,7 +1,10 @@
 """Lists the shipped configs, or copies one: `dpo configs`, `dpo configs NAME [OUT]`."""
 
+import itertools
+import re
 import shutil
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from dpo.base.command import COMMAND_LINE, Parser, parse_arguments, run_program
 from dpo.base.errors import UserError
 from dpo.config.shipped import shipped_configs
 
+COLUMNS = 120
 DESCRIPTION = "Lists the configs that come with the package, or copies one into the current folder."
 
 
@@ -19,18 +23,23 @@ def named_configs() -> Mapping[str, Path]:
 
 
 def list_configs() -> str:
-    """Returns a line for each shipped config: its name and the first line of its comment."""
+    """Returns a line for each shipped config: its name and the first sentence of its comment, at most COLUMNS wide."""
     configs = named_configs()
     width = max(map(len, configs), default=0)
+    sentences = {name: first_sentence(file.read_text()) for name, file in configs.items()}
     return "\n".join(
-        f"{name.ljust(width)}  {first_comment(file.read_text())}".rstrip() for name, file in configs.items()
+        f"{name.ljust(width)}  {textwrap.shorten(sentence, COLUMNS - width - 2, placeholder=' ...')}"
+        for name, sentence in sentences.items()
     )
 
 
-def first_comment(text: str) -> str:
-    """Returns the first line of a comment in a YAML text; empty where there is none."""
-    comments = (line.removeprefix("#").strip() for line in text.splitlines() if line.startswith("#"))
-    return next((comment for comment in comments if comment), "")
+def first_sentence(text: str) -> str:
+    """Returns the first sentence of the comment with which a YAML text begins, without its period; empty where there is
+    no comment.
+    """
+    comment = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    joined = " ".join(line.removeprefix("#").strip() for line in comment)
+    return re.split(r"\.(?:\s|$)", joined, maxsplit=1)[0]
 
 
 def copy_config(name: str, out: Path) -> Path:

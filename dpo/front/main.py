@@ -8,10 +8,10 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 from dpo import DISTRIBUTION
-from dpo.base.command import COMMAND_LINE, run_program, split_options
+from dpo.base.command import COMMAND_LINE, closest, meant, run_program, split_options
 from dpo.base.errors import UserError
 from dpo.config import load_config
-from dpo.front.names import COMMANDS, FLAGS, Command, help_text, suggestion
+from dpo.front.names import COMMANDS, FLAGS, Command, help_text
 from dpo.front.ranks import help_of_ranks, make_parser, read_wanted
 from dpo.machine.job import check_one_node, check_tasks
 
@@ -38,7 +38,9 @@ def answer(name: str, words: Sequence[str]) -> None:
         raise SystemExit(0)
     command = COMMANDS.get(name)
     if command is None:
-        raise UserError(f"{COMMAND_LINE}: {name}", "no such program", suggestion(name))
+        raise UserError(
+            f"{COMMAND_LINE}: {name}", f"no such program{meant(closest(name, COMMANDS))}", ", ".join(COMMANDS)
+        )
     if starts_ranks(command):
         run_ranks_of(name, command, words)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,3 @@ def help_text() -> str:
         "dpo NAME --help shows the options of a program; dpo --version the version.",
     ]
     return "\n".join(lines)
-
-
-def suggestion(name: str) -> str:
-    """Returns the valid names, after the nearest to an unknown `name` if one is near."""
-    near = get_close_matches(name, COMMANDS, n=1)
-    valid = ", ".join(COMMANDS)
-    return f"{valid}; did you mean {near[0]}?" if near else valid
