@@ -30,7 +30,7 @@ from dpo.step.evaluation import Evaluation
 def write_log(config: Config, world: World) -> None:
     """Writes, on rank 0, what was said of this run so far to its log, to which all that follows is appended.
 
-    Called once the input is checked: a start that is refused leaves the run folder as it was.
+    Called once the input and the first step are checked: a start that is refused leaves the run folder as it was.
     """
     if world.is_main:
         open_log(Path(str(config.train.run_dir)) / LOG)

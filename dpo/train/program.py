@@ -45,8 +45,8 @@ def run_training(config: Config) -> None:
         config, need = decide_parallel(config, start, inputs, world)
         with remembered_need(need):
             run = build_run(config, world, inputs, start, stop_requested)
-            write_log(config, world)
             deviation = check_first_step(run)
+            write_log(config, world)
             with open_outputs(run) as (writer, saver):
                 introduce(run, writer, deviation)
                 train(run, writer, saver)

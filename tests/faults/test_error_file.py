@@ -65,6 +65,8 @@ def test_the_launcher_reads_what_a_rank_was_told(
     """The line that the rank prints, with the file that gave the key, and its exit code: from fields of the file, not
     from the words of the message.
     """
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("loss: {beta: 2}")
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "a.yaml"])
     path = tmp_path / "none_x" / "attempt_0" / "0" / "error.json"
     path.parent.mkdir(parents=True)

@@ -287,14 +287,13 @@ def test_a_model_that_does_not_fit(
 
 def test_metrics_name_the_run_folder(tmp_path: Path) -> None:
     """/dev/full takes no byte, neither of a line nor, of the same line again, when the file is closed."""
-    writer = MetricsWriter(tmp_path, 1)
+    writer = MetricsWriter(tmp_path, [])
     writer.file.close()
     writer.file = Path("/dev/full").open("a", encoding="utf-8")
     for write in (lambda: writer.write(1, {"train/loss": 0.5}), writer.close):
         with pytest.raises(OSError) as raised:
             write()
         assert line_of(raised.value).startswith(f"the disk is full: cannot write {tmp_path}: ")
-    writer.board.close()
 
 
 def test_a_cache_that_does_not_fit_is_told_before_the_reference_is_computed(

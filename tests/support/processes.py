@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -32,6 +33,8 @@ def _run_program(code: str, words: list[str], stderr: Path, environment: dict[st
     import torch  # here: a session in which nothing is started need not import it
 
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, also where the tests run under nohup or by a &
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
     os.environ.clear()
     os.environ.update(environment)
