@@ -24,15 +24,15 @@ _ASKED_BY_US: Mapping[str, str] = {
 
 _OPTIONS = """
     account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment consolidate-segments
-    constraint container contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-
-    boot dependency distribution error exclude exclusive export export-file extra extra-node-info get-user-env gid
+    constraint container contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot
+    dependency distribution error exclude exclusive export export-file extra extra-node-info get-user-env gid
     gpu-bind gpu-freq gpus gpus-per-node gpus-per-socket gpus-per-task gres gres-flags hint hold ignore-pbs input
     job-name kill-on-invalid-dep licenses mail-type mail-user mcs-label mem mem-bind mem-per-cpu mem-per-gpu mincpus
     network nice no-kill no-requeue nodefile nodelist nodes ntasks ntasks-per-core ntasks-per-gpu ntasks-per-node
     ntasks-per-socket oom-kill-step open-mode output overcommit oversubscribe partition power prefer priority
     profile propagate qos reboot requeue reservation resv-ports segment signal sockets-per-node spread-job stepmgr
-    switches thread-spec threads-per-core time time-min tmp tres-bind tres-per-task uid use-min-nodes wait wait-all-
-    nodes wckey
+    switches thread-spec threads-per-core time time-min tmp tres-bind tres-per-task uid use-min-nodes wait
+    wait-all-nodes wckey
 """.split()
 """The long options that a script of sbatch may have, of SLURM 22 to 25. Plugins of a cluster add others."""
 _LIKENESS = 0.8

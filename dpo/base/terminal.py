@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -89,13 +89,14 @@ class Terminal(logging.Handler):
         self.bar: Bar | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a record."""
+        """Writes a record. A terminal that was closed, or a reader of stderr that is gone, ends no run."""
         line = self.format(record)
-        if is_terminal() or self.bar:
-            console = self.bar.console if self.bar else _console()
-            console.print(styled(line), soft_wrap=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            if is_terminal() or self.bar:
+                console = self.bar.console if self.bar else _console()
+                console.print(styled(line), soft_wrap=True)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
     @contextmanager
     def showing(self, bar: Bar) -> Iterator[None]:

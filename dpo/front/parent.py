@@ -148,11 +148,11 @@ def _first_step(status: Mapping[str, object]) -> int | None:
 
 def _ask(context: PContext, number: int) -> None:
     """Asks the ranks to save after the step that they are in."""
-    again = "Ctrl-C again ends the run at once" if number == signal.SIGINT else "a second signal ends the run at once"
-    say(f"{signal_name(number)}: saving after the current step; {again}")
     for pid in context.pids().values():
         with suppress(ProcessLookupError):  # a rank that is done before the others
             os.kill(pid, signal.SIGUSR2)
+    again = "Ctrl-C again ends the run at once" if number == signal.SIGINT else "a second signal ends the run at once"
+    say(f"{signal_name(number)}: saving after the current step; {again}")
 
 
 def _failures(result: RunProcsResult) -> list[Failure]:

@@ -145,7 +145,7 @@ def _answer_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _answers(path: Path) -> tuple[Mapping[str, str], ...]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     return tuple({name: str(row[name]) for name in ("prompt", "reference", "policy")} for row in rows)
 
 

@@ -103,7 +103,7 @@ def front_matter_of(card: Path) -> dict[str, Any]:
     found = re.match(r"---\s*\n(.*?)\n---\s*\n", text, re.DOTALL)
     try:
         keys = yaml.safe_load(found[1]) if found else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
         return {}
     return keys if isinstance(keys, dict) else {}
 
