@@ -11,7 +11,10 @@ from pathlib import Path
 
 from dpo.run.files import read_metrics
 
-SUBMIT = (sys.executable, "-m", "launch.submit", "--nodes", "2", "--gpus-per-node", "2")
+ON_GPUS = (sys.executable, "-m", "launch.submit", "--nodes", "2", "--gpus-per-node", "2")
+ON_CPUS = "--env CUDA_VISIBLE_DEVICES="
+"""What lets a job train on CPUs though it asked for the cluster's GPUs, which torch cannot use."""
+SUBMIT = (*ON_GPUS, *ON_CPUS.split())
 SECONDS = 120
 """How long anything may take that is waited for."""
 

@@ -129,10 +129,10 @@ def is_preempted(job: Job) -> None:
 
 
 def has_its_gpus(job: Job) -> None:
-    """gres gives both ranks of a node its two GPUs; a trainer that finds no CUDA there runs on CPUs."""
+    """gres gives both ranks of a node its two GPUs, which --env hides from the ranks, so that they run on CPUs."""
     variables = [environment for _, environment in rank_processes().values()]
     assert len(variables) == 4
-    assert all("CUDA_VISIBLE_DEVICES=0,1" in environment for environment in variables)
+    assert all({"SLURM_GPUS_ON_NODE=2", "CUDA_VISIBLE_DEVICES="} <= {*environment} for environment in variables)
     assert "gres:gpu:2" in job.field("TresPerNode")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo.config import to_yaml
-from tests.slurm.jobs import SUBMIT, Job, command, endings, resumed_from, wait_for, wait_for_steps
+from tests.slurm.jobs import ON_CPUS, SUBMIT, Job, command, endings, resumed_from, wait_for, wait_for_steps
 from tests.support.models import save_model, save_pairs
 from tests.support.runs import six_steps
 
@@ -52,12 +52,13 @@ def settings(printed: str) -> dict[str, str]:
 README = Path(__file__).parents[2] / "launch" / "README.md"
 HERE = {
     "--partition P": "--partition tests",
+    "submit my.yaml": f"submit my.yaml {ON_CPUS}",
     "-node 8": "-node 2",
     "--gpus 8": "--ranks 2",
     "--ranks 16": "--ranks 4",
     "dpo ": f"{sys.executable} -m dpo ",
 }
-"""What is otherwise here than in the README: nodes of two GPUs."""
+"""What is otherwise here than in the README: nodes of two GPUs, which torch cannot use."""
 
 
 def commands_of_the_section() -> list[str]:
