@@ -28,6 +28,10 @@ class LossFacts:
     """The loss contains the SFT term with weight 1, so it does not take `loss.sft_weight`."""
     own_key: str | None = None
     """The key of `loss` that this loss alone takes."""
+    is_bradley_terry: bool = False
+    """The loss is least where sigmoid(beta h) is the probability that the winner is preferred, as in the model of
+    Bradley and Terry, so that this probability can be compared with held-out labels. Label smoothing, normalized
+    lengths and a margin per pair move the optimum."""
     offsets: bool = False
     """The loss takes a margin per pair, from the column that a source names in `columns`."""
 
@@ -40,10 +44,10 @@ class LossFacts:
 
 
 LOSS_FACTS: Mapping[LossName, LossFacts] = {
-    "dpo": LossFacts(uses_reference=True, rewards="implicit", smooths=True, offsets=True),
+    "dpo": LossFacts(uses_reference=True, rewards="implicit", smooths=True, is_bradley_terry=True, offsets=True),
     "ipo": LossFacts(uses_reference=True, rewards="implicit"),
     "hinge": LossFacts(uses_reference=True, rewards="implicit"),
-    "robust": LossFacts(uses_reference=True, rewards="implicit", smooths=True),
+    "robust": LossFacts(uses_reference=True, rewards="implicit", smooths=True, is_bradley_terry=True),
     "apo_zero": LossFacts(uses_reference=True, rewards="implicit"),
     "apo_down": LossFacts(uses_reference=True, rewards="implicit"),
     "dpop": LossFacts(uses_reference=True, rewards="implicit", own_key="dpop_lambda"),

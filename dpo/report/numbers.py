@@ -1,5 +1,6 @@
 """Numbers of single pairs: bins, correlation, calibration, means per source. numpy alone, pure functions."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,10 @@ NUM_BINS = 40
 """Bins of a histogram."""
 NUM_GROUPS = 10
 """Groups of pairs of equal size, by margin or by difference in length."""
+NORMAL_95 = 1.96
+"""The standard errors to each side that hold 95 % of a normal distribution."""
+MOST_R = 1 - 1e-12
+"""The correlation above which Fisher's z is that of this one: it is infinite at 1."""
 TAIL = 0.5
 """Percentage of values at each end that may lie beyond the bins of a histogram, which are counted apart."""
 
@@ -39,6 +44,40 @@ class Group:
     """The mean of the first quantity."""
     y: float
     """The mean of the second quantity."""
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's correlation of two quantities of P pairs, with its uncertainty."""
+
+    r: float
+    low: float
+    high: float
+    """The interval of 95 %, by Fisher's z."""
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Predicted and observed shares of right preferences, and what chance alone does to their differences.
+
+    Chance is that of calibrated pairs: each is right with its predicted probability p, independently of the others.
+    """
+
+    groups: tuple[Group, ...]
+    """Pairs of similar |margin|: the predicted (x) and the observed (y) share."""
+    errors: tuple[float, ...]
+    """The standard error of the observed share of each group."""
+    predicted: float
+    observed: float
+    """The shares of all pairs together."""
+    error: float
+    """The standard error of `observed`: sqrt(sum of p (1 - p)) / P."""
+    distance: float
+    """The expected calibration error: the mean over pairs of |observed - predicted| of their group."""
+    distance_by_chance: float
+    """The mean of `distance` over draws of calibrated pairs: a group adds sqrt(2/pi) of its standard error."""
+    pairs: int
 
 
 @dataclass(frozen=True)
@@ -82,17 +121,25 @@ def histogram(values: np.ndarray, edges: np.ndarray) -> Histogram:
 # --- two quantities of a pair -----------------------------------------------------------------------------------------
 
 
-def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Returns Pearson's correlation; None of fewer than three pairs, and where one quantity is the same in all."""
-    if len(x) < 3:
+def correlation(x: np.ndarray, y: np.ndarray) -> Correlation | None:
+    """Returns Pearson's correlation; None of fewer than four pairs, and where one quantity is the same in all.
+
+    Fisher's z, artanh(r), has the standard error 1 / sqrt(P - 3) for independent pairs.
+    """
+    pairs = len(x)
+    if pairs < 4:
         return None
     x, y = (values.astype(np.float64) - values.mean(dtype=np.float64) for values in (x, y))
     scale = float(np.sqrt((x @ x) * (y @ y)))
-    return float(x @ y) / scale if scale > 1e-12 * len(x) else None
+    if scale <= 1e-12 * pairs:
+        return None
+    r = float(x @ y) / scale
+    z, half = math.atanh(min(max(r, -MOST_R), MOST_R)), NORMAL_95 / math.sqrt(pairs - 3)
+    return Correlation(r, math.tanh(z - half), math.tanh(z + half), pairs)
 
 
-def grouped(x: np.ndarray, y: np.ndarray, by: np.ndarray, num_groups: int = NUM_GROUPS) -> list[Group]:
-    """Returns the means of x and y in groups of nearly the same number of pairs, in the order of `by`.
+def groups_by(by: np.ndarray, num_groups: int = NUM_GROUPS) -> list[np.ndarray]:
+    """Returns the indices of the pairs of each group: nearly the same number of pairs, in the order of `by`.
 
     Pairs with equal `by` are in the same group, so that there may be fewer groups than `num_groups`.
     """
@@ -100,7 +147,11 @@ def grouped(x: np.ndarray, y: np.ndarray, by: np.ndarray, num_groups: int = NUM_
     ranked = by[order]
     wanted = np.arange(1, num_groups) * len(by) // num_groups
     cuts = np.unique(np.searchsorted(ranked, ranked[wanted[wanted < len(by)]]))
-    parts = [part for part in np.split(order, cuts) if len(part)]
+    return [part for part in np.split(order, cuts) if len(part)]
+
+
+def grouped(x: np.ndarray, y: np.ndarray, by: np.ndarray, num_groups: int = NUM_GROUPS) -> list[Group]:
+    """Returns the means of x and y in the groups of `groups_by`."""
     return [
         Group(
             len(part),
@@ -109,7 +160,7 @@ def grouped(x: np.ndarray, y: np.ndarray, by: np.ndarray, num_groups: int = NUM_
             float(x[part].mean(dtype=np.float64)),
             float(y[part].mean(dtype=np.float64)),
         )
-        for part in parts
+        for part in groups_by(by, num_groups)
     ]
 
 
@@ -123,20 +174,29 @@ def thinned(count: int, most: int) -> np.ndarray:
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
-def calibration(margins: np.ndarray, num_groups: int = NUM_GROUPS) -> list[Group]:
-    """Returns, in groups of rising |margin|, the predicted (x) and the observed (y) share of right preferences.
+def calibration(margins: np.ndarray, num_groups: int = NUM_GROUPS) -> Calibration:
+    """Returns the predicted and the observed share of right preferences, in groups of rising |margin| and in all.
 
     Of two answers the policy prefers the one with the greater reward, by Bradley and Terry with probability
     sigmoid(|margin|): the predicted share. It is right where that answer is the winner: the observed share. A margin
-    of 0 prefers neither and counts as half right.
+    of 0 prefers neither and counts as half right, without chance.
     """
     size = np.abs(margins.astype(np.float64))
-    return grouped(1 / (1 + np.exp(-size)), (np.sign(margins) + 1) / 2, size, num_groups)
-
-
-def calibration_error(groups: Sequence[Group]) -> float:
-    """Returns the expected calibration error: the mean of |observed - predicted| over pairs, group by group."""
-    return sum(group.pairs * abs(group.y - group.x) for group in groups) / sum(group.pairs for group in groups)
+    predicted, observed = 1 / (1 + np.exp(-size)), (np.sign(margins) + 1) / 2
+    variances = np.where(size > 0, predicted * (1 - predicted), 0.0)
+    parts, pairs = groups_by(size, num_groups), len(margins)
+    groups = tuple(grouped(predicted, observed, size, num_groups))
+    deviations = [math.sqrt(variances[part].sum()) for part in parts]  # of the number of right pairs
+    return Calibration(
+        groups,
+        errors=tuple(deviation / len(part) for deviation, part in zip(deviations, parts, strict=True)),
+        predicted=float(predicted.mean()),
+        observed=float(observed.mean(dtype=np.float64)),
+        error=math.sqrt(variances.sum()) / pairs,
+        distance=sum(group.pairs * abs(group.y - group.x) for group in groups) / pairs,
+        distance_by_chance=math.sqrt(2 / math.pi) * sum(deviations) / pairs,
+        pairs=pairs,
+    )
 
 
 # --- tokens and sources -----------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The numbers and charts of the page of one run. Each part is empty where the run has nothing for it."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,6 @@ from dpo.report.drawing import Chart, Series, diagonal_chart, histogram_chart, l
 from dpo.report.metrics import cost, curve, last_split, latest, smooth, splits, total_tokens
 from dpo.report.numbers import (
     calibration,
-    calibration_error,
     correlation,
     grouped,
     histogram,
@@ -21,7 +19,7 @@ from dpo.report.numbers import (
 from dpo.report.record import Pairs, Record
 from dpo.report.scales import shown, shown_count, shown_hours
 from dpo.report.story import (
-    calibration_sentence,
+    calibration_sentences,
     length_sentence,
     split_sentences,
     token_sentence,
@@ -200,14 +198,25 @@ def length_chart(record: Record) -> tuple[Chart, str] | None:
     return chart, length_sentence(correlation(longer, margins))
 
 
-def calibration_chart(record: Record) -> tuple[Chart, str] | None:
-    """Returns observed against predicted preferences at the last evaluation; None where rewards are not those of
-    Bradley and Terry, or all pairs are ties.
+def calibration_chart(record: Record) -> tuple[Chart, list[str]] | None:
+    """Returns observed against predicted preferences at the last evaluation; None where `predicts_preferences` is False
+    or all pairs are ties.
     """
     margins = margins_of(_last_pairs(record))
-    if margins is None or record.facts is None or record.facts.rewards != "implicit" or not margins.any():
+    if margins is None or not margins.any() or not predicts_preferences(record):
         return None
-    groups = calibration(margins)
-    points = [(group.x, group.y, math.sqrt(group.y * (1 - group.y) / group.pairs)) for group in groups]
+    found = calibration(margins)
+    points = [(group.x, group.y, error) for group, error in zip(found.groups, found.errors, strict=True)]
     labels = ("predicted: sigmoid(|margin|)", "observed: winner ahead")
-    return diagonal_chart("Calibration", labels, points), calibration_sentence(groups, calibration_error(groups))
+    return diagonal_chart("Calibration", labels, points), calibration_sentences(found)
+
+
+def predicts_preferences(record: Record) -> bool:
+    """Returns whether sigmoid(margin) is the probability that the loss fits to the labels: the loss is that of Bradley
+    and Terry, and no key moves its optimum.
+    """
+    config, facts = record.config, record.facts
+    sources = config.get("data.train") or []
+    has_offsets = any("margin" in (source.get("columns") or {}) for source in sources if isinstance(source, dict))
+    moved = config.get("loss.label_smoothing") or config.get("loss.length_normalized") or has_offsets
+    return facts is not None and facts.is_bradley_terry and not moved

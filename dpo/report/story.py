@@ -3,7 +3,7 @@
 import math
 
 from dpo.report.metrics import Split
-from dpo.report.numbers import Group, nats_per_token
+from dpo.report.numbers import Calibration, Correlation, nats_per_token
 from dpo.report.record import Pairs, Record
 from dpo.report.scales import shown, signed
 
@@ -11,6 +11,8 @@ HARDLY = 0.005
 """The change of a reward below which it has hardly moved."""
 FALLEN = -0.5
 """Nats per token of the winners against the reference below which a page warns."""
+FEWEST = 30
+"""Pairs below which a page gives no verdict on length and calibration."""
 ADVICE = "a larger loss.beta, a smaller optim.lr or fewer steps keep the policy nearer to its reference"
 
 
@@ -129,27 +131,43 @@ def _loud() -> str:
 # --- length and calibration -------------------------------------------------------------------------------------------
 
 
-def length_sentence(r: float | None) -> str:
+def length_sentence(found: Correlation | None) -> str:
     """Returns what the correlation of margin and difference in length says."""
-    if r is None:
+    if found is None:
         return (
-            "There is no correlation to tell: all pairs differ by the same number of tokens, or all margins are equal."
+            "There is no correlation to tell: there are under four pairs, or all differ by the same number of tokens, "
+            "or all margins are equal."
         )
-    text = f"Correlation {signed(r)}, which explains {r * r:.0%} of the margins' variance"
-    if abs(r) < 0.1:
+    interval = f"95% interval {signed(found.low)} to {signed(found.high)}"
+    text = f"Correlation {signed(found.r)} ({interval}), which explains {found.r**2:.0%} of the margins' variance"
+    if found.pairs < FEWEST:
+        return f"{text}: {_too_few(found.pairs)}."
+    if max(abs(found.low), abs(found.high)) < 0.1:
         return f"{text}: the margin hardly depends on length."
-    which = "longer" if r > 0 else "shorter"
-    how = "somewhat" if abs(r) < 0.3 else "clearly"
+    if found.low <= 0 <= found.high:
+        return f"{text}: no dependence on length that {found.pairs:,} pairs can show."
+    which = "longer" if found.r > 0 else "shorter"
+    how = "clearly" if min(abs(found.low), abs(found.high)) >= 0.3 else "somewhat"
     return f"{text}: the policy {how} prefers {which} answers; look whether that is the preference you want."
 
 
-def calibration_sentence(groups: list[Group], error: float) -> str:
-    """Returns how predicted and observed preferences differ."""
-    predicted, observed = (
-        sum(g.pairs * getattr(g, name) for g in groups) / sum(g.pairs for g in groups) for name in "xy"
-    )
-    text = f"It expects to be right in {predicted:.1%} of pairs and is in {observed:.1%}"
-    verdict = "well calibrated"
-    if error >= 0.03:
-        verdict = "overconfident" if predicted > observed else "underconfident"
-    return f"{text}; the mean distance from the diagonal is {error:.3f}: {verdict}."
+def calibration_sentences(found: Calibration) -> list[str]:
+    """Returns how predicted and observed preferences differ, in all pairs and by groups, beside what chance does."""
+    difference = found.predicted - found.observed
+    text = f"It expects to be right in {found.predicted:.1%} of pairs and is in {found.observed:.1%}"
+    if found.pairs < FEWEST:
+        verdict = _too_few(found.pairs)
+    elif abs(difference) <= 2 * found.error:
+        verdict = f"no difference that {found.pairs:,} pairs can show"
+    else:
+        verdict = "overconfident" if difference > 0 else "underconfident"
+    chance = f"by chance alone 95 of 100 sets of calibrated, independent pairs lie within ±{2 * found.error:.1%}"
+    distance = f"The mean distance from the diagonal is {found.distance:.3f}"
+    return [
+        f"{text}: {verdict}; {chance}.",
+        f"{distance}; calibrated pairs have {found.distance_by_chance:.3f} by chance.",
+    ]
+
+
+def _too_few(pairs: int) -> str:
+    return f"{pairs:,} pairs are too few for a verdict"

@@ -10,7 +10,6 @@ from dpo.report.numbers import (
     Group,
     by_source,
     calibration,
-    calibration_error,
     correlation,
     grouped,
     histogram,
@@ -40,13 +39,15 @@ def test_a_histogram_by_hand() -> None:
 
 
 def test_the_correlation_by_hand() -> None:
-    """Deviations -1, 0, 1 and -7/3, -1/3, 8/3: 5 / sqrt(2 * 114/9)."""
-    assert correlation(np.array([1, 2, 3]), np.array([2, 4, 7])) == pytest.approx(5 / math.sqrt(2 * 114 / 9))
-    assert correlation(np.array([1, 2, 3]), np.array([3, 2, 1])) == pytest.approx(-1)
+    """Deviations -1, 0, 0, 1 and -2.5, -0.5, -0.5, 3.5: 6 / sqrt(2 * 19)."""
+    found = correlation(np.array([1, 2, 2, 3]), np.array([2, 4, 4, 8]))
+    assert found is not None and found.r == pytest.approx(6 / math.sqrt(2 * 19))
+    found = correlation(np.array([1, 2, 3, 4]), np.array([3, 2, 1, 0]))
+    assert found is not None and (found.r, found.high) == (pytest.approx(-1), pytest.approx(-1))
 
 
-@pytest.mark.parametrize("x", [[1, 2], [7, 7, 7, 7]])
-def test_there_is_no_correlation_of_two_pairs_or_of_a_constant(x: list[int]) -> None:
+@pytest.mark.parametrize("x", [[1, 2, 3], [7, 7, 7, 7]])
+def test_there_is_no_correlation_of_three_pairs_or_of_a_constant(x: list[int]) -> None:
     assert correlation(np.array(x), np.arange(len(x))) is None
 
 
@@ -73,17 +74,18 @@ def test_calibration_by_hand() -> None:
     distance is (4 * 0 + 4 * 0.4) / 8. The sign decides, not the size.
     """
     margins = np.array([1, -1, 1, 1, 2, -2, 2, -2]) * math.log(3)
-    groups = calibration(margins, num_groups=2)
-    assert [(group.pairs, group.x, group.y) for group in groups] == [
+    found = calibration(margins, num_groups=2)
+    assert [(group.pairs, group.x, group.y) for group in found.groups] == [
         (4, pytest.approx(0.75), 0.75),
         (4, pytest.approx(0.9), 0.5),
     ]
-    assert calibration_error(groups) == pytest.approx(0.2)
+    assert found.distance == pytest.approx(0.2)
+    assert found.errors == (pytest.approx(math.sqrt(3 / 16 / 4)), pytest.approx(math.sqrt(0.09 / 4)))
 
 
 def test_ties_are_half_right() -> None:
     """Before training all margins are 0: predicted and observed are one half."""
-    (group,) = calibration(np.zeros(5))
+    (group,) = calibration(np.zeros(5)).groups
     assert (group.x, group.y) == (0.5, 0.5)
 
 

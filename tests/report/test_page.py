@@ -5,10 +5,12 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from dpo.config import SourceConfig
 from dpo.report import program
 from dpo.report.page import page_of_run, page_of_runs
 from dpo.report.record import read_record
@@ -85,7 +87,7 @@ def test_the_page_of_a_run(run_dir: Path) -> None:
         "after step 20",
         "after step 0",
         "Margin against difference in length, 2 pairs",
-        "right in 59.7% of pairs and is in 100.0%",
+        "right in 59.7% of pairs and is in 100.0%: 2 pairs are too few for a verdict",
         "data.eval[0] data/eval.jsonl",
         "Who is 5 < 6?",
         "step 20 Nobody, after 20.",
@@ -191,6 +193,24 @@ def test_a_loss_without_rewards_or_without_a_reference(tmp_path: Path, loss: str
     text = read(page_of_run(read_record(save_run(tmp_path / "run", lines, pairs, loss__name=loss)))).text
     assert "Sources" in text and "Calibration" not in text and "Warning" not in text
     assert ("Winner up, or loser down?" in text) == ("Rewards of single pairs" in text) == (loss == "simpo")
+
+
+@pytest.mark.parametrize(
+    ("changes", "shown"),
+    [
+        ({"loss__name": "robust"}, True),
+        ({"loss__name": "ipo"}, False),
+        ({"loss__label_smoothing": 0.1}, False),
+        ({"loss__length_normalized": True}, False),
+        ({"data__train": [SourceConfig("a", columns={"weight": "w"}), SourceConfig("b")]}, True),
+        ({"data__train": [SourceConfig("a"), SourceConfig("b", columns={"margin": "m"})]}, False),
+    ],
+)
+def test_calibration_is_of_losses_that_fit_the_share_of_labels(
+    tmp_path: Path, changes: dict[str, Any], shown: bool
+) -> None:
+    text = read(page_of_run(read_record(save_run(tmp_path / "run", LINES, PAIRS, **changes)))).text
+    assert ("Calibration" in text) == ("by Bradley and Terry with probability" in text) == shown
 
 
 def test_a_folder_with_a_config_alone(run_dir: Path) -> None:
