@@ -53,12 +53,16 @@ class Cost:
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
+def lines_with(lines: Sequence[Line], name: str) -> list[Line]:
+    """Returns the lines that have a metric which tells something: see NO_PREFERENCE."""
+    margins = name.replace(ACCURACIES, MARGINS)
+    is_told = not name.endswith(ACCURACIES)
+    return [line for line in lines if name in line and (is_told or abs(line.get(margins, 1.0)) > NO_PREFERENCE)]
+
+
 def curve(lines: Sequence[Line], name: str) -> list[Point]:
     """Returns the metric of each line that has it, in at most MOST_POINTS points: means of successive lines."""
-    if name.endswith(ACCURACIES):
-        margins = name.replace(ACCURACIES, MARGINS)
-        lines = [line for line in lines if abs(line.get(margins, 1.0)) > NO_PREFERENCE]
-    found = [(float(line["step"]), line[name]) for line in lines if name in line]
+    found = [(float(line["step"]), line[name]) for line in lines_with(lines, name)]
     if len(found) <= MOST_POINTS:
         return found
     parts = np.array_split(np.array(found), MOST_POINTS)
@@ -81,8 +85,8 @@ def latest(record: Record, name: str) -> float | None:
     """Returns the newest value of a metric of evaluations, or the mean of the last LAST_STEPS steps of one of training;
     None where there is none.
     """
-    group = record.evals if name.startswith("eval/") else record.train
-    values = [line[name] for line in group if name in line][-(1 if name.startswith("eval/") else LAST_STEPS) :]
+    lines, last = (record.evals, 1) if name.startswith("eval/") else (record.train, LAST_STEPS)
+    values = [line[name] for line in lines_with(lines, name)[-last:]]
     return sum(values) / len(values) if values else None
 
 
@@ -92,7 +96,8 @@ def latest(record: Record, name: str) -> float | None:
 def splits(record: Record) -> list[Split]:
     """Returns the change of both rewards at each evaluation, or at each training step where there is no evaluation.
 
-    Rewards against a reference are changes by themselves, from the reference. Others are counted from the first line.
+    Changes are counted from the first line; where the policy started from its reference and was not evaluated before
+    the first step, from the rewards of 0 there.
     """
     group, lines = ("eval", record.evals) if record.evals else ("train", record.train)
     names = [f"{group}/rewards/{side}" for side in ("chosen", "rejected")]
@@ -101,8 +106,8 @@ def splits(record: Record) -> list[Split]:
     ]
     if not found:
         return []
-    counts_from_reference = record.facts is None or record.facts.rewards == "implicit"
-    winner, loser = (0.0, 0.0) if counts_from_reference else found[0][1:]
+    step, *first = found[0]
+    winner, loser = (0.0, 0.0) if step > 0 and record.begins_at_reference else first
     return [Split(step, chosen - winner, rejected - loser) for step, chosen, rejected in found]
 
 

@@ -60,6 +60,14 @@ class Record:
         return LOSS_FACTS.get(self.config.get("loss.name", ""))
 
     @property
+    def begins_at_reference(self) -> bool:
+        """Returns whether the policy started from the reference, so that all rewards were 0; True where the config does
+        not tell.
+        """
+        has_reference = self.facts is None or self.facts.rewards == "implicit"
+        return has_reference and self.config.get("reference.path") in (None, self.config.get("model.path"))
+
+    @property
     def last_step(self) -> int | None:
         """Returns the number of steps of the whole run; None where it is not known."""
         for steps in (*(start.get("last_step") for start in reversed(self.starts)), self.config.get("train.steps")):

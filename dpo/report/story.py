@@ -1,6 +1,7 @@
 """Sentences about a run's numbers, in plain English."""
 
 import math
+from collections.abc import Mapping
 
 from dpo.report.metrics import Split
 from dpo.report.numbers import Calibration, Correlation, nats_per_token
@@ -21,59 +22,62 @@ ADVICE = "a larger loss.beta, a smaller optim.lr or fewer steps keep the policy 
 
 def split_sentences(split: Split, record: Record) -> list[str]:
     """Returns what the split of the margin says about this run: the case, and what it means."""
-    if max(abs(split.winner), abs(split.loser)) < HARDLY:
-        return [
-            f"Neither reward has moved by more than {HARDLY:g}: the policy is still about where it began.",
-            "Try more steps, a larger optim.lr or a shorter warm-up.",
-        ]
-    case = (split.winner > 0, split.loser > 0)
+    case = (direction(split.winner), direction(split.loser))
     text, meaning = CASES[case]
-    moves = f"Winners went {_way(split.winner)}, losers went {_way(split.loser)}"
-    margin = f"the margin {'grew' if split.margin > 0 else 'shrank'} by {shown(abs(split.margin))}"
-    if split.margin <= 0 and case in SHRUNK:
-        meaning = SHRUNK[case]
-    return [f"{text} {moves}: {margin}.", _shares(split), meaning + _remedy(case, record)]
+    if case == (0, 0):
+        return [text, meaning]
+    if case in SAME_WAY and split.margin < HARDLY:
+        meaning = f"{SAME_WAY[case]}, so that the policy tells them apart no better than at its start: {LABELS}."
+    remedy = _remedy(record) if case == (-1, -1) else ""
+    margin = {1: "grew by {}", 0: "hardly moved", -1: "shrank by {}"}[direction(split.margin)]
+    moves = f"{_move('Winners', split.winner)}, {_move('losers', split.loser)}"
+    return [f"{text} {moves}: the margin {margin.format(shown(abs(split.margin)))}.", _shares(split), meaning + remedy]
 
 
-CASES = {
-    (True, False): (
-        "Winners rose and losers fell.",
-        "Both parts widen the margin: as it should be.",
+def direction(change: float) -> int:
+    """Returns 1 for a change upwards, -1 for one downwards, 0 for one of less than HARDLY."""
+    return 0 if abs(change) < HARDLY else 1 if change > 0 else -1
+
+
+LABELS = "look whether chosen and rejected are swapped in the data, and try a smaller optim.lr"
+AGAINST = f"The policy moves against its labels: {LABELS}."
+CASES: Mapping[tuple[int, int], tuple[str, str]] = {
+    (1, -1): ("Winners rose and losers fell.", "Both parts widen the margin: as it should be."),
+    (1, 0): ("Winners rose.", "The margin grew by its winners alone."),
+    (1, 1): (
+        "Both rewards rose.",
+        "The policy learnt what all answers of these data have in common, such as style and length, and the winners' "
+        "ways more than the losers'. This is usual where the reference was not fine-tuned on such answers.",
     ),
-    (False, False): (
+    (0, -1): ("Losers fell.", "The margin grew by its losers alone: winners are about as likely as at the start."),
+    (0, 0): (
+        f"Neither reward has moved by more than {HARDLY:g}: the policy is still about where it began.",
+        "Try more steps, a larger optim.lr or a shorter warm-up.",
+    ),
+    (0, 1): ("Losers rose.", AGAINST),
+    (-1, -1): (
         "Both rewards fell.",
         "The margin grew all the same, because losers fell further. DPO's loss sees the difference alone: it is "
         "content with lowering both as long as losers fall faster, and the probability goes to answers in no pair. "
         "Winner and loser share words, so that what lowers a loser lowers its winner too; a small fall is common and "
         "harmless.",
     ),
-    (True, True): (
-        "Both rewards rose.",
-        "The policy learnt what all answers of these data have in common, such as style and length, and the winners' "
-        "ways more than the losers'. This is usual where the reference was not fine-tuned on such answers.",
-    ),
-    (False, True): (
-        "Winners fell and losers rose.",
-        "The policy moves against its labels: look whether chosen and rejected are swapped in the data, and whether "
-        "optim.lr is too large.",
-    ),
+    (-1, 0): ("Winners fell.", AGAINST),
+    (-1, 1): ("Winners fell and losers rose.", AGAINST),
 }
-"""(winners rose, losers rose) -> the case, and what it means."""
+"""Directions of (winners, losers) -> the case, and what it means."""
 
-SHRUNK = {
-    (
-        False,
-        False,
-    ): "Winners fell further than losers, so that the policy tells them apart less than its reference does: "
-    "look at the labels, and try a smaller optim.lr.",
-    (True, True): "Losers rose further than winners, so that the policy tells them apart less than its reference does: "
-    "look at the labels, and try a smaller optim.lr.",
+SAME_WAY = {
+    (-1, -1): "Winners fell as far as losers or further",
+    (1, 1): "Losers rose as far as winners or further",
 }
-"""What two of the cases mean where the margin has shrunk."""
+"""What two of the cases are where the margin has not grown."""
 
 
-def _way(change: float) -> str:
-    return f"{'up' if change > 0 else 'down'} by {shown(abs(change))}" if change else "neither up nor down"
+def _move(side: str, change: float) -> str:
+    if direction(change) == 0:
+        return f"{side} hardly moved ({signed(change)})"
+    return f"{side} went {'up' if change > 0 else 'down'} by {shown(abs(change))}"
 
 
 def _shares(split: Split) -> str:
@@ -84,25 +88,26 @@ def _shares(split: Split) -> str:
     return f"{text}."
 
 
-def _remedy(case: tuple[bool, bool], record: Record) -> str:
+def _remedy(record: Record) -> str:
     """Returns the keys of the config that hold winners up, for the case in which both rewards fell."""
-    if case != (False, False):
-        return ""
     keys = []
     if record.facts is None or not record.facts.includes_sft:
-        keys.append("loss.sft_weight (for example 0.1)")
+        has_term = (record.config.get("loss.sft_weight") or 0) > 0
+        keys.append("a larger loss.sft_weight" if has_term else "loss.sft_weight (for example 0.1)")
     if record.config.get("loss.name") != "dpop":
         keys.append("loss.name dpop")
-    held = f"; {' or '.join(keys)} hold{'s' * (len(keys) == 1)} winners up" if keys else ""
+    verb = "holds" if len(keys) == 1 else "hold"
+    held = f"; {' or '.join(keys)} {verb} winners up" if keys else ""
     return f" Where answers get worse, {ADVICE}{held}."
 
 
 def where_from(record: Record) -> str:
     """Returns from where the changes of rewards are counted, and in what unit."""
-    group = "evaluation" if record.evals else "training step"
+    first = f"changes are counted from the first {'evaluation' if record.evals else 'training step'}"
     if record.facts is not None and record.facts.rewards == "per_token":
-        return f"Rewards are beta times the mean log-probability per token; changes are counted from the first {group}."
-    return "Rewards are beta times (log pi − log ref), summed over an answer: 0 is the reference."
+        return f"Rewards are beta times the mean log-probability per token; {first}."
+    text = "Rewards are beta times (log pi − log ref), summed over an answer: 0 is the reference"
+    return f"{text}, from which the policy started." if record.begins_at_reference else f"{text}; {first}."
 
 
 def token_sentence(pairs: Pairs) -> str | None:

@@ -14,7 +14,7 @@ from dpo.run.setup import Run
 from dpo.run.summary import COLUMNS, table_lines
 
 HARDLY_MOVED = 0.01
-"""The margin, in nats times beta, below which accuracies tell little."""
+"""The change of the margin, in nats times beta, below which accuracies tell little."""
 SHOWN = (("loss", "loss", "z.4f"), ("acc", "rewards/accuracies", "z.3f"), ("margin", "rewards/margins", "z.3f"))
 """Name on the terminal, metric, and format, in which -0 is 0."""
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -53,9 +53,9 @@ def end_lines(
     if len(evaluations) > 1:
         what = f"step {evaluations[0]['step']} -> step {evaluations[-1]['step']}: "
         rows.append(("held out", what + _change(evaluations[0], evaluations[-1:], "eval")))
-    if len(evaluations) > 1 and _has_hardly_moved(evaluations[-1], loss):
+    if len(evaluations) > 1 and _has_hardly_moved(evaluations[0], evaluations[-1], loss):
         advice = "try a larger optim.lr, more steps or a shorter warm-up"
-        rows.append(("margin", f"the margin is about 0: the model has hardly moved; {advice}"))
+        rows.append(("margin", f"the margin is about where it was: the model has hardly moved; {advice}"))
     rows += _sparkline_row("loss", steps, "train/loss") + _sparkline_row("margin", evaluations, "eval/rewards/margins")
     return table_lines([*rows, *_answer_rows(answers), ("charts", f"tensorboard --logdir {run_dir}")])
 
@@ -114,9 +114,7 @@ def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], g
     return "  ".join(changes)
 
 
-def _has_hardly_moved(evaluation: Mapping[str, float], loss: LossConfig) -> bool:
-    """Returns whether the margin of an evaluation is about 0, as before training. Rewards without a reference do not
-    tell.
-    """
-    margin = evaluation.get("eval/rewards/margins")
-    return loss.facts.rewards == "implicit" and margin is not None and abs(margin) < HARDLY_MOVED
+def _has_hardly_moved(first: Mapping[str, float], last: Mapping[str, float], loss: LossConfig) -> bool:
+    """Returns whether two evaluations have about the same margin. That of a loss without a reference does not tell."""
+    margins = [line["eval/rewards/margins"] for line in (first, last) if "eval/rewards/margins" in line]
+    return loss.facts.rewards == "implicit" and len(margins) == 2 and abs(margins[1] - margins[0]) < HARDLY_MOVED

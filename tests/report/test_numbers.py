@@ -17,6 +17,7 @@ from dpo.report.numbers import (
     shared_edges,
     thinned,
 )
+from dpo.report.one_run import key_numbers
 from tests.report.folders import eval_line, pairs_of, record_of, train_line
 
 # --- single pairs -----------------------------------------------------------------------------------------------------
@@ -149,17 +150,41 @@ def test_the_newest_value_is_a_mean_of_ten_steps_in_training_alone() -> None:
     assert latest(record, "eval/nothing") is None
 
 
+def test_the_accuracy_of_a_policy_that_is_its_reference_is_no_number_of_the_page() -> None:
+    record = record_of([eval_line(0, 0.0, 0.0, accuracy=0.0)])
+    assert latest(record, "eval/rewards/accuracies") is None
+    assert [meaning for _, meaning in key_numbers(record)][1:3] == ["held-out margin", "held-out loss"]
+
+
 def test_the_split_by_hand() -> None:
-    """Against a reference rewards are changes by themselves, whatever the first evaluation says."""
+    """From a reference that the policy started from, whatever the first evaluation says."""
     record = record_of([eval_line(5, -0.5, -0.75), eval_line(10, -1, -3)])
     assert splits(record) == [Split(5, -0.5, -0.75), Split(10, -1, -3)]
     assert last_split(record) == Split(10, -1, -3)
     assert Split(10, -1, -3).margin == 2
 
 
-def test_rewards_without_a_reference_are_counted_from_the_first_evaluation() -> None:
-    record = record_of([eval_line(0, -2, -1.5), eval_line(10, -1, -3)], config={"loss.name": "simpo"})
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"loss.name": "simpo"},
+        {"loss.name": "dpo"},
+        {"loss.name": "dpo", "model.path": "sft", "reference.path": "base"},
+    ],
+)
+def test_changes_are_counted_from_the_evaluation_before_the_first_step(config: dict[str, str]) -> None:
+    """Rewards are not 0 there without a reference, or with one that is another model than where training began."""
+    record = record_of([eval_line(0, -2, -1.5), eval_line(10, -1, -3)], config=config)
     assert splits(record) == [Split(0, 0, 0), Split(10, 1, -1.5)]
+
+
+@pytest.mark.parametrize(("reference", "first"), [("sft", 0.0), (None, 0.0), ("base", -2.0)])
+def test_without_that_evaluation_a_run_from_another_reference_is_counted_from_its_first_line(
+    reference: str | None, first: float
+) -> None:
+    config = {"loss.name": "dpo", "model.path": "sft", "reference.path": reference}
+    record = record_of([train_line(1, -2.0, -1.0), train_line(2, -3.0, -1.0)], config=config)
+    assert [split.winner for split in splits(record)] == [-2 - first, -3 - first]
 
 
 def test_without_evaluations_the_split_is_of_the_last_ten_steps() -> None:

@@ -76,14 +76,17 @@ def test_equal_and_empty_answers_are_shown_too() -> None:
         (LossConfig("simpo"), 0.0, False),
     ],
 )
-def test_a_margin_of_nought_is_told(loss: LossConfig, margin: float, told: bool) -> None:
-    """Below 0.01 either way, in one line with what to try. simpo's margin is not that to a reference."""
-    rewards = {"eval/rewards/accuracies": 1.0, "eval/rewards/margins": margin}
-    lines = [{"step": 0, "eval/loss": 0.7, **rewards}, {"step": 9, "eval/loss": 0.7, **rewards}]
-    found = [line for line in end_lines(Path("runs/x"), lines, loss) if "hardly moved" in line]
-    assert len(found) == told
-    for line in found:
-        assert line.startswith("margin    the margin is about 0: the model has hardly moved; try ")
+def test_a_margin_that_did_not_change_is_told(loss: LossConfig, margin: float, told: bool) -> None:
+    """By less than 0.01 either way, in one line with what to try. The margin may be 3 from the first, as where the
+    reference is another model than where training began. simpo's margin is not that to a reference.
+    """
+    for first in (0.0, 3.0):
+        rewards = {"eval/loss": 0.7, "eval/rewards/accuracies": 1.0}
+        lines = [{"step": step, "eval/rewards/margins": first + step * margin, **rewards} for step in (0, 1)]
+        found = [line for line in end_lines(Path("runs/x"), lines, loss) if "hardly moved" in line]
+        assert len(found) == told
+        for line in found:
+            assert line.startswith("margin    the margin is about where it was: the model has hardly moved; try ")
 
 
 def test_without_rewards_no_margin_is_told() -> None:
