@@ -20,7 +20,8 @@ from rich.table import Table
 from dpo.base.command import Parser, parse_arguments, run_program
 from dpo.base.console import say, warn
 from dpo.base.errors import UserError
-from dpo.board.hparams import KEYS, Value, flat, write_entry
+from dpo.board.hparams import Value, flat, write_entry
+from dpo.config.effects import CHANGING, NEUTRAL
 from dpo.config.strict_yaml import read_yaml_file
 from dpo.run.files import CONFIG, FINAL, JOBS, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
 
@@ -35,10 +36,6 @@ SHOWN = {
     "rewards/rejected": "rejected",
 }
 """Metrics of the table, without eval/ or train/ -> heading of their column."""
-
-
-SAME_RUN = ("train.run_dir", "train.log_every", "train.eval_every", "checkpoint.save_every")
-"""Keys that do not change what a run learns, and are no columns of the table."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +110,10 @@ def _last_step(folder: Path, config: Mapping[str, Value]) -> int | None:
 
 
 def differing(runs: Sequence[RunFacts]) -> list[str]:
-    """Returns the config keys whose values differ between runs, in the order of the config, without SAME_RUN."""
+    """Returns the config keys whose values differ between runs, in the order of the config, without those that
+    do not change the result."""
     keys = dict.fromkeys(key for run in runs for key in run.config)
-    return [key for key in keys if key not in SAME_RUN and len({run.config.get(key) for run in runs}) > 1]
+    return [key for key in keys if key not in NEUTRAL and len({run.config.get(key) for run in runs}) > 1]
 
 
 def best_metric(runs: Sequence[RunFacts], keys: Sequence[str]) -> str | None:
@@ -219,7 +217,7 @@ def write_entries(runs: Sequence[RunFacts], keys: Sequence[str]) -> None:
     for run, values in zip(boards, comparable([run.config for run in boards], keys), strict=True):
         part = "eval" if "eval/loss" in run.metrics else "train"
         try:
-            write_entry(run.folder / TENSORBOARD, part, values, keys or KEYS)
+            write_entry(run.folder / TENSORBOARD, part, values, keys or CHANGING)
             written += 1
         except OSError as failure:  # for example in a colleague's run folder; the table does not need it
             warn(f"no entry for TensorBoard's HParams tab in {run.folder}: {failure.strerror}")

@@ -27,18 +27,11 @@ from tensorboard.plugins.hparams.api_pb2 import (
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
 
 from dpo.board.event_files import PREFIX, write_events_atomically
+from dpo.config.effects import CHANGING
 
 ENTRY = f"{PREFIX}.0000000000.hparams"
 """The name of the entry's file. It sorts before all other event files: TensorBoard does not return to a file once it
 has read a later one."""
-
-KEYS = (
-    "loss.name", "loss.beta", "optim.lr", "optim.warmup_steps", "train.seed", "model.path", "loss.label_smoothing",
-    "loss.length_normalized", "loss.sft_weight", "loss.gamma", "loss.dpop_lambda", "optim.name", "optim.schedule",
-    "optim.min_lr_ratio", "optim.weight_decay", "optim.max_grad_norm", "batch.pairs_per_step", "data.max_length",
-    "train.steps", "train.epochs",
-)  # fmt: skip
-"""The columns by default: the keys that change the result, the most often varied first."""
 
 NUM_SHOWN = 5
 """The number of columns of keys that TensorBoard shows at first; the user can select the others."""
@@ -64,14 +57,14 @@ def flat(tree: Mapping[str, Any]) -> dict[str, Value]:
     }
 
 
-def write_entry(folder: Path, part: str, values: Mapping[str, Value], columns: Sequence[str] = KEYS) -> None:
+def write_entry(folder: Path, part: str, values: Mapping[str, Value], columns: Sequence[str] = CHANGING) -> None:
     """Writes the run's entry, replacing an earlier entry. Raises OSError.
 
     Args:
         folder: RUN/tensorboard.
         part: the metrics that are shown, eval or train.
         values: the values of all keys, as `flat` returns them.
-        columns: the keys that the tab shows, the most important first.
+        columns: the keys that the tab can show, the most important first.
     """
     experiment = Experiment(hparam_infos=_key_columns(columns, values), metric_infos=_metric_columns(part))
     contents = {

@@ -3,6 +3,7 @@
 fields.py       the keys, by section, as dataclasses
 loss_facts.py   the inputs of each loss, and the keys of `loss` that it takes
 keys.py         the keys as a table: types, defaults, docstrings
+effects.py      the keys that change a run's result, and the keys that do not
 rules.py        bounds of single keys, and rules between keys
 trl_names.py    TRL's names and their counterparts here
 hints.py        errors about names that do not exist, with the one that was probably meant

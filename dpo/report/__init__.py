@@ -2,15 +2,16 @@
 
 A page has no script and loads nothing. A training run writes its own at the end, `RUN/report.html`.
 
-program.py   reads the command line; writes the page
-record.py    the files of a run folder, as far as they can be read
-numbers.py   bins, correlation, calibration and other numbers of single pairs
-metrics.py   curves, hours and other numbers of metrics.jsonl
-story.py     sentences about a run's numbers
-scales.py    ticks and numbers as text
-drawing.py   lines, points and bars in SVG
-one_run.py   numbers and charts of one run
-listings.py  answers, config and code of one run
-sweep.py     several runs: differing keys, heat maps, colours
-page.py      the parts as HTML
+program.py    reads the command line; writes the page
+record.py     the files of a run folder, as far as they can be read
+numbers.py    bins, correlation, calibration and other numbers of single pairs
+metrics.py    curves, hours and other numbers of metrics.jsonl
+story.py      sentences about a run's numbers
+scales.py     ticks and numbers as text
+drawing.py    lines, points and bars in SVG
+one_run.py    numbers and charts of one run
+listings.py   answers, config and code of one run
+sweep.py      several runs: differing keys, a table, curves, colors
+heat_maps.py  a sweep over one or two keys
+page.py       the parts as HTML
 """

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 from dpo.base.pages import render_page
+from dpo.report.heat_maps import heat_maps
 from dpo.report.listings import answers_over_time, config_rows, origin_rows
 from dpo.report.numbers import by_source
 from dpo.report.one_run import calibration_chart, curve_charts, key_numbers, length_chart, reward_charts, why
 from dpo.report.record import Record
 from dpo.report.scales import shown, value_text
-from dpo.report.sweep import HEADINGS, differing, heat_maps, run_curves, run_rows
+from dpo.report.sweep import HEADINGS, differing, run_curves, run_rows
 
 ONE, SEVERAL = "one_run.html", "sweep.html"
 
@@ -45,7 +46,7 @@ def page_of_runs(records: Sequence[Record], metric: str | None = None) -> str:
 
     Args:
         records: the runs, at least two.
-        metric: the metric of the heat map; None: those of `sweep.HEAT_MAPS`.
+        metric: the metric of the heat map; None: those of `heat_maps.METRICS`.
     """
     keys = differing(records)
     return render_page(

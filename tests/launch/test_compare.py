@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from dpo.base.command import run_program
-from dpo.board.hparams import ENTRY, KEYS
+from dpo.board.hparams import ENTRY
 from dpo.config import SourceConfig, to_yaml
+from dpo.config.effects import CHANGING
 from launch import compare
 from tests.support.boards import hparams_entry
 from tests.support.runs import make_config
@@ -71,7 +72,9 @@ def test_the_table(tmp_path: Path, program: Callable[..., int], capsys: pytest.C
 
 def test_keys_that_do_not_change_the_run_are_no_columns(tmp_path: Path) -> None:
     one = save_run(tmp_path / "one", lines(2, 0.5, 0.5), train__log_every=1, train__eval_every=5, loss__beta=0.5)
-    two = save_run(tmp_path / "two", lines(2, 0.5, 0.5), checkpoint__save_every=7)
+    two = save_run(
+        tmp_path / "two", lines(2, 0.5, 0.5), checkpoint__save_every=7, train__report_to=[], parallel__shard=2
+    )
     assert compare.differing(compare.read_runs([one, two])) == ["loss.beta"]
 
 
@@ -162,7 +165,8 @@ def test_the_entry_of_one_run_has_the_usual_columns(tmp_path: Path, program: Cal
     save_run(tmp_path / "a", [{"step": 1, "train/loss": 1.0}])
     assert program(tmp_path / "a") == 0
     entry = hparams_entry(tmp_path / "a" / "tensorboard")
-    assert entry.columns == [key for key in KEYS if key != "train.epochs"]
+    assert entry.columns == [key for key in CHANGING if key in entry.values]
+    assert entry.columns[:3] == ["loss.name", "loss.beta", "optim.lr"]
     assert entry.metrics[0] == "train/loss"
 
 

@@ -1,11 +1,16 @@
 """Several runs side by side: keys that differ, cells of heat maps, looks of runs."""
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 
+from dpo.report.heat_maps import Cell, HeatMap, heat_map, heat_maps
 from dpo.report.record import Record
-from dpo.report.sweep import Cell, differing, heat_map, heat_maps, look_of, names_of, run_curves, run_rows
+from dpo.report.sweep import differing, look_of, names_of, run_curves, run_rows
 from tests.report.folders import eval_line, pairs_of, record_of
 
 ACCURACY = "eval/rewards/accuracies"
@@ -14,7 +19,7 @@ ACCURACY = "eval/rewards/accuracies"
 def run_of(name: str, beta: Any, lr: float, accuracy: float | None, **more: Any) -> Record:
     config = {"loss.name": "dpo", "loss.beta": beta, "optim.lr": lr, "train.run_dir": name} | more
     lines = [] if accuracy is None else [eval_line(5, 0.3, 0.1, accuracy=accuracy, loss=1 - accuracy)]
-    return record_of(lines, f"runs/{name}", config=config)
+    return record_of(lines, f"runs/{name}", config=config, is_done=True)
 
 
 SWEEP = [
@@ -26,17 +31,19 @@ SWEEP = [
 
 
 def test_a_heat_map_by_hand() -> None:
-    """beta down, lr across, both rising; two runs of a cell are averaged; no run has beta 0.5 and lr 1e-5. 0.6 is the
-    worst and 0.85 the best: 0.7 is 40 % of the way.
+    """beta down, lr across, both rising; the two runs of a cell are averaged: 0.85, with a standard deviation of
+    0.1 / sqrt(2) and a standard error of 0.05; no run has beta 0.5 and lr 1e-5. 0.6 is the worst and 0.85 the best: 0.7
+    is 40 % of the way.
     """
     found = heat_map(SWEEP, ["loss.beta", "optim.lr"], ACCURACY, "accuracy")
     assert (found.row_key, found.column_key) == ("loss.beta", "optim.lr")
     assert (found.rows, found.columns) == (("0.1", "0.5"), ("1e-6", "1e-5"))
     (seven, best), (six, absent) = found.cells
-    assert (seven.value, seven.runs, round(seven.share, 9), seven.is_best) == (0.7, 1, 0.4, False)
-    assert (round(best.value or 0, 9), best.runs, best.share, best.is_best) == (0.85, 2, 1.0, True)
+    assert (seven.value, seven.error, seven.notes, round(seven.share, 9), seven.is_best) == (0.7, None, [], 0.4, False)
+    assert (best.value, best.error, best.share, best.is_best) == (pytest.approx(0.85), pytest.approx(0.05), 1.0, True)
+    assert best.notes == ["2 runs"]
     assert (six.value, six.share) == (0.6, 0.0)
-    assert absent == Cell(None, 0, 0.0, False)
+    assert absent == Cell()
 
 
 def test_the_best_loss_is_the_lowest() -> None:
@@ -56,15 +63,70 @@ def test_heat_maps_are_of_one_or_two_keys_and_of_metrics_that_runs_have() -> Non
     keys = ["loss.beta", "optim.lr"]
     assert [found.title for found in heat_maps(SWEEP, keys)] == ["held-out accuracy", "held-out margin"]
     assert [found.title for found in heat_maps(SWEEP, keys, "eval/loss")] == ["eval/loss"]
-    assert heat_maps(SWEEP, [*keys, "train.seed"]) == heat_maps(SWEEP, []) == []
+    assert heat_maps(SWEEP, [*keys, "optim.eps"]) == heat_maps(SWEEP, []) == []
     assert heat_maps([run_of("a", 0.1, 1e-6, None), run_of("b", 0.2, 1e-6, None)], keys[:1]) == []
 
 
-def test_keys_that_do_not_change_what_is_learnt_are_left_out() -> None:
-    """Every run has another folder, and here another evaluation and sharding; a key that one run lacks differs."""
-    other = {"train.eval_every": 5, "checkpoint.keep": 9, "parallel.shard": 4}
+def shape(found: HeatMap) -> tuple[str, str, list[list[int]]]:
+    return found.row_key, found.column_key, [[cell.runs for cell in row] for row in found.cells]
+
+
+def test_seeds_are_averaged_over() -> None:
+    """Two betas, two learning rates, two seeds: a heat map of four cells, not an axis of seeds."""
+    settings = [(beta, lr, seed) for beta in (0.1, 0.5) for lr in (1e-6, 1e-5) for seed in (0, 1)]
+    runs = [run_of(str(setting), *setting[:2], 0.7, **{"train.seed": setting[2]}) for setting in settings]
+    keys = differing(runs)
+    assert keys == ["loss.beta", "optim.lr", "train.seed"]
+    assert shape(heat_maps(runs, keys)[0]) == ("loss.beta", "optim.lr", [[2, 2], [2, 2]])
+    one_rate = [run for run in runs if run.config["optim.lr"] == 1e-6]
+    assert shape(heat_maps(one_rate, differing(one_rate))[0]) == ("", "loss.beta", [[2, 2]])
+    one_setting = runs[:2]
+    assert shape(heat_maps(one_setting, differing(one_setting))[0]) == ("", "train.seed", [[1, 1]])
+
+
+def at_steps(*runs: tuple[int, float, bool]) -> Sequence[Cell]:
+    """The cells of runs of 1,000 steps: their step, accuracy, and whether they are exported."""
+    records = [
+        record_of(
+            [eval_line(step, 0.3, 0.1, accuracy=accuracy)],
+            config={"loss.beta": 0.1 + number, "train.steps": 1000},
+            is_done=is_done,
+        )
+        for number, (step, accuracy, is_done) in enumerate(runs)
+    ]
+    return heat_map(records, ["loss.beta"], ACCURACY, "accuracy").cells[0]
+
+
+def test_a_run_that_is_going_on_is_marked_and_not_compared() -> None:
+    """0.9 at step 50 is not better than 0.8 at the end; a run with all steps is done before its export is."""
+    going, best, worst = at_steps((50, 0.9, False), (1000, 0.8, True), (1000, 0.7, False))
+    assert (going.notes, going.share, going.is_best) == (["at step 50"], 0.0, False)
+    assert (best.notes, best.share, best.is_best) == ([], 1.0, True)
+    assert (worst.notes, worst.share) == ([], 0.0)
+
+
+def test_where_no_run_is_done_those_of_the_greatest_step_are_compared() -> None:
+    early, best, worst = at_steps((50, 0.9, False), (100, 0.8, False), (100, 0.7, False))
+    assert [cell.is_best for cell in (early, best, worst)] == [False, True, False]
+    assert [cell.notes for cell in (early, best, worst)] == [["at step 50"], ["at step 100"], ["at step 100"]]
+
+
+def test_a_cell_with_an_unfinished_seed_is_marked() -> None:
+    runs = [dataclasses.replace(run_of(name, 0.1, 1e-6, 0.7), is_done=name == "a") for name in "ab"]
+    (cell,) = heat_map(runs, ["loss.beta"], ACCURACY, "accuracy").cells[0]
+    assert cell.notes == ["2 runs", "at step 5"] and not math.isnan(cell.error or 0.0)
+
+
+def test_keys_that_do_not_change_the_result_are_left_out() -> None:
+    """Every run has another folder, here also another sharding and a tracker; a key that one run lacks differs."""
+    other = {"train.eval_every": 5, "checkpoint.keep": 9, "parallel.shard": 4, "train.report_to": ["wandb"]}
     runs = [run_of("a", 0.1, 1e-6, 0.6), run_of("b", 0.5, 1e-6, 0.6, **other, **{"loss.gamma": 0.5})]
     assert differing(runs) == ["loss.beta", "loss.gamma"]
+
+
+def test_precisions_differ() -> None:
+    runs = [run_of(name, 0.1, 1e-6, 0.6, **{"parallel.compute_dtype": name}) for name in ("bfloat16", "float32")]
+    assert differing(runs) == ["parallel.compute_dtype"]
 
 
 def test_values_that_are_no_numbers_stand_in_the_order_of_the_runs() -> None:
