@@ -2,19 +2,25 @@
 
 For example, 6,400 pairs and 100 steps of 12 s, with `train.eval_every` 50 and 640 evaluation pairs: the forward pass is
 a third of a step's arithmetic, so the reference takes 100 + 10 forward passes of 64 pairs of 4 s each, 440 s, and each
-of the evaluations after steps 0, 50 and 100 takes 10 of them, 40 s.
+of the evaluations after steps 0, 50 and 100 takes 10 of them, 40 s. The sampled answers of an evaluation, of at most
+128 tokens, take 128 forward passes, one after the other: at 0.05 s each 6.4 s.
+
+Downloads, tokenizing, the start of the processes and compilation are not counted.
 """
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 from dpo.base.units import shown_bytes, shown_duration, shown_rate, shown_seconds
 from dpo.batch.costs import MODEL_UNITS
 from dpo.config import Config
 from dpo.estimate.lengths import Extent
 from dpo.estimate.memory import COPY
+from dpo.estimate.speed import gather_seconds
 from dpo.estimate.words import Estimate, verdict
 from dpo.machine.data_sheets import GIB
+from dpo.model.generation import ROWS_PER_LANE
 from dpo.ref_logps.blocks import ROW
 from dpo.run.disk import Sizes
 from dpo.run.forecast import ASSUMED_RATE, Forecast
@@ -24,6 +30,12 @@ PROCESS_BYTES = {"cpu": 0.75 * GIB, "cuda": 6 * GIB}
 """Host memory that the process of a rank is assumed to take beside its tensors. On CUDA: the driver's and NCCL's
 buffers, the libraries, and the processes that compile kernels.
 """
+LAYER_SECONDS = 1e-3
+"""Seconds that a decoder layer is assumed to take per generated token beside its matrix products: generation runs
+uncompiled, and its many small operations are started one by one.
+"""
+NOT_COUNTED = "downloads, tokenizing, start and compilation"
+"""Parts of a run's time that depend on more than the config."""
 
 
 def forecast(estimate: Estimate, sizes: Sizes, extent: Extent | None, write_rate: float | None = None) -> Forecast:
@@ -49,6 +61,9 @@ def forecast(estimate: Estimate, sizes: Sizes, extent: Extent | None, write_rate
         num_steps=num_steps,
         reference_seconds=reference_passes(config, extent) * forward if extent else None,
         evaluation_seconds=evaluation_passes(config, extent) * forward if extent else None,
+        answers_seconds=generated_tokens(config, extent, cluster.num_ranks) * token_seconds(estimate)
+        if extent
+        else None,
         checkpoint_bytes=sizes.checkpoint,
         disk_bytes=sizes.disk_bytes(0),
         copy_bytes=copied * cluster.ranks_per_node,
@@ -56,26 +71,31 @@ def forecast(estimate: Estimate, sizes: Sizes, extent: Extent | None, write_rate
         process_bytes=PROCESS_BYTES["cpu" if on_cpu else "cuda"] * cluster.ranks_per_node,
         write_rate=write_rate,
         num_ranks=cluster.num_ranks,
-        checkpoint_seconds=num_steps and checkpoint_seconds(config, sizes, num_steps * seconds, write_rate),
+        checkpoint_seconds=checkpoint_seconds(config, sizes, num_steps, seconds, write_rate) if num_steps else None,
         keep=sizes.keep,
         final_bytes=sizes.final,
         cache_bytes=cache_bytes(config, extent) if extent else None,
     )
 
 
-def checkpoint_seconds(config: Config, sizes: Sizes, seconds: float, write_rate: float | None) -> float:
+def checkpoint_seconds(
+    config: Config, sizes: Sizes, num_steps: int, step_seconds: float, write_rate: float | None
+) -> float:
     """Returns the seconds in which a run waits for its files: for the last checkpoint and the export, and at each
     earlier save for what the checkpoint before takes longer than the steps in between, beside which it is written.
 
     Args:
         config: the run's.
-        sizes: the bytes and the number of its checkpoints.
-        seconds: of all steps together.
+        sizes: the bytes of its checkpoints.
+        num_steps: the steps of the run.
+        step_seconds: the seconds of each.
         write_rate: as in `forecast`.
     """
-    rate, saves = write_rate or ASSUMED_RATE, sizes.num_saves or 1
-    each, between = sizes.checkpoint / rate, seconds / saves
-    return (saves - 1) * max(0.0, each - between) + each + sizes.export / rate
+    rate, every = write_rate or ASSUMED_RATE, config.checkpoint.save_every or num_steps
+    each = sizes.checkpoint / rate
+    saves = [*range(every, num_steps, every), num_steps]  # the last interval may be shorter
+    waits: float = sum(max(0.0, each - (save - before) * step_seconds) for before, save in pairwise(saves))
+    return waits + each + sizes.export / rate
 
 
 def cache_bytes(config: Config, extent: Extent) -> int:
@@ -90,7 +110,7 @@ def cache_bytes(config: Config, extent: Extent) -> int:
 
 
 def lines_of_run(found: Forecast, on_cpu: bool) -> list[str]:
-    """Returns lines about the whole run: its time by part, its device-hours, and its bytes on disk."""
+    """Returns lines about the whole run: its time by part, its GPU-hours or rank-hours, and its bytes on disk."""
     return [*_time_lines(found, on_cpu), *_disk_lines(found)]
 
 
@@ -105,13 +125,15 @@ def _time_lines(found: Forecast, on_cpu: bool) -> list[str]:
         ("steps", found.num_steps * found.step_seconds, f"{shown_seconds(found.step_seconds)} each{each}"),
         ("reference pass", found.reference_seconds, "once: its log-probabilities are cached"),
         ("evaluations", found.evaluation_seconds, ""),
+        ("sampled answers", found.answers_seconds, "at most, eval.max_new_tokens each; 1 ms per layer assumed"),
         ("checkpoints", found.checkpoint_seconds, f"the last, and final/, at {rate}; others beside steps"),
     ]
     hours = f"{found.device_hours:,.1f}" if found.device_hours >= 0.1 else "under 0.1"
-    unit = f"{'CPU' if on_cpu else 'GPU'}-hours on {found.num_ranks} {'ranks' if on_cpu else 'GPUs'}"
+    unit = f"rank-hours on {found.num_ranks} ranks" if on_cpu else f"GPU-hours on {found.num_ranks} GPUs"
     bound = "at least " if any(seconds is None for _, seconds, _ in rows) else ""
     head = f"a run of {found.num_steps:,} steps takes {bound}{shown_duration(found.seconds)}, {hours} {unit}:"
-    return [head, *(_row(name, seconds, shown_duration, about) for name, seconds, about in rows if seconds != 0)]
+    parts = [_row(name, seconds, shown_duration, about) for name, seconds, about in rows if seconds != 0]
+    return [head, *parts, f"  not counted: {NOT_COUNTED}"]
 
 
 def _disk_lines(found: Forecast) -> list[str]:
@@ -153,6 +175,34 @@ def reference_passes(config: Config, extent: Extent) -> int:
 
 def evaluation_passes(config: Config, extent: Extent) -> int:
     """Returns the number of forward passes of `batch.pairs_per_step` pairs of all evaluations together."""
+    return num_evaluations(config, extent) * math.ceil(extent.num_eval_pairs / config.batch.pairs_per_step)
+
+
+def num_evaluations(config: Config, extent: Extent) -> int:
+    """Returns the number of evaluations of a run."""
     last, every = extent.num_steps, config.train.eval_every
-    evaluations = sum(is_time(step, every, last) for step in range(last + 1))
-    return evaluations * math.ceil(extent.num_eval_pairs / config.batch.pairs_per_step)
+    return sum(is_time(step, every, last) for step in range(last + 1))
+
+
+def generated_tokens(config: Config, extent: Extent, num_ranks: int) -> int:
+    """Returns the maximum number of forward passes that generate a token of the sampled answers of all evaluations: a
+    wave of answers, ROWS_PER_LANE on each rank, takes `eval.max_new_tokens` of them.
+
+    The reference answers once; where the policy starts from it, these are the answers of step 0 too.
+    """
+    same = config.loss.facts.uses_reference and config.reference.path in (None, config.model.path)
+    rounds = num_evaluations(config, extent) + (0 if same else 1)
+    waves = math.ceil(min(config.eval.samples, extent.num_eval_pairs) / (num_ranks * ROWS_PER_LANE))
+    return rounds * waves * config.eval.max_new_tokens
+
+
+def token_seconds(estimate: Estimate) -> float:
+    """Returns the seconds of a forward pass that generates a token of ROWS_PER_LANE answers: the parameters are
+    all-gathered, and each is multiplied with each answer, at the rate of a step.
+    """
+    config, groups, speed = estimate.config, estimate.memory.groups, estimate.speed
+    num_parameters, num_layers = sum(groups.layers) + groups.root, len(groups.layers)
+    arithmetic = next(part.seconds for part in speed.parts if part.name == "arithmetic")
+    rate = speed.flops / estimate.cluster.num_ranks / arithmetic
+    products = 2 * num_parameters * ROWS_PER_LANE / rate
+    return gather_seconds(config, groups, estimate.cluster) + products + num_layers * LAYER_SECONDS

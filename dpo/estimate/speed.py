@@ -175,6 +175,22 @@ def units_of(parallel: ParallelConfig, trees: Sequence[Tree], vocab_size: int, d
     return units(parallel.activation_checkpointing, recomputed)
 
 
+def gather_seconds(config: Config, groups: Groups, cluster: Cluster) -> float:
+    """Returns the seconds in which all parameters are all-gathered once, with `parallel.cpu_offload` from the hosts.
+
+    Args:
+        config: `parallel.compute_dtype` must not be auto.
+        groups: the groups of parameters that are all-gathered together.
+        cluster: the devices.
+    """
+    device, elements = cluster.device, sum(groups.layers) + groups.root
+    shard = cluster.num_ranks // config.parallel.replicate
+    gathered = ITEMSIZES[config.parallel.compute_dtype] * elements
+    link = (shard - 1) / shard * gathered / _ring(shard, min(shard, cluster.ranks_per_node), cluster)
+    from_host = ITEMSIZES[config.model.dtype] * elements / shard / device.host_link
+    return link + gathered * device.gather_copy + (from_host if config.parallel.cpu_offload else 0.0)
+
+
 def _transfers(config: Config, groups: Groups, plans: Sequence[StepPlan], cluster: Cluster) -> list[Part]:
     """Returns the parts of a step that send bytes over a link."""
     replicate = config.parallel.replicate

@@ -68,10 +68,11 @@ def key_numbers(record: Record) -> list[tuple[str, str]]:
     if record.evals and "eval/pairs" in record.evals[-1]:
         numbers.append((f"{record.evals[-1]['eval/pairs']:,.0f}", "held-out pairs"))
     if spent.hours:
+        unit = "GPU-hours" if spent.has_gpus else "rank-hours"
         numbers.append(
             (shown_hours(spent.hours), "steps and reference pass" + f" on {spent.devices}" * bool(spent.devices))
         )
-        numbers.append((_device_hours(record), "GPU-hours" if spent.has_gpus else "rank-hours, without GPUs"))
+        numbers.append((_device_hours(record), f"{unit} of steps and reference pass"))
         numbers.append((shown_count(total_tokens(record)), "tokens trained on"))
     return numbers
 

@@ -43,7 +43,7 @@ class RunRow:
     state: str
 
 
-HEADINGS = ("loss", "accuracy", "margin", "winner up", "loser down", "winner, nats/token", "hours")
+HEADINGS = ("loss", "accuracy", "margin", "winner up", "loser down", "winner, nats/token", "hours of steps")
 
 
 def names_of(records: Sequence[Record]) -> list[str]:

@@ -25,7 +25,7 @@ class Forecast:
     reference_seconds: float | None
     """Seconds to compute the log-probabilities of the reference, 0 for a loss without one; None as above."""
     evaluation_seconds: float | None
-    """Seconds of all evaluations together; None as above."""
+    """Seconds of all evaluations together, without sampled answers; None as above."""
     checkpoint_bytes: int
     """Bytes of one checkpoint, written by all ranks together."""
     disk_bytes: int
@@ -49,6 +49,8 @@ class Forecast:
     """`checkpoint.keep`; None: all."""
     final_bytes: int = 0
     """Bytes of the exported model."""
+    answers_seconds: float | None = None
+    """Maximum of the seconds in which all sampled answers are generated; None where the data was not read."""
     cache_bytes: int | None = None
     """Maximum number of bytes of the reference's log-probabilities, 0 for a loss without one; None where the data was
     not read.
@@ -57,11 +59,11 @@ class Forecast:
     @property
     def seconds(self) -> float | None:
         """Returns the seconds of the whole run; None where the number of steps is not known, and a lower bound where
-        those of the reference and of evaluations are not.
+        those of the reference, of evaluations and of answers are not.
         """
         if self.num_steps is None:
             return None
-        others = (self.reference_seconds, self.evaluation_seconds, self.checkpoint_seconds)
+        others = (self.reference_seconds, self.evaluation_seconds, self.answers_seconds, self.checkpoint_seconds)
         return self.num_steps * self.step_seconds + sum(part or 0 for part in others)
 
     @property

@@ -15,8 +15,10 @@ from dpo.estimate.forecast import (
     checkpoint_seconds,
     evaluation_passes,
     forecast,
+    generated_tokens,
     lines_of_run,
     reference_passes,
+    token_seconds,
 )
 from dpo.estimate.lengths import Extent
 from dpo.estimate.memory import COPY, WEIGHTS, Memory, copy_bytes
@@ -34,13 +36,16 @@ SIZES = Sizes(num_parameters=10, state=120, checkpoint=80, final=40, keep=2, num
 def estimate(**changes: Any) -> Estimate:
     """A step of 12 s at half the peak, on two nodes of four GPUs: arithmetic 9 s, all-gathers 2 s, the rest 1 s.
 
-    At the peak the model's FLOPs take 3 s, a forward pass 1 s: at half of it 2 s, and half of the all-gathers 1 s.
+    At the peak the model's FLOPs take 3 s, a forward pass 1 s: at half of it 2 s, and half of the all-gathers 1 s. The
+    arithmetic of each GPU is 9e9 FLOPs, 1e9 per second.
     """
-    config = make_config("m", "d", "r", train__eval_every=50, **changes)
-    cluster = Cluster(DEVICES["h100"], 8, 4, mfu=0.5)
+    usual = {"train__eval_every": 50, "checkpoint__save_every": 25, "parallel__compute_dtype": "bfloat16"}
+    config = make_config("m", "d", "r", **(usual | changes))
+    device = replace(DEVICES["h100"], link=100e6, node_link=7e6)
+    cluster = Cluster(device, 8, 4, mfu=0.5)
     parts = (Part("arithmetic", 0, 9.0), Part("all-gather", 1, 2.0), Part("reduce-scatter", 1, 1.0))
-    speed = Speed(1.0, parts, 3.0, mfu=0.5)
-    memory = Memory(Counter(), Counter({COPY: 5, WEIGHTS: 2}), "", Groups((), 0))
+    speed = Speed(8 * 9e9, parts, 3.0, mfu=0.5)
+    memory = Memory(Counter(), Counter({COPY: 5, WEIGHTS: 2}), "", Groups((4_000_000,) * 3, 2_000_000))
     return Estimate(config, cast(Any, SimpleNamespace()), cluster, "made up", cast(Any, None), memory, speed)
 
 
@@ -59,20 +64,49 @@ GIBS = replace(SIZES, checkpoint=60 * GIB, final=15 * GIB)
 
 
 def test_the_hours_and_the_disk_of_a_run() -> None:
-    """60 GiB at 0.5 GB/s take 128.85 s, within 25 steps of 12 s each; both copies of the model 64.42 s. In all
-    1,200 + 330 + 90 + 193.27 = 1,813 s: 30 min, on 8 GPUs 4.03 hours.
+    """60 GiB at 0.5 GB/s take 128.85 s, within 25 steps of 12 s each; both copies of the model 64.42 s. Answers: see
+    below. In all 1,200 + 330 + 90 + 422.02 + 193.27 = 2,235 s: 37 min, on 8 GPUs 4.97 hours.
     """
     assert lines_of_run(forecast(estimate(), GIBS, EXTENT), on_cpu=False) == [
-        "a run of 100 steps takes 30 min, 4.0 GPU-hours on 8 GPUs:",
+        "a run of 100 steps takes 37 min, 5.0 GPU-hours on 8 GPUs:",
         "  steps               20 min   12.0 s each, if no parts overlap",
         "  reference pass       6 min   once: its log-probabilities are cached",
         "  evaluations         90.0 s",
+        "  sampled answers      7 min   at most, eval.max_new_tokens each; 1 ms per layer assumed",
         "  checkpoints          3 min   the last, and final/, at 500 MB/s (assumed); others beside steps",
+        "  not counted: downloads, tokenizing, start and compilation",
         "disk of a run: at most 180.0 GiB at once in train.run_dir:",
         "  checkpoint        60.0 GiB   each; checkpoint.keep 2",
         "  final/            15.0 GiB   and as much again while it is written",
         "  cache            660.0 KiB   at most, of the reference pass, in reference.cache_dir",
     ]
+
+
+def test_the_seconds_of_a_generated_token() -> None:
+    """14 million parameters in bfloat16, 28 MB, of which a rank receives 7/8 at 4 * 7 MB/s from the other node: 0.875
+    s. Each is multiplied with 8 answers: 224 MFLOP at 1 GFLOP/s, 0.224 s. Three layers: 0.003 s.
+    """
+    assert token_seconds(estimate()) == pytest.approx(0.875 + 0.224 + 0.003)
+    offloaded = token_seconds(estimate(parallel__cpu_offload=True))  # each rank's eighth in float32: 7 MB
+    assert offloaded - token_seconds(estimate()) == pytest.approx(7e6 / DEVICES["h100"].host_link)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({}, 3 * 128),  # after steps 0, 50 and 100; the reference's are those of step 0
+        ({"reference__path": "another"}, 4 * 128),
+        ({"loss__name": "sft"}, 4 * 128),  # the model before training takes the place of the reference
+        ({"eval__samples": 65}, 3 * 2 * 128),  # eight ranks answer 64 at a time
+        ({"eval__samples": 10_000, "eval__max_new_tokens": 7}, 3 * 10 * 7),  # of 640 pairs
+        ({"eval__samples": 0}, 0),
+    ],
+)
+def test_the_tokens_of_sampled_answers(changes: dict[str, Any], tokens: int) -> None:
+    found = estimate(**changes)
+    assert generated_tokens(found.config, EXTENT, 8) == tokens
+    assert generated_tokens(found.config, replace(EXTENT, num_eval_pairs=0), 8) == 0
+    assert forecast(found, SIZES, EXTENT).answers_seconds == tokens * token_seconds(found)
 
 
 def test_a_slow_disk_delays_the_steps() -> None:
@@ -81,15 +115,32 @@ def test_a_slow_disk_delays_the_steps() -> None:
     """
     config = estimate().config
     waited = 3 * 344.245 + 644.245 + 322.123
-    assert checkpoint_seconds(config, GIBS, 1200.0, 1e8) == pytest.approx(waited, rel=1e-5)
+    assert checkpoint_seconds(config, GIBS, 100, 12.0, 1e8) == pytest.approx(waited, rel=1e-5)
     assert forecast(estimate(), GIBS, EXTENT, 1e8).checkpoint_seconds == pytest.approx(waited, rel=1e-5)
+
+
+def test_the_last_checkpoint_may_follow_soon() -> None:
+    """101 steps of 12 s, saved every 100: the last save, one step after the first, waits 128.849 - 12 s for it, and
+    then for itself and the export, 128.849 + 64.425 s. With one save there is nothing to wait for but these.
+    """
+    config = estimate(checkpoint__save_every=100).config
+    alone = 128.849 + 64.425
+    assert checkpoint_seconds(config, GIBS, 101, 12.0, None) == pytest.approx(116.849 + alone, rel=1e-5)
+    assert checkpoint_seconds(config, GIBS, 100, 12.0, None) == pytest.approx(alone, rel=1e-5)
+    never = estimate(checkpoint__save_every=None).config
+    assert checkpoint_seconds(never, GIBS, 101, 12.0, None) == pytest.approx(alone, rel=1e-5)
 
 
 def test_without_data_the_steps_are_known_and_the_rest_is_named() -> None:
     lines = lines_of_run(forecast(estimate(train__steps=100), GIBS, None), on_cpu=False)
     assert lines[0] == "a run of 100 steps takes at least 23 min, 3.1 GPU-hours on 8 GPUs:"
     missing = "not known   the number of pairs is missing, since the data was not read"
-    assert [line.split()[0] for line in lines if line.endswith(missing)] == ["reference", "evaluations", "cache"]
+    assert [line.split()[0] for line in lines if line.endswith(missing)] == [
+        "reference",
+        "evaluations",
+        "sampled",
+        "cache",
+    ]
 
 
 def test_without_data_and_steps_no_hours_are_known() -> None:
@@ -104,7 +155,7 @@ def test_without_data_and_steps_no_hours_are_known() -> None:
 
 def test_a_cpu_has_ranks_and_no_overlap() -> None:
     lines = lines_of_run(forecast(estimate(loss__name="sft"), GIBS, EXTENT), on_cpu=True)
-    assert lines[0].endswith(" CPU-hours on 8 ranks:")
+    assert lines[0].endswith(" rank-hours on 8 ranks:")
     assert "  steps               20 min   12.0 s each" in lines
     assert not any("reference" in line for line in lines)
 

@@ -80,7 +80,7 @@ def test_the_page_of_a_run(run_dir: Path) -> None:
         "Run run",
         "20 of 20 steps: done",
         "40 s steps and reference pass on 2 × NVIDIA H100",
-        "0.0222 GPU-hours",
+        "0.0222 GPU-hours of steps and reference pass",
         "10.0 k tokens trained on",
         "Winners went down by 0.600, losers went down by 1.00: the margin grew by 0.400",
         "Warning. Winners have fallen to −0.600 nats per token",
