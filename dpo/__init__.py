@@ -42,7 +42,8 @@ Where do I add ...
     a set by its name      configs/data/: a file; rows of its shape in tests/data/test_named_sets.py
     a key of the config    config/fields.py: a field with its docstring; its bounds in config/rules.py; its line in
                            config/effects.py: does it change the result?
-    a metric               step/metrics.py; a page of charts in board/charts.py; a curve in report/one_run.py
+    a metric               step/metrics.py; its words in board/words.py; a page of charts in board/charts.py; a curve
+                           in report/one_run.py
     an optimizer           step/optim.py, and `optimizer_elements` there
     a model family         nothing where it uses transformers' attention interface; else model/, and an exactness test
     an adapter kind        model/, between build.py and parallelize.py

@@ -21,6 +21,7 @@ from dpo.base.command import Parser, parse_arguments, run_program
 from dpo.base.console import say, warn
 from dpo.base.errors import UserError
 from dpo.board.hparams import Value, flat, write_entry
+from dpo.board.words import PAIR_METRICS, words_of
 from dpo.config.effects import CHANGING, NEUTRAL
 from dpo.config.strict_yaml import read_yaml_file
 from dpo.run.files import CONFIG, FINAL, JOBS, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
@@ -28,14 +29,8 @@ from dpo.run.files import CONFIG, FINAL, JOBS, LAST_STEPS, PROVENANCE, TENSORBOA
 DESCRIPTION = """Compares runs: the config keys that differ, the number of steps, and the newest metrics; the run with
 the best evaluation comes first. Also writes the runs' entries for TensorBoard's HParams tab, with the same keys."""
 
-SHOWN = {
-    "loss": "loss",
-    "rewards/accuracies": "acc",
-    "rewards/margins": "margin",
-    "rewards/chosen": "chosen",
-    "rewards/rejected": "rejected",
-}
-"""Metrics of the table, without eval/ or train/ -> heading of their column."""
+SHOWN = ("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
+"""Metrics of the table, without eval/ or train/."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +131,8 @@ def ordered(runs: Sequence[RunFacts], name: str) -> list[RunFacts]:
             "command line: --sort", f"no run has {name!r}", f"a config key, loss.beta, or {', '.join(metrics)}"
         )
     if name in known[0].metrics:
-        sign = 1 if name.split("/")[-1].startswith("loss") else -1
+        words = words_of(name)
+        sign = 1 if words is not None and words.lower_is_better else -1
         known.sort(key=lambda run: sign * run.metrics.get(name, 0.0))
     else:
         known.sort(key=lambda run: run.config[name])
@@ -166,7 +162,7 @@ def table_of(runs: Sequence[RunFacts], keys: Sequence[str]) -> Table:
     for key in keys:
         table.add_column(key, overflow="fold", max_width=24)
     table.add_column("")
-    for heading in (*SHOWN.values(), "pairs/s"):
+    for heading in (*(PAIR_METRICS[name].short for name in SHOWN), "pairs/s"):
         table.add_column(heading, justify="right")
     parent = parent_of(runs)
     for run in runs:

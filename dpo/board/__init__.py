@@ -2,6 +2,7 @@
 
 sink.py         the interface of a sink
 sinks.py        opens the sinks that `train.report_to` names
+words.py        words for metrics
 charts.py       the tags of metrics, histograms and texts; the page of charts
 bins.py         the buckets of a histogram
 event_files.py  TensorBoard's event files: opens, appends, removes points

@@ -27,6 +27,7 @@ from tensorboard.plugins.hparams.api_pb2 import (
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
 
 from dpo.board.event_files import PREFIX, write_events_atomically
+from dpo.board.words import PAIR_METRICS
 from dpo.config.effects import CHANGING
 
 ENTRY = f"{PREFIX}.0000000000.hparams"
@@ -36,13 +37,8 @@ has read a later one."""
 NUM_SHOWN = 5
 """The number of columns of keys that TensorBoard shows at first; the user can select the others."""
 
-METRICS = {
-    "loss": "loss",
-    "rewards/accuracies": "accuracy",
-    "rewards/margins": "margin",
-    "loss_sft": "loss_sft",
-}
-"""The columns of metrics: the name after eval/ or train/ -> the heading."""
+METRICS = ("loss", "rewards/accuracies", "rewards/margins", "loss_sft")
+"""The columns of metrics: their names after eval/ or train/."""
 
 Value = bool | int | float | str
 
@@ -96,8 +92,8 @@ def _key_columns(columns: Sequence[str], values: Mapping[str, Value]) -> list[HP
 
 def _metric_columns(part: str) -> list[MetricInfo]:
     return [
-        MetricInfo(name=MetricName(tag=f"{part}/{name}"), display_name=f"{part} {title}")
-        for name, title in METRICS.items()
+        MetricInfo(name=MetricName(tag=f"{part}/{name}"), display_name=f"{part} {PAIR_METRICS[name].long}")
+        for name in METRICS
     ]
 
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpo.board.words import PAIR_METRICS, words_of
 from dpo.config.effects import SEED
 from dpo.report.metrics import latest, lines_with
 from dpo.report.record import Record
 from dpo.report.scales import value_text
 
-METRICS = {"eval/rewards/accuracies": "held-out accuracy", "eval/rewards/margins": "held-out margin"}
-"""The metrics of the heat maps unless another is asked for."""
-LOWER_IS_BETTER = ("loss", "loss_sft")
+METRICS = ("rewards/accuracies", "rewards/margins")
+"""The metrics of evaluations that have a heat map unless another is asked for."""
 
 Place = tuple[int, int]
 """The row and column of a cell."""
@@ -75,7 +75,8 @@ def heat_maps(records: Sequence[Record], keys: Sequence[str], metric: str | None
     axes = [key for key in keys if key != SEED] or list(keys)
     if len(axes) not in (1, 2):
         return []
-    titles = METRICS if metric is None else {metric: metric}
+    held_out = {f"eval/{name}": f"held-out {PAIR_METRICS[name].long}" for name in METRICS}
+    titles = held_out if metric is None else {metric: metric}
     maps = [heat_map(records, axes, name, title) for name, title in titles.items()]
     return [found for found in maps if any(cell.value is not None for row in found.cells for cell in row)]
 
@@ -121,7 +122,8 @@ def colored(cells: Mapping[Place, Cell], metric: str) -> dict[Place, Cell]:
     """
     steps = {cell.step for cell in cells.values()}
     compared_step = None if None in steps else max((step for step in steps if step is not None), default=None)
-    sign = -1 if metric.rpartition("/")[2] in LOWER_IS_BETTER else 1
+    words = words_of(metric)
+    sign = -1 if words is not None and words.lower_is_better else 1
     scores = {place: sign * (cell.value or 0.0) for place, cell in cells.items() if cell.step == compared_step}
     return {place: _colored(cell, scores.get(place), list(scores.values())) for place, cell in cells.items()}
 

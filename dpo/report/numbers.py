@@ -199,20 +199,7 @@ def calibration(margins: np.ndarray, num_groups: int = NUM_GROUPS) -> Calibratio
     )
 
 
-# --- tokens and sources -----------------------------------------------------------------------------------------------
-
-
-def nats_per_token(pairs: Pairs, side: str) -> float | None:
-    """Returns the mean over pairs of the summed log-ratio of an answer divided by its tokens; None without a reference.
-
-    Args:
-        pairs: the arrays of an evaluation.
-        side: "chosen" or "rejected".
-    """
-    if f"logratios_{side}" not in pairs:
-        return None
-    tokens = np.maximum(pairs[f"tokens_{side}"], 1)
-    return float((pairs[f"logratios_{side}"].astype(np.float64) / tokens).mean())
+# --- sources -----------------------------------------------------------------------------------------------
 
 
 def margins_of(pairs: Pairs) -> np.ndarray | None:

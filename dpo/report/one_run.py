@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dpo.board.words import PAIR_METRICS
 from dpo.report.drawing import Chart, Series, diagonal_chart, histogram_chart, line_chart, scatter_chart
 from dpo.report.metrics import cost, curve, last_split, latest, smooth, splits, total_tokens
 from dpo.report.numbers import (
@@ -23,9 +24,9 @@ from dpo.report.story import (
     length_sentence,
     split_sentences,
     token_sentence,
-    warning,
     where_from,
 )
+from dpo.run.fallen import fallen_warning
 
 MOST_DOTS = 3000
 """Points of the scatter."""
@@ -61,10 +62,10 @@ def key_numbers(record: Record) -> list[tuple[str, str]]:
     spent, of = cost(record), f" of {record.last_step:,}" if record.last_step else ""
     state = "done" if record.is_done else "not finished"
     numbers = [(f"{record.step:,}{of}", f"steps: {state}")]
-    for name, meaning in {"rewards/accuracies": "accuracy", "rewards/margins": "margin", "loss": "loss"}.items():
+    for name in ("rewards/accuracies", "rewards/margins", "loss"):
         group, where = ("eval", "held-out") if record.evals else ("train", "training")
         if (value := latest(record, f"{group}/{name}")) is not None:
-            numbers.append((shown(value), f"{where} {meaning}"))
+            numbers.append((shown(value), f"{where} {PAIR_METRICS[name].long}"))
     if record.evals and "eval/pairs" in record.evals[-1]:
         numbers.append((f"{record.evals[-1]['eval/pairs']:,.0f}", "held-out pairs"))
     if spent.hours:
@@ -142,10 +143,9 @@ def why(record: Record) -> Why | None:
         Series("winner up", "chosen", _fewer(columns["winner"]), has_dots=has_dots),
         Series("loser down", "rejected", _fewer([(x, -y) for x, y in columns["loser"]]), has_dots=has_dots),
     )
-    pairs = _last_pairs(record)
-    sentences = [*split_sentences(last, record), *([token_sentence(pairs)] if pairs else [])]
+    sentences = filter(None, [*split_sentences(last, record), token_sentence(record), where_from(record)])
     chart = line_chart("What the margin is made of", _unit(record), lines)
-    return Why(chart, (*filter(None, sentences), where_from(record)), warning(pairs) if pairs else None)
+    return Why(chart, tuple(sentences), fallen_warning(record.lines))
 
 
 def _fewer(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,20 +1,17 @@
 """Sentences about a run's numbers, in plain English."""
 
-import math
 from collections.abc import Mapping
 
 from dpo.report.metrics import Split
-from dpo.report.numbers import Calibration, Correlation, nats_per_token
-from dpo.report.record import Pairs, Record
+from dpo.report.numbers import Calibration, Correlation
+from dpo.report.record import Record
 from dpo.report.scales import shown, signed
+from dpo.run.fallen import ADVICE, nats_per_token
 
 HARDLY = 0.005
 """The change of a reward below which it has hardly moved."""
-FALLEN = -0.5
-"""Nats per token of the winners against the reference below which a page warns."""
 FEWEST = 30
 """Pairs below which a page gives no verdict on length and calibration."""
-ADVICE = "a larger loss.beta, a smaller optim.lr or fewer steps keep the policy nearer to its reference"
 
 
 # --- why both rewards fall --------------------------------------------------------------------------------------------
@@ -110,27 +107,13 @@ def where_from(record: Record) -> str:
     return f"{text}, from which the policy started." if record.begins_at_reference else f"{text}; {first}."
 
 
-def token_sentence(pairs: Pairs) -> str | None:
+def token_sentence(record: Record) -> str | None:
     """Returns the nats per token of both sides; None without a reference."""
-    chosen, rejected = nats_per_token(pairs, "chosen"), nats_per_token(pairs, "rejected")
+    chosen, rejected = (nats_per_token(record.lines, f"logratios_per_token/{side}") for side in ("chosen", "rejected"))
     if chosen is None or rejected is None:
         return None
     what = "the mean over pairs of (log pi − log ref of the answer) / its tokens"
     return f"Per token, winners are at {signed(chosen)} nats and losers at {signed(rejected)}: {what}."
-
-
-def warning(pairs: Pairs) -> str | None:
-    """Returns the warning that winners have fallen below FALLEN nats per token; None where they have not."""
-    chosen = nats_per_token(pairs, "chosen")
-    if chosen is None or chosen >= FALLEN:
-        return None
-    what = f"the mean over {len(pairs['source']):,} pairs of (log pi − log ref of the winner) / its tokens"
-    odds = f"a token of a winner is {math.exp(chosen):.0%} as likely as under the reference, in the geometric mean"
-    return f"Winners have fallen to {signed(chosen)} nats per token, below {signed(FALLEN)}: {what}; {odds}. {_loud()}"
-
-
-def _loud() -> str:
-    return f"The policy unlearns its good answers: {ADVICE}."
 
 
 # --- length and calibration -------------------------------------------------------------------------------------------

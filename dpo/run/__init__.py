@@ -2,6 +2,7 @@
 
 files.py       the names of the files of a run folder, and its metrics; without torch
 evaluations.py  the values of single pairs at each evaluation, as files; without torch
+fallen.py      the warning that winners have fallen far below the reference; without torch
 forecast.py    what a run needs of a cluster, as a file; without torch
 folder.py      decides from a run folder how a run starts, and prepares the folder
 provenance.py  versions, git commit and data of a start

@@ -13,6 +13,7 @@ import yaml
 
 from dpo.base.console import warn
 from dpo.base.errors import RunError
+from dpo.board.words import PAIR_METRICS
 from dpo.config import Config, LossConfig, OptimConfig
 from dpo.run.card_facts import README, Base, CardFacts, read_facts, short_name
 
@@ -25,7 +26,7 @@ CITATION = """@inproceedings{rafailov2023direct,
   year      = {2023}
 }"""
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "python")
-RESULTS = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+RESULTS = ("loss", "rewards/accuracies", "rewards/margins")
 """The metrics of the card's table by their names in metrics.jsonl, without `eval/` or `train/`."""
 
 
@@ -150,7 +151,7 @@ def _result(facts: CardFacts) -> Iterator[str]:
     yield from ("## Result", "")
     yield "Of the evaluation pairs:"
     yield ""
-    yield from _table(("step", *(RESULTS[name] for name in names)))
+    yield from _table(("step", *(PAIR_METRICS[name].long for name in names)))
     for line in dict.fromkeys((0, len(lines) - 1)):
         yield _row(str(lines[line]["step"]), *(f"{lines[line][f'eval/{name}']:z.4f}" for name in names))
     if len(names) > 1:

@@ -5,18 +5,20 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from dpo.base.console import say, visible
+from dpo.base.console import say, visible, warn
 from dpo.board.sink import Answer
+from dpo.board.words import PAIR_METRICS
 from dpo.config import LossConfig
 from dpo.run.answers import read_answers
+from dpo.run.fallen import fallen_warning
 from dpo.run.files import FINAL, LAST_STEPS, read_metrics
 from dpo.run.setup import Run
 from dpo.run.summary import COLUMNS, table_lines
 
 HARDLY_MOVED = 0.01
 """The change of the margin, in nats times beta, below which accuracies tell little."""
-SHOWN = (("loss", "loss", "z.4f"), ("acc", "rewards/accuracies", "z.3f"), ("margin", "rewards/margins", "z.3f"))
-"""Name on the terminal, metric, and format, in which -0 is 0."""
+SHOWN = {"loss": "z.4f", "rewards/accuracies": "z.3f", "rewards/margins": "z.3f"}
+"""Metric -> format, in which -0 is 0."""
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARKLINE_COLUMNS = 60
 """The maximum number of characters of a sparkline."""
@@ -25,14 +27,19 @@ TEXT_COLUMNS = COLUMNS - len("reference  ")
 
 
 def conclude(run: Run) -> None:
-    """Shows, on rank 0, the end of the run: its steps, its model, how its metrics changed, a sampled answer."""
+    """Shows, on rank 0, the end of the run: its steps, its model, how its metrics changed, a sampled answer; warns
+    where winners have fallen far.
+    """
     if not run.world.is_main:
         return
     last = max(run.start.step, run.inputs.last_step)
     say(f"done: {last} steps, the model is in {run.dir / FINAL}")
     answers = read_answers(run.answers, last) if run.answers else []
-    for line in end_lines(run.dir, read_metrics(run.dir), run.config.loss, answers):
+    lines = read_metrics(run.dir)
+    for line in end_lines(run.dir, lines, run.config.loss, answers):
         say(line)
+    if fallen := fallen_warning(lines):
+        warn(fallen)
 
 
 def end_lines(
@@ -107,8 +114,8 @@ def _one_line(text: str) -> str:
 def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], group: str) -> str:
     """Returns loss, accuracy and margin of the first line -> their means over the latest lines."""
     changes = [
-        f"{name} {first[key]:{form}} -> {statistics.fmean(line[key] for line in latest):{form}}"
-        for name, key, form in ((name, f"{group}/{metric}", form) for name, metric, form in SHOWN)
+        f"{PAIR_METRICS[name].short} {first[key]:{form}} -> {statistics.fmean(line[key] for line in latest):{form}}"
+        for name, key, form in ((name, f"{group}/{name}", form) for name, form in SHOWN.items())
         if key in first
     ]
     return "  ".join(changes)

@@ -97,7 +97,7 @@ def _step(run: Run, step: int, ahead: Iterator[list[PackedBatch]]) -> tuple[dict
     except RunError as failure:
         raise RunError(f"step {step}: {failure}") from failure
     seconds = time.perf_counter() - started
-    means = pair_means(sums, run.config.loss.facts.rewards is not None) | {"grad_norm": sums["grad_norm"], "lr": lr}
+    means = pair_means(sums, run.config.loss.facts) | {"grad_norm": sums["grad_norm"], "lr": lr}
     best_seconds = run.best_seconds(batches[0].forward_flops_in_step)
     return prefixed("train", means | step_metrics(sums, seconds, best_seconds)), bool(sums["stop_requested"])
 

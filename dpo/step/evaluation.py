@@ -80,7 +80,7 @@ def evaluate(
     reshard(policy)
     if must_stop:
         return None
-    metrics = pair_means(sums.reduce(), loss.facts.rewards is not None)
+    metrics = pair_means(sums.reduce(), loss.facts)
     own = {name: torch.cat([values[name] for values in found]).cpu().numpy() for name in found[0]} if found else {}
     return Evaluation(metrics, in_order(gather_lanes((np.array(ids, np.int64), own)), len(pairs)))
 

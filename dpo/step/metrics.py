@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo.batch.packing import PackedBatch
+from dpo.config.loss_facts import LossFacts
 from dpo.distributed.collectives import ONE_OF_EACH_LANE
 
 MEASURED = (
@@ -27,6 +28,8 @@ MEASURED = (
     "accurate",
     "chosen_logps",
     "rejected_logps",
+    "chosen_per_token",
+    "rejected_per_token",
     "winner_tokens",
 )
 """Sums that are accumulated on the device."""
@@ -56,10 +59,12 @@ class StepMetrics:
             losses: (T,), from `pair_losses`; their gradient is not used.
             rewards: (B,) nats times beta; None where the loss has none, which counts as rewards of 0.
             pi_logps: (B,) nats under the policy.
-            batch: the micro-batch, on the same device.
+            batch: the micro-batch, on the same device; without `ref_logps` log-ratios count as 0.
         """
         known = pi_logps.new_zeros(len(pi_logps)) if rewards is None else rewards
         chosen, rejected = known[batch.yw_idxs], known[batch.yl_idxs]
+        ref_logps = pi_logps if batch.ref_logps is None else batch.ref_logps
+        per_token = (pi_logps - ref_logps) / batch.lengths
         sums = [
             losses.sum(),
             -pi_logps[batch.yw_idxs].sum(),
@@ -68,6 +73,8 @@ class StepMetrics:
             (chosen > rejected).sum(),  # a tie counts as wrong
             pi_logps[batch.yw_idxs].sum(),
             pi_logps[batch.yl_idxs].sum(),
+            per_token[batch.yw_idxs].sum(),
+            per_token[batch.yl_idxs].sum(),
             batch.lengths[batch.yw_idxs].sum(),
         ]
         self.measured += torch.stack([s.detach().to(self.measured) for s in sums])
@@ -109,19 +116,26 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def pair_means(sums: Mapping[str, float], has_rewards: bool) -> dict[str, float]:
+def pair_means(sums: Mapping[str, float], facts: LossFacts) -> dict[str, float]:
     """Returns the metrics that training and evaluation share: means over all P pairs of the step or of the evaluation
     set.
 
     loss             sum of the pairs' losses / P: the objective, including the SFT term
     loss_sft         sum over pairs of -pi_logp[winner] / sum over pairs of len(winner), nats per token
     logps/chosen     mean of the winners' summed log-probabilities, nats; logps/rejected of the losers'
+    logratios_per_token/chosen  mean over pairs of (pi_logp - ref_logp of the winner) / its tokens, nats;
+                     logratios_per_token/rejected of the losers
     rewards/chosen   mean of the winners' rewards, from `completion_rewards`; rewards/rejected of the losers
     rewards/margins  rewards/chosen - rewards/rejected
     rewards/accuracies  share of pairs whose winner has the strictly greater reward
     pairs            P
 
-    A loss without rewards (`has_rewards` is False) compares no answers: there is no logps/rejected then.
+    A loss without rewards compares no answers: there is no logps/rejected then. Without a reference there are no
+    log-ratios.
+
+    Args:
+        sums: the sums over all ranks, from `StepMetrics.reduce`.
+        facts: whether the loss has rewards and a reference.
     """
     pairs = max(sums["pairs"], 1)
     means = {
@@ -129,7 +143,10 @@ def pair_means(sums: Mapping[str, float], has_rewards: bool) -> dict[str, float]
         "loss_sft": sums["winner_nll"] / max(sums["winner_tokens"], 1),
         "logps/chosen": sums["chosen_logps"] / pairs,
     }
-    if has_rewards:
+    if facts.uses_reference:
+        for side in ("chosen", "rejected"):
+            means[f"logratios_per_token/{side}"] = sums[f"{side}_per_token"] / pairs
+    if facts.rewards is not None:
         means["logps/rejected"] = sums["rejected_logps"] / pairs
         chosen, rejected = sums["chosen_rewards"] / pairs, sums["rejected_rewards"] / pairs
         means |= {"rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected}

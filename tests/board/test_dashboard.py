@@ -26,6 +26,7 @@ from dpo.board.hparams import ENTRY, METRICS
 from dpo.board.sink import Answer
 from dpo.config import Config, SourceConfig
 from dpo.config.effects import CHANGING
+from dpo.config.loss_facts import LOSS_FACTS
 from dpo.step.metrics import SUMS, pair_means, prefixed, step_metrics
 from tests.support.boards import board_of, hparams_entry, points_of, steps_of
 from tests.support.runs import make_config
@@ -35,7 +36,7 @@ from tests.support.runs import make_config
 
 def trainer_figures() -> dict[str, float]:
     """The names of all metrics of a run's metrics.jsonl, but those that it has once."""
-    means = pair_means(dict.fromkeys(SUMS, 1.0), has_rewards=True)
+    means = pair_means(dict.fromkeys(SUMS, 1.0), LOSS_FACTS["dpo"])
     timed = step_metrics(dict.fromkeys((*SUMS, "peak_memory_bytes"), 1.0), 1.0, 0.5) | {"grad_norm": 1.0, "lr": 1.0}
     return prefixed("train", means | timed) | prefixed("eval", means)
 

@@ -71,6 +71,8 @@ def preference(part: str, beta: float, step: int, rng: np.random.Generator, nois
         "loss_sft": 1.9 - 0.1 * learnt,
         "logps/chosen": -110 + chosen / beta,
         "logps/rejected": -120 + rejected / beta,
+        "logratios_per_token/chosen": chosen / beta / 50,
+        "logratios_per_token/rejected": rejected / beta / 50,
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,

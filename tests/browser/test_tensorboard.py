@@ -148,7 +148,7 @@ def test_a_comparison_has_the_keys_that_differ_also_of_interrupted_runs(
     monkeypatch.setattr(sys, "argv", ["compare", *map(str, runs)])
     compare.main()
     table = look(tmp_path / "runs", tmp_path / "pictures", ["hparams"])["hparams"]
-    metrics = ["eval loss", "eval accuracy", "eval margin", "eval loss_sft"]
+    metrics = ["eval loss", "eval accuracy", "eval margin", "eval SFT loss"]
     assert {trial: list(row) for trial, row in table.items()} == {
         f"{name}/tensorboard": ["loss.beta", "optim.max_grad_norm", *metrics] for name in "ab"
     }

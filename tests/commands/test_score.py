@@ -99,6 +99,8 @@ def figures_of(table: np.ndarray) -> dict[str, float]:
         "loss_sft": -pi_w.sum() / len_w.sum(),
         "logps/chosen": pi_w.mean(),
         "logps/rejected": pi_l.mean(),
+        "logratios_per_token/chosen": ((pi_w - ref_w) / len_w).mean(),
+        "logratios_per_token/rejected": ((pi_l - ref_l) / len_l).mean(),
         "rewards/chosen": BETA * (pi_w - ref_w).mean(),
         "rewards/rejected": BETA * (pi_l - ref_l).mean(),
         "rewards/margins": BETA * h.mean(),

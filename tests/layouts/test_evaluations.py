@@ -110,6 +110,10 @@ def test_every_pair_has_its_own_values_in_the_sets_order(ranks: Ranks, root: Pat
     for name in ("rewards", "logps"):
         for side in ("chosen", "rejected"):
             assert found[f"{name}_{side}"].mean() == pytest.approx(line[f"eval/{name}/{side}"], rel=1e-5)
+    for side in ("chosen", "rejected"):
+        per_token = (expected[f"logratios_{side}"] / expected[f"tokens_{side}"]).mean()
+        assert line[f"eval/logratios_per_token/{side}"] == pytest.approx(per_token, abs=1e-5)
+        assert abs(per_token) > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,18 @@ def train_line(step: int, chosen: float = 0.2, rejected: float = -0.3, **more: f
     return {"step": step} | {f"train/{name}": value for name, value in (metrics | more).items()}
 
 
-def eval_line(step: int, chosen: float, rejected: float, accuracy: float = 0.75, loss: float = 0.5) -> dict[str, float]:
+def eval_line(
+    step: int, chosen: float, rejected: float, accuracy: float = 0.75, loss: float = 0.5, **more: float
+) -> dict[str, float]:
     """A line of an evaluation, with these mean rewards."""
     rewards = {"chosen": chosen, "rejected": rejected, "margins": chosen - rejected, "accuracies": accuracy}
     metrics = {"loss": loss, "pairs": 4} | {f"rewards/{name}": value for name, value in rewards.items()}
-    return {"step": step} | {f"eval/{name}": value for name, value in metrics.items()}
+    return {"step": step} | {f"eval/{name}": value for name, value in (metrics | more).items()}
+
+
+def nats(chosen: float, rejected: float) -> dict[str, float]:
+    """The log-ratios per token of a line."""
+    return {"logratios_per_token/chosen": chosen, "logratios_per_token/rejected": rejected}
 
 
 def pairs_of(chosen: Sequence[float], rejected: Sequence[float], beta: float = 0.1) -> dict[str, np.ndarray]:

@@ -13,7 +13,6 @@ from dpo.report.numbers import (
     correlation,
     grouped,
     histogram,
-    nats_per_token,
     shared_edges,
     thinned,
 )
@@ -88,13 +87,6 @@ def test_ties_are_half_right() -> None:
     """Before training all margins are 0: predicted and observed are one half."""
     (group,) = calibration(np.zeros(5)).groups
     assert (group.x, group.y) == (0.5, 0.5)
-
-
-def test_nats_per_token_are_a_mean_over_pairs() -> None:
-    """-2 nats on 4 tokens and +1 on 2 are -1/2 and +1/2 per token: 0, not -1/6 as the sums of both pairs would give."""
-    pairs = pairs_of([-2, 1], [0, 0]) | {"tokens_chosen": np.array([4, 2])}
-    assert nats_per_token(pairs, "chosen") == 0
-    assert nats_per_token({}, "chosen") is None
 
 
 def test_sources_by_hand() -> None:

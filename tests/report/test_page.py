@@ -15,14 +15,14 @@ from dpo.report import program
 from dpo.report.page import page_of_run, page_of_runs
 from dpo.report.record import read_record
 from dpo.run.evaluations import evaluation_path
-from tests.report.folders import PROMPT, eval_line, pairs_of, save_run, train_line
+from tests.report.folders import PROMPT, eval_line, nats, pairs_of, save_run, train_line
 from tests.support.runs import error_lines, exit_code_of
 
 VOID = ("meta", "br")
 LINES = [
     eval_line(0, 0.0, 0.0, accuracy=0.0),
     *(train_line(step) for step in range(1, 21)),
-    eval_line(20, -0.6, -1.0, accuracy=0.5),
+    eval_line(20, -0.6, -1.0, accuracy=0.5, **nats(-0.6, -2.0)),
 ]
 PAIRS = {0: pairs_of([0, 0], [0, 0]), 20: pairs_of([-7, -5], [-8, -12])}
 
@@ -72,7 +72,7 @@ def read(page: str) -> Reader:
 
 
 def test_the_page_of_a_run(run_dir: Path) -> None:
-    """Numbers of the folder by hand: -6 nats on 10 tokens are -0.6 per token; 20 steps of 2 s on 2 GPUs are 40 s and
+    """Numbers of the folder by hand: 20 steps of 2 s on 2 GPUs are 40 s and
     0.0222 GPU-hours; margins of 0.1 and 0.7 predict 52.5 and 66.8 %, in the mean 59.7, and both are right.
     """
     text = read(page_of_run(read_record(run_dir))).text
@@ -83,7 +83,7 @@ def test_the_page_of_a_run(run_dir: Path) -> None:
         "0.0222 GPU-hours of steps and reference pass",
         "10.0 k tokens trained on",
         "Winners went down by 0.600, losers went down by 1.00: the margin grew by 0.400",
-        "Warning. Winners have fallen to −0.600 nats per token",
+        "Warning: winners are at −0.6 nats per token",
         "after step 20",
         "after step 0",
         "Margin against difference in length, 2 pairs",
@@ -184,7 +184,7 @@ def test_a_run_without_evaluations(tmp_path: Path) -> None:
     ("loss", "absent"), [("sft", ("rewards_", "logratios_", "logps_rejected")), ("simpo", ("logratios_",))]
 )
 def test_a_loss_without_rewards_or_without_a_reference(tmp_path: Path, loss: str, absent: tuple[str, ...]) -> None:
-    keys = ("rewards", "rejected") if loss == "sft" else ()
+    keys = ("logratios", *(("rewards", "rejected") if loss == "sft" else ()))
     lines = [{name: value for name, value in line.items() if not any(key in name for key in keys)} for line in LINES]
     absent += ("tokens_rejected",) * (loss == "sft")
     pairs = {
@@ -302,7 +302,7 @@ def test_a_run_is_shown_once_and_other_folders_are_skipped(
         (["nowhere"], "command line: RUN: no such folder: nowhere; valid: a run folder"),
         (["empty"], "command line: RUN: not a run folder: empty; valid: a run folder"),
         (["run", "--out", "nowhere/page.html"], "command line: --out: cannot be written: nowhere/page.html; valid: "),
-        (["run", "--metric", "accuracy"], "command line: --metric: no run has 'accuracy'; valid: eval/loss, "),
+        (["run", "--metric", "accuracy"], "command line: --metric: no run has 'accuracy'; valid: eval/log"),
     ],
 )
 def test_wrong_words_are_one_line(

@@ -12,10 +12,9 @@ from dpo.report.story import (
     length_sentence,
     split_sentences,
     token_sentence,
-    warning,
     where_from,
 )
-from tests.report.folders import eval_line, pairs_of, record_of
+from tests.report.folders import eval_line, nats, record_of
 
 CASES = {
     (
@@ -103,21 +102,10 @@ def test_where_rewards_are_counted_from() -> None:
     assert "from the first evaluation" in where_from(record_of(lines, config={"loss.name": "simpo"}))
 
 
-def test_the_warning_says_what_is_averaged() -> None:
-    """-8 and -4 nats on 10 tokens are -0.6 in the mean, e^-0.6 = 55 %; losers have 5 tokens: -10 and -20 are -3."""
-    pairs = pairs_of([-8, -4], [-10, -20])
-    told = warning(pairs)
-    assert told is not None and "−0.600 nats per token, below −0.500: the mean over 2 pairs" in told
-    assert "(log pi − log ref of the winner) / its tokens" in told and "55% as likely" in told
-    assert "winners are at −0.600 nats and losers at −3.00" in str(token_sentence(pairs))
-
-
-def test_there_is_no_warning_above_half_a_nat_or_without_a_reference() -> None:
-    pairs = pairs_of([-5, -5], [0, 0])
-    assert warning(pairs) is None
-    assert warning(pairs_of([-5.1, -5], [0, 0])) is not None
-    alone = {name: column for name, column in pairs.items() if not name.startswith("logratios")}
-    assert warning(alone) is None and token_sentence(alone) is None
+def test_nats_per_token_of_both_sides() -> None:
+    told = token_sentence(record_of([eval_line(5, -1, -2, **nats(-0.6, -3.0))]))
+    assert told is not None and told.startswith("Per token, winners are at −0.600 nats and losers at −3.00: the mean ")
+    assert token_sentence(record_of([eval_line(5, -1, -2)])) is None
 
 
 # --- length and calibration -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 from dpo.report.heat_maps import Cell, HeatMap, heat_map, heat_maps
 from dpo.report.record import Record
 from dpo.report.sweep import differing, look_of, names_of, run_curves, run_rows
-from tests.report.folders import eval_line, pairs_of, record_of
+from tests.report.folders import eval_line, nats, record_of
 
 ACCURACY = "eval/rewards/accuracies"
 
@@ -146,8 +146,8 @@ def test_thirty_runs_look_different() -> None:
 
 
 def test_a_row_of_the_table_by_hand() -> None:
-    """The last evaluation; winners at -6 nats on 10 tokens are marked."""
-    record = record_of([eval_line(0, 0, 0), eval_line(5, -0.6, -0.8, accuracy=0.7)], pairs={5: pairs_of([-6], [-8])})
+    """The last evaluation; winners at -0.6 nats per token are marked."""
+    record = record_of([eval_line(0, 0, 0), eval_line(5, -0.6, -0.8, accuracy=0.7, **nats(-0.6, -0.8))])
     (row,) = run_rows([record], ["loss.name"])
     assert row.values == ("dpo",)
     assert row.cells == ("0.500", "0.700", "0.200", "−0.600", "+0.800", "−0.600", "0 s")

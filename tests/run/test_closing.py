@@ -1,12 +1,15 @@
 """What the terminal shows at the end of a run, worked out by hand."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dpo.board.dashboard import Answer
 from dpo.config import LossConfig
-from dpo.run.closing import end_lines, points, sparkline
+from dpo.run.closing import conclude, end_lines, points, sparkline
+from dpo.run.fallen import fallen_warning
 
 
 def test_what_improved() -> None:
@@ -93,3 +96,50 @@ def test_without_rewards_no_margin_is_told() -> None:
     lines = [{"step": 0, "eval/loss": 0.7}, {"step": 9, "eval/loss": 0.7}]
     assert len(end_lines(Path("runs/x"), lines, LossConfig("sft"))) == 2  # held out, charts
     assert len(end_lines(Path("runs/x"), lines[:1], LossConfig())) == 1
+
+
+# --- winners that have fallen far ------------------------------------------------------------------------------------
+
+
+def nats_line(step: int, group: str, nats: float) -> dict[str, float]:
+    return {"step": step, f"{group}/loss": 0.5, f"{group}/pairs": 1794, f"{group}/logratios_per_token/chosen": nats}
+
+
+def test_the_warning_says_what_is_averaged() -> None:
+    """e^-0.6 is 55 %."""
+    told = fallen_warning([nats_line(0, "eval", 0.0), nats_line(5, "train", 0.0), nats_line(9, "eval", -0.6)])
+    assert told is not None
+    assert told.startswith("winners are at −0.6 nats per token, below −0.5: the mean over 1,794 held-out pairs of ")
+    assert "(log pi − log ref of the winner) / its tokens" in told and "55% as likely" in told
+
+
+def test_without_evaluations_it_is_of_the_last_ten_steps() -> None:
+    """Two steps at 0, then ten at -1.02 and 0 in turn, -0.51 in the mean; after another step at 0 the mean of the last
+    ten is -0.408.
+    """
+    nats = [0.0, 0.0, *[-1.02, 0.0] * 5]
+    steps = [nats_line(step, "train", value) for step, value in enumerate(nats, start=1)]
+    told = fallen_warning(steps)
+    assert told is not None and "at −0.51 nats per token" in told and "the pairs of the last 10 steps" in told
+    assert fallen_warning([*steps, nats_line(13, "train", 0.0)]) is None
+
+
+def test_there_is_no_warning_at_half_a_nat_or_without_a_reference() -> None:
+    assert fallen_warning([nats_line(9, "eval", -0.5)]) is None
+    assert fallen_warning([{"step": 9, "eval/loss": 0.7}]) is None and fallen_warning([]) is None
+
+
+def test_the_terminal_warns_in_its_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(nats_line(9, "train", -0.7)) + "\n")
+    run = SimpleNamespace(
+        world=SimpleNamespace(is_main=True),
+        start=SimpleNamespace(step=0),
+        inputs=SimpleNamespace(last_step=9),
+        dir=tmp_path,
+        answers=None,
+        config=SimpleNamespace(loss=LossConfig()),
+    )
+    conclude(run)  # type: ignore[arg-type]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].endswith(f"done: 9 steps, the model is in {tmp_path / 'final'}")
+    assert lines[-1].startswith("WARNING: winners are at −0.7 nats per token")

@@ -1,5 +1,6 @@
 """The numbers that a run logs, against numbers worked out by hand and against the plain model."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 from dpo.batch import packer as batches
 from dpo.batch.packing import PackedBatch
 from dpo.board.charts import has_chart
+from dpo.board.words import PAIR_METRICS
 from dpo.board.writer import MetricsWriter
 from dpo.config import Config, LossConfig, SourceConfig
+from dpo.config.loss_facts import LOSS_FACTS
 from dpo.distributed.startup import open_world
 from dpo.run.files import read_metrics
 from dpo.step.metrics import MEASURED, StepMetrics, pair_means, prefixed, step_metrics
@@ -23,6 +26,7 @@ from tests.support.ranks import Ranks
 from tests.support.runs import eval_lines, make_config, run, train_lines, worst_relative
 
 LN2 = math.log(2)
+DPO = LOSS_FACTS["dpo"]
 
 
 def make_batch(
@@ -68,11 +72,12 @@ def test_the_means_of_three_pairs_by_hand() -> None:
     rewards: 1, 0, 0, -2. chosen (1 + 0 - 2)/3 = -1/3, rejected (0 + 0 + 1)/3 = 1/3, margins -2/3.
     accuracies: 1>0 right, 0>0 a tie and so wrong, -2>1 wrong: 1/3.
     h = 2, 0, -6, beta h = 1, 0, -3: losses ln(1+e^-1), ln 2, ln(1+e^3).
+    per token, of 2 each: chosen (2 + 0 - 4)/2/3 = -1/3, rejected (0 + 0 + 2)/2/3 = 1/3.
     logps: pi = -8, -11, -12, -17: chosen (-8 - 11 - 17)/3 = -12, rejected (-11 - 12 - 8)/3 = -31/3.
     SFT: (8 + 11 + 17) / 6 winner tokens = 6 nats a token.
     """
     batch = make_batch([-8.0, -11.0, -12.0, -17.0], [-10.0, -11.0, -12.0, -13.0], [(0, 1), (1, 2), (3, 0)])
-    means = pair_means(sums_of(batch, loss=LossConfig(beta=0.5)), has_rewards=True)
+    means = pair_means(sums_of(batch, loss=LossConfig(beta=0.5)), DPO)
     losses = [math.log1p(math.exp(-1)), LN2, math.log1p(math.exp(3))]
     assert means == pytest.approx(
         {
@@ -80,6 +85,8 @@ def test_the_means_of_three_pairs_by_hand() -> None:
             "loss_sft": 6.0,
             "logps/chosen": -12.0,
             "logps/rejected": -31 / 3,
+            "logratios_per_token/chosen": -1 / 3,
+            "logratios_per_token/rejected": 1 / 3,
             "rewards/chosen": -1 / 3,
             "rewards/rejected": 1 / 3,
             "rewards/margins": -2 / 3,
@@ -92,7 +99,7 @@ def test_the_means_of_three_pairs_by_hand() -> None:
 
 def test_a_tie_of_all_is_no_accuracy() -> None:
     """The first step: every reward is 0 and the share of right pairs is 0, not 1/2."""
-    means = pair_means(sums_of(make_batch([-1.0, -2.0], [-1.0, -2.0], [(0, 1), (1, 0)]), loss=LossConfig()), True)
+    means = pair_means(sums_of(make_batch([-1.0, -2.0], [-1.0, -2.0], [(0, 1), (1, 0)]), loss=LossConfig()), DPO)
     assert means["rewards/accuracies"] == 0
     assert means["loss"] == pytest.approx(LN2)
 
@@ -101,7 +108,7 @@ def test_means_are_over_pairs_not_over_micro_batches() -> None:
     """Margins 1, 2 and 6 in micro-batches of two pairs and one: their mean is 3, not (1.5 + 6)/2."""
     two = make_batch([1.0, 0.0, 2.0], [0.0, 0.0, 0.0], [(0, 1), (2, 1)], pairs_in_step=3, winner_tokens_in_step=6)
     one = make_batch([6.0, 0.0], [0.0, 0.0], [(0, 1)], pairs_in_step=3, winner_tokens_in_step=6)
-    means = pair_means(sums_of(two, one, loss=LossConfig(beta=1.0)), True)
+    means = pair_means(sums_of(two, one, loss=LossConfig(beta=1.0)), DPO)
     assert means["rewards/margins"] == pytest.approx(3.0)
     assert means["pairs"] == 3
 
@@ -111,15 +118,37 @@ def test_the_total_loss_has_the_weighted_sft_term() -> None:
     facts = {"pairs_in_step": 2, "winner_tokens_in_step": 4}
     parts = [make_batch([-3.0, -9.0], [-3.0, -9.0], [(0, 1)], **facts)]
     parts += [make_batch([-5.0, -9.0], [-5.0, -9.0], [(0, 1)], **facts)]
-    means = pair_means(sums_of(*parts, loss=LossConfig(sft_weight=0.25)), True)
+    means = pair_means(sums_of(*parts, loss=LossConfig(sft_weight=0.25)), DPO)
     assert means["loss_sft"] == pytest.approx(2.0)
     assert means["loss"] == pytest.approx(LN2 + 0.5)
 
 
 def test_a_loss_that_compares_nothing_has_no_rewards_and_no_losers() -> None:
-    means = pair_means(sums_of(make_batch([-3.0, -9.0], [0.0, 0.0], [(0, 1)]), loss=LossConfig(name="sft")), False)
+    means = pair_means(
+        sums_of(make_batch([-3.0, -9.0], [0.0, 0.0], [(0, 1)]), loss=LossConfig(name="sft")), LOSS_FACTS["sft"]
+    )
     assert sorted(means) == ["logps/chosen", "loss", "loss_sft", "pairs"]
     assert means["loss"] == means["loss_sft"] == pytest.approx(1.5)
+
+
+def test_nats_per_token_are_a_mean_over_pairs() -> None:
+    """-2 nats on 4 tokens and +1 on 2 are -1/2 and +1/2 per token: 0, not -1/6 as the sums of both pairs would give."""
+    batch, pi_logps = make_batch([-2.0, 1.0, 3.0], [0.0, 0.0, 0.0], [(0, 2), (1, 2)])
+    batch = dataclasses.replace(batch, lengths=torch.tensor([4, 2, 6]))
+    means = pair_means(sums_of((batch, pi_logps), loss=LossConfig()), DPO)
+    assert (means["logratios_per_token/chosen"], means["logratios_per_token/rejected"]) == (0, 0.5)
+
+
+@pytest.mark.parametrize("name", LOSS_FACTS)
+def test_every_metric_has_words(name: str) -> None:
+    """simpo and orpo have no log-ratios, and no reference that could give them."""
+    facts, batch = LOSS_FACTS[name], make_batch([-3.0, -9.0], [-3.0, -9.0], [(0, 1)])
+    if not facts.uses_reference:
+        batch = (dataclasses.replace(batch[0], ref_logps=None), batch[1])
+    means = pair_means(sums_of(batch, loss=LossConfig(name=name)), facts)  # type: ignore[arg-type]
+    assert means.keys() <= PAIR_METRICS.keys()
+    assert ("logratios_per_token/chosen" in means) == facts.uses_reference
+    assert name != "dpo" or means.keys() == PAIR_METRICS.keys()
 
 
 def test_a_filler_counts_for_nothing_but_padding() -> None:
@@ -128,7 +157,7 @@ def test_a_filler_counts_for_nothing_but_padding() -> None:
     filler = make_batch([-77.0], [0.0], [], pairs_in_step=1, winner_tokens_in_step=2)
     filler = (type(filler[0])(**{**vars(filler[0]), "num_tokens": 0, "tokens": torch.zeros(2)}), filler[1])
     sums = sums_of(real, filler, loss=LossConfig())
-    assert pair_means(sums, True) == pair_means(sums_of(real, loss=LossConfig()), True)
+    assert pair_means(sums, DPO) == pair_means(sums_of(real, loss=LossConfig()), DPO)
     metrics = step_metrics(sums | {"peak_memory_bytes": 5.0}, seconds=2.0, best_seconds=0.5)
     assert metrics == {
         "mfu": 0.25,
