@@ -218,7 +218,7 @@ def write_entries(runs: Sequence[RunFacts], keys: Sequence[str]) -> None:
         except OSError as failure:  # for example in a colleague's run folder; the table does not need it
             warn(f"no entry for TensorBoard's HParams tab in {run.folder}: {failure.strerror}")
     if written:
-        count = f"{written} run{'s' * (written > 1)}"
+        count = f"{written} run{'s' if written > 1 else ''}"
         say(f"HParams entries of {count} written; to see them, start: tensorboard --logdir {_shown(parent_of(runs))}")
 
 

@@ -50,7 +50,8 @@ def forecast(estimate: Estimate, sizes: Sizes, extent: Extent | None, write_rate
     config, cluster, memory = estimate.config, estimate.cluster, estimate.memory
     on_cpu, copied = cluster.device.is_cpu, memory.host[COPY]
     tensors = memory.host.total() - copied + (memory.device.total() if on_cpu else 0)
-    forward, seconds = forward_seconds(estimate), estimate.speed.serial
+    reference, evaluations, answers = seconds_of_passes(estimate, extent) if extent else (None, None, None)
+    seconds = estimate.speed.serial
     num_steps = extent.num_steps if extent else config.train.steps
     return Forecast(
         device=cluster.device.name,
@@ -59,11 +60,9 @@ def forecast(estimate: Estimate, sizes: Sizes, extent: Extent | None, write_rate
         verdict=verdict(estimate),
         step_seconds=seconds,
         num_steps=num_steps,
-        reference_seconds=reference_passes(config, extent) * forward if extent else None,
-        evaluation_seconds=evaluation_passes(config, extent) * forward if extent else None,
-        answers_seconds=generated_tokens(config, extent, cluster.num_ranks) * token_seconds(estimate)
-        if extent
-        else None,
+        reference_seconds=reference,
+        evaluation_seconds=evaluations,
+        answers_seconds=answers,
         checkpoint_bytes=sizes.checkpoint,
         disk_bytes=sizes.disk_bytes(0),
         copy_bytes=copied * cluster.ranks_per_node,
@@ -156,6 +155,14 @@ def _row(name: str, number: float | None, shown: Callable[[float], str], about: 
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def seconds_of_passes(estimate: Estimate, extent: Extent) -> tuple[float, float, float]:
+    """Returns the seconds of the reference pass, of all evaluations, and of the answers that are sampled with them."""
+    config, forward = estimate.config, forward_seconds(estimate)
+    tokens = generated_tokens(config, extent, estimate.cluster.num_ranks)
+    reference, evaluations = (passes(config, extent) * forward for passes in (reference_passes, evaluation_passes))
+    return reference, evaluations, tokens * token_seconds(estimate)
 
 
 def forward_seconds(estimate: Estimate) -> float:

@@ -1,6 +1,6 @@
 """Lines, points and bars in SVG, in the colors of the page's style sheet; all text is escaped.
 
-A drawing is WIDTH by HEIGHT units. Its plot lies within MARGINS; axes have ticks at round numbers:
+A drawing is WIDTH by HEIGHT units, its plot from LEFT and TOP to RIGHT and BOTTOM; axes have ticks at round numbers:
 
     y label
     1.0 |      _.--
@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 540, 250
 LEFT, RIGHT, TOP, BOTTOM = 62, 526, 24, 210
 """The place of the plot in the drawing."""
 DASHES = ("", "7 4", "2 3")
-"""Patterns of lines, so that more lines than colors can be tip apart."""
+"""Patterns of lines, so that more lines than colors can be told apart."""
 
 Point = tuple[float, float]
 

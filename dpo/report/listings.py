@@ -8,7 +8,6 @@ import numpy as np
 
 from dpo.base.console import harmless
 from dpo.config import Config, SourceConfig
-from dpo.report.metrics import cost
 from dpo.report.record import Record
 from dpo.report.scales import value_text
 
@@ -89,11 +88,17 @@ def _value(value: Any) -> str:
     return value_text(value)
 
 
-def origin_rows(record: Record) -> list[tuple[str, str]]:
-    """Returns (name, text) of the code and machines of the last start, and the number of starts."""
+def origin_rows(record: Record, devices: str) -> list[tuple[str, str]]:
+    """Returns (name, text) of the code and machines of the last start, and the number of starts.
+
+    Args:
+        record: the run.
+        devices: those of the last start, as text.
+    """
     if not record.starts:
         return []
     last = record.starts[-1]
     names = ("version", "commit", "dirty", "python", "torch", "transformers", "datasets", "ranks", "hosts", "started")
-    rows = [(name, _value(last[name])) for name in names if last.get(name) not in (None, False)]
-    return [*rows, ("devices", cost(record).devices), ("starts", str(len(record.starts)))]
+    known = [(name, last[name]) for name in names if name in last]
+    rows = [(name, _value(value)) for name, value in known if value is not None and value is not False]
+    return [*rows, ("devices", devices), ("starts", str(len(record.starts)))]

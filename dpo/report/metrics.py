@@ -111,9 +111,13 @@ def splits(record: Record) -> list[Split]:
     return [Split(step, chosen - winner, rejected - loser) for step, chosen, rejected in found]
 
 
-def last_split(record: Record) -> Split | None:
-    """Returns the split at the last evaluation, or without evaluations the mean of the last LAST_STEPS steps."""
-    every = splits(record)
+def last_split(record: Record, every: Sequence[Split]) -> Split | None:
+    """Returns the split at the last evaluation, or without evaluations the mean of the last LAST_STEPS steps.
+
+    Args:
+        record: the run.
+        every: its splits, as `splits` returns them.
+    """
     if not every:
         return None
     last = every[-1:] if record.evals else every[-LAST_STEPS:]

@@ -7,7 +7,7 @@ import numpy as np
 
 from dpo.board.words import PAIR_METRICS
 from dpo.report.drawing import Chart, Series, diagonal_chart, histogram_chart, line_chart, scatter_chart
-from dpo.report.metrics import cost, curve, last_split, latest, smooth, splits, total_tokens
+from dpo.report.metrics import Cost, curve, last_split, latest, smooth, splits, total_tokens
 from dpo.report.numbers import (
     calibration,
     correlation,
@@ -57,31 +57,35 @@ CURVES = (
 )
 
 
-def key_numbers(record: Record) -> list[tuple[str, str]]:
-    """Returns (number, meaning) of the numbers at the top of the page."""
-    spent, of = cost(record), f" of {record.last_step:,}" if record.last_step else ""
-    state = "done" if record.is_done else "not finished"
-    numbers = [(f"{record.step:,}{of}", f"steps: {state}")]
+def key_numbers(record: Record, spent: Cost) -> list[tuple[str, str]]:
+    """Returns (number, meaning) of the numbers at the top of the page.
+
+    Args:
+        record: the run.
+        spent: its hours and devices.
+    """
+    of = f" of {record.last_step:,}" if record.last_step else ""
+    numbers = [(f"{record.step:,}{of}", "steps: done" if record.is_done else "steps: not finished")]
+    group, where = ("eval", "held-out") if record.evals else ("train", "training")
     for name in ("rewards/accuracies", "rewards/margins", "loss"):
-        group, where = ("eval", "held-out") if record.evals else ("train", "training")
         if (value := latest(record, f"{group}/{name}")) is not None:
             numbers.append((shown(value), f"{where} {PAIR_METRICS[name].long}"))
     if record.evals and "eval/pairs" in record.evals[-1]:
         numbers.append((f"{record.evals[-1]['eval/pairs']:,.0f}", "held-out pairs"))
-    if spent.hours:
-        unit = "GPU-hours" if spent.has_gpus else "rank-hours"
-        numbers.append(
-            (shown_hours(spent.hours), "steps and reference pass" + f" on {spent.devices}" * bool(spent.devices))
-        )
-        numbers.append((_device_hours(record), f"{unit} of steps and reference pass"))
-        numbers.append((shown_count(total_tokens(record)), "tokens trained on"))
-    return numbers
+    return numbers + (_cost_numbers(record, spent) if spent.hours else [])
 
 
-def _device_hours(record: Record) -> str:
-    spent = cost(record)
+def _cost_numbers(record: Record, spent: Cost) -> list[tuple[str, str]]:
     least, most = shown(spent.least_device_hours), shown(spent.most_device_hours)
-    return least if least == most else f"{least} to {most}"
+    where = f" on {spent.devices}" if spent.devices else ""
+    return [
+        (shown_hours(spent.hours), f"steps and reference pass{where}"),
+        (
+            least if least == most else f"{least} to {most}",
+            f"{'GPU-hours' if spent.has_gpus else 'rank-hours'} of steps and reference pass",
+        ),
+        (shown_count(total_tokens(record)), "tokens trained on"),
+    ]
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -109,7 +113,7 @@ def _series(record: Record, name: str, curves: Curves) -> list[Series]:
         ]
     mean = steps if curves.is_exact else smooth(steps)
     is_smoothed = mean != steps
-    train = Series(f"training{side}" + ", running mean" * is_smoothed, hue or "prompt", mean)
+    train = Series(f"training{side}{', running mean' if is_smoothed else ''}", hue or "prompt", mean)
     return [
         *([Series("", hue or "prompt", steps, is_bold=False)] if is_smoothed else []),
         train,
@@ -131,7 +135,8 @@ class Why:
 
 def why(record: Record) -> Why | None:
     """Returns the split of the margin into winner up and loser down; None where the run has no rewards."""
-    every, last = splits(record), last_split(record)
+    every = splits(record)
+    last = last_split(record, every)
     if last is None:
         return None
     columns = {
@@ -175,7 +180,7 @@ def reward_charts(record: Record) -> list[Chart]:
     for step in sorted(found, reverse=True):
         bars = [(side, histogram(found[step][f"rewards_{side}"], edges)) for side in sides]
         beyond = sum(bar.beyond for _, bar in bars)
-        title = f"after step {step:,}" + f", {beyond:,} values beyond" * bool(beyond)
+        title = f"after step {step:,}{f', {beyond:,} values beyond' if beyond else ''}"
         charts.append(histogram_chart(title, _unit(record), bars, max(int(bar.counts.max()) for _, bar in bars) or 1))
     return charts
 

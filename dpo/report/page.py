@@ -1,10 +1,11 @@
-"""Renders the page of one run or of several. The template, `page.html`, escapes all text."""
+"""Renders the page of one run or of several. The templates, `one_run.html` and `sweep.html`, escape all text."""
 
 from collections.abc import Sequence
 
 from dpo.base.pages import render_page
 from dpo.report.heat_maps import heat_maps
 from dpo.report.listings import answers_over_time, config_rows, origin_rows
+from dpo.report.metrics import cost
 from dpo.report.numbers import by_source
 from dpo.report.one_run import calibration_chart, curve_charts, key_numbers, length_chart, reward_charts, why
 from dpo.report.record import Record
@@ -16,7 +17,7 @@ ONE, SEVERAL = "one_run.html", "sweep.html"
 
 def page_of_run(record: Record) -> str:
     """Returns the page of one run. It has no script and loads nothing."""
-    last = max(record.pairs, default=None)
+    last, spent = max(record.pairs, default=None), cost(record)
     return render_page(
         "dpo.report",
         ONE,
@@ -24,7 +25,7 @@ def page_of_run(record: Record) -> str:
         folder=str(record.folder),
         config=record.config,
         faults=record.faults,
-        key_numbers=key_numbers(record),
+        key_numbers=key_numbers(record, spent),
         why=why(record),
         curves=curve_charts(record),
         rewards=reward_charts(record),
@@ -35,7 +36,7 @@ def page_of_run(record: Record) -> str:
         answers=answers_over_time(record),
         config_rows=config_rows(record),
         config_text=record.config_text,
-        origin=origin_rows(record),
+        origin=origin_rows(record, spent.devices),
         shown=shown,
         value_text=value_text,
     )

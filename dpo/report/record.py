@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ Line = Mapping[str, float]
 Pairs = Mapping[str, np.ndarray]
 """The arrays of an evaluation, see `dpo.run.evaluations`."""
 NOTHING: Mapping[str, Any] = {}
+NONE: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ class Record:
     faults: tuple[str, ...] = ()
     """What could not be read."""
 
-    @property
+    @cached_property
     def train(self) -> list[Line]:
         """Returns the lines of training steps."""
         return [line for line in self.lines if "train/loss" in line]
 
-    @property
+    @cached_property
     def evals(self) -> list[Line]:
         """Returns the lines of evaluations."""
         return [line for line in self.lines if "eval/loss" in line]
@@ -75,45 +77,52 @@ class Record:
                 return steps
         return None
 
-    @property
+    @cached_property
     def step(self) -> int:
         """Returns the number of steps that were made."""
         return max((int(line["step"]) for line in self.train), default=0)
 
 
-def read_record(folder: Path) -> Record:
-    """Reads a run folder. Where a file is missing or broken its part is empty; `Record.faults` names broken files."""
-    faults: list[str] = []
+@dataclass(frozen=True)
+class Reader:
+    """Reads the parts of a run folder, and remembers what could not be read."""
 
-    def attempt(read: Callable[[], T], what: str, otherwise: T) -> T:
+    faults: list[str] = field(default_factory=list)
+
+    def attempt(self, read: Callable[[], T], what: str, otherwise: T) -> T:
+        """Returns what `read` returns; `otherwise` where the file does not exist, or is broken, which is a fault."""
         try:
             return read()
         except FileNotFoundError:
             return otherwise
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RunError) as failure:
-            faults.append(f"{what} cannot be read: {failure}")
+            self.faults.append(f"{what} cannot be read: {failure}")
             return otherwise
 
-    def pairs_at(step: int) -> Pairs:
-        return attempt(lambda: _pairs(folder, step), _name(folder, step), NOTHING)
+    def pairs(self, folder: Path) -> dict[int, Pairs]:
+        """Returns the values of single pairs, of the first and of the last evaluation."""
+        steps = evaluation_steps(folder)
+        ends = sorted({*steps[:1], *steps[-1:]})
+        found = {step: self.attempt(partial(_pairs, folder, step), _name(folder, step), NOTHING) for step in ends}
+        return {step: arrays for step, arrays in found.items() if arrays}
 
-    def answers_in(path: Path) -> tuple[Mapping[str, str], ...]:
-        return attempt(lambda: _answers(path), f"{ANSWERS}/{path.name}", ())
+    def answers(self, folder: Path) -> dict[int, tuple[Mapping[str, str], ...]]:
+        """Returns the sampled answers of each evaluation."""
+        files = _answer_files(folder / ANSWERS)
+        found = {step: self.attempt(partial(_answers, path), f"{ANSWERS}/{path.name}", NONE) for step, path in files}
+        return {step: rows for step, rows in found.items() if rows}
 
-    steps = evaluation_steps(folder)
-    pairs = {step: pairs_at(step) for step in sorted({*steps[:1], *steps[-1:]})}
-    answers = {step: answers_in(path) for step, path in _answer_files(folder / ANSWERS)}
-    return Record(
-        folder=folder,
-        config=attempt(lambda: _config(folder / CONFIG), CONFIG, NOTHING),
-        config_text=attempt(lambda: (folder / CONFIG).read_text(encoding="utf-8", errors="replace"), CONFIG, ""),
-        lines=attempt(lambda: tuple(map(_finite, read_metrics(folder))), METRICS, ()),
-        starts=attempt(lambda: _starts(folder / PROVENANCE), PROVENANCE, ()),
-        answers={step: rows for step, rows in answers.items() if rows},
-        pairs={step: arrays for step, arrays in pairs.items() if arrays},
-        is_done=(folder / FINAL / "config.json").is_file(),
-        faults=tuple(faults),
-    )
+
+def read_record(folder: Path) -> Record:
+    """Reads a run folder. Where a file is missing or broken its part is empty; `Record.faults` names broken files."""
+    reader = Reader()
+    config = reader.attempt(lambda: _config(folder / CONFIG), CONFIG, NOTHING)
+    text = reader.attempt(lambda: (folder / CONFIG).read_text(encoding="utf-8", errors="replace"), CONFIG, "")
+    lines = reader.attempt(lambda: tuple(map(_finite, read_metrics(folder))), METRICS, NONE)
+    starts = reader.attempt(lambda: _starts(folder / PROVENANCE), PROVENANCE, NONE)
+    pairs, answers = reader.pairs(folder), reader.answers(folder)
+    is_done = (folder / FINAL / "config.json").is_file()
+    return Record(folder, config, text, lines, starts, answers, pairs, is_done, tuple(reader.faults))
 
 
 def is_run(folder: Path) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpo.config.effects import NEUTRAL
 from dpo.report.drawing import DASHES, Chart, Series, line_chart
-from dpo.report.metrics import cost, curve, last_split, latest, smooth
+from dpo.report.metrics import cost, curve, last_split, latest, smooth, splits
 from dpo.report.record import Record
 from dpo.report.scales import shown, shown_hours, signed, value_text
 from dpo.run.fallen import FALLEN, nats_per_token
@@ -80,7 +80,7 @@ def run_rows(records: Sequence[Record], keys: Sequence[str]) -> list[RunRow]:
 def _run_row(record: Record, name: str, number: int, keys: Sequence[str]) -> RunRow:
     group = "eval" if record.evals else "train"
     metrics = [latest(record, f"{group}/{metric}") for metric in ("loss", "rewards/accuracies", "rewards/margins")]
-    split, per_token = last_split(record), nats_per_token(record.lines)
+    split, per_token = last_split(record, splits(record)), nats_per_token(record.lines)
     moves = (split.winner, -split.loser) if split else (None, None)
     texts = ["–" if value is None else signed(value) for value in (*moves, per_token)]
     of = f" of {record.last_step:,}" if record.last_step else ""

@@ -165,7 +165,7 @@ def _ranks(run: Run) -> str:
     parts = run.world.size // copies
     layout = f", the model sharded over {parts}" if parts > 1 else ""
     layout += f", in {copies} replicas" if copies > 1 else ""
-    return f"{run.world.size} on {nodes} node{'s' * (nodes > 1)} ({run.world.device.type}){layout}"
+    return f"{run.world.size} on {nodes} node{'s' if nodes > 1 else ''} ({run.world.device.type}){layout}"
 
 
 def _memory(run: Run) -> str:

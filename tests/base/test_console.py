@@ -47,7 +47,7 @@ def test_a_terminal_shows_every_character_as_it_is() -> None:
         ("  format texts", "", ""),
     ],
 )
-def test_colours_of_a_terminal(line: str, styled: str, style: str) -> None:
+def test_colors_of_a_terminal(line: str, styled: str, style: str) -> None:
     """Yellow 33, red 31, cyan 36, each bold; nothing else of a line has a style."""
     with terminal() as screen:
         console.tell(line)
@@ -56,7 +56,7 @@ def test_colours_of_a_terminal(line: str, styled: str, style: str) -> None:
 
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
-def test_no_colour_where_none_is_wanted(environment: dict[str, str]) -> None:
+def test_no_color_where_none_is_wanted(environment: dict[str, str]) -> None:
     with terminal(**environment) as screen:
         warn("low")
         tell_error("wrong")

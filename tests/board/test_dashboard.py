@@ -51,7 +51,7 @@ def test_every_figure_has_a_chart_by_its_name_but_those_that_a_run_has_once(tmp_
 
 
 def test_the_custom_charts_have_two_or_three_lines_of_a_run(tmp_path: Path) -> None:
-    """A run has one colour: TensorBoard tells its lines in a chart apart by symbol."""
+    """A run has one color: TensorBoard tells its lines in a chart apart by symbol."""
     board = Dashboard(tmp_path, 1)
     board.metrics(1, trainer_figures())
     board.close()

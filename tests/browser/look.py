@@ -18,7 +18,7 @@ TEXT = "node.innerText.trim()"
 
 
 def time_series(page: Browser) -> dict[str, Any]:
-    """Groups in their order, and of each card in the window the colours of its lines by run."""
+    """Groups in their order, and of each card in the window the colors of its lines by run."""
     rows = """[...node.querySelectorAll('tb-data-table-content-row')].map((row) => [
         row.querySelectorAll('tb-data-table-content-cell')[1].innerText.trim(),
         row.querySelector('.row-circle span').style.backgroundColor])"""
@@ -28,11 +28,11 @@ def time_series(page: Browser) -> dict[str, Any]:
 
 
 def line_charts(page: Browser) -> dict[str, Any]:
-    """Groups in their order, and of each chart that is open the colours in which lines are drawn."""
+    """Groups in their order, and of each chart that is open the colors in which lines are drawn."""
     titles = page.each("tf-card-heading", "node.tag || node.displayName")
-    colours = """[...new Set([...node.shadowRoot.querySelectorAll('path.line')]
+    colors = """[...new Set([...node.shadowRoot.querySelectorAll('path.line')]
         .filter((path) => path.getAttribute('d').includes('L')).map((path) => getComputedStyle(path).stroke))].sort()"""
-    charts = page.each("vz-line-chart2", colours)
+    charts = page.each("vz-line-chart2", colors)
     lines = by_title(titles, charts)
     return {"groups": groups(page), "lines": lines} if lines else {}
 

@@ -59,7 +59,7 @@ def test_a_page_is_drawn_without_complaints(
 
 
 def test_the_lines_of_twelve_runs_look_different(pages: dict[str, Path], browser: Browser) -> None:
-    """By the strokes that are drawn in the first chart: colour and dashes."""
+    """By the strokes that are drawn in the first chart: color and dashes."""
     browser.open(pages["twelve"].as_uri())
     looks = browser.each("path.line", "getComputedStyle(node).stroke + node.getAttribute('stroke-dasharray')")
     assert len(set(looks[:12])) == 12

@@ -22,8 +22,8 @@ pytestmark = [
 
 Seen = dict[str, Any]
 NUM_RUNS = 12
-NUM_COLOURS = 7
-"""TensorBoard has no more; with another run a colour comes again."""
+NUM_COLORS = 7
+"""TensorBoard has no more; with another run a color comes again."""
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +57,10 @@ def test_the_first_groups_are_open_and_tags_are_those_of_the_metrics(seen: Seen)
     assert {"eval/loss", "eval/rewards/accuracies"} <= seen["timeseries"]["lines"].keys()
 
 
-def test_a_run_has_one_colour(seen: Seen) -> None:
-    assert len({colour for runs in seen["timeseries"]["lines"].values() for colour in runs.values()}) == 1
+def test_a_run_has_one_color(seen: Seen) -> None:
+    assert len({color for runs in seen["timeseries"]["lines"].values() for color in runs.values()}) == 1
     for tab in ("scalars", "custom_scalars"):
-        assert len({colour for colours in seen[tab]["lines"].values() for colour in colours}) == 1
+        assert len({color for colors in seen[tab]["lines"].values() for color in colors}) == 1
 
 
 def test_the_custom_charts(seen: Seen) -> None:
@@ -93,11 +93,11 @@ def test_every_tab_shows_a_sweep(sweep: Seen, tab: str) -> None:
     assert [what for what, shown in sweep[tab].items() if not shown] == (["code"] if tab == "text" else [])
 
 
-def test_each_chart_of_a_sweep_has_all_runs_in_as_many_colours_as_there_are(sweep: Seen) -> None:
+def test_each_chart_of_a_sweep_has_all_runs_in_as_many_colors_as_there_are(sweep: Seen) -> None:
     for runs in sweep["timeseries"]["lines"].values():
-        assert (len(runs), len(set(runs.values()))) == (NUM_RUNS, NUM_COLOURS)
+        assert (len(runs), len(set(runs.values()))) == (NUM_RUNS, NUM_COLORS)
     for tab in ("scalars", "custom_scalars"):
-        assert {len(colours) for colours in sweep[tab]["lines"].values()} == {NUM_COLOURS}
+        assert {len(colors) for colors in sweep[tab]["lines"].values()} == {NUM_COLORS}
 
 
 def test_each_run_of_a_sweep_has_its_answers_and_its_distributions(sweep: Seen) -> None:

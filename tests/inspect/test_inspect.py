@@ -144,7 +144,7 @@ def read_arguments_of(model: str, *words: str) -> inspect.Arguments:
     return inspect.read_arguments(["--config", str(Path(model).with_name("x.yaml")), *words])
 
 
-def test_colours_on_a_terminal_and_no_line_too_long(tmp_path, model):
+def test_colors_on_a_terminal_and_no_line_too_long(tmp_path, model):
     """Chosen is green (32), rejected red (31), a special token magenta (35)."""
     write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p " * 300, "chosen": "c " * 90, "rejected": "no"}] * 2)
     data = {"train": [{"path": str(tmp_path / "a.jsonl")}]}

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from dpo.report.listings import origin_rows
 from dpo.report.metrics import MOST_POINTS, Split, cost, curve, last_split, latest, smooth, splits
 from dpo.report.numbers import (
     Group,
@@ -145,14 +146,14 @@ def test_the_newest_value_is_a_mean_of_ten_steps_in_training_alone() -> None:
 def test_the_accuracy_of_a_policy_that_is_its_reference_is_no_number_of_the_page() -> None:
     record = record_of([eval_line(0, 0.0, 0.0, accuracy=0.0)])
     assert latest(record, "eval/rewards/accuracies") is None
-    assert [meaning for _, meaning in key_numbers(record)][1:3] == ["held-out margin", "held-out loss"]
+    assert [meaning for _, meaning in key_numbers(record, cost(record))][1:3] == ["held-out margin", "held-out loss"]
 
 
 def test_the_split_by_hand() -> None:
     """From a reference that the policy started from, whatever the first evaluation says."""
     record = record_of([eval_line(5, -0.5, -0.75), eval_line(10, -1, -3)])
     assert splits(record) == [Split(5, -0.5, -0.75), Split(10, -1, -3)]
-    assert last_split(record) == Split(10, -1, -3)
+    assert last_split(record, splits(record)) == Split(10, -1, -3)
     assert Split(10, -1, -3).margin == 2
 
 
@@ -181,8 +182,8 @@ def test_without_that_evaluation_a_run_from_another_reference_is_counted_from_it
 
 def test_without_evaluations_the_split_is_of_the_last_ten_steps() -> None:
     record = record_of([train_line(step, chosen=float(step), rejected=0.0) for step in range(1, 21)])
-    assert last_split(record) == Split(20, 15.5, 0)
-    assert last_split(record_of()) is None
+    assert last_split(record, splits(record)) == Split(20, 15.5, 0)
+    assert last_split(record_of(), []) is None
 
 
 def test_hours_by_hand() -> None:
@@ -194,3 +195,8 @@ def test_hours_by_hand() -> None:
     assert (spent.devices, spent.has_gpus) == ("16 × NVIDIA H100", True)
     assert not cost(record_of(lines, starts=({"layout": {"devices": {"cpu": 2}}},))).has_gpus
     assert cost(record_of(starts=({"layout": "torn"},))).devices == ""
+
+
+def test_a_zero_of_provenance_is_told_and_a_false_is_not() -> None:
+    record = record_of(starts=({"version": "0", "dirty": False, "ranks": 0, "commit": None},))
+    assert origin_rows(record, "cpu") == [("version", "0"), ("ranks", "0"), ("devices", "cpu"), ("starts", "1")]

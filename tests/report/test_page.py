@@ -332,6 +332,14 @@ def test_a_page_that_fails_does_not_fail_the_run(
     assert capsys.readouterr().err == expected
 
 
+def test_an_answer_may_hold_other_line_breaks_of_unicode(run_dir: Path) -> None:
+    """U+2028, U+2029 and U+0085 stand unescaped in the file, and end no line of it."""
+    row = {"prompt": "a\u2028b", "reference": "c\u2029d", "policy": "e\u0085f"}
+    (run_dir / "answers" / "step-000020.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    record = read_record(run_dir)
+    assert record.answers[20] == (row,) and not record.faults
+
+
 def test_prompts_stand_with_the_newest_answer_first(run_dir: Path) -> None:
     page = page_of_run(read_record(run_dir))
     assert [int(step) for step in re.findall(r'<td class="soft">step (\d+)</td>', page)] == [20, 0]
