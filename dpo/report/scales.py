@@ -54,9 +54,9 @@ def tick_labels(values: Sequence[float]) -> list[str]:
     """Returns the ticks as text, all with the same number of decimals; small and huge ones as 5e-7."""
     step = min((b - a for a, b in pairwise(values)), default=abs(values[0]) if values else 1.0)
     if step < 1e-3 or max(map(abs, values), default=0.0) >= 1e7:
-        return [scientific(value) for value in values]
+        return [true_minus(scientific(value)) for value in values]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [f"{value:z,.{decimals}f}" for value in values]
+    return [true_minus(f"{value:z,.{decimals}f}") for value in values]
 
 
 def scientific(value: float) -> str:
@@ -65,17 +65,22 @@ def scientific(value: float) -> str:
     return f"{float(digits):g}e{int(power)}" if value else "0"
 
 
+def true_minus(text: str) -> str:
+    """Returns a number with a minus in place of a leading hyphen."""
+    return f"−{text[1:]}" if text.startswith("-") else text
+
+
 def shown(value: float | None) -> str:
     """Returns a number for people, in about three digits: 1,234,567, 12.3, 0.123, 5e-7; – where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
     if size == 0 or size >= 1000:
-        return f"{value:z,.0f}"
+        return true_minus(f"{value:z,.0f}")
     if size < 1e-3:
-        return scientific(value)
+        return true_minus(scientific(value))
     decimals = max(0, 2 - math.floor(math.log10(size)))
-    return f"{value:.{decimals}f}"
+    return true_minus(f"{value:.{decimals}f}")
 
 
 def signed(value: float) -> str:

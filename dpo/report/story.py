@@ -149,12 +149,11 @@ def calibration_sentences(found: Calibration) -> list[str]:
         verdict = f"no difference that {found.pairs:,} pairs can show"
     else:
         verdict = "overconfident" if difference > 0 else "underconfident"
-    chance = f"by chance alone 95 of 100 sets of calibrated, independent pairs lie within ±{2 * found.error:.1%}"
+    sets = "in 95 of 100 sets of calibrated, independent pairs"
+    chance = f"By chance alone the two differ by up to {2 * found.error:.1%} {sets}."
     distance = f"The mean distance from the diagonal is {found.distance:.3f}"
-    return [
-        f"{text}: {verdict}; {chance}.",
-        f"{distance}; calibrated pairs have {found.distance_by_chance:.3f} by chance.",
-    ]
+    expected = f"that of calibrated pairs is {found.distance_by_chance:.3f} by chance"
+    return [f"{text}: {verdict}. {chance}", f"{distance}; {expected}."]
 
 
 def _too_few(pairs: int) -> str:

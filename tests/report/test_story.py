@@ -191,7 +191,7 @@ def test_margins_that_are_too_large_or_too_small_are_found(scale: float, word: s
     """
     rng = np.random.default_rng(0)
     told = [calibration_sentences(calibration(calibrated(rng, 1000, scale)))[0] for _ in range(20)]
-    assert all(f": {word}; " in text for text in told)
+    assert all(f": {word}. " in text for text in told)
 
 
 def test_what_a_calibration_says_by_hand() -> None:
@@ -200,9 +200,9 @@ def test_what_a_calibration_says_by_hand() -> None:
     """
     margins = math.log(3) * np.where(np.arange(100) < 60, 1, -1)
     total, groups = calibration_sentences(calibration(margins))
-    assert total.startswith("It expects to be right in 75.0% of pairs and is in 60.0%: overconfident; ")
-    assert total.endswith("lie within ±8.7%.")
-    assert groups == "The mean distance from the diagonal is 0.150; calibrated pairs have 0.035 by chance."
+    assert total.startswith("It expects to be right in 75.0% of pairs and is in 60.0%: overconfident. By ")
+    assert "the two differ by up to 8.7% in 95 of 100 sets" in total
+    assert groups == "The mean distance from the diagonal is 0.150; that of calibrated pairs is 0.035 by chance."
     few = calibration_sentences(calibration(margins[50:79]))[0]
     assert "29 pairs are too few for a verdict" in few
 
