@@ -205,7 +205,7 @@ def diagonal_chart(title: str, labels: tuple[str, str], points: Sequence[tuple[f
         parts.append(_line("error", axes.x(x), axes.y(max(y - error, low)), axes.x(x), axes.y(min(y + error, 1.02))))
     line = Series("observed, ± one standard error", "prompt", [(x, y) for x, y, _ in points], has_dots=True)
     parts.append(_polyline(line, axes))
-    legend = (replace(line, points=()), Series("calibrated: observed as predicted", "total", (), dash=1))
+    legend = (replace(line, points=()), Series("calibrated", "total", (), dash=1))
     return Chart(title, drawing(title, axes.svg, *parts), legend)
 
 

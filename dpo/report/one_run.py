@@ -180,7 +180,7 @@ def reward_charts(record: Record) -> list[Chart]:
     for step in sorted(found, reverse=True):
         bars = [(side, histogram(found[step][f"rewards_{side}"], edges)) for side in sides]
         beyond = sum(bar.beyond for _, bar in bars)
-        title = f"after step {step:,}{f', {beyond:,} values beyond' if beyond else ''}"
+        title = f"Rewards after step {step:,}{f', {beyond:,} values beyond' if beyond else ''}"
         charts.append(histogram_chart(title, _unit(record), bars, max(int(bar.counts.max()) for _, bar in bars) or 1))
     return charts
 

@@ -9,7 +9,7 @@ from dpo.report.metrics import cost
 from dpo.report.numbers import by_source
 from dpo.report.one_run import calibration_chart, curve_charts, key_numbers, length_chart, reward_charts, why
 from dpo.report.record import Record
-from dpo.report.scales import shown, value_text
+from dpo.report.scales import shown, shown_error, value_text
 from dpo.report.sweep import HEADINGS, differing, run_curves, run_rows
 
 ONE, SEVERAL = "one_run.html", "sweep.html"
@@ -60,5 +60,6 @@ def page_of_runs(records: Sequence[Record], metric: str | None = None) -> str:
         heat_maps=heat_maps(records, keys, metric),
         curves=run_curves(records),
         shown=shown,
+        shown_error=shown_error,
         zip=zip,
     )

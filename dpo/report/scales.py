@@ -83,6 +83,15 @@ def shown(value: float | None) -> str:
     return true_minus(f"{value:.{decimals}f}")
 
 
+def shown_error(value: float) -> str:
+    """Returns a standard error in one digit: 0.004, 2, 30, 5e-7."""
+    if value <= 0:
+        return "0"
+    power = math.floor(math.log10(value))
+    rounded = round(value, -power)
+    return scientific(rounded) if power < -4 else f"{rounded:,.{max(0, -power)}f}"
+
+
 def signed(value: float) -> str:
     """Returns a number with its sign, a true minus: +0.123, −0.123, 0."""
     text = shown(abs(value))

@@ -42,7 +42,7 @@ class RunRow:
     state: str
 
 
-HEADINGS = ("loss", "accuracy", "margin", "winner up", "loser down", "winner, nats/token", "hours of steps")
+HEADINGS = ("loss", "accuracy", "margin", "winner up", "loser down", "winner, nats/token", "time of steps")
 
 
 def names_of(records: Sequence[Record]) -> list[str]:

@@ -7,6 +7,7 @@ from dpo.report.scales import (
     scientific,
     shown,
     shown_count,
+    shown_error,
     shown_hours,
     signed,
     tick_labels,
@@ -64,6 +65,12 @@ def test_a_scale_by_hand() -> None:
 )
 def test_numbers_have_about_three_digits(value: float | None, text: str) -> None:
     assert shown(value) == text
+
+
+def test_errors_have_one_digit() -> None:
+    """9.6 is 10, with the power of the digit before rounding."""
+    errors = (0.00417, 8.33e-4, 2.4, 31.0, 4.96e-7, 0.0, 9.6)
+    assert [shown_error(error) for error in errors] == ["0.004", "0.0008", "2", "30", "5e-7", "0", "10"]
 
 
 def test_other_forms() -> None:
