@@ -40,15 +40,15 @@ class Cell:
     runs: int = 0
     step: int | None = None
     """The least step of its runs where not all of them are done; None where all are."""
-    share: float = 0.0
-    """The part of full color, 0 for the worst cell to 1 for the best; 0 for a cell that is not compared."""
+    share: float | None = None
+    """The part of full color, 0 for the worst cell to 1 for the best; None: the cell is not compared."""
     is_best: bool = False
 
     @property
     def notes(self) -> list[str]:
         """Returns the number of runs where there are several, and the step where they are not done."""
         count = [f"{self.runs} runs"] if self.runs > 1 else []
-        return count if self.step is None else [*count, f"at step {self.step:,}"]
+        return count if self.step is None else [*count, f"unfinished: step {self.step:,}"]
 
 
 @dataclass(frozen=True)
