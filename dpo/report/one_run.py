@@ -51,6 +51,11 @@ CURVES = (
     Curves("Margin: reward of chosen minus rejected", "reward", {"rewards/margins": ""}),
     Curves("Rewards, thin: training", "reward", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
     Curves("Log-probability, thin: training", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+    Curves(
+        "Log pi − log ref per token, thin: training",
+        "nats per token",
+        {"logratios_per_token/chosen": "chosen", "logratios_per_token/rejected": "rejected"},
+    ),
     Curves("Gradient norm, before clipping", "L2 norm", {"grad_norm": ""}),
     Curves("Learning rate", "rate", {"lr": ""}, is_exact=True),
     Curves("Speed", "tokens per second", {"tokens_per_second": ""}),

@@ -40,13 +40,16 @@ LABELS = "look whether chosen and rejected are swapped in the data, and try a sm
 AGAINST = f"The policy moves against its labels: {LABELS}."
 CASES: Mapping[tuple[int, int], tuple[str, str]] = {
     (1, -1): ("Winners rose and losers fell.", "Both parts widen the margin: as it should be."),
-    (1, 0): ("Winners rose.", "The margin grew by its winners alone."),
+    (1, 0): ("Winners rose.", "The margin grew because of its winners alone."),
     (1, 1): (
         "Both rewards rose.",
         "The policy learnt what all answers of these data have in common, such as style and length, and the winners' "
         "ways more than the losers'. This is usual where the reference was not fine-tuned on such answers.",
     ),
-    (0, -1): ("Losers fell.", "The margin grew by its losers alone: winners are about as likely as at the start."),
+    (0, -1): (
+        "Losers fell.",
+        "The margin grew because of its losers alone: winners are about as likely as at the start.",
+    ),
     (0, 0): (
         f"Neither reward has moved by more than {HARDLY:g}: the policy is still about where it began.",
         "Try more steps, a larger optim.lr or a shorter warm-up.",

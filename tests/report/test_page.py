@@ -101,6 +101,7 @@ def test_the_page_of_a_run(run_dir: Path) -> None:
         "Loss",
         "Accuracy",
         "Rewards, thin: training",
+        "Log pi − log ref per token",
         "Gradient norm",
         "Learning rate",
         "Speed",
