@@ -277,8 +277,7 @@ def next_line(argv: Sequence[str]) -> str:
     """Returns the commands that start the run, with the words of this command line."""
     options = [option for option in split_options(argv) if option.key != "quiet"]
     words = shlex.join(words_of(options))
-    submit = f"python -m launch.submit {words} --nodes N --gpus-per-node 8 --time TIME"
-    return f"next: {submit}, or torchrun --standalone --nproc-per-node 8 -m dpo.train {words}"
+    return f"next: dpo train {words} --gpus 8, or dpo submit {words} --nodes N --gpus-per-node 8 --time TIME"
 
 
 def main() -> None:

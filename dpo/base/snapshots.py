@@ -23,7 +23,7 @@ from dpo.base.hub_reasons import has_answered, reason_of
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
 
-PREPARE = "python -m dpo.prepare --config FILE on a machine with internet and the same HF_HOME"
+PREPARE = "dpo prepare FILE.yaml on a machine with internet and the same HF_HOME"
 """The way to get files that a machine without internet lacks."""
 ANSWER_SECONDS = 20.0
 """The time in which the hub must answer the first request for a repository. Without a limit, the hub's client waits as

@@ -414,10 +414,7 @@ def test_processes_on_a_login_node(
 def test_the_last_line_is_the_command_that_comes_next() -> None:
     line = next_line(["--config", "my run.yaml", "--quiet", "--loss.beta=0.5"])
     words = "--config 'my run.yaml' --loss.beta=0.5"
-    assert line == (
-        f"next: python -m launch.submit {words} --nodes N --gpus-per-node 8 --time TIME, "
-        f"or torchrun --standalone --nproc-per-node 8 -m dpo.train {words}"
-    )
+    assert line == (f"next: dpo train {words} --gpus 8, or dpo submit {words} --nodes N --gpus-per-node 8 --time TIME")
 
 
 def test_the_guard_refuses_connections(place: Site) -> None:
