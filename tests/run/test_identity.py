@@ -48,3 +48,9 @@ def test_other_pairs_name_the_share_that_changed(
     assert refusal(old, new).startswith(expected)
     assert refusal(old | {"data.train": "1" * 32}, new) == ""
     assert refusal({"data.train": "0" * 32}, new | {SHARES: {}}).startswith("data.train: ")
+
+
+def test_the_readme_quotes_the_refusal_as_it_is_printed() -> None:
+    quoted = refusal({"loss.beta": 0.1}, {"loss.beta": 0.5, SHARES: {}}).partition(" C: ")[0]
+    readme = Path(__file__).parents[2] / "README.md"
+    assert f"| `{quoted} ...` |" in readme.read_text(encoding="utf-8")
