@@ -4,9 +4,11 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import datasets
+import huggingface_hub
 
 from dpo.base.errors import UserError
 from dpo.base.snapshots import PREPARE
@@ -65,13 +67,23 @@ def load(path: str, key: str, *args: Any, **options: Any) -> datasets.Dataset:
 
 @contextmanager
 def one_error(path: str, key: str) -> Iterator[None]:
-    """Raises one UserError for all failures of `datasets` in the block, which then logs nothing."""
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs some errors that it raises as well
+    """Raises one UserError for all failures of `datasets` in the block, which then logs nothing, nor does the client of
+    the hub: they log some errors that they raise as well, and each of their attempts to reach the hub.
+    """
     try:
-        yield
+        with _silent(datasets.logging), _silent(huggingface_hub.logging):
+            yield
     except Exception as error:  # the hub, its http client, fsspec and arrow raise classes without a common base
         valid = PREPARE if isinstance(error, ConnectionError) else ""
         raise UserError(f"{key}.path", f"{path}: cannot be loaded: {first_line(error)}", valid) from error
+
+
+@contextmanager
+def _silent(logging: ModuleType) -> Iterator[None]:
+    """Has a library of Hugging Face, by its module of logging, log critical messages alone in the block."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
     finally:
-        datasets.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)

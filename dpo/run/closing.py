@@ -13,7 +13,7 @@ from dpo.run.answers import read_answers
 from dpo.run.fallen import fallen_warning
 from dpo.run.files import FINAL, LAST_STEPS, read_metrics
 from dpo.run.setup import Run
-from dpo.run.summary import COLUMNS, table_lines
+from dpo.run.summary import COLUMNS, charts_command, table_lines
 
 HARDLY_MOVED = 0.01
 """The change of the margin, in nats times beta, below which accuracies tell little."""
@@ -62,15 +62,15 @@ def end_lines(
         rows.append(("held out", what + _change(evaluations[0], evaluations[-1:], "eval")))
     if len(evaluations) > 1 and _has_hardly_moved(evaluations[0], evaluations[-1], loss):
         advice = "try a larger optim.lr, more steps or a shorter warm-up"
-        rows.append(("margin", f"the margin is about where it was: the model has hardly moved; {advice}"))
+        rows.append(("advice", f"the margin is about where it was: the model has hardly moved; {advice}"))
     rows += _sparkline_row("loss", steps, "train/loss") + _sparkline_row("margin", evaluations, "eval/rewards/margins")
-    return table_lines([*rows, *_answer_rows(answers), ("charts", f"tensorboard --logdir {run_dir}")])
+    return table_lines([*rows, *_answer_rows(answers), ("charts", charts_command(run_dir))])
 
 
 def _sparkline_row(name: str, lines: Sequence[Mapping[str, float]], key: str) -> list[tuple[str, str]]:
-    """Returns a row with the sparkline of a metric and its first and last point; none for fewer than two values."""
+    """Returns a row with the sparkline of a metric and its first and last point; none where all are shown as one."""
     values = points([line[key] for line in lines if key in line])
-    if len(values) < 2:
+    if len({f"{value:z.3f}" for value in values}) < 2:
         return []
     which = "held out, " if key.startswith("eval/") else ""
     return [(name, f"{sparkline(values)}  {which}{values[0]:z.3f} to {values[-1]:z.3f}")]

@@ -1,7 +1,9 @@
 """The terminal output of a run: a table at the start, and a line per logged step and evaluation."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -118,9 +120,14 @@ def start_lines(run: Run, deviation: Deviation | None) -> list[str]:
             ("ranks", _ranks(run)),
             ("memory", _memory(run)),
             ("run", str(run.dir)),
-            ("charts", f"tensorboard --logdir {run.dir}"),
+            ("charts", charts_command(run.dir)),
         ]
     )
+
+
+def charts_command(run_dir: Path) -> str:
+    """Returns the command that shows a run in TensorBoard, for a shell."""
+    return shlex.join(["tensorboard", "--logdir", str(run_dir)])
 
 
 def table_lines(rows: Sequence[tuple[str, str]]) -> list[str]:

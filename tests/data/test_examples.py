@@ -236,7 +236,8 @@ def test_texts_without_the_mark_are_not_hh():
 @pytest.mark.parametrize(
     ("columns", "nearest", "lacks"),
     [
-        ("answer", "preference {prompt, chosen, rejected}", "chosen and rejected"),
+        ("ask good bad", "preference {prompt, chosen, rejected}", "chosen, prompt and rejected"),
+        ("prompt answer", "preference {prompt, chosen, rejected}", "chosen and rejected"),
         ("chosen worse", "preference {prompt, chosen, rejected}", "rejected"),
         ("prompt completions mark", "grouped {prompt, completions, pairs|scores|ranking}", "pairs"),
         ("prompt_ids chosen_ids", "tokens {prompt_ids, chosen_ids, rejected_ids}", "rejected_ids"),

@@ -5,6 +5,7 @@ import fcntl
 import gzip
 import hashlib
 import json
+import logging.handlers
 import os
 
 import datasets
@@ -217,6 +218,17 @@ def test_hub_fails_in_one_line(monkeypatch, error):
     first = str(error).splitlines()[0]
     advice = f"; valid: {PREPARE}" if isinstance(error, ConnectionError) else ""
     assert fault("org/name") == f"data.train[0].path: org/name: cannot be loaded: {first}{advice}"
+
+
+def test_attempts_to_reach_the_hub_are_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's client warns of each of its attempts, a dozen lines before the one line of the error."""
+    client, logged = logging.getLogger("huggingface_hub.utils._http"), logging.handlers.BufferingHandler(10)
+    monkeypatch.setattr(client, "handlers", [logged])
+    with pytest.raises(UserError), caching.one_error("org/name", "data.train[0]"):
+        client.warning("Retrying in 8s [Retry 5/5].")
+        raise ConnectionError
+    client.warning("as before")
+    assert [record.getMessage() for record in logged.buffer] == ["as before"]
 
 
 @pytest.mark.parametrize(

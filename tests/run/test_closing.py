@@ -89,7 +89,18 @@ def test_a_margin_that_did_not_change_is_told(loss: LossConfig, margin: float, t
         found = [line for line in end_lines(Path("runs/x"), lines, loss) if "hardly moved" in line]
         assert len(found) == told
         for line in found:
-            assert line.startswith("margin    the margin is about where it was: the model has hardly moved; try ")
+            assert line.startswith("advice    the margin is about where it was: the model has hardly moved; try ")
+
+
+def test_a_curve_that_is_flat_as_shown_is_not_drawn() -> None:
+    """0.69312 and 0.69314 are both 0.693: their picture would be one of rounding."""
+    for last, is_drawn in ((0.69312, False), (0.6926, False), (0.6924, True)):
+        lines = [{"step": step, "train/loss": loss} for step, loss in enumerate((0.69314, last), start=1)]
+        assert any(line.startswith("loss ") for line in end_lines(Path("runs/x"), lines, LossConfig())) == is_drawn
+
+
+def test_the_command_of_the_charts_can_be_pasted() -> None:
+    assert end_lines(Path("runs/my run"), [], LossConfig()) == ["charts  tensorboard --logdir 'runs/my run'"]
 
 
 def test_without_rewards_no_margin_is_told() -> None:

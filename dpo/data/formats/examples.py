@@ -207,11 +207,16 @@ def detect_format(columns: set[str], first_row: Row, where: str, own: Collection
     mapped = ", ".join(f"{name}: NAME" for name in lacks)
     alone = "; for loss.name sft columns: {completion: NAME}" if "prompt" in columns and "chosen" in lacks else ""
     valid = f"columns: {{{mapped}}} with names of this source{alone}, or the columns of {', '.join(FORMATS)}"
-    raise UserError(where, f"{what}, which lacks {' and '.join(lacks)}", valid)
+    raise UserError(
+        where, f"{what}, which lacks {' and '.join(filter(None, (', '.join(lacks[:-1]), lacks[-1])))}", valid
+    )
 
 
 def _nearest(columns: set[str]) -> tuple[Format, list[str]]:
-    """Returns the format of which the fewest columns are missing, and these; see GENERAL."""
+    """Returns the format of which the fewest columns are missing, and these; see GENERAL.
+
+    Where a source has no column of that format, all its columns are missing, also those that a row can do without.
+    """
     names = (*GENERAL, *(name for name in FORMATS if name not in GENERAL))
     options = [
         (needed, FORMATS[name])
@@ -220,6 +225,8 @@ def _nearest(columns: set[str]) -> tuple[Format, list[str]]:
         if needed - columns and (name in GENERAL or len(needed & columns) > 1)
     ]
     needed, format = min(options, key=lambda option: (len(option[0] - columns), -len(option[0])))
+    if not needed & columns:
+        needed = max(format.needs, key=len)
     return format, sorted(needed - columns)
 
 
