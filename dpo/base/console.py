@@ -80,8 +80,10 @@ def open_log(path: Path) -> None:
     LOG_FILE.write_to(path)
 
 
-def log_traceback(text: str) -> None:
-    """Writes the lines of a traceback, which Python prints itself, to the log alone."""
+def log_alone(text: str) -> None:
+    """Writes lines to the log alone: those of a traceback, which Python prints itself, or of an end that a launcher
+    tells.
+    """
     for line in text.splitlines():
         LOG_FILE.handle(LOG.makeRecord(LOG.name, logging.ERROR, "", 0, line, (), None))
 

@@ -57,11 +57,18 @@ class RunError(RuntimeError):
 
 
 class Preempted(Exception):
-    """The run was asked to stop and has saved a checkpoint after `step` updates: exit code 0."""
+    """The run was asked to stop, and ends after `step` updates: exit code 0.
 
-    def __init__(self, step: int):
-        super().__init__(f"stopped after step {step}; the same command resumes from here")
-        self.step = step
+    Args:
+        step: updates made so far, by this start and by earlier ones.
+        is_saved: whether this start has saved a checkpoint after `step` updates; False before its first step.
+    """
+
+    def __init__(self, step: int, is_saved: bool):
+        kept = f"after step {step}; the same command resumes from here"
+        begun = "before the first step; the same command starts again, and computed rows of the reference are kept"
+        super().__init__(f"stopped {kept if is_saved else begun}")
+        self.step, self.is_saved = step, is_saved
 
 
 @contextmanager

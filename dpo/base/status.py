@@ -31,9 +31,11 @@ def write_status(status: Mapping[str, Any]) -> bool:
     """Writes the state of the run to the file that the launcher named, and returns whether there is one. Rank 0 alone
     calls this.
 
-    {"state": "training", "step": s}     the steps begin with step s; from now on the run saves when it is asked to stop
-    {"state": "preempted", "step": s}    the run has ended early, after s steps
-    {"state": "done"}                    the run has ended
+    {"state": "training", "step": s}                    the steps begin with step s; from now on the run saves when it
+                                                        is asked to stop
+    {"state": "preempted", "step": s, "saved": true}    the run has ended early, after s steps; false: before its first
+                                                        step, and nothing was saved
+    {"state": "done"}                                   the run has ended
     """
     path = os.environ.get(STATUS_FILE)
     if path:

@@ -12,7 +12,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from dpo.base.command import exit_code_of, line_of, obey_quiet, tell_error, tell_stop
-from dpo.base.console import log_traceback, say, warn
+from dpo.base.console import log_alone, say, warn
 from dpo.base.errors import Preempted, RunError, UserError
 from dpo.base.status import write_status
 from dpo.config import with_place
@@ -60,8 +60,9 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
     try:
         main()
     except Preempted as stop:
-        if is_main and not write_status({"state": "preempted", "step": stop.step}):
-            say(str(stop))  # a launcher says it itself
+        if is_main:
+            has_launcher = write_status({"state": "preempted", "step": stop.step, "saved": stop.is_saved})
+            (log_alone if has_launcher else say)(str(stop))  # a launcher says it itself
         _leave_together()
         return exit_code_of(stop)
     except (UserError, RunError) as failure:
@@ -81,7 +82,7 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
         details = traceback.format_exc()
         record_failure(failure, line or details)
         if line is None:
-            log_traceback(details)
+            log_alone(details)
             raise
         tell_error(line)  # without waiting for other ranks
         return exit_code_of(failure)

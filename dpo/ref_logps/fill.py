@@ -169,7 +169,7 @@ def _compute(
             bar.advance(len(rows[0]))
             if any(all_gather(stop_requested())):
                 on_main(world, block.flush)
-                raise Preempted(step=0)
+                raise Preempted(0, is_saved=False)
     on_main(world, block.flush)
 
 

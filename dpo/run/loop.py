@@ -71,7 +71,7 @@ def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
             if must_stop or is_time(step, run.config.checkpoint.save_every, last):
                 _save(run, writer, saver, step)
             if must_stop:
-                raise Preempted(step)
+                raise Preempted(step, is_saved=True)
             if is_time(step, every, last):
                 _evaluate(run, writer, saver, step)
 
@@ -114,9 +114,10 @@ def _evaluate(run: Run, writer: MetricsWriter | None, saver: Saver, step: int) -
     with telling_new_graphs(run, f"evaluation after step {step}"):
         result = evaluate(run.policy, run.inputs.data.eval, run.packer, run.config.loss, run.stop_requested)
     if result is None:  # the next start evaluates this step again
-        if step > run.start.step and not is_time(step, run.config.checkpoint.save_every, run.inputs.last_step):
+        has_begun = step > run.start.step
+        if has_begun and not is_time(step, run.config.checkpoint.save_every, run.inputs.last_step):
             _save(run, writer, saver, step)
-        raise Preempted(step)
+        raise Preempted(step, is_saved=has_begun)
     if not math.isfinite(result.metrics["loss"]):
         raise RunError(f"evaluation after step {step}: the loss is {result.metrics['loss']}")
     on_main(run.world, lambda: keep_pairs(run, step, result))

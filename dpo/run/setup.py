@@ -124,7 +124,7 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_r
         try:
             rows, reference_pass = _fill(config, inputs, reference, packer, world, stop_requested)
         except Preempted:
-            raise Preempted(start.step) from None
+            raise Preempted(start.step, is_saved=False) from None
         packer = replace(packer, ref_logps=lookup(rows))
     answers = prepare_answers(config, world, inputs, reference)
     reference.cache_clear()

@@ -14,7 +14,7 @@ import pytest
 
 from dpo.base import console
 from dpo.base.command import tell_error, tell_stop
-from dpo.base.console import begin_log, log_traceback, open_log, progress, say, set_quiet, warn
+from dpo.base.console import begin_log, log_alone, open_log, progress, say, set_quiet, warn
 from tests.support.screen import Screen, terminal
 
 HOSTILE = "a [red]line[/red] [/]\x1b[2J\r\u202eback\nnext\ttab"
@@ -157,7 +157,7 @@ def test_the_log_has_everything_from_the_start(tmp_path: Path) -> None:
     open_log(tmp_path / "run" / "log.txt")
     warn("late")
     tell_error("wrong")
-    log_traceback("Traceback:\n  File x\nKeyError: 1")
+    log_alone("Traceback:\n  File x\nKeyError: 1")
     expected = ["early", "[bold]quiet[/bold]␛[2J↵next", "WARNING: late", "error: wrong"]
     assert told(tmp_path / "run" / "log.txt") == [*expected, "Traceback:", "  File x", "KeyError: 1"]
 

@@ -93,7 +93,7 @@ def test_all_ranks_stop_after_the_step_of_the_signal(root: Path, ranks: Ranks, t
     whole = undisturbed(root, ranks)
     config = six_steps(root, tmp_path / "run")
     answers = ranks(2, preempted, config, "dpo.run.loop.train_step", step, tmp_path / "status.json")
-    assert answers == [(0, {"state": "preempted", "step": step})] * 2
+    assert answers == [(0, {"state": "preempted", "step": step, "saved": True})] * 2
     assert [line["step"] for line in train_lines(tmp_path / "run")] == list(range(1, step + 1))
     checkpoint = newest_checkpoint(tmp_path / "run")
     assert checkpoint is not None and checkpoint.name == f"step-{step:06d}"
@@ -110,7 +110,7 @@ def test_twice(root: Path, ranks: Ranks, tmp_path: Path) -> None:
     for step in (2, 4):
         number = step if step == 2 else 2  # of the second part's own steps
         answers = ranks(2, preempted, config, "dpo.run.loop.train_step", number, tmp_path / "status.json")
-        assert answers[0] == (0, {"state": "preempted", "step": step})
+        assert answers[0] == (0, {"state": "preempted", "step": step, "saved": True})
     ranks(2, run, config)
     assert same_lines(whole, tmp_path / "run")
 
@@ -122,7 +122,7 @@ def test_a_signal_within_an_evaluation(root: Path, ranks: Ranks, tmp_path: Path,
     whole = undisturbed(root, ranks)
     config = six_steps(root, tmp_path / "run")
     answers = ranks(2, preempted, config, "dpo.step.evaluation.evaluation_plans", number, tmp_path / "status.json")
-    assert answers == [(0, {"state": "preempted", "step": step})] * 2
+    assert answers == [(0, {"state": "preempted", "step": step, "saved": step > 0})] * 2
     assert [line["step"] for line in eval_lines(tmp_path / "run")] == [0, 3, 6][: number - 1]
     ranks(2, run, config)
     assert same_lines(whole, tmp_path / "run")
@@ -134,7 +134,7 @@ def test_a_signal_within_the_reference_pass(root: Path, ranks: Ranks, tmp_path: 
     changes = {"reference__cache_dir": str(tmp_path / "cache"), "batch__tokens_per_micro_batch": 1}
     config = six_steps(root, tmp_path / "run", **changes)
     answers = ranks(2, preempted, config, "dpo.ref_logps.fill._run", 3, tmp_path / "status.json")
-    assert answers == [(0, {"state": "preempted", "step": 0})] * 2
+    assert answers == [(0, {"state": "preempted", "step": 0, "saved": False})] * 2
     assert not (tmp_path / "run").exists()
     ranks(2, run, config)
     computed, reused = reference_line(tmp_path / "run")

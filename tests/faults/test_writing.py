@@ -190,7 +190,7 @@ def test_preemption_waits_for_both_checkpoints(root: Path, ranks: Ranks, tmp_pat
     """The signal comes within step 3, while the checkpoint after step 2 still waits to be written."""
     config = six_steps(root, tmp_path / "run")
     answers = ranks(2, preempted_late, config, tmp_path / "status.json")
-    assert answers == [(0, {"state": "preempted", "step": 3})] * 2
+    assert answers == [(0, {"state": "preempted", "step": 3, "saved": True})] * 2
     assert names(tmp_path / "run") == ["step-000002", "step-000003"]
     assert newest_checkpoint(tmp_path / "run") == checkpoint_path(tmp_path / "run", 3)
 
@@ -204,7 +204,7 @@ def preempted_full_once(config: Config, status: Path) -> tuple[int, dict[str, An
 def test_a_preempted_run_saves_though_the_write_before_failed(root: Path, ranks: Ranks, tmp_path: Path) -> None:
     """Rank 1 could not write the checkpoint after step 2; the signal comes within step 3."""
     answers = ranks(2, preempted_full_once, six_steps(root, tmp_path / "run"), tmp_path / "status.json")
-    assert answers == [(0, {"state": "preempted", "step": 3})] * 2
+    assert answers == [(0, {"state": "preempted", "step": 3, "saved": True})] * 2
     assert names(tmp_path / "run") == ["step-000003"]
 
 
