@@ -1,16 +1,21 @@
 """The exit code and the last line of a command that started ranks: pure functions of how they ended.
 
-| the ranks ended because                              | exit code                 |
-|------------------------------------------------------|---------------------------|
-| they are done                                        | 0                         |
-| the user's input is wrong / a failure while running  | 2 / 1                     |
-| a signal asked them to save, and they have           | 0; 130 after Ctrl-C       |
-| a signal came before the first step, or a second one | 128 + signal: 130, 143    |
+The first row that applies decides:
+
+| the ranks ended because                                       | exit code           | last line, if any              |
+|---------------------------------------------------------------|---------------------|--------------------------------|
+| a rank failed: the user's input is wrong / while running      | 2 / 1               | the error, unless a rank has   |
+| they were asked to save, and have                             | 0; 130 after Ctrl-C | the step that is saved         |
+| they are done; a signal may have come after the last step     | 0; 130 after Ctrl-C | after a signal: complete       |
+| a second signal came after the first step, and killed them    | 128 + signal        | they had not saved             |
+| a signal came before the first step, and killed them          | 128 + signal        | nothing is saved               |
+
+128 + signal is 130 for SIGINT (Ctrl-C), 143 for SIGTERM, 129 for SIGHUP (a closed terminal), 140 for SIGUSR2.
 """
 
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from dpo.base.blame import Failure, first_cause
@@ -23,46 +28,60 @@ class End:
 
     stops: tuple[int, ...] = ()
     """The signals that the parent received, in order."""
-    first_step: int | None = None
-    """The first step of this start; None where the steps had not begun when the ranks were asked to stop, or ended."""
-    status: Mapping[str, Any] | None = None
-    """The last status that rank 0 wrote; None: it wrote none."""
+    status: Mapping[str, Any] = field(default_factory=dict)
+    """The last status that rank 0 wrote (`dpo.base.status`), read once all ranks had ended; empty: none."""
     failures: Sequence[Failure] = ()
-    killed: bool = False
-    """The parent killed the ranks: a second signal, or one before the first step."""
-
-    @property
-    def saved_step(self) -> int | None:
-        """Returns the step that this start saved when it was asked to stop; None where it saved none."""
-        status = self.status or {}
-        if self.killed or self.first_step is None or status.get("state") != "preempted":
-            return None
-        return int(status["step"]) if status["step"] >= self.first_step else None
-
-    @property
-    def is_stopped(self) -> bool:
-        """Returns whether a signal ended the run."""
-        return self.killed or (bool(self.stops) and (self.status or {}).get("state") == "preempted")
+    """Of ranks that ended by themselves."""
+    is_killed: bool = False
+    """Whether the parent killed the ranks: a second signal, or one before the first step."""
 
 
-def exit_code(end: End) -> int:
-    """Returns the exit code of the command."""
-    if end.failures and not end.killed:
-        cause = first_cause(end.failures)
-        return cause.exit_code if cause and not cause.killed_by else 1
-    if not end.is_stopped:
-        return 0
-    first = end.stops[0]
-    return 0 if end.saved_step is not None and first != signal.SIGINT else 128 + first
+@dataclass(frozen=True)
+class Verdict:
+    """How the command ends. At most one of the two lines is there."""
+
+    exit_code: int
+    error: str | None = None
+    """The line of an error; None: no error, or a rank has printed it as the only one."""
+    stop: str | None = None
+    """What a stopped run has kept, and how to go on."""
 
 
-def stop_advice(end: End, command: Command) -> str:
-    """Returns what a stopped run has kept, and how to go on."""
-    if end.saved_step is not None:
-        return f"step {end.saved_step} is saved: the same command goes on from there"
-    if end.first_step is not None and end.killed:
-        return f"the ranks were ended before they had saved: {command.after_stop}"
-    return command.before_steps + command.after_stop
+def is_time_to_kill(num_stops: int, status: Mapping[str, Any]) -> bool:
+    """Returns whether the parent kills its ranks: nothing can be saved before the first step, and a second signal is
+    not to wait. A run that is saved or done after one signal ends by itself.
+    """
+    return num_stops > 1 or (num_stops == 1 and not status)
+
+
+def judge(end: End, command: Command) -> Verdict:
+    """Returns the exit code and the last line."""
+    state = end.status.get("state")
+    if end.failures:
+        return Verdict(_failed(end.failures), error=untold_cause(end.failures))
+    if state == "preempted" and end.status["saved"]:
+        return Verdict(_ended(end), stop=f"step {end.status['step']} is saved: the same command goes on from there")
+    if state == "done" or not (end.is_killed or state == "preempted"):
+        return Verdict(_ended(end), stop="the run is complete" if end.stops else None)
+    if state == "training":
+        stop = f"the ranks were ended before they had saved: {command.after_stop}"
+        return Verdict(_cut_short(end), stop=stop)
+    return Verdict(_cut_short(end), stop=command.before_steps + command.after_stop)
+
+
+def _failed(failures: Sequence[Failure]) -> int:
+    cause = first_cause(failures)
+    return cause.exit_code if cause and not cause.killed_by else 1
+
+
+def _ended(end: End) -> int:
+    """Returns 0, and 130 after Ctrl-C: a shell that runs one command after the other must not go on to the next."""
+    return _cut_short(end) if signal.SIGINT in end.stops[:1] else 0
+
+
+def _cut_short(end: End) -> int:
+    """Returns 128 + the first signal; without one the ranks got SIGUSR2 themselves."""
+    return 128 + (end.stops[0] if end.stops else signal.SIGUSR2)
 
 
 def untold_cause(failures: Sequence[Failure]) -> str | None:

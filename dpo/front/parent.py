@@ -1,9 +1,12 @@
 """The parent of ranks: starts them with torchrun's API, passes on a stop, and prints the last line.
 
-`start_processes` is the part of torchrun that starts and watches processes. What torchrun puts around it serves several
-nodes and restarts; a run on one node that resumes by the same command needs neither, and the 40 lines that torchrun
-prints after a failure would stand below ours. Each rank gets the environment that torchrun gives, and a session of its
-own, so that a terminal's Ctrl-C reaches the parent alone.
+`start_processes` is the part of torchrun that starts processes. What torchrun puts around it serves several nodes and
+restarts; a run on one node that resumes by the same command needs neither, and the 40 lines that torchrun prints after
+a failure would stand below ours. Each rank gets the environment that torchrun gives, and a session of its own, so that
+a terminal's Ctrl-C reaches the parent alone.
+
+The ranks that a failed rank leaves behind are ended by SIGKILL: they take SIGTERM, torchrun's signal, as a request to
+save, in a collective that never ends.
 """
 
 import logging
@@ -13,7 +16,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,7 +29,7 @@ from dpo.base.command import tell_error, tell_stop
 from dpo.base.console import say
 from dpo.base.status import GPUS_ASKED, STATUS_FILE, read_status
 from dpo.base.workers import signal_name
-from dpo.front.ending import End, exit_code, stop_advice, untold_cause
+from dpo.front.ending import End, is_time_to_kill, judge
 from dpo.front.names import Command
 from dpo.front.ranks import Wanted, number_of_ranks
 from dpo.front.stops import held_back, noted_stops
@@ -50,16 +52,19 @@ def run_ranks(command: Command, words: tuple[str, ...], wanted: Wanted) -> int:
     Raises UserError where fewer GPUs are visible than asked for.
     """
     size = number_of_ranks(wanted, *_visible_gpus())
-    with TemporaryDirectory(prefix="dpo-") as folder, noted_stops() as stops:
+    with noted_stops() as stops, TemporaryDirectory(prefix="dpo-") as folder:
         store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # alive until all ranks have ended
         status = Path(os.environ.get(STATUS_FILE) or Path(folder, "status.json"))
         status.unlink(missing_ok=True)
         common = {STATUS_FILE: str(status)} | _devices(wanted)
         envs = environments(size, store.port, common)
         context = _start(command.module, words, envs, folder)
-        end = _watch(context, stops, lambda: read_status(status))
-        _tell(end, command)
-    return exit_code(end)
+        verdict = judge(_watch(context, stops, lambda: read_status(status)), command)
+        if verdict.error is not None:
+            tell_error(verdict.error)
+        if verdict.stop is not None:
+            tell_stop(verdict.stop)
+        return verdict.exit_code
 
 
 def _visible_gpus() -> tuple[int, str]:
@@ -106,11 +111,10 @@ def _threads(size: int) -> dict[str, str]:
 
 
 def _start(module: str, words: tuple[str, ...], envs: dict[int, dict[str, str]], folder: str) -> PContext:
-    """Starts the ranks with SIGUSR2 held back: it waits until a rank listens."""
+    """Starts the ranks with all signals that ask them to save held back."""
     logging.getLogger(PContext.__module__).setLevel(logging.CRITICAL)  # its words on ranks that ended
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the others are handled here
     arguments = (*python_flags(), "-m", "dpo.front.rank", str(os.getpid()), module, *words)
-    with held_back(signal.SIGUSR2):
+    with held_back():
         return start_processes(
             "dpo", sys.executable, dict.fromkeys(envs, arguments), envs, DefaultLogsSpecs(log_dir=folder)
         )
@@ -124,55 +128,70 @@ def python_flags() -> list[str]:
 
 
 def _watch(context: PContext, stops: list[int], status: Callable[[], Mapping[str, object]]) -> End:
-    """Waits until the ranks end: by themselves, or asked to save by a first signal, or killed by a second one."""
-    first_step: int | None = None
-    asked = False
+    """Waits until all ranks have ended or one has failed, and ends the others. At a first signal asks them to save;
+    kills them where nothing can be saved.
+    """
+    is_asked = is_killed = False
     try:
-        while (result := context.wait(timeout=0)) is None:
-            if stops and not asked:
-                asked, first_step = True, _first_step(status())
-                if first_step is not None:
+        while not _is_over(codes := _exit_codes(context), len(context.pids())):
+            if stops:
+                now = status()
+                if is_killed := is_time_to_kill(len(stops), now):
+                    break
+                if not is_asked and now["state"] == "training":
                     _ask(context, stops[0])
-            if asked and (first_step is None or len(stops) > 1):
-                return End(tuple(stops), first_step, killed=True)
+                is_asked = True
             time.sleep(_POLL_SECONDS)
     finally:
         context.close(signal.SIGKILL, _KILL_SECONDS)  # does nothing where all have ended
-    return End(tuple(stops), first_step, status(), _failures(result))
+    result = context.wait(timeout=0)
+    assert result is not None, "all ranks have ended"
+    return End(tuple(stops), status(), [] if is_killed else _failures(result, codes), is_killed)
 
 
-def _first_step(status: Mapping[str, object]) -> int | None:
-    step = status.get("step") if status.get("state") == "training" else None
-    return step if isinstance(step, int) else None
+def _exit_codes(context: PContext) -> dict[int, int]:
+    """Returns the exit codes of the ranks that have ended, or the negative numbers of the signals that ended them. A
+    look does not end what `PContext` watches, as its own `wait` does when a rank has failed.
+    """
+    looks = {rank: os.waitid(os.P_PID, pid, _LOOK) for rank, pid in context.pids().items()}
+    return {
+        rank: look.si_status if look.si_code == os.CLD_EXITED else -look.si_status
+        for rank, look in looks.items()
+        if look is not None
+    }
+
+
+_LOOK = os.WEXITED | os.WNOHANG | os.WNOWAIT
+
+
+def _is_over(codes: Mapping[int, int], size: int) -> bool:
+    """Returns whether all ranks have ended, or one has failed, for which the others may wait for ever."""
+    return len(codes) == size or any(codes.values())
 
 
 def _ask(context: PContext, number: int) -> None:
     """Asks the ranks to save after the step that they are in."""
     for pid in context.pids().values():
-        with suppress(ProcessLookupError):  # a rank that is done before the others
-            os.kill(pid, signal.SIGUSR2)
+        os.kill(pid, signal.SIGUSR2)  # also where a rank is done: its exit code is not taken yet
     again = "Ctrl-C again ends the run at once" if number == signal.SIGINT else "a second signal ends the run at once"
     say(f"{signal_name(number)}: saving after the current step; {again}")
 
 
-def _failures(result: RunProcsResult) -> list[Failure]:
-    """Returns the failures of the ranks."""
+def _failures(result: RunProcsResult, codes: Mapping[int, int]) -> list[Failure]:
+    """Returns the failures of the ranks: those with an error file, and those that ended by themselves.
+
+    Args:
+        result: how all ranks ended.
+        codes: of the ranks that had ended when the others were killed.
+    """
     host, failures = socket.gethostname(), []
     for rank, failure in result.failures.items():
+        code = codes.get(rank, 0)
         if Path(failure.error_file).is_file():
             failures.append(read_error(Path(failure.error_file), host, rank))
-        elif failure.exitcode < 0:
-            how = f"killed by {signal_name(-failure.exitcode)}, without a Python exception"
-            failures.append(Failure(host, rank, failure.timestamp, how, killed_by=-failure.exitcode))
-        else:
-            code = failure.exitcode
+        elif code < 0:
+            how = f"killed by {signal_name(-code)}, without a Python exception"
+            failures.append(Failure(host, rank, failure.timestamp, how, killed_by=-code))
+        elif code:
             failures.append(Failure(host, rank, failure.timestamp, f"exit code {code}", exit_code=code))
     return failures
-
-
-def _tell(end: End, command: Command) -> None:
-    """Prints the last line, unless a rank has."""
-    if end.is_stopped:
-        tell_stop(stop_advice(end, command))
-    elif (line := untold_cause(end.failures)) is not None:
-        tell_error(line)

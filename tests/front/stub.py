@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dpo.base.console import say
 from dpo.base.status import write_status
 from dpo.distributed.preemption import listen_for_stop
 
@@ -32,10 +33,16 @@ def begin() -> None:
         write_status({"state": "training", "step": FIRST})
 
 
+def pause() -> None:
+    """Waits for ever, whatever signals this rank takes."""
+    while True:
+        signal.pause()
+
+
 def preparing(folder: Path) -> None:
     """Has not begun its steps, and never does."""
     arrive(folder)
-    signal.pause()
+    pause()
 
 
 def end_when_asked(folder: Path, status: Mapping[str, Any]) -> None:
@@ -44,19 +51,21 @@ def end_when_asked(folder: Path, status: Mapping[str, Any]) -> None:
         begin()
         arrive(folder)
         while not stop_requested():
+            say("step")
             time.sleep(0.02)
     if os.environ["RANK"] == "0":
         write_status(status)
+        (folder / "ended").write_text(json.dumps(status))
 
 
 def training(folder: Path) -> None:
     """Trains until it is asked to stop, and saves."""
-    end_when_asked(folder, {"state": "preempted", "step": SAVED})
+    end_when_asked(folder, {"state": "preempted", "step": SAVED, "saved": True})
 
 
 def evaluating(folder: Path) -> None:
     """Is asked to stop in the evaluation before its first step: nothing is saved."""
-    end_when_asked(folder, {"state": "preempted", "step": FIRST - 1})
+    end_when_asked(folder, {"state": "preempted", "step": FIRST - 1, "saved": False})
 
 
 def ending(folder: Path) -> None:
@@ -78,8 +87,28 @@ def stuck(folder: Path) -> None:
     with listen_for_stop():
         begin()
         arrive(folder)
-        while True:
-            time.sleep(1)
+        pause()
+
+
+def saved(folder: Path) -> None:
+    """Rank 0 has saved, and does not end."""
+    with listen_for_stop() as stop_requested:
+        begin()
+        arrive(folder)
+        while not stop_requested():
+            time.sleep(0.02)
+        write_status({"state": "preempted", "step": SAVED, "saved": True})
+        (folder / "saved").touch()
+        pause()
+
+
+def done(folder: Path) -> None:
+    """Rank 0 is done, and does not end."""
+    with listen_for_stop():
+        begin()
+        write_status({"state": "done"})
+        arrive(folder)
+        pause()
 
 
 def waiting_for_rank_0(folder: Path) -> None:
@@ -95,7 +124,7 @@ def killed(folder: Path) -> None:
     arrive(folder)
     if os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-    signal.pause()
+    pause()
 
 
 def fine(folder: Path) -> None:
@@ -103,7 +132,7 @@ def fine(folder: Path) -> None:
     arrive(folder)
 
 
-MODES = (preparing, training, importing, stuck, evaluating, ending, waiting_for_rank_0, killed, fine)
+MODES = (preparing, training, importing, stuck, saved, done, evaluating, ending, waiting_for_rank_0, killed, fine)
 
 if __name__ == "__main__":
     {mode.__name__: mode for mode in MODES}[sys.argv[1]](Path(sys.argv[2]))

@@ -1,24 +1,18 @@
-"""The table of names, the ranks that a command line asks for, exit codes and last lines, the shipped configs."""
+"""The table of names, the ranks that a command line asks for, the shipped configs."""
 
 import importlib.util
-import os
 import re
-import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dpo.base.blame import Failure
 from dpo.base.errors import UserError
 from dpo.config import load_config
 from dpo.front import configs, parent
-from dpo.front.ending import End, exit_code, stop_advice, untold_cause
 from dpo.front.main import answer
-from dpo.front.names import COMMANDS, Command, help_text
+from dpo.front.names import COMMANDS, help_text
 from dpo.front.ranks import Wanted, make_parser, number_of_ranks, read_wanted
-from dpo.front.stops import noted_stops
 from tests.support.runs import exit_code_of
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -120,88 +114,6 @@ def test_ranks_import_from_the_current_folder_only_where_dpo_does(monkeypatch: p
     assert "-P" not in parent.python_flags()
     monkeypatch.setattr(sys, "path", ["/usr/bin", "/usr/lib"])
     assert "-P" in parent.python_flags()
-
-
-# --- exit codes and last lines ---------------------------------------------------------------------------------------
-
-INT, TERM = signal.SIGINT, signal.SIGTERM
-SAVED: dict[str, Any] = {"first_step": 5, "status": {"state": "preempted", "step": 7}}
-EMPTY: dict[str, Any] = {"first_step": 5, "status": {"state": "preempted", "step": 4}}
-DONE: dict[str, Any] = {"first_step": 5, "status": {"state": "done"}}
-
-
-def failed(rank: int, **changes: Any) -> Failure:
-    """A failure of a rank."""
-    return Failure(**({"host": "n1", "rank": rank, "time": 10.0 + rank, "message": "ValueError: x"} | changes))
-
-
-USERS = failed(0, told="a.yaml: loss.beta: wrong", user_line="a.yaml: loss.beta: wrong", exit_code=2)
-
-
-@pytest.mark.parametrize(
-    ("end", "code"),
-    [
-        (End(status={"state": "done"}), 0),
-        (End(failures=[USERS, failed(1, exit_code=2)]), 2),
-        (End(failures=[failed(0)]), 1),
-        (End(failures=[failed(1, killed_by=9)]), 1),
-        (End((INT,), **SAVED), 130),
-        (End((TERM,), **SAVED), 0),
-        (End((signal.SIGHUP,), **SAVED), 0),
-        (End((INT,), **EMPTY), 130),
-        (End((TERM,), **EMPTY), 143),
-        (End((INT,), killed=True), 130),
-        (End((TERM,), killed=True), 143),
-        (End((INT, INT), 5, {"state": "training", "step": 5}, killed=True), 130),
-        (End((INT,), **DONE), 0),
-        (End((TERM,), 5, {"state": "training", "step": 5}, [failed(0)]), 1),
-    ],
-)
-def test_exit_codes(end: End, code: int) -> None:
-    assert exit_code(end) == code
-
-
-def test_what_a_stopped_run_has_kept() -> None:
-    command = Command("m", "about", "AFTER", "BEFORE; ")
-    assert stop_advice(End((INT,), **SAVED), command).startswith("step 7 is saved")
-    assert stop_advice(End((INT,), killed=True), command) == stop_advice(End((TERM,), **EMPTY), command)
-    assert stop_advice(End((INT,), killed=True), command) == "BEFORE; AFTER"
-    assert stop_advice(End((INT, INT), 5, killed=True), command) == "the ranks were ended before they had saved: AFTER"
-
-
-@pytest.mark.parametrize(
-    ("failures", "line"),
-    [
-        ([], None),
-        ([USERS, failed(1, told=USERS.told, exit_code=2)], None),  # rank 0 has said it for all
-        ([failed(1, told="rank 1: out of memory"), failed(0, killed_by=15)], None),  # said, and nothing came after it
-        (
-            [
-                failed(1, told="rank 1: out of memory"),
-                failed(0, time=12.0, told="rank 0: lost", message="Connection closed by peer"),
-            ],
-            "rank 1: out of memory",
-        ),
-        ([failed(1, message="killed by SIGKILL", killed_by=9)], "rank 1 on n1: killed by SIGKILL"),
-        ([failed(0, message="KeyError: 'x'", traceback="Traceback ...")], "rank 0 on n1: KeyError: 'x'"),
-    ],
-)
-def test_the_line_that_the_ranks_have_not_said(failures: list[Failure], line: str | None) -> None:
-    assert untold_cause(failures) == line
-
-
-def test_what_is_ignored_before() -> None:
-    """nohup and a shell's `&` are obeyed; SIGUSR2, which a training in the process above leaves ignored, is heard."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (INT, signal.SIGHUP, signal.SIGUSR2)}
-    try:
-        with noted_stops() as noted:
-            for number in before:
-                os.kill(os.getpid(), number)
-            assert noted == [signal.SIGUSR2]
-        assert [signal.getsignal(number) for number in before] == [signal.SIG_IGN] * 3
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # --- configs ---------------------------------------------------------------------------------------------------------
