@@ -113,6 +113,7 @@ def _threads(size: int) -> dict[str, str]:
 def _start(module: str, words: tuple[str, ...], envs: dict[int, dict[str, str]], folder: str) -> PContext:
     """Starts the ranks with all signals that ask them to save held back."""
     logging.getLogger(PContext.__module__).setLevel(logging.CRITICAL)  # its words on ranks that ended
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"  # the ranks inherit what is ignored of the others
     arguments = (*python_flags(), "-m", "dpo.front.rank", str(os.getpid()), module, *words)
     with held_back():
         return start_processes(

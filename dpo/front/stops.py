@@ -55,17 +55,16 @@ def noted_stops() -> Iterator[list[int]]:
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Blocks the signals of ASKING in a with-block, and restores their handlers after it; torch sets some of its own
-    that raise. A process that is started in the block inherits the blocked signals: they wait until it unblocks them
-    (`take_stops`), where they would otherwise kill a Python that is still importing.
+    """Blocks the signals of ASKING in a with-block. A process that is started in the block inherits that: they wait
+    until it unblocks them (`take_stops`), where they would otherwise kill a Python that is still importing. After the
+    block SIGQUIT has its handler of before: torch sets one that raises.
     """
-    handlers = {number: signal.getsignal(number) for number in (*ASKING, signal.SIGQUIT)}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, handlers)
+    handler = signal.getsignal(signal.SIGQUIT)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*ASKING, signal.SIGQUIT})
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGQUIT, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 

@@ -312,11 +312,15 @@ def test_a_closed_terminal_saves(start: Callable[..., Started]) -> None:
 
 def test_nohup_is_obeyed(start: Callable[..., Started]) -> None:
     """SIGHUP to all processes does nothing, and a signal after it is the first."""
-    program = start("preparing", ignored=(signal.SIGHUP,))
+    program = start("training", ignored=(signal.SIGHUP,))
     for pid in (*(rank["pid"] for rank in program.ranks), program.pid):
         os.kill(pid, signal.SIGHUP)
+    before = len(program.stderr.read_text())
+    wait_for(lambda: program.stderr.read_text()[before:].count("step") > 10 or not program.process.is_alive())
+    assert all(is_alive(rank["pid"]) for rank in program.ranks)
     os.kill(program.pid, signal.SIGTERM)
-    assert program.end_and_line() == (143, NOTHING_LINE)
+    assert program.end_and_line() == (0, SAVED_LINE)
+    assert "SIGTERM: saving" in program.stderr.read_text()
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------
