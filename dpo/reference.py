@@ -18,6 +18,7 @@ from dpo.model.policy import Policy
 from dpo.model.warm_up import load_and_warm
 from dpo.ref_logps.cache import open_cache
 from dpo.ref_logps.fill import fill
+from dpo.run.advice import AFTER_REFERENCE
 from dpo.run.inputs import read_inputs
 from dpo.run.storage import check_cache
 
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_program(main, "the same command continues: rows computed so far are in the cache")
+    exit_program(main, AFTER_REFERENCE)

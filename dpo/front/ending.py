@@ -42,7 +42,11 @@ class Verdict:
 
     exit_code: int
     error: str | None = None
-    """The line of an error; None: no error, or a rank has printed it as the only one."""
+    """The line of the error; None: there is none."""
+    is_printed: bool = False
+    """Whether the ranks have printed this line, and no other line of an error."""
+    is_logged: bool = False
+    """Whether rank 0 has printed this line, and so has it in its log."""
     stop: str | None = None
     """What a stopped run has kept, and how to go on."""
 
@@ -58,7 +62,7 @@ def judge(end: End, command: Command) -> Verdict:
     """Returns the exit code and the last line."""
     state = end.status.get("state")
     if end.failures:
-        return Verdict(_failed(end.failures), error=untold_cause(end.failures))
+        return _blamed(end.failures)
     if state == "preempted" and end.status["saved"]:
         return Verdict(_ended(end), stop=f"step {end.status['step']} is saved: the same command goes on from there")
     if state == "done" or not (end.is_killed or state == "preempted"):
@@ -69,9 +73,16 @@ def judge(end: End, command: Command) -> Verdict:
     return Verdict(_cut_short(end), stop=command.before_steps + command.after_stop)
 
 
-def _failed(failures: Sequence[Failure]) -> int:
+def _blamed(failures: Sequence[Failure]) -> Verdict:
     cause = first_cause(failures)
-    return cause.exit_code if cause and not cause.killed_by else 1
+    assert cause is not None, "there are failures"
+    line = cause.told or str(cause)
+    return Verdict(
+        exit_code=1 if cause.killed_by else cause.exit_code,
+        error=line,
+        is_printed={failure.told for failure in failures if failure.told} == {line},
+        is_logged=any(failure.rank == 0 and failure.told == line for failure in failures),
+    )
 
 
 def _ended(end: End) -> int:
@@ -82,11 +93,3 @@ def _ended(end: End) -> int:
 def _cut_short(end: End) -> int:
     """Returns 128 + the first signal; without one the ranks got SIGUSR2 themselves."""
     return 128 + (end.stops[0] if end.stops else signal.SIGUSR2)
-
-
-def untold_cause(failures: Sequence[Failure]) -> str | None:
-    """Returns the error line of the failure to blame; None where it is the only line that the ranks have printed."""
-    cause = first_cause(failures)
-    if cause is None or {failure.told for failure in failures if failure.told} == {cause.told}:
-        return None
-    return cause.told or str(cause)

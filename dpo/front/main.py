@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from dpo import DISTRIBUTION
 from dpo.base.command import COMMAND_LINE, closest, meant, run_program, split_options
@@ -14,6 +15,7 @@ from dpo.config import load_config
 from dpo.front.names import COMMANDS, FLAGS, Command, help_text
 from dpo.front.ranks import help_of_ranks, make_parser, read_wanted
 from dpo.machine.job import check_one_node, check_tasks
+from dpo.run.files import LOG
 
 
 def main() -> None:
@@ -70,11 +72,13 @@ def run_ranks_of(name: str, command: Command, words: Sequence[str]) -> None:
     wanted, rest = read_wanted(make_parser(name), words)
     check_tasks(os.environ)
     check_one_node(os.environ)
+    log = None
     if name not in FLAGS:  # all words are the config's
-        load_config(rest, prog=command.module, own=("gpus", "ranks"))
+        config = load_config(rest, prog=command.module, own=("gpus", "ranks"))
+        log = Path(str(config.train.run_dir), LOG) if command.has_log else None
     from dpo.front.parent import run_ranks  # imports torch
 
-    raise SystemExit(run_ranks(command, tuple(rest), wanted))
+    raise SystemExit(run_ranks(command, tuple(rest), wanted, log))
 
 
 def starts_ranks(command: Command) -> bool:

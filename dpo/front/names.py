@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from dpo.run.advice import AFTER_REFERENCE, AFTER_TRAINING, BEFORE_FIRST_STEP
+
 
 @dataclass(frozen=True)
 class Command:
@@ -13,21 +15,16 @@ class Command:
     about: str
     """One line, for `dpo --help`."""
     after_stop: str = ""
-    """Advice after a stop, for a program of which `dpo` starts the ranks; empty: `dpo` starts none."""
+    """Advice after a stop, for a program of which `dpo` starts the ranks."""
     before_steps: str = ""
     """Words before this advice, where the run had not begun its first step."""
     has_config: bool = True
     """Whether the command line holds keys of the config."""
+    starts_ranks: bool = False
+    """Whether `dpo` starts the ranks of this program: it takes --gpus and --ranks."""
+    has_log: bool = False
+    """Whether rank 0 writes a log into the run folder of the config."""
 
-    @property
-    def starts_ranks(self) -> bool:
-        """Returns whether `dpo` starts the ranks of this program: it takes --gpus and --ranks."""
-        return bool(self.after_stop)
-
-
-RESUMES = "the same command goes on from the newest checkpoint, or starts again where there is none"
-KEPT = "nothing is saved before the first step, but rows of the reference cache are kept; "
-REFILLS = "the same command goes on: rows computed so far are in the cache"
 
 FLAGS: Mapping[str, str] = {
     "inspect": "--html --examples",
@@ -44,18 +41,29 @@ FLAGS: Mapping[str, str] = {
 """The flags of a program that are no keys of the config, for completion."""
 
 COMMANDS: Mapping[str, Command] = {
-    "train": Command("dpo.train", "train a model on preference pairs", RESUMES, KEPT),
+    "train": Command(
+        "dpo.train",
+        "train a model on preference pairs",
+        AFTER_TRAINING,
+        BEFORE_FIRST_STEP,
+        starts_ranks=True,
+        has_log=True,
+    ),
     "prepare": Command("dpo.prepare", "download and tokenize all that a run reads, without GPUs"),
     "inspect": Command("dpo.inspect", "show the data as the trainer will see it"),
     "estimate": Command("dpo.estimate", "predict memory and time of a step on GPUs that are not here"),
     "score": Command("dpo.score", "margins and accuracy of any model on any pairs"),
     "sample": Command("dpo.sample", "answers of models side by side"),
     "export": Command("dpo.export", "turn a checkpoint into a model folder", has_config=False),
-    "reference": Command("dpo.reference", "fill the cache of reference log-probabilities", REFILLS),
+    "reference": Command(
+        "dpo.reference", "fill the cache of reference log-probabilities", AFTER_REFERENCE, starts_ranks=True
+    ),
     "submit": Command("launch.submit", "send runs or a sweep to SLURM, or start them here"),
     "compare": Command("launch.compare", "compare finished runs in a table", has_config=False),
     "configs": Command("dpo.front.configs", "list the shipped configs, or copy one", has_config=False),
-    "doctor": Command("dpo.doctor", "will a run work here, and how fast", "the same command starts again"),
+    "doctor": Command(
+        "dpo.doctor", "will a run work here, and how fast", "the same command starts again", starts_ranks=True
+    ),
     "report": Command("dpo.report", "one page with the curves of a run, or of several", has_config=False),
     "push": Command("dpo.push", "upload the model of a run to the Hugging Face hub", has_config=False),
     "demo": Command("dpo.demo", "a small model learns a preference on two processes", has_config=False),

@@ -26,10 +26,10 @@ from torch.distributed.elastic.multiprocessing.api import RunProcsResult
 
 from dpo.base.blame import Failure, read_error
 from dpo.base.command import tell_error, tell_stop
-from dpo.base.console import say
+from dpo.base.console import log_alone, open_log, say
 from dpo.base.status import GPUS_ASKED, STATUS_FILE, read_status
 from dpo.base.workers import signal_name
-from dpo.front.ending import End, is_time_to_kill, judge
+from dpo.front.ending import End, Verdict, is_time_to_kill, judge
 from dpo.front.names import Command
 from dpo.front.ranks import Wanted, number_of_ranks
 from dpo.front.stops import held_back, noted_stops
@@ -41,13 +41,14 @@ _POLL_SECONDS = 0.1
 _KILL_SECONDS = 30
 
 
-def run_ranks(command: Command, words: tuple[str, ...], wanted: Wanted) -> int:
+def run_ranks(command: Command, words: tuple[str, ...], wanted: Wanted, log: Path | None) -> int:
     """Runs a program on ranks of this machine to its end, and returns the exit code of `dpo.front.ending`.
 
     Args:
         command: the program.
         words: its command line.
         wanted: the ranks that the user asked for.
+        log: the log of rank 0, which gets the last line, and the lines of signals; None: the program has none.
 
     Raises UserError where fewer GPUs are visible than asked for.
     """
@@ -60,11 +61,20 @@ def run_ranks(command: Command, words: tuple[str, ...], wanted: Wanted) -> int:
         envs = environments(size, store.port, common)
         context = _start(command.module, words, envs, folder)
         verdict = judge(_watch(context, stops, lambda: read_status(status)), command)
-        if verdict.error is not None:
-            tell_error(verdict.error)
-        if verdict.stop is not None:
-            tell_stop(verdict.stop)
+        if log is not None and log.is_file():  # a start that is refused makes no run folder
+            open_log(log)
+        _tell(verdict)
         return verdict.exit_code
+
+
+def _tell(verdict: Verdict) -> None:
+    """Prints the last line, unless the ranks have printed it; adds it to the log."""
+    if verdict.stop is not None:
+        tell_stop(verdict.stop)
+    elif verdict.error is not None and not verdict.is_printed:
+        tell_error(verdict.error)
+    elif verdict.error is not None and not verdict.is_logged:
+        log_alone(f"error: {verdict.error}")
 
 
 def _visible_gpus() -> tuple[int, str]:

@@ -5,6 +5,7 @@ evaluations.py  the values of single pairs at each evaluation, as files; without
 fallen.py      the warning that winners have fallen far below the reference; without torch
 forecast.py    what a run needs of a cluster, as a file; without torch
 folder.py      decides from a run folder how a run starts, and prepares the folder
+advice.py      what is told after a stop; without torch
 provenance.py  versions, git commit and data of a start
 agreement.py   checks that models and tokenizer agree on the ids of the data
 inputs.py      finds, checks and hashes all input

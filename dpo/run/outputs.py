@@ -1,39 +1,26 @@
-"""Opens the files that a run writes: its folder, log, metrics, answers and checkpoints; exports the trained model."""
+"""Opens the files that a run writes: its folder, metrics, answers and checkpoints; exports the trained model."""
 
 import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
-from dpo.base.console import open_log
 from dpo.board.sinks import open_sinks
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.export import export
 from dpo.checkpoint.saver import Saver, open_saver
-from dpo.config import Config
 from dpo.distributed.collectives import all_gather, on_main
-from dpo.distributed.world import World
 from dpo.run.answers import open_answers
 from dpo.run.card import model_card
 from dpo.run.evaluations import write_evaluation
-from dpo.run.files import FINAL, LOG, read_metrics
+from dpo.run.files import FINAL, read_metrics
 from dpo.run.folder import open_run_folder
 from dpo.run.layout import layout_here
 from dpo.run.provenance import data_facts, provenance
 from dpo.run.setup import Run
 from dpo.step.evaluation import Evaluation
-
-
-def write_log(config: Config, world: World) -> None:
-    """Writes, on rank 0, what was said of this run so far to its log, to which all that follows is appended.
-
-    Called once the input and the first step are checked: a start that is refused leaves the run folder as it was.
-    """
-    if world.is_main:
-        open_log(Path(str(config.train.run_dir)) / LOG)
 
 
 @contextmanager

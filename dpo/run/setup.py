@@ -1,15 +1,16 @@
 """Builds a run from its checked input: policy, reference log-probabilities, answers, optimizer."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpo.base.console import say
-from dpo.base.errors import Preempted
+from dpo.base.console import open_log, say
+from dpo.base.errors import Preempted, UserError
 from dpo.batch.costs import MODEL_UNITS
 from dpo.batch.packer import Packer, make_packer
 from dpo.batch.packing import PackedBatch
@@ -28,6 +29,7 @@ from dpo.ref_logps.cache import open_cache
 from dpo.ref_logps.fill import ReferencePass, fill, lookup
 from dpo.ref_logps.table import RefTable
 from dpo.run.answers import AnswerBook, answer, keep_answers, prepare_answers
+from dpo.run.files import LOG
 from dpo.run.folder import Start
 from dpo.run.identity import identity_of
 from dpo.run.inputs import Inputs
@@ -105,6 +107,9 @@ class Run:
 def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_requested: StopRequest) -> Run:
     """Builds a run at step 0, or at the step of its checkpoint. Every rank must get here, or the rest hang.
 
+    The log begins when the policy's weights are read, before hours of the reference pass: a start that is refused
+    leaves the run folder as it was.
+
     Args:
         config: with all values of `parallel` decided.
         world: all ranks.
@@ -118,7 +123,9 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_r
     assert not config.parallel.undecided, config.parallel.undecided
     packer, reference_pass = make_packer(config, world, inputs.model.config), None
     passes = _passes(config, inputs, start)
-    policy = load_and_warm(config, world, inputs.model.config, inputs.model.folder, packer, passes)
+    with log_of_failure(config, world):
+        policy = load_and_warm(config, world, inputs.model.config, inputs.model.folder, packer, passes)
+    write_log(config, world)
     reference = _reference_loader(config, world, inputs, policy, packer)
     if config.loss.facts.uses_reference:
         try:
@@ -146,6 +153,24 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_r
         peak_flops=_peak_flops(config, policy, world),
         stop_requested=stop_requested,
     )
+
+
+@contextmanager
+def log_of_failure(config: Config, world: World) -> Iterator[None]:
+    """Writes the log where the with-block fails for another reason than the user's input."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, KeyboardInterrupt):
+        write_log(config, world)
+        raise
+
+
+def write_log(config: Config, world: World) -> None:
+    """Writes, on rank 0, what was said of this run so far to its log, to which all that follows is appended."""
+    if world.is_main:
+        open_log(Path(str(config.train.run_dir)) / LOG)
 
 
 def _passes(config: Config, inputs: Inputs, start: Start) -> tuple[bool, ...]:

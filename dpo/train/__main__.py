@@ -22,6 +22,7 @@ if __name__ == "__main__":
     if code:
         sys.exit(code)
     from dpo.distributed.program import exit_program
-    from dpo.train.program import AFTER_STOP, main
+    from dpo.run.advice import AFTER_TRAINING
+    from dpo.train.program import main
 
-    exit_program(main, AFTER_STOP)
+    exit_program(main, AFTER_TRAINING)

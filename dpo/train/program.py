@@ -14,14 +14,12 @@ from dpo.report.program import report_at_end
 from dpo.run.closing import conclude
 from dpo.run.inputs import read_inputs
 from dpo.run.loop import train
-from dpo.run.outputs import export_run, open_outputs, write_log
-from dpo.run.setup import build_run
+from dpo.run.outputs import export_run, open_outputs
+from dpo.run.setup import Run, build_run
 from dpo.run.start import check_first_step, find_start_together, is_done
 from dpo.run.storage import check_folders, check_space
 from dpo.run.summary import introduce
 from dpo.train.words import read_config
-
-AFTER_STOP = "the same command resumes from the newest checkpoint, or starts again where there is none yet"
 
 
 def run_training(config: Config) -> None:
@@ -44,16 +42,25 @@ def run_training(config: Config) -> None:
         start_devices(world, config.parallel.timeout_seconds)
         config, need = decide_parallel(config, start, inputs, world)
         with remembered_need(need):
-            run = build_run(config, world, inputs, start, stop_requested)
-            deviation = check_first_step(run)
-            write_log(config, world)
-            with open_outputs(run) as (writer, saver):
-                introduce(run, writer, deviation)
-                train(run, writer, saver)
-            export_run(run)
-            if run.world.is_main:
-                report_at_end(run.dir)
-            conclude(run)
+            train_and_export(build_run(config, world, inputs, start, stop_requested))
+
+
+def train_and_export(run: Run) -> None:
+    """Takes the steps of a run that is built, exports the policy, and tells how the run ended.
+
+    Every rank must get here, or the rest hang.
+
+    Raises RunError where the first step is wrong or a number is not finite, and Preempted where a rank is asked to
+    stop.
+    """
+    deviation = check_first_step(run)
+    with open_outputs(run) as (writer, saver):
+        introduce(run, writer, deviation)
+        train(run, writer, saver)
+    export_run(run)
+    if run.world.is_main:
+        report_at_end(run.dir)
+    conclude(run)
 
 
 def main() -> None:

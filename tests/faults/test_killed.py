@@ -11,7 +11,16 @@ from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
 from dpo.config import Config, to_yaml
 from tests.support.models import save_model, save_pairs
 from tests.support.processes import start_program
-from tests.support.runs import make_config, reference_line, run, same_weights, train_lines, without_clock
+from tests.support.runs import (
+    has_log_alone,
+    logged,
+    make_config,
+    reference_line,
+    run,
+    same_weights,
+    train_lines,
+    without_clock,
+)
 
 NUM_PAIRS = 12
 HELD_REFERENCE = """
@@ -115,7 +124,7 @@ def test_a_killed_reference_pass_goes_on(config: Config, tmp_path: Path) -> None
     """Killed when five of 24 rows are there, none of which is computed twice."""
     cache = tmp_path / "reference-cache"
     kill_when(config, HELD_REFERENCE, lambda: len(list(cache.rglob("rows-*"))) == 5)
-    assert not (tmp_path / "run").exists()
+    assert has_log_alone(tmp_path / "run") and logged(tmp_path / "run")[0].startswith("data: reading")
     assert reference_line(run(config)) == (2 * NUM_PAIRS - 5, 5)
 
 

@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
+from dpo.base.errors import Preempted
 from dpo.base.status import STATUS_FILE
 from dpo.checkpoint.store import newest_checkpoint
 from dpo.config import Config
@@ -22,6 +23,8 @@ from dpo.train import program as train
 from tests.support.ranks import Ranks
 from tests.support.runs import (
     eval_lines,
+    has_log_alone,
+    logged,
     reference_line,
     run,
     same_weights,
@@ -135,7 +138,7 @@ def test_a_signal_within_the_reference_pass(root: Path, ranks: Ranks, tmp_path: 
     config = six_steps(root, tmp_path / "run", **changes)
     answers = ranks(2, preempted, config, "dpo.ref_logps.fill._run", 3, tmp_path / "status.json")
     assert answers == [(0, {"state": "preempted", "step": 0, "saved": False})] * 2
-    assert not (tmp_path / "run").exists()
+    assert has_log_alone(tmp_path / "run") and logged(tmp_path / "run")[-1] == str(Preempted(0, is_saved=False))
     ranks(2, run, config)
     computed, reused = reference_line(tmp_path / "run")
     assert reused > 0 and computed > 0 and computed + reused == 20

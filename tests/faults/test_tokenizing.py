@@ -18,6 +18,7 @@ from dpo.config import Config, to_yaml
 from dpo.data import token_rows
 from dpo.data.prepare import prepare_data
 from dpo.distributed.program import run_program
+from dpo.run.advice import AFTER_TRAINING
 from dpo.train import program as train
 from tests.support.garbage import collect_and_tokenize, leave_group
 from tests.support.models import family_config, save_model, save_pairs
@@ -59,6 +60,7 @@ import os, signal, threading
 from dpo.train import program as train
 from dpo.data import token_rows
 from dpo.distributed.program import exit_program
+from dpo.run.advice import AFTER_TRAINING
 
 def hold(*args, **options):
     pids.send_bytes(os.getpid().to_bytes(4, "big"))
@@ -66,7 +68,7 @@ def hold(*args, **options):
 
 token_rows.tokenize_row = hold
 signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell started all in the background
-exit_program(train.main, train.AFTER_STOP)
+exit_program(train.main, AFTER_TRAINING)
 """
 """Each worker tells its number at its first row, and waits for ever."""
 
@@ -116,9 +118,7 @@ def test_ctrl_c_is_one_line(held: Held) -> None:
     os.killpg(held.pid, signal.SIGINT)
     code, stderr = held.end()
     assert code == 130
-    assert stderr == (
-        "stopped; the same command resumes from the newest checkpoint, or starts again where there is none yet\n"
-    )
+    assert stderr == f"stopped; {AFTER_TRAINING}\n"
 
 
 def test_a_worker_that_is_killed_is_one_line(held: Held) -> None:

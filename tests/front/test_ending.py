@@ -9,7 +9,7 @@ import pytest
 
 from dpo.base.blame import Failure
 from dpo.front import stops
-from dpo.front.ending import End, Verdict, is_time_to_kill, judge, untold_cause
+from dpo.front.ending import End, Verdict, is_time_to_kill, judge
 from dpo.front.names import Command
 from dpo.front.stops import ASKING, noted_stops
 
@@ -39,7 +39,6 @@ BUG_LINE, KILLED_LINE = "rank 0 on n1: ValueError: x", "rank 1 on n1: killed by 
     ("end", "verdict"),
     [
         # a failure comes before all else
-        (End(failures=[USERS, failed(1, told=USERS.told, exit_code=2)]), Verdict(2)),
         (End(failures=[BUG]), Verdict(1, error=BUG_LINE)),
         (End(failures=[KILLED]), Verdict(1, error=KILLED_LINE)),
         (End((TERM,), TRAINING, [BUG]), Verdict(1, error=BUG_LINE)),
@@ -91,25 +90,23 @@ def test_when_the_ranks_are_killed(num_stops: int, status: dict[str, Any], kills
     assert is_time_to_kill(num_stops, status) is kills
 
 
+OOM = failed(1, told="rank 1: out of memory")
+
+
 @pytest.mark.parametrize(
-    ("failures", "line"),
+    ("failures", "verdict"),
     [
-        ([], None),
-        ([USERS, failed(1, told=USERS.told, exit_code=2)], None),  # rank 0 has said it for all
-        ([failed(1, told="rank 1: out of memory"), failed(0, killed_by=15)], None),  # said, and nothing came after it
-        (
-            [
-                failed(1, told="rank 1: out of memory"),
-                failed(0, time=12.0, told="rank 0: lost", message="Connection closed by peer"),
-            ],
-            "rank 1: out of memory",
-        ),
-        ([KILLED], KILLED_LINE),
-        ([failed(0, message="KeyError: 'x'", traceback="Traceback ...")], "rank 0 on n1: KeyError: 'x'"),
+        # rank 0 has said it for all
+        ([USERS, failed(1, told=USERS.told, exit_code=2)], Verdict(2, USERS.told, is_printed=True, is_logged=True)),
+        # said by rank 1, and nothing came after it; the log of rank 0 lacks it
+        ([OOM, failed(0, killed_by=15)], Verdict(1, OOM.told, is_printed=True)),
+        ([OOM, failed(0, time=12.0, told="rank 0: lost", message="Connection closed by peer")], Verdict(1, OOM.told)),
+        ([KILLED], Verdict(1, KILLED_LINE)),
+        ([failed(0, message="KeyError: 'x'", traceback="Traceback ...")], Verdict(1, "rank 0 on n1: KeyError: 'x'")),
     ],
 )
-def test_the_line_that_the_ranks_have_not_said(failures: list[Failure], line: str | None) -> None:
-    assert untold_cause(failures) == line
+def test_which_ranks_have_said_the_error(failures: list[Failure], verdict: Verdict) -> None:
+    assert judge(End(failures=failures), Command("m", "about")) == verdict
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_wrong_numbers_of_ranks(words: list[str]) -> None:
 def test_gpus_that_are_hidden_are_not_used() -> None:
     """Tests hide all GPUs of the machine by CUDA_VISIBLE_DEVICES."""
     with pytest.raises(UserError, match="8 asked for, and torch finds none: CUDA_VISIBLE_DEVICES hides all GPUs"):
-        parent.run_ranks(COMMANDS["train"], (), Wanted(8, None))
+        parent.run_ranks(COMMANDS["train"], (), Wanted(8, None), None)
 
 
 def test_ranks_import_from_the_current_folder_only_where_dpo_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ if os.isatty(2):  # becomes the terminal of this session, since it is opened for
     os.close(os.open(os.ttyname(2), os.O_RDWR))
 for number in ignored:
     signal.signal(number, signal.SIG_IGN)
-row = Command("tests.front.stub", "a stub", after_stop="AFTER", before_steps="BEFORE; ")
+row = Command("tests.front.stub", "a stub", after_stop="AFTER", before_steps="BEFORE; ", starts_ranks=True)
 with patch.dict(COMMANDS, {"stub": row}), patch.dict(FLAGS, {"stub": ""}):
     main()
 """

@@ -4,15 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dpo.checkpoint.store import newest_checkpoint
 from dpo.config import Config, to_yaml
-from tests.front.test_stops import END_WITH_TESTS, wait_for
+from tests.front.test_stops import END_WITH_TESTS, SECONDS, wait_for
 from tests.support.processes import start_program
-from tests.support.runs import changed, run, save_six_steps, six_steps, train_lines
+from tests.support.runs import changed, logged, run, save_six_steps, six_steps, train_lines
 
 MAIN = (
     END_WITH_TESTS
@@ -23,14 +25,18 @@ main()
 )
 
 
+TIMEOUT = 10 * SECONDS
+"""Of a test that waits several times."""
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model/, pairs.jsonl, eval.jsonl."""
     return save_six_steps(tmp_path_factory.mktemp("front"))
 
 
-def stopped(config: Config, number: int, stderr: Path) -> int | None:
-    """The exit code of a run that gets a signal, as a terminal sends it, after two more steps."""
+def disturbed(config: Config, stderr: Path, disturb: Callable[[int], None]) -> int | None:
+    """The exit code of a run that is disturbed after two more steps; `disturb` gets the process id of the parent."""
     file = stderr.with_suffix(".yaml")
     file.write_text(to_yaml(config))
     before = len(train_lines(str(config.train.run_dir)))
@@ -39,31 +45,69 @@ def stopped(config: Config, number: int, stderr: Path) -> int | None:
         wait_for(lambda: len(train_lines(str(config.train.run_dir))) > before + 1 or not process.is_alive())
         assert process.is_alive(), stderr.read_text()[-2000:]
         assert process.pid is not None
-        os.killpg(process.pid, number)
-        process.join(120)
+        disturb(process.pid)
+        process.join(SECONDS)
+        assert not process.is_alive(), stderr.read_text()[-2000:]
     finally:
         process.kill()
         process.join()
     return process.exitcode
 
 
+def send_to_group(number: int, pid: int) -> None:
+    """Sends a signal as a terminal does."""
+    os.killpg(pid, number)
+
+
+def ranks_of(parent: int) -> dict[str, int]:
+    """RANK -> process id of the ranks."""
+    found: dict[str, int] = {}
+    for pid in map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split()):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        found |= {variable.removeprefix("RANK="): pid for variable in variables if variable.startswith("RANK=")}
+    return found
+
+
+def send_to_all(number: int, pid: int) -> None:
+    """Sends a signal to all processes, as it reaches a cgroup: the ranks first."""
+    for process in (*ranks_of(pid).values(), pid):
+        os.kill(process, number)
+
+
+def kill_rank_1(pid: int) -> None:
+    """Kills a rank, as the kernel does where memory runs out."""
+    os.kill(ranks_of(pid)["1"], signal.SIGKILL)
+
+
+@pytest.mark.timeout(TIMEOUT)
 def test_a_stopped_run_names_its_step_and_goes_on_from_it(root: Path, tmp_path: Path) -> None:
-    """Ctrl-C, the same command again, SIGTERM, and a third start to the end: each step is made once."""
+    """Ctrl-C, the same command again, SIGTERM to all processes, then a start to the end: each step is made once."""
     endless = {"train__steps": 20_000, "train__eval_every": None, "checkpoint__save_every": None}
     config = six_steps(root, tmp_path / "run", **endless)
     steps = []
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
+    for send, number, code in ((send_to_group, signal.SIGINT, 130), (send_to_all, signal.SIGTERM, 0)):
         stderr = tmp_path / f"{number}.stderr"
-        assert stopped(config, number, stderr) == code
+        assert disturbed(config, stderr, partial(send, number)) == code
         steps.append(train_lines(tmp_path / "run")[-1]["step"])
         checkpoint = newest_checkpoint(tmp_path / "run")
         assert checkpoint is not None and checkpoint.name == f"step-{steps[-1]:06d}"
         last = stderr.read_text().splitlines()[-1]
         assert last == f"stopped; step {steps[-1]} is saved: the same command goes on from there"
+        assert logged(tmp_path / "run")[-1] == last
     assert steps[1] > steps[0]
     last_step = int(steps[-1]) + 1
     run(changed(config, train__steps=last_step))
     assert [line["step"] for line in train_lines(tmp_path / "run")] == list(range(1, last_step + 1))
+
+
+@pytest.mark.timeout(TIMEOUT)
+def test_the_log_of_a_run_whose_rank_is_killed_says_so(root: Path, tmp_path: Path) -> None:
+    """Rank 0, whose log it is, cannot know."""
+    endless = {"train__steps": 20_000, "train__eval_every": None, "checkpoint__save_every": None}
+    assert disturbed(six_steps(root, tmp_path / "run", **endless), tmp_path / "stderr", kill_rank_1) == 1
+    last = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert last.startswith("error: rank 1 on ") and "killed by SIGKILL" in last
+    assert logged(tmp_path / "run")[-1] == last
 
 
 def test_wrong_data_is_the_last_line(root: Path, tmp_path: Path) -> None:

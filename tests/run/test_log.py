@@ -1,15 +1,15 @@
 """RUN/log.txt: all that rank 0 says in the starts of a run."""
 
-import re
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from dpo.config import Config
 from dpo.distributed.world import World
-from dpo.run import outputs
-from tests.support.runs import changed, exit_code, run, run_until, save_six_steps, six_steps
+from dpo.run import outputs, setup
+from tests.support.runs import changed, exit_code, has_log_alone, logged, run, run_until, save_six_steps, six_steps
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +20,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(root: Path, tmp_path: Path) -> Config:
     return six_steps(root, tmp_path / "run")
-
-
-def logged(run_dir: Path) -> list[str]:
-    """The lines of a run's log without their time stamps."""
-    lines = (run_dir / "log.txt").read_text(encoding="utf-8").splitlines()
-    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in lines), lines
-    return [line[21:] for line in lines]
 
 
 def test_the_log_is_what_stderr_shows(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,6 +59,19 @@ def test_two_runs_of_one_process_have_a_log_each(root: Path, tmp_path: Path) -> 
     assert sum(line.startswith("done: ") for line in logged(tmp_path / "two")) == 1
 
 
+@pytest.mark.parametrize("target", ["run.setup.load_and_warm", "ref_logps.fill._run", "run.setup.make_optimizer"])
+def test_a_failure_before_the_first_step_is_in_the_log(config: Config, tmp_path: Path, target: str) -> None:
+    """Of the weights, of the reference pass, which may take hours, and of the optimizer. The lines from before it are
+    there too, in a folder that has no other file.
+    """
+    fresh = changed(config, reference__cache_dir=str(tmp_path / "cache"))
+    with patch(f"dpo.{target}", side_effect=MemoryError):
+        assert exit_code(fresh) == 1
+    lines = logged(tmp_path / "run")
+    assert lines[0].startswith("data: reading") and lines[-1].startswith("error: rank 0: out of host memory: ")
+    assert has_log_alone(tmp_path / "run")
+
+
 def test_a_start_that_is_refused_writes_nothing(config: Config, tmp_path: Path) -> None:
     """Neither a folder nor, later, lines of it into the log of the next run of the process."""
     assert exit_code(changed(config, batch__pairs_per_step=9)) == 2
@@ -98,7 +104,7 @@ def test_a_bug_leaves_its_traceback(config: Config, tmp_path: Path, monkeypatch:
 def test_of_several_ranks_the_first_writes(config: Config, tmp_path: Path) -> None:
     """What another rank says, a connection that it lost for instance, would stand among the lines of rank 0."""
     for rank in (1, 0):
-        outputs.write_log(config, World(rank, 2, rank, 2, torch.device("cpu")))
+        setup.write_log(config, World(rank, 2, rank, 2, torch.device("cpu")))
         assert (tmp_path / "run" / "log.txt").exists() == (rank == 0)
 
 

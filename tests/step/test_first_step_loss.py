@@ -20,7 +20,7 @@ from dpo.run import start
 from dpo.step import losses, objective
 from dpo.step.deviation import Deviation
 from tests.step.test_first_step import LOSSES, cache, filled, folders, make, shift_rows
-from tests.support.runs import exit_code, run
+from tests.support.runs import exit_code, has_log_alone, run
 
 __all__ = ["cache", "filled", "folders"]  # fixtures
 
@@ -137,4 +137,4 @@ def test_a_fault_of_the_loss_ends_the_run(
     error = capsys.readouterr().err
     assert "error: step 1: the preference loss is not that of an indifferent policy: a pair's loss is " in error
     assert error.rstrip().endswith("; to train all the same: --reference.first_step_check warn")
-    assert not (tmp_path / "run").exists()
+    assert has_log_alone(tmp_path / "run")

@@ -31,7 +31,7 @@ from dpo.config import (
 )
 from dpo.distributed.program import run_program
 from dpo.run import loop
-from dpo.run.files import read_metrics
+from dpo.run.files import LOG, read_metrics
 from dpo.train import program
 from tests.support.models import save_model, save_pairs
 
@@ -106,6 +106,18 @@ def train_lines(run_dir: Path | str) -> list[dict[str, float]]:
 def eval_lines(run_dir: Path | str) -> list[dict[str, float]]:
     """The lines of a run's evaluations."""
     return [line for line in read_metrics(Path(run_dir)) if "eval/loss" in line]
+
+
+def logged(run_dir: Path | str) -> list[str]:
+    """The lines of a run's log without their time stamps."""
+    lines = Path(run_dir, LOG).read_text(encoding="utf-8").splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", line) for line in lines), lines
+    return [line[21:] for line in lines]
+
+
+def has_log_alone(run_dir: Path | str) -> bool:
+    """Whether a start ended after its input was checked and before its first step."""
+    return [path.name for path in Path(run_dir).iterdir()] == [LOG]
 
 
 def without_clock(lines: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
