@@ -2,6 +2,8 @@
 
 rich is imported when the first line is drawn on a terminal, since its import takes a tenth of a second. All texts reach
 it as `Text`, so that brackets in them are not read as its markup.
+
+A terminal that was closed, or a reader of stderr that is gone, ends no run: what cannot be drawn is lost.
 """
 
 import logging
@@ -78,7 +80,8 @@ class Bar:
         self.progress.update(self.task, completed=self.done)
         if is_due:
             self.drawn = now
-            self.progress.refresh()
+            with suppress(OSError):
+                self.progress.refresh()
 
 
 class Terminal(logging.Handler):
@@ -89,7 +92,7 @@ class Terminal(logging.Handler):
         self.bar: Bar | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a record. A terminal that was closed, or a reader of stderr that is gone, ends no run."""
+        """Writes a record."""
         line = self.format(record)
         with suppress(OSError):
             if is_terminal() or self.bar:
@@ -101,14 +104,16 @@ class Terminal(logging.Handler):
     @contextmanager
     def showing(self, bar: Bar) -> Iterator[None]:
         """Shows a bar during the with-block; nothing of it stays on the terminal."""
-        bar.progress.start()
-        bar.console.show_cursor(True)  # rich hides it, and a killed process could not show it again
+        with suppress(OSError):
+            bar.progress.start()
+            bar.console.show_cursor(True)  # rich hides it, and a killed process could not show it again
         self.bar = bar
         try:
             yield
         finally:
             self.bar = None
-            bar.progress.stop()
+            with suppress(OSError):
+                bar.progress.stop()
 
 
 def styled(line: str) -> "Text":

@@ -9,11 +9,11 @@
 names.py       the names, their modules, one line about each
 main.py        python -m dpo
 ranks.py       how many ranks a command line asks for
-parent.py      starts the ranks with torchrun's API, and waits for them; the only file that imports torch
-stops.py       signals of the parent, and what they mean
+parent.py      starts the ranks with torchrun's API, and waits for them; imports torch
+stops.py       signals that ask a run to save, in the parent and in the ranks
 ending.py      the exit code and the last line of a command that started ranks
 rank.py        python -m dpo.front.rank: a program as one rank, which ends with its parent
 configs.py     dpo configs: lists and copies the shipped configs
 completion.py  dpo completion: completes names, flags and files in a shell
-api.py         load_config and run_training for Python
+api.py         load_config and run_training for Python; imports torch where a run begins
 """

@@ -128,6 +128,24 @@ def test_a_dumb_terminal_has_lines_and_no_bar() -> None:
     assert screen.sent == "reference: 2/2 rows\r\n"
 
 
+def test_a_terminal_that_is_closed_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither before nor within a bar, nor where one ends."""
+    terminal, there = os.openpty()
+    stderr = os.fdopen(there, "w")
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress("train", 3, "steps", shown=True) as bar:
+        bar.advance(1)
+        assert bar.bar
+        os.close(terminal)
+        say("one")
+        bar.advance(2)
+    with progress("evaluate", 1, "pairs", shown=True) as bar:
+        bar.advance(1)
+    with pytest.raises(OSError, match="Input/output error"):
+        stderr.close()  # it writes what is kept
+
+
 def test_in_a_pipe_a_line_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """After more than ten seconds, and at the end."""
     times = iter([100.0, 109.0, 111.0, 111.0, 112.0, 122.0, 122.0, 123.0])  # two where a line is said
