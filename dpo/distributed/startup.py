@@ -26,7 +26,7 @@ from dpo.distributed.descriptors import check_shortage, publish_shortage, raise_
 from dpo.distributed.network import VARIABLE, gloo_interface
 from dpo.distributed.timeouts import arrival_seconds
 from dpo.distributed.world import World
-from dpo.machine.job import check_tasks
+from dpo.machine.job import check_tasks, is_rank
 
 
 @contextmanager
@@ -161,7 +161,7 @@ def join(timeout_seconds: int, replicate: int = 1) -> dist.Store:
     """
     timeout = timedelta(seconds=timeout_seconds)
     found = raise_limits(_environment(), replicate)
-    if "RANK" not in os.environ:
+    if not is_rank(os.environ):
         store: dist.Store = dist.HashStore()
         publish_shortage(found, store)
         check_shortage(store)

@@ -14,7 +14,7 @@ from dpo.base.errors import UserError
 from dpo.config import load_config
 from dpo.front.names import COMMANDS, FLAGS, Command, help_text
 from dpo.front.ranks import help_of_ranks, make_parser, read_wanted
-from dpo.machine.job import check_one_node, check_tasks
+from dpo.machine.job import check_one_node, check_tasks, is_rank
 from dpo.run.files import LOG
 
 
@@ -83,7 +83,7 @@ def run_ranks_of(name: str, command: Command, words: Sequence[str]) -> None:
 
 def starts_ranks(command: Command) -> bool:
     """Returns whether this process starts the ranks of a program: not where it is a rank of torchrun itself."""
-    return command.starts_ranks and "RANK" not in os.environ
+    return command.starts_ranks and not is_rank(os.environ)
 
 
 def run_module(module: str, words: Sequence[str]) -> None:

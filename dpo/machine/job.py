@@ -36,13 +36,18 @@ def why_no_gpu(torch: str, cuda: str | None, driver: str | None) -> str:
     return f"{loaded}, torch {torch} is built for CUDA {cuda}"
 
 
+def is_rank(environment: Mapping[str, str]) -> bool:
+    """Returns whether torchrun, or `dpo`, has started this process as a rank of a run."""
+    return "RANK" in environment
+
+
 def check_tasks(environment: Mapping[str, str]) -> None:
     """Raises UserError in a step of srun with more tasks than nodes, where nothing made the tasks the ranks of one run:
     each task would be rank 0 of 1, and all of them would write the same run folder.
 
     A batch script is one process, whatever number of tasks its job has: it has a job and no step.
     """
-    if "RANK" in environment or ("SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment):
+    if is_rank(environment) or ("SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment):
         return
     tasks, nodes = (_number(environment, name) for name in ("SLURM_NTASKS", "SLURM_NNODES"))
     if tasks > max(nodes, 1):

@@ -4,7 +4,7 @@ import os
 import sys
 
 from dpo.base.command import run_program
-from dpo.machine.job import check_tasks
+from dpo.machine.job import check_tasks, is_rank
 from dpo.train.words import read_config
 
 
@@ -12,7 +12,7 @@ def check_words() -> None:
     """Raises UserError where the command line is wrong. The ranks of torchrun check it later, when they can end
     together.
     """
-    if "RANK" not in os.environ:
+    if not is_rank(os.environ):
         read_config()
         check_tasks(os.environ)
 
