@@ -10,12 +10,12 @@ pyproject.toml). Each room's `__init__.py` has a line for each of its files.
     floor  room
     9      front/          dpo NAME: the programs below by their names, ranks that it starts itself; Python's way in
     8      train/          python -m dpo.train: checks the input, builds the run, trains, exports
-           prepare.py      python -m dpo.prepare: downloads and tokenizes all that a run reads, without GPUs
-           reference.py    python -m dpo.reference: fills the cache of reference log-probabilities
-           score.py        python -m dpo.score: margins and accuracy of any model on any pairs
-           sample.py       python -m dpo.sample: answers of models side by side
-           export.py       python -m dpo.export: a checkpoint -> a model folder
-           push.py         python -m dpo.push: a trained model -> the Hugging Face hub
+           prepare/        python -m dpo.prepare: downloads and tokenizes all that a run reads, without GPUs
+           reference/      python -m dpo.reference: fills the cache of reference log-probabilities
+           score/          python -m dpo.score: margins and accuracy of any model on any pairs
+           sample/         python -m dpo.sample: answers of models side by side
+           export/         python -m dpo.export: a checkpoint -> a model folder
+           push/           python -m dpo.push: a trained model -> the Hugging Face hub
            doctor/         python -m dpo.doctor: will it run here, and how fast
            demo/           python -m dpo.demo: a small policy learns a preference on two processes
     7      inspect/        python -m dpo.inspect: the data as the trainer will see it
@@ -49,8 +49,8 @@ Where do I add ...
     an adapter kind        model/, between build.py and parallelize.py
     a parallel axis        distributed/world.py (the mesh), batch/plan.py (lanes), model/attention.py
     a GPU                  machine/data_sheets.py: a line of the table
-    a command              a file beside prepare.py, or a folder with __main__.py, that holds nothing others need; its
-                           line in front/names.py
+    a command              a folder beside prepare/ that holds nothing others need, with the same three files; its line
+                           in front/names.py
     another tracker        board/sinks.py: an entry, beside a file with the methods of sink.py; its name in config
     another cluster        launch/, beside the files that talk to SLURM
 

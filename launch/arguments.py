@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo.base.command import Option, names_of, parse_arguments, split_options, words_of
+from dpo.base.command import Option, Parser, names_of, parse_arguments, split_options, words_of
 from dpo.base.errors import UserError
 from dpo.config.help import print_about_config
 from dpo.config.hints import unknown_flag
@@ -76,20 +76,22 @@ class Request:
         return value if isinstance(value, str) else None
 
 
-def parse_request(argv: Sequence[str] | None = None) -> Request:
+def read_arguments(words: Sequence[str] | None = None, parser: Parser | None = None) -> Request:
     """Parses and checks a command line.
 
     Args:
-        argv: the words of the command line; None: sys.argv[1:].
+        words: the command line; None: this process's own.
+        parser: of `make_parser`; None: that of `python -m launch.submit`.
 
     Raises:
         UserError: if a flag is unknown, missing or wrong, or flags conflict.
         SystemExit: with code 0, after --help, --help-config or --config-schema has printed.
     """
-    own, of_config = _divided(split_options(sys.argv[1:] if argv is None else argv))
+    parser = parser or make_parser()
+    own, of_config = _divided(split_options(sys.argv[1:] if words is None else words))
     print_about_config([option.key for option in own if option.key])
-    _check_flags(own)
-    args = parse_arguments(make_parser(), words_of(own), REPEATABLE)
+    _check_flags(own, parser)
+    args = parse_arguments(parser, words_of(own), REPEATABLE)
     request = Request(
         words=(*words_of(of_config), *(["--quiet"] if args.quiet else [])),
         sweep=tuple(args.sweep),
@@ -135,10 +137,9 @@ def _divided(options: Sequence[Option]) -> tuple[list[Option], list[Option]]:
     return own, of_config
 
 
-def _check_flags(options: Sequence[Option]) -> None:
+def _check_flags(options: Sequence[Option], parser: Parser) -> None:
     """Raises UserError for a flag that does not exist, which may be a key of the config or one of TRL's names."""
-    parser = make_parser()
-    names = [*names_of(parser.parse_args([])), "help", "quiet"]
+    names = [*names_of(parser.parse_args([])), "help"]
     for option in options:
         if option.key is not None and not option.is_key and option.key not in names:
             raise unknown_flag(option.key, names, f"see {parser.prog} --help")

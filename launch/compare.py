@@ -4,6 +4,7 @@ It reads run folders only, so it works on a laptop, while jobs run, and for inte
 entries of the runs in TensorBoard's HParams tab, with the keys that differ as columns.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -17,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dpo.base.command import Parser, parse_arguments, run_program
+from dpo.base.command import Parser, parse_arguments, run_program, with_quiet
 from dpo.base.console import say, warn
 from dpo.base.errors import UserError
 from dpo.board.hparams import Value, flat, write_entry
@@ -241,16 +242,27 @@ def _kind(value: Value | None) -> type:
 # --- the program -----------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
-    """Compares runs: `python -m launch.compare`."""
-    example = "example: python -m launch.compare runs/sweep/*"
-    parser = Parser("python -m launch.compare", description=DESCRIPTION, epilog=example, allow_abbrev=False)
+def make_parser(prog: str = "python -m launch.compare") -> Parser:
+    """Returns the parser of the command line."""
+    parser = Parser(prog, description=DESCRIPTION, epilog=f"example: {prog} runs/sweep/*", allow_abbrev=False)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder; runs/sweep/* names many")
     about = "a metric, eval/rewards/margins, or a config key, loss.beta (default: eval/loss, or eval/rewards/accuracies"
     about += " where runs differ in their loss)"
     parser.add_argument("--sort", metavar="NAME", help=about)
     parser.add_argument("--json", action="store_true", help="print JSON with all metrics in place of the table")
-    arguments = parse_arguments(parser)
+    return with_quiet(parser)
+
+
+def read_arguments(words: Sequence[str] | None = None, parser: Parser | None = None) -> argparse.Namespace:
+    """Returns the arguments in `words`, by default this process's own. Raises UserError where they are wrong, and
+    SystemExit(0) after --help.
+    """
+    return parse_arguments(parser or make_parser(), words)
+
+
+def main() -> None:
+    """Compares runs: `python -m launch.compare`."""
+    arguments = read_arguments()
     runs = read_runs(arguments.runs)
     keys = differing(runs)
     by = arguments.sort or best_metric(runs, keys)

@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from dpo.base.command import SWITCHES, Parser
+from dpo.base.command import SWITCHES, Parser, with_quiet
 from dpo.config.help import TEXTS as CONFIG_TEXTS
 from launch.durations import FORMATS
 
@@ -17,10 +17,10 @@ REPEATABLE = ("env", "sbatch", "setup", "sweep")
 """Flags that may be given more than once."""
 
 
-def make_parser() -> Parser:
+def make_parser(prog: str = f"python -m {PROG}") -> Parser:
     """Returns the parser of the launcher's own flags. --config stands in it for the help text alone."""
-    example = f"example: python -m {PROG} my.yaml --nodes 2 --gpus-per-node 8 --time 1-0 loss.beta=0.5"
-    parser = Parser(prog=f"python -m {PROG}", description=DESCRIPTION, epilog=example, allow_abbrev=False)
+    example = f"example: {prog} my.yaml --nodes 2 --gpus-per-node 8 --time 1-0 loss.beta=0.5"
+    parser = Parser(prog, description=DESCRIPTION, epilog=example, allow_abbrev=False)
     about = "YAML file of the run, also without --config; --SECTION.KEY VALUE or SECTION.KEY=VALUE replaces its values"
     parser.add_argument("--config", metavar="FILE", help=about)
     for flag in CONFIG_TEXTS:
@@ -31,7 +31,7 @@ def make_parser() -> Parser:
     _add_sbatch(parser.add_argument_group("options of sbatch"))
     _add_job(parser.add_argument_group("environment of the job"))
     _add_watching(parser.add_argument_group("watching"))
-    return parser
+    return with_quiet(parser)
 
 
 def _add_where(group: argparse._ArgumentGroup) -> None:

@@ -4,9 +4,9 @@ import argparse
 import re
 from collections.abc import Collection, Mapping
 
-from dpo.base.command import COMMAND_LINE, closest, meant
-from dpo.base.console import warn
+from dpo.base.command import COMMAND_LINE
 from dpo.base.errors import UserError
+from dpo.base.likeness import closest, meant
 from launch.flags import PLAIN
 
 _ASKED_BY_US: Mapping[str, str] = {
@@ -22,7 +22,7 @@ _ASKED_BY_US: Mapping[str, str] = {
 }
 """Option of sbatch that the launcher sets itself, since it relies on its value -> what to set in its place."""
 
-_OPTIONS = """
+OPTIONS = """
     account acctg-freq array batch bb bbf begin chdir cluster-constraint clusters comment consolidate-segments
     constraint container contiguous core-spec cores-per-socket cpu-freq cpus-per-gpu cpus-per-task deadline delay-boot
     dependency distribution error exclude exclusive export export-file extra extra-node-info get-user-env gid
@@ -52,8 +52,8 @@ def sbatch_options(args: argparse.Namespace) -> tuple[tuple[str, str | bool], ..
 
 
 def _check(name: str, given: Collection[str]) -> None:
-    """Raises UserError if --sbatch must not set the option `name`, or it is a near miss of another; warns of one that
-    only a plugin of the cluster could know. `given`: the options that are set already.
+    """Raises UserError if --sbatch must not set the option `name`, or it is a near miss of another. `given`: the
+    options that are set already.
     """
     place = f"{COMMAND_LINE}: --sbatch"
     if name in _ASKED_BY_US:
@@ -62,11 +62,14 @@ def _check(name: str, given: Collection[str]) -> None:
         raise UserError(place, f"cannot set {name}, which has its own flag", f"--{name}")
     if name in given:
         raise UserError(place, f"{name} is given twice", "once")
-    if name in _OPTIONS:
-        return
-    near = closest(name, _OPTIONS, _LIKENESS)
+    near = None if name in OPTIONS else closest(name, OPTIONS, _LIKENESS)
     if near is None:
-        warn(f"--sbatch {name}: not an option of sbatch's manual; sbatch refuses it unless a plugin knows it")
         return
     flag = f"--{near}" if near in (*PLAIN, "time") else _ASKED_BY_US.get(near, f"--sbatch {near}")
     raise UserError(place, f"{name} is not an option of sbatch{meant(near)}", flag)
+
+
+def doubts(options: Collection[tuple[str, str | bool]]) -> list[str]:
+    """Returns a warning for each of the options that only a plugin of the cluster could know."""
+    what = "not an option of sbatch's manual; sbatch refuses it unless a plugin knows it"
+    return [f"--sbatch {name}: {what}" for name, _ in options if name not in OPTIONS]

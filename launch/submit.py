@@ -16,7 +16,7 @@ from dpo.base.errors import RunError
 from dpo.base.status import GPUS_ASKED
 from dpo.run.files import JOBS
 from launch import executors, torchrun
-from launch.arguments import Request, for_preparing, parse_request, unused_here
+from launch.arguments import Request, for_preparing, read_arguments, unused_here
 from launch.checks import check_free, check_paths
 from launch.containers import Bound, bound_folders, interpreter, lines_of, make_folders, pyxis_arguments
 from launch.follow import Followed, cancel_command, follow
@@ -25,6 +25,7 @@ from launch.known import learn, site_of, site_to_prepare
 from launch.node import NodeJob
 from launch.reports import Submission, new_submission, write_submission
 from launch.resources import with_cpus, with_settings
+from launch.sbatch import doubts
 from launch.slurm_job import SlurmJob
 from launch.sweep import PlannedRun, planned_runs, prepare_passes, reference_passes
 
@@ -67,7 +68,9 @@ class Plan:
 
 def main() -> None:
     """Submits runs: `python -m launch.submit`."""
-    request = parse_request()
+    request = read_arguments()
+    for doubt in doubts(request.sbatch):
+        warn(doubt)
     runs = planned_runs(request)
     for run in runs:
         check_paths(run.config, run.words)

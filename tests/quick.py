@@ -75,6 +75,7 @@ SLOW: Sequence[str] = (
     "front/test_completion.py::test_a_word",
     "front/test_stops.py",
     "front/test_train.py",
+    "front/test_words.py",
     "inspect/test_inspect.py",
     "machine/test_toolchain.py::test_a_real_compiler",
     "machine/test_toolchain.py::test_the_compiler",

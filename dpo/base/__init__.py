@@ -2,6 +2,7 @@
 
 errors.py       the exceptions with which a program of this package ends early
 command.py      command lines and exit codes of all programs
+likeness.py     the name that a mistyped word was probably meant to be
 console.py      log lines and progress bars; text made safe for a terminal
 terminal.py     draws lines and a bar on a terminal with rich; plain lines elsewhere
 log_file.py     the log of a run, a file

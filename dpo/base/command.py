@@ -7,15 +7,16 @@ argparse checks a program's own flags, and `dpo.config.reading` the keys of a co
 """
 
 import argparse
-import difflib
+import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
 from dpo.base.console import set_quiet, tell
 from dpo.base.errors import Preempted, RunError, UserError, one_line
+from dpo.base.likeness import closest, meant
 from dpo.base.space import describe_full
 
 COMMAND_LINE = "command line"
@@ -54,6 +55,11 @@ class Option:
     def is_key(self) -> bool:
         """Whether the option is a key of the config, SECTION.KEY: a program's own flags have no dot."""
         return self.key is not None and "." in self.key
+
+    @property
+    def is_help(self) -> bool:
+        """Whether the option is --help or -h."""
+        return self.words in (("--help",), ("-h",))
 
     @property
     def is_bare(self) -> bool:
@@ -121,23 +127,6 @@ def check_once(options: Sequence[Option], repeatable: Collection[str] = ()) -> N
         first[option.key] = option
 
 
-def closest(word: str, names: Iterable[str], likeness: float = 0.6) -> str | None:
-    """Returns the name that `word` was probably meant to be; None where none is like it.
-
-    Args:
-        word: as it was typed.
-        names: the valid names.
-        likeness: the least ratio of difflib, from 0 to 1.
-    """
-    found = difflib.get_close_matches(word, list(names), 1, likeness)
-    return found[0] if found else None
-
-
-def meant(name: str | None) -> str:
-    """Returns the end of an error that asks whether `name` was meant; empty for None."""
-    return f"; did you mean {name}?" if name else ""
-
-
 # --- a program's own flags --------------------------------------------------------------------------------------------
 
 
@@ -149,19 +138,24 @@ class Parser(argparse.ArgumentParser):
         raise UserError(COMMAND_LINE, message, f"see {self.prog} --help")
 
 
+def with_quiet(parser: Parser) -> Parser:
+    """Adds --quiet, which every program has, and returns the parser."""
+    parser.add_argument("--quiet", action="store_true", help=QUIET)
+    return parser
+
+
 def parse_arguments(
     parser: Parser, words: Sequence[str] | None = None, repeatable: Collection[str] = ()
 ) -> argparse.Namespace:
-    """Returns the arguments of a command line, --quiet among them.
+    """Returns the arguments of a command line.
 
     Args:
-        parser: the program's flags.
+        parser: the program's flags; see `with_quiet`.
         words: the command line; None: this process's own.
         repeatable: flags that may be given more than once.
 
     Raises UserError where a flag is wrong, or given twice.
     """
-    parser.add_argument("--quiet", action="store_true", help=QUIET)
     argv = sys.argv[1:] if words is None else words
     check_once([option for option in split_options(argv) if not option.is_bare], repeatable)
     return _parsed(parser, argv)
@@ -187,7 +181,7 @@ def own_flags(prog: str, description: str = "", example: str = "") -> Parser:
     """Returns a parser for the flags that a program has beside the config's keys; see `split_words`.
 
     Args:
-        prog: `python -m` and the module.
+        prog: the program as it was typed: `python -m` and its module, or `dpo` and its name.
         description: what the program does.
         example: words of a command line after FILE.yaml.
     """
@@ -210,13 +204,20 @@ def own_flags(prog: str, description: str = "", example: str = "") -> Parser:
     return parser
 
 
-def split_words(parser: Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Returns the program's own flags, none of which is required, and the words that are the config's. Raises
-    UserError; --help prints and raises SystemExit(0).
+def split_words(parser: Parser, words: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the program's own flags, none of which is required, and the words that are the config's.
+
+    Args:
+        parser: the program's flags; see `own_flags`.
+        words: the command line; None: this process's own.
+
+    Raises:
+        UserError: a flag of the program is wrong, or given twice.
+        SystemExit: with code 0, after --help has printed.
     """
     flags = names_of(parser.parse_args([]))
-    options = split_options(argv)
-    if any(option.words in (("--help",), ("-h",)) for option in options):
+    options = split_options(sys.argv[1:] if words is None else words)
+    if any(option.is_help for option in options):
         print(parser.format_help(), end="")
         raise SystemExit(0)
     check_once(options)
@@ -267,7 +268,7 @@ def obey_quiet(argv: Sequence[str]) -> None:
     set_quiet(any(option.key == "quiet" and option.value is None for option in split_options(argv)))
 
 
-def run_program(main: Callable[[], None], after_stop: str = "") -> int:
+def run_program(main: Callable[[], object], after_stop: str = "") -> int:
     """Runs a program that is one process, prints its error line, and returns its exit code; see EXIT_CODES. Ctrl-C
     prints `stopped`, and `after_stop`.
 
@@ -283,3 +284,11 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
         tell_error(line_of(failure))
         return exit_code_of(failure)
     return 0
+
+
+def check_words(read: Callable[[], object]) -> None:
+    """Reads the command line of a program before its libraries are imported, which takes seconds; ends this process
+    where the words are wrong. The ranks of torchrun read them later, when they can end together.
+    """
+    if "RANK" not in os.environ and (code := run_program(read)):
+        sys.exit(code)

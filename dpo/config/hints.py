@@ -2,8 +2,9 @@
 
 from collections.abc import Collection, Sequence
 
-from dpo.base.command import COMMAND_LINE, SWITCHES, closest, meant
+from dpo.base.command import COMMAND_LINE, SWITCHES
 from dpo.base.errors import UserError
+from dpo.base.likeness import closest, meant
 from dpo.config.keys import KEYS, SECTIONS
 from dpo.config.trl_names import NOTES, TRL_NAMES, VALUES
 

@@ -59,13 +59,12 @@ __all__ = [
 ]
 
 
-def load_config(argv: Sequence[str] | None, prog: str, description: str = "", own: Collection[str] = ()) -> Config:
+def load_config(argv: Sequence[str] | None, prog: str, own: Collection[str] = ()) -> Config:
     """Reads and checks the config that a command line gives, and fills in train.run_dir.
 
     Args:
         argv: the words of the command line; None: sys.argv[1:].
         prog: the module that `python -m` runs, for the text of --help.
-        description: what the program does, for the text of --help.
         own: the names of the program's own flags, for the error about a flag that does not exist.
 
     Raises:
@@ -74,7 +73,7 @@ def load_config(argv: Sequence[str] | None, prog: str, description: str = "", ow
     """
     line = split_command_line(sys.argv[1:] if argv is None else argv, own)
     if "help" in line.switches:
-        print(own_flags(f"python -m {prog}", description).format_help(), end="")
+        print(own_flags(f"python -m {prog}").format_help(), end="")
         raise SystemExit(0)
     print_about_config(line.switches)
     given = {} if line.config is None else options_of_file(line.config, SECTIONS)

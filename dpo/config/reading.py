@@ -41,7 +41,7 @@ def split_command_line(argv: Sequence[str], own: Collection[str] = ()) -> Comman
     """
     options, texts, switches = split_options(argv), {}, set()
     for option in options:
-        if option.words == ("-h",) or (option.key in SWITCHES and option.value is None):
+        if option.is_help or (option.key in SWITCHES and option.value is None):
             switches.add(option.key or "help")
             continue
         key, value = _key_and_value(option, own)

@@ -1,9 +1,13 @@
-"""Runs `python -m dpo.demo`."""
+"""`python -m dpo.demo`."""
 
 import sys
 
-from dpo.demo.program import main
-from dpo.distributed.program import run_program
+from dpo.base.command import check_words
+from dpo.demo.arguments import read_arguments
 
 if __name__ == "__main__":
+    check_words(read_arguments)
+    from dpo.demo.program import main
+    from dpo.distributed.program import run_program
+
     sys.exit(run_program(main))

@@ -10,7 +10,6 @@
 All files lie in one folder, which the next demo with the same DIR replaces.
 """
 
-import argparse
 import math
 import os
 import random
@@ -30,7 +29,6 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from dpo.base.command import Parser, parse_arguments
 from dpo.base.errors import UserError
 from dpo.config import (
     BatchConfig,
@@ -46,6 +44,7 @@ from dpo.config import (
     TrainConfig,
     to_yaml,
 )
+from dpo.demo.arguments import read_arguments
 from dpo.demo.world import Question, grade_of, preference_row, questions, sample_answers, save_model, save_rows
 from dpo.run.files import read_metrics
 
@@ -255,7 +254,4 @@ def run_demo(out: Path) -> None:
 
 def main() -> None:
     """Runs `python -m dpo.demo`."""
-    parser = Parser("python -m dpo.demo", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="the demo's folder (default: runs/demo)")
-    run_demo(parse_arguments(parser).out)
+    run_demo(read_arguments().out)

@@ -3,7 +3,8 @@
 Each part of the examination is measured on all ranks and described by rank 0. A part that fails on one rank does not
 block the others.
 
-program.py    reads the command line; runs the parts in order and prints each finding at once
+arguments.py   the command line; without torch
+program.py    runs the parts in order and prints each finding at once
 parts.py      a part: measured on every rank, described once; failures are gathered
 host.py       devices, versions of libraries, driver and compiler
 speed.py      matrix products; an all-gather along each axis of the mesh

@@ -1,7 +1,11 @@
 """`python -m dpo.doctor`."""
 
-from dpo.distributed.program import exit_program
-from dpo.doctor.program import main
+from dpo.base.command import check_words
+from dpo.doctor.arguments import read_arguments
 
 if __name__ == "__main__":
+    check_words(read_arguments)
+    from dpo.distributed.program import exit_program
+    from dpo.doctor.program import main
+
     exit_program(main)

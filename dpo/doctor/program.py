@@ -18,15 +18,14 @@ from typing import Any
 from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
-from dpo.base.command import names_of, own_flags, split_words
 from dpo.base.console import is_quiet, say
 from dpo.base.errors import RunError, UserError
 from dpo.base.files import default_cache_dir, nearest_existing
-from dpo.config import Config, ParallelConfig, load_config
-from dpo.config.reading import split_command_line
+from dpo.config import Config, ParallelConfig
 from dpo.distributed.collectives import all_gather, first_on_each_node, on_main
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World, check_mesh
+from dpo.doctor.arguments import TIMEOUT_SECONDS, read_arguments
 from dpo.doctor.attention import ATTENTION
 from dpo.doctor.host import DEVICES, TOOLCHAIN, VERSIONS
 from dpo.doctor.model import MODEL
@@ -44,53 +43,10 @@ from dpo.model.kernels import keep_kernels
 from dpo.ref_logps.cache import cache_root
 from dpo.run.disk import sizes_of
 
-DESCRIPTION = """Shows on one screen whether a run would work here and how fast the machine is: devices, versions,
-compiler, matrix products, all-gathers, the disks of the run folder and of the cache, the memory that the model takes
-per rank, and attention against plain attention. Start it as the run would be started, alone or under torchrun. With
-FILE.yaml it examines the run's mesh, folders and model, without it the defaults. The exit code is 1 where a run would
-fail."""
-
-TIMEOUT_SECONDS = 300
-"""A collective that takes longer ends the program: a network that does not work must show soon."""
-
 BEFORE_DEVICES: tuple[Part, ...] = (VERSIONS, TOOLCHAIN, STORAGE, CACHE)
 """Examined over gloo, before any rank starts CUDA or NCCL, as a run checks them."""
 
 ON_DEVICES: tuple[Part, ...] = (DEVICES, PRODUCTS, LINKS, MODEL, ATTENTION)
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The command line."""
-
-    config: Config | None
-    """None where none is given."""
-    report: Path | None
-    """The file of --report, which needs a config."""
-
-    @property
-    def timeout_seconds(self) -> int:
-        """Returns the timeout of collectives until the devices start: for a report, data may be tokenized by then."""
-        imported = TIMEOUT_SECONDS + int(os.environ.get("WORLD_SIZE", "1"))  # see `distributed.timeouts`
-        if self.config is None or self.report is None:
-            return imported
-        return max(imported, self.config.parallel.setup_timeout_seconds)
-
-
-def read_arguments(argv: Sequence[str]) -> Arguments:
-    """Returns the arguments. Raises UserError; --help prints and raises SystemExit(0)."""
-    parser = own_flags("python -m dpo.doctor", DESCRIPTION, "--report nodes.json")
-    about = "also time five steps of the config with random weights, and write all measurements as JSON, without names,"
-    about += " paths or data, for dpo.estimate --measured FILE (default: no steps are timed)"
-    parser.add_argument("--report", metavar="FILE", help=about)
-    own, rest = split_words(parser, argv)
-    line = split_command_line(rest, names_of(own))
-    is_bare = line.config is None and not line.texts and not line.switches - {"quiet"}
-    if own.report is not None and (is_bare or Path(own.report).is_dir()):
-        what = "needs a config, whose steps are timed" if is_bare else f"{own.report} is a folder"
-        raise UserError("command line: --report", what, "--config FILE --report REPORT.json")
-    config = None if is_bare else load_config(rest, "dpo.doctor")
-    return Arguments(config, Path(own.report) if own.report else None)
 
 
 def check_report(file: Path) -> None:
@@ -140,7 +96,7 @@ def with_lengths(subject: Subject, world: World) -> Subject:
 
 def main() -> None:
     """Runs `python -m dpo.doctor`. Raises RunError where a run would fail."""
-    arguments = read_arguments(sys.argv[1:])
+    arguments = read_arguments()
     replicate = arguments.config.parallel.replicate if arguments.config else 1
     with open_world(arguments.timeout_seconds, replicate) as world:
         report = arguments.report

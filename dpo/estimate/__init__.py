@@ -4,7 +4,8 @@ A step of the same model with few layers (3 and 4) runs on fake tensors under a 
 extrapolated to all layers; traffic and time follow from formulas. The same estimate decides the values of `auto` when a
 run starts.
 
-program.py    reads the command line; prints the estimate, the changes and the advice
+arguments.py  the command line; without torch
+program.py    prints the estimate, the changes and the advice
 at_start.py   decides `auto` when a run starts, on rank 0, for all ranks
 choice.py     the fastest values of the keys on `auto` that fit
 lengths.py    the trees of some steps, from the data or from assumed lengths

@@ -23,7 +23,8 @@ from dpo.estimate.choice import Case, Choice, decide_by_bound, decide_by_rehears
 from dpo.estimate.devices import Device, device_like, this_machine
 from dpo.estimate.lengths import Lengths, lengths_of_pairs
 from dpo.estimate.needs import with_dtype
-from dpo.estimate.speed import DEFAULT_MFU, Cluster
+from dpo.estimate.speed import Cluster
+from dpo.machine.data_sheets import DEFAULT_MFU
 from dpo.model.model_config import read_model_config
 from dpo.run.folder import Start
 from dpo.run.inputs import Inputs

@@ -15,12 +15,14 @@ import torch
 from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
-from dpo.base.command import COMMAND_LINE, Parser, names_of, own_flags, split_words
+from dpo.base.command import COMMAND_LINE
 from dpo.base.console import is_quiet, say
 from dpo.base.errors import RunError, UserError
-from dpo.config import Config, load_config
+from dpo.config import Config
 from dpo.distributed.world import World, check_mesh
 from dpo.estimate.advice import advice
+from dpo.estimate.arguments import DEFAULT_DEVICE, DEFAULT_RANKS_PER_NODE, device_key
+from dpo.estimate.arguments import read_arguments as read_words
 from dpo.estimate.changes import Change, find_changes, with_keys
 from dpo.estimate.choice import Case, decide, with_values
 from dpo.estimate.devices import DEVICES, Device, this_machine
@@ -29,19 +31,13 @@ from dpo.estimate.lengths import Extent, Lengths, find_lengths
 from dpo.estimate.measured import arithmetic, checkpoint_lines, measured_device, sources, unmeasured_device, write_rate
 from dpo.estimate.needs import Trial, memory_of, needed_bytes, plans_of, with_dtype
 from dpo.estimate.report import Report
-from dpo.estimate.report_file import read_report
-from dpo.estimate.speed import DEFAULT_MFU, Cluster, Speed, step_speed
+from dpo.estimate.speed import Cluster, Speed, step_speed
 from dpo.estimate.traffic import Groups
 from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wrapped
-from dpo.machine.data_sheets import find_sheet
+from dpo.machine.data_sheets import DEFAULT_MFU
 from dpo.model.download import find_model_config
 from dpo.run.disk import sizes_of
 from dpo.run.forecast import write_forecast
-
-DEFAULT_RANKS_PER_NODE, DEFAULT_DEVICE = 8, "h100"
-
-DESCRIPTION = """Says whether a step fits and what it costs; needs no GPU and no weights, of a model only config.json.
-The exit code is 1 where it does not fit."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +57,12 @@ class Arguments:
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def read_arguments(argv: Sequence[str]) -> Arguments:
-    """Returns the arguments of the command line. Raises UserError where they are wrong; --help and --print_config print
-    and raise SystemExit(0).
+def read_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Returns the arguments of a command line, by default this process's own. Raises as `arguments.read_arguments`
+    does, and UserError where the ranks do not fit the config.
     """
-    parser = _make_parser()
-    own, rest = split_words(parser, argv)
-    config = load_config(rest, "dpo.estimate", own=names_of(own))
-    for name, value in vars(own).items():
-        if name not in ("device", "measured", "json") and value is not None and not value > 0:
-            raise UserError(f"command line: --{name.replace('_', '-')}", f"must be > 0, got {value}", "a number > 0")
-    if own.mfu is not None and own.mfu > 1:
-        raise UserError("command line: --mfu", f"must be <= 1, got {own.mfu}", "a share of the peak, like 0.4")
-    report = read_report(own.measured) if own.measured else None
+    words = read_words(argv)
+    own, config, report = words.own, words.config, words.report
     num_ranks = own.ranks or _ranks_of(config, report)
     check_mesh(World(0, num_ranks, 0, num_ranks, torch.device("cpu")), config.parallel)
     usual = report.ranks.ranks_per_node if report else DEFAULT_RANKS_PER_NODE
@@ -84,30 +73,6 @@ def read_arguments(argv: Sequence[str]) -> Arguments:
     mfu = own.mfu or (found[0] if found else DEFAULT_MFU)
     cluster = Cluster(_with_given(own, device), num_ranks, ranks_per_node, mfu)
     return Arguments(_with_dtype(config, device), cluster, own.prompt_tokens, own.completion_tokens, own.json, report)
-
-
-def _make_parser() -> Parser:
-    parser = own_flags("python -m dpo.estimate", DESCRIPTION, "--ranks 16 --device h100")
-    for flag, about in {
-        "--ranks": "number of GPUs of all nodes (default: parallel.shard x parallel.replicate)",
-        "--ranks-per-node": f"GPUs per node (default: {DEFAULT_RANKS_PER_NODE}, or that of the report of --measured)",
-        "--prompt-tokens": "tokens of every prompt (default: the lengths of the data)",
-        "--completion-tokens": "tokens of every completion (default: the lengths of the data)",
-    }.items():
-        parser.add_argument(flag, type=int, metavar="N", help=about)
-    about = f"one of {', '.join(DEVICES)}, or cpu, this machine (default: {DEFAULT_DEVICE})"
-    parser.add_argument("--device", metavar="NAME", help=about)
-    for flag, about in {
-        "--mfu": f"share of the device's peak that the arithmetic reaches while it runs (default: {DEFAULT_MFU})",
-        "--link-gb-s": "GB a second and GPU in one direction within a node (default: the device's)",
-        "--node-link-gb-s": "GB a second and GPU in one direction between nodes (default: the device's)",
-    }.items():
-        parser.add_argument(flag, type=float, metavar="X", help=about)
-    about = "report of dpo.doctor --report, whose numbers take the place of the data sheet's (default: the data sheet)"
-    parser.add_argument("--measured", metavar="FILE", help=about)
-    about = "file for what the run needs: seconds, memory of the hosts, bytes on disk (default: none)"
-    parser.add_argument("--json", type=Path, metavar="FILE", help=about)
-    return parser
 
 
 def _ranks_of(config: Config, report: Report | None) -> int:
@@ -130,7 +95,7 @@ def _check_nodes(num_ranks: int, ranks_per_node: int, is_given: bool) -> None:
 
 def _device(own: argparse.Namespace, ranks_per_node: int) -> Device:
     name = own.device or DEFAULT_DEVICE
-    return this_machine(ranks_per_node) if name == "cpu" else _named_device(name)
+    return this_machine(ranks_per_node) if name == "cpu" else DEVICES[device_key(name)]
 
 
 def _measured_device(own: argparse.Namespace, config: Config, report: Report, ranks_per_node: int) -> Device:
@@ -148,18 +113,6 @@ def _with_given(own: argparse.Namespace, device: Device) -> Device:
     link = device.link if own.link_gb_s is None else own.link_gb_s * 1e9
     node_link = device.node_link if own.node_link_gb_s is None else own.node_link_gb_s * 1e9
     return replace(device, link=link, node_link=node_link, activation=0.0 if own.mfu else device.activation)
-
-
-def _named_device(name: str) -> Device:
-    """Returns the device with this key of the table, or with this name as CUDA or SLURM gives it:
-    nvidia_h100_80gb_hbm3.
-    """
-    if name in DEVICES:
-        return DEVICES[name]
-    sheet = find_sheet(name.replace("_", " "))
-    if sheet is None:
-        raise UserError("command line: --device", f"no such device: {name}", f"{', '.join(DEVICES)}, cpu")
-    return DEVICES[sheet.key]
 
 
 def _with_dtype(config: Config, device: Device) -> Config:
@@ -240,7 +193,7 @@ def _tell_forecast(arguments: Arguments, result: Estimate, extent: Extent | None
 
 def main() -> None:
     """Runs `python -m dpo.estimate`. Raises RunError where the step does not fit."""
-    arguments = read_arguments(sys.argv[1:])
+    arguments = read_arguments()
     if is_quiet() or not sys.stderr.isatty():
         disable_progress_bars()
     model_config = find_model_config(arguments.config)

@@ -31,9 +31,6 @@ from dpo.estimate.devices import Device
 from dpo.estimate.traffic import ITEMSIZES, Groups, step_traffic
 from dpo.model.log_probs import recomputed_share
 
-DEFAULT_MFU = 0.4
-"""Share of its peak that a device's arithmetic is assumed to reach."""
-
 
 @dataclass(frozen=True)
 class Cluster:

@@ -1,14 +1,15 @@
 """Lists the shipped configs, or copies one: `dpo configs`, `dpo configs NAME [OUT]`."""
 
+import argparse
 import itertools
 import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dpo.base.command import COMMAND_LINE, Parser, parse_arguments, run_program
+from dpo.base.command import COMMAND_LINE, Parser, parse_arguments, run_program, with_quiet
 from dpo.base.errors import UserError
 from dpo.config.shipped import shipped_configs
 
@@ -62,12 +63,24 @@ def copy_config(name: str, out: Path) -> Path:
     return file
 
 
-def main() -> None:
-    """Runs `dpo configs`."""
-    parser = Parser("dpo configs", description=DESCRIPTION)
+def make_parser(prog: str = "dpo configs") -> Parser:
+    """Returns the parser of the command line."""
+    parser = Parser(prog, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("name", nargs="?", metavar="NAME", help="a config of the list (default: print the list)")
     parser.add_argument("out", nargs="?", type=Path, default=Path(), metavar="OUT", help="file or folder (default: .)")
-    arguments = parse_arguments(parser)
+    return with_quiet(parser)
+
+
+def read_arguments(words: Sequence[str] | None = None, parser: Parser | None = None) -> argparse.Namespace:
+    """Returns the arguments in `words`, by default this process's own. Raises UserError where they are wrong, and
+    SystemExit(0) after --help.
+    """
+    return parse_arguments(parser or make_parser(), words)
+
+
+def main() -> None:
+    """Runs `dpo configs`."""
+    arguments = read_arguments()
     print(list_configs() if arguments.name is None else copy_config(arguments.name, arguments.out))
 
 

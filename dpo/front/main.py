@@ -5,15 +5,18 @@ import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 from dpo import DISTRIBUTION
-from dpo.base.command import COMMAND_LINE, closest, meant, run_program, split_options
+from dpo.base.command import COMMAND_LINE, Parser, run_program
 from dpo.base.errors import UserError
-from dpo.config import load_config
-from dpo.front.names import COMMANDS, FLAGS, Command, help_text
-from dpo.front.ranks import help_of_ranks, make_parser, read_wanted
+from dpo.base.likeness import closest, meant
+from dpo.front.names import COMMANDS, Command, help_text
+from dpo.front.ranks import add_ranks, read_wanted
 from dpo.machine.job import check_one_node, check_tasks, is_rank
 from dpo.run.files import LOG
 
@@ -28,12 +31,12 @@ def main() -> None:
 
 
 def answer(name: str, words: Sequence[str]) -> None:
-    """Answers what needs no program of its own: --help, --version, an unknown name, and a program whose ranks `dpo`
-    starts.
+    """Answers what needs no program of its own, before torch is imported: --help and --version, an unknown name, wrong
+    words of a program, and a program whose ranks `dpo` starts. Returns where `run_module` is to run the program.
 
     Raises:
-        UserError: for an unknown name.
-        SystemExit: with the exit code of the command, unless `run_module` is to run it.
+        UserError: for an unknown name, and for wrong words.
+        SystemExit: with the exit code of the command.
     """
     if name in TEXTS:
         print(TEXTS[name]())
@@ -43,8 +46,13 @@ def answer(name: str, words: Sequence[str]) -> None:
         raise UserError(
             f"{COMMAND_LINE}: {name}", f"no such program{meant(closest(name, COMMANDS))}", ", ".join(COMMANDS)
         )
-    if starts_ranks(command):
-        run_ranks_of(name, command, words)
+    if is_rank(os.environ):  # a rank of torchrun, which reads its words together with the others
+        return
+    reader = import_module(command.reader)
+    parser = reader.make_parser(f"dpo {name}")
+    if command.starts_ranks:
+        run_ranks_of(command, words, reader, parser)
+    reader.read_arguments(words, parser)
 
 
 def installed_version() -> str:
@@ -59,34 +67,32 @@ TEXTS: Mapping[str, Callable[[], str]] = {"--help": help_text, "-h": help_text, 
 """Flags in the place of a name -> the text that they print."""
 
 
-def run_ranks_of(name: str, command: Command, words: Sequence[str]) -> None:
-    """Checks the command line, then starts the ranks of a program and waits for them. Returns after --help.
+def run_ranks_of(command: Command, words: Sequence[str], reader: ModuleType, parser: Parser) -> NoReturn:
+    """Checks the command line, then starts the ranks of a program and waits for them.
+
+    Args:
+        command: the program.
+        words: its command line.
+        reader: the module that reads the command line.
+        parser: of this module.
 
     Raises:
         UserError: where the command line is wrong.
-        SystemExit: with the exit code of the program.
+        SystemExit: with the exit code of the program, or with 0 after --help and the like.
     """
-    if any(option.words in (("--help",), ("-h",)) for option in split_options(words)):
-        print(help_of_ranks(name), flush=True)
-        return
-    wanted, rest = read_wanted(make_parser(name), words)
+    add_ranks(parser)
+    wanted, rest = read_wanted(parser, words)
     check_tasks(os.environ)
     check_one_node(os.environ)
-    log = None
-    if name not in FLAGS:  # all words are the config's
-        config = load_config(rest, prog=command.module, own=("gpus", "ranks"))
-        log = Path(str(config.train.run_dir), LOG) if command.has_log else None
+    arguments = reader.read_arguments(rest, parser)
+    log = Path(str(arguments.train.run_dir), LOG) if command.has_log else None
     from dpo.front.parent import run_ranks  # imports torch
 
     raise SystemExit(run_ranks(command, tuple(rest), wanted, log))
 
 
-def starts_ranks(command: Command) -> bool:
-    """Returns whether this process starts the ranks of a program: not where it is a rank of torchrun itself."""
-    return command.starts_ranks and not is_rank(os.environ)
-
-
 def run_module(module: str, words: Sequence[str]) -> None:
     """Runs a module in this process, as `python -m` does."""
     sys.argv = [module, *words]
+    sys.modules.pop(module, None)  # runpy warns of a module that is imported, as some are to read their words
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -18,27 +18,21 @@ class Command:
     """Advice after a stop, for a program of which `dpo` starts the ranks."""
     before_steps: str = ""
     """Words before this advice, where the run had not begun its first step."""
-    has_config: bool = True
-    """Whether the command line holds keys of the config."""
     starts_ranks: bool = False
     """Whether `dpo` starts the ranks of this program: it takes --gpus and --ranks."""
+    has_config: bool = True
+    """Whether the command line holds keys of the config."""
     has_log: bool = False
     """Whether rank 0 writes a log into the run folder of the config."""
+    words: str = ""
+    """The module that reads the command line; empty: `arguments` of the program's package. It imports no torch, and has
+    make_parser(prog) and read_arguments(words, parser)."""
 
+    @property
+    def reader(self) -> str:
+        """Returns the name of the module that reads the command line."""
+        return self.words or f"{self.module}.arguments"
 
-FLAGS: Mapping[str, str] = {
-    "inspect": "--html --examples",
-    "estimate": "--device --ranks --ranks-per-node --prompt-tokens --completion-tokens --mfu --link-gb-s"
-    " --node-link-gb-s --measured --json",
-    "score": "--model --by-source --json",
-    "sample": "--model --reference --tokenizer --prompts --max-new-tokens --as-chat --temperature --seed --json",
-    "export": "--checkpoint --out --dtype",
-    "compare": "--sort --json",
-    "doctor": "--report",
-    "report": "--out --metric",
-    "push": "--private --revision",
-}
-"""The flags of a program that are no keys of the config, for completion."""
 
 COMMANDS: Mapping[str, Command] = {
     "train": Command(
@@ -48,26 +42,31 @@ COMMANDS: Mapping[str, Command] = {
         BEFORE_FIRST_STEP,
         starts_ranks=True,
         has_log=True,
+        words="dpo.train.words",
     ),
     "prepare": Command("dpo.prepare", "download and tokenize all that a run reads, without GPUs"),
     "inspect": Command("dpo.inspect", "show the data as the trainer will see it"),
     "estimate": Command("dpo.estimate", "predict memory and time of a step on GPUs that are not here"),
     "score": Command("dpo.score", "margins and accuracy of any model on any pairs"),
-    "sample": Command("dpo.sample", "answers of models side by side"),
+    "sample": Command("dpo.sample", "answers of models side by side", has_config=False),
     "export": Command("dpo.export", "turn a checkpoint into a model folder", has_config=False),
     "reference": Command(
         "dpo.reference", "fill the cache of reference log-probabilities", AFTER_REFERENCE, starts_ranks=True
     ),
-    "submit": Command("launch.submit", "send runs or a sweep to SLURM, or start them here"),
-    "compare": Command("launch.compare", "compare finished runs in a table", has_config=False),
-    "configs": Command("dpo.front.configs", "list the shipped configs, or copy one", has_config=False),
+    "submit": Command("launch.submit", "send runs or a sweep to SLURM, or start them here", words="launch.arguments"),
+    "compare": Command("launch.compare", "compare finished runs in a table", has_config=False, words="launch.compare"),
+    "configs": Command(
+        "dpo.front.configs", "list the shipped configs, or copy one", has_config=False, words="dpo.front.configs"
+    ),
     "doctor": Command(
         "dpo.doctor", "will a run work here, and how fast", "the same command starts again", starts_ranks=True
     ),
     "report": Command("dpo.report", "one page with the curves of a run, or of several", has_config=False),
     "push": Command("dpo.push", "upload the model of a run to the Hugging Face hub", has_config=False),
     "demo": Command("dpo.demo", "a small model learns a preference on two processes", has_config=False),
-    "completion": Command("dpo.front.completion", "tab completion for a shell", has_config=False),
+    "completion": Command(
+        "dpo.front.completion", "tab completion for a shell", has_config=False, words="dpo.front.completion"
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo.base.command import COMMAND_LINE, Parser, own_flags, split_words
+from dpo.base.command import COMMAND_LINE, Parser, split_options, split_words, words_of
 from dpo.base.errors import UserError
 
 
@@ -23,31 +23,11 @@ class Wanted:
     """Ranks on CPUs; None: not given."""
 
 
-def make_parser(name: str) -> Parser:
-    """Returns the parser of --gpus and --ranks."""
-    parser = own_flags(f"dpo {name}")
-    add_ranks(parser)
-    return parser
-
-
-def help_of_ranks(name: str) -> str:
-    """Returns the text on --gpus and --ranks, which stands above the help of the program itself."""
-    usage = f"dpo {name} [CONFIG.yaml] [--gpus N | --ranks N] [SECTION.KEY=VALUE ...]"
-    parser = Parser(f"dpo {name}", usage=usage, add_help=False)
-    add_ranks(parser)
-    return parser.format_help()
-
-
 def add_ranks(parser: Parser) -> None:
-    """Adds --gpus and --ranks to a parser."""
-    group = parser.add_argument_group("ranks, which this command starts itself")
-    group.add_argument(
-        "--gpus",
-        type=_count,
-        metavar="N",
-        help="ranks with a GPU each (default: all visible GPUs, without GPUs 1 rank)",
-    )
-    group.add_argument("--ranks", type=_count, metavar="N", help="ranks on CPUs")
+    """Adds --gpus and --ranks to the parser of a program."""
+    about = "ranks with a GPU each, which this command starts (default: all visible GPUs, without GPUs 1 rank)"
+    parser.add_argument("--gpus", type=_count, metavar="N", help=about)
+    parser.add_argument("--ranks", type=_count, metavar="N", help="ranks on CPUs (default: none)")
 
 
 def _count(text: str) -> int:
@@ -57,8 +37,18 @@ def _count(text: str) -> int:
 
 
 def read_wanted(parser: Parser, words: Sequence[str]) -> tuple[Wanted, list[str]]:
-    """Returns the ranks that the words ask for, and the other words. Raises UserError."""
-    own, rest = split_words(parser, words)
+    """Returns the ranks that the words ask for, and the other words.
+
+    Args:
+        parser: of the program, with the flags of `add_ranks`.
+        words: the command line.
+
+    Raises:
+        UserError: a flag of the program is wrong.
+        SystemExit: with code 0, after --help has printed.
+    """
+    own, _ = split_words(parser, words)
+    rest = words_of([option for option in split_options(words) if option.key not in ("gpus", "ranks")])
     if own.gpus and own.ranks:
         raise UserError(f"{COMMAND_LINE}: --ranks", "is for ranks on CPUs", "--gpus N alone, or --ranks N alone")
     return Wanted(own.gpus, own.ranks), rest

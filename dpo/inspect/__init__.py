@@ -3,7 +3,8 @@
 All counts and examples are gathered in one value; from it come sentences and rows of tables, and from these the
 terminal's text and the HTML page.
 
-program.py      reads the command line; prints the inspection and writes the page
+arguments.py    the command line; without torch
+program.py      prints the inspection and writes the page
 inspection.py   everything that is shown, in one value
 statistics.py   the ends, repeats and lengths of a set of pairs
 lengths.py      lengths in numbers: percentiles, histograms, length bias

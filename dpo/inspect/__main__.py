@@ -2,8 +2,12 @@
 
 import sys
 
-from dpo.distributed.program import run_program
-from dpo.inspect.program import main
+from dpo.base.command import check_words
+from dpo.inspect.arguments import read_arguments
 
 if __name__ == "__main__":
+    check_words(read_arguments)
+    from dpo.distributed.program import run_program
+    from dpo.inspect.program import main
+
     sys.exit(run_program(main))

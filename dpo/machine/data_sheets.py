@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 GIB = 2**30
 
+DEFAULT_MFU = 0.4
+"""Share of its peak that a device's arithmetic is assumed to reach."""
+
 
 @dataclass(frozen=True)
 class DataSheet:

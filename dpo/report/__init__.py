@@ -2,7 +2,8 @@
 
 A page has no script and loads nothing. A training run writes its own at the end, `RUN/report.html`.
 
-program.py    reads the command line; writes the page
+arguments.py  the command line
+program.py    writes the page
 record.py     the files of a run folder, as far as they can be read
 numbers.py    bins, correlation, calibration and other numbers of single pairs
 metrics.py    curves, hours and other numbers of metrics.jsonl

@@ -8,16 +8,13 @@ The page of one run is written into its folder, RUN/report.html, that of several
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo.base.command import Parser, parse_arguments
 from dpo.base.console import say, warn
 from dpo.base.errors import UserError
 from dpo.base.files import write_atomically
+from dpo.report.arguments import read_arguments
 from dpo.report.page import page_of_run, page_of_runs
 from dpo.report.record import Record, is_run, read_record
 from dpo.run.files import CONFIG, JOBS, METRICS, REPORT
-
-DESCRIPTION = """Writes a run as one HTML page: curves, rewards, why they fall, length bias, calibration, answers, cost;
-several runs side by side, a sweep over one or two keys as a heat map. Works while a run is going on, too."""
 
 
 def write_report(run_dirs: Sequence[Path], out: Path, metric: str | None = None) -> None:
@@ -75,11 +72,7 @@ def chosen_runs(folders: Sequence[Path]) -> list[Path]:
 
 def main() -> None:
     """Runs `python -m dpo.report`."""
-    parser = Parser("python -m dpo.report", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run folder; runs/sweep/* names many")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="the page (default: RUN/report.html, or report.html)")
-    parser.add_argument("--metric", metavar="NAME", help="the heat map's metric, such as eval/loss")
-    arguments = parse_arguments(parser)
+    arguments = read_arguments()
     runs = chosen_runs(arguments.runs)
     out = arguments.out or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT))
     if out.is_dir() or not out.absolute().parent.is_dir():

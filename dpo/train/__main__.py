@@ -5,7 +5,7 @@ import sys
 
 from dpo.base.command import run_program
 from dpo.machine.job import check_tasks, is_rank
-from dpo.train.words import read_config
+from dpo.train.words import read_arguments
 
 
 def check_words() -> None:
@@ -13,7 +13,7 @@ def check_words() -> None:
     together.
     """
     if not is_rank(os.environ):
-        read_config()
+        read_arguments()
         check_tasks(os.environ)
 
 

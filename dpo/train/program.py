@@ -19,7 +19,7 @@ from dpo.run.setup import Run, build_run
 from dpo.run.start import check_first_step, find_start_together, is_done
 from dpo.run.storage import check_folders, check_space
 from dpo.run.summary import introduce
-from dpo.train.words import read_config
+from dpo.train.words import read_arguments
 
 
 def run_training(config: Config) -> None:
@@ -65,4 +65,4 @@ def train_and_export(run: Run) -> None:
 
 def main() -> None:
     """Runs `python -m dpo.train`."""
-    run_training(read_config())
+    run_training(read_arguments())

@@ -1,8 +1,8 @@
 """The command line of the training program. Without torch, so that a wrong word is answered at once."""
 
-import sys
 from collections.abc import Sequence
 
+from dpo.base.command import Parser, names_of, own_flags, split_words
 from dpo.config import Config, load_config
 
 DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node with eight GPUs: dpo train FILE.yaml
@@ -10,8 +10,14 @@ DESCRIPTION = """Trains a model by Direct Preference Optimization. On one node w
 dpo.train runs on one rank."""
 
 
-def read_config(words: Sequence[str] | None = None) -> Config:
-    """Returns the config that the words give; None: the words of this process. Raises UserError, and SystemExit after
-    --help.
+def make_parser(prog: str = "python -m dpo.train") -> Parser:
+    """Returns the parser of the flags that are no keys of the config."""
+    return own_flags(prog, DESCRIPTION)
+
+
+def read_arguments(words: Sequence[str] | None = None, parser: Parser | None = None) -> Config:
+    """Returns the config in `words`, by default this process's own. Raises UserError where they are wrong, and
+    SystemExit(0) after --help and --print_config.
     """
-    return load_config(sys.argv[1:] if words is None else words, prog="dpo.train", description=DESCRIPTION)
+    own, rest = split_words(parser or make_parser(), words)
+    return load_config(rest, "dpo.train", own=names_of(own))

@@ -15,6 +15,7 @@ from dpo.base.command import (
     run_program,
     split_options,
     split_words,
+    with_quiet,
     words_of,
 )
 from dpo.base.console import is_quiet, set_quiet
@@ -93,7 +94,7 @@ def test_some_flags_may_be_repeated() -> None:
 Reads = Callable[[Parser, list[str]], object]
 READERS = pytest.mark.parametrize(
     ("make", "reads"),
-    [(own_flags, split_words), (lambda prog: Parser(prog, allow_abbrev=False), parse_arguments)],
+    [(own_flags, split_words), (lambda prog: with_quiet(Parser(prog, allow_abbrev=False)), parse_arguments)],
     ids=["split_words", "parse_arguments"],
 )
 """The programs that read a config, and the others."""
@@ -153,7 +154,7 @@ def test_wrong_flags_are_one_line_and_do_not_end_the_process(
 )
 def test_an_unknown_flag_names_the_one_that_was_meant(word: str, what: str) -> None:
     for words in ([word, "3"], [f"{word}=3"]):
-        parser = Parser("python -m p", allow_abbrev=False)
+        parser = with_quiet(Parser("python -m p", allow_abbrev=False))
         parser.add_argument("--by-source")
         with pytest.raises(UserError) as caught:
             parse_arguments(parser, words)

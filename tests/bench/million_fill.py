@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from dpo import reference
 from dpo.data.pair_set import PairSet
 from dpo.distributed.program import exit_program
 from dpo.ref_logps import fill as reference_pass
 from dpo.ref_logps.blocks import write_rows
+from dpo.reference import program as reference
 
 
 def keys_of(sets: Sequence[PairSet], numbers: np.ndarray) -> np.ndarray:

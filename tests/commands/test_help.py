@@ -5,23 +5,23 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from dpo import score
 from dpo.base.command import SWITCHES
 from dpo.base.errors import UserError
-from dpo.config import load_config
 from dpo.config.keys import KEYS
-from dpo.doctor import program as doctor
-from dpo.estimate import program as estimate
-from dpo.inspect import program as inspect
-from launch.arguments import parse_request
+from dpo.doctor import arguments as doctor
+from dpo.estimate import arguments as estimate
+from dpo.inspect import arguments as inspect
+from dpo.score import arguments as score
+from dpo.train import words as train
+from launch import arguments as submit
 
 READERS: dict[str, Callable[[Sequence[str]], object]] = {
     "dpo.inspect": inspect.read_arguments,
     "dpo.estimate": estimate.read_arguments,
     "dpo.doctor": doctor.read_arguments,
     "dpo.score": score.read_arguments,
-    "dpo.train": lambda words: load_config(words, "dpo.train"),
-    "launch.submit": parse_request,
+    "dpo.train": train.read_arguments,
+    "launch.submit": submit.read_arguments,
 }
 OWN = {
     "dpo.inspect": "html examples",

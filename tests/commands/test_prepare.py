@@ -20,7 +20,7 @@ from dpo.base.errors import RunError
 from dpo.base.hub_files import MODEL
 from dpo.base.snapshots import PREPARE
 from dpo.config import Config, SourceConfig, to_yaml
-from dpo.prepare import Place, check_places, limited, next_line
+from dpo.prepare.program import Place, check_places, limited, next_line
 from tests.support.data_fixtures import VOCAB_SIZE, make_tokenizer
 from tests.support.hub import Hub, connections, environment
 from tests.support.models import FAMILIES

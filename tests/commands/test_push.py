@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from dpo import push
 from dpo.base.command import run_program
+from dpo.push import program as push
 
 Calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
 

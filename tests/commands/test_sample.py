@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo import sample
 from dpo.base.errors import UserError
 from dpo.data.encoder import text_encoder
 from dpo.data.tokens import Limits
+from dpo.sample import program as sample
 from tests.machine.test_toolchain import facts
 from tests.model.test_generation import plain_draw, plain_greedy
 from tests.support.data_fixtures import BOS, EOS, VOCAB_SIZE, ids, make_tokenizer, write_jsonl

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dpo import score
 from dpo.config import Config, LossConfig, SourceConfig, to_yaml
 from dpo.distributed.startup import open_world
 from dpo.model.build import load_policy
 from dpo.model.policy import Policy
+from dpo.score import program as score
 from dpo.step.evaluation import Evaluation
 from tests.support.models import plain_logp, plain_model, save_model, save_pairs
 from tests.support.ranks import Ranks

@@ -30,6 +30,7 @@ from dpo.config.load import (
     with_place,
 )
 from dpo.config.strict_yaml import dump_yaml, parse_yaml
+from dpo.reference.arguments import read_arguments
 
 REPO = Path(__file__).parents[2]
 CORPUS = REPO / "tests" / "bad_inputs" / "config"
@@ -211,7 +212,7 @@ def field_docs() -> list[tuple[str, str, str]]:
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     with pytest.raises(SystemExit) as caught:
-        load_config(words, prog="dpo.reference", description="Fills the cache.")
+        read_arguments(words)
     assert caught.value.code == 0
     return capsys.readouterr().out
 
@@ -250,7 +251,7 @@ def test_help_shows_types_bounds_and_defaults(line: str, capsys: pytest.CaptureF
 
 def test_help_shows_the_program_and_not_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, "--loss.bet", "1", "--help")
-    assert text.startswith("usage: python -m dpo.reference FILE.yaml") and "Fills the cache." in text
+    assert text.startswith("usage: python -m dpo.reference FILE.yaml") and "into the cache." in text
     assert "example: python -m dpo.reference my.yaml loss.beta=0.5" in text
     assert "--help-config" in text and "optim.lr" not in text and len(text.splitlines()) < 30
 

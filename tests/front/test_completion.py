@@ -1,19 +1,17 @@
 """Tab completion: shtab's script in a real bash, and the flags that it knows against those that the programs have."""
 
 import re
-import runpy
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
+import shtab
 
-from dpo.front.names import COMMANDS, FLAGS
-
-pytest.importorskip("shtab")
+from dpo.config.keys import KEYS
 from dpo.front import completion
+from dpo.front.main import answer
+from dpo.front.names import COMMANDS
 from tests.support.runs import exit_code_of
 
 ASK = """
@@ -47,15 +45,16 @@ def test_a_word_is_completed(words: str, completed: str, tmp_path: Path, capsys:
     assert completed in done.stdout.split(), done
 
 
-@pytest.mark.parametrize("name", FLAGS)
-def test_the_flags_are_those_of_the_programs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each stands in the text of --help."""
-    others = {key: module for key, module in sys.modules.items() if key != COMMANDS[name].module}
-    with (
-        patch.dict(sys.modules, others, clear=True),  # runpy warns of a module that a test has imported
-        patch.object(sys, "argv", [name, "--help"]),
-        pytest.raises(SystemExit) as end,
-    ):
-        runpy.run_module(COMMANDS[name].module, run_name="__main__", alter_sys=True)
-    told = set(re.findall(r"--[a-z][a-z-]*(?![\w.-])", capsys.readouterr().out))
-    assert end.value.code in (0, None) and set(FLAGS[name].split()) <= told
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_flags_are_those_that_help_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No more and no less; beside them the keys of the config, where the program reads one."""
+    with pytest.raises(SystemExit) as end:
+        answer(name, ["--help"])
+    assert end.value.code in (0, None)
+    told = set(re.findall(r"^  (?:-h, )?(--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    script = shtab.complete(completion.parser_of_dpo(), "bash")
+    listed = re.search(rf"^_shtab_dpo_{name}_option_strings=\((.*)\)$", script, re.MULTILINE)
+    assert listed is not None
+    known = set(re.findall(r"--[\w.-]+", listed[1]))
+    keys = {f"--{key}" for key in KEYS} if COMMANDS[name].has_config else set()
+    assert told and known - keys == told and keys <= known

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from dpo.base.command import Parser
 from dpo.base.errors import UserError
 from dpo.config import load_config
 from dpo.front import configs, parent
 from dpo.front.main import answer
-from dpo.front.names import COMMANDS, help_text
-from dpo.front.ranks import Wanted, make_parser, number_of_ranks, read_wanted
+from dpo.front.names import COMMANDS, Command, help_text
+from dpo.front.ranks import Wanted, add_ranks, number_of_ranks, read_wanted
+from dpo.train.words import make_parser
 from tests.support.runs import exit_code_of
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -55,9 +57,20 @@ def test_a_rank_of_torchrun_starts_no_ranks(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
-def test_the_help_of_ranks_stands_above_that_of_the_program(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    answer("doctor", ["--gpus", "8", flag])  # returns: the program itself prints its help
-    assert re.search(r"^usage: dpo doctor.*--gpus N.*--ranks N", capsys.readouterr().out, re.DOTALL)
+def test_the_help_names_the_ranks_beside_the_flags_of_the_program(
+    flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        answer("doctor", ["--gpus", "8", flag])
+    assert end.value.code == 0
+    pattern = r"\Ausage: dpo doctor FILE.*--report FILE.*--gpus N.*--ranks N.*options of every program"
+    assert re.search(pattern, capsys.readouterr().out, re.DOTALL)
+
+
+@pytest.mark.parametrize("typo", ["--gpuz=8", "--rankz=2", "--gpuz", "--repotr=x"])
+def test_a_typo_in_the_flags_of_ranks(typo: str) -> None:
+    with pytest.raises(UserError, match=r"unknown flag; did you mean --(gpus|ranks|report)\?"):
+        answer("doctor", [typo])
 
 
 # --- how many ranks --------------------------------------------------------------------------------------------------
@@ -91,15 +104,22 @@ def test_more_gpus_than_there_are(visible: int, line: str) -> None:
     assert str(failure.value).startswith(line)
 
 
+def parser_of_ranks() -> Parser:
+    """The parser of `dpo train`."""
+    parser = make_parser("dpo train")
+    add_ranks(parser)
+    return parser
+
+
 def test_the_words_of_the_ranks_are_taken_out() -> None:
     words = ["--config", "my.yaml", "--gpus", "8", "--loss.beta=0.5"]
-    assert read_wanted(make_parser("train"), words) == (Wanted(8, None), ["--config", "my.yaml", "--loss.beta=0.5"])
+    assert read_wanted(parser_of_ranks(), words) == (Wanted(8, None), ["--config", "my.yaml", "--loss.beta=0.5"])
 
 
 @pytest.mark.parametrize("words", [["--gpus", "0"], ["--ranks", "two"], ["--gpus", "1", "--ranks", "1"], ["--gpus"]])
 def test_wrong_numbers_of_ranks(words: list[str]) -> None:
     with pytest.raises(UserError, match=r"^command line: .*--(gpus|ranks)"):
-        read_wanted(make_parser("train"), words)
+        read_wanted(parser_of_ranks(), words)
 
 
 def test_gpus_that_are_hidden_are_not_used() -> None:

@@ -30,14 +30,15 @@ import signal
 from unittest.mock import patch
 from dpo.front import stops
 from dpo.front.main import main
-from dpo.front.names import COMMANDS, FLAGS, Command
+from dpo.front.names import COMMANDS, Command
 stops.ONE_STOP_SECONDS = one_stop_seconds
 if os.isatty(2):  # becomes the terminal of this session, since it is opened for reading too
     os.close(os.open(os.ttyname(2), os.O_RDWR))
 for number in ignored:
     signal.signal(number, signal.SIG_IGN)
-row = Command("tests.front.stub", "a stub", after_stop="AFTER", before_steps="BEFORE; ", starts_ranks=True)
-with patch.dict(COMMANDS, {"stub": row}), patch.dict(FLAGS, {"stub": ""}):
+words = "tests.front.stub_words"
+row = Command("tests.front.stub", "a stub", "AFTER", "BEFORE; ", starts_ranks=True, words=words)
+with patch.dict(COMMANDS, {"stub": row}):
     main()
 """
 )

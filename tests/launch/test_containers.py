@@ -17,7 +17,7 @@ import pytest
 
 from dpo.base.errors import UserError
 from dpo.config import Config, SourceConfig, to_yaml
-from launch.arguments import Request, parse_request
+from launch.arguments import Request, read_arguments
 from launch.checks import is_active
 from launch.containers import Bound, bound_folders, interpreter, lines_of, make_folders, pyxis_arguments
 from launch.reports import Submission, history, submissions
@@ -50,7 +50,7 @@ sys.exit(child.wait())
 
 def request(*words: str) -> Request:
     """A request for two ranks on the CPUs of this machine."""
-    return parse_request(["--config", "my.yaml", "--cluster", "local", "--ranks-per-node", "2", *words])
+    return read_arguments(["--config", "my.yaml", "--cluster", "local", "--ranks-per-node", "2", *words])
 
 
 def paths(folders: list[Bound]) -> dict[str, str]:

@@ -9,10 +9,10 @@ import pytest
 
 from dpo.base.errors import UserError
 from dpo.config import Config, SourceConfig, to_yaml
-from dpo.estimate.program import read_arguments
+from dpo.estimate.program import read_arguments as read_estimate
 from dpo.run.forecast import Forecast
 from launch import forecast, known
-from launch.arguments import Request, parse_request
+from launch.arguments import Request, read_arguments
 from launch.forecast import Unknown, ask_forecast
 from launch.sweep import PlannedRun
 from tests.launch.conftest import FakeSlurm
@@ -32,7 +32,7 @@ def config(tmp_path: Path) -> Config:
 
 def request(folder: Path, *words: str) -> Request:
     """A request for two ranks on CPUs."""
-    return parse_request(["--config", str(folder / "my.yaml"), "--ranks-per-node", "2", "--time", "60", *words])
+    return read_arguments(["--config", str(folder / "my.yaml"), "--ranks-per-node", "2", "--time", "60", *words])
 
 
 class FakeEstimate:
@@ -145,7 +145,7 @@ def test_an_estimate_that_always_takes_too_long_is_left_out(
 def test_a_type_of_gpu_that_is_not_in_the_table_is_no_wrong_input(fake: Any, config: Config, tmp_path: Path) -> None:
     """SLURM's administrators choose the names of types; a name that the user gave must be known."""
     with pytest.raises(UserError) as failure:
-        read_arguments(["--config", str(tmp_path / "my.yaml"), "--ranks", "2", "--device", "big_one"])
+        read_estimate(["--config", str(tmp_path / "my.yaml"), "--ranks", "2", "--device", "big_one"])
     fake(f"sys.exit(print({'error: ' + str(failure.value)!r}, file=sys.stderr) or 2)")
     with pytest.raises(Unknown, match="--device: no such device: big_one"):
         ask_forecast(request(tmp_path, "--gpus-per-node", "big_one:2"), (), config)

@@ -13,8 +13,8 @@ from unittest.mock import patch
 
 import pytest
 
-from dpo import reference
 from dpo.base.errors import RunError
+from dpo.reference import program as reference
 from dpo.train import program as train
 from launch import submit, supervise
 from launch.follow import Followed, follow

@@ -7,7 +7,7 @@ import pytest
 
 from dpo.base.errors import UserError
 from dpo.run.forecast import Forecast
-from launch.arguments import Request, parse_request
+from launch.arguments import Request, read_arguments
 from launch.resources import GIB, Known, cpus_per_rank, memory, mib_of, signal_delay, time_needed, with_settings
 from launch.site import Site
 from tests.launch.conftest import changed
@@ -34,7 +34,7 @@ KNOWN = Known(FORECAST, 1e9, "made up", SITE, steps_done=0)
 
 def request(*words: str) -> Request:
     """A request for eight GPUs and two hours."""
-    return parse_request(changed(["--config", "my.yaml", "--gpus-per-node", "8", "--time", "120"], words))
+    return read_arguments(changed(["--config", "my.yaml", "--gpus-per-node", "8", "--time", "120"], words))
 
 
 def known(**changes: Any) -> Known:
@@ -134,7 +134,7 @@ def test_the_cpus_of_a_rank_with_a_gpu(cpus: int | None, per_rank: int | None) -
 
 
 def test_ranks_on_cpus_share_all_of_them() -> None:
-    asked = parse_request(["--config", "my.yaml", "--ranks-per-node", "4", "--time", "60"])
+    asked = read_arguments(["--config", "my.yaml", "--ranks-per-node", "4", "--time", "60"])
     assert cpus_per_rank(asked, SITE).value == 24
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dpo.base.errors import UserError
 from dpo.config import load_config
-from launch.arguments import parse_request
+from launch.arguments import read_arguments
 from launch.sweep import PlannedRun, parse_choice, planned_runs, reference_passes
 
 CONFIG = """
@@ -26,7 +26,7 @@ def config(tmp_path: Path) -> Path:
 
 def plan(config: Path, *words: str) -> list[PlannedRun]:
     """The runs of a command line with more words."""
-    return planned_runs(parse_request(["--config", str(config), "--gpus-per-node", "8", "--time", "60", *words]))
+    return planned_runs(read_arguments(["--config", str(config), "--gpus-per-node", "8", "--time", "60", *words]))
 
 
 def test_without_a_sweep_the_run_is_the_command_line(config: Path) -> None:

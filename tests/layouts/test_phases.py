@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dpo import reference
 from dpo.config import Config, ParallelConfig
 from dpo.distributed.collectives import all_gather, on_main
 from dpo.distributed.startup import ALLOCATOR_VARIABLES, open_world, set_allocator, start_devices
 from dpo.distributed.world import make_mesh
 from dpo.machine.facts import Gpu
+from dpo.reference import program as reference
 from dpo.train import program as train
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from dpo import prepare, reference, score
 from dpo.config import Config, SourceConfig, to_yaml
+from dpo.prepare import program as prepare
+from dpo.reference import program as reference
+from dpo.score import program as score
 from tests.support.data_fixtures import make_tokenizer, write_jsonl
 from tests.support.models import VOCAB, save_model
 from tests.support.runs import changed, exit_code, exit_code_of, make_config

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from dpo import export
 from dpo.config import Config, LossConfig, OptimConfig
+from dpo.export import program as export
 from dpo.run.card import card_text, front_matter
 from dpo.run.card_facts import Base, CardFacts, Exported, read_base
 from tests.support.runs import changed, eval_lines, exit_code_of, make_config, run, save_six_steps, six_steps

@@ -7,12 +7,10 @@ A run folder stands for its newest checkpoint. The exported folder loads with pl
 writes its shards.
 """
 
-import argparse
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dpo.base.command import Parser, parse_arguments
 from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.hub_files import CONFIG_FILE
@@ -20,9 +18,9 @@ from dpo.checkpoint.export import export
 from dpo.checkpoint.store import load_model, newest_checkpoint, read_state
 from dpo.config import Config, load_config
 from dpo.distributed.collectives import on_main, together
-from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import make_mesh
+from dpo.export.arguments import read_arguments
 from dpo.model.build import build_policy
 from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
@@ -31,19 +29,10 @@ from dpo.run.files import FINAL
 
 CHECKPOINT = "command line: --checkpoint"
 
-# --- the program -----------------------------------------------------------------------------------------------------
-
 
 def main() -> None:
     """Runs `python -m dpo.export`."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m dpo.export", description=__doc__, formatter_class=form, allow_abbrev=False)
-    about = "RUN/checkpoints/step-000100; RUN: its newest; required"
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", required=True, help=about)
-    parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="a new or an empty folder; required")
-    about = "data type of the parameters (default: the run's checkpoint.export_dtype)"
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help=about)
-    args = parse_arguments(parser)
+    args = read_arguments()
     checkpoint = find_checkpoint(args.checkpoint)
     config = _config_of(checkpoint)
     if args.dtype:
@@ -88,7 +77,3 @@ def _check(checkpoint: Path, out: Path) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError("command line: --out", f"{out} is not empty", "a new or an empty folder")
     return step
-
-
-if __name__ == "__main__":
-    exit_program(main)

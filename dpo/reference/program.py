@@ -5,20 +5,17 @@
 The training program does the same before its first step.
 """
 
-import sys
-
 from dpo.base.errors import UserError
 from dpo.batch.packer import make_packer
-from dpo.config import Config, load_config
+from dpo.config import Config
 from dpo.config.loss_facts import losses_that
 from dpo.distributed.preemption import listen_for_stop
-from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.model.policy import Policy
 from dpo.model.warm_up import load_and_warm
 from dpo.ref_logps.cache import open_cache
 from dpo.ref_logps.fill import fill
-from dpo.run.advice import AFTER_REFERENCE
+from dpo.reference.arguments import read_arguments
 from dpo.run.inputs import read_inputs
 from dpo.run.storage import check_cache
 
@@ -51,8 +48,4 @@ def fill_alone(config: Config) -> None:
 
 def main() -> None:
     """Runs `python -m dpo.reference`."""
-    fill_alone(load_config(sys.argv[1:], "dpo.reference", "Computes the reference's log-probabilities into the cache."))
-
-
-if __name__ == "__main__":
-    exit_program(main, AFTER_REFERENCE)
+    fill_alone(read_arguments())

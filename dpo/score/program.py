@@ -9,7 +9,6 @@ reference's log-probabilities come from the cache; missing rows are computed and
 import json
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -17,15 +16,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo.base.command import names_of, own_flags, split_words
 from dpo.base.console import say
-from dpo.base.errors import RunError, UserError, renamed_places
+from dpo.base.errors import RunError, renamed_places
 from dpo.batch.packer import Packer, make_packer
-from dpo.config import Config, LossConfig, load_config
+from dpo.config import Config, LossConfig
 from dpo.data.pair_set import PairSet
 from dpo.data.prepare import PreferenceData
 from dpo.distributed.preemption import never
-from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World
 from dpo.model.policy import Policy
@@ -34,22 +31,11 @@ from dpo.ref_logps.cache import open_cache
 from dpo.ref_logps.fill import fill, lookup
 from dpo.run.inputs import Inputs, read_inputs
 from dpo.run.storage import check_cache
+from dpo.score.arguments import read_arguments
 from dpo.step.evaluation import Evaluation, evaluate
-
-DESCRIPTION = """Scores a model on preference pairs, against the config's reference: its model.path where reference.path
-is null."""
 
 COLUMNS = 120
 """Width of the table where the output is not a terminal."""
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """The command line."""
-
-    config: Config
-    by_source: bool
-    as_json: bool
 
 
 @dataclass(frozen=True)
@@ -66,24 +52,6 @@ class Scores:
     metrics: dict[str, float]
     sources: dict[str, dict[str, float]]
     """The metrics of each source by its config key; empty without --by-source."""
-
-
-# --- the config with the model to score ------------------------------------------------------------------------------
-
-
-def with_model(config: Config, model: str) -> Config:
-    """Returns the config with `model` as model.path, and its present tokenizer and reference.
-
-    All ranks shard one copy of the model. `pairs_per_step` is 1, so that any number of pairs is enough.
-    """
-    reference = config.reference.path or config.model.path
-    return replace(
-        config,
-        model=replace(config.model, path=model, tokenizer=config.model.tokenizer or config.model.path),
-        reference=replace(config.reference, path=reference if config.loss.facts.uses_reference else None),
-        batch=replace(config.batch, pairs_per_step=1),
-        parallel=replace(config.parallel, shard=None, replicate=1),
-    )
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
@@ -223,23 +191,9 @@ def _shown(metric: float) -> str:
 # --- the program -----------------------------------------------------------------------------------------------------
 
 
-def read_arguments(words: Sequence[str]) -> Arguments:
-    """Parses the command line. Raises UserError where it is wrong; --help and --print_config raise SystemExit(0)."""
-    parser = own_flags("python -m dpo.score", DESCRIPTION, "--model runs/my/final")
-    parser.add_argument("--model", metavar="DIR", help="folder or hub id of the model to score; required")
-    about = "also score the pairs of each source separately, in another pass"
-    parser.add_argument("--by-source", action="store_true", help=about)
-    parser.add_argument("--json", action="store_true", help="print one JSON object in place of the table")
-    own, rest = split_words(parser, words)
-    config = load_config(rest, "dpo.score", own=names_of(own))
-    if own.model is None:
-        raise UserError("command line: --model", "is missing", "--model DIR, the folder or hub id of a model")
-    return Arguments(with_model(config, own.model), own.by_source, own.json)
-
-
 def main() -> None:
     """Runs `python -m dpo.score`."""
-    arguments = read_arguments(sys.argv[1:])
+    arguments = read_arguments()
     parallel = arguments.config.parallel
     with (
         renamed_places({"model.path": "command line: --model"}),
@@ -250,7 +204,3 @@ def main() -> None:
             print(json.dumps(asdict(scores), allow_nan=False))
         elif world.is_main:
             show(scores)
-
-
-if __name__ == "__main__":
-    exit_program(main)

@@ -31,27 +31,21 @@ from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
 from dpo.batch.order import make_order
 from dpo.checkpoint.store import checkpoints_of
-from dpo.config import Config, SourceConfig, load_config
+from dpo.config import Config, SourceConfig
 from dpo.data.hub_sets import check_path, check_room_for, is_hub_source, prepared_folder
 from dpo.data.hub_sets import download as download_set
 from dpo.data.prepare import PreferenceData, prepare_data
 from dpo.data.tokenizer import load_tokenizer
-from dpo.distributed.program import run_program
 from dpo.model.download import check_id, checked_model
 from dpo.model.model_config import read_model_config
 from dpo.model.weights import tensor_files, tensor_paths
+from dpo.prepare.arguments import read_arguments
 from dpo.ref_logps.blocks import ROW
 from dpo.ref_logps.cache import cache_root
 from dpo.ref_logps.fill import count_rows
 from dpo.run.agreement import NamedModel, check_agreement
 from dpo.run.disk import Sizes, sizes_of
 from dpo.run.home import caches_of_run, describe_small_home
-
-DESCRIPTION = """Downloads, checks and tokenizes all that a run reads: models, tokenizers, data. Needs no GPU; a run
-after it needs no network. Tells the steps and the disk that the run will need, and ends with exit code 1 where that is
-not there."""
-NICENESS = 10
-"""Added to the priority number of this process: other users of a login node come first."""
 
 # --- models and tokenizers -------------------------------------------------------------------------------------------
 
@@ -282,14 +276,9 @@ def next_line(argv: Sequence[str]) -> str:
 
 def main() -> None:
     """Runs `python -m dpo.prepare`."""
-    config = load_config(sys.argv[1:], "dpo.prepare", DESCRIPTION)
+    config = read_arguments()
     if is_quiet() or not sys.stderr.isatty():
         datasets.disable_progress_bars()
         disable_progress_bars()
     prepare(limited(config))
     print(next_line(sys.argv[1:]))
-
-
-if __name__ == "__main__":
-    os.nice(NICENESS)
-    sys.exit(run_program(main, "the same command continues: downloads and rows so far are in the caches"))

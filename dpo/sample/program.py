@@ -8,7 +8,6 @@ template as in training, with `system`, `tools` and `chat_template_kwargs` of th
 user's message, as with `as_chat: true` in training. Under torchrun each model is sharded over the ranks.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PretrainedConfig
 
-from dpo.base.command import Parser, parse_arguments
 from dpo.base.console import harmless, say, warn
 from dpo.base.errors import InvalidValue, UserError, renamed_places
 from dpo.config import ParallelConfig
@@ -36,7 +34,6 @@ from dpo.data.stops import model_stop_ids
 from dpo.data.tokenizer import load_tokenizer
 from dpo.data.tokens import Limits, check_ids, limits_of
 from dpo.distributed.collectives import first_on_each_node, on_main, together
-from dpo.distributed.program import exit_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World, make_mesh
 from dpo.model.build import build_policy, load_weights
@@ -46,6 +43,7 @@ from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy, free_memory
 from dpo.run.answers import answer_text
 from dpo.run.inputs import check_machines
+from dpo.sample.arguments import read_arguments
 
 COLUMNS = 120
 """Width of the table where the output is not a terminal."""
@@ -251,7 +249,7 @@ def _shown(prompt: str | tuple[Message, ...]) -> str:
 
 def main() -> None:
     """Runs `python -m dpo.sample`."""
-    args = _arguments()
+    args = read_arguments()
     parallel = ParallelConfig()
     with open_world(parallel.setup_timeout_seconds) as world:
         questions = on_main(world, lambda: read_questions(args.prompts, args.as_chat))
@@ -269,30 +267,3 @@ def main() -> None:
         answers = {name: answers_of(reader, *rule, world) for name, reader in readers.items()}
         if world.is_main:
             (show_json if args.json else show_table)(questions, answers)
-
-
-def _arguments() -> argparse.Namespace:
-    form = argparse.RawDescriptionHelpFormatter
-    parser = Parser("python -m dpo.sample", description=__doc__, formatter_class=form, allow_abbrev=False)
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder or hub id of the model; required")
-    about = "folder or hub id of a second model, to compare with (default: none)"
-    parser.add_argument("--reference", metavar="DIR", help=about)
-    parser.add_argument("--tokenizer", metavar="DIR", help="its folder or hub id (default: that of each model)")
-    parser.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="the file of prompts; required")
-    about = "maximum tokens per answer (default: 128)"
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help=about)
-    parser.add_argument("--as-chat", action="store_true", help="texts are a user's messages, for the chat template")
-    about = "0: greedy, always the most likely token; above 0: sampling (default: 0)"
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help=about)
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
-    parser.add_argument("--json", action="store_true", help='JSON lines: {"prompt", "policy", "reference"}')
-    args = parse_arguments(parser)
-    if args.max_new_tokens < 1:
-        raise UserError("command line: --max-new-tokens", f"must be >= 1, got {args.max_new_tokens}", "an integer >= 1")
-    if not 0 <= args.temperature < float("inf"):
-        raise UserError("command line: --temperature", f"must be >= 0, got {args.temperature}", "a number >= 0")
-    return args
-
-
-if __name__ == "__main__":
-    exit_program(main)

@@ -6,8 +6,6 @@ The repository and the branch are made where they do not exist. The token is tha
 with the right to write. Nothing is removed from the repository; files of the same names are replaced.
 """
 
-import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +13,6 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-from dpo.base.command import Parser, parse_arguments, run_program
 from dpo.base.console import say
 from dpo.base.errors import RunError, UserError, one_line
 from dpo.base.hub import is_tokenizer_id
@@ -23,6 +20,7 @@ from dpo.base.hub_files import CONFIG_FILE, stored_weights
 from dpo.base.hub_reasons import has_answered, reason_of
 from dpo.base.units import shown_bytes
 from dpo.checkpoint.store import newest_checkpoint
+from dpo.push.arguments import read_arguments
 from dpo.run.files import FINAL
 
 RUN, REPO = "command line: RUN", "command line: REPO"
@@ -93,22 +91,8 @@ def _one_line_failures(repository: str) -> Iterator[None]:
 
 def main() -> None:
     """Runs `python -m dpo.push`."""
-    parser = Parser(
-        "python -m dpo.push",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder with final/, or a model folder")
-    parser.add_argument("repo", metavar="REPO", help="ORG/NAME; NAME alone is one of your own")
-    parser.add_argument("--private", action="store_true", help="a new repository is seen by its owners alone")
-    parser.add_argument("--revision", metavar="BRANCH", help="the branch to upload to (default: main)")
-    args = parse_arguments(parser)
+    args = read_arguments()
     if not is_tokenizer_id(args.repo):
         raise UserError(REPO, f"not the name of a repository: {args.repo}", "ORG/NAME, or NAME alone")
     url = push(find_model_folder(args.run), args.repo, args.private, args.revision)
     say(f"the model is at {url}")
-
-
-if __name__ == "__main__":
-    sys.exit(run_program(main))

@@ -1,0 +1,12 @@
+"""`python -m dpo.push`."""
+
+import sys
+
+from dpo.base.command import check_words, run_program
+from dpo.push.arguments import read_arguments
+
+if __name__ == "__main__":
+    check_words(read_arguments)
+    from dpo.push.program import main
+
+    sys.exit(run_program(main))

@@ -1,0 +1,21 @@
+"""The command line of `python -m dpo.reference`. Without torch, so that a wrong word is answered at once."""
+
+from collections.abc import Sequence
+
+from dpo.base.command import Parser, names_of, own_flags, split_words
+from dpo.config import Config, load_config
+
+DESCRIPTION = "Computes the reference's log-probabilities into the cache."
+
+
+def make_parser(prog: str = "python -m dpo.reference") -> Parser:
+    """Returns the parser of the flags that are no keys of the config."""
+    return own_flags(prog, DESCRIPTION)
+
+
+def read_arguments(words: Sequence[str] | None = None, parser: Parser | None = None) -> Config:
+    """Returns the config `words`, by default this process's own. Raises UserError where they are wrong, and
+    SystemExit(0) after --help and --print_config.
+    """
+    own, rest = split_words(parser or make_parser(), words)
+    return load_config(rest, "dpo.reference", own=names_of(own))
