@@ -89,6 +89,7 @@ SLOW: Sequence[str] = (
     "run/test_disk.py",
     "run/test_folder.py",
     "run/test_log.py",
+    "run/test_machine.py",
     "run/test_profiling.py",
     "run/test_provenance.py",
     "run/test_sft.py",

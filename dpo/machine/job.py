@@ -8,18 +8,17 @@ from collections.abc import Mapping
 from dpo.base.errors import UserError
 from dpo.base.status import GPUS_ASKED
 
-ASKING = (
-    GPUS_ASKED,
-    *("SLURM_GPUS_ON_NODE", "SLURM_JOB_GPUS", "SLURM_STEP_GPUS"),
-    *("SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK"),
-)
-"""Variables that say that a job has asked for GPUs."""
+COUNTS = (GPUS_ASKED, "SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
+"""Variables that hold the number of GPUs that a job has asked for: 8, or with a type a100:8; 0 is none."""
+IDS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS")
+"""Variables that list the ids of the GPUs that a job got: 0,1; 0 alone is the GPU with this id."""
 
 
 def asked_gpus(environment: Mapping[str, str]) -> str | None:
     """Returns the variable that says that this job asked for GPUs, as NAME=VALUE; None where it asked for none."""
-    found = (f"{name}={environment[name]}" for name in ASKING if environment.get(name, "0") not in ("", "0"))
-    return next(found, None)
+    given = [name for name in COUNTS if environment.get(name, "").rpartition(":")[2] not in ("", "0")]
+    given += [name for name in IDS if environment.get(name)]
+    return f"{given[0]}={environment[given[0]]}" if given else None
 
 
 def why_no_gpu(torch: str, cuda: str | None, driver: str | None) -> str:
@@ -45,11 +44,12 @@ def check_tasks(environment: Mapping[str, str]) -> None:
     """Raises UserError in a step of srun with more tasks than nodes, where nothing made the tasks the ranks of one run:
     each task would be rank 0 of 1, and all of them would write the same run folder.
 
-    A batch script is one process, whatever number of tasks its job has: it has a job and no step.
+    A batch script is one process, whatever number of tasks its job has: it has a job and no step. The shell of salloc
+    may be a step of its own, of one task, where the job has many.
     """
     if is_rank(environment) or ("SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment):
         return
-    tasks, nodes = (_number(environment, name) for name in ("SLURM_NTASKS", "SLURM_NNODES"))
+    tasks, nodes = _of_step(environment, "NTASKS", "NUM_TASKS"), _of_step(environment, "NNODES", "NUM_NODES")
     if tasks > max(nodes, 1):
         where = f"{nodes} nodes" if nodes > 1 else "one node"
         what = f"srun started {tasks} tasks on {where}, and each of them would be rank 0 of 1"
@@ -61,12 +61,13 @@ def check_one_node(environment: Mapping[str, str]) -> None:
     """Raises UserError in a step of srun with tasks on several nodes: `dpo` starts the ranks of one node, and each task
     would start a run of its own.
     """
-    tasks = _number(environment, "SLURM_NTASKS")
+    tasks = _of_step(environment, "NTASKS", "NUM_TASKS")
     if "SLURM_STEP_ID" in environment and tasks > 1:
         valid = "torchrun --nnodes, or launch.submit, which starts torchrun on every node"
         raise UserError("SLURM_NTASKS", f"srun started {tasks} tasks, and dpo starts the ranks of one node", valid)
 
 
-def _number(environment: Mapping[str, str], name: str) -> int:
-    text = environment.get(name, "")
-    return int(text) if text.isdecimal() else 0
+def _of_step(environment: Mapping[str, str], of_job: str, of_step: str) -> int:
+    """Returns the number in SLURM_STEP_`of_step`; where there is none, that in SLURM_`of_job`, else 0."""
+    texts = (environment.get(name, "") for name in (f"SLURM_STEP_{of_step}", f"SLURM_{of_job}"))
+    return next((int(text) for text in texts if text.isdecimal()), 0)

@@ -117,18 +117,38 @@ def find_warnings(facts: Facts, needs: Needs) -> list[str]:
 
 
 def _unused_gpus(facts: Facts) -> str | None:
-    if facts.driver is None or facts.is_hidden or facts.gpu or facts.cuda:
+    """Returns the warning about GPUs that torch cannot use, where no job asked for them."""
+    if facts.driver is None or facts.is_hidden or facts.asked or facts.gpu_index is not None:
         return None
-    what = f"there are NVIDIA GPUs, and torch {facts.torch} is a build without CUDA: it uses the CPU"
-    return f"{what}; for the GPUs install a CUDA build (https://pytorch.org/get-started/locally)"
+    if facts.cuda is None:
+        what = f"there are NVIDIA GPUs, and torch {facts.torch} is a build without CUDA: it uses the CPU"
+        return f"{what}; for the GPUs install a CUDA build (https://pytorch.org/get-started/locally)"
+    broken = _broken_driver(facts)
+    return (
+        f"there are NVIDIA GPUs, and torch uses the CPU: {broken.what}; for the GPUs: {broken.remedy}"
+        if broken
+        else None
+    )
 
 
 # --- the checks ------------------------------------------------------------------------------------------------------
 
 
+def check_asked(facts: Facts) -> None:
+    """Raises UserError where a job asked for GPUs, and torch finds none that it can use on this machine."""
+    problem = _problem_of_job(facts)
+    if problem:
+        raise UserError(facts.host, str(problem))
+
+
 def _check_driver(facts: Facts, needs: Needs) -> Problem | None:
-    """Returns the problem of a driver that does not start CUDA. torch may then report no GPU at all, and the run would
-    train on the CPU.
+    """Returns the problem of a driver that does not start CUDA on the GPU of this rank."""
+    return None if facts.gpu_index is None else _broken_driver(facts)
+
+
+def _broken_driver(facts: Facts) -> Problem | None:
+    """Returns the problem of a driver that does not start CUDA. torch may then report no GPU at all, and the rank
+    computes on the CPU.
     """
     if facts.cuda_error is None or facts.driver is None or facts.is_hidden:
         return None
@@ -141,16 +161,24 @@ def _check_driver(facts: Facts, needs: Needs) -> Problem | None:
         else ("a job that asked for GPUs (sbatch --gpus-per-node), `nvidia-smi` without an error")
     )
     what = f"CUDA does not start: driver {facts.driver}, torch {facts.torch} for CUDA {facts.cuda}: {facts.cuda_error}"
-    return Problem(what, f"{wanted}; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU")
+    return Problem(what, f"{wanted}; {_ON_CPU}")
+
+
+_ON_CPU = "CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
+
+
+def _problem_of_job(facts: Facts) -> Problem | None:
+    """Returns the problem of a job that asked for GPUs, and whose node has none that torch can use."""
+    if facts.asked is None or facts.is_hidden or facts.gpu_index is not None:
+        return None
+    why = why_no_gpu(facts.torch, facts.cuda, facts.driver)
+    found = Problem(why, f"a CUDA build of torch on a node with GPUs; {_ON_CPU}")
+    cause = _broken_driver(facts) or found
+    return Problem(f"the job asked for GPUs ({facts.asked}), and torch finds none: {cause.what}", cause.remedy)
 
 
 def _check_asked(facts: Facts, needs: Needs) -> Problem | None:
-    """Returns the problem of a job that asked for GPUs, and whose node has none that torch can use."""
-    if facts.asked is None or facts.is_hidden or facts.gpu_index is not None or _check_driver(facts, needs):
-        return None
-    why = why_no_gpu(facts.torch, facts.cuda, facts.driver)
-    what = f"the job asked for GPUs ({facts.asked}), and torch finds none: {why}"
-    return Problem(what, "a CUDA build of torch on a node with GPUs; CUDA_VISIBLE_DEVICES= (empty) trains on the CPU")
+    return _problem_of_job(facts)
 
 
 def _check_ranks(facts: Facts, needs: Needs) -> Problem | None:

@@ -17,8 +17,8 @@ from dpo.config import Config, ParallelConfig
 from dpo.data.prepare import PreferenceData, prepare_data
 from dpo.distributed.collectives import all_gather, first_on_each_node, on_main, together
 from dpo.distributed.world import World, check_mesh
-from dpo.machine.facts import gather_facts
-from dpo.machine.toolchain import check_toolchain, find_warnings, needs_of
+from dpo.machine.facts import Facts, gather_facts
+from dpo.machine.toolchain import check_asked, check_toolchain, find_warnings, needs_of
 from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
 from dpo.model.parallelize import compute_dtype
@@ -59,10 +59,11 @@ def read_inputs(config: Config, world: World) -> Inputs:
     if is_quiet() or not (world.is_main and sys.stderr.isatty()):
         datasets.disable_progress_bars()
         disable_progress_bars()
+    facts = examine_machine(world)
     folders = find_models(config, world)
     model_config = read_config(config, world, folders[0])
     reference_config = read_config(config, world, folders[1])
-    check_machines(world, config.parallel, config.model.dtype, [model_config, reference_config])
+    check_machines(world, facts, config.parallel, config.model.dtype, [model_config, reference_config])
     if world.is_main:
         say("data: reading, and tokenizing rows that are not in the cache")
     data = first_on_each_node(world, lambda: prepare_data(config, model_config))
@@ -103,8 +104,24 @@ def read_config(config: Config, world: World, folder: Path) -> PretrainedConfig:
     return first_on_each_node(world, lambda: read_model_config(folder, config.model.trust_remote_code))
 
 
+def examine_machine(world: World) -> Facts:
+    """Returns the facts of this rank's machine, before models are looked for. Every rank must get here, or the rest
+    hang.
+
+    Raises UserError, on every rank, where a job asked for GPUs and a rank has none that torch can use.
+    """
+    facts = together(lambda: gather_facts(world.device))
+    together(lambda: check_asked(facts))
+    return facts
+
+
 def check_machines(
-    world: World, parallel: ParallelConfig, dtype: str, models: Sequence[PretrainedConfig], compiles: bool = True
+    world: World,
+    facts: Facts,
+    parallel: ParallelConfig,
+    dtype: str,
+    models: Sequence[PretrainedConfig],
+    compiles: bool = True,
 ) -> None:
     """Checks that the machine of each rank has the driver, compiler and GPU that these models need.
 
@@ -112,6 +129,7 @@ def check_machines(
 
     Args:
         world: all ranks.
+        facts: of this rank's machine, from `examine_machine`.
         parallel: gives the compute dtype.
         dtype: the dtype of the master weights.
         models: the configs of the models.
@@ -121,7 +139,6 @@ def check_machines(
         UserError: on every rank, where any machine lacks them.
     """
     needs = needs_of(compute_dtype(parallel, getattr(torch, dtype), world.device), models, compiles)
-    facts = together(lambda: gather_facts(world.device))
     together(lambda: check_toolchain(facts, needs))
     warnings = all_gather(find_warnings(facts, needs))
     if world.is_main:

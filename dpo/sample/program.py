@@ -42,7 +42,7 @@ from dpo.model.generation import AnswerRule, generate
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy, free_memory
 from dpo.run.answers import answer_text
-from dpo.run.inputs import check_machines
+from dpo.run.inputs import check_machines, examine_machine
 from dpo.sample.arguments import read_arguments
 
 COLUMNS = 120
@@ -253,6 +253,7 @@ def main() -> None:
     parallel = ParallelConfig()
     with open_world(parallel.setup_timeout_seconds) as world:
         questions = on_main(world, lambda: read_questions(args.prompts, args.as_chat))
+        facts = examine_machine(world)
         paths = {"policy": (args.model, "--model"), "reference": (args.reference, "--reference")}
         readers = {
             name: open_reader(path, flag, args.tokenizer, questions, world)
@@ -261,7 +262,9 @@ def main() -> None:
         }
         if world.is_main:
             warn_of_texts(questions, list(readers.values()))
-        check_machines(world, parallel, "float32", [reader.config for reader in readers.values()], compiles=False)
+        check_machines(
+            world, facts, parallel, "float32", [reader.config for reader in readers.values()], compiles=False
+        )
         start_devices(world, parallel.timeout_seconds)
         rule = (args.max_new_tokens, args.temperature, args.seed)
         answers = {name: answers_of(reader, *rule, world) for name, reader in readers.items()}

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 from dpo.base.console import visible
 from dpo.data.tokenizer import load_tokenizer
 from dpo.inspect import program as inspect
+from dpo.inspect.arguments import Arguments, read_arguments
 from dpo.inspect.findings import findings
 from dpo.inspect.shown_pairs import INCOMPLETE, token_texts
 from dpo.inspect.terminal import bars, print_inspection
@@ -139,9 +140,9 @@ def test_text_and_page_show_the_same(tmp_path, model, capsys):
     assert max(map(len, out.splitlines())) <= 100
 
 
-def read_arguments_of(model: str, *words: str) -> inspect.Arguments:
+def read_arguments_of(model: str, *words: str) -> Arguments:
     """What the program reads after `run`."""
-    return inspect.read_arguments(["--config", str(Path(model).with_name("x.yaml")), *words])
+    return read_arguments(["--config", str(Path(model).with_name("x.yaml")), *words])
 
 
 def test_colors_on_a_terminal_and_no_line_too_long(tmp_path, model):
@@ -235,7 +236,7 @@ def test_the_report_comes_before_an_error_about_too_few_pairs(tmp_path, model, c
 
 def test_help_explains_its_own_words(capsys):
     with pytest.raises(SystemExit):
-        inspect.read_arguments(["--help"])
+        read_arguments(["--help"])
     out = capsys.readouterr().out
     assert "--html FILE" in out and "--examples N" in out and "--help-config" in out
 

@@ -15,7 +15,7 @@ from dpo.base.errors import UserError
 from dpo.machine import facts as machine
 from dpo.machine import toolchain
 from dpo.machine.facts import Facts, Gpu, gather_facts
-from dpo.machine.toolchain import Needs, check_toolchain, find_problems, find_warnings, has_kernels
+from dpo.machine.toolchain import Needs, check_asked, check_toolchain, find_problems, find_warnings, has_kernels
 from dpo.model import flex_options
 
 CPU = torch.device("cpu")
@@ -97,6 +97,23 @@ def test_each_thing_that_is_missing_has_one_line_that_helps(changes: dict[str, A
 def test_a_machine_that_has_all_it_needs_passes(changes: dict[str, Any]) -> None:
     check_toolchain(facts(**changes), NEEDS)
     assert not find_warnings(facts(**changes), NEEDS)
+
+
+def test_a_driver_that_does_not_start_cuda_is_told_where_no_job_asked_for_gpus() -> None:
+    """The rank computes on the CPU; a job that asked for GPUs is refused."""
+    broken = {**NO_GPU, "cuda_error": TOO_OLD, "driver": "550.54"}
+    assert not find_problems(facts(**broken), NEEDS)
+    (warning,) = find_warnings(facts(**broken), NEEDS)
+    assert warning.startswith("n1: there are NVIDIA GPUs, and torch uses the CPU: ") and "580.65 or newer" in warning
+    asked = facts(**broken, asked="SLURM_GPUS_ON_NODE=8")
+    with pytest.raises(UserError, match=r"^n1: the job asked for GPUs \(SLURM_GPUS_ON_NODE=8\).*580\.65 or newer"):
+        check_asked(asked)
+    assert len(find_problems(asked, NEEDS)) == 1 and not find_warnings(asked, NEEDS)
+
+
+def test_a_job_with_a_gpu_is_not_refused() -> None:
+    check_asked(facts(asked="SLURM_GPUS_ON_NODE=8"))
+    check_asked(facts(**NO_GPU, driver=None))
 
 
 def test_a_build_without_cuda_on_a_machine_with_gpus_is_told() -> None:
