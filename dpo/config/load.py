@@ -11,20 +11,7 @@ from typing import get_type_hints
 
 from dpo.base.command import COMMAND_LINE, own_flags, split_options
 from dpo.base.errors import UserError
-from dpo.config.fields import (
-    BatchConfig,
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    EvalConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    ReferenceConfig,
-    SourceConfig,
-    TrainConfig,
-)
+from dpo.config.fields import Config
 from dpo.config.help import print_about_config
 from dpo.config.keys import KEYS, SECTIONS
 from dpo.config.reading import (
@@ -37,26 +24,6 @@ from dpo.config.reading import (
 )
 from dpo.config.rules import validate
 from dpo.config.strict_yaml import dump_yaml
-
-__all__ = [
-    "KEYS",
-    "BatchConfig",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "EvalConfig",
-    "LossConfig",
-    "ModelConfig",
-    "OptimConfig",
-    "ParallelConfig",
-    "ReferenceConfig",
-    "SourceConfig",
-    "TrainConfig",
-    "load_config",
-    "to_yaml",
-    "validate",
-    "with_place",
-]
 
 
 def load_config(argv: Sequence[str] | None, prog: str, own: Collection[str] = ()) -> Config:

@@ -12,9 +12,10 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 from dpo.base.command import COMMAND_LINE, SWITCHES, Option, check_once, split_options
 from dpo.base.errors import UserError
+from dpo.base.likeness import meant
 from dpo.config.hints import not_a_key, unknown_flag, unknown_key, wrong_word
 from dpo.config.keys import SECTIONS
-from dpo.config.shipped import shipped_configs, valid_paths
+from dpo.config.shipped import near_config, shipped_configs
 from dpo.config.strict_yaml import parse_yaml, read_yaml_file
 
 
@@ -78,7 +79,9 @@ def options_of_file(path: str, sections: Mapping[str, type]) -> dict[str, Given]
     try:
         tree = read_yaml_file(path)
     except OSError as error:
-        _wrong(COMMAND_LINE, "config", f"cannot read {path!r} ({error.strerror})", valid_paths(shipped_configs()))
+        guess = meant(near_config(path, shipped_configs())) if isinstance(error, FileNotFoundError) else ""
+        valid = "the path of a YAML file; `dpo configs` lists those that come with dpo"
+        _wrong(COMMAND_LINE, "config", f"cannot read {path!r} ({error.strerror}){guess}", valid)
     given = {}
     for section, keys in _mapping({} if tree is None else tree, path, "", list(sections)).items():
         hints = get_type_hints(sections[section])

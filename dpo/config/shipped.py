@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from dpo.base.likeness import closest
+
 PACKAGE = Path(__file__).parents[1]
 
 
@@ -13,12 +15,15 @@ def shipped_configs(package: Path = PACKAGE) -> Sequence[Path]:
     return next((files for files in found if files), [])
 
 
-def valid_paths(files: Sequence[Path]) -> str:
-    """Returns the text on valid paths of a config, which names the shipped files, the first of which is in no subfolder
-    of theirs.
+def near_config(path: str, shipped: Sequence[Path]) -> str | None:
+    """Returns the config that a path was probably meant to be: a YAML file of the same folder, or a shipped one; None
+    where none is like it.
+
+    Args:
+        path: a file that does not exist.
+        shipped: the shipped configs.
     """
-    if not files:
-        return "the path of a YAML file"
-    folder = files[0].parent
-    names = ", ".join(file.relative_to(folder).as_posix() for file in files)
-    return f"the path of a YAML file, such as one of {folder}: {names}"
+    beside = sorted(Path(path).parent.glob("*.y*ml"))
+    files = {file.stem: str(file) for file in (*shipped, *beside)}
+    stem = closest(Path(path).stem, files)
+    return files[stem] if stem else None

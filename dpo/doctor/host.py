@@ -16,8 +16,9 @@ from dpo.distributed.world import World
 from dpo.doctor.parts import Finding, Part, Subject, by_host, with_remedy
 from dpo.doctor.words import counted
 from dpo.estimate.words import gib
+from dpo.machine.driver import Problem
 from dpo.machine.facts import Facts, gather_facts, host_memory
-from dpo.machine.toolchain import Problem, find_problems, find_warnings, needs_of
+from dpo.machine.toolchain import find_problems, find_warnings, needs_of
 
 BUSY = 0.9
 """Minimum share of a GPU's memory that is free where no other process uses it."""

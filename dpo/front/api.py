@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import dpo.config
+from dpo.base.command import COMMAND_LINE
+from dpo.base.errors import UserError
 from dpo.config import Config
 from dpo.run.files import FINAL
 
@@ -33,7 +35,11 @@ def load_config(config: str | Path | Sequence[str], changes: Mapping[str, Any] |
     """
     words = ["--config", str(config)] if isinstance(config, (str, Path)) else list(config)
     words += [f"--{key}={_text(value)}" for key, value in (changes or {}).items()]
-    return dpo.config.load_config(words, prog="dpo.train")
+    try:
+        return dpo.config.load_config(words, prog="dpo.train")
+    except UserError as failure:
+        place = failure.place.removeprefix(f"{COMMAND_LINE}: ")
+        raise failure.at(place) from failure
 
 
 def _text(value: Any) -> str:

@@ -14,13 +14,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig
 
-from dpo.base.errors import UserError, render
+from dpo.base.errors import UserError
+from dpo.machine.driver import Problem, broken_driver, problem_of_job, unused_gpus
 from dpo.machine.facts import Facts, Gpu
-from dpo.machine.job import why_no_gpu
-
-OLDEST_DRIVER = {"11": "450.80", "12": "525.60", "13": "580.65"}
-"""Oldest NVIDIA driver for each major version of CUDA, on Linux:
-https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html"""
 
 LOWEST_CAPABILITY = {"bfloat16": (8, 0)}
 """Lowest compute capability whose tensor cores support a dtype: https://docs.nvidia.com/cuda/cuda-c-programming-guide,
@@ -86,17 +82,6 @@ def head_width(model: PretrainedConfig) -> int | None:
     return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else None
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A problem that would stop a run on a machine or keep it from the GPU, and the remedy."""
-
-    what: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return render(self.what, self.remedy)
-
-
 def check_toolchain(facts: Facts, needs: Needs) -> None:
     """Raises UserError, in one line, that names all problems that would stop a run on this machine."""
     problems = find_problems(facts, needs)
@@ -112,73 +97,20 @@ def find_problems(facts: Facts, needs: Needs) -> list[Problem]:
 
 def find_warnings(facts: Facts, needs: Needs) -> list[str]:
     """Returns warnings, one line each, about machines on which the run works, or may work."""
-    warnings = (_unused_gpus(facts), _shared_memory_in_doubt(facts, needs))
+    warnings = (unused_gpus(facts), _shared_memory_in_doubt(facts, needs))
     return [f"{facts.host}: {warning}" for warning in warnings if warning is not None]
-
-
-def _unused_gpus(facts: Facts) -> str | None:
-    """Returns the warning about GPUs that torch cannot use, where no job asked for them."""
-    if facts.driver is None or facts.is_hidden or facts.asked or facts.gpu_index is not None:
-        return None
-    if facts.cuda is None:
-        what = f"there are NVIDIA GPUs, and torch {facts.torch} is a build without CUDA: it uses the CPU"
-        return f"{what}; for the GPUs install a CUDA build (https://pytorch.org/get-started/locally)"
-    broken = _broken_driver(facts)
-    return (
-        f"there are NVIDIA GPUs, and torch uses the CPU: {broken.what}; for the GPUs: {broken.remedy}"
-        if broken
-        else None
-    )
 
 
 # --- the checks ------------------------------------------------------------------------------------------------------
 
 
-def check_asked(facts: Facts) -> None:
-    """Raises UserError where a job asked for GPUs, and torch finds none that it can use on this machine."""
-    problem = _problem_of_job(facts)
-    if problem:
-        raise UserError(facts.host, str(problem))
-
-
 def _check_driver(facts: Facts, needs: Needs) -> Problem | None:
     """Returns the problem of a driver that does not start CUDA on the GPU of this rank."""
-    return None if facts.gpu_index is None else _broken_driver(facts)
-
-
-def _broken_driver(facts: Facts) -> Problem | None:
-    """Returns the problem of a driver that does not start CUDA. torch may then report no GPU at all, and the rank
-    computes on the CPU.
-    """
-    if facts.cuda_error is None or facts.driver is None or facts.is_hidden:
-        return None
-    major = facts.cuda.split(".")[0] if facts.cuda else ""
-    oldest = OLDEST_DRIVER.get(major)
-    newer = f"driver {oldest} or newer, or a torch built for an older CUDA" if oldest else "a newer driver"
-    wanted = (
-        f"{newer} (https://pytorch.org/get-started/locally)"
-        if "too old" in facts.cuda_error
-        else ("a job that asked for GPUs (sbatch --gpus-per-node), `nvidia-smi` without an error")
-    )
-    what = f"CUDA does not start: driver {facts.driver}, torch {facts.torch} for CUDA {facts.cuda}: {facts.cuda_error}"
-    return Problem(what, f"{wanted}; {_ON_CPU}")
-
-
-_ON_CPU = "CUDA_VISIBLE_DEVICES= (empty) trains on the CPU"
-
-
-def _problem_of_job(facts: Facts) -> Problem | None:
-    """Returns the problem of a job that asked for GPUs, and whose node has none that torch can use."""
-    if facts.asked is None or facts.is_hidden or facts.gpu_index is not None:
-        return None
-    why = why_no_gpu(facts.torch, facts.cuda, facts.driver)
-    found = Problem(why, f"a CUDA build of torch on a node with GPUs; {_ON_CPU}")
-    cause = _broken_driver(facts) or found
-    return Problem(f"the job asked for GPUs ({facts.asked}), and torch finds none: {cause.what}", cause.remedy)
+    return None if facts.gpu_index is None else broken_driver(facts)
 
 
 def _check_asked(facts: Facts, needs: Needs) -> Problem | None:
-    return _problem_of_job(facts)
+    return problem_of_job(facts)
 
 
 def _check_ranks(facts: Facts, needs: Needs) -> Problem | None:

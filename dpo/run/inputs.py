@@ -17,8 +17,9 @@ from dpo.config import Config, ParallelConfig
 from dpo.data.prepare import PreferenceData, prepare_data
 from dpo.distributed.collectives import all_gather, first_on_each_node, on_main, together
 from dpo.distributed.world import World, check_mesh
+from dpo.machine.driver import check_asked
 from dpo.machine.facts import Facts, gather_facts
-from dpo.machine.toolchain import check_asked, check_toolchain, find_warnings, needs_of
+from dpo.machine.toolchain import check_toolchain, find_warnings, needs_of
 from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
 from dpo.model.parallelize import compute_dtype

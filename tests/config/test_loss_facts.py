@@ -9,8 +9,8 @@ import pytest
 from dpo.base.errors import UserError
 from dpo.config import Config, DataConfig, LossConfig, ModelConfig, SourceConfig
 from dpo.config.keys import keys_of
-from dpo.config.load import validate
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts, losses_that
+from dpo.config.rules import validate
 from launch.sweep import PlannedRun, reference_passes
 
 README = Path(__file__).parents[2] / "configs" / "README.md"

@@ -20,6 +20,7 @@ from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import Tree
 from dpo.config import OptimConfig
 from dpo.estimate import program
+from dpo.estimate.arguments import device_key
 from dpo.estimate.changes import find_changes
 from dpo.estimate.compiled import in_kernels
 from dpo.estimate.devices import DEVICES, GIB, Device
@@ -627,7 +628,7 @@ def test_on_this_machine(small: Path, capsys) -> None:
     [("a100", "A100"), ("nvidia_h100_80gb_hbm3", "H100"), ("NVIDIA A100-SXM4-80GB", "A100"), ("l40s", "L40S")],
 )
 def test_a_device_by_the_name_that_slurm_or_cuda_gives(name: str, device: str) -> None:
-    assert program._named_device(name).name == device
+    assert DEVICES[device_key(name)].name == device
 
 
 @pytest.mark.parametrize(

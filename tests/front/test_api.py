@@ -40,7 +40,7 @@ def test_changes_are_of_the_type_of_their_key(tmp_path: Path) -> None:
     assert (config.loss.beta, config.optim.lr, config.loss.name, config.train.eval_every) == (0.5, 1e-7, "ipo", None)
     assert [(source.path, source.holdout) for source in config.data.train] == [("b.jsonl", 10)]
     assert load_config(["--config", str(tmp_path / "my.yaml"), "--loss.beta", "0.5"]).loss.beta == 0.5
-    with pytest.raises(ValueError, match=r"loss\.beto"):
+    with pytest.raises(ValueError, match=r"^loss\.beto: unknown key; did you mean loss\.beta\?"):
         load_config(str(tmp_path / "my.yaml"), {"loss.beto": 0.5})
 
 

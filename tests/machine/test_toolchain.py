@@ -14,8 +14,9 @@ from transformers import AutoConfig, LlamaConfig
 from dpo.base.errors import UserError
 from dpo.machine import facts as machine
 from dpo.machine import toolchain
+from dpo.machine.driver import check_asked
 from dpo.machine.facts import Facts, Gpu, gather_facts
-from dpo.machine.toolchain import Needs, check_asked, check_toolchain, find_problems, find_warnings, has_kernels
+from dpo.machine.toolchain import Needs, check_toolchain, find_problems, find_warnings, has_kernels
 from dpo.model import flex_options
 
 CPU = torch.device("cpu")
