@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dpo.base.command import COMMAND_LINE, Parser, parse_arguments, run_program, with_quiet
 from dpo.base.errors import UserError
+from dpo.base.likeness import closest, meant
 from dpo.config.shipped import shipped_configs
 
 COLUMNS = 120
@@ -55,7 +56,8 @@ def copy_config(name: str, out: Path) -> Path:
     configs = named_configs()
     source = configs.get(name.removesuffix(".yaml"))
     if source is None:
-        raise UserError(f"{COMMAND_LINE}: {name}", "no shipped config has this name", ", ".join(configs))
+        what = f"no shipped config has this name{meant(closest(name, configs))}"
+        raise UserError(f"{COMMAND_LINE}: {name}", what, "a name that `dpo configs` lists")
     file = out / source.name if out.is_dir() else out
     if file.exists():
         raise UserError(str(file), "is there already", "another OUT, or remove the file")

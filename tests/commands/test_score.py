@@ -18,6 +18,7 @@ from dpo.distributed.startup import open_world
 from dpo.model.build import load_policy
 from dpo.model.policy import Policy
 from dpo.score import program as score
+from dpo.score.arguments import with_model
 from dpo.step.evaluation import Evaluation
 from tests.support.models import plain_logp, plain_model, save_model, save_pairs
 from tests.support.ranks import Ranks
@@ -222,11 +223,11 @@ def test_a_model_that_is_not_finite_has_no_score(
 
 def test_the_model_takes_the_place_of_the_configs_own(config: Config) -> None:
     """model.path stays the reference and the tokenizer, unless others are named; sft has no reference."""
-    own = score.with_model(config, "it")
+    own = with_model(config, "it")
     assert (own.model.path, own.model.tokenizer, own.reference.path) == ("it", *[config.model.path] * 2)
-    named = score.with_model(changed(config, model__tokenizer="words", reference__path="other"), "it")
+    named = with_model(changed(config, model__tokenizer="words", reference__path="other"), "it")
     assert (named.model.path, named.model.tokenizer, named.reference.path) == ("it", "words", "other")
-    assert score.with_model(changed(config, loss__name="sft"), "it").reference.path is None
+    assert with_model(changed(config, loss__name="sft"), "it").reference.path is None
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -346,7 +347,7 @@ def test_one_model_is_in_memory_at_a_time(config: Config, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("dpo.model.warm_up.load_policy", counted)
     with open_world(60) as world:
-        score.score_model(score.with_model(config, config.model.path), False, world)
+        score.score_model(with_model(config, config.model.path), False, world)
     assert alive == [0, 0]
 
 
@@ -358,7 +359,7 @@ def test_both_models_are_warmed_up(config: Config, root: Path, monkeypatch: pyte
         warmed.append((policy.config.model_type, passes))
 
     monkeypatch.setattr("dpo.model.warm_up.warm_up", record)
-    other = score.with_model(changed(config, reference__path=str(root / "other")), config.model.path)
+    other = with_model(changed(config, reference__path=str(root / "other")), config.model.path)
     with open_world(60) as world:
         score.score_model(other, False, world)
     assert warmed == [("gpt_neox", (False,)), ("llama", (False,))]

@@ -162,5 +162,6 @@ def test_a_config_is_copied(
 
 
 def test_an_unknown_config(capsys: pytest.CaptureFixture[str]) -> None:
-    assert exit_code_of(configs.main, "dpo configs", "pythia") == 2
-    assert "pythia-2.8b_hh" in capsys.readouterr().err
+    assert exit_code_of(configs.main, "dpo configs", "pythia-2.8b_hhh") == 2
+    line = "pythia-2.8b_hhh: no shipped config has this name; did you mean pythia-2.8b_hh? valid: a name that"
+    assert line in capsys.readouterr().err
