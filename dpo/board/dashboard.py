@@ -82,7 +82,8 @@ class Dashboard:
         self.file.close()
 
     def _page(self, name: str, markdown: str, step: int) -> None:
-        self._write(text_pb(text_tag(name), markdown), step)
+        valid = markdown.encode(errors="replace").decode()  # a path may hold any byte
+        self._write(text_pb(text_tag(name), valid), step)
 
     def _write(self, summary: Summary, step: int) -> None:
         write_event(self.file, Event(step=step, summary=summary))

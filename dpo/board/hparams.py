@@ -75,8 +75,12 @@ def _session(values: Mapping[str, Value]) -> SessionStartInfo:
     """Returns the values of all keys, without a group name: two runs with the same config stay two rows."""
     start = SessionStartInfo(start_time_secs=time.time())
     for key, value in values.items():
-        kind = "bool_value" if isinstance(value, bool) else "string_value" if isinstance(value, str) else "number_value"
-        setattr(start.hparams[key], kind, value)
+        if isinstance(value, bool):
+            start.hparams[key].bool_value = value
+        elif isinstance(value, str):
+            start.hparams[key].string_value = value.encode(errors="replace").decode()  # a path may hold any byte
+        else:
+            start.hparams[key].number_value = value
     return start
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dpo.base.command import line_of
+from dpo.base.console import warn
 from dpo.base.errors import RunError
-from dpo.base.files import remove_folder
+from dpo.base.files import remove_folder, write_atomically
 from dpo.base.space import find_shortage
 from dpo.checkpoint.companions import write_companions
 from dpo.checkpoint.export_dtype import export_dtype
@@ -18,6 +20,8 @@ from dpo.distributed.world import World
 from dpo.model.build import stored_tensors
 from dpo.model.policy import Policy
 from dpo.model.weights import save_tensors
+
+README = "README.md"
 
 
 def export(
@@ -34,7 +38,8 @@ def export(
         out: the new folder; an existing one is replaced.
         config: gives `checkpoint.export_dtype` (see `export_dtype.export_dtype`) and the tokenizer.
         world: all ranks.
-        card: returns the text of the model card, README.md, given the folder with all other files; empty: no card.
+        card: returns the text of the model card, README.md, given the folder with all other files. Where it fails, the
+            model is exported without a card, with a warning.
 
     Raises:
         RunError: on every rank, where the model does not fit on the disk, or a rank cannot write.
@@ -47,13 +52,19 @@ def export(
 
     def complete() -> None:
         write_companions(draft, model_folder, config, policy.model, dtype)
-        text = card(draft)
-        if text:
-            (draft / "README.md").write_text(text, encoding="utf-8")
+        _write_card(draft, card)
         remove_folder(out, f".{uuid.uuid4().hex}.draft")
         draft.replace(out)
 
     on_main(world, complete)
+
+
+def _write_card(folder: Path, card: Callable[[Path], str]) -> None:
+    """Writes README.md, the model card, into the folder of a model; warns where that fails."""
+    try:
+        write_atomically(folder / README, card(folder).encode(errors="replace"))  # a path may hold any byte
+    except Exception as failure:  # of any kind: a card is not worth a model
+        warn(f"the exported model has no {README}: {line_of(failure)}")
 
 
 def draft_of(out: Path) -> Path:

@@ -11,11 +11,9 @@ from typing import Any
 
 import yaml
 
-from dpo.base.console import warn
-from dpo.base.errors import RunError
 from dpo.board.words import PAIR_METRICS
 from dpo.config import Config, LossConfig, OptimConfig
-from dpo.run.card_facts import README, Base, CardFacts, read_facts, short_name
+from dpo.run.card_facts import Base, CardFacts, read_facts, short_name
 
 PAPER = "https://arxiv.org/abs/2305.18290"
 CITATION = """@inproceedings{rafailov2023direct,
@@ -31,19 +29,19 @@ RESULTS = ("loss", "rewards/accuracies", "rewards/margins")
 
 
 def model_card(config: Config, step: int, base: Path, exported: Path) -> str:
-    """Returns the card of an exported model; empty where the run's metrics are damaged, for which no model is lost.
+    """Returns the card of an exported model.
 
     Args:
         config: the run's config.
         step: the updates after which the model was exported.
         base: the folder of the model from which the policy started.
         exported: the exported folder, but for its card.
+
+    Raises:
+        RunError: the run's metrics are damaged.
+        OSError: a file cannot be read.
     """
-    try:
-        return card_text(read_facts(config, step, base, exported))
-    except RunError as failure:
-        warn(f"the exported model has no {README}: {failure}")
-        return ""
+    return card_text(read_facts(config, step, base, exported))
 
 
 def card_text(facts: CardFacts) -> str:
@@ -111,7 +109,7 @@ def _loss_words(loss: LossConfig) -> str:
         **({facts.own_key: getattr(loss, facts.own_key)} if facts.own_key else {}),
     }
     words = [loss.name, *(f"{name} {value:g}" for name, value in settings.items() if value is not None)]
-    return ", ".join([*words, *(["length_normalized"] if loss.length_normalized else [])])
+    return ", ".join([*words, "length_normalized"] if loss.length_normalized else words)
 
 
 def _schedule(optim: OptimConfig) -> str:
@@ -163,7 +161,8 @@ def _result(facts: CardFacts) -> Iterator[str]:
 def _usage(facts: CardFacts) -> Iterator[str]:
     code = ", trust_remote_code=True" if facts.exported.has_own_code else ""
     yield from ("## Use", "", "```python")
-    yield f"from transformers import AutoModelForCausalLM{', AutoTokenizer' * facts.exported.has_tokenizer}"
+    names = "AutoModelForCausalLM, AutoTokenizer" if facts.exported.has_tokenizer else "AutoModelForCausalLM"
+    yield f"from transformers import {names}"
     yield f'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto"{code})  # this folder, or its id on the hub'
     if facts.exported.has_tokenizer:
         yield f'tokenizer = AutoTokenizer.from_pretrained("."{code})'

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from dpo.config import Config, LossConfig, OptimConfig
 from dpo.export import program as export
+from dpo.run import card_facts
 from dpo.run.card import card_text, front_matter
 from dpo.run.card_facts import Base, CardFacts, Exported, read_base
 from tests.support.runs import changed, eval_lines, exit_code_of, make_config, run, save_six_steps, six_steps
@@ -153,6 +154,7 @@ def test_the_licence_of_the_base(tmp_path: Path) -> None:
         "mit": {"license.txt": "MIT License\n\nCopyright (c) 2023"},
         "own": {"LICENSE.txt": "Community licence"},
         "none": {"README.md": "---\n[\n---\n"},
+        "no date": {"README.md": "---\ndate: 2024-02-30\n---\n"},
     }
     for name, files in cases.items():
         (tmp_path / name).mkdir()
@@ -165,6 +167,7 @@ def test_the_licence_of_the_base(tmp_path: Path) -> None:
         "mit": {"license": "mit"},
         "own": {"license": "other", "license_link": "LICENSE.txt"},
         "none": {},
+        "no date": {},
     }
 
 
@@ -213,3 +216,31 @@ def test_damaged_metrics_cost_the_card_alone(config: Config, capsys: pytest.Capt
     final, again = ({path.name for path in (run_dir / name).iterdir()} for name in ("final", "again"))
     assert final - again == {"README.md"} and again < final
     assert "WARNING: the exported model has no README.md: " in capsys.readouterr().err
+
+
+def test_nothing_of_the_card_costs_the_model(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base whose card has a date that does not exist, and a run folder whose name is no UTF-8."""
+    (tmp_path / "model" / "README.md").write_text("---\ndate: 2024-02-30\nlicense: mit\n---\n")
+    run_dir = run(changed(config, train__run_dir=str(tmp_path / "my\udcffrun")))
+    text = (run_dir / "final" / "README.md").read_text(encoding="utf-8")
+    assert "# my?run\n" in text and "license" not in text
+    assert "has no README.md" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failure", [PermissionError(13, "Permission denied", "README.md"), ZeroDivisionError("any")])
+def test_a_card_that_fails_is_told_with_its_reason(
+    config: Config, failure: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A base whose README cannot be read, and a fault of our own."""
+
+    def unreadable(card: Path) -> None:
+        raise failure
+
+    monkeypatch.setattr(card_facts, "front_matter_of", unreadable)
+    final = run(config) / "final"
+    assert {"config.json", "model.safetensors"} < {path.name for path in final.iterdir()}
+    assert not (final / "README.md").exists()
+    told = f"WARNING: the exported model has no README.md: {type(failure).__name__}: {failure}"
+    assert told in capsys.readouterr().err
