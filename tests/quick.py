@@ -87,7 +87,7 @@ SLOW: Sequence[str] = (
     "run/test_card.py::test_a_card_that_fails",
     "run/test_card.py::test_damaged",
     "run/test_card.py::test_final",
-    "run/test_card.py::test_nothing_of_the_card",
+    "run/test_card.py::test_a_card_of_odd",
     "run/test_disk.py",
     "run/test_folder.py",
     "run/test_log.py",

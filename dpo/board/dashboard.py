@@ -23,7 +23,7 @@ from dpo.board.bins import bins
 from dpo.board.charts import LAYOUT, Chart, has_chart, histogram_tag, text_tag
 from dpo.board.event_files import drop_points, event_files, open_events, put_aside_sub_runs, write_event
 from dpo.board.hparams import flat, write_entry
-from dpo.board.sink import Answer
+from dpo.board.sink import Answer, Ending
 from dpo.config import Config
 
 COLUMN_WIDTH = 44
@@ -77,8 +77,8 @@ class Dashboard:
         evaluates = config.data.eval or any(source.holdout for source in config.data.train)
         write_entry(self.folder, "eval" if evaluates else "train", flat(asdict(config)))
 
-    def close(self) -> None:
-        """Closes the event file."""
+    def close(self, ending: Ending = "done") -> None:
+        """Closes the event file, however the start ends."""
         self.file.close()
 
     def _page(self, name: str, markdown: str, step: int) -> None:

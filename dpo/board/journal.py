@@ -25,9 +25,9 @@ class Journal:
         self.id: str = lines[0]["id"]
         self.num_rows = len(lines) - 1
         self.last: Mapping[str, int] = {line["row"]: line["step"] for line in lines[1:]}
-        self.path = path
         if len(whole) < len(content):
             write_atomically(path, whole)
+        self.file = path.open("a", encoding="utf-8")
         if not whole:
             self._append(lines[0])
 
@@ -40,6 +40,9 @@ class Journal:
         self.last = {**self.last, row: step}
         self._append({"step": step, "row": row})
 
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
+
     def _append(self, line: Mapping[str, int | str]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            print(json.dumps(line), file=file)
+        print(json.dumps(line), file=self.file, flush=True)

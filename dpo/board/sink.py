@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
+from dpo.base.errors import Preempted
 from dpo.config import Config
+
+Ending = Literal["done", "preempted", "failed"]
+"""How a start of a run ends: all steps are made and the model is exported, or it was asked to stop, or it failed."""
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,13 @@ class Answer:
     prompt: str
     reference: str
     policy: str
+
+
+def ending_of(failure: BaseException | None) -> Ending:
+    """Returns the ending of a start, given the exception that ends it."""
+    if failure is None:
+        return "done"
+    return "preempted" if isinstance(failure, Preempted) else "failed"
 
 
 class Sink(Protocol):
@@ -36,5 +47,7 @@ class Sink(Protocol):
     def hparams(self, config: Config) -> None:
         """Records the config, by which runs are compared; a later start replaces it."""
 
-    def close(self) -> None:
-        """Waits until all is written, and closes files and connections."""
+    def close(self, ending: Ending = "done") -> None:
+        """Waits until all is written, and closes files and connections. The exported model exists by then: a tracker
+        may wait for its network.
+        """

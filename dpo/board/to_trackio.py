@@ -15,6 +15,7 @@ from trackio.utils import get_storage_mode
 
 from dpo.base.console import say
 from dpo.board.dashboard import fenced
+from dpo.board.sink import Ending
 from dpo.board.tracker import Opening
 
 
@@ -55,7 +56,7 @@ class TrackioRun:
         """Returns a table."""
         return trackio.Table(columns=list(columns), data=[list(row) for row in rows])
 
-    def close(self) -> None:
-        """Waits until all is sent."""
+    def close(self, ending: Ending) -> None:
+        """Waits until all is sent, at most 30 seconds: trackio has that limit, and no word for an ending."""
         with redirect_stdout(io.StringIO()):
             trackio.finish()

@@ -10,6 +10,7 @@ import numpy as np
 import wandb
 
 from dpo.base.console import is_quiet
+from dpo.board.sink import Ending
 from dpo.board.tracker import Opening
 from dpo.board.wandb_file import files_of, rows_of
 
@@ -18,6 +19,10 @@ SECONDS_IN_MEMORY = 1.0
 
 LOGIN_SECONDS = 60.0
 """Seconds for which W&B may wait at a terminal for a login: all ranks wait with it."""
+
+FINISH_SECONDS = 60.0
+"""Seconds for which W&B may send at the end of a start, where the network is down or slow; without it, it waits
+forever. What is not sent lies in RUN/trackers, from where `wandb sync` sends it."""
 
 
 class WandbRun:
@@ -32,6 +37,7 @@ class WandbRun:
             console="off",
             quiet=is_quiet(),
             login_timeout=LOGIN_SECONDS,
+            finish_timeout=FINISH_SECONDS,
             x_transaction_log_flush_interval=SECONDS_IN_MEMORY,
         )
         self.run = wandb.init(
@@ -75,6 +81,11 @@ class WandbRun:
         """Returns a table."""
         return wandb.Table(columns=list(columns), data=[list(row) for row in rows])
 
-    def close(self) -> None:
-        """Waits until all is sent, or on the disk where W&B is offline."""
-        self.run.finish()
+    def close(self, ending: Ending) -> None:
+        """Waits until all is sent, or on the disk where W&B is offline, at most FINISH_SECONDS.
+
+        W&B shows a run that fails as failed, and one that is preempted as preempted, until its next start.
+        """
+        if ending == "preempted":
+            self.run.mark_preempting()
+        self.run.finish(exit_code=0 if ending == "done" else 1)

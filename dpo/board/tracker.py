@@ -17,7 +17,7 @@ from dpo.board.bins import bins
 from dpo.board.charts import histogram_tag, text_tag
 from dpo.board.hparams import Value, flat
 from dpo.board.journal import Journal
-from dpo.board.sink import Answer
+from dpo.board.sink import Answer, Ending
 from dpo.config import Config
 
 COLUMNS = ("prompt", "reference", "policy")
@@ -57,8 +57,8 @@ class Client(Protocol):
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
         """Returns a table of texts for `send`."""
 
-    def close(self) -> None:
-        """Waits until all is sent."""
+    def close(self, ending: Ending) -> None:
+        """Waits until all is sent, for a limited time, and tells the tracker how this start ends."""
 
 
 class Tracker:
@@ -76,6 +76,7 @@ class Tracker:
     def __init__(self, name: str, config: Config, first_step: int, connect: Callable[[Opening], Client]):
         self.name, self.first_step = name, first_step
         self.client: Client | None = None
+        self.journal: Journal | None = None
         self._attempt(lambda: self._open(config, connect))
 
     def metrics(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -99,29 +100,36 @@ class Tracker:
     def hparams(self, config: Config) -> None:
         """Does nothing: the config was sent as the tracker was opened."""
 
-    def close(self) -> None:
-        """Waits until all is sent."""
-        if self.client:
-            self._attempt(self.client.close)
+    def close(self, ending: Ending = "done") -> None:
+        """Waits until all is sent, and tells the tracker how this start ends."""
+        client, journal = self.client, self.journal
+        try:
+            if client:
+                self._attempt(lambda: client.close(ending))
+        finally:
+            if journal:
+                self._attempt(journal.close)
 
     def _open(self, config: Config, connect: Callable[[Opening], Client]) -> None:
         run_dir = Path(str(config.train.run_dir))
-        self.journal = Journal(run_dir / "trackers" / f"{self.name}.jsonl")
+        folder = run_dir / "trackers"
+        self.journal = journal = Journal(folder / f"{self.name}.jsonl")
         values = flat(asdict(config))
-        client = connect(Opening(run_dir.name, self.journal.id, run_dir / "trackers", values, self.journal.num_rows))
+        client = connect(Opening(run_dir.name, journal.id, folder, values, journal.num_rows))
         held = client.held()
-        self.journal.last = self.journal.last if held is None else held
+        journal.last = journal.last if held is None else held
         self.client = client
 
     def _send(self, step: int, name: str, row: Callable[[Client], Mapping[str, Any]]) -> None:
         """Sends a row, which goes by its first name, unless an earlier start has sent it."""
-        client = self.client
-        if client and not self.journal.has(step, name):
-            self._attempt(lambda: self._send_new(client, step, name, row))
+        client, journal = self.client, self.journal
 
-    def _send_new(self, client: Client, step: int, name: str, row: Callable[[Client], Mapping[str, Any]]) -> None:
-        client.send(step, row(client))
-        self.journal.add(step, name)
+        def send(client: Client, journal: Journal) -> None:
+            client.send(step, row(client))
+            journal.add(step, name)
+
+        if client and journal and not journal.has(step, name):
+            self._attempt(lambda: send(client, journal))
 
     def _attempt(self, action: Callable[[], None]) -> None:
         """Calls the library. After an error of any kind, warns and sends no more."""
@@ -130,5 +138,5 @@ class Tracker:
         except Exception as failure:  # such as the network's: a run must not end with its tracker
             self.client = None
             reason = " ".join(f"{type(failure).__name__}: {failure}".split())
-            later = "the run goes on, and its next start sends the metrics that are missing"
+            later = "the run does not end with it, and its next start sends the metrics that are missing"
             warn(f"{self.name} failed, and is sent no more: {reason:.300}; {later}")

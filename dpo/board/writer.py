@@ -2,63 +2,74 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
 from dpo.base.files import naming
-from dpo.board.sink import Answer, Sink
+from dpo.board.sink import Answer, Ending, Sink, ending_of
 from dpo.config import Config
 
 
 class MetricsWriter:
-    """Appends to a run's metrics.jsonl, on rank 0 alone, and calls each of the run's sinks (`dpo.board.sink`)."""
+    """Appends to a run's metrics.jsonl, on rank 0 alone, and calls each of the run's sinks (`dpo.board.sink`).
+
+    As a context manager it is closed at the end of the block, and tells the sinks how that ends. Every method raises
+    OSError, with the name of the run folder, where the disk is full.
+    """
 
     def __init__(self, run_dir: Path, sinks: Sequence[Sink]):
         self.run_dir = run_dir
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.sinks = sinks
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, failure: BaseException | None, trace: object) -> None:
+        self.close(ending_of(failure))
+
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Writes a line of metrics.jsonl, `{"step": step, name: metric, ...}`, and a point in the chart of each metric.
 
-        Raises ValueError where a metric is not finite: JSON cannot hold it. Raises OSError, with the name of the
-        folder, where the disk is full.
+        Raises ValueError where a metric is not finite: JSON cannot hold it.
         """
         with naming(self.run_dir):
             print(json.dumps({"step": step, **metrics}, allow_nan=False), file=self.file, flush=True)
-            for sink in self.sinks:
-                sink.metrics(step, metrics)
+        self._each(lambda sink: sink.metrics(step, metrics))
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """Shows the distribution of the values whose mean is the metric `name`, after `step` steps."""
-        for sink in self.sinks:
-            sink.histogram(name, values, step)
+        self._each(lambda sink: sink.histogram(name, values, step))
 
     def text(self, name: str, text: str) -> None:
         """Shows a text of many lines about this start, such as `config`, unchanged."""
-        for sink in self.sinks:
-            sink.text(name, text)
+        self._each(lambda sink: sink.text(name, text))
 
     def answers(self, step: int, answers: Sequence[Answer]) -> None:
         """Shows the answers of policy and reference side by side, after `step` steps."""
-        for sink in self.sinks:
-            sink.answers(step, answers)
+        self._each(lambda sink: sink.answers(step, answers))
 
     def hparams(self, config: Config) -> None:
         """Records the config in every sink, by which runs are compared."""
-        for sink in self.sinks:
-            sink.hparams(config)
+        self._each(lambda sink: sink.hparams(config))
 
     def sync(self) -> None:
         """Waits until all lines of metrics.jsonl are on the disk (fsync)."""
         with naming(self.run_dir):
             os.fsync(self.file.fileno())
 
-    def close(self) -> None:
-        """Closes metrics.jsonl and all sinks."""
-        with naming(self.run_dir):  # of a full disk it fails once more, for a line that is still to be written
-            self.file.close()
-        for sink in self.sinks:
-            sink.close()
+    def close(self, ending: Ending = "done") -> None:
+        """Closes metrics.jsonl and all sinks, the others too where one of them fails."""
+        with naming(self.run_dir), ExitStack() as stack:
+            for sink in reversed(self.sinks):
+                stack.callback(sink.close, ending)
+            stack.callback(self.file.close)  # of a full disk it fails once more, for a line that is still to be written
+
+    def _each(self, show: Callable[[Sink], None]) -> None:
+        with naming(self.run_dir):
+            for sink in self.sinks:
+                show(sink)

@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import numpy as np
@@ -24,27 +24,32 @@ from dpo.step.evaluation import Evaluation
 
 
 @contextmanager
-def open_outputs(run: Run) -> Iterator[tuple[MetricsWriter | None, Saver]]:
-    """Prepares the run folder for the next step; yields the writer of metrics (None except on rank 0) and the saver.
+def open_outputs(run: Run) -> Iterator[MetricsWriter | None]:
+    """Prepares the run folder for the next step; yields the writer of metrics, None except on rank 0.
 
-    At the end of the context the last checkpoint is committed. Every rank must get here, and to the end of the context,
-    or the rest hang.
+    At the end of the context the trackers are waited for, so that the model must be exported before. Every rank must
+    get here, or the rest hang.
     """
     hosts, layout = all_gather(socket.gethostname()), layout_here(run.config, run.world)
     origin = provenance(hosts, run.inputs.last_step) | {"layout": layout, "data": data_facts(run.inputs.data.report)}
     on_main(run.world, lambda: open_run_folder(run.config, run.start, origin))
     if run.answers:
         on_main(run.world, partial(open_answers, run.answers, run.start.step))
-    keep, seconds = run.config.checkpoint.keep, run.config.parallel.timeout_seconds
-    with (
-        closing(_open_writer(run)) if run.world.is_main else nullcontext() as writer,
-        open_saver(run.dir, run.policy.model, run.optimizer, keep, run.world, seconds) as saver,
-    ):
-        yield writer, saver
+    with _open_writer(run) if run.world.is_main else nullcontext() as writer:
+        yield writer
 
 
 def _open_writer(run: Run) -> MetricsWriter:
     return MetricsWriter(run.dir, open_sinks(run.config, run.start.step + 1, read_metrics(run.dir)))
+
+
+def open_checkpoints(run: Run) -> AbstractContextManager[Saver]:
+    """Returns the saver of the run's checkpoints as a context, at whose end the last one is committed.
+
+    Every rank must get here, and to the end of the context, or the rest hang.
+    """
+    keep, seconds = run.config.checkpoint.keep, run.config.parallel.timeout_seconds
+    return open_saver(run.dir, run.policy.model, run.optimizer, keep, run.world, seconds)
 
 
 def export_run(run: Run) -> None:

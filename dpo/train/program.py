@@ -14,7 +14,7 @@ from dpo.report.program import report_at_end
 from dpo.run.closing import conclude
 from dpo.run.inputs import read_inputs
 from dpo.run.loop import train
-from dpo.run.outputs import export_run, open_outputs
+from dpo.run.outputs import export_run, open_checkpoints, open_outputs
 from dpo.run.setup import Run, build_run
 from dpo.run.start import check_first_step, find_start_together, is_done
 from dpo.run.storage import check_folders, check_space
@@ -54,13 +54,14 @@ def train_and_export(run: Run) -> None:
     stop.
     """
     deviation = check_first_step(run)
-    with open_outputs(run) as (writer, saver):
+    with open_outputs(run) as writer:
         introduce(run, writer, deviation)
-        train(run, writer, saver)
-    export_run(run)
-    if run.world.is_main:
-        report_at_end(run.dir)
-    conclude(run)
+        with open_checkpoints(run) as saver:
+            train(run, writer, saver)
+        export_run(run)
+        if run.world.is_main:
+            report_at_end(run.dir)
+        conclude(run)
 
 
 def main() -> None:

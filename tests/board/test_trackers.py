@@ -1,18 +1,21 @@
 """The sink of a tracker, with a library that can fail: `tests/trackers` has the real ones."""
 
 import dataclasses
+import errno
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dpo.base.errors import UserError
+from dpo.base.errors import Preempted, RunError, UserError
 from dpo.board import sinks
 from dpo.board.dashboard import Dashboard
-from dpo.board.sink import Answer
+from dpo.board.sink import Answer, Ending
 from dpo.board.tracker import Opening, Tracker
+from dpo.board.writer import MetricsWriter
 from dpo.config import Config
 from tests.support.runs import changed, make_config
 
@@ -23,6 +26,7 @@ class Service:
 
     rows: list[tuple[int, list[str]]] = dataclasses.field(default_factory=list)
     openings: list[Opening] = dataclasses.field(default_factory=list)
+    endings: list[Ending] = dataclasses.field(default_factory=list)
     fails_at: int | None = None
     """The step of the row that does not arrive."""
     knows: Callable[[], Mapping[str, int] | None] = lambda: None
@@ -56,8 +60,8 @@ class Library:
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
         return columns, rows
 
-    def close(self) -> None:
-        pass
+    def close(self, ending: Ending) -> None:
+        self.service.endings.append(ending)
 
 
 @pytest.fixture
@@ -68,6 +72,7 @@ def config(tmp_path: Path) -> Config:
 def start(config: Config, service: Service, first: int, last: int, earlier: Sequence[Mapping[str, float]] = ()) -> None:
     """A start of a run that evaluates after 0, 3, 6, ... steps, and is killed after step `last`."""
     tracker = sinks._open_tracker("wandb", service.connect)(config, first, earlier)
+    assert isinstance(tracker, Tracker)
     tracker.text("config", f"from {first}")
     for step in range(first if first > 1 else 0, last + 1):
         if step:
@@ -76,6 +81,13 @@ def start(config: Config, service: Service, first: int, last: int, earlier: Sequ
             tracker.metrics(step, {"eval/loss": 1.0})
             tracker.histogram("eval/rewards/margins", np.zeros(2), step)
             tracker.answers(step, [Answer("", "", "")])
+    kill(tracker)
+
+
+def kill(tracker: Tracker) -> None:
+    """Ends a tracker as a kill does, but for Python's warning of open files."""
+    assert tracker.journal
+    tracker.journal.close()
 
 
 def steps_of(service: Service, name: str) -> list[int]:
@@ -110,8 +122,10 @@ def test_an_evaluation_that_was_cut_short_is_sent_though_later_steps_were(config
     service = Service()
     tracker = Tracker("wandb", config, 1, service.connect)
     tracker.metrics(3, {"train/loss": 1.0})
+    kill(tracker)
     tracker = Tracker("wandb", config, 4, service.connect)
     tracker.metrics(3, {"eval/loss": 1.0})
+    kill(tracker)
     assert service.rows == [(3, ["train/loss"]), (3, ["eval/loss"])]
 
 
@@ -125,7 +139,7 @@ def test_a_tracker_that_fails_ends_nothing_and_gets_what_it_lacks_from_the_next_
     told = [line for line in capsys.readouterr().err.splitlines() if "wandb" in line]
     assert told == [
         "WARNING: wandb failed, and is sent no more: ConnectionError: the network is gone; "
-        "the run goes on, and its next start sends the metrics that are missing"
+        "the run does not end with it, and its next start sends the metrics that are missing"
     ]
     service.fails_at = None
     start(config, service, 8, 9, earlier=TRAIN[:7])
@@ -175,3 +189,44 @@ def test_sinks_are_those_of_the_config(config: Config) -> None:
     (only,) = sinks.open_sinks(config, 1, [])
     assert isinstance(only, Dashboard)
     only.close()
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("failure", "ending"),
+    [(None, "done"), (Preempted(3), "preempted"), (RunError("the loss is nan"), "failed"), (MemoryError(), "failed")],
+)
+def test_a_tracker_is_told_how_the_start_ends(config: Config, failure: Exception | None, ending: Ending) -> None:
+    service = Service()
+    run_dir = Path(str(config.train.run_dir))
+    tracker = Tracker("wandb", config, 1, service.connect)
+    with pytest.raises(type(failure)) if failure else nullcontext(), MetricsWriter(run_dir, [tracker]):
+        if failure:
+            raise failure
+    assert service.endings == [ending]
+
+
+class FullDisk(Dashboard):
+    """A sink whose disk is full."""
+
+    def __init__(self) -> None:
+        pass
+
+    def text(self, name: str, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self, ending: Ending = "done") -> None:
+        self.text("", "")
+
+
+def test_a_sink_that_fails_at_its_end_leaves_no_other_open(config: Config) -> None:
+    """And every write to a full disk names the run folder."""
+    service, run_dir = Service(), Path(str(config.train.run_dir))
+    first, last = (Tracker(name, config, 1, service.connect) for name in ("wandb", "trackio"))
+    writer = MetricsWriter(run_dir, [first, FullDisk(), last])
+    for fails in (lambda: writer.text("config", ""), writer.close):
+        with pytest.raises(OSError, match=str(run_dir)):
+            fails()
+    assert service.endings == ["done", "done"] and writer.file.closed

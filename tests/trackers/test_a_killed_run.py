@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dpo.board.sink import Ending
 from dpo.board.tracker import Opening
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.demo.world import save_model, save_rows
@@ -126,6 +127,31 @@ def test_wandb_has_the_config(config: Config) -> None:
     assert {item.key: json.loads(item.value_json) for item in updates}["loss.beta"] == 0.1
 
 
+@pytest.mark.parametrize(("ending", "code", "is_preempting"), [("done", 0, 0), ("failed", 1, 0), ("preempted", 1, 1)])
+def test_wandb_is_told_how_a_start_ends(
+    ending: Ending, code: int, is_preempting: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never waits for its network without an end."""
+    import wandb
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    from dpo.board.to_wandb import FINISH_SECONDS, WandbRun
+    from dpo.board.wandb_file import files_of, records
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    client = WandbRun(Opening("run", "0123abcd", tmp_path, {"loss.beta": 0.1}, 0))
+    assert client.run.settings.finish_timeout == FINISH_SECONDS > 0
+    client.send(1, {"train/loss": 1.0})
+    client.close(ending)
+    wandb.teardown()
+    (file,) = files_of(tmp_path, "0123abcd")
+    found = [Record.FromString(record) for record in records(file.read_bytes())]
+    kinds = [record.WhichOneof("record_type") for record in found]
+    assert [record.exit.exit_code for record in found if record.WhichOneof("record_type") == "exit"] == [code]
+    assert kinds.count("preempting") == is_preempting
+
+
 def test_trackio_has_every_step_once(config: Config) -> None:
     import trackio
     from trackio.sqlite_storage import SQLiteStorage
@@ -149,14 +175,14 @@ def test_a_wandb_file_of_many_blocks_is_read_whole(tmp_path: Path, monkeypatch: 
     assert first.held() is None
     for step in range(400):
         first.send(step, {f"train/{number}": step * 1.5 for number in range(20)})
-    first.close()
+    first.close("done")
     wandb.teardown()  # its service ends, as at the end of a program: it writes the last rows after `finish`
     (file,) = files_of(tmp_path, "0123abcd")
     assert file.stat().st_size > 10 * BLOCK
     assert [row["step"] for row in rows_of(file)] == [*range(400)]
     second = WandbRun(dataclasses.replace(opening, num_rows=400))
     held = second.held()
-    second.close()
+    second.close("done")
     assert held is not None and held.keys() >= {f"train/{number}" for number in range(20)}
     assert set(held.values()) == {399}
 
