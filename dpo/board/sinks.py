@@ -1,10 +1,10 @@
 """Opens the sinks that `train.report_to` names."""
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
 
+from dpo import DISTRIBUTION
 from dpo.base.errors import UserError
 from dpo.board.dashboard import Dashboard
 from dpo.board.sink import Sink
@@ -18,9 +18,9 @@ Lines = Sequence[Mapping[str, float]]
 def check_installed(names: Sequence[str]) -> None:
     """Raises UserError for a sink whose package, of the same name, is not installed."""
     for name in names:
-        if find_spec(name) is None:
-            distribution = packages_distributions().get("dpo", ["dpo"])[0]
-            valid = f"after pip install '{distribution}[{name}]', or a list without {name}"
+        spec = find_spec(name)
+        if spec is None or spec.origin is None:  # without an origin: a folder, such as W&B makes where it runs
+            valid = f"after pip install '{DISTRIBUTION}[{name}]', or a list without {name}"
             raise UserError("train.report_to", f"{name} is not installed", valid)
 
 

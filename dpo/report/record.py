@@ -15,7 +15,7 @@ from dpo.base.errors import RunError, UserError
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts
 from dpo.config.strict_yaml import read_yaml_file
 from dpo.run.evaluations import evaluation_path, evaluation_steps, read_evaluation
-from dpo.run.files import ANSWERS, CONFIG, FINAL, METRICS, PROVENANCE, read_metrics
+from dpo.run.files import ANSWERS, CONFIG, FINAL, METRICS, PROVENANCE, read_answer_rows, read_metrics
 
 T = TypeVar("T")
 Line = Mapping[str, float]
@@ -162,8 +162,7 @@ def _answer_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _answers(path: Path) -> tuple[Mapping[str, str], ...]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    return tuple({name: str(row[name]) for name in ("prompt", "reference", "policy")} for row in rows)
+    return tuple(read_answer_rows(path))
 
 
 def _pairs(folder: Path, step: int) -> Pairs:

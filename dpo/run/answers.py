@@ -28,7 +28,7 @@ from dpo.distributed.collectives import first_on_each_node, on_main
 from dpo.distributed.world import World
 from dpo.model.generation import AnswerRule, generate
 from dpo.model.policy import Policy
-from dpo.run.files import ANSWERS
+from dpo.run.files import ANSWERS, answers_path, read_answer_rows
 from dpo.run.inputs import Inputs
 
 REFERENCE = "reference.json"
@@ -133,19 +133,14 @@ def keep_answers(book: AnswerBook, step: int, texts: Sequence[str]) -> list[Answ
     """
     answers = [Answer(*row) for row in zip(book.questions.texts, book.references, texts, strict=True)]
     lines = "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in answers)
-    on_main(book.world, lambda: write_atomically(_file(book.folder, step), lines.encode()))
+    on_main(book.world, lambda: write_atomically(answers_path(book.folder.parent, step), lines.encode()))
     return answers
 
 
 def read_answers(book: AnswerBook, step: int) -> list[Answer]:
     """Returns the answers that `keep_answers` wrote after `step` steps; none where it wrote none."""
-    path = _file(book.folder, step)
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []  # not at a text's own U+2028
-    return [Answer(**json.loads(line)) for line in lines]
-
-
-def _file(folder: Path, step: int) -> Path:
-    return folder / f"step-{step:06d}.jsonl"
+    path = answers_path(book.folder.parent, step)
+    return [Answer(**row) for row in read_answer_rows(path)] if path.exists() else []
 
 
 # --- the questions ---------------------------------------------------------------------------------------------------
@@ -212,7 +207,8 @@ def _read_references(path: Path, belongs_to: Mapping[str, Any], count: int) -> l
         content = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name, fact in belongs_to.items() if content["belongs_to"].get(name) != fact]
         answers = [row["reference"] for row in content["answers"]]
-        other += ["format"] * (len(answers) != count or not all(isinstance(text, str) for text in answers))
+        if len(answers) != count or not all(isinstance(text, str) for text in answers):
+            other.append("format")
     except (ValueError, KeyError, TypeError, AttributeError):
         other, answers = ["format"], []
     if other:

@@ -29,6 +29,8 @@ class Sizes:
     """Checkpoints that are kept; None: all."""
     num_saves: int | None
     """Checkpoints that the run writes; None where it depends on the number of pairs."""
+    evaluations: int = 0
+    """Bytes of the files of evaluations, see `dpo.run.evaluations`."""
 
     @property
     def export(self) -> int:
@@ -52,11 +54,11 @@ class Sizes:
     def disk_bytes(self, present: int) -> int:
         """Returns the bytes that the run still needs on disk where `present` checkpoints exist already.
 
-        They are the checkpoints that will be kept and, besides, the larger of the exported model, as it is written, and
-        the checkpoint that is written before the oldest is removed.
+        They are the checkpoints that will be kept, the files of evaluations and, besides, the larger of the exported
+        model, as it is written, and the checkpoint that is written before the oldest is removed.
         """
         last = max(self.checkpoint, self.export) if self.is_replaced else self.export
-        return self.num_new(present) * self.checkpoint + last
+        return self.num_new(present) * self.checkpoint + self.evaluations + last
 
     def least_bytes(self, present: int) -> int:
         """Returns the bytes without which the run cannot save a checkpoint and export the model."""
@@ -69,10 +71,12 @@ def disk_words(sizes: Sizes, present: int) -> str:
     there = f"; {present} there already" if present else ""
     number = sizes.num_new(present)
     each = shown_bytes(sizes.checkpoint)
-    kept = f"{number} checkpoint{'s' * (number != 1)} of {each} (checkpoint.keep {keep}{there})"
-    further = sizes.is_replaced and sizes.checkpoint >= sizes.export
-    last = "a further one, written before the oldest is removed" if further else "the export of the model"
-    return f"{kept} and {shown_bytes(max(sizes.checkpoint * further, sizes.export))} for {last}"
+    kept = f"{number} {'checkpoint' if number == 1 else 'checkpoints'} of {each} (checkpoint.keep {keep}{there})"
+    evaluations = f", {shown_bytes(sizes.evaluations)} for the values of evaluated pairs" if sizes.evaluations else ""
+    last = f"{shown_bytes(sizes.export)} for the export, twice the exported model"
+    if sizes.is_replaced and sizes.checkpoint >= sizes.export:
+        last = f"{each} for a further one, written before the oldest is removed"
+    return f"{kept}{evaluations} and {last}"
 
 
 def sizes_of(config: Config, model_config: PretrainedConfig, last_step: int | None = None) -> Sizes:
@@ -103,9 +107,22 @@ def sizes_of(config: Config, model_config: PretrainedConfig, last_step: int | No
 
 def saves_after(config: Config, step: int, last_step: int) -> int:
     """Returns the number of checkpoints that a run of `last_step` steps writes after `step` of them."""
-    every = config.checkpoint.save_every or last_step
-    on_the_way = last_step // every - step // every
-    return on_the_way + (last_step % every != 0 and step < last_step)
+    return _times_after(config.checkpoint.save_every, step, last_step)
+
+
+def evaluations_after(config: Config, step: int, last_step: int) -> int:
+    """Returns the number of evaluations that a run of `last_step` steps makes after `step` of them. That before the
+    first step belongs to them.
+    """
+    before = 1 if step == 0 else 0
+    return before + _times_after(config.train.eval_every, step, last_step)
+
+
+def _times_after(every: int | None, step: int, last_step: int) -> int:
+    """Returns how many multiples of `every` lie after `step`, up to `last_step`, which counts in any case."""
+    if step >= last_step:
+        return 0
+    return 1 if every is None else -(-last_step // every) - step // every
 
 
 def num_saves(config: Config, last_step: int | None = None) -> int | None:

@@ -12,7 +12,7 @@ same. Read the file with `np.load(path)`; an array that the loss does not have i
     source                                int32: the source of the pair, an index into `sources`
     sources                               text: key and path of each source
 
-A pair takes 36 bytes: 36 MB per evaluation of a million pairs.
+A pair takes at most BYTES_PER_PAIR bytes: 36 MB per evaluation of a million pairs.
 """
 
 import io
@@ -24,6 +24,9 @@ import numpy as np
 
 from dpo.base.files import write_atomically
 from dpo.run.files import EVALUATIONS
+
+BYTES_PER_PAIR = 36
+"""Nine arrays of four bytes each."""
 
 
 def evaluation_path(run_dir: Path, step: int) -> Path:

@@ -1,4 +1,4 @@
-"""The names of the files of a run folder, and the reader of its metrics; imports no torch, to run on any laptop.
+"""The names of the files of a run folder, and the readers of its metrics and answers; without torch.
 
 config.yaml       the resolved config of the last start
 provenance.json   code, hosts and layout of each start, a list
@@ -49,6 +49,21 @@ def _parsed(line: bytes, place: str) -> dict[str, float]:
     except (ValueError, KeyError, TypeError):
         pass
     raise RunError(f"{place}: not a line of metrics: {line[:60]!r}; correct it, or move the file away")
+
+
+def answers_path(run_dir: Path, step: int) -> Path:
+    """Returns the file of the answers after `step` steps."""
+    return run_dir / ANSWERS / f"step-{step:06d}.jsonl"
+
+
+def read_answer_rows(path: Path) -> list[dict[str, str]]:
+    """Returns the rows of a file of answers: `prompt`, `reference` and `policy` of each.
+
+    Raises OSError, or ValueError or KeyError where the file is damaged.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line ends, such as U+2028
+    rows = [json.loads(line) for line in lines if line.strip()]
+    return [{name: str(row[name]) for name in ("prompt", "reference", "policy")} for row in rows]
 
 
 def drop_metrics_after(run_dir: Path, step: int) -> None:

@@ -33,6 +33,7 @@ from dpo.run.files import (
     LOG,
     METRICS,
     PROVENANCE,
+    REPORT,
     TENSORBOARD,
     TRACKERS,
     drop_metrics_after,
@@ -132,14 +133,16 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
         _log_changes(start.checkpoint.parent.parent / "config.yaml", config)
     write_atomically(run_dir / CONFIG, to_yaml(config).encode())
     _add_origin(run_dir / PROVENANCE, origin)
-    _put_aside(run_dir / "final")  # a shorter run's model: with it, this run would look finished when interrupted
-    for checkpoint in newer_checkpoints(run_dir, start.step):
-        _put_aside(checkpoint)
+    for name in (FINAL, REPORT) if (run_dir / FINAL).exists() else ():
+        _put_aside(run_dir / name)  # a shorter run's: with its model, this run would look finished when interrupted
+    newer = newer_checkpoints(run_dir, start.step)
+    for path in (*newer, run_dir / TRACKERS) if newer else ():
+        _put_aside(path)  # a tracker keeps what it was sent of later steps: it gets a new run
     if start.checkpoint and _lies_in(start.checkpoint, run_dir):
         drop_metrics_after(run_dir, start.step)
         drop_evaluations_after(run_dir, start.step)
     else:
-        for name in (METRICS, TENSORBOARD, TRACKERS, ANSWERS, EVALUATIONS):
+        for name in (METRICS, TENSORBOARD, TRACKERS, ANSWERS, EVALUATIONS, REPORT):
             _put_aside(run_dir / name)
     return run_dir
 

@@ -7,6 +7,8 @@ from functools import partial
 
 import numpy as np
 
+from dpo.base.command import line_of
+from dpo.base.console import warn
 from dpo.board.sinks import open_sinks
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.export import export
@@ -59,11 +61,16 @@ def export_run(run: Run) -> None:
 
 
 def keep_pairs(run: Run, step: int, result: Evaluation) -> None:
-    """Writes the values of single pairs after `step` steps, see `dpo.run.evaluations`. For rank 0 alone."""
+    """Writes the values of single pairs after `step` steps, see `dpo.run.evaluations`; warns where it cannot: only the
+    report reads them. For rank 0 alone.
+    """
     pairs, sources = run.inputs.data.eval, run.inputs.data.eval_sources
     lengths = dict(zip(("tokens_chosen", "tokens_rejected"), pairs.lengths().T[1:], strict=True))
     if "logps_rejected" not in result.pairs:
         del lengths["tokens_rejected"]
     number = pairs.source_of_pair([source.rows for source in sources])
     names = np.array([f"{source.key} {source.path}" for source in sources])
-    write_evaluation(run.dir, step, {**result.pairs, **lengths, "source": number, "sources": names})
+    try:
+        write_evaluation(run.dir, step, {**result.pairs, **lengths, "source": number, "sources": names})
+    except OSError as failure:
+        warn(f"step {step}: the values of single pairs are not kept for the report: {line_of(failure)}")

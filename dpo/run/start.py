@@ -1,11 +1,13 @@
 """The start of a run: the checkpoint to resume from, whether steps are left, the check of a fresh run's first step."""
 
+from pathlib import Path
+
 from dpo.base.console import say
 from dpo.board.sinks import check_installed
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
-from dpo.run.files import FINAL
+from dpo.run.files import FINAL, REPORT
 from dpo.run.folder import Start, find_start, is_finished
 from dpo.run.identity import check_identity, identity_of
 from dpo.run.inputs import Inputs
@@ -44,6 +46,12 @@ def is_done(config: Config, start: Start, inputs: Inputs, world: World) -> bool:
         more = "to train on, raise train.steps or train.epochs; to begin anew, set another train.run_dir"
         say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in {final}; {more}")
     return True
+
+
+def lacks_report(run_dir: Path) -> bool:
+    """Returns whether a finished run has no page, or one of an earlier time: a kill came between export and page."""
+    page, model = run_dir / REPORT, run_dir / FINAL / "config.json"
+    return not page.is_file() or page.stat().st_mtime < model.stat().st_mtime
 
 
 def check_first_step(run: Run) -> Deviation | None:

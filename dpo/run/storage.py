@@ -2,7 +2,7 @@
 
 check_folders   before the data is read    all nodes see train.run_dir and reference.cache_dir
 check_space     when the steps are known   checkpoints and exported model fit in train.run_dir: a warning where not all
-                                           do; an error where one checkpoint and the model do not, or over a quota
+                                           do; an error where one checkpoint and the export do not
 """
 
 import os
@@ -24,7 +24,8 @@ from dpo.distributed.collectives import on_main
 from dpo.distributed.shared import find_unseen
 from dpo.distributed.world import World
 from dpo.ref_logps.cache import cache_root
-from dpo.run.disk import Sizes, disk_words, saves_after, sizes_of
+from dpo.run.disk import Sizes, disk_words, evaluations_after, saves_after, sizes_of
+from dpo.run.evaluations import BYTES_PER_PAIR
 from dpo.run.files import FINAL
 from dpo.run.folder import Start
 from dpo.run.home import caches_of_run, describe_small_home
@@ -95,8 +96,8 @@ def check_space(config: Config, start: Start, inputs: Inputs, world: World) -> N
         world: all ranks.
 
     Raises:
-        UserError: on every rank, where a checkpoint and the exported model do not fit on the disk, or a quota does not
-            allow all files.
+        UserError: on every rank, where a checkpoint and the export, twice the exported model, do not fit on the disk or
+            in a quota.
     """
     on_main(world, lambda: _check_space(config, start, inputs))
 
@@ -105,7 +106,9 @@ def _check_space(config: Config, start: Start, inputs: Inputs) -> None:
     run_dir = Path(str(config.train.run_dir))
     present = len(checkpoints_until(run_dir, start.step))
     sizes = sizes_of(config, inputs.model.config, inputs.last_step)
-    sizes = replace(sizes, num_saves=present + saves_after(config, start.step, inputs.last_step))
+    saves = present + saves_after(config, start.step, inputs.last_step)
+    evaluations = evaluations_after(config, start.step, inputs.last_step) * len(inputs.data.eval) * BYTES_PER_PAIR
+    sizes = replace(sizes, num_saves=saves, evaluations=evaluations)
     removed = _bytes_of([*drafts_of(run_dir), draft_of(run_dir / FINAL)])
     shortage = _check_room(run_dir, sizes, present, removed)
     if shortage:
@@ -125,18 +128,18 @@ def _check_room(run_dir: Path, sizes: Sizes, present: int, removed: int) -> str 
         removed: bytes of files that the run will remove before it writes.
 
     Raises:
-        UserError: a checkpoint and the exported model do not fit, or a quota does not allow all files.
+        UserError: a checkpoint and the export do not fit.
     """
     needed, least = sizes.disk_bytes(present), sizes.least_bytes(present)
     shortage = find_shortage(run_dir, needed - removed)
     if shortage is None:
         return None
     what = f"the run needs {shown_bytes(needed)} in {run_dir}, {disk_words(sizes, present)}; {shortage.room}"
-    if shortage.is_quota or find_shortage(run_dir, least - removed):
-        alone = f", and one checkpoint with the exported model takes {shown_bytes(least)}"
-        what += "" if shortage.is_quota else alone
-        raise UserError(RUN_DIR, what, "a folder with more room, a smaller checkpoint.keep")
-    return f"{RUN_DIR}: {what}: the disk will be full before the run ends; free some, or lower checkpoint.keep"
+    if find_shortage(run_dir, least - removed):
+        alone = f"one checkpoint and the export, twice the exported model, take {shown_bytes(least)}"
+        raise UserError(RUN_DIR, f"{what}, and {alone}", "a folder with more room")
+    end = "the quota will be used up" if shortage.is_quota else "the disk will be full"
+    return f"{RUN_DIR}: {what}: {end} before the run ends; free some, or lower checkpoint.keep"
 
 
 def _bytes_of(folders: list[Path]) -> int:

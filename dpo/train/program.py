@@ -4,6 +4,8 @@ Without torchrun, `python -m dpo.train` runs on one rank. The code has three lev
 over steps, `dpo/run/loop.py`; one step, `dpo/step/update.py`.
 """
 
+from pathlib import Path
+
 from dpo.base.console import begin_log
 from dpo.config import Config
 from dpo.distributed.failures import remembered_need
@@ -16,7 +18,7 @@ from dpo.run.inputs import read_inputs
 from dpo.run.loop import train
 from dpo.run.outputs import export_run, open_checkpoints, open_outputs
 from dpo.run.setup import Run, build_run
-from dpo.run.start import check_first_step, find_start_together, is_done
+from dpo.run.start import check_first_step, find_start_together, is_done, lacks_report
 from dpo.run.storage import check_folders, check_space
 from dpo.run.summary import introduce
 from dpo.train.words import read_arguments
@@ -37,6 +39,8 @@ def run_training(config: Config) -> None:
         check_folders(config, world)
         inputs = read_inputs(config, world)
         if is_done(config, start, inputs, world):
+            if world.is_main and lacks_report(Path(str(config.train.run_dir))):
+                report_at_end(Path(str(config.train.run_dir)))
             return
         check_space(config, start, inputs, world)
         start_devices(world, config.parallel.timeout_seconds)

@@ -31,7 +31,7 @@ from dpo.checkpoint.store import RunState, Shelf, forget_plans, newest_checkpoin
 from dpo.config import Config, to_yaml
 from dpo.distributed.program import run_program
 from dpo.distributed.startup import open_world
-from dpo.run import loop, storage
+from dpo.run import evaluations, loop, storage
 from dpo.train import program as train
 from tests.support.disks import small_disk
 from tests.support.ranks import Ranks
@@ -41,7 +41,8 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 MIB = 2**20
 CHECKPOINT = 2_126_016 * 8
-"""Bytes."""
+EVALUATION = 2 * 36
+"""Bytes: of each weight and its optimizer state, of each pair."""
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +101,14 @@ def test_a_run_that_will_not_fit_is_one_line_before_step_1(root: Path, disk: Pat
     assert done.returncode == 2
     (error,) = error_lines(done.stderr)
     parts = {
-        2: "48.7 MiB in {}, 2 checkpoints of 16.2 MiB (checkpoint.keep 2) and 16.2 MiB for a further one, written "
-        "before the oldest is removed",
-        None: "64.9 MiB in {}, 3 checkpoints of 16.2 MiB (checkpoint.keep null, which keeps all) and 16.2 MiB for the "
-        "export of the model",
+        2: "48.7 MiB in {}, 2 checkpoints of 16.2 MiB (checkpoint.keep 2), 0.1 KiB for the values of evaluated pairs "
+        "and 16.2 MiB for a further one, written before the oldest is removed",
+        None: "64.9 MiB in {}, 3 checkpoints of 16.2 MiB (checkpoint.keep null, which keeps all), 0.1 KiB for the "
+        "values of evaluated pairs and 16.2 MiB for the export, twice the exported model",
     }
     assert f"train.run_dir: the run needs {parts[keep].format(disk / 'run')}; 30.0 MiB are free there, and " in error
-    assert "and one checkpoint with the exported model takes 32.4 MiB; valid: " in error
-    assert error.endswith("valid: a folder with more room, a smaller checkpoint.keep")
+    assert "and one checkpoint and the export, twice the exported model, take 32.4 MiB; valid: " in error
+    assert error.endswith("valid: a folder with more room")
     assert [path.name for path in disk.iterdir()] == ["other"]
 
 
@@ -131,19 +132,39 @@ def test_a_run_that_fits_in_part_is_warned(root: Path, disk: Path, capsys: pytes
     assert len(train_lines(disk / "run")) == 6
 
 
-def test_a_quota_under_the_whole_need_is_refused(
-    root: Path, disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """40 MiB of a quota, where one checkpoint and the export would fit."""
+@pytest.mark.parametrize(("quota", "code", "end"), [(30, 2, ", and one"), (40, 0, ": the quota will be used up ")])
+def test_a_quota_is_treated_like_a_disk(
+    root: Path, disk: Path, quota: int, code: int, end: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """One checkpoint and the export take 32.4 MiB, the whole run 48.7: a smaller quota is an error, a larger one a
+    warning. Only a reservation knows this one; the writes of the run are under none.
+    """
 
     def over_quota(descriptor: int, num_bytes: int) -> None:
-        if num_bytes > 40 * MIB:
+        if num_bytes > quota * MIB:
             raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     monkeypatch.setattr(space, "_fallocate", over_quota)
-    assert exit_code(make(root, disk, checkpoint__keep=2)) == 2
-    (error,) = error_lines(capsys.readouterr().err)
-    assert "60.0 MiB are free there, but a quota of the user, the group or the folder allows less; valid: " in error
+    assert exit_code(make(root, disk, checkpoint__keep=2)) == code
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "train.run_dir: the run needs 48.7" in line]
+    assert f"60.0 MiB are free there, but a quota of the user, the group or the folder allows less{end}" in line
+    assert line.startswith("WARNING: " if code == 0 else "error: ")
+
+
+def test_values_of_pairs_that_do_not_fit_end_nothing(
+    root: Path, disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warning for each of the three evaluations."""
+
+    def full(path: Path, content: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(evaluations, "write_atomically", full)
+    assert exit_code(make(root, disk, train__eval_every=3)) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("WARNING: ")]
+    told = [line.partition(" for the report: ")[0] for line in lines if "the disk is full" in line]
+    assert told == [f"WARNING: step {step}: the values of single pairs are not kept" for step in (0, 3, 6)]
 
 
 @pytest.mark.parametrize("room, code", [(30, 2), (50, 0)])
@@ -171,16 +192,16 @@ def needed_bytes(config: Config) -> int:
 
 
 def test_a_start_asks_for_what_is_left_to_write(root: Path, disk: Path) -> None:
-    """At first two checkpoints; after step 4 one; after step 6, without a model, its export alone. A draft that a
-    killed run left, and that will be removed, counts as free.
+    """At first two checkpoints and evaluations; after step 4 one; after step 6, without a model, its export alone. A
+    draft that a killed run left, and that will be removed, counts as free.
     """
     config = make(root, disk, train__steps=4)
-    assert needed_bytes(config) == 2 * CHECKPOINT
+    assert needed_bytes(config) == 2 * CHECKPOINT + 2 * EVALUATION
     more = changed(config, train__steps=6)
     draft = disk / "run" / "checkpoints" / "step-000006.tmp"
     draft.mkdir()
     (draft / "__0_0.distcp").write_bytes(bytes(MIB))
-    assert needed_bytes(more) == CHECKPOINT - MIB
+    assert needed_bytes(more) == CHECKPOINT + EVALUATION - MIB
     (disk / "run" / "final").rename(disk / "run" / "elsewhere")
     assert needed_bytes(more) == CHECKPOINT  # half a checkpoint, and as much again for the shards
 

@@ -4,13 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.config import Config
 from dpo.model import weights
 from dpo.model.model_config import read_model_config
-from dpo.run.disk import Sizes, disk_words, num_saves, saves_after, sizes_of
+from dpo.run.disk import Sizes, disk_words, evaluations_after, num_saves, saves_after, sizes_of
+from dpo.run.evaluations import BYTES_PER_PAIR, evaluation_path, write_evaluation
 from dpo.run.loop import is_time
 from tests.support.runs import make_config, run, save_six_steps, six_steps
 
@@ -34,7 +36,9 @@ SIZES = Sizes(num_parameters=10, state=120, checkpoint=80, final=40, keep=2, num
     ],
 )
 def test_the_disk_that_a_run_needs(keep: int | None, num_saves: int | None, present: int, needed: int) -> None:
-    assert replace(SIZES, keep=keep, num_saves=num_saves).disk_bytes(present) == needed
+    sizes = replace(SIZES, keep=keep, num_saves=num_saves)
+    assert sizes.disk_bytes(present) == needed
+    assert replace(sizes, evaluations=7).disk_bytes(present) == needed + 7
 
 
 def test_the_sizes_are_those_that_a_run_writes(tmp_path: Path) -> None:
@@ -76,7 +80,12 @@ def test_the_bytes_in_words() -> None:
         "the oldest is removed"
     )
     assert disk_words(replace(SIZES, **gib, keep=None, num_saves=3), 0) == (
-        "3 checkpoints of 60.0 GiB (checkpoint.keep null, which keeps all) and 30.0 GiB for the export of the model"
+        "3 checkpoints of 60.0 GiB (checkpoint.keep null, which keeps all) and 30.0 GiB for the export, "
+        "twice the exported model"
+    )
+    assert disk_words(replace(SIZES, **gib, evaluations=3 * 2**20, num_saves=1), 0) == (
+        "1 checkpoint of 60.0 GiB (checkpoint.keep 2), 3.0 MiB for the values of evaluated pairs and 30.0 GiB for the "
+        "export, twice the exported model"
     )
 
 
@@ -86,6 +95,25 @@ def test_the_number_of_checkpoints_that_are_left() -> None:
         for start in range(steps + 1):
             written = sum(is_time(step, every, steps) for step in range(start + 1, steps + 1))
             assert saves_after(config, start, steps) == written
+
+
+def test_the_number_of_evaluations_that_are_left() -> None:
+    for steps, every in ((6, 2), (7, 2), (1, 100), (6, None), (7, 7)):
+        config = make_config("m", "d", "r", train__eval_every=every)
+        for start in range(steps + 1):
+            first = 0 if start == 0 else start + 1
+            assert evaluations_after(config, start, steps) == sum(
+                is_time(s, every, steps) for s in range(first, steps + 1)
+            )
+
+
+def test_the_bytes_of_an_evaluation_are_those_of_its_file(tmp_path: Path) -> None:
+    """2,000 pairs with all arrays; the names and the heads of the arrays add to them."""
+    names = ("rewards", "logratios", "logps", "tokens")
+    arrays = {f"{name}_{side}": np.zeros(2000, np.float32) for name in names for side in ("chosen", "rejected")}
+    write_evaluation(tmp_path, 3, {**arrays, "source": np.zeros(2000, np.int32), "sources": np.array(["data.eval[0]"])})
+    size = evaluation_path(tmp_path, 3).stat().st_size
+    assert 2000 * BYTES_PER_PAIR <= size < 1.05 * 2000 * BYTES_PER_PAIR
 
 
 def test_the_number_of_checkpoints_is_that_of_the_steps_with_one() -> None:

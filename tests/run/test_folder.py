@@ -112,7 +112,9 @@ def test_files_without_a_checkpoint_are_put_aside(folders: Path, tmp_path: Path)
     config = six_steps(folders, tmp_path / "run", checkpoint__save_every=None)
     for step in (2, 3, 4):
         run_until(config, step)
+    (tmp_path / "run" / "report.html").write_text("of the third start")
     run(config)
+    assert (tmp_path / "run" / "report.html.old").read_text() == "of the third start"
     found = {path.name: len(path.read_text().splitlines()) for path in (tmp_path / "run").glob("metrics.jsonl*")}
     # A line of the reference, of the first step's check, of the evaluation at 0, a line a step, from the fourth on
     # those at 3 and 6.
@@ -199,9 +201,22 @@ def test_a_finished_run_may_be_made_longer(done: Config, eight: Path, folders: P
     assert same_weights(eight / "final", parts / "final")
     assert not same_weights(folders / "done" / "final", parts / "final")
     shutil.rmtree(parts / "final")  # as if the export had not come about
-    assert (parts / "final.old" / "config.json").is_file()
+    assert (parts / "final.old" / "config.json").is_file() and (parts / "report.html.old").is_file()
     run(longer)
     assert same_weights(eight / "final", parts / "final")
+
+
+def test_a_page_that_a_kill_prevented_is_written_by_the_next_start(done: Config) -> None:
+    """None at all, and one that was written while the run was going on."""
+    page = Path(str(done.train.run_dir)) / "report.html"
+    written = page.read_bytes()[:100]
+    page.unlink()
+    assert exit_code(done) == 0
+    assert page.read_bytes()[:100] == written
+    page.write_text("going on")
+    os.utime(page, (1e9, 1e9))
+    assert exit_code(done) == 0
+    assert page.read_bytes()[:100] == written
 
 
 def test_the_size_of_what_is_put_aside_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -271,7 +286,11 @@ def test_back_to_an_earlier_checkpoint_of_the_same_run(
     for named in (two, two.relative_to(tmp_path), two.parent / ".." / "checkpoints" / two.name):
         back = changed(done, train__run_dir="run", checkpoint__resume=str(named))
         assert find_start(back).step == 2  # of another run, the newest of this one would be taken
+    trackers = tmp_path / "run" / "trackers"
+    trackers.mkdir()
+    (trackers / "wandb.jsonl").write_text('{"id": "0123abcd"}\n')
     run_until(back, 3)
+    assert (trackers.with_name("trackers.old") / "wandb.jsonl").is_file() and not trackers.exists()
     assert steps(tmp_path / "run") == [1, 2]
     assert evaluation_steps(tmp_path / "run") == [0]  # those after steps 3 and 6 are gone
     assert find_start(done).step == 2
