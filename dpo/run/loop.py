@@ -9,7 +9,7 @@ A run of six steps with `train.eval_every` 3 and `checkpoint.save_every` 2:
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from functools import partial
 
@@ -65,9 +65,7 @@ def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
             bar.advance(1)
             if writer:
                 writer.write(step, metrics)
-                if is_time(step, run.config.train.log_every, last) or step == first:
-                    left = (time.monotonic() - started) / (step - first + 1) * (last - step)
-                    say(step_line(step, last, metrics, left, is_reference=step == 1 and run.begins_at_reference))
+                _tell_step(run, step, metrics, time.monotonic() - started)
             if must_stop or is_time(step, run.config.checkpoint.save_every, last):
                 _save(run, writer, saver, step)
             if must_stop:
@@ -100,6 +98,14 @@ def _step(run: Run, step: int, ahead: Iterator[list[PackedBatch]]) -> tuple[dict
     means = pair_means(sums, run.config.loss.facts) | {"grad_norm": sums["grad_norm"], "lr": lr}
     best_seconds = run.best_seconds(batches[0].forward_flops_in_step)
     return prefixed("train", means | step_metrics(sums, seconds, best_seconds)), bool(sums["stop_requested"])
+
+
+def _tell_step(run: Run, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+    """Prints the line of a step that `train.log_every` names, or of the first one, given the seconds of all steps."""
+    first, last = run.start.step + 1, run.inputs.last_step
+    if is_time(step, run.config.train.log_every, last) or step == first:
+        left = seconds / (step - first + 1) * (last - step)
+        say(step_line(step, last, metrics, left, is_reference=step == 1 and run.begins_at_reference))
 
 
 def _save(run: Run, writer: MetricsWriter | None, saver: Saver, step: int) -> None:

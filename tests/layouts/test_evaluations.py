@@ -134,3 +134,48 @@ def test_arrays_that_a_loss_does_not_have_are_absent(
     if loss == "simpo":
         per_token = BETA * found["logps_rejected"] / found["tokens_rejected"]
         np.testing.assert_allclose(found["rewards_rejected"], per_token, rtol=1e-5)
+
+
+def mixed_config(root: Path, run_dir: Path, loss: str) -> Config:
+    """Pairs held out of a source to train on beside a file to evaluate, each with rows that are dropped before others
+    that are kept.
+    """
+    empty = {"prompt_ids": [1, 5, 6], "completion_ids": [[2], [7, 2]], "pairs": [[0, 1]]}
+    for name, count, seed in (("train.jsonl", 12, 4), ("eval.jsonl", 5, 3)):
+        rows = read(save_pairs(root / name, count, seed=seed))
+        long = {**rows[0], "prompt_ids": [1, *[9] * 60]}
+        mixed = [long, *rows[:3], empty, long, *rows[3:]]
+        (root / name).write_text("".join(json.dumps(row) + "\n" for row in mixed))
+    return config_of(
+        root,
+        run_dir,
+        data__train=[SourceConfig(str(root / "train.jsonl"), holdout=4)],
+        data__eval=[SourceConfig(str(root / "eval.jsonl"))],
+        data__max_length=50,
+        data__max_prompt_length=None,
+        loss__name=loss,
+    )
+
+
+@pytest.mark.parametrize("loss", ["dpo", "sft"])
+def test_pairs_of_all_kinds_of_sources_know_their_source(ranks: Ranks, root: Path, tmp_path: Path, loss: str) -> None:
+    """Five pairs of the file, then four that are held out, on two ranks, by the plain model: whose pairs they are is
+    seen in their log-probabilities. `sft` has no losers. Every row of a source has other tokens.
+    """
+    config = mixed_config(root, tmp_path / "run", loss)
+    ranks(2, train_in_parts, config)
+    found, model = arrays_of(tmp_path / "run", 0), plain_model(root / "model")
+    assert found["source"].tolist() == [0] * 5 + [1] * 4
+    assert found["sources"].tolist() == [f"data.eval[0] {root / 'eval.jsonl'}", f"data.train[0] {root / 'train.jsonl'}"]
+    sides = ("chosen",) if loss == "sft" else ("chosen", "rejected")
+    for name, number in (("eval.jsonl", 0), ("train.jsonl", 1)):
+        kept = [row for row in read(root / name) if len(row["prompt_ids"]) < 50 and len(row["completion_ids"][0]) > 1]
+        for index, side in enumerate(sides):
+            of_file = [plain_logp(model, row["prompt_ids"], row["completion_ids"][index]).item() for row in kept]
+            of_set = found[f"logps_{side}"][found["source"] == number]
+            nearest = np.abs(np.subtract.outer(of_set, of_file))
+            assert nearest.min(axis=1).max() < 1e-4  # each is a pair of this file
+            assert len(set(nearest.argmin(axis=1))) == len(of_set)  # and each another one
+            if number == 0:
+                np.testing.assert_allclose(of_set, of_file, atol=1e-4, rtol=0)
+    assert ("tokens_rejected" in found.files) is (loss != "sft")

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,18 @@ from dpo.distributed.world import World
 from dpo.model.build import load_policy
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
-from dpo.run.answers import AnswerBook, Questions, answer, choose_prompts, open_answers, prepare_answers, prompt_text
+from dpo.report.record import read_record
+from dpo.run.answers import (
+    AnswerBook,
+    Questions,
+    answer,
+    choose_prompts,
+    open_answers,
+    prepare_answers,
+    prompt_text,
+    read_answers,
+)
+from dpo.run.files import answers_path
 from dpo.run.inputs import Inputs, read_inputs
 from tests.model.test_generation import plain_draw, plain_greedy
 from tests.support.data_fixtures import BOS, EOS, ids, make_tokenizer
@@ -332,3 +344,16 @@ def test_sft_stands_beside_the_model_before_training(config: Config, world: Worl
     inputs = read_inputs(config, world)
     book = prepare_answers(config, world, inputs, lambda: load(config, world, folders / "model"))
     assert book and book.belongs_to["reference"] == str(folders / "model")
+
+
+def test_answers_with_line_ends_of_their_own(tmp_path: Path) -> None:
+    """Both readers, the run's and the report's: JSON keeps U+2028, U+2029 and U+0085 as they are."""
+    text = "one\u2028two\u2029three\x85four\x0cfive"
+    row = {"prompt": text, "reference": "", "policy": text}
+    path = answers_path(tmp_path, 3)
+    path.parent.mkdir()
+    path.write_text(2 * (json.dumps(row, ensure_ascii=False) + "\n"), encoding="utf-8")
+    book: Any = SimpleNamespace(folder=path.parent)
+    assert read_answers(book, 3) == 2 * [Answer(**row)] and read_answers(book, 4) == []
+    record = read_record(tmp_path)
+    assert record.answers == {3: (row, row)} and not record.faults
