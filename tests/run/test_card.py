@@ -218,9 +218,7 @@ def test_damaged_metrics_cost_the_card_alone(config: Config, capsys: pytest.Capt
     assert "WARNING: the exported model has no README.md: " in capsys.readouterr().err
 
 
-def test_nothing_of_the_card_costs_the_model(
-    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_card_of_odd_names_costs_no_model(config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A base whose card has a date that does not exist, and a run folder whose name is no UTF-8."""
     (tmp_path / "model" / "README.md").write_text("---\ndate: 2024-02-30\nlicense: mit\n---\n")
     run_dir = run(changed(config, train__run_dir=str(tmp_path / "my\udcffrun")))
