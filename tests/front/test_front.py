@@ -12,7 +12,7 @@ from dpo.base.errors import UserError
 from dpo.config import load_config
 from dpo.front import configs, parent
 from dpo.front.main import answer
-from dpo.front.names import COMMANDS, Command, help_text
+from dpo.front.names import COMMANDS, help_text
 from dpo.front.ranks import Wanted, add_ranks, number_of_ranks, read_wanted
 from dpo.train.words import make_parser
 from tests.support.runs import exit_code_of
