@@ -18,9 +18,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dpo.base.command import Parser, parse_arguments, run_program, with_quiet
+from dpo.base.command import Parser, parse_arguments, with_quiet
 from dpo.base.console import say, warn
 from dpo.base.errors import UserError
+from dpo.base.exits import run_program
 from dpo.board.hparams import Value, flat, write_entry
 from dpo.board.words import PAIR_METRICS, words_of
 from dpo.config.effects import CHANGING, NEUTRAL

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from dpo.base.command import EXIT_CODES
 from dpo.base.errors import UserError
+from dpo.base.exits import EXIT_CODES
 from dpo.config import Config
 from dpo.run.forecast import Forecast, read_forecast
 from launch.arguments import Request

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.base.blame import Failure
-from dpo.base.command import tell_error
 from dpo.base.console import say, warn
+from dpo.base.exits import tell_error
 from dpo.base.status import STATUS_FILE
 from launch import supervise, torchrun
 from launch.decision import End, decide

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpo.base.command import run_program
 from dpo.base.console import warn
 from dpo.base.errors import RunError
+from dpo.base.exits import run_program
 from dpo.base.status import GPUS_ASKED
 from dpo.run.files import JOBS
 from launch import executors, torchrun

@@ -44,6 +44,7 @@ FIXTURES = ("ranks", "another_python")
 SLOW: Sequence[str] = (
     "base/test_arrays.py",
     "base/test_console.py::test_a_line_in_a_pipe_costs",
+    "base/test_exits.py",
     "base/test_spawned.py",
     "base/test_workers.py",
     "batch/test_plan.py",

@@ -1,7 +1,8 @@
 """Tools that do not depend on preference data or on torch: errors, command lines, files, the console.
 
 errors.py       the exceptions with which a program of this package ends early
-command.py      command lines and exit codes of all programs
+command.py      command lines of all programs
+exits.py        how a program begins and ends: exit codes, the line of an error
 likeness.py     the name that a mistyped word was probably meant to be
 console.py      log lines and progress bars; text made safe for a terminal
 terminal.py     draws lines and a bar on a terminal with rich; plain lines elsewhere

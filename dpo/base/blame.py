@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.base.command import EXIT_CODES
 from dpo.base.errors import UserError
+from dpo.base.exits import EXIT_CODES
 
 _LOST_PEER = re.compile(
     r"gloo/transport/|Connection closed by peer|Connection reset by peer|Broken pipe"

@@ -1,4 +1,4 @@
-"""Command lines: the one place that divides them into options, a program's own flags, and exit codes.
+"""Command lines: the one place that divides them into options and a program's own flags.
 
 `--config run.yaml --loss.beta=0.5 --quiet` is three options: ("config", "run.yaml"), ("loss.beta", "0.5") and
 ("quiet", None). `run.yaml loss.beta=0.5 --quiet` is the same: a bare word that ends with .yaml or .yml is a config, and
@@ -7,17 +7,14 @@ argparse checks a program's own flags, and `dpo.config.reading` the keys of a co
 """
 
 import argparse
-import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from dpo.base.console import set_quiet, tell
-from dpo.base.errors import Preempted, RunError, UserError, one_line
+from dpo.base.errors import UserError
 from dpo.base.likeness import closest, meant
-from dpo.base.space import describe_full
 
 COMMAND_LINE = "command line"
 """The place of an error in the arguments of a program."""
@@ -223,72 +220,3 @@ def split_words(parser: Parser, words: Sequence[str] | None = None) -> tuple[arg
     check_once(options)
     own = _parsed(parser, words_of([option for option in options if option.key in flags]))
     return own, words_of([option for option in options if option.key not in flags])
-
-
-# --- how a program ends -----------------------------------------------------------------------------------------------
-
-EXIT_CODES: Mapping[type[BaseException], int] = {
-    Preempted: 0,
-    RunError: 1,
-    OSError: 1,
-    UserError: 2,
-    KeyboardInterrupt: 130,
-}
-"""Exit codes by the exception that ends a program; any other exception is a bug, and keeps its traceback."""
-
-
-def exit_code_of(failure: BaseException) -> int:
-    """Returns the exit code of a program that this exception ends: 1 for a bug."""
-    return next((code for kind, code in EXIT_CODES.items() if isinstance(failure, kind)), 1)
-
-
-def line_of(failure: BaseException) -> str:
-    """Returns the error line of an exception: its message, after the exception's name if it is not ours; of a full disk
-    `the disk is full`, with the file.
-    """
-    full = describe_full(failure) if isinstance(failure, OSError) else None
-    if full:
-        return one_line(full)
-    is_ours = isinstance(failure, (UserError, RunError))
-    return one_line(str(failure) if is_ours else f"{type(failure).__name__}: {failure}")
-
-
-def tell_error(line: str) -> None:
-    """Prints the line that says why a program ends."""
-    tell(f"error: {one_line(line)}")
-
-
-def tell_stop(advice: str) -> None:
-    """Prints the line of a program that Ctrl-C ends; `advice` says how to go on, empty: nothing to say."""
-    tell(f"stopped; {advice}" if advice else "stopped")
-
-
-def obey_quiet(argv: Sequence[str]) -> None:
-    """Silences `say` and progress bars if the command line has --quiet."""
-    set_quiet(any(option.key == "quiet" and option.value is None for option in split_options(argv)))
-
-
-def run_program(main: Callable[[], object], after_stop: str = "") -> int:
-    """Runs a program that is one process, prints its error line, and returns its exit code; see EXIT_CODES. Ctrl-C
-    prints `stopped`, and `after_stop`.
-
-    `dpo.distributed.program.run_program` does the same for ranks.
-    """
-    obey_quiet(sys.argv[1:])
-    try:
-        main()
-    except KeyboardInterrupt as stop:
-        tell_stop(after_stop)
-        return exit_code_of(stop)
-    except (UserError, RunError, OSError) as failure:
-        tell_error(line_of(failure))
-        return exit_code_of(failure)
-    return 0
-
-
-def check_words(read: Callable[[], object]) -> None:
-    """Reads the command line of a program before its libraries are imported, which takes seconds; ends this process
-    where the words are wrong. The ranks of torchrun read them later, when they can end together.
-    """
-    if "RANK" not in os.environ and (code := run_program(read)):
-        sys.exit(code)

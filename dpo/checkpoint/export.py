@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpo.base.command import line_of
 from dpo.base.console import warn
 from dpo.base.errors import RunError
+from dpo.base.exits import line_of
 from dpo.base.files import remove_folder, write_atomically
 from dpo.base.space import find_shortage
 from dpo.checkpoint.companions import write_companions

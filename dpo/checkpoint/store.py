@@ -25,9 +25,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from dpo.base.command import line_of
 from dpo.base.console import say
 from dpo.base.errors import RunError, UserError
+from dpo.base.exits import line_of
 from dpo.base.files import remove_folder
 from dpo.base.space import describe_full, find_shortage
 from dpo.distributed.collectives import on_main

@@ -2,12 +2,13 @@
 
 import sys
 
-from dpo.base.command import check_words
+from dpo.base.exits import check_words, slow_imports
 from dpo.demo.arguments import read_arguments
 
 if __name__ == "__main__":
     check_words(read_arguments)
-    from dpo.demo.program import main
-    from dpo.distributed.program import run_program
+    with slow_imports():
+        from dpo.demo.program import main
+        from dpo.distributed.program import run_program
 
     sys.exit(run_program(main))

@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from dpo.base.command import line_of
 from dpo.base.errors import RunError, UserError
+from dpo.base.exits import line_of
 from dpo.distributed.world import World
 
 T = TypeVar("T")

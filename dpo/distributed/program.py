@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from dpo.base.command import exit_code_of, line_of, obey_quiet, tell_error, tell_stop
 from dpo.base.console import log_alone, say, warn
 from dpo.base.errors import Preempted, RunError, UserError
+from dpo.base.exits import exit_code_of, line_of, obey_quiet, show_any_text, tell_error, tell_stop
 from dpo.base.status import write_status
 from dpo.config import with_place
 from dpo.distributed.collectives import all_gather
@@ -31,14 +31,14 @@ def exit_program(main: Callable[[], None], after_stop: str = "") -> NoReturn:
     """
     code = run_program(main, after_stop)
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed when the process was started
         with suppress(OSError):  # the reader of a pipe is gone
             stream.flush()
     os._exit(code)
 
 
 def run_program(main: Callable[[], None], after_stop: str = "") -> int:
-    """Runs `main`, prints its error in one line, and returns the exit code of this rank (`base.command.EXIT_CODES`).
+    """Runs `main`, prints its error in one line, and returns the exit code of this rank (`base.exits.EXIT_CODES`).
 
     Rank 0 alone prints a UserError or RunError, which all ranks raise alike. A failure that one rank may meet alone
     (see `met_alone`) is printed by that rank, which ends at once: the other ranks may wait for it in a collective, and
@@ -54,6 +54,7 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
     """
     is_main = int(os.environ.get("RANK", "0")) == 0
     obey_quiet(sys.argv[1:])
+    show_any_text()
     untested = untested_versions()
     if untested and is_main:
         warn(untested)

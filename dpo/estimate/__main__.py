@@ -3,13 +3,14 @@
 import os
 import sys
 
-from dpo.base.command import check_words
+from dpo.base.exits import check_words, slow_imports
 from dpo.estimate.arguments import read_arguments
 
 if __name__ == "__main__":
     check_words(read_arguments)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tracing a layer asks a GPU for its random state, which starts CUDA there
-    from dpo.distributed.program import run_program
-    from dpo.estimate.program import main
+    with slow_imports():
+        from dpo.distributed.program import run_program
+        from dpo.estimate.program import main
 
     sys.exit(run_program(main))

@@ -1,11 +1,12 @@
 """`python -m dpo.export`."""
 
-from dpo.base.command import check_words
+from dpo.base.exits import check_words, slow_imports
 from dpo.export.arguments import read_arguments
 
 if __name__ == "__main__":
     check_words(read_arguments)
-    from dpo.distributed.program import exit_program
-    from dpo.export.program import main
+    with slow_imports():
+        from dpo.distributed.program import exit_program
+        from dpo.export.program import main
 
     exit_program(main)

@@ -12,8 +12,9 @@ from types import ModuleType
 from typing import NoReturn
 
 from dpo import DISTRIBUTION
-from dpo.base.command import COMMAND_LINE, Parser, run_program
+from dpo.base.command import COMMAND_LINE, Parser
 from dpo.base.errors import UserError
+from dpo.base.exits import run_program, slow_imports
 from dpo.base.likeness import closest, meant
 from dpo.front.names import COMMANDS, Command, help_text
 from dpo.front.ranks import add_ranks, read_wanted
@@ -86,7 +87,8 @@ def run_ranks_of(command: Command, words: Sequence[str], reader: ModuleType, par
     check_one_node(os.environ)
     arguments = reader.read_arguments(rest, parser)
     log = Path(str(arguments.train.run_dir), LOG) if command.has_log else None
-    from dpo.front.parent import run_ranks  # imports torch
+    with slow_imports():
+        from dpo.front.parent import run_ranks
 
     raise SystemExit(run_ranks(command, tuple(rest), wanted, log))
 

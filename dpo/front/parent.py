@@ -25,8 +25,8 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext
 from torch.distributed.elastic.multiprocessing.api import RunProcsResult
 
 from dpo.base.blame import Failure, read_error
-from dpo.base.command import tell_error, tell_stop
 from dpo.base.console import log_alone, open_log, say
+from dpo.base.exits import tell_error, tell_stop
 from dpo.base.status import GPUS_ASKED, STATUS_FILE, read_status
 from dpo.base.workers import signal_name
 from dpo.front.ending import End, Verdict, is_time_to_kill, judge

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from dpo.base.command import check_words
+from dpo.base.exits import check_words, slow_imports
 from dpo.prepare.arguments import read_arguments
 
 NICENESS = 10
@@ -13,7 +13,8 @@ AFTER_STOP = "the same command continues: downloads and rows so far are in the c
 if __name__ == "__main__":
     check_words(read_arguments)
     os.nice(NICENESS)
-    from dpo.distributed.program import run_program
-    from dpo.prepare.program import main
+    with slow_imports():
+        from dpo.distributed.program import run_program
+        from dpo.prepare.program import main
 
     sys.exit(run_program(main, AFTER_STOP))

@@ -2,11 +2,12 @@
 
 import sys
 
-from dpo.base.command import check_words, run_program
+from dpo.base.exits import check_words, run_program, slow_imports
 from dpo.push.arguments import read_arguments
 
 if __name__ == "__main__":
     check_words(read_arguments)
-    from dpo.push.program import main
+    with slow_imports():
+        from dpo.push.program import main
 
     sys.exit(run_program(main))

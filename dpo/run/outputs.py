@@ -7,8 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from dpo.base.command import line_of
 from dpo.base.console import warn
+from dpo.base.exits import line_of
 from dpo.board.sinks import open_sinks
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.export import export

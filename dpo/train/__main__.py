@@ -3,7 +3,7 @@
 import os
 import sys
 
-from dpo.base.command import run_program
+from dpo.base.exits import run_program, slow_imports
 from dpo.machine.job import check_tasks, is_rank
 from dpo.train.words import read_arguments
 
@@ -21,8 +21,9 @@ if __name__ == "__main__":
     code = run_program(check_words)
     if code:
         sys.exit(code)
-    from dpo.distributed.program import exit_program
-    from dpo.run.advice import AFTER_TRAINING
-    from dpo.train.program import main
+    with slow_imports():
+        from dpo.distributed.program import exit_program
+        from dpo.run.advice import AFTER_TRAINING
+        from dpo.train.program import main
 
     exit_program(main, AFTER_TRAINING)

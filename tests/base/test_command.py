@@ -12,7 +12,6 @@ from dpo.base.command import (
     own_flags,
     parse_arguments,
     replaced,
-    run_program,
     split_options,
     split_words,
     with_quiet,
@@ -20,6 +19,7 @@ from dpo.base.command import (
 )
 from dpo.base.console import is_quiet, set_quiet
 from dpo.base.errors import RunError, UserError
+from dpo.base.exits import run_program
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from dpo.base import console
-from dpo.base.command import tell_error, tell_stop
 from dpo.base.console import begin_log, log_alone, open_log, progress, say, set_quiet, warn
+from dpo.base.exits import tell_error, tell_stop
 from tests.support.screen import Screen, terminal
 
 HOSTILE = "a [red]line[/red] [/]\x1b[2J\r\u202eback\nnext\ttab"

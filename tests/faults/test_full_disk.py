@@ -21,8 +21,8 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.base import space
-from dpo.base.command import line_of
 from dpo.base.errors import RunError
+from dpo.base.exits import line_of
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint import export as exporting
 from dpo.checkpoint import saver as saving

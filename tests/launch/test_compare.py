@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dpo.base.command import run_program
+from dpo.base.exits import run_program
 from dpo.board.hparams import ENTRY
 from dpo.config import SourceConfig, to_yaml
 from dpo.config.effects import CHANGING
