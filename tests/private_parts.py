@@ -53,6 +53,12 @@ PRIVATE_PARTS = (
         "test_private_parts.py::test_it_is_there",
     ),
     PrivatePart(
+        "argparse.ArgumentParser.format_usage._actions",
+        ("dpo/front/completion.py",),
+        "argparse has no public list of a parser's flags; shtab, which completes their values, reads the same",
+        "front/test_completion.py::test_a_word_is_completed",
+    ),
+    PrivatePart(
         "argparse._ArgumentGroup",
         ("launch/flags.py",),
         "the type that add_argument_group returns has no other name",
