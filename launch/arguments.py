@@ -11,7 +11,7 @@ from typing import Any
 from dpo.base.command import Option, Parser, names_of, parse_arguments, split_options, words_of
 from dpo.base.errors import UserError
 from dpo.config.help import print_about_config
-from dpo.config.hints import unknown_flag
+from dpo.config.hints import check_setting, unknown_flag
 from launch.durations import FORMATS, minutes_of
 from launch.flags import REPEATABLE, make_parser
 from launch.sbatch import sbatch_options
@@ -141,7 +141,9 @@ def _check_flags(options: Sequence[Option], parser: Parser) -> None:
     """Raises UserError for a flag that does not exist, which may be a key of the config or one of TRL's names."""
     names = [*names_of(parser.parse_args([])), "help"]
     for option in options:
-        if option.key is not None and not option.is_key and option.key not in names:
+        if option.key is None:
+            check_setting(option)
+        elif not option.is_key and option.key not in names:
             raise unknown_flag(option.key, names, f"see {parser.prog} --help")
 
 

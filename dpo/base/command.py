@@ -1,9 +1,9 @@
 """Command lines: the one place that divides them into options and a program's own flags.
 
 `--config run.yaml --loss.beta=0.5 --quiet` is three options: ("config", "run.yaml"), ("loss.beta", "0.5") and
-("quiet", None). `run.yaml loss.beta=0.5 --quiet` is the same: a bare word that ends with .yaml or .yml is a config, and
-a bare SECTION.KEY=VALUE a key of it. A value may begin with one dash, except for -h. Names are not checked here:
-argparse checks a program's own flags, and `dpo.config.reading` the keys of a config.
+("quiet", None). `run.yaml loss.beta=0.5 --quiet` is the same: a bare SECTION.KEY=VALUE is a key of the config, and
+another bare word that ends with .yaml or .yml its file. A value may begin with one dash, except for -h. Names are not
+checked here: argparse checks a program's own flags, and `dpo.config.reading` the keys of a config.
 """
 
 import argparse
@@ -87,10 +87,11 @@ def split_options(argv: Sequence[str]) -> list[Option]:
 
 
 def _bare(word: str) -> Option:
-    if word.endswith((".yaml", ".yml")) and not word.startswith("-"):
-        return Option("config", word, (word,))
     setting = re.fullmatch(r"([A-Za-z]\w*\.[^\s=/]+)=(.*)", word, re.DOTALL)
-    return Option(setting[1], setting[2], (word,)) if setting else Option(None, word, (word,))
+    if setting:
+        return Option(setting[1], setting[2], (word,))
+    is_file = word.endswith((".yaml", ".yml")) and not word.startswith("-")
+    return Option("config" if is_file else None, word, (word,))
 
 
 def _takes(key: str, word: str) -> bool:

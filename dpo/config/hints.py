@@ -1,12 +1,27 @@
 """Errors about keys, flags and values that do not exist: what was probably meant, and the names that TRL has for it."""
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 
-from dpo.base.command import COMMAND_LINE, SWITCHES
+from dpo.base.command import COMMAND_LINE, SWITCHES, Option
 from dpo.base.errors import UserError
 from dpo.base.likeness import closest, meant
 from dpo.config.keys import KEYS, SECTIONS
 from dpo.config.trl_names import NOTES, TRL_NAMES, VALUES
+
+NUMBER_OF_RANKS = ("gpus", "gpus-per-node")
+"""Our flags, of which a program has one, or none."""
+OF_LAUNCHERS: Mapping[str, Sequence[str]] = {
+    "num-processes": NUMBER_OF_RANKS,
+    "nproc-per-node": NUMBER_OF_RANKS,
+    "nproc": NUMBER_OF_RANKS,
+    "num-gpus": NUMBER_OF_RANKS,
+    "gpus": ("gpus-per-node",),
+    "ranks": ("ranks-per-node",),
+    "num-machines": ("nodes",),
+    "nnodes": ("nodes",),
+}
+"""Flags of accelerate, torchrun and deepspeed, and of `dpo train` for `dpo submit`, and ours for the same."""
 
 
 def unknown_key(place: str, key: str, names: Sequence[str]) -> UserError:
@@ -37,10 +52,18 @@ def unknown_flag(name: str, own: Collection[str], valid: str = "") -> UserError:
     if name in SWITCHES:
         return UserError(place, "takes no value", f"--{name}")
     listed = f"{', '.join(f'--{flag}' for flag in flags)}, and SECTION.KEY=VALUE of {', '.join(SECTIONS)}"
-    flag = closest(name, flags, 0.75)
+    ours = [flag for flag in OF_LAUNCHERS.get(name.replace("_", "-"), ()) if flag in own]
+    flag = ours[0] if ours else closest(name, flags, 0.75)
     guess = f"--{flag}" if flag else _own_name(name) or _close_key(name, list(SECTIONS))
     found = None if flag else _from_trl(place, name)
     return found or UserError(place, "unknown flag" + meant(guess), valid or listed)
+
+
+def check_setting(option: Option) -> None:
+    """Raises UserError for a word NAME=VALUE, whose name lacks its section, or is TRL's."""
+    setting = re.match(r"[A-Za-z]\w*(?==)", option.words[0])
+    if setting:
+        raise unknown_key(COMMAND_LINE, setting[0], ["FILE.yaml", "SECTION.KEY=VALUE", "--SECTION.KEY VALUE"])
 
 
 def not_a_key(section: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 from dpo.base.command import COMMAND_LINE, SWITCHES, Option, check_once, split_options
 from dpo.base.errors import UserError
 from dpo.base.likeness import meant
-from dpo.config.hints import not_a_key, unknown_flag, unknown_key, wrong_word
+from dpo.config.hints import check_setting, not_a_key, unknown_flag, unknown_key, wrong_word
 from dpo.config.keys import SECTIONS
 from dpo.config.shipped import near_config, shipped_configs
 from dpo.config.strict_yaml import parse_yaml, read_yaml_file
@@ -53,9 +53,7 @@ def split_command_line(argv: Sequence[str], own: Collection[str] = ()) -> Comman
 
 
 def _key_and_value(option: Option, own: Collection[str]) -> tuple[str, str]:
-    setting = re.match(r"[A-Za-z]\w*(?==)", option.words[0])
-    if setting:
-        raise unknown_key(COMMAND_LINE, setting[0], ["FILE.yaml", "SECTION.KEY=VALUE", "--SECTION.KEY VALUE"])
+    check_setting(option)
     if option.key is not None and not option.is_config and option.key not in SECTIONS:
         raise unknown_flag(option.key, own)
     if option.key is None:

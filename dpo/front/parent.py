@@ -31,9 +31,9 @@ from dpo.base.status import GPUS_ASKED, STATUS_FILE, read_status
 from dpo.base.workers import signal_name
 from dpo.front.ending import End, Verdict, is_time_to_kill, judge
 from dpo.front.names import Command
-from dpo.front.ranks import Wanted, number_of_ranks
+from dpo.front.ranks import Wanted, check_host, number_of_ranks
 from dpo.front.stops import held_back, noted_stops
-from dpo.machine.facts import HIDDEN, find_driver
+from dpo.machine.facts import HIDDEN, find_driver, host_memory
 from dpo.machine.job import why_no_gpu
 
 HOST = "127.0.0.1"
@@ -53,6 +53,8 @@ def run_ranks(command: Command, words: tuple[str, ...], wanted: Wanted, log: Pat
     Raises UserError where fewer GPUs are visible than asked for.
     """
     size = number_of_ranks(wanted, *_visible_gpus())
+    if wanted.ranks:
+        check_host(size, host_memory()[0])
     with noted_stops() as stops, TemporaryDirectory(prefix="dpo-") as folder:
         store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # alive until all ranks have ended
         status = Path(os.environ.get(STATUS_FILE) or Path(folder, "status.json"))

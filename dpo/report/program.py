@@ -5,8 +5,10 @@
 The page of one run is written into its folder, RUN/report.html, that of several into ./report.html.
 """
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from dpo.base.console import say, warn
 from dpo.base.errors import UserError
@@ -70,12 +72,25 @@ def chosen_runs(folders: Sequence[Path]) -> list[Path]:
     return list(found.values())
 
 
+def _check_out(out: Path) -> None:
+    """Raises UserError where the page cannot be written, before the runs are read."""
+    folder = out.absolute().parent
+    if out.is_dir() or not folder.is_dir():
+        raise UserError("command line: --out", f"cannot be written: {out}", "a file in a folder that exists")
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as failure:
+        if failure.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        what = f"cannot be written: {out}: {failure.strerror}"
+        raise UserError("command line: --out", what, "--out FILE in a folder to write in") from failure
+
+
 def main() -> None:
     """Runs `python -m dpo.report`."""
     arguments = read_arguments()
     runs = chosen_runs(arguments.runs)
     out = arguments.out or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT))
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise UserError("command line: --out", f"cannot be written: {out}", "a file in a folder that exists")
+    _check_out(out)
     write_report(runs, out, arguments.metric)
     say(f"the page is in {out}")

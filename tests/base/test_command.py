@@ -37,6 +37,8 @@ from dpo.base.exits import run_program
         ("--quiet run", [("quiet", None), (None, "run")]),
         ("--sweep a=1 b=2", [("sweep", "a=1"), (None, "b=2")]),
         ("my.yaml", [("config", "my.yaml")]),
+        ("train.run_dir=runs/x.yaml", [("train.run_dir", "runs/x.yaml")]),
+        ("my.yaml data/a=b.yml", [("config", "my.yaml"), ("config", "data/a=b.yml")]),
         ("--config my.yml", [("config", "my.yml")]),
         ("runs/my.yml loss.beta=0.5", [("config", "runs/my.yml"), ("loss.beta", "0.5")]),
         ("data.train=[{path:a=b}]", [("data.train", "[{path:a=b}]")]),

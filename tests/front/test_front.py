@@ -1,6 +1,7 @@
 """The table of names, the ranks that a command line asks for, the shipped configs."""
 
 import importlib.util
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from dpo.config import load_config
 from dpo.front import configs, parent
 from dpo.front.main import answer
 from dpo.front.names import COMMANDS, help_text
-from dpo.front.ranks import Wanted, add_ranks, number_of_ranks, read_wanted
+from dpo.front.ranks import Wanted, add_ranks, check_host, number_of_ranks, read_wanted
 from dpo.train.words import make_parser
 from tests.support.runs import exit_code_of
 
@@ -73,6 +74,12 @@ def test_a_typo_in_the_flags_of_ranks(typo: str) -> None:
         answer("doctor", [typo])
 
 
+@pytest.mark.parametrize("word", ["--num_processes", "--nproc_per_node", "--nproc-per-node", "--num_gpus"])
+def test_the_number_of_ranks_by_its_names_in_other_launchers(word: str) -> None:
+    with pytest.raises(UserError, match=r"unknown flag; did you mean --gpus\?"):
+        answer("train", ["my.yaml", word, "2"])
+
+
 # --- how many ranks --------------------------------------------------------------------------------------------------
 
 
@@ -102,6 +109,25 @@ def test_more_gpus_than_there_are(visible: int, line: str) -> None:
     with pytest.raises(UserError) as failure:
         number_of_ranks(Wanted(8, None), visible, "a CPU build")
     assert str(failure.value).startswith(line)
+
+
+def test_more_ranks_than_the_memory_holds_are_refused() -> None:
+    """Each takes 300 MiB for its libraries: 999 of them filled a machine of 24 GiB, which killed other programs."""
+    with pytest.raises(UserError) as failure:
+        check_host(999, 23 * 2**30)
+    line = "command line: --ranks: 999 ranks need 292.7 GiB before they load a model, and 23.0 GiB are available"
+    assert str(failure.value) == f"{line}; valid: up to 78"  # 23 * 1024 / 300 = 78.5
+    check_host(1, 300 * 2**20)
+    with pytest.raises(UserError, match=r"valid: up to 1$"):
+        check_host(1, 300 * 2**20 - 1)
+
+
+def test_ranks_that_share_a_cpu_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    check_host(2, 2**40)
+    assert capsys.readouterr().err == ""
+    check_host(3, 2**40)
+    assert capsys.readouterr().err.startswith("WARNING: 3 ranks share 2 CPUs: ")
 
 
 def parser_of_ranks() -> Parser:

@@ -1,5 +1,6 @@
 """The page of a run, and of several: what stands there, what is escaped, and what happens to broken folders."""
 
+import errno
 import json
 import re
 import shutil
@@ -319,6 +320,23 @@ def test_wrong_words_are_one_line(
     assert command(*words) == 2
     (line,) = error_lines(capsys.readouterr().err)
     assert line.startswith(f"error: {error}")
+
+
+def test_the_folder_of_the_page_is_read_only(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a run folder on a disk that keeps finished runs."""
+
+    def fail(dir: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(program, "TemporaryFile", fail)
+    assert command(run_dir) == 2
+    page = run_dir / "report.html"
+    (line,) = error_lines(capsys.readouterr().err)
+    assert line.startswith(
+        f"error: command line: --out: cannot be written: {page}: Read-only file system; valid: --out "
+    )
 
 
 def test_a_page_that_fails_does_not_fail_the_run(
