@@ -7,6 +7,7 @@
 """
 
 import logging
+import re
 import time
 import unicodedata
 from collections.abc import Iterator
@@ -27,11 +28,18 @@ class _OneLine(logging.Formatter):
         return harmless(super().format(record)).replace("\n", "↵")
 
 
+def _with_encodable_message(record: logging.LogRecord) -> bool:
+    """Replaces surrogates in a record's message, as of a path that is no UTF-8, which other handlers cannot encode."""
+    record.msg = re.sub(r"[\ud800-\udfff]", lambda found: _shown(found[0]), str(record.msg))
+    return True
+
+
 TERMINAL, LOG_FILE = Terminal(), LogFile()
 LOG = logging.getLogger("dpo")
 for _handler in (TERMINAL, LOG_FILE):
     _handler.setFormatter(_OneLine())
     LOG.addHandler(_handler)
+LOG.addFilter(_with_encodable_message)
 LOG.setLevel(logging.INFO)
 LOG.propagate = False
 

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import logging.handlers
 import os
 import re
 import subprocess
@@ -27,6 +28,18 @@ def test_elsewhere_a_record_is_one_plain_line(capsys: pytest.CaptureFixture[str]
     warn("low")
     tell_error("wrong")
     assert capsys.readouterr() == ("", f"{HARMLESS}\nWARNING: low\nerror: wrong\n")
+
+
+def test_every_handler_can_encode_a_record(capsys: pytest.CaptureFixture[str]) -> None:
+    """A path that is no UTF-8 has surrogates in Python; a program that embeds a run has handlers of its own."""
+    seen = logging.handlers.BufferingHandler(10)
+    console.LOG.addHandler(seen)
+    try:
+        say("runs/my\udcffrun")
+    finally:
+        console.LOG.removeHandler(seen)
+    assert [record.getMessage() for record in seen.buffer] == ["runs/my<U+DCFF>run"]
+    assert capsys.readouterr().err == "runs/my<U+DCFF>run\n"
 
 
 def test_a_terminal_shows_every_character_as_it_is() -> None:
