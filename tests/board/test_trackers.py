@@ -203,7 +203,12 @@ def test_sinks_are_those_of_the_config(config: Config) -> None:
 
 @pytest.mark.parametrize(
     ("failure", "ending"),
-    [(None, "done"), (Preempted(3), "preempted"), (RunError("the loss is nan"), "failed"), (MemoryError(), "failed")],
+    [
+        (None, "done"),
+        (Preempted(3, is_saved=True), "preempted"),
+        (RunError("the loss is nan"), "failed"),
+        (MemoryError(), "failed"),
+    ],
 )
 def test_a_tracker_is_told_how_the_start_ends(config: Config, failure: Exception | None, ending: Ending) -> None:
     service = Service()

@@ -28,7 +28,7 @@ from dpo.step.deviation import Completions, Verdict, caps, exact_bounds, judge, 
 from dpo.step.first_step import Terms
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
-from tests.support.runs import exit_code, make_config, run, train_lines
+from tests.support.runs import exit_code, has_log_alone, make_config, run, train_lines
 
 NUM_PAIRS = 4
 
@@ -201,7 +201,7 @@ def test_a_row_a_little_beyond_the_tolerance_ends_the_run(
     assert exit_code(make(folders, tmp_path / "second")) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert error.startswith("error: step 1: the policy is not its own reference: pi_logp -")
-    assert not (tmp_path / "second").exists()
+    assert has_log_alone(tmp_path / "second")
 
 
 def test_the_worst_row_is_the_one_named(
@@ -283,7 +283,7 @@ def test_beyond_the_caps_a_run_stops_and_warn_goes_on(
     error = capsys.readouterr().err
     assert error.rstrip().endswith("; to train all the same: --reference.first_step_check warn")
     assert all(name in error for name in ("spread", "drift", "noise"))
-    assert not (tmp_path / "second").exists()
+    assert has_log_alone(tmp_path / "second")
     config = make(folders, tmp_path / "third", reference__first_step_check="warn", **BFLOAT16)
     assert exit_code(config) == 0
     warning = capsys.readouterr().err
