@@ -66,13 +66,13 @@ def run_program(main: Callable[[], object], after_stop: str = "") -> int:
     obey_quiet(sys.argv[1:])
     show_any_text()
     try:
-        _with_results_written(main)
+        with_results_written(main)
     except KeyboardInterrupt as stop:
         tell_stop(after_stop)
         return exit_code_of(stop)
     except (UserError, RunError, OSError) as failure:
-        if isinstance(failure, BrokenPipeError) and _is_reader_gone():
-            return 128 + signal.SIGPIPE  # silently, as of other programs before `| head`
+        if is_reader_gone(failure):
+            return READER_GONE
         tell_error(line_of(failure))
         return exit_code_of(failure)
     return 0
@@ -84,7 +84,7 @@ def show_any_text() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _with_results_written(main: Callable[[], object]) -> None:
+def with_results_written(main: Callable[[], object]) -> None:
     """Runs `main`, and writes what it printed, so that a failure to do so is known before Python shuts down."""
     try:
         main()
@@ -99,9 +99,15 @@ def _write_results() -> None:
         sys.stdout.flush()
 
 
-def _is_reader_gone() -> bool:
-    """Returns whether the reader of stdout, a pipe, is gone; what is left for it is discarded."""
-    if sys.stdout is None:
+READER_GONE = 128 + signal.SIGPIPE
+"""The exit code of a program whose results nobody reads any more, as in `dpo estimate my.yaml | head -1`."""
+
+
+def is_reader_gone(failure: BaseException) -> bool:
+    """Returns whether a program ended because the reader of stdout, a pipe, is gone; then discards what is left for it,
+    so that Python says nothing of it either.
+    """
+    if not isinstance(failure, BrokenPipeError) or sys.stdout is None:
         return False
     pipe = select.poll()
     pipe.register(sys.stdout.fileno(), 0)

@@ -13,7 +13,17 @@ import torch.distributed as dist
 
 from dpo.base.console import log_alone, say, warn
 from dpo.base.errors import Preempted, RunError, UserError
-from dpo.base.exits import exit_code_of, line_of, obey_quiet, show_any_text, tell_error, tell_stop
+from dpo.base.exits import (
+    READER_GONE,
+    exit_code_of,
+    is_reader_gone,
+    line_of,
+    obey_quiet,
+    show_any_text,
+    tell_error,
+    tell_stop,
+    with_results_written,
+)
 from dpo.base.status import write_status
 from dpo.config import with_place
 from dpo.distributed.collectives import all_gather
@@ -49,8 +59,8 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
         after_stop: the advice that rank 0 prints after Ctrl-C; empty: none.
 
     Returns:
-        0 if the program is done, or was asked to stop and has saved; 1 for a failure while running; 2 for wrong input
-        of the user; 130 for Ctrl-C.
+        0 if the program is done, or was asked to stop and has saved what it had; 1 for a failure while running; 2 for
+        wrong input of the user; 130 for Ctrl-C; 141 where nobody reads its results any more.
     """
     is_main = int(os.environ.get("RANK", "0")) == 0
     obey_quiet(sys.argv[1:])
@@ -59,7 +69,7 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
     if untested and is_main:
         warn(untested)
     try:
-        main()
+        with_results_written(main)
     except Preempted as stop:
         if is_main:
             has_launcher = write_status({"state": "preempted", "step": stop.step, "saved": stop.is_saved})
@@ -79,6 +89,8 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
             tell_stop(after_stop)
         return exit_code_of(stop)
     except Exception as failure:
+        if is_reader_gone(failure):
+            return READER_GONE
         line = met_alone(failure)
         details = traceback.format_exc()
         record_failure(failure, line or details)

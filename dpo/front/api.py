@@ -56,7 +56,7 @@ def run_training(config: Config) -> Path:
     Raises:
         UserError: the input is wrong; found before the first step.
         RunError: a failure while running, such as a gradient that is not finite.
-        Preempted: SIGUSR2 ended the run, which has saved; the same call goes on.
+        Preempted: SIGUSR2 ended the run, which has saved the steps that it made; the same call goes on.
     """
     from dpo.train import program  # imports torch
 

@@ -6,6 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 
 from dpo.base.console import say, visible, warn
+from dpo.base.errors import RunError
+from dpo.base.exits import line_of
 from dpo.board.sink import Answer
 from dpo.board.words import PAIR_METRICS
 from dpo.config import LossConfig
@@ -34,8 +36,12 @@ def conclude(run: Run) -> None:
         return
     last = max(run.start.step, run.inputs.last_step)
     say(f"done: {last} steps, the model is in {run.dir / FINAL}")
-    answers = read_answers(run.answers, last) if run.answers else []
-    lines = read_metrics(run.dir)
+    try:
+        answers = read_answers(run.answers, last) if run.answers else []
+        lines = read_metrics(run.dir)
+    except (RunError, OSError) as failure:  # the model is there: a file that cannot be read does not fail the run
+        warn(f"how the run went is not shown: {line_of(failure)}")
+        return
     for line in end_lines(run.dir, lines, run.config.loss, answers):
         say(line)
     if fallen := fallen_warning(lines):

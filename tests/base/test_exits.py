@@ -34,7 +34,7 @@ def test_ctrl_c_while_libraries_are_imported(handler: str, ends: tuple[int, str,
 
 PRINTS = """
 import sys
-from dpo.base.exits import run_program
+from {module} import run_program
 def main():
     print({text})
     {then}
@@ -44,19 +44,25 @@ sys.exit(run_program(main))
 
 @pytest.mark.parametrize("then", ["pass", "raise SystemExit(0)"], ids=["returns", "as --help"])
 @pytest.mark.parametrize("text", ["'x'", "'x' * 10**6"], ids=["buffered", "long"])
-def test_a_reader_of_results_that_is_gone_is_no_error(text: str, then: str) -> None:
+@pytest.mark.parametrize("module", ["dpo.base.exits", "dpo.distributed.program"])
+def test_a_reader_of_results_that_is_gone_is_no_error(module: str, text: str, then: str) -> None:
     """As of `dpo --help | head -1`: the exit code is 128 + SIGPIPE, as of other programs, and nothing is said."""
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-c", PRINTS.format(text=text, then=then)], stdout=writer, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PRINTS.format(module=module, text=text, then=then)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_characters_that_the_encoding_of_stdout_lacks_are_shown_as_escapes() -> None:
-    done = run_python(PRINTS.format(text="'a\\u00e9\\u2588'", then="pass"), {"PYTHONIOENCODING": "ascii"})
+    done = run_python(
+        PRINTS.format(module="dpo.base.exits", text="'a\\u00e9\\u2588'", then="pass"), {"PYTHONIOENCODING": "ascii"}
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "a\\xe9\\u2588\n", "")
 
 

@@ -140,17 +140,32 @@ def test_there_is_no_warning_at_half_a_nat_or_without_a_reference() -> None:
     assert fallen_warning([{"step": 9, "eval/loss": 0.7}]) is None and fallen_warning([]) is None
 
 
-def test_the_terminal_warns_in_its_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(nats_line(9, "train", -0.7)) + "\n")
+def told_at_the_end(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines of a run that ends after 9 steps."""
     run = SimpleNamespace(
         world=SimpleNamespace(is_main=True),
         start=SimpleNamespace(step=0),
         inputs=SimpleNamespace(last_step=9),
-        dir=tmp_path,
+        dir=run_dir,
         answers=None,
         config=SimpleNamespace(loss=LossConfig()),
     )
     conclude(run)  # type: ignore[arg-type]
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].endswith(f"done: 9 steps, the model is in {tmp_path / 'final'}")
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first.endswith(f"done: 9 steps, the model is in {run_dir / 'final'}")
+    return others
+
+
+def test_metrics_that_are_damaged_do_not_fail_a_run_that_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 0 alone would end with an error, and the others would wait for it."""
+    (tmp_path / "metrics.jsonl").write_text("no metrics\n")
+    (line,) = told_at_the_end(tmp_path, capsys)
+    assert line.startswith(f"WARNING: how the run went is not shown: {tmp_path / 'metrics.jsonl'}:1: ")
+
+
+def test_the_terminal_warns_in_its_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(nats_line(9, "train", -0.7)) + "\n")
+    lines = told_at_the_end(tmp_path, capsys)
     assert lines[-1].startswith("WARNING: winners are at −0.7 nats per token")
