@@ -37,7 +37,7 @@ def decide(end: End, max_crashes: int) -> Outcome:
         max_crashes: maximum number of restarts after crashes without a new checkpoint in between.
     """
     if end.exit_code == 0 and _state(end) == "done":
-        return _done(end)
+        return Outcome("done")
     if end.was_ended:
         return STOPPED
     if end.exit_code == 0:
@@ -58,11 +58,9 @@ def _state(end: End) -> str:
     return str(end.status.get("state", "preempted" if end.asked_to_stop else "done"))
 
 
-def _done(end: End) -> Outcome:
-    return Outcome("done", f"step {end.status['step']}" if "step" in end.status else "")
-
-
 def _preempted(end: End) -> Outcome:
     if end.status.get("state") == "preempted":
-        return Outcome("preempted", f"saved at step {end.status['step']}" if "step" in end.status else "saved")
+        step = end.status["step"]
+        unsaved = f"before its first step; resumes from step {step}" if step else "before the first step; starts again"
+        return Outcome("preempted", f"saved at step {step}" if end.status["saved"] else unsaved)
     return Outcome("preempted", "the ranks did not exit in time (--signal-delay); resumes from the last checkpoint", 1)

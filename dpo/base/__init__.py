@@ -17,6 +17,7 @@ hub.py          tells ids of the Hugging Face hub from local paths
 hub_files.py    which files of a model's repository a program reads, and which a folder lacks
 hub_reasons.py  why the hub failed, in a few words
 snapshots.py    repositories of the hub -> local folders, from which a run reads without the network
+rank.py         what torchrun's environment says of this process
 status.py       reports to the launcher how far a program is, and how it ended
 blame.py        the failure to blame among the failures of all ranks
 prefetch.py     a thread builds the next item while the caller uses the current one

@@ -66,8 +66,9 @@ class Preempted(Exception):
 
     def __init__(self, step: int, is_saved: bool):
         kept = f"after step {step}; the same command resumes from here"
-        begun = "before the first step; the same command starts again, and computed rows of the reference are kept"
-        super().__init__(f"stopped {kept if is_saved else begun}")
+        resumed = f"before its first step; the same command resumes from step {step}"
+        begun = "before the first step; the same command starts again; computed rows of the reference, if any, are kept"
+        super().__init__(f"stopped {kept if is_saved else resumed if step else begun}")
         self.step, self.is_saved = step, is_saved
 
 

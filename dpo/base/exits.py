@@ -14,6 +14,7 @@ from io import TextIOWrapper
 from dpo.base.command import split_options
 from dpo.base.console import set_quiet, tell
 from dpo.base.errors import Preempted, RunError, UserError, one_line
+from dpo.base.rank import is_main, is_rank
 from dpo.base.space import describe_full
 
 EXIT_CODES: Mapping[type[BaseException], int] = {
@@ -121,7 +122,7 @@ def check_words(read: Callable[[], object]) -> None:
     """Reads the command line of a program before its libraries are imported, which takes seconds; ends this process
     where the words are wrong. The ranks of torchrun read them later, when they can end together.
     """
-    if "RANK" not in os.environ and (code := run_program(read)):
+    if not is_rank(os.environ) and (code := run_program(read)):
         sys.exit(code)
 
 
@@ -137,7 +138,8 @@ def slow_imports() -> Iterator[None]:
         came = signal.SIGINT in signal.sigpending()
         if came and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # takes it from those that wait
-            tell_stop("")
+            if is_main(os.environ):
+                tell_stop("")
             sys.exit(EXIT_CODES[KeyboardInterrupt])
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -4,10 +4,13 @@ for one that was preempted.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpo.base.console import warn
+from dpo.base.errors import Preempted
 from dpo.base.files import write_atomically
 
 STATUS_FILE = "DPO_STATUS_FILE"
@@ -27,9 +30,27 @@ def read_status(path: Path) -> dict[str, Any]:
     return status
 
 
-def write_status(status: Mapping[str, Any]) -> bool:
-    """Writes the state of the run to the file that the launcher named, and returns whether there is one. Rank 0 alone
-    calls this.
+def has_launcher() -> bool:
+    """Returns whether a launcher named a file for the status; it then says itself how the run ended."""
+    return bool(os.environ.get(STATUS_FILE))
+
+
+@contextmanager
+def telling_end(is_main: bool) -> Iterator[None]:
+    """Writes, on rank 0, the status of how a with-block ends: preempted or done; none where it fails."""
+    try:
+        yield
+    except Preempted as stop:
+        if is_main:
+            write_status({"state": "preempted", "step": stop.step, "saved": stop.is_saved})
+        raise
+    if is_main:
+        write_status({"state": "done"})
+
+
+def write_status(status: Mapping[str, Any]) -> None:
+    """Writes the state of the run to the file that the launcher named, if any; warns where it cannot be written. Rank 0
+    alone calls this.
 
     {"state": "training", "step": s}                    the steps begin with step s; from now on the run saves when it
                                                         is asked to stop
@@ -37,7 +58,8 @@ def write_status(status: Mapping[str, Any]) -> bool:
                                                         step, and nothing was saved
     {"state": "done"}                                   the run has ended
     """
-    path = os.environ.get(STATUS_FILE)
-    if path:
-        write_atomically(Path(path), json.dumps(status).encode())
-    return bool(path)
+    if has_launcher():
+        try:
+            write_atomically(Path(os.environ[STATUS_FILE]), json.dumps(status).encode())
+        except OSError as failure:
+            warn(f"the launcher does not know that the run is {status['state']}: {failure}")

@@ -24,7 +24,8 @@ from dpo.base.exits import (
     tell_stop,
     with_results_written,
 )
-from dpo.base.status import write_status
+from dpo.base.rank import is_main
+from dpo.base.status import has_launcher, telling_end
 from dpo.config import with_place
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.failures import met_alone, record_failure
@@ -42,7 +43,7 @@ def exit_program(main: Callable[[], None], after_stop: str = "") -> NoReturn:
     code = run_program(main, after_stop)
     atexit._run_exitfuncs()
     for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed when the process was started
-        with suppress(OSError):  # the reader of a pipe is gone
+        with suppress(OSError):  # results are written already; a closed pipe or terminal takes no last words
             stream.flush()
     os._exit(code)
 
@@ -62,30 +63,30 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
         0 if the program is done, or was asked to stop and has saved what it had; 1 for a failure while running; 2 for
         wrong input of the user; 130 for Ctrl-C; 141 where nobody reads its results any more.
     """
-    is_main = int(os.environ.get("RANK", "0")) == 0
+    is_first = is_main(os.environ)
     obey_quiet(sys.argv[1:])
     show_any_text()
     untested = untested_versions()
-    if untested and is_main:
+    if untested and is_first:
         warn(untested)
     try:
-        with_results_written(main)
+        with telling_end(is_first):
+            with_results_written(main)
     except Preempted as stop:
-        if is_main:
-            has_launcher = write_status({"state": "preempted", "step": stop.step, "saved": stop.is_saved})
-            (log_alone if has_launcher else say)(str(stop))  # a launcher says it itself
+        if is_first:
+            (log_alone if has_launcher() else say)(str(stop))
         _leave_together()
         return exit_code_of(stop)
     except (UserError, RunError) as failure:
         placed = with_place(failure, sys.argv[1:]) if isinstance(failure, UserError) else failure
         record_failure(placed, line_of(placed))
-        if is_main:
+        if is_first:
             tell_error(line_of(placed))
-        if not _leave_together() and not is_main:  # rank 0 met no such error
+        if not _leave_together() and not is_first:  # rank 0 met no such error
             tell_error(line_of(placed))
         return exit_code_of(failure)
     except KeyboardInterrupt as stop:
-        if is_main:
+        if is_first:
             tell_stop(after_stop)
         return exit_code_of(stop)
     except Exception as failure:
@@ -99,8 +100,6 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
             raise
         tell_error(line)  # without waiting for other ranks
         return exit_code_of(failure)
-    if is_main:
-        write_status({"state": "done"})
     return 0
 
 

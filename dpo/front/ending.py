@@ -8,7 +8,7 @@ The first row that applies decides:
 | they were asked to save, and have                             | 0; 130 after Ctrl-C | the step that is saved         |
 | they are done; a signal may have come after the last step     | 0; 130 after Ctrl-C | after a signal: complete       |
 | a second signal came after the first step, and killed them    | 128 + signal        | they had not saved             |
-| a signal came before the first step, and killed them          | 128 + signal        | nothing is saved               |
+| a signal came before the first step, and ended them           | 128 + signal        | nothing is saved               |
 
 128 + signal is 130 for SIGINT (Ctrl-C), 143 for SIGTERM, 129 for SIGHUP (a closed terminal), 140 for SIGUSR2.
 """

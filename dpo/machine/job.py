@@ -6,6 +6,7 @@ Sources: https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLE
 from collections.abc import Mapping
 
 from dpo.base.errors import UserError
+from dpo.base.rank import is_rank
 from dpo.base.status import GPUS_ASKED
 
 COUNTS = (GPUS_ASKED, "SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
@@ -33,11 +34,6 @@ def why_no_gpu(torch: str, cuda: str | None, driver: str | None) -> str:
         return f"torch {torch} is a build without CUDA"
     loaded = "no NVIDIA driver is loaded" if driver is None else f"the NVIDIA driver is {driver}"
     return f"{loaded}, torch {torch} is built for CUDA {cuda}"
-
-
-def is_rank(environment: Mapping[str, str]) -> bool:
-    """Returns whether torchrun, or `dpo`, has started this process as a rank of a run."""
-    return "RANK" in environment
 
 
 def check_tasks(environment: Mapping[str, str]) -> None:

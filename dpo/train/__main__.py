@@ -4,7 +4,8 @@ import os
 import sys
 
 from dpo.base.exits import run_program, slow_imports
-from dpo.machine.job import check_tasks, is_rank
+from dpo.base.rank import is_rank
+from dpo.machine.job import check_tasks
 from dpo.train.words import read_arguments
 
 

@@ -7,6 +7,7 @@ over steps, `dpo/run/loop.py`; one step, `dpo/step/update.py`.
 from pathlib import Path
 
 from dpo.base.console import begin_log
+from dpo.base.status import telling_end
 from dpo.config import Config
 from dpo.distributed.failures import remembered_need
 from dpo.distributed.preemption import listen_for_stop
@@ -60,9 +61,10 @@ def train_and_export(run: Run) -> None:
     deviation = check_first_step(run)
     with open_outputs(run) as writer:
         introduce(run, writer, deviation)
-        with open_checkpoints(run) as saver:
-            train(run, writer, saver)
-        export_run(run)
+        with telling_end(run.world.is_main):  # before the trackers are waited for
+            with open_checkpoints(run) as saver:
+                train(run, writer, saver)
+            export_run(run)
         if run.world.is_main:
             report_at_end(run.dir)
         conclude(run)

@@ -13,12 +13,14 @@ import pytest
 
 from dpo.base.errors import Preempted
 from dpo.base.status import STATUS_FILE
+from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.store import newest_checkpoint
 from dpo.config import Config
 from dpo.distributed.program import run_program
 from dpo.run import loop, outputs
 from dpo.run.files import read_metrics
 from dpo.step.evaluation import Evaluation
+from dpo.step.update import train_step
 from dpo.train import program as train
 from tests.support.ranks import Ranks
 from tests.support.runs import (
@@ -150,6 +152,53 @@ def test_a_run_that_ends_by_itself_says_so(root: Path, tmp_path: Path, monkeypat
     assert run_program(lambda: train.run_training(config)) == 0
     assert json.loads((tmp_path / "status.json").read_text()) == {"state": "done"}
     assert signal.getsignal(signal.SIGUSR2) == signal.SIG_IGN  # one that comes late must not kill what is done
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_launcher_knows_the_end_before_trackers_are_waited_for(root: Path, tmp_path: Path, asked: bool) -> None:
+    """A launcher that kills a run while a tracker does not answer is not to say that the run had not saved."""
+    config = six_steps(root, tmp_path / "run", train__steps=1)
+    known: list[dict[str, Any]] = []
+    close = MetricsWriter.close
+
+    def look_and_close(writer: MetricsWriter, *ending: Any) -> None:
+        known.append(json.loads((tmp_path / "status.json").read_text()))
+        close(writer, *ending)
+
+    def take_step(*args: Any) -> dict[str, float]:
+        if asked:
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return train_step(*args)
+
+    with (
+        patch.dict(os.environ, {STATUS_FILE: str(tmp_path / "status.json")}),
+        patch.object(MetricsWriter, "close", look_and_close),
+        patch.object(loop, "train_step", take_step),
+    ):
+        assert run_program(lambda: train.run_training(config)) == 0
+    assert known == [{"state": "preempted", "step": 1, "saved": True} if asked else {"state": "done"}]
+    assert newest_checkpoint(tmp_path / "run") is not None and (tmp_path / "run" / "final").exists() is not asked
+
+
+def test_a_launcher_that_cannot_be_told_costs_no_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(STATUS_FILE, str(tmp_path / "file" / "status.json"))
+    assert run_program(lambda: train.run_training(six_steps(root, tmp_path / "run", train__steps=1))) == 0
+    assert "the launcher does not know that the run is done: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("stop", "line"),
+    [
+        (Preempted(7, is_saved=True), "stopped after step 7; the same command resumes from here"),
+        (Preempted(7, is_saved=False), "stopped before its first step; the same command resumes from step 7"),
+        (Preempted(0, is_saved=False), "stopped before the first step; the same command starts again; computed rows"),
+    ],
+)
+def test_what_a_stopped_run_says(stop: Preempted, line: str) -> None:
+    assert str(stop).startswith(line)
 
 
 def test_an_evaluation_is_made_once(root: Path, tmp_path: Path) -> None:

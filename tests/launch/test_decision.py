@@ -58,7 +58,8 @@ def test_who_was_first(failures: list[Failure], to_blame: int) -> None:
     assert found is not None and found.rank == to_blame
 
 
-DONE, SAVED = {"state": "done", "step": 9}, {"state": "preempted", "step": 4}
+DONE, SAVED = {"state": "done"}, {"state": "preempted", "step": 4, "saved": True}
+UNSAVED = SAVED | {"saved": False}
 USERS = Failure("node0", 0, 1.0, "UserError: a.yaml: bad", user_line="a.yaml: bad", exit_code=2)
 BY_RANK_1 = "rank 1 on node1: ValueError: boom"
 
@@ -66,12 +67,14 @@ BY_RANK_1 = "rank 1 on node1: ValueError: boom"
 @pytest.mark.parametrize(
     ("facts", "state", "message", "exit_code"),
     [
-        ({"status": DONE}, "done", "step 9", 0),
-        ({"status": DONE, "asked_to_stop": True}, "done", "step 9", 0),
-        ({"status": DONE, "was_ended": True}, "done", "step 9", 0),
+        ({"status": DONE}, "done", "", 0),
+        ({"status": DONE, "asked_to_stop": True}, "done", "", 0),
+        ({"status": DONE, "was_ended": True}, "done", "", 0),
         ({}, "done", "", 0),
         ({"status": SAVED, "asked_to_stop": True}, "preempted", "saved at step 4", 0),
         ({"status": SAVED}, "preempted", "saved at step 4", 0),
+        ({"status": UNSAVED}, "preempted", "before its first step; resumes from step 4", 0),
+        ({"status": UNSAVED | {"step": 0}}, "preempted", "before the first step; starts again", 0),
         (
             {"exit_code": 1, "asked_to_stop": True, "failures": [killed(0, 1.0, signal.SIGTERM)]},
             "preempted",

@@ -37,7 +37,7 @@ class FakeTorchrun:
         self.runs.append(name)
         what = self.plan[name].pop(0)
         if what in ("done", "preempted"):
-            Path(env[STATUS_FILE]).write_text(json.dumps({"state": what, "step": 4}))
+            Path(env[STATUS_FILE]).write_text(json.dumps({"state": what, "step": 4, "saved": True}))
             return Ended(0, "")
         if what == "crashed":
             return Ended(1, "")
@@ -116,8 +116,8 @@ def test_a_single_run_that_is_done(
     """The last line says what is done."""
     run_here(work(a=["done"])[0])
     said = capsys.readouterr().err.splitlines()
-    assert said[-1] == f"dpo.train in {tmp_path / 'a'}: done: step 4"
-    assert read_outcome(tmp_path / "a/jobs/x") == Outcome("done", "step 4") and not (tmp_path / "sweep").exists()
+    assert said[-1] == f"dpo.train in {tmp_path / 'a'}: done"
+    assert read_outcome(tmp_path / "a/jobs/x") == Outcome("done") and not (tmp_path / "sweep").exists()
 
 
 def test_the_process_in_the_background_removes_its_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

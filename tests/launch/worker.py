@@ -45,7 +45,7 @@ def one_is_killed(folder: Path) -> None:
 def stops_once(folder: Path) -> None:
     """Waits for SIGUSR2 and saves, the first time; is done the second time."""
     if (folder / f"saved-{RANK}").exists():
-        return write_status({"state": "done", "step": 9}) if RANK == 0 else None
+        return write_status({"state": "done"}) if RANK == 0 else None
     asked: list[int] = []
     signal.signal(signal.SIGUSR2, lambda number, _: asked.append(number))
     (folder / f"ready-{RANK}").touch()
@@ -54,7 +54,7 @@ def stops_once(folder: Path) -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     (folder / f"saved-{RANK}").touch()
     if RANK == 0:
-        write_status({"state": "preempted", "step": 4})
+        write_status({"state": "preempted", "step": 4, "saved": True})
 
 
 if __name__ == "__main__":
