@@ -8,8 +8,8 @@ lower floors only, and rooms of one floor do not know each other (`make check` h
 pyproject.toml). Each room's `__init__.py` has a line for each of its files.
 
     floor  room
-    9      front/          dpo NAME: the programs below by their names, ranks that it starts itself; Python's way in
-    8      train/          python -m dpo.train: checks the input, builds the run, trains, exports
+    14     front/          dpo NAME: the programs below by their names, ranks that it starts itself; Python's way in
+    13     train/          python -m dpo.train: checks the input, builds the run, trains, exports; the loop
            prepare/        python -m dpo.prepare: downloads and tokenizes all that a run reads, without GPUs
            reference/      python -m dpo.reference: fills the cache of reference log-probabilities
            score/          python -m dpo.score: margins and accuracy of any model on any pairs
@@ -18,28 +18,35 @@ pyproject.toml). Each room's `__init__.py` has a line for each of its files.
            push/           python -m dpo.push: a trained model -> the Hugging Face hub
            doctor/         python -m dpo.doctor: will it run here, and how fast
            demo/           python -m dpo.demo: a small policy learns a preference on two processes
-    7      inspect/        python -m dpo.inspect: the data as the trainer will see it
+    12     inspect/        python -m dpo.inspect: the data as the trainer will see it
            estimate/       python -m dpo.estimate: the memory and time of a step on devices that are not here
            report/         python -m dpo.report: a run, or several side by side, as one HTML page; without torch
-    6      run/            a run: its inputs, folder, loop and reports
-    5      step/           one update: log-probabilities -> losses -> gradient -> weights; evaluation without gradient
+    11     disk/           the disk that a run needs, and whether its folders have it
+    10     run/            what a start of a run begins with: its inputs, its folder, the facts that stay the same
+    9      step/           one update: log-probabilities -> losses -> gradient -> weights; evaluation without gradient
            ref_logps/      the reference's log-probabilities: computed once, cached by content
            checkpoint/     weights and optimizer on disk: saved by a thread, verified, loaded on any ranks, exported
-    4      model/          PackedBatch -> log-probabilities: built, sharded, loaded, run; generation
-    3      batch/          (seed, step) -> pairs -> trees -> StepPlan -> PackedBatch
-    2      data/           a row of a file -> token ids -> numbered pairs
+    8      model/          PackedBatch -> log-probabilities: built, sharded, loaded, run; generation
+    7      batch/          (seed, step) -> pairs -> trees -> StepPlan -> PackedBatch
+    6      pairs/          token ids -> the numbered pairs of an epoch
+    5      encode/         `Example` -> token ids
+    4      sources/        a source of the config -> rows of its files -> `Example`
            distributed/    the processes: process group and mesh, collectives, how programs stop and end
-           board/          a run in TensorBoard; without torch
-    1      config/         every key, its bounds, YAML and command line; without torch
+           board/          a run in TensorBoard and in trackers; without torch
+           run_folder/     the files of a run folder that are read without torch
+    3      config/         every key, its bounds, YAML and command line; without torch
            machine/        a rank's machine: memory, driver, compiler, GPU
-    0      base/           general parts that know nothing of preferences; without torch
+    2      command/        how a program begins and ends: command line, exit code, last line; without torch
+    1      terminal/       what a program says: lines, bars, the log; without torch
+           hub/            repositories of the hub, and the files of a model's folder; without torch
+    0      base/           general tools: errors, files, arrays, processes; without torch
 
 Where do I add ...
 
     a loss                 step/losses.py: a function and an entry in `LOSSES`; config/loss_facts.py: name, facts;
                            config/fields.py: its line in the help of loss.name
-    a data format          data/formats/: a reader, and an entry in `FORMATS` of examples.py; its name in config
-    a set by its name      configs/data/: a file; rows of its shape in tests/data/test_named_sets.py
+    a data format          sources/formats/: a reader, and an entry in `FORMATS` of examples.py; its name in config
+    a set by its name      configs/data/: a file; rows of its shape in tests/sources/test_named_sets.py
     a key of the config    config/fields.py: a field with its docstring; its bounds in config/rules.py; its line in
                            config/effects.py: does it change the result?
     a metric               step/metrics.py; its words in board/words.py; a page of charts in board/charts.py; a curve

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dpo.base.command import Option, Parser, names_of, parse_arguments, split_options, words_of
 from dpo.base.errors import UserError
+from dpo.command.line import Option, Parser, names_of, parse_arguments, split_options, words_of
 from dpo.config.help import print_about_config
 from dpo.config.hints import check_setting, unknown_flag
 from launch.durations import FORMATS, minutes_of

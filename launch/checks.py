@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dpo.base.errors import UserError
-from dpo.base.hub import is_hub_id, is_tokenizer_id
 from dpo.config import Config, with_place
+from dpo.hub.ids import is_hub_id, is_tokenizer_id
 from launch import squeue
 from launch.reports import FINAL, Submission, read_outcome, submissions
 

@@ -18,15 +18,15 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from dpo.base.command import Parser, parse_arguments, with_quiet
-from dpo.base.console import say, warn
 from dpo.base.errors import UserError
-from dpo.base.exits import run_program
 from dpo.board.hparams import Value, flat, write_entry
 from dpo.board.words import PAIR_METRICS, words_of
+from dpo.command.exits import run_program
+from dpo.command.line import Parser, parse_arguments, with_quiet
 from dpo.config.effects import CHANGING, NEUTRAL
 from dpo.config.strict_yaml import read_yaml_file
-from dpo.run.files import CONFIG, FINAL, JOBS, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
+from dpo.run_folder.files import CONFIG, FINAL, JOBS, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
+from dpo.terminal.console import say, warn
 
 DESCRIPTION = """Compares runs: the config keys that differ, the number of steps, and the newest metrics; the run with
 the best evaluation comes first. Also writes the runs' entries for TensorBoard's HParams tab, with the same keys."""

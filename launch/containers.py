@@ -18,9 +18,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.base.command import split_options
 from dpo.base.errors import UserError
 from dpo.base.files import default_cache_dir
+from dpo.command.line import split_options
 from dpo.config import Config
 from launch.arguments import Request
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo.base.blame import Failure, first_cause
+from dpo.command.blame import Failure, first_cause
 from launch.failures import describe
 from launch.reports import Outcome
 
@@ -22,7 +22,7 @@ class End:
     was_ended: bool
     """SIGTERM was received, and the job must not start again."""
     status: Mapping[str, Any]
-    """The status that rank 0 wrote (`dpo.base.status.write_status`); empty: none."""
+    """The status that rank 0 wrote (`dpo.command.status.write_status`); empty: none."""
     failures: Sequence[Failure] = ()
     """The failures on all nodes."""
     crashes_before: int = 0

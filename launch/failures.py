@@ -1,12 +1,12 @@
-"""Collects the failures of the ranks of a node, and describes the failure to blame (`dpo.base.blame`)."""
+"""Collects the failures of the ranks of a node, and describes the failure to blame (`dpo.command.blame`)."""
 
 import re
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from dpo.base.blame import Failure, first_cause, read_error
 from dpo.base.workers import signal_name
+from dpo.command.blame import Failure, first_cause, read_error
 
 _TRACEBACK = re.compile(
     r"^Traceback \(most recent call last\):\n(?: .*\n|\n)*(?P<last>\w[\w.]*: .*|\w+)$", re.MULTILINE

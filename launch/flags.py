@@ -3,7 +3,7 @@
 import argparse
 import re
 
-from dpo.base.command import SWITCHES, Parser, with_quiet
+from dpo.command.line import SWITCHES, Parser, with_quiet
 from dpo.config.help import TEXTS as CONFIG_TEXTS
 from launch.durations import FORMATS
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.base.console import say
 from dpo.base.errors import RunError, UserError
-from dpo.base.exits import EXIT_CODES
+from dpo.command.exits import EXIT_CODES
+from dpo.terminal.console import say
 from launch import squeue
 from launch.checks import is_active
 from launch.reports import FINAL, Outcome, Submission, read_outcome

@@ -12,9 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpo.base.errors import UserError
-from dpo.base.exits import EXIT_CODES
+from dpo.command.exits import EXIT_CODES
 from dpo.config import Config
-from dpo.run.forecast import Forecast, read_forecast
+from dpo.run_folder.forecast import Forecast, read_forecast
 from launch.arguments import Request
 
 PATIENCE_SECONDS = 180.0

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.base.exits import run_program
+from dpo.command.exits import run_program
 from launch import supervise
 from launch.node import NodeJob
 from launch.reports import Attempt, Outcome, history, write_outcome

@@ -4,10 +4,10 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 
-from dpo.base.console import say, warn
 from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing, timed_write
-from dpo.run.forecast import ASSUMED_RATE, Forecast
+from dpo.run_folder.forecast import ASSUMED_RATE, Forecast
+from dpo.terminal.console import say, warn
 from launch.arguments import Request
 from launch.forecast import Unknown, ask_forecast
 from launch.reports import newest_checkpoint

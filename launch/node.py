@@ -19,10 +19,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.base.blame import Failure
-from dpo.base.console import say, warn
-from dpo.base.exits import tell_error
-from dpo.base.status import STATUS_FILE
+from dpo.command.blame import Failure
+from dpo.command.exits import tell_error
+from dpo.command.status import STATUS_FILE
+from dpo.terminal.console import say, warn
 from launch import supervise, torchrun
 from launch.decision import End, decide
 from launch.failures import failures_of_node

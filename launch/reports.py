@@ -4,7 +4,7 @@ RUN/jobs/2026-01-31_10.15.00_4f1a/   one submission; scripts, pickles and logs a
     submitted.json                   cluster and job id: written by `launch.submit`
     outcome.json                     the state of the job: written by the first node alone
     history.jsonl                    one line for each time the job ended
-    status.json                      how the ranks ended: written by rank 0 (`dpo.base.status.write_status`)
+    status.json                      how the ranks ended: written by rank 0 (`dpo.command.status.write_status`)
     attempt-0/node-1.json            how a node's torchrun ended: written by that node
     attempt-0/failed                 exists once the torchrun of any node has failed
     attempt-0/node-1/                torchrun's log folder: the exception of each rank that raised
@@ -18,9 +18,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo.base.blame import Failure
 from dpo.base.files import write_atomically
-from dpo.run.files import JOBS
+from dpo.command.blame import Failure
+from dpo.run_folder.files import JOBS
 
 State = Literal["running", "done", "failed", "stopped", "preempted", "crashed"]
 FINAL = ("done", "failed")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from dpo.base.errors import UserError
 from dpo.base.units import shown_bytes, shown_duration, shown_rate
-from dpo.run.forecast import Forecast
+from dpo.run_folder.forecast import Forecast
 from launch.arguments import LEAST_SIGNAL_DELAY, Request
 from launch.site import Site
 

@@ -4,9 +4,9 @@ import argparse
 import re
 from collections.abc import Collection, Mapping
 
-from dpo.base.command import COMMAND_LINE
 from dpo.base.errors import UserError
-from dpo.base.likeness import closest, meant
+from dpo.command.likeness import closest, meant
+from dpo.command.line import COMMAND_LINE
 from launch.flags import PLAIN
 
 _ASKED_BY_US: Mapping[str, str] = {

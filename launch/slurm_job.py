@@ -15,7 +15,7 @@ from typing import Any
 
 import submitit
 
-from dpo.base.console import warn
+from dpo.terminal.console import warn
 from launch import squeue, supervise, torchrun
 from launch.decision import STOPPED
 from launch.node import NodeJob

@@ -3,7 +3,7 @@
 import re
 import subprocess
 
-from dpo.base.console import warn
+from dpo.terminal.console import warn
 
 UNKNOWN = "UNKNOWN"
 ENDED = re.compile("BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|TIMEOUT")

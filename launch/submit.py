@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dpo.base.console import warn
 from dpo.base.errors import RunError
-from dpo.base.exits import run_program
-from dpo.base.status import GPUS_ASKED
-from dpo.run.files import JOBS
+from dpo.command.exits import run_program
+from dpo.command.status import GPUS_ASKED
+from dpo.run_folder.files import JOBS
+from dpo.terminal.console import warn
 from launch import executors, torchrun
 from launch.arguments import Request, for_preparing, read_arguments, unused_here
 from launch.checks import check_free, check_paths

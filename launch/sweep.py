@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo.base.command import replaced, split_options
 from dpo.base.errors import UserError
+from dpo.command.line import replaced, split_options
 from dpo.config import Config, load_config
 from launch.arguments import Request
 from launch.flags import PROG

@@ -22,7 +22,7 @@ if not os.environ.get("DPO_TEST_GPU"):
 
 import torch
 
-from dpo.base.console import begin_log, set_quiet
+from dpo.terminal.console import begin_log, set_quiet
 from tests.quick import pytest_collection_modifyitems, pytest_runtest_protocol  # noqa: F401
 from tests.support.ranks import Ranks
 from tests.warning_rules import pytest_configure  # noqa: F401

@@ -152,9 +152,9 @@ PRIVATE_PARTS = (
     *(
         PrivatePart(
             f"torch.cuda.memory.{name}",
-            ("dpo/run/profiling.py",),
+            ("dpo/train/profiling.py",),
             "the snapshot of a GPU's memory has no other way to be made",
-            "run/test_profiling.py::test_on_cuda_the_memory_is_recorded_too",
+            "train/test_profiling.py::test_on_cuda_the_memory_is_recorded_too",
         )
         for name in ("_record_memory_history", "_dump_snapshot")
     ),
@@ -306,13 +306,13 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         "datasets.Dataset._fingerprint",
-        ("dpo/data/sources.py",),
+        ("dpo/sources/source.py",),
         "the content of a hub's dataset, without reading it",
-        "data/test_sources.py::test_hub",
+        "sources/test_sources.py::test_hub",
     ),
     PrivatePart(
         "datasets.packaged_modules.cache.cache.Cache",
-        ("dpo/data/hub_sets.py",),
+        ("dpo/sources/hub_sets.py",),
         "reads a hub's dataset from the cache; load_dataset asks the hub first, and waits where packets are dropped",
         "commands/test_prepare.py::test_a_data_set_is_the_same_online_and_from_the_cache",
     ),
@@ -396,7 +396,7 @@ class ForeignText:
 
 
 LAUNCH_FAILURES, RANK_FAILURES = "launch/failures.py", "dpo/distributed/failures.py"
-BLAME = "dpo/base/blame.py"
+BLAME = "dpo/command/blame.py"
 KILLED_RANK = "launch/test_node.py::test_a_killed_rank_is_named_and_does_not_restart_the_job_for_ever"
 OTHER_NODE = "launch/test_node.py::test_the_true_exception_of_another_node_is_shown"
 NO_MEMORY = "faults/test_no_memory.py::test_no_memory_is_one_line"

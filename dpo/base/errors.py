@@ -1,4 +1,4 @@
-"""The ways in which a program of this package ends early; `dpo.base.command` has their exit codes.
+"""The ways in which a program of this package ends early; `dpo.command.exits` has their exit codes.
 
 `UserError` renders its own message from its fields. No code parses a message: it reads the fields.
 """

@@ -29,8 +29,8 @@ import numpy as np
 
 from dpo.base.arrays import DiskArray
 from dpo.config import Config
-from dpo.data.prepare import PreferenceData
-from dpo.data.report import check_enough
+from dpo.pairs.prepare import PreferenceData
+from dpo.pairs.report import check_enough
 
 WINDOW = 2**16
 """Places of an epoch whose pair ids are computed together; memory holds the ids of a few windows, not of an epoch."""

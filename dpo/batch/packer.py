@@ -15,8 +15,8 @@ from dpo.batch.packing import PackedBatch, RefLogps, RowFormat, pack, padded_len
 from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import Tree, grow_trees
 from dpo.config import Config
-from dpo.data.pair_set import PairSet
 from dpo.distributed.world import World
+from dpo.pairs.pair_set import PairSet
 
 PAIRS_PER_EVALUATION_PLAN = 1024
 """Pairs per plan of an evaluation set, which has one plan per part: the time to plan grows faster than linearly."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dpo.data.pair_set import Pair
+from dpo.pairs.pair_set import Pair
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from tensorboard.plugins.histogram.metadata import create_summary_metadata as hi
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.util.tensor_util import make_tensor_proto
 
-from dpo.base.console import harmless
 from dpo.board.bins import bins
 from dpo.board.charts import LAYOUT, Chart, has_chart, histogram_tag, text_tag
 from dpo.board.event_files import drop_points, event_files, open_events, put_aside_sub_runs, write_event
 from dpo.board.hparams import flat, write_entry
 from dpo.board.sink import Answer, Ending
 from dpo.config import Config
+from dpo.terminal.console import harmless
 
 COLUMN_WIDTH = 44
 """Characters per column; three columns fit into a window of 1,500 pixels."""

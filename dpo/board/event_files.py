@@ -17,8 +17,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from dpo.base.console import warn
 from dpo.base.files import write_atomically
+from dpo.terminal.console import warn
 
 PREFIX = "events.out.tfevents"
 

@@ -13,10 +13,10 @@ import trackio
 from trackio.sqlite_storage import SQLiteStorage
 from trackio.utils import get_storage_mode
 
-from dpo.base.console import say
 from dpo.board.dashboard import fenced
 from dpo.board.sink import Ending
 from dpo.board.tracker import Opening
+from dpo.terminal.console import say
 
 
 class TrackioRun:

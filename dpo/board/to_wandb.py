@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import wandb
 
-from dpo.base.console import is_quiet
 from dpo.board.sink import Ending
 from dpo.board.tracker import Opening
 from dpo.board.wandb_file import files_of, rows_of
+from dpo.terminal.console import is_quiet
 
 SECONDS_IN_MEMORY = 1.0
 """Seconds for which W&B may hold rows in memory, before it writes them to its file."""

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dpo.base.console import warn
 from dpo.board.bins import bins
 from dpo.board.charts import histogram_tag, text_tag
 from dpo.board.hparams import Value, flat
 from dpo.board.journal import Journal
 from dpo.board.sink import Answer, Ending
 from dpo.config import Config
+from dpo.terminal.console import warn
 
 COLUMNS = ("prompt", "reference", "policy")
 

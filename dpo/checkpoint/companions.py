@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dpo.base.console import say, warn
 from dpo.base.errors import InvalidValue, UserError
-from dpo.base.hub_files import CONFIG_FILE, model_companions, tokenizer_companions
 from dpo.config import Config
-from dpo.data.tokenizer import find_tokenizer_folder, has_tokenizer, load_tokenizer
+from dpo.encode.tokenizer import find_tokenizer_folder, has_tokenizer, load_tokenizer
+from dpo.hub.files import CONFIG_FILE, model_companions, tokenizer_companions
 from dpo.model.model_config import is_untied
+from dpo.terminal.console import say, warn
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _ANY_TOKENIZER = "PreTrainedTokenizerFast"

@@ -7,19 +7,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpo.base.console import warn
 from dpo.base.errors import RunError
-from dpo.base.exits import line_of
 from dpo.base.files import remove_folder, write_atomically
 from dpo.base.space import find_shortage
 from dpo.checkpoint.companions import write_companions
 from dpo.checkpoint.export_dtype import export_dtype
+from dpo.command.exits import line_of
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
 from dpo.model.build import stored_tensors
 from dpo.model.policy import Policy
 from dpo.model.weights import save_tensors
+from dpo.terminal.console import warn
 
 README = "README.md"
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from dpo.base.errors import UserError
-from dpo.base.hub_files import CONFIG_FILE
 from dpo.config import CheckpointConfig
+from dpo.hub.files import CONFIG_FILE
 from dpo.model.matching import FLOATS
 from dpo.model.weights import tensor_files
 

@@ -30,11 +30,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from dpo.base.console import warn
 from dpo.base.errors import Preempted, RunError
 from dpo.checkpoint.host_copies import HostCopies
 from dpo.checkpoint.store import RunState, Shelf, checkpoint_path, forget_plans, state_tensors, write_checkpoint
 from dpo.distributed.world import World, use_device
+from dpo.terminal.console import warn
 
 
 class Saver:

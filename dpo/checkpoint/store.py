@@ -25,15 +25,15 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from dpo.base.console import say
 from dpo.base.errors import RunError, UserError
-from dpo.base.exits import line_of
 from dpo.base.files import remove_folder
 from dpo.base.space import describe_full, find_shortage
+from dpo.command.exits import line_of
 from dpo.distributed.collectives import on_main
 from dpo.distributed.copies import fill_copies
 from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
+from dpo.terminal.console import say
 
 MARKER = "COMPLETE"
 DRAFT = ".tmp"

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-from dpo.base.command import COMMAND_LINE, SWITCHES, Option
 from dpo.base.errors import UserError
-from dpo.base.likeness import closest, meant
+from dpo.command.likeness import closest, meant
+from dpo.command.line import COMMAND_LINE, SWITCHES, Option
 from dpo.config.keys import KEYS, SECTIONS
 from dpo.config.trl_names import NOTES, TRL_NAMES, VALUES
 

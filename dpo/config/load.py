@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import get_type_hints
 
-from dpo.base.command import COMMAND_LINE, own_flags, split_options
 from dpo.base.errors import UserError
+from dpo.command.line import COMMAND_LINE, own_flags, split_options
 from dpo.config.fields import Config
 from dpo.config.help import print_about_config
 from dpo.config.keys import KEYS, SECTIONS

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from dpo.base.command import COMMAND_LINE, SWITCHES, Option, check_once, split_options
 from dpo.base.errors import UserError
-from dpo.base.likeness import meant
+from dpo.command.likeness import meant
+from dpo.command.line import COMMAND_LINE, SWITCHES, Option, check_once, split_options
 from dpo.config.hints import check_setting, not_a_key, unknown_flag, unknown_key, wrong_word
 from dpo.config.keys import SECTIONS
 from dpo.config.shipped import near_config, shipped_configs

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo.base.likeness import closest
+from dpo.command.likeness import closest
 
 PACKAGE = Path(__file__).parents[1]
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from dpo.base.exits import check_words, slow_imports
+from dpo.command.exits import check_words, slow_imports
 from dpo.demo.arguments import read_arguments
 
 if __name__ == "__main__":

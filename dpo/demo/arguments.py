@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo.base.command import Parser, parse_arguments, with_quiet
+from dpo.command.line import Parser, parse_arguments, with_quiet
 
 DESCRIPTION = """A small policy learns a preference on two processes, in minutes; the demo generates its data and model.
 All files lie in one folder, which the next demo with the same DIR replaces."""

@@ -46,7 +46,7 @@ from dpo.config import (
 )
 from dpo.demo.arguments import read_arguments
 from dpo.demo.world import Question, grade_of, preference_row, questions, sample_answers, save_model, save_rows
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 
 MARKER = ".dpo-demo"
 NUM_TRAINING, NUM_HELD_OUT = 600, 100  # questions

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from dpo.base.errors import RunError, UserError
-from dpo.base.exits import line_of
+from dpo.command.exits import line_of
 from dpo.distributed.world import World
 
 T = TypeVar("T")

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.limits import Limit, raise_limit
+from dpo.terminal.console import say
 
 OTHER_OF_RANK = 40
 """A rank's file descriptors that are no sockets of process groups; 30 were counted, with one file of training data."""

@@ -26,10 +26,10 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dpo.base.command import split_options, words_of
 from dpo.base.errors import RunError, UserError, one_line
-from dpo.base.exits import exit_code_of, line_of
 from dpo.base.space import CAUSES, free_room
+from dpo.command.exits import exit_code_of, line_of
+from dpo.command.line import split_options, words_of
 from dpo.machine.data_sheets import GIB, find_sheet
 
 

@@ -11,9 +11,8 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from dpo.base.console import log_alone, say, warn
 from dpo.base.errors import Preempted, RunError, UserError
-from dpo.base.exits import (
+from dpo.command.exits import (
     READER_GONE,
     exit_code_of,
     is_reader_gone,
@@ -24,14 +23,15 @@ from dpo.base.exits import (
     tell_stop,
     with_results_written,
 )
-from dpo.base.rank import is_main
-from dpo.base.status import has_launcher, telling_end
+from dpo.command.rank import is_main
+from dpo.command.status import has_launcher, telling_end
 from dpo.config import with_place
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.failures import met_alone, record_failure
 from dpo.distributed.startup import meet
 from dpo.distributed.timeouts import leave_seconds
 from dpo.machine.versions import untested_versions
+from dpo.terminal.console import log_alone, say, warn
 
 
 def exit_program(main: Callable[[], None], after_stop: str = "") -> NoReturn:

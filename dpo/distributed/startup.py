@@ -22,7 +22,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from dpo.base.rank import is_rank
+from dpo.command.rank import is_rank
 from dpo.distributed.descriptors import check_shortage, publish_shortage, raise_limits, tell_raised
 from dpo.distributed.network import VARIABLE, gloo_interface
 from dpo.distributed.timeouts import arrival_seconds

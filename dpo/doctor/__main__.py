@@ -1,6 +1,6 @@
 """`python -m dpo.doctor`."""
 
-from dpo.base.exits import check_words, slow_imports
+from dpo.command.exits import check_words, slow_imports
 from dpo.doctor.arguments import read_arguments
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ from transformers import PretrainedConfig
 
 from dpo.base.errors import RunError, UserError, render
 from dpo.config import Config, ParallelConfig
+from dpo.disk.sizes import Sizes
 from dpo.distributed.collectives import all_gather, first_on_each_node, together
 from dpo.distributed.world import World
 from dpo.estimate.lengths import Lengths
 from dpo.model.parallelize import compute_dtype
-from dpo.run.disk import Sizes
 
 T = TypeVar("T")
 

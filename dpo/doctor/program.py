@@ -18,10 +18,10 @@ from typing import Any
 from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
-from dpo.base.console import is_quiet, say
 from dpo.base.errors import RunError, UserError
 from dpo.base.files import default_cache_dir, nearest_existing
 from dpo.config import Config, ParallelConfig
+from dpo.disk.sizes import sizes_of
 from dpo.distributed.collectives import all_gather, first_on_each_node, on_main
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World, check_mesh
@@ -41,7 +41,7 @@ from dpo.estimate.report_file import write_report
 from dpo.model.download import find_model_config, read_named_config
 from dpo.model.kernels import keep_kernels
 from dpo.ref_logps.cache import cache_root
-from dpo.run.disk import sizes_of
+from dpo.terminal.console import is_quiet, say
 
 BEFORE_DEVICES: tuple[Part, ...] = (VERSIONS, TOOLCHAIN, STORAGE, CACHE)
 """Examined over gloo, before any rank starts CUDA or NCCL, as a run checks them."""

@@ -16,12 +16,12 @@ from dpo.base.files import nearest_existing, timed_write
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes, shown_rate, shown_seconds
 from dpo.checkpoint.store import checkpoints_of
+from dpo.disk.sizes import Sizes
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World
 from dpo.doctor.parts import Finding, Part, Subject, agreed, with_remedy
 from dpo.doctor.words import counted
 from dpo.estimate.words import gib
-from dpo.run.disk import Sizes
 
 FILE_BYTES = 64 * 2**20
 """Bytes of each rank's file: enough that the time is not the latency of the file system."""

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from dpo.base.exits import check_words, slow_imports
+from dpo.command.exits import check_words, slow_imports
 from dpo.estimate.arguments import read_arguments
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.base.command import Parser, names_of, own_flags, split_words
 from dpo.base.errors import UserError
+from dpo.command.line import Parser, names_of, own_flags, split_words
 from dpo.config import Config, load_config
 from dpo.estimate.report import Report
 from dpo.estimate.report_file import read_report

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from transformers import PretrainedConfig
 
-from dpo.base.console import say, warn
 from dpo.base.errors import RunError, UserError
 from dpo.base.spawned import described, in_own_process
 from dpo.config import Config
@@ -29,6 +28,7 @@ from dpo.model.model_config import read_model_config
 from dpo.run.folder import Start
 from dpo.run.inputs import Inputs
 from dpo.run.layout import with_earlier_choice
+from dpo.terminal.console import say, warn
 
 
 def decide_parallel(config: Config, start: Start, inputs: Inputs, world: World) -> tuple[Config, str | None]:

@@ -15,6 +15,7 @@ from itertools import pairwise
 from dpo.base.units import shown_bytes, shown_duration, shown_rate, shown_seconds
 from dpo.batch.costs import MODEL_UNITS
 from dpo.config import Config
+from dpo.disk.sizes import Sizes
 from dpo.estimate.lengths import Extent
 from dpo.estimate.memory import COPY
 from dpo.estimate.speed import gather_seconds
@@ -22,9 +23,8 @@ from dpo.estimate.words import Estimate, verdict
 from dpo.machine.data_sheets import GIB
 from dpo.model.generation import ROWS_PER_LANE
 from dpo.ref_logps.blocks import ROW
-from dpo.run.disk import Sizes
-from dpo.run.forecast import ASSUMED_RATE, Forecast
-from dpo.run.loop import is_time
+from dpo.run.schedule import is_time
+from dpo.run_folder.forecast import ASSUMED_RATE, Forecast
 
 PROCESS_BYTES = {"cpu": 0.75 * GIB, "cuda": 6 * GIB}
 """Host memory that the process of a rank is assumed to take beside its tensors. On CUDA: the driver's and NCCL's

@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PretrainedConfig
 
-from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.batch.order import PairOrder, make_order
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree, grow_trees
 from dpo.config import Config
-from dpo.data.formats.examples import holds_ids
-from dpo.data.hub_sets import is_here
-from dpo.data.pair_set import PairSet
-from dpo.data.prepare import prepare_data
-from dpo.data.report import check_enough
-from dpo.data.tokenizer import tokenizer_is_here
+from dpo.encode.tokenizer import tokenizer_is_here
+from dpo.pairs.pair_set import PairSet
+from dpo.pairs.prepare import prepare_data
+from dpo.pairs.report import check_enough
+from dpo.sources.formats.examples import holds_ids
+from dpo.sources.hub_sets import is_here
+from dpo.terminal.console import say
 
 NUM_STEPS = 16  # steps of the data that are planned, evenly spread
 

@@ -15,10 +15,10 @@ import torch
 from datasets import disable_progress_bars
 from transformers import PretrainedConfig
 
-from dpo.base.command import COMMAND_LINE
-from dpo.base.console import is_quiet, say
 from dpo.base.errors import RunError, UserError
+from dpo.command.line import COMMAND_LINE
 from dpo.config import Config
+from dpo.disk.sizes import sizes_of
 from dpo.distributed.world import World, check_mesh
 from dpo.estimate.advice import advice
 from dpo.estimate.arguments import DEFAULT_DEVICE, DEFAULT_RANKS_PER_NODE, device_key
@@ -36,8 +36,8 @@ from dpo.estimate.traffic import Groups
 from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wrapped
 from dpo.machine.data_sheets import DEFAULT_MFU
 from dpo.model.download import find_model_config
-from dpo.run.disk import sizes_of
-from dpo.run.forecast import write_forecast
+from dpo.run_folder.forecast import write_forecast
+from dpo.terminal.console import is_quiet, say
 
 
 @dataclass(frozen=True)

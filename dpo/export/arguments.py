@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo.base.command import Parser, parse_arguments, with_quiet
+from dpo.command.line import Parser, parse_arguments, with_quiet
 
 DESCRIPTION = """Exports the policy of a checkpoint as a Hugging Face folder, as a run does with its last policy in
 `final/`. A run folder stands for its newest checkpoint. The exported folder loads with plain

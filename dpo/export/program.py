@@ -11,9 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from dpo.base.console import say
 from dpo.base.errors import UserError
-from dpo.base.hub_files import CONFIG_FILE
 from dpo.checkpoint.export import export
 from dpo.checkpoint.store import load_model, newest_checkpoint, read_state
 from dpo.config import Config, load_config
@@ -21,11 +19,13 @@ from dpo.distributed.collectives import on_main, together
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import make_mesh
 from dpo.export.arguments import read_arguments
+from dpo.hub.files import CONFIG_FILE
 from dpo.model.build import build_policy
 from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
 from dpo.run.card import model_card
-from dpo.run.files import FINAL
+from dpo.run_folder.files import FINAL
+from dpo.terminal.console import say
 
 CHECKPOINT = "command line: --checkpoint"
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import dpo.config
-from dpo.base.command import COMMAND_LINE
 from dpo.base.errors import UserError
+from dpo.command.line import COMMAND_LINE
 from dpo.config import Config
-from dpo.run.files import FINAL
+from dpo.run_folder.files import FINAL
 
 
 def load_config(config: str | Path | Sequence[str], changes: Mapping[str, Any] | None = None) -> Config:

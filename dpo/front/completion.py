@@ -10,8 +10,8 @@ from importlib import import_module
 
 import shtab
 
-from dpo.base.command import Parser, parse_arguments, with_quiet
-from dpo.base.exits import run_program
+from dpo.command.exits import run_program
+from dpo.command.line import Parser, parse_arguments, with_quiet
 from dpo.config.keys import KEYS
 from dpo.front.configs import named_configs
 from dpo.front.names import COMMANDS, Command

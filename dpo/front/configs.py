@@ -9,10 +9,10 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from dpo.base.command import COMMAND_LINE, Parser, parse_arguments, with_quiet
 from dpo.base.errors import UserError
-from dpo.base.exits import run_program
-from dpo.base.likeness import closest, meant
+from dpo.command.exits import run_program
+from dpo.command.likeness import closest, meant
+from dpo.command.line import COMMAND_LINE, Parser, parse_arguments, with_quiet
 from dpo.config.shipped import shipped_configs
 
 COLUMNS = 120

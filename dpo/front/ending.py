@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dpo.base.blame import Failure, first_cause
+from dpo.command.blame import Failure, first_cause
 from dpo.front.names import Command
 
 
@@ -29,7 +29,7 @@ class End:
     stops: tuple[int, ...] = ()
     """The signals that the parent received, in order."""
     status: Mapping[str, Any] = field(default_factory=dict)
-    """The last status that rank 0 wrote (`dpo.base.status`), read once all ranks had ended; empty: none."""
+    """The last status that rank 0 wrote (`dpo.command.status`), read once all ranks had ended; empty: none."""
     failures: Sequence[Failure] = ()
     """Of ranks that ended by themselves."""
     is_killed: bool = False

@@ -12,15 +12,15 @@ from types import ModuleType
 from typing import NoReturn
 
 from dpo import DISTRIBUTION
-from dpo.base.command import COMMAND_LINE, Parser
 from dpo.base.errors import UserError
-from dpo.base.exits import run_program, slow_imports
-from dpo.base.likeness import closest, meant
-from dpo.base.rank import is_rank
+from dpo.command.exits import run_program, slow_imports
+from dpo.command.likeness import closest, meant
+from dpo.command.line import COMMAND_LINE, Parser
+from dpo.command.rank import is_rank
 from dpo.front.names import COMMANDS, Command, help_text
 from dpo.front.ranks import add_ranks, read_wanted
 from dpo.machine.job import check_one_node, check_tasks
-from dpo.run.files import LOG
+from dpo.run_folder.files import LOG
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dpo.run.advice import AFTER_REFERENCE, AFTER_TRAINING, BEFORE_FIRST_STEP
+from dpo.run_folder.advice import AFTER_REFERENCE, AFTER_TRAINING, BEFORE_FIRST_STEP
 
 
 @dataclass(frozen=True)

@@ -24,17 +24,17 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
 from torch.distributed.elastic.multiprocessing.api import RunProcsResult
 
-from dpo.base.blame import Failure, read_error
-from dpo.base.console import log_alone, open_log, say
-from dpo.base.exits import tell_error, tell_stop
-from dpo.base.status import GPUS_ASKED, STATUS_FILE, read_status
 from dpo.base.workers import signal_name
+from dpo.command.blame import Failure, read_error
+from dpo.command.exits import tell_error, tell_stop
+from dpo.command.status import GPUS_ASKED, STATUS_FILE, read_status
 from dpo.front.ending import End, Verdict, is_time_to_kill, judge
 from dpo.front.names import Command
 from dpo.front.ranks import Wanted, check_host, number_of_ranks
 from dpo.front.stops import held_back, noted_stops
 from dpo.machine.facts import HIDDEN, find_driver, host_memory
 from dpo.machine.job import why_no_gpu
+from dpo.terminal.console import log_alone, open_log, say
 
 HOST = "127.0.0.1"
 _POLL_SECONDS = 0.1

@@ -10,10 +10,10 @@ from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo.base.command import COMMAND_LINE, Parser, split_options, split_words, words_of
-from dpo.base.console import warn
 from dpo.base.errors import UserError
 from dpo.base.units import shown_bytes
+from dpo.command.line import COMMAND_LINE, Parser, split_options, split_words, words_of
+from dpo.terminal.console import warn
 
 BYTES_OF_A_RANK = 300 * 2**20
 """The memory of a rank that has imported torch and transformers, and holds no model: 303 MiB of private pages measured

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.base.command import Parser, names_of, own_flags, split_words
 from dpo.base.errors import UserError
+from dpo.command.line import Parser, names_of, own_flags, split_words
 from dpo.config import Config, load_config
 
 DESCRIPTION = "Shows the data of a run as the trainer sees it; needs no GPU and no weights."

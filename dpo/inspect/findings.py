@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 
 from dpo.config import Config
-from dpo.data.report import SourceReport
 from dpo.inspect.inspection import Inspection, TokenizerFacts
 from dpo.inspect.statistics import Ends, SetStatistics
 from dpo.inspect.words import sets_of
+from dpo.pairs.report import SourceReport
 
 MUCH_CUT = 0.05
 """Share of prompts or completions above which their truncation is reported."""

@@ -8,14 +8,14 @@ from transformers import PretrainedConfig
 
 from dpo.batch.order import make_order
 from dpo.config import Config
-from dpo.data.encoder import Encoder, ids_encoder, text_encoder
-from dpo.data.formats.examples import holds_ids
-from dpo.data.prepare import PreferenceData
-from dpo.data.report import DataReport
-from dpo.data.stops import model_stop_ids
+from dpo.encode.encoder import Encoder, ids_encoder, text_encoder
+from dpo.encode.stops import model_stop_ids
 from dpo.inspect.shown_pairs import ShownPair, make_speller, show_pairs
 from dpo.inspect.statistics import EndIds, SetStatistics, shared_pairs, summarize
 from dpo.inspect.step_tokens import StepTokens, step_tokens
+from dpo.pairs.prepare import PreferenceData
+from dpo.pairs.report import DataReport
+from dpo.sources.formats.examples import holds_ids
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
-from dpo.base.console import is_quiet, say
 from dpo.config import Config
-from dpo.data.formats.examples import holds_ids
-from dpo.data.prepare import PreferenceData, prepare_data
-from dpo.data.report import check_enough
-from dpo.data.tokenizer import has_tokenizer, load_tokenizer
+from dpo.encode.tokenizer import has_tokenizer, load_tokenizer
 from dpo.inspect.arguments import read_arguments
 from dpo.inspect.inspection import Inspection, inspect_data
 from dpo.inspect.page import html_page
 from dpo.inspect.terminal import make_console, print_inspection
 from dpo.model.download import find_model_config
+from dpo.pairs.prepare import PreferenceData, prepare_data
+from dpo.pairs.report import check_enough
+from dpo.sources.formats.examples import holds_ids
+from dpo.terminal.console import is_quiet, say
 
 
 def inspect(config: Config, num_examples: int) -> Inspection:

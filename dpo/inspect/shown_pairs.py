@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from dpo.base.console import visible
-from dpo.data.pair_set import PairSet
-from dpo.data.report import SourceReport
+from dpo.pairs.pair_set import PairSet
+from dpo.pairs.report import SourceReport
+from dpo.terminal.console import visible
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 

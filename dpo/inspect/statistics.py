@@ -10,9 +10,9 @@ from dataclasses import astuple, dataclass, replace
 import numpy as np
 import pyarrow as pa
 
-from dpo.data.pair_set import PairSet
-from dpo.data.token_rows import blocks, column_keys, keys16, lists, offsets, pairs_of
 from dpo.inspect.lengths import LengthBias, SetLengths, length_bias, lengths_of
+from dpo.pairs.pair_set import PairSet
+from dpo.pairs.token_rows import blocks, column_keys, keys16, lists, offsets, pairs_of
 
 COLUMNS = [
     "prompt_ids",

@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo.batch.order import PairOrder
 from dpo.batch.trees import grow_trees
-from dpo.data.pair_set import PairSet
+from dpo.pairs.pair_set import PairSet
 
 NUM_STEPS = 64  # maximum number of steps that are counted
 

@@ -6,8 +6,8 @@ Sources: https://slurm.schedmd.com/srun.html#SECTION_OUTPUT-ENVIRONMENT-VARIABLE
 from collections.abc import Mapping
 
 from dpo.base.errors import UserError
-from dpo.base.rank import is_rank
-from dpo.base.status import GPUS_ASKED
+from dpo.command.rank import is_rank
+from dpo.command.status import GPUS_ASKED
 
 COUNTS = (GPUS_ASKED, "SLURM_GPUS_ON_NODE", "SLURM_GPUS", "SLURM_GPUS_PER_NODE", "SLURM_GPUS_PER_TASK")
 """Variables that hold the number of GPUs that a job has asked for: 8, or with a type a100:8; 0 is none."""

@@ -12,13 +12,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
-from dpo.base.console import warn
 from dpo.base.errors import UserError
-from dpo.base.snapshots import offline
 from dpo.batch.layout import attention_windows
 from dpo.config import Config, ParallelConfig
 from dpo.config.rules import decided
 from dpo.distributed.world import World, make_mesh
+from dpo.hub.snapshots import offline
 from dpo.model.attention import ATTENTION, register_attention
 from dpo.model.kernels import keep_kernels
 from dpo.model.matching import Names, names_of
@@ -26,6 +25,7 @@ from dpo.model.model_config import is_untied
 from dpo.model.parallelize import compute_dtype, is_compiled, parallelize
 from dpo.model.policy import Policy, _forward_logps
 from dpo.model.weights import load_tensors
+from dpo.terminal.console import warn
 
 
 def build_policy(

@@ -5,12 +5,12 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from dpo.base.errors import InvalidValue, UserError
-from dpo.base.hub import is_hub_id
-from dpo.base.hub_files import CONFIG, MODEL, Need
-from dpo.base.snapshots import find_snapshot
 from dpo.config import Config
 from dpo.distributed.collectives import first_on_each_node
 from dpo.distributed.world import World
+from dpo.hub.files import CONFIG, MODEL, Need
+from dpo.hub.ids import is_hub_id
+from dpo.hub.snapshots import find_snapshot
 from dpo.model.model_config import read_model_config
 from dpo.model.weights import tensor_paths
 

@@ -29,14 +29,14 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import GenerationConfig, LogitsProcessorList, PretrainedConfig
 
-from dpo.base.console import say
-from dpo.data.coder import Ids
-from dpo.data.tokens import limits_of
 from dpo.distributed.collectives import all_gather, gather_lanes
 from dpo.distributed.world import World
+from dpo.encode.coder import Ids
 from dpo.machine.facts import host_memory
 from dpo.model.parallelize import compute_dtype, decoder_layers
 from dpo.model.policy import Policy, reshard
+from dpo.pairs.tokens import limits_of
+from dpo.terminal.console import say
 
 ROWS_PER_LANE = 8
 """Prompts that a lane answers at a time; each has a KV cache."""

@@ -23,8 +23,8 @@ from torch._dynamo import config as dynamo
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir as torch_folder
 
-from dpo.base.console import warn
 from dpo.base.files import default_cache_dir
+from dpo.terminal.console import warn
 
 Graphs = Counter[tuple[str, bool]]
 """(kind of layer, whether with gradients) -> the number of graphs compiled so far."""

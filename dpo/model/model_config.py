@@ -8,7 +8,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from dpo.base.errors import InvalidValue, UserError, one_line
-from dpo.base.snapshots import find_code, offline
+from dpo.hub.snapshots import find_code, offline
 from dpo.model.matching import Stored, names_of, stored_name
 from dpo.model.weights import tensor_files
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig
 
-from dpo.base.console import say
 from dpo.batch.block_mask import BLOCK
 from dpo.batch.packer import Packer
 from dpo.batch.packing import PackedBatch
@@ -22,6 +21,7 @@ from dpo.model.build import load_policy
 from dpo.model.kernels import describe_graphs, kernel_folder, num_graphs
 from dpo.model.parallelize import is_compiled
 from dpo.model.policy import Policy, announce_backward, completion_logps, reshard
+from dpo.terminal.console import say
 
 LENGTHS = (17 * BLOCK, 6 * BLOCK)
 """Tokens of the rows. No other size of a model equals the first length, in tokens or in blocks. A length that torch

@@ -14,11 +14,11 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from transformers import PretrainedConfig
 
 from dpo.base.errors import UserError
-from dpo.base.hub_files import stored_weights
 from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
 from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
+from dpo.hub.files import stored_weights
 from dpo.model.matching import Names, StoredTensor, match
 
 CONFIG_NOISE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}

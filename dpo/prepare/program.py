@@ -20,32 +20,32 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented
 from transformers import PretrainedConfig
 
-from dpo.base.command import split_options, words_of
-from dpo.base.console import is_quiet, say, warn
 from dpo.base.errors import InvalidValue, RunError
 from dpo.base.files import nearest_existing
-from dpo.base.hub import is_tokenizer_id
-from dpo.base.hub_files import MODEL, TOKENIZER, Need
-from dpo.base.snapshots import ANSWER_SECONDS, Download, HubUnreachable, cached_snapshot, download, hub_failures
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
 from dpo.batch.order import make_order
 from dpo.checkpoint.store import checkpoints_of
+from dpo.command.line import split_options, words_of
 from dpo.config import Config, SourceConfig
-from dpo.data.hub_sets import check_path, check_room_for, is_hub_source, prepared_folder
-from dpo.data.hub_sets import download as download_set
-from dpo.data.prepare import PreferenceData, prepare_data
-from dpo.data.tokenizer import load_tokenizer
+from dpo.disk.home import caches_of_run, describe_small_home
+from dpo.disk.sizes import Sizes, sizes_of
+from dpo.encode.tokenizer import load_tokenizer
+from dpo.hub.files import MODEL, TOKENIZER, Need
+from dpo.hub.ids import is_tokenizer_id
+from dpo.hub.snapshots import ANSWER_SECONDS, Download, HubUnreachable, cached_snapshot, download, hub_failures
 from dpo.model.download import check_id, checked_model
 from dpo.model.model_config import read_model_config
 from dpo.model.weights import tensor_files, tensor_paths
+from dpo.pairs.prepare import PreferenceData, prepare_data
 from dpo.prepare.arguments import read_arguments
 from dpo.ref_logps.blocks import ROW
 from dpo.ref_logps.cache import cache_root
 from dpo.ref_logps.fill import count_rows
 from dpo.run.agreement import NamedModel, check_agreement
-from dpo.run.disk import Sizes, sizes_of
-from dpo.run.home import caches_of_run, describe_small_home
+from dpo.sources.hub_sets import check_path, check_room_for, is_hub_source, prepared_folder
+from dpo.sources.hub_sets import download as download_set
+from dpo.terminal.console import is_quiet, say, warn
 
 # --- models and tokenizers -------------------------------------------------------------------------------------------
 

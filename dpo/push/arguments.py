@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo.base.command import Parser, parse_arguments, with_quiet
+from dpo.command.line import Parser, parse_arguments, with_quiet
 
 DESCRIPTION = """Uploads the trained model of a run, or any model folder, to the Hugging Face hub. The repository and
 the branch are made where they do not exist. The token is that of HF_TOKEN or of `hf auth login`, with the right to

@@ -13,15 +13,15 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-from dpo.base.console import say
 from dpo.base.errors import RunError, UserError, one_line
-from dpo.base.hub import is_tokenizer_id
-from dpo.base.hub_files import CONFIG_FILE, stored_weights
-from dpo.base.hub_reasons import has_answered, reason_of
 from dpo.base.units import shown_bytes
 from dpo.checkpoint.store import newest_checkpoint
+from dpo.hub.files import CONFIG_FILE, stored_weights
+from dpo.hub.ids import is_tokenizer_id
+from dpo.hub.reasons import has_answered, reason_of
 from dpo.push.arguments import read_arguments
-from dpo.run.files import FINAL
+from dpo.run_folder.files import FINAL
+from dpo.terminal.console import say
 
 RUN, REPO = "command line: RUN", "command line: REPO"
 _TOKEN = "HF_TOKEN, or `hf auth login`, with a token that may write there"

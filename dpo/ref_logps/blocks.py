@@ -29,8 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo.base.console import say
 from dpo.base.files import write_atomically
+from dpo.terminal.console import say
 
 ROW = np.dtype([("high", "<u8"), ("low", "<u8"), ("logp", "<f8")])
 """A row on disk, 24 bytes: the two halves of a 16-byte key as little-endian integers, and the log-probability in nats

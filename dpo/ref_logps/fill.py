@@ -15,22 +15,22 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dpo.base.console import progress, say
 from dpo.base.errors import Preempted, RunError
 from dpo.base.prefetch import prefetch
 from dpo.batch.packer import Packer
 from dpo.batch.packing import PackedBatch
 from dpo.batch.trees import Tree
-from dpo.data.pair_set import PairSet
-from dpo.data.tokens import completion_key
 from dpo.distributed.collectives import all_gather, gather_lanes, on_main, together
 from dpo.distributed.preemption import StopRequest
 from dpo.distributed.world import World, use_device
 from dpo.model.policy import Policy, completion_logps, free_memory
+from dpo.pairs.pair_set import PairSet
+from dpo.pairs.tokens import completion_key
 from dpo.ref_logps.blocks import first_of_each, read_rows, split_keys, write_circumstances, write_rows
 from dpo.ref_logps.cache import RefCache
 from dpo.ref_logps.circumstances import difference
 from dpo.ref_logps.table import RefTable, find_table, open_table, table_circumstances, table_name, write_table
+from dpo.terminal.console import progress, say
 
 SECONDS_BETWEEN_BLOCKS = 30.0
 """A killed job loses at most about this many seconds of work."""

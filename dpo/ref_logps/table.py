@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 
 from dpo.base.arrays import DiskArray, open_array
-from dpo.base.console import say
 from dpo.base.errors import RunError
 from dpo.base.files import write_atomically
 from dpo.ref_logps.blocks import ROW, Circumstances, block_names, circumstances_of, is_whole, read_rows, split_keys
+from dpo.terminal.console import say
 
 ROWS_PER_PAGE = 256
 """Rows that are read together: 6 KiB."""

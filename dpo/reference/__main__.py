@@ -1,8 +1,8 @@
 """`python -m dpo.reference`."""
 
-from dpo.base.exits import check_words, slow_imports
+from dpo.command.exits import check_words, slow_imports
 from dpo.reference.arguments import read_arguments
-from dpo.run.advice import AFTER_REFERENCE
+from dpo.run_folder.advice import AFTER_REFERENCE
 
 if __name__ == "__main__":
     check_words(read_arguments)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dpo.base.command import Parser, names_of, own_flags, split_words
+from dpo.command.line import Parser, names_of, own_flags, split_words
 from dpo.config import Config, load_config
 
 DESCRIPTION = "Computes the reference's log-probabilities into the cache."

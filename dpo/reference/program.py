@@ -9,6 +9,7 @@ from dpo.base.errors import UserError
 from dpo.batch.packer import make_packer
 from dpo.config import Config
 from dpo.config.loss_facts import losses_that
+from dpo.disk.storage import check_cache
 from dpo.distributed.preemption import listen_for_stop
 from dpo.distributed.startup import open_world, start_devices
 from dpo.model.policy import Policy
@@ -17,7 +18,6 @@ from dpo.ref_logps.cache import open_cache
 from dpo.ref_logps.fill import fill
 from dpo.reference.arguments import read_arguments
 from dpo.run.inputs import read_inputs
-from dpo.run.storage import check_cache
 
 
 def fill_alone(config: Config) -> None:

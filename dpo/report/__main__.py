@@ -2,7 +2,7 @@
 
 import sys
 
-from dpo.base.exits import run_program
+from dpo.command.exits import run_program
 from dpo.report.program import main
 
 if __name__ == "__main__":

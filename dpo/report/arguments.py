@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo.base.command import Parser, parse_arguments, with_quiet
+from dpo.command.line import Parser, parse_arguments, with_quiet
 
 DESCRIPTION = """Writes a run as one HTML page: curves, rewards, why they fall, length bias, calibration, answers, cost;
 several runs side by side, a sweep over one or two keys as a heat map. Works while a run is going on, too."""

@@ -6,10 +6,10 @@ from typing import Any, get_type_hints
 
 import numpy as np
 
-from dpo.base.console import harmless
 from dpo.config import Config, SourceConfig
 from dpo.report.record import Record
 from dpo.report.scales import value_text
+from dpo.terminal.console import harmless
 
 MOST_PROMPTS, MOST_ANSWERS, MOST_CHARACTERS = 8, 6, 1500
 """Prompts that are shown, answers of each, and characters of a text."""

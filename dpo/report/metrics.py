@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from dpo.report.record import Line, Record
-from dpo.run.files import LAST_STEPS
+from dpo.run_folder.files import LAST_STEPS
 
 Point = tuple[float, float]
 """(step, value)."""

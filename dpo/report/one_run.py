@@ -26,7 +26,7 @@ from dpo.report.story import (
     token_sentence,
     where_from,
 )
-from dpo.run.fallen import fallen_warning
+from dpo.run_folder.fallen import fallen_warning
 
 MOST_DOTS = 3000
 """Points of the scatter."""

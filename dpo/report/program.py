@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from dpo.base.console import say, warn
 from dpo.base.errors import UserError
 from dpo.base.files import write_atomically
 from dpo.report.arguments import read_arguments
 from dpo.report.page import page_of_run, page_of_runs
 from dpo.report.record import Record, is_run, read_record
-from dpo.run.files import CONFIG, JOBS, METRICS, REPORT
+from dpo.run_folder.files import CONFIG, JOBS, METRICS, REPORT
+from dpo.terminal.console import say, warn
 
 
 def write_report(run_dirs: Sequence[Path], out: Path, metric: str | None = None) -> None:

@@ -14,14 +14,14 @@ import numpy as np
 from dpo.base.errors import RunError, UserError
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts
 from dpo.config.strict_yaml import read_yaml_file
-from dpo.run.evaluations import evaluation_path, evaluation_steps, read_evaluation
-from dpo.run.files import ANSWERS, CONFIG, FINAL, METRICS, PROVENANCE, read_answer_rows, read_metrics
+from dpo.run_folder.evaluations import evaluation_path, evaluation_steps, read_evaluation
+from dpo.run_folder.files import ANSWERS, CONFIG, FINAL, METRICS, PROVENANCE, read_answer_rows, read_metrics
 
 T = TypeVar("T")
 Line = Mapping[str, float]
 """A line of metrics.jsonl: metrics by name, and `step`."""
 Pairs = Mapping[str, np.ndarray]
-"""The arrays of an evaluation, see `dpo.run.evaluations`."""
+"""The arrays of an evaluation, see `dpo.run_folder.evaluations`."""
 NOTHING: Mapping[str, Any] = {}
 NONE: tuple[Any, ...] = ()
 

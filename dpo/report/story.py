@@ -6,7 +6,7 @@ from dpo.report.metrics import Split
 from dpo.report.numbers import Calibration, Correlation
 from dpo.report.record import Record
 from dpo.report.scales import shown, signed
-from dpo.run.fallen import ADVICE, nats_per_token
+from dpo.run_folder.fallen import ADVICE, nats_per_token
 
 HARDLY = 0.005
 """The change of a reward below which it has hardly moved."""

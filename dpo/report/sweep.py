@@ -9,7 +9,7 @@ from dpo.report.drawing import DASHES, Chart, Series, line_chart
 from dpo.report.metrics import cost, curve, last_split, latest, smooth, splits
 from dpo.report.record import Record
 from dpo.report.scales import shown, shown_hours, signed, value_text
-from dpo.run.fallen import FALLEN, nats_per_token
+from dpo.run_folder.fallen import FALLEN, nats_per_token
 
 COLORS = 10
 """Colors of runs in the style sheet, --run0 to --run9; further runs have dashed lines."""

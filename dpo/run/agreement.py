@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 from transformers import PretrainedConfig
 
-from dpo.base.console import warn
 from dpo.base.errors import UserError
 from dpo.config import Config
-from dpo.data.pair_set import PairSet
-from dpo.data.prepare import PreferenceData
-from dpo.data.token_rows import blocks, lists
-from dpo.data.tokenizer import find_tokenizer_folder, tokenizer_is_here
-from dpo.data.tokens import limits_of
+from dpo.encode.tokenizer import find_tokenizer_folder, tokenizer_is_here
+from dpo.pairs.pair_set import PairSet
+from dpo.pairs.prepare import PreferenceData
+from dpo.pairs.token_rows import blocks, lists
+from dpo.pairs.tokens import limits_of
+from dpo.terminal.console import warn
 
 TOKENIZER = "tokenizer.json"
 BLOCK = 8192

@@ -15,21 +15,21 @@ from typing import Any
 
 import numpy as np
 
-from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.files import write_atomically
 from dpo.board.sink import Answer
 from dpo.config import Config
-from dpo.data.coder import Ids
-from dpo.data.pair_set import PairSet
-from dpo.data.stops import model_stop_ids, stop_ids
-from dpo.data.tokenizer import load_tokenizer
 from dpo.distributed.collectives import first_on_each_node, on_main
 from dpo.distributed.world import World
+from dpo.encode.coder import Ids
+from dpo.encode.stops import model_stop_ids, stop_ids
+from dpo.encode.tokenizer import load_tokenizer
 from dpo.model.generation import AnswerRule, generate
 from dpo.model.policy import Policy
-from dpo.run.files import ANSWERS, answers_path, read_answer_rows
+from dpo.pairs.pair_set import PairSet
 from dpo.run.inputs import Inputs
+from dpo.run_folder.files import ANSWERS, answers_path, read_answer_rows
+from dpo.terminal.console import say
 
 REFERENCE = "reference.json"
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
-from dpo.base.hub import is_hub_id
-from dpo.base.hub_files import CONFIG_FILE, licence_files
-from dpo.base.snapshots import repository_of
 from dpo.config import Config
-from dpo.data.tokenizer import has_tokenizer
-from dpo.run.files import PROVENANCE, read_metrics
+from dpo.encode.tokenizer import has_tokenizer
+from dpo.hub.files import CONFIG_FILE, licence_files
+from dpo.hub.ids import is_hub_id
+from dpo.hub.snapshots import repository_of
 from dpo.run.folder import read_starts
+from dpo.run_folder.files import PROVENANCE, read_metrics
 
 README = "README.md"
 _LICENCES = {"apache-2.0": r"Apache License\s+Version 2\.0", "mit": r"MIT License|Permission is hereby granted, free"}

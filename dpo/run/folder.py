@@ -1,6 +1,7 @@
 """Decides from the run folder whether a start is fresh, resumes, or has nothing to do, and prepares the folder.
 
-`dpo.run.files` lists the files. A run saves a checkpoint every 10 steps and is killed in step 37. It starts again:
+`dpo.run_folder.files` lists the files. A run that saves a checkpoint every 10 steps is killed in step 37. It starts
+again:
 
     checkpoint.resume             resumes from   and `open_run_folder`
     auto                          step 30        drops the lines of metrics.jsonl after step 30
@@ -17,14 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo.base.console import say
 from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing, write_atomically
 from dpo.base.units import shown_bytes
 from dpo.checkpoint.store import RunState, newer_checkpoints, newest_checkpoint, read_state
 from dpo.config import Config, load_config, to_yaml
-from dpo.run.evaluations import drop_evaluations_after
-from dpo.run.files import (
+from dpo.run_folder.evaluations import drop_evaluations_after
+from dpo.run_folder.files import (
     ANSWERS,
     CONFIG,
     EVALUATIONS,
@@ -39,6 +39,7 @@ from dpo.run.files import (
     drop_metrics_after,
     read_metrics,
 )
+from dpo.terminal.console import say
 
 KEY = "checkpoint.resume"
 

@@ -10,11 +10,9 @@ import torch
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented
 from transformers import PretrainedConfig
 
-from dpo.base.console import is_quiet, say, warn
 from dpo.base.errors import UserError
 from dpo.batch.order import PairOrder, make_order
 from dpo.config import Config, ParallelConfig
-from dpo.data.prepare import PreferenceData, prepare_data
 from dpo.distributed.collectives import all_gather, first_on_each_node, on_main, together
 from dpo.distributed.world import World, check_mesh
 from dpo.machine.driver import check_asked
@@ -24,7 +22,9 @@ from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
 from dpo.model.parallelize import compute_dtype
 from dpo.model.weights import hash_model
+from dpo.pairs.prepare import PreferenceData, prepare_data
 from dpo.run.agreement import NamedModel, check_agreement
+from dpo.terminal.console import is_quiet, say, warn
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from dpo.base.console import say
 from dpo.config import Config
 from dpo.distributed.collectives import all_gather, on_main
 from dpo.distributed.world import World
-from dpo.run.files import PROVENANCE
 from dpo.run.folder import Start, read_starts
+from dpo.run_folder.files import PROVENANCE
+from dpo.terminal.console import say
 
 
 def layout_here(config: Config, world: World) -> dict[str, Any]:

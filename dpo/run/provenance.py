@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo import DISTRIBUTION
-from dpo.data.report import DataReport
+from dpo.pairs.report import DataReport
 
 PACKAGE = Path(__file__).parents[1]
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers")

@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo.base.command import Parser, parse_arguments, with_quiet
 from dpo.base.errors import UserError
+from dpo.command.line import Parser, parse_arguments, with_quiet
 
 DESCRIPTION = """Generates answers of a model to any prompts, beside the answers of another model.
 

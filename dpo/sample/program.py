@@ -19,31 +19,31 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PretrainedConfig
 
-from dpo.base.console import harmless, say, warn
 from dpo.base.errors import InvalidValue, UserError, renamed_places
 from dpo.config import ParallelConfig
-from dpo.data.coder import Ids
-from dpo.data.encoder import Encoder, text_encoder
-from dpo.data.encoding import encode
-from dpo.data.formats.chat import as_messages
-from dpo.data.formats.example import Example
-from dpo.data.formats.json_rows import json_rows
-from dpo.data.formats.reading import prompt_alone
-from dpo.data.formats.row_fields import Message
-from dpo.data.stops import model_stop_ids
-from dpo.data.tokenizer import load_tokenizer
-from dpo.data.tokens import Limits, check_ids, limits_of
 from dpo.distributed.collectives import first_on_each_node, on_main, together
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World, make_mesh
+from dpo.encode.coder import Ids
+from dpo.encode.encoder import Encoder, text_encoder
+from dpo.encode.encoding import encode
+from dpo.encode.stops import model_stop_ids
+from dpo.encode.tokenizer import load_tokenizer
 from dpo.model.build import build_policy, load_weights
 from dpo.model.download import find_model
 from dpo.model.generation import AnswerRule, generate
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy, free_memory
+from dpo.pairs.tokens import Limits, check_ids, limits_of
 from dpo.run.answers import answer_text
 from dpo.run.inputs import check_machines, examine_machine
 from dpo.sample.arguments import read_arguments
+from dpo.sources.formats.chat import as_messages
+from dpo.sources.formats.example import Example
+from dpo.sources.formats.json_rows import json_rows
+from dpo.sources.formats.reading import prompt_alone
+from dpo.sources.formats.row_fields import Message
+from dpo.terminal.console import harmless, say, warn
 
 COLUMNS = 120
 """Width of the table where the output is not a terminal."""

@@ -1,6 +1,6 @@
 """`python -m dpo.score`."""
 
-from dpo.base.exits import check_words, slow_imports
+from dpo.command.exits import check_words, slow_imports
 from dpo.score.arguments import read_arguments
 
 if __name__ == "__main__":

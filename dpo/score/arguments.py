@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dpo.base.command import Parser, names_of, own_flags, split_words
 from dpo.base.errors import UserError
+from dpo.command.line import Parser, names_of, own_flags, split_words
 from dpo.config import Config, load_config
 
 DESCRIPTION = """Scores a model on preference pairs, against the config's reference: its model.path where reference.path

@@ -16,23 +16,23 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dpo.base.console import say
 from dpo.base.errors import RunError, renamed_places
 from dpo.batch.packer import Packer, make_packer
 from dpo.config import Config, LossConfig
-from dpo.data.pair_set import PairSet
-from dpo.data.prepare import PreferenceData
+from dpo.disk.storage import check_cache
 from dpo.distributed.preemption import never
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World
 from dpo.model.policy import Policy
 from dpo.model.warm_up import load_and_warm
+from dpo.pairs.pair_set import PairSet
+from dpo.pairs.prepare import PreferenceData
 from dpo.ref_logps.cache import open_cache
 from dpo.ref_logps.fill import fill, lookup
 from dpo.run.inputs import Inputs, read_inputs
-from dpo.run.storage import check_cache
 from dpo.score.arguments import read_arguments
 from dpo.step.evaluation import Evaluation, evaluate
+from dpo.terminal.console import say
 
 COLUMNS = 120
 """Width of the table where the output is not a terminal."""

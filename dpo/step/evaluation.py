@@ -20,11 +20,11 @@ from dpo.batch.packer import Packer, evaluation_plans
 from dpo.batch.packing import PackedBatch
 from dpo.batch.trees import Tree
 from dpo.config import LossConfig
-from dpo.data.pair_set import PairSet
 from dpo.distributed.collectives import all_gather, gather_lanes
 from dpo.distributed.preemption import StopRequest
 from dpo.distributed.world import use_device
 from dpo.model.policy import Policy, completion_logps, reshard
+from dpo.pairs.pair_set import PairSet
 from dpo.step.metrics import StepMetrics, pair_means
 from dpo.step.objective import pair_losses
 

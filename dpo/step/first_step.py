@@ -21,16 +21,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dpo.base.console import warn
 from dpo.base.errors import RunError
 from dpo.batch.packer import Packer
 from dpo.batch.packing import PackedBatch
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree
 from dpo.config import LossConfig
-from dpo.data.tokens import completion_key
 from dpo.distributed.collectives import gather_lanes
 from dpo.model.policy import Policy, completion_logps, reshard
+from dpo.pairs.tokens import completion_key
 from dpo.step.deviation import (
     Completions,
     Deviation,
@@ -45,6 +44,7 @@ from dpo.step.deviation import (
     wrong_loss,
 )
 from dpo.step.objective import batch_preferences
+from dpo.terminal.console import warn
 
 KEY = "reference.first_step_check"
 

@@ -3,8 +3,8 @@
 import os
 import sys
 
-from dpo.base.exits import run_program, slow_imports
-from dpo.base.rank import is_rank
+from dpo.command.exits import run_program, slow_imports
+from dpo.command.rank import is_rank
 from dpo.machine.job import check_tasks
 from dpo.train.words import read_arguments
 
@@ -24,7 +24,7 @@ if __name__ == "__main__":
         sys.exit(code)
     with slow_imports():
         from dpo.distributed.program import exit_program
-        from dpo.run.advice import AFTER_TRAINING
+        from dpo.run_folder.advice import AFTER_TRAINING
         from dpo.train.program import main
 
     exit_program(main, AFTER_TRAINING)

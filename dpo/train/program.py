@@ -1,27 +1,27 @@
 """The training program: `torchrun --standalone --nproc-per-node 2 -m dpo.train --config FILE [--loss.beta 0.5]`.
 
 Without torchrun, `python -m dpo.train` runs on one rank. The code has three levels: the program, in this file; the loop
-over steps, `dpo/run/loop.py`; one step, `dpo/step/update.py`.
+over steps, `dpo/train/loop.py`; one step, `dpo/step/update.py`.
 """
 
 from pathlib import Path
 
-from dpo.base.console import begin_log
-from dpo.base.status import telling_end
+from dpo.command.status import telling_end
 from dpo.config import Config
+from dpo.disk.storage import check_folders, check_space
 from dpo.distributed.failures import remembered_need
 from dpo.distributed.preemption import listen_for_stop
 from dpo.distributed.startup import open_world, start_devices
 from dpo.estimate.at_start import decide_parallel
 from dpo.report.program import report_at_end
-from dpo.run.closing import conclude
 from dpo.run.inputs import read_inputs
-from dpo.run.loop import train
-from dpo.run.outputs import export_run, open_checkpoints, open_outputs
-from dpo.run.setup import Run, build_run
-from dpo.run.start import check_first_step, find_start_together, is_done, lacks_report
-from dpo.run.storage import check_folders, check_space
-from dpo.run.summary import introduce
+from dpo.terminal.console import begin_log
+from dpo.train.closing import conclude
+from dpo.train.loop import train
+from dpo.train.outputs import export_run, open_checkpoints, open_outputs
+from dpo.train.setup import Run, build_run
+from dpo.train.start import check_first_step, find_start_together, is_done, lacks_report
+from dpo.train.summary import introduce
 from dpo.train.words import read_arguments
 
 

@@ -17,7 +17,6 @@ from dpo.batch.costs import UNGATED, cost_model, step_flops, units
 from dpo.batch.packer import Packer, make_packer
 from dpo.batch.trees import Tree, grow_trees
 from dpo.config import BatchConfig, Config, DataConfig, ModelConfig, ParallelConfig
-from dpo.data.pair_set import Pair
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World, make_mesh
 from dpo.machine.peaks import device_peak
@@ -25,6 +24,7 @@ from dpo.model.build import build_policy
 from dpo.model.log_probs import recomputed_share
 from dpo.model.parallelize import decoder_layers
 from dpo.model.policy import Policy
+from dpo.pairs.pair_set import Pair
 from dpo.step.optim import make_optimizer
 from dpo.step.update import train_step
 from tests.bench.worlds import WORKLOADS

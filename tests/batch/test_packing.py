@@ -9,7 +9,7 @@ from dpo.batch.costs import CostModel
 from dpo.batch.packing import FILLER, PackedBatch, RowFormat, pack, padded_length
 from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import Tree, grow_trees
-from dpo.data.pair_set import Pair
+from dpo.pairs.pair_set import Pair
 
 CPU = torch.device("cpu")
 

@@ -13,8 +13,8 @@ from dpo.batch.costs import CostModel, cost_model
 from dpo.batch.order import PairOrder
 from dpo.batch.plan import StepPlan, balance, plan_step
 from dpo.batch.trees import Tree, grow_trees
-from dpo.data.pair_set import Pair
-from dpo.data.prepare import prepare_data
+from dpo.pairs.pair_set import Pair
+from dpo.pairs.prepare import prepare_data
 from tests.support.runs import make_config
 
 COSTS = CostModel(per_token=3.0, per_attended=0.01, per_scored=2.0)

@@ -23,7 +23,7 @@ from unittest.mock import patch
 
 from dpo.checkpoint import saver as saving
 from dpo.config import load_config
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 from dpo.train import program
 from tests.bench.worlds import SIZES, hh_pairs, save_llama, save_pairs
 

@@ -27,8 +27,6 @@ from dpo.batch.packer import Packer, make_packer
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree, grow_trees
 from dpo.config import Config, load_config
-from dpo.data.pair_set import Pair
-from dpo.data.tokens import completion_key
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.preemption import never
 from dpo.distributed.program import exit_program
@@ -42,6 +40,8 @@ from dpo.model.build import build_policy
 from dpo.model.parallelize import compute_dtype
 from dpo.model.policy import Policy, announce_backward, completion_logps
 from dpo.model.warm_up import warm_up
+from dpo.pairs.pair_set import Pair
+from dpo.pairs.tokens import completion_key
 from dpo.step.deviation import Deviation, rounding_scale
 from dpo.step.first_step import Terms, verify_start
 from dpo.step.objective import pair_losses

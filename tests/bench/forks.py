@@ -25,8 +25,8 @@ import datasets
 
 from dpo.base.errors import RunError
 from dpo.config import Config, DataConfig, ModelConfig, SourceConfig
-from dpo.data import token_rows
-from dpo.data.prepare import prepare_data
+from dpo.pairs import token_rows
+from dpo.pairs.prepare import prepare_data
 from tests.support.garbage import collect_and_tokenize, leave_group
 from tests.support.models import family_config
 

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dpo.estimate.lengths import find_lengths
 from dpo.estimate.program import estimate, read_arguments
 from dpo.model.download import find_model_config
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dpo.data.pair_set import PairSet
 from dpo.distributed.program import exit_program
+from dpo.pairs.pair_set import PairSet
 from dpo.ref_logps import fill as reference_pass
 from dpo.ref_logps.blocks import write_rows
 from dpo.reference import program as reference

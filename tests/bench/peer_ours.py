@@ -14,9 +14,9 @@ from unittest.mock import patch
 import torch
 
 from dpo.config import load_config
-from dpo.run.files import read_metrics
-from dpo.run.setup import Run
+from dpo.run_folder.files import read_metrics
 from dpo.train import program
+from dpo.train.setup import Run
 from tests.bench.jobs import FILL, Job, Told, digest, read_job, tell
 from tests.bench.memory import peak_bytes, reset_peak, resident_bytes
 

@@ -22,8 +22,8 @@ from dpo.batch.order import PairOrder
 from dpo.batch.packing import RowFormat, pack
 from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import grow_trees
-from dpo.data.prepare import PairSet, prepare_data
 from dpo.machine.peaks import device_peak
+from dpo.pairs.prepare import PairSet, prepare_data
 from tests.support.runs import make_config
 
 BUDGET, MFU = 16384, 0.4

@@ -21,8 +21,7 @@ import torch.distributed as dist
 
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.program import run_program
-from dpo.run import loop
-from dpo.train import program
+from dpo.train import loop, program
 from tests.bench.first_step import private_bytes
 
 SECONDS_BETWEEN_COUNTS = 0.02

@@ -13,8 +13,8 @@ from dpo.batch.costs import Units, cost_model, step_flops, units
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
 from dpo.config import ParallelConfig
-from dpo.data.pair_set import Pair
 from dpo.estimate.speed import units_of
+from dpo.pairs.pair_set import Pair
 from tests.bench.jobs import LIVE
 from tests.bench.worlds import SIZES, llama_config
 

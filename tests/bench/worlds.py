@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from dpo.batch.trees import Tree, grow_trees
 from dpo.config import Config, DataConfig, ModelConfig, SourceConfig
-from dpo.data.pair_set import Pair
-from dpo.data.prepare import prepare_data
+from dpo.pairs.pair_set import Pair
+from dpo.pairs.prepare import prepare_data
 
 SHARED_DATA = Path(os.environ.get("DPO_TEST_DATA", Path(__file__).parents[3] / "shared" / "data")).resolve()
 TOKENIZER = SHARED_DATA / "tok-smollm2"

@@ -11,7 +11,7 @@ from dpo.board import sinks
 from dpo.board.charts import has_chart
 from dpo.config import Config, SourceConfig
 from dpo.demo.world import preference_row, questions, save_model, save_rows
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 from tests.support.boards import board_of, points_of, steps_of
 from tests.support.runs import (
     changed,

@@ -15,7 +15,7 @@ from dpo.checkpoint.store import checkpoint_path
 from dpo.config import Config, SourceConfig
 from dpo.distributed.program import run_program
 from dpo.export import program as export
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 from tests.support.data_fixtures import CHAT_TEMPLATE, make_tokenizer
 from tests.support.models import FAMILIES, plain_logp, plain_model, save_model, save_pairs
 from tests.support.ranks import Ranks

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from dpo.checkpoint.export_dtype import base_dtype, export_dtype
 from dpo.config import CheckpointConfig
+from dpo.disk.sizes import sizes_of
 from dpo.model.model_config import read_model_config
-from dpo.run.disk import sizes_of
 from tests.support.models import save_model
 from tests.support.runs import make_config
 

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo.base.errors import UserError
 from dpo.config import Config, load_config
-from dpo.data.encoder import text_encoder
-from dpo.data.formats.examples import to_example
-from dpo.data.tokens import limits_of, tokenize
 from dpo.demo import program as demo
 from dpo.demo.world import GRADES, SOUNDS, Grade, answer, grade_of, questions
-from dpo.run.files import read_metrics
+from dpo.encode.encoder import text_encoder
+from dpo.pairs.tokens import limits_of, tokenize
+from dpo.run_folder.files import read_metrics
+from dpo.sources.formats.examples import to_example
 from dpo.train.program import run_training
 
 ALL_QUESTIONS = 960  # 16 names x (6 x 6 sums + 12 sounds + 12 homes)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from dpo.base import space
 from dpo.config import ParallelConfig
+from dpo.disk.sizes import Sizes
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from dpo.doctor import attention, host, model, program, speed, storage
@@ -29,7 +30,6 @@ from dpo.estimate import program as estimate
 from dpo.estimate.devices import DEVICES, GIB
 from dpo.model.attention import segment_attention
 from dpo.model.kernels import VARIABLES
-from dpo.run.disk import Sizes
 from tests.machine.test_toolchain import facts
 from tests.support.models import family_config, save_model, save_pairs
 from tests.support.ranks import Ranks

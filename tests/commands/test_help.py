@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from dpo.base.command import SWITCHES
 from dpo.base.errors import UserError
+from dpo.command.line import SWITCHES
 from dpo.config.keys import KEYS
 from dpo.doctor import arguments as doctor
 from dpo.estimate import arguments as estimate

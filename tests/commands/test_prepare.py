@@ -15,11 +15,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo.base import snapshots, space
+from dpo.base import space
 from dpo.base.errors import RunError
-from dpo.base.hub_files import MODEL
-from dpo.base.snapshots import PREPARE
 from dpo.config import Config, SourceConfig, to_yaml
+from dpo.hub import snapshots
+from dpo.hub.files import MODEL
+from dpo.hub.snapshots import PREPARE
 from dpo.prepare.program import Place, check_places, limited, next_line
 from tests.support.data_fixtures import VOCAB_SIZE, make_tokenizer
 from tests.support.hub import Hub, connections, environment
@@ -201,8 +202,8 @@ def test_a_missing_file_is_named_and_fetched_alone(place: Site, folders: Path) -
 
 FIND = """
 import sys
-from dpo.base.hub_files import MODEL
-from dpo.base.snapshots import find_snapshot
+from dpo.hub.files import MODEL
+from dpo.hub.snapshots import find_snapshot
 print(find_snapshot(sys.argv[1], MODEL))
 """
 
@@ -231,8 +232,8 @@ def test_a_wrong_path_of_data_is_told_before_the_model_is_downloaded(place: Site
 OPEN = """
 import json, sys
 from dpo.config import SourceConfig
-from dpo.data.hub_sets import is_here
-from dpo.data.sources import open_source
+from dpo.sources.hub_sets import is_here
+from dpo.sources.source import open_source
 config = SourceConfig("org/Pairs", name=sys.argv[1] or None, split=sys.argv[2])
 here = is_here(config)
 source = open_source(config, "data.train[0]")
@@ -352,8 +353,8 @@ def reserve(folder, num_bytes):
 
 space._reserve = reserve
 shutil.disk_usage = lambda folder: shutil._ntuple_diskusage(10**12, 0, 10**12)
-from dpo.base.hub_files import MODEL
-from dpo.base.snapshots import download
+from dpo.hub.files import MODEL
+from dpo.hub.snapshots import download
 download(sys.argv[1], MODEL)
 """
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from dpo.base.exits import run_program
+from dpo.command.exits import run_program
 from dpo.push import program as push
 
 Calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo.base.errors import UserError
-from dpo.data.encoder import text_encoder
-from dpo.data.tokens import Limits
+from dpo.encode.encoder import text_encoder
+from dpo.pairs.tokens import Limits
 from dpo.sample import program as sample
 from tests.machine.test_toolchain import facts
 from tests.model.test_generation import plain_draw, plain_greedy

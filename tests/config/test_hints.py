@@ -5,7 +5,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from dpo.base.errors import UserError
-from dpo.base.likeness import closest
+from dpo.command.likeness import closest
 from dpo.config.hints import unknown_flag, unknown_key
 from dpo.config.keys import KEYS, SECTIONS
 from dpo.config.load import load_config

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from dpo.disk.sizes import Sizes
 from dpo.estimate.devices import DEVICES
 from dpo.estimate.forecast import (
     GIB,
@@ -25,8 +26,7 @@ from dpo.estimate.memory import COPY, WEIGHTS, Memory, copy_bytes
 from dpo.estimate.speed import Cluster, Part, Speed
 from dpo.estimate.traffic import Groups
 from dpo.estimate.words import Estimate
-from dpo.run.disk import Sizes
-from dpo.run.forecast import read_forecast, write_forecast
+from dpo.run_folder.forecast import read_forecast, write_forecast
 from tests.support.runs import make_config
 
 EXTENT = Extent(num_steps=100, num_pairs=6400, num_eval_pairs=640)

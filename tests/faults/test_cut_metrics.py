@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.run.files import drop_metrics_after, read_metrics
+from dpo.run_folder.files import drop_metrics_after, read_metrics
 
 
 def test_cutting_is_one_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

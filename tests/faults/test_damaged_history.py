@@ -9,9 +9,9 @@ import pytest
 
 from dpo.base.errors import RunError
 from dpo.config import Config
-from dpo.data.tokenizer import load_tokenizer
 from dpo.demo.world import preference_row, questions, save_model, save_rows
-from dpo.run.files import read_metrics
+from dpo.encode.tokenizer import load_tokenizer
+from dpo.run_folder.files import read_metrics
 from tests.support.boards import points_of
 from tests.support.models import save_model as save_bare_model
 from tests.support.runs import changed, exit_code, make_config, run, train_lines

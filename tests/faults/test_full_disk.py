@@ -22,16 +22,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.base import space
 from dpo.base.errors import RunError
-from dpo.base.exits import line_of
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint import export as exporting
 from dpo.checkpoint import saver as saving
 from dpo.checkpoint import store
 from dpo.checkpoint.store import RunState, Shelf, forget_plans, newest_checkpoint, write_checkpoint
+from dpo.command.exits import line_of
 from dpo.config import Config, to_yaml
+from dpo.disk import storage
 from dpo.distributed.program import run_program
 from dpo.distributed.startup import open_world
-from dpo.run import evaluations, loop, storage
+from dpo.run_folder import evaluations
+from dpo.train import loop
 from dpo.train import program as train
 from tests.support.disks import small_disk
 from tests.support.ranks import Ranks

@@ -37,7 +37,7 @@ reference_pass._run = run_or_hold
 """A block a completion; the sixth is never computed."""
 HELD_TRAINING = """
 import threading
-from dpo.run import loop
+from dpo.train import loop
 step = loop._step
 loop._step = lambda run, number, *others: threading.Event().wait() if number == 6 else step(run, number, *others)
 """

@@ -12,15 +12,15 @@ from unittest.mock import patch
 import pytest
 
 from dpo.base.errors import Preempted
-from dpo.base.status import STATUS_FILE
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.store import newest_checkpoint
+from dpo.command.status import STATUS_FILE
 from dpo.config import Config
 from dpo.distributed.program import run_program
-from dpo.run import loop, outputs
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 from dpo.step.evaluation import Evaluation
 from dpo.step.update import train_step
+from dpo.train import loop, outputs
 from dpo.train import program as train
 from tests.support.ranks import Ranks
 from tests.support.runs import (
@@ -97,7 +97,7 @@ def test_all_ranks_stop_after_the_step_of_the_signal(root: Path, ranks: Ranks, t
     the part that goes on."""
     whole = undisturbed(root, ranks)
     config = six_steps(root, tmp_path / "run")
-    answers = ranks(2, preempted, config, "dpo.run.loop.train_step", step, tmp_path / "status.json")
+    answers = ranks(2, preempted, config, "dpo.train.loop.train_step", step, tmp_path / "status.json")
     assert answers == [(0, {"state": "preempted", "step": step, "saved": True})] * 2
     assert [line["step"] for line in train_lines(tmp_path / "run")] == list(range(1, step + 1))
     checkpoint = newest_checkpoint(tmp_path / "run")
@@ -114,7 +114,7 @@ def test_twice(root: Path, ranks: Ranks, tmp_path: Path) -> None:
     config = six_steps(root, tmp_path / "run")
     for step in (2, 4):
         number = step if step == 2 else 2  # of the second part's own steps
-        answers = ranks(2, preempted, config, "dpo.run.loop.train_step", number, tmp_path / "status.json")
+        answers = ranks(2, preempted, config, "dpo.train.loop.train_step", number, tmp_path / "status.json")
         assert answers[0] == (0, {"state": "preempted", "step": step, "saved": True})
     ranks(2, run, config)
     assert same_lines(whole, tmp_path / "run")

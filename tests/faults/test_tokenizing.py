@@ -15,10 +15,10 @@ import datasets
 import pytest
 
 from dpo.config import Config, to_yaml
-from dpo.data import token_rows
-from dpo.data.prepare import prepare_data
 from dpo.distributed.program import run_program
-from dpo.run.advice import AFTER_TRAINING
+from dpo.pairs import token_rows
+from dpo.pairs.prepare import prepare_data
+from dpo.run_folder.advice import AFTER_TRAINING
 from dpo.train import program as train
 from tests.support.garbage import collect_and_tokenize, leave_group
 from tests.support.models import family_config, save_model, save_pairs
@@ -58,9 +58,9 @@ def test_garbage_of_the_parent_is_not_collected(config: Config, tmp_path: Path) 
 MAIN = """
 import os, signal, threading
 from dpo.train import program as train
-from dpo.data import token_rows
+from dpo.pairs import token_rows
 from dpo.distributed.program import exit_program
-from dpo.run.advice import AFTER_TRAINING
+from dpo.run_folder.advice import AFTER_TRAINING
 
 def hold(*args, **options):
     pids.send_bytes(os.getpid().to_bytes(4, "big"))

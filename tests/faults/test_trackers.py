@@ -21,7 +21,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Service:
     """The service to which runs send what they report to `wandb`."""
     service = Service()
     monkeypatch.setattr(sinks, "check_installed", lambda names: None)
-    monkeypatch.setattr("dpo.run.start.check_installed", lambda names: None)
+    monkeypatch.setattr("dpo.train.start.check_installed", lambda names: None)
     monkeypatch.setitem(sinks.OPENERS, "wandb", sinks._open_tracker("wandb", service.connect))  # type: ignore[arg-type]
     return service
 

@@ -16,7 +16,7 @@ from dpo.checkpoint import saver as saving
 from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
 from dpo.config import Config
 from dpo.distributed.program import run_program
-from dpo.run import loop
+from dpo.train import loop
 from dpo.train import program as train
 from tests.faults.late import written_late
 from tests.faults.test_one_rank_fails import fail_as_rank, infinite_loss
@@ -183,7 +183,7 @@ def test_a_run_that_fails_does_not_wait_for_ever(
 
 def preempted_late(config: Config, status: Path) -> tuple[int, dict[str, Any]]:
     with written_late():
-        return preempted(config, "dpo.run.loop.train_step", 3, status)
+        return preempted(config, "dpo.train.loop.train_step", 3, status)
 
 
 def test_preemption_waits_for_both_checkpoints(root: Path, ranks: Ranks, tmp_path: Path) -> None:
@@ -198,7 +198,7 @@ def test_preemption_waits_for_both_checkpoints(root: Path, ranks: Ranks, tmp_pat
 def preempted_full_once(config: Config, status: Path) -> tuple[int, dict[str, Any]]:
     disk = full_once() if os.environ["RANK"] == "1" else contextlib.nullcontext()
     with disk:
-        return preempted(config, "dpo.run.loop.train_step", 3, status)
+        return preempted(config, "dpo.train.loop.train_step", 3, status)
 
 
 def test_a_preempted_run_saves_though_the_write_before_failed(root: Path, ranks: Ranks, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def full_when_preempted(config: Config, status: Path) -> tuple[int, str]:
     stderr = io.StringIO()
     status.write_text("{}")
     with disk, contextlib.redirect_stderr(stderr):
-        code, _ = preempted(config, "dpo.run.loop.train_step", 1, status)
+        code, _ = preempted(config, "dpo.train.loop.train_step", 1, status)
     return code, stderr.getvalue()
 
 

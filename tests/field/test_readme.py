@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from dpo.config import SourceConfig
-from dpo.data.formats.decision import decide_reading
-from dpo.data.formats.examples import FORMATS
-from dpo.data.formats.reading import read_row
+from dpo.sources.formats.decision import decide_reading
+from dpo.sources.formats.examples import FORMATS
+from dpo.sources.formats.reading import read_row
 
 README = (Path(__file__).parents[2] / "configs" / "README.md").read_text(encoding="utf-8")
 SECTION = README.partition("## Preference files")[2].partition("\n## ")[0]

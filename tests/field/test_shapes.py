@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo.base.errors import UserError
 from dpo.config import SourceConfig
-from dpo.data.prepare import prepare_data
+from dpo.pairs.prepare import prepare_data
 from tests.field.shapes import REFUSED, SHAPES, Meaning, Shape
 from tests.support.data_fixtures import TinyModelConfig, all_pairs, make_config
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dpo.base.console import say
-from dpo.base.status import write_status
+from dpo.command.status import write_status
 from dpo.distributed.preemption import listen_for_stop
+from dpo.terminal.console import say
 
 FIRST, SAVED = 5, 7
 """The first step of this start, and the step that is saved."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dpo.base.command import Parser, own_flags
+from dpo.command.line import Parser, own_flags
 
 
 def make_parser(prog: str) -> Parser:

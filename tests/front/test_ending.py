@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo.base.blame import Failure
+from dpo.command.blame import Failure
 from dpo.front import stops
 from dpo.front.ending import End, Verdict, is_time_to_kill, judge
 from dpo.front.names import Command

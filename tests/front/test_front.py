@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo.base.command import Parser
 from dpo.base.errors import UserError
+from dpo.command.line import Parser
 from dpo.config import load_config
 from dpo.front import configs, parent
 from dpo.front.main import answer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.base.command import split_options
+from dpo.command.line import split_options
 from dpo.config.keys import KEYS
 from dpo.config.trl_names import TRL_NAMES
 from dpo.front.completion import parser_of

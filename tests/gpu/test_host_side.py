@@ -23,7 +23,7 @@ from dpo.estimate.traffic import parameter_groups, step_traffic
 from dpo.model.build import build_policy
 from dpo.model.model_config import read_model_config
 from dpo.model.parallelize import decoder_layers
-from dpo.run.files import FINAL
+from dpo.run_folder.files import FINAL
 from dpo.step.metrics import MAXIMA, SUMS
 from dpo.step.optim import make_optimizer
 from dpo.step.update import train_step

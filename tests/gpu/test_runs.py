@@ -19,7 +19,7 @@ from dpo.distributed.world import make_mesh
 from dpo.model.build import build_policy, load_weights
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import announce_backward, completion_logps
-from dpo.run.files import FINAL
+from dpo.run_folder.files import FINAL
 from dpo.step.objective import pair_losses
 from tests.gpu.conftest import CUDA_ALONE
 from tests.gpu.emulation import emulated

@@ -14,10 +14,10 @@ from dpo.batch.packing import PackedBatch, RowFormat, pack, padded_length
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
 from dpo.config import LossConfig, OptimConfig
-from dpo.data.pair_set import Pair
 from dpo.distributed.world import World
 from dpo.model.log_probs import Head, completion_log_probs
 from dpo.model.policy import Policy, announce_backward, completion_logps, free_memory
+from dpo.pairs.pair_set import Pair
 from dpo.step.metrics import StepMetrics
 from dpo.step.objective import pair_losses
 from dpo.step.optim import make_optimizer

@@ -9,12 +9,12 @@ import pytest
 
 from dpo.batch.order import PairOrder
 from dpo.config import LossConfig, SourceConfig
-from dpo.data import token_rows
-from dpo.data.prepare import prepare_data
 from dpo.inspect import statistics as data_statistics
 from dpo.inspect.lengths import PERCENTS, LengthGroup, bin_width, length_bias, lengths_of
 from dpo.inspect.statistics import EndIds, Ends, Repeats, shared_pairs, summarize
 from dpo.inspect.step_tokens import StepTokens, step_tokens
+from dpo.pairs import token_rows
+from dpo.pairs.prepare import prepare_data
 from tests.support.data_fixtures import BOS, EOS, TinyModelConfig, make_config, make_tokenizer, write_jsonl
 
 pytest_plugins = ["tests.support.data_plugin"]

@@ -6,10 +6,10 @@ import pytest
 from transformers import LlamaConfig
 
 from dpo.config import SourceConfig
-from dpo.data.prepare import prepare_data
-from dpo.data.tokenizer import load_tokenizer
+from dpo.encode.tokenizer import load_tokenizer
 from dpo.inspect.findings import findings
 from dpo.inspect.inspection import inspect_data
+from dpo.pairs.prepare import prepare_data
 from tests.support.data_fixtures import BOS, CHAT_TEMPLATE, EOS, VOCAB_SIZE, make_config, make_tokenizer, write_jsonl
 
 pytest_plugins = ["tests.support.data_plugin"]

@@ -11,8 +11,7 @@ from rich.console import Console
 from tokenizers import decoders
 from transformers import LlamaConfig
 
-from dpo.base.console import visible
-from dpo.data.tokenizer import load_tokenizer
+from dpo.encode.tokenizer import load_tokenizer
 from dpo.inspect import program as inspect
 from dpo.inspect.arguments import Arguments, read_arguments
 from dpo.inspect.findings import findings
@@ -20,6 +19,7 @@ from dpo.inspect.shown_pairs import INCOMPLETE, token_texts
 from dpo.inspect.terminal import bars, print_inspection
 from dpo.inspect.words import count_rows
 from dpo.model.download import find_model_config
+from dpo.terminal.console import visible
 from tests.support.data_fixtures import BOS, EOS, VOCAB_SIZE, make_config, make_tokenizer, write_jsonl
 from tests.support.runs import changed, error_lines, exit_code_of
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.base.command import split_options, words_of
+from dpo.command.line import split_options, words_of
 
 SCRIPT = """#!/bin/sh
 cd {folder}

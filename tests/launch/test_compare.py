@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from dpo.base.exits import run_program
 from dpo.board.hparams import ENTRY
+from dpo.command.exits import run_program
 from dpo.config import SourceConfig, to_yaml
 from dpo.config.effects import CHANGING
 from launch import compare

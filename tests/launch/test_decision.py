@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo.base.blame import Failure, first_cause
+from dpo.command.blame import Failure, first_cause
 from launch.decision import End, decide
 
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [10.77.0.2]:54470: Connection reset by peer"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dpo.base.status import STATUS_FILE
+from dpo.command.status import STATUS_FILE
 from launch import here, supervise
 from launch.here import RunsHere, run_here
 from launch.node import NodeJob

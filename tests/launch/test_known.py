@@ -10,7 +10,7 @@ import pytest
 from dpo.base.errors import UserError
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.estimate.program import read_arguments as read_estimate
-from dpo.run.forecast import Forecast
+from dpo.run_folder.forecast import Forecast
 from launch import forecast, known
 from launch.arguments import Request, read_arguments
 from launch.forecast import Unknown, ask_forecast

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dpo.base.errors import UserError
-from dpo.run.forecast import Forecast
+from dpo.run_folder.forecast import Forecast
 from launch.arguments import Request, read_arguments
 from launch.resources import GIB, Known, cpus_per_rank, memory, mib_of, signal_delay, time_needed, with_settings
 from launch.site import Site

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import submitit
 
-from dpo.base.exits import run_program
+from dpo.command.exits import run_program
 from launch import submit
 from launch.node import NodeJob
 from launch.reports import Outcome, write_outcome

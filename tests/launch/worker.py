@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from dpo.base.status import write_status
+from dpo.command.status import write_status
 
 RANK = int(os.environ["RANK"])
 LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error [10.0.0.1]:5: Connection reset by peer"

@@ -10,7 +10,7 @@ from numpy.lib.npyio import NpzFile
 
 from dpo.batch import packer as batches
 from dpo.config import Config, SourceConfig
-from dpo.run.evaluations import evaluation_path, evaluation_steps
+from dpo.run_folder.evaluations import evaluation_path, evaluation_steps
 from dpo.train.program import run_training
 from tests.support.models import plain_logp, plain_model, save_pairs
 from tests.support.ranks import Ranks

@@ -9,8 +9,8 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 
-from dpo.data.tokenizer import load_tokenizer
 from dpo.distributed.startup import open_world
+from dpo.encode.tokenizer import load_tokenizer
 from dpo.model import generation
 from dpo.model.generation import AnswerRule, generate
 from tests.model.test_generation import NEW, PROMPTS, load, plain_draw, plain_greedy, trained

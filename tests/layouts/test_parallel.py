@@ -14,12 +14,12 @@ from dpo.batch.packing import RowFormat, pack
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
 from dpo.config import LossConfig, ParallelConfig
-from dpo.data.pair_set import Pair
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World, make_mesh
 from dpo.model.build import build_policy, load_weights
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import announce_backward, completion_logps
+from dpo.pairs.pair_set import Pair
 from dpo.step.objective import pair_losses
 from tests.support.models import VOCAB, plain_logp, plain_model, save_model
 from tests.support.ranks import Ranks

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from dpo.base.errors import UserError
-from dpo.base.status import GPUS_ASKED
+from dpo.command.status import GPUS_ASKED
 from dpo.machine.job import asked_gpus, check_one_node, check_tasks
 
 

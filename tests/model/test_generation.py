@@ -16,7 +16,6 @@ from dpo.batch.packing import RowFormat, pack
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
 from dpo.config import Config, LossConfig, OptimConfig, ParallelConfig
-from dpo.data.pair_set import Pair
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World, make_mesh
 from dpo.model.attention import ATTENTION
@@ -24,6 +23,7 @@ from dpo.model.build import build_policy, load_weights
 from dpo.model.generation import ROWS_PER_LANE, AnswerRule, generate, uniform
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
+from dpo.pairs.pair_set import Pair
 from dpo.step.optim import make_optimizer
 from dpo.step.update import train_step
 from tests.support.models import FAMILIES, VOCAB, plain_model, save_model

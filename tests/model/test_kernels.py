@@ -17,7 +17,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from dpo.config import ParallelConfig
 from dpo.model.kernels import VARIABLES, compile_layers, describe_graphs, keep_kernels, kernel_folder, num_graphs
 from dpo.model.parallelize import is_compiled
-from dpo.run import loop as program
+from dpo.train import loop as program
 from tests.model.small_layer import Layer, run_lengths
 from tests.support.processes import start_program
 from tests.support.runs import run, save_six_steps, six_steps

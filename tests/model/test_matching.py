@@ -13,12 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from dpo.base.errors import UserError
 from dpo.config import ParallelConfig
+from dpo.disk.sizes import sizes_of
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World, make_mesh
 from dpo.model.build import build_policy, load_weights
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
-from dpo.run.disk import sizes_of
 from tests.support.models import VOCAB, plain_model, save_model
 from tests.support.ranks import Ranks
 from tests.support.runs import make_config

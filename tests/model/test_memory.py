@@ -14,9 +14,9 @@ from dpo.batch.layout import make_layout
 from dpo.batch.packing import PackedBatch, RowFormat, pack
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import grow_trees
-from dpo.data.pair_set import Pair
 from dpo.model.attention import ATTENTION, register_attention, segment_attention
 from dpo.model.policy import _forward_logps
+from dpo.pairs.pair_set import Pair
 from tests.support.live_bytes import LiveBytes, allocated_peak
 
 HIDDEN, MIB = 32, 2**20

@@ -26,7 +26,6 @@ from dpo.batch.packing import PackedBatch, RowFormat, pack, padded_length
 from dpo.batch.plan import plan_step
 from dpo.batch.trees import Tree, grow_trees
 from dpo.config import LossConfig, ParallelConfig
-from dpo.data.pair_set import Pair
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World, make_mesh
 from dpo.model.build import build_policy, load_weights
@@ -34,6 +33,7 @@ from dpo.model.log_probs import ChunkedTokenLogProbs
 from dpo.model.model_config import read_model_config
 from dpo.model.parallelize import _selective_contexts
 from dpo.model.policy import Policy, announce_backward, completion_logps
+from dpo.pairs.pair_set import Pair
 from dpo.step.objective import pair_losses
 from tests.support.models import FAMILIES, VOCAB, family_config, plain_logp, plain_model, save_model
 

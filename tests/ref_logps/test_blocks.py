@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo.base.files import default_cache_dir, write_atomically
-from dpo.data.tokens import completion_key
+from dpo.pairs.tokens import completion_key
 from dpo.ref_logps.blocks import ROW, RefRows, make_rows, read_rows, reference_key, split_keys, write_rows
 from tests.support.ranks import Ranks
 

@@ -18,15 +18,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dpo.config import Config, SourceConfig
-from dpo.data.tokens import completion_key
 from dpo.distributed.program import run_program
 from dpo.model.build import load_policy
+from dpo.pairs.tokens import completion_key
 from dpo.ref_logps import fill as reference_pass
 from dpo.ref_logps.blocks import read_rows, split_keys
 from dpo.ref_logps.circumstances import numerics
 from dpo.reference import program as reference
-from dpo.run import setup
 from dpo.step.optim import make_optimizer
+from dpo.train import setup
 from tests.support.models import plain_logp, plain_model, save_model, save_pairs
 from tests.support.runs import (
     afresh,

@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo.config import SourceConfig, to_yaml
 from dpo.report.record import Record
-from dpo.run.evaluations import write_evaluation
+from dpo.run_folder.evaluations import write_evaluation
 from tests.support.runs import make_config
 
 PROMPT = "Who is 5 < 6?"

@@ -15,7 +15,7 @@ from dpo.config import SourceConfig
 from dpo.report import program
 from dpo.report.page import page_of_run, page_of_runs
 from dpo.report.record import read_record
-from dpo.run.evaluations import evaluation_path
+from dpo.run_folder.evaluations import evaluation_path
 from tests.report.folders import PROMPT, eval_line, nats, pairs_of, save_run, train_line
 from tests.support.runs import error_lines, exit_code_of
 

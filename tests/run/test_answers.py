@@ -29,8 +29,8 @@ from dpo.run.answers import (
     prompt_text,
     read_answers,
 )
-from dpo.run.files import answers_path
 from dpo.run.inputs import Inputs, read_inputs
+from dpo.run_folder.files import answers_path
 from tests.model.test_generation import plain_draw, plain_greedy
 from tests.support.data_fixtures import BOS, EOS, ids, make_tokenizer
 from tests.support.models import plain_model, save_model, save_pairs

@@ -10,9 +10,9 @@ import pytest
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.store import checkpoint_path
 from dpo.config import Config, load_config
-from dpo.run.evaluations import evaluation_steps
-from dpo.run.files import read_metrics
 from dpo.run.folder import _put_aside, find_start
+from dpo.run_folder.evaluations import evaluation_steps
+from dpo.run_folder.files import read_metrics
 from tests.support.runs import (
     changed,
     error_lines,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 
 ON_GPUS = (sys.executable, "-m", "launch.submit", "--nodes", "2", "--gpus-per-node", "2")
 ON_CPUS = "--env CUDA_VISIBLE_DEVICES="

@@ -21,11 +21,11 @@ from dpo.ref_logps import cache as ref_cache
 from dpo.ref_logps.blocks import ROW, circumstances_of, read_rows, write_circumstances, write_rows
 from dpo.ref_logps.circumstances import difference, joined_circumstances
 from dpo.ref_logps.table import table_circumstances, write_table
-from dpo.run.files import read_metrics
-from dpo.run.start import first_step_terms
+from dpo.run_folder.files import read_metrics
 from dpo.step import first_step
 from dpo.step.deviation import Completions, Verdict, caps, exact_bounds, judge, limits, measure, rounding_scale
 from dpo.step.first_step import Terms
+from dpo.train.start import first_step_terms
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import exit_code, has_log_alone, make_config, run, train_lines

@@ -9,7 +9,7 @@ import pytest
 
 from dpo.config import Config
 from dpo.ref_logps.blocks import circumstances_of, read_rows, write_circumstances, write_rows
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 from tests.support.runs import exit_code, has_log_alone, run, save_six_steps, six_steps, train_lines
 
 BFLOAT16 = {"parallel__compute_dtype": "bfloat16"}

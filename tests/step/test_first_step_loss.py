@@ -16,9 +16,9 @@ from dpo.base.errors import RunError
 from dpo.batch import packing
 from dpo.config import LossConfig
 from dpo.ref_logps.blocks import read_rows
-from dpo.run import start
 from dpo.step import losses, objective
 from dpo.step.deviation import Deviation
+from dpo.train import start
 from tests.step.test_first_step import LOSSES, cache, filled, folders, make, shift_rows
 from tests.support.runs import exit_code, has_log_alone, run
 

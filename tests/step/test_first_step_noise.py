@@ -17,8 +17,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dpo.data.tokens import completion_key
-from dpo.run.files import read_metrics
+from dpo.pairs.tokens import completion_key
+from dpo.run_folder.files import read_metrics
 from dpo.step import first_step
 from dpo.step.deviation import Completions, Verdict, judge, measure
 from tests.gpu.emulation import emulated_kernel

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from dpo.base.errors import RunError
 from dpo.config import Config, SourceConfig
 from dpo.config.loss_facts import LOSS_FACTS
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 from dpo.step.losses import LOSSES, Loss
 from tests.support.models import plain_logp, plain_model, save_model, save_pairs
 from tests.support.runs import eval_lines, make_config, run, train_lines

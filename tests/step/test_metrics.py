@@ -17,7 +17,7 @@ from dpo.board.writer import MetricsWriter
 from dpo.config import Config, LossConfig, SourceConfig
 from dpo.config.loss_facts import LOSS_FACTS
 from dpo.distributed.startup import open_world
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 from dpo.step.metrics import MEASURED, StepMetrics, pair_means, prefixed, step_metrics
 from dpo.step.objective import pair_losses
 from tests.support.boards import points_of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo.config import SourceConfig
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 from tests.support.models import plain_logp, plain_model, save_model
 from tests.support.runs import make_config, run, train_lines
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from dpo.data import token_rows
+from dpo.pairs import token_rows
 
 
 class Holder:

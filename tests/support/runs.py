@@ -30,9 +30,8 @@ from dpo.config import (
     to_yaml,
 )
 from dpo.distributed.program import run_program
-from dpo.run import loop
-from dpo.run.files import LOG, read_metrics
-from dpo.train import program
+from dpo.run_folder.files import LOG, read_metrics
+from dpo.train import loop, program
 from tests.support.models import save_model, save_pairs
 
 CLOCK = (

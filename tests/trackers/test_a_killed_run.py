@@ -19,7 +19,7 @@ from dpo.board.sink import Ending
 from dpo.board.tracker import Opening
 from dpo.config import Config, SourceConfig, to_yaml
 from dpo.demo.world import save_model, save_rows
-from dpo.run.files import read_metrics
+from dpo.run_folder.files import read_metrics
 from tests.board.test_watching import example_rows
 from tests.support.runs import make_config
 
@@ -33,7 +33,7 @@ runpy.run_module("dpo.train", run_name="__main__", alter_sys=True)
 """
 KILLED = """
 import os, signal
-from dpo.run import loop
+from dpo.train import loop
 step = loop._step
 def step_or_die(run, number, *others):
     return os.kill(os.getpid(), signal.SIGKILL) if number == 6 else step(run, number, *others)

@@ -1,0 +1,110 @@
+"""The failures of ranks, and which of them to blame for the end of a run.
+
+When a rank fails, the ranks that wait for it fail too ("Connection closed by peer"). torchrun reports the failure that
+it saw first on its own node, which is often one of these consequences. Example, with the failures of two nodes:
+
+    rank 3  10:00:02.1  RuntimeError: Connection closed by peer     blame 2: lost a peer
+    rank 1  10:00:01.9  killed by SIGKILL                           blame 0: a failure of its own
+    rank 0  10:00:02.0  killed by SIGTERM                           blame 3: ended by torchrun
+
+`first_cause` takes the lowest blame, then the earliest time: rank 1.
+"""
+
+import json
+import re
+import signal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo.base.errors import UserError
+from dpo.command.exits import EXIT_CODES
+
+_LOST_PEER = re.compile(
+    r"gloo/transport/|Connection closed by peer|Connection reset by peer|Broken pipe"
+    r"|^Dist(Backend|Network|Store)Error|ncclRemoteError|NCCL communicator was aborted|^SignalException"
+)
+"""Messages of a rank that lost another rank or whose wait for it timed out, and of a torchrun that a signal ended."""
+
+_BROKEN_MACHINE = re.compile(
+    r"uncorrectable (ECC|NVLink)|fallen off the bus|GPU is lost|no CUDA-capable device|Stale file handle", re.IGNORECASE
+)
+"""Messages of a rank whose GPU or file server is gone. On another node, or later, the same command can succeed."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The failure of one rank, or of torchrun itself if `rank` is None."""
+
+    host: str
+    rank: int | None
+    time: float
+    """Seconds since 1970."""
+    message: str
+    """`ValueError: message of the exception`, or how the process was killed."""
+    killed_by: int = 0
+    """The signal that ended the process; 0: none."""
+    traceback: str = ""
+    """The traceback of a bug; empty for errors that are meant for the user."""
+    told: str = ""
+    """The error line that the rank printed; empty for a bug, and where the process was killed."""
+    user_line: str = ""
+    """The error line that the program printed for the user; empty for a bug."""
+    exit_code: int = 1
+    """The exit code of the rank: 2 if the input of the user is wrong, else 1."""
+
+    @property
+    def lost_peer(self) -> bool:
+        """Returns whether this failure is only the consequence of another rank's end."""
+        return bool(_LOST_PEER.search(self.message)) or self.killed_by == signal.SIGTERM
+
+    @property
+    def blame(self) -> int:
+        """Returns how likely this is the consequence of another failure: 0 a failure of its own; 1 SIGABRT, with which
+        NCCL aborts ranks that waited too long; 2 a lost peer; 3 SIGTERM, with which torchrun ends the other ranks of
+        its node when one has failed.
+        """
+        if self.lost_peer:
+            return 3 if self.killed_by else 2
+        return 1 if self.killed_by == signal.SIGABRT else 0
+
+    @property
+    def is_exception(self) -> bool:
+        """Returns whether the program itself raised, so that a restart would fail again; False if the process was
+        killed, lost a peer or lost its machine.
+        """
+        return not self.killed_by and not self.lost_peer and not _BROKEN_MACHINE.search(self.message)
+
+    @property
+    def is_users(self) -> bool:
+        """Returns whether the input of the user is wrong."""
+        return self.exit_code == EXIT_CODES[UserError]
+
+    def __str__(self) -> str:
+        if self.is_users:
+            return self.user_line
+        process = "torchrun" if self.rank is None else f"rank {self.rank}"
+        return f"{process} on {self.host}: {self.user_line or self.message}"
+
+
+def first_cause(failures: Iterable[Failure]) -> Failure | None:
+    """Returns the failure to report: the lowest `blame`, then the earliest; None if there are no failures."""
+    return min(failures, key=lambda failure: (failure.blame, failure.time), default=None)
+
+
+def read_error(path: Path, host: str, rank: int | None) -> Failure:
+    """Reads a rank's error file. Its time is the `seconds` that `dpo.distributed.failures` writes, with fractions; in
+    files of torchelastic, which writes whole seconds, the modification time of the file.
+    """
+    time = path.stat().st_mtime
+    try:
+        message = json.loads(path.read_text(encoding="utf-8"))["message"]
+    except (ValueError, KeyError):
+        return Failure(host, rank, time, f"its error file {path} is incomplete")
+    if isinstance(message, str):
+        return Failure(host, rank, time, message)
+    extra = message["extraInfo"]
+    stack, ours = extra["py_callstack"], {key: extra[key] for key in ("user_line", "exit_code") if key in extra}
+    is_bug = stack.startswith("Traceback")
+    shown = {"traceback" if is_bug else "told": stack}
+    return Failure(host, rank, extra.get("seconds", time), message["message"], **shown, **ours)

@@ -1,0 +1,138 @@
+"""The bytes of a run's checkpoints and of its exported model, and the bytes that it needs on disk."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from dpo.base.units import shown_bytes
+from dpo.checkpoint.export_dtype import export_dtype
+from dpo.config import Config
+from dpo.model.build import build_on_meta
+from dpo.step.optim import optimizer_elements
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The bytes that a run of a model keeps in memory and on disk."""
+
+    num_parameters: int
+    state: int
+    """Bytes of weights, gradients and optimizer of one copy of the model, on all its ranks together."""
+    checkpoint: int
+    """Bytes of one checkpoint: weights and optimizer."""
+    final: int
+    """Bytes of the exported model."""
+    keep: int | None
+    """Checkpoints that are kept; None: all."""
+    num_saves: int | None
+    """Checkpoints that the run writes; None where it depends on the number of pairs."""
+    evaluations: int = 0
+    """Bytes of the files of evaluations, see `dpo.run_folder.evaluations`."""
+
+    @property
+    def export(self) -> int:
+        """Returns the bytes that the export has on disk at its peak: the shards of all ranks, and the files of the
+        model, to which rank 0 joins them.
+        """
+        return 2 * self.final
+
+    @property
+    def is_replaced(self) -> bool:
+        """Returns whether the run writes more checkpoints than it keeps: one more than these exists for a while."""
+        return self.keep is not None and (self.num_saves is None or self.num_saves > self.keep)
+
+    def num_new(self, present: int) -> int:
+        """Returns how many more checkpoints will be kept than the `present` ones. Where all of an unknown number are
+        kept, one checkpoint is counted.
+        """
+        bounds = [number for number in (self.keep, self.num_saves) if number is not None]
+        return max(min(bounds, default=1) - present, 0)
+
+    def disk_bytes(self, present: int) -> int:
+        """Returns the bytes that the run still needs on disk where `present` checkpoints exist already.
+
+        They are the checkpoints that will be kept, the files of evaluations and, besides, the larger of the exported
+        model, as it is written, and the checkpoint that is written before the oldest is removed.
+        """
+        last = max(self.checkpoint, self.export) if self.is_replaced else self.export
+        return self.num_new(present) * self.checkpoint + self.evaluations + last
+
+    def least_bytes(self, present: int) -> int:
+        """Returns the bytes without which the run cannot save a checkpoint and export the model."""
+        return min(self.disk_bytes(present), self.checkpoint + self.export)
+
+
+def disk_words(sizes: Sizes, present: int) -> str:
+    """Returns the parts of `Sizes.disk_bytes` in words, with the key from which their number follows."""
+    keep = "null, which keeps all" if sizes.keep is None else sizes.keep
+    there = f"; {present} there already" if present else ""
+    number = sizes.num_new(present)
+    each = shown_bytes(sizes.checkpoint)
+    kept = f"{number} {'checkpoint' if number == 1 else 'checkpoints'} of {each} (checkpoint.keep {keep}{there})"
+    evaluations = f", {shown_bytes(sizes.evaluations)} for the values of evaluated pairs" if sizes.evaluations else ""
+    last = f"{shown_bytes(sizes.export)} for the export, twice the exported model"
+    if sizes.is_replaced and sizes.checkpoint >= sizes.export:
+        last = f"{each} for a further one, written before the oldest is removed"
+    return f"{kept}{evaluations} and {last}"
+
+
+def sizes_of(config: Config, model_config: PretrainedConfig, last_step: int | None = None) -> Sizes:
+    """Returns the sizes of a run of this model.
+
+    Args:
+        config: the run's.
+        model_config: the transformers config of the model, which knows the folder that it was read from.
+        last_step: the number of steps of the whole run; None where the pairs were not read.
+
+    Raises:
+        UserError: the model cannot be trained.
+    """
+    dtype = getattr(torch, config.model.dtype)
+    exported = export_dtype(config.checkpoint, Path(model_config.name_or_path or "."))
+    model = build_on_meta(model_config, dtype, config.model.trust_remote_code)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    elements = 1 + optimizer_elements(config.optim)
+    return Sizes(
+        num_parameters,
+        num_parameters * dtype.itemsize * (1 + elements),
+        num_parameters * dtype.itemsize * elements,
+        num_parameters * exported.itemsize,
+        config.checkpoint.keep,
+        num_saves(config, last_step),
+    )
+
+
+def saves_after(config: Config, step: int, last_step: int) -> int:
+    """Returns the number of checkpoints that a run of `last_step` steps writes after `step` of them."""
+    return _times_after(config.checkpoint.save_every, step, last_step)
+
+
+def evaluations_after(config: Config, step: int, last_step: int) -> int:
+    """Returns the number of evaluations that a run of `last_step` steps makes after `step` of them. That before the
+    first step belongs to them.
+    """
+    before = 1 if step == 0 else 0
+    return before + _times_after(config.train.eval_every, step, last_step)
+
+
+def _times_after(every: int | None, step: int, last_step: int) -> int:
+    """Returns how many multiples of `every` lie after `step`, up to `last_step`, which counts in any case."""
+    if step >= last_step:
+        return 0
+    return 1 if every is None else -(-last_step // every) - step // every
+
+
+def num_saves(config: Config, last_step: int | None = None) -> int | None:
+    """Returns the number of checkpoints that a run writes; None where it depends on the number of pairs.
+
+    Args:
+        config: the run's.
+        last_step: the number of steps of the whole run; None where the pairs were not read.
+    """
+    every, steps = config.checkpoint.save_every, last_step or config.train.steps
+    if every is None:
+        return 1
+    return None if steps is None else math.ceil(steps / every)

@@ -1,0 +1,147 @@
+"""Checks a run's folders before its weights are read: shared by all nodes, and with room for the files of the run.
+
+check_folders   before the data is read    all nodes see train.run_dir and reference.cache_dir
+check_space     when the steps are known   checkpoints and exported model fit in train.run_dir: a warning where not all
+                                           do; an error where one checkpoint and the export do not
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+
+from dpo.base.errors import UserError
+from dpo.base.files import nearest_existing
+from dpo.base.space import find_shortage
+from dpo.base.units import shown_bytes
+from dpo.checkpoint.export import draft_of
+from dpo.checkpoint.store import checkpoints_until, drafts_of
+from dpo.config import Config
+from dpo.disk.home import caches_of_run, describe_small_home
+from dpo.disk.sizes import Sizes, disk_words, evaluations_after, saves_after, sizes_of
+from dpo.distributed.collectives import on_main
+from dpo.distributed.shared import find_unseen
+from dpo.distributed.world import World
+from dpo.ref_logps.cache import cache_root
+from dpo.run.folder import Start
+from dpo.run.inputs import Inputs
+from dpo.run_folder.evaluations import BYTES_PER_PAIR
+from dpo.run_folder.files import FINAL
+from dpo.terminal.console import say, warn
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+RUN_DIR, CACHE, DATA_CACHE = "train.run_dir", "reference.cache_dir", "HF_HOME"
+
+VALID = {
+    RUN_DIR: "a folder to write in, which all nodes share",
+    CACHE: "a folder to write in, which all nodes share (DPO_CACHE names it where the key is null)",
+    DATA_CACHE: "a folder to write in",
+}
+"""Key -> the folders that are valid."""
+
+
+def check_folders(config: Config, world: World) -> None:
+    """Checks that rank 0 can write to the run folder and to the cache of the reference, and that all nodes see them.
+
+    Every rank must get here, or the rest hang.
+
+    Raises:
+        UserError: on every rank, with the key and the hosts that do not see the folder.
+    """
+    _check({RUN_DIR: Path(str(config.train.run_dir))} | _cache_of(config), world)
+
+
+def check_cache(config: Config, world: World) -> None:
+    """Does the same as `check_folders` for the cache of the reference alone. Every rank must get here, or the rest
+    hang.
+    """
+    _check(_cache_of(config), world)
+
+
+def _cache_of(config: Config) -> dict[str, Path]:
+    return {CACHE: cache_root(config)} if config.loss.facts.uses_reference else {}
+
+
+def _check(folders: Mapping[str, Path], world: World) -> None:
+    """Raises UserError for a folder that is not shared. On several nodes, rank 0 also says where the cache of data sets
+    is not shared: each node then needs its own.
+    """
+    data_cache, is_one_node = Path(datasets.config.HF_DATASETS_CACHE), world.local_size == world.size
+    # Rank 0 decides which folders get a probe; it may lack the right to write to a cache that is complete.
+    has_probe = not is_one_node and (not world.is_main or os.access(nearest_existing(data_cache), os.W_OK))
+    unseen = find_unseen({**folders, **({DATA_CACHE: data_cache} if has_probe else {})}, VALID, world)
+    for key in folders:
+        if key in unseen:
+            raise UserError(key, str(unseen[key]), VALID[key])
+    if world.is_main and DATA_CACHE in unseen:
+        say(f"{DATA_CACHE}: {unseen[DATA_CACHE]}: each node tokenizes the data, and needs its own models of the hub")
+
+
+# --- with room for the files -----------------------------------------------------------------------------------------
+
+
+def check_space(config: Config, start: Start, inputs: Inputs, world: World) -> None:
+    """Checks that the files fit that the run will still write to its folder, and warns where not all of them do; rank 0
+    also tells of a small home folder.
+
+    Every rank must get here, or the rest hang.
+
+    Args:
+        config: the run's.
+        start: the start that `find_start_together` found.
+        inputs: gives the model and the number of steps.
+        world: all ranks.
+
+    Raises:
+        UserError: on every rank, where a checkpoint and the export, twice the exported model, do not fit on the disk or
+            in a quota.
+    """
+    on_main(world, lambda: _check_space(config, start, inputs))
+
+
+def _check_space(config: Config, start: Start, inputs: Inputs) -> None:
+    run_dir = Path(str(config.train.run_dir))
+    present = len(checkpoints_until(run_dir, start.step))
+    sizes = sizes_of(config, inputs.model.config, inputs.last_step)
+    saves = present + saves_after(config, start.step, inputs.last_step)
+    evaluations = evaluations_after(config, start.step, inputs.last_step) * len(inputs.data.eval) * BYTES_PER_PAIR
+    sizes = replace(sizes, num_saves=saves, evaluations=evaluations)
+    removed = _bytes_of([*drafts_of(run_dir), draft_of(run_dir / FINAL)])
+    shortage = _check_room(run_dir, sizes, present, removed)
+    if shortage:
+        warn(shortage)
+    small_home = describe_small_home(caches_of_run(), sizes.num_parameters)
+    if small_home:
+        say(small_home)
+
+
+def _check_room(run_dir: Path, sizes: Sizes, present: int, removed: int) -> str | None:
+    """Returns a warning where not all files of the run fit in its folder; None where they do.
+
+    Args:
+        run_dir: the run folder.
+        sizes: the sizes of the run's files.
+        present: checkpoints that are there.
+        removed: bytes of files that the run will remove before it writes.
+
+    Raises:
+        UserError: a checkpoint and the export do not fit.
+    """
+    needed, least = sizes.disk_bytes(present), sizes.least_bytes(present)
+    shortage = find_shortage(run_dir, needed - removed)
+    if shortage is None:
+        return None
+    what = f"the run needs {shown_bytes(needed)} in {run_dir}, {disk_words(sizes, present)}; {shortage.room}"
+    if find_shortage(run_dir, least - removed):
+        alone = f"one checkpoint and the export, twice the exported model, take {shown_bytes(least)}"
+        raise UserError(RUN_DIR, f"{what}, and {alone}", "a folder with more room")
+    end = "the quota will be used up" if shortage.is_quota else "the disk will be full"
+    return f"{RUN_DIR}: {what}: {end} before the run ends; free some, or lower checkpoint.keep"
+
+
+def _bytes_of(folders: list[Path]) -> int:
+    """Returns the bytes of the files in folders that the run will remove before it writes; a folder may not exist."""
+    return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,72 @@
+"""The names of the files of a run folder, and the readers of its metrics and answers; without torch.
+
+config.yaml       the resolved config of the last start
+provenance.json   code, hosts and layout of each start, a list
+log.txt           everything that rank 0 says, of all starts, with time stamps
+metrics.jsonl     the metrics of each step and evaluation, one line each
+tensorboard/      the same as charts, with histograms and texts
+trackers/         what trackers such as W&B were sent, with the files of their libraries
+answers/          answers of reference and policy to a few evaluation prompts
+eval/             the values of single pairs at each evaluation, see `dpo.run_folder.evaluations`
+report.html       the run as one page, see `dpo.report`
+profile/          traces of profiled steps
+checkpoints/step-000100/
+final/            the trained model
+jobs/             scripts, logs and reports of failures, written by `python -m launch.submit` and its jobs
+"""
+
+import json
+from pathlib import Path
+
+from dpo.base.errors import RunError
+from dpo.base.files import write_atomically
+
+CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "metrics.jsonl", "tensorboard"
+ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
+EVALUATIONS, REPORT, LOG, TRACKERS = "eval", "report.html", "log.txt", "trackers"
+
+LAST_STEPS = 10
+"""Steps over which a training metric is averaged where it is shown as a single number: single steps vary much."""
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, float]]:
+    """Returns the lines of a run's metrics.jsonl, without a last line that a crash has cut off.
+
+    Raises RunError for a line that does not hold metrics.
+    """
+    path = run_dir / METRICS
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]  # the bytes after the last newline are not a complete line
+    return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]
+
+
+def _parsed(line: bytes, place: str) -> dict[str, float]:
+    try:
+        metrics: dict[str, float] = json.loads(line)
+        if isinstance(metrics["step"], int):
+            return metrics
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise RunError(f"{place}: not a line of metrics: {line[:60]!r}; correct it, or move the file away")
+
+
+def answers_path(run_dir: Path, step: int) -> Path:
+    """Returns the file of the answers after `step` steps."""
+    return run_dir / ANSWERS / f"step-{step:06d}.jsonl"
+
+
+def read_answer_rows(path: Path) -> list[dict[str, str]]:
+    """Returns the rows of a file of answers: `prompt`, `reference` and `policy` of each.
+
+    Raises OSError, or ValueError or KeyError where the file is damaged.
+    """
+    lines = path.read_text(encoding="utf-8").split("\n")  # a text may hold other line ends, such as U+2028
+    rows = [json.loads(line) for line in lines if line.strip()]
+    return [{name: str(row[name]) for name in ("prompt", "reference", "policy")} for row in rows]
+
+
+def drop_metrics_after(run_dir: Path, step: int) -> None:
+    """Replaces metrics.jsonl, atomically, by its lines up to `step`."""
+    kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
+    write_atomically(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())

@@ -1,0 +1,7 @@
+"""A source of the config -> rows of its files -> `Example`.
+
+formats/        a raw row -> `Example`, one reader per format
+caching.py      the cache of rows, by content; calls of `datasets` that fail in one line
+hub_sets.py     data sets of the hub: downloaded, then read without the network
+source.py       a source of the config -> its raw rows
+"""

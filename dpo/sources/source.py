@@ -1,0 +1,227 @@
+"""A source of the config -> a `datasets.Dataset` of its raw rows, each with its line or row number.
+
+JSON, JSONL, CSV and TSV files (gzip too) go through our own readers, because `datasets` neither gives line numbers nor
+refuses wrong types; each row is then kept as a JSON text. Parquet files, saved folders, folders of data files and hub
+ids go through `datasets`. The name of a cached file is a hash of the content that was read and of `caching.FORMAT`, the
+version of the cached form, so that neither a changed file nor another version of the trainer meets a stale cache.
+"""
+
+import errno
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo.base.errors import UserError
+from dpo.base.space import CAUSES, free_room
+from dpo.config import SourceConfig
+from dpo.hub.snapshots import offline
+from dpo.sources.caching import cache_path, digest, file_hashes, first_line, load, quiet_progress
+from dpo.sources.formats.json_rows import BEGINS, EMPTY_TEXTS, json_rows
+from dpo.sources.formats.row_fields import Row
+from dpo.sources.formats.table_rows import DELIMITERS, table_rows
+from dpo.sources.formats.text_lines import first_character
+from dpo.sources.hub_sets import check_path, download, prepared_folder, read_prepared
+
+JSON_FEATURES = datasets.Features(
+    {"row": datasets.Value("string"), "line": datasets.Value("int64"), "columns": datasets.Value("string")}
+)
+PARQUET = b"PAR1"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
+"""Errors of locks on a file system without them, such as an NFS whose server has no lock daemon."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The raw rows of one source."""
+
+    path: str
+    rows: datasets.Dataset
+    """With the columns of JSON_FEATURES where `has_lines`, else with the columns of the source."""
+    columns: set[str]
+    """The columns of the source that are not empty (null, "", [] or {}) in every row."""
+    content: str
+    """32 hex digits; equal for two sources only if their content and FORMAT are equal."""
+    has_lines: bool
+    """Whether a row is named by its line (from 1) or by its number (from 0)."""
+
+    def place(self, where: int) -> str:
+        """Returns the place of a row for errors, `file:line` or `path:row N`, from its line or number."""
+        return f"{self.path}:{where}" if self.has_lines else f"{self.path}:row {where}"
+
+    def first_row(self) -> Row:
+        """Returns the first row as the source has it."""
+        return decode_row(self.rows[0], 0, self.has_lines)[0]
+
+
+def decode_row(record: Row, index: int, has_lines: bool) -> tuple[Row, int]:
+    """Returns a row as the source has it, and its line or number.
+
+    Args:
+        record: a row of `Source.rows`.
+        index: its number, from 0.
+        has_lines: `Source.has_lines`: whether the record has the columns of JSON_FEATURES.
+
+    Returns:
+        The row, and its line (from 1) where there are lines, else `index`.
+    """
+    return (json.loads(record["row"]), record["line"]) if has_lines else (record, index)
+
+
+def open_source(config: SourceConfig, key: str) -> Source:
+    """Reads the rows of a source, or finds them in the cache.
+
+    Args:
+        config: the source.
+        key: its key in the config, as `data.train[0]`, for errors.
+
+    Raises:
+        UserError: there is no such file, folder, hub id or split, it cannot be read, its JSON is broken, a row is not
+            an object, there are no rows, or the cache cannot be written to.
+    """
+    path = Path(config.path).expanduser()
+    try:
+        if path.is_file():
+            source = _open_file(config, path, key)
+        else:
+            source = _open_folder(config, path, key) if path.is_dir() else _open_hub(config, key)
+    except OSError as error:
+        fault = _cache_fault(error)
+        if fault:
+            raise fault from error
+        if not isinstance(error, PermissionError):
+            raise
+        valid = "a file or folder that this user may read"
+        raise UserError(f"{key}.path", f"{config.path}: cannot be read: {error.strerror}", valid) from error
+    if len(source.rows) == 0:
+        raise UserError(config.path, "empty, it has no rows", "at least one row")
+    return source
+
+
+# --- the kinds of sources -------------------------------------------------------------------------------------------
+
+
+def _open_file(config: SourceConfig, path: Path, key: str) -> Source:
+    """Opens one Parquet, JSON, JSONL, CSV or TSV file."""
+    if config.split != "train" or config.name is not None:
+        wrong = "split" if config.split != "train" else "name"
+        raise UserError(f"{key}.{wrong}", f"{config.path} is one file", f"no {wrong}")
+    with path.open("rb") as file:
+        is_parquet = file.read(len(PARQUET)) == PARQUET
+    if not is_parquet:
+        return _open_text(config.path, path)
+    content = digest(file_hashes([path]))
+    with quiet_progress(), offline():
+        rows = load(config.path, key, "parquet", data_files=str(path), split="train", cache_dir=_folder_of(content))
+    return Source(config.path, rows, filled_columns(rows), content, has_lines=False)
+
+
+def _open_text(name: str, path: Path) -> Source:
+    """Opens one file with our own readers; `datasets` caches its rows under the hash of its content."""
+    options = _table_options(path)
+    content = digest([*file_hashes([path]), *options.values()])
+    arguments = {"path": str(path), "name": name, **options}
+    try:
+        with quiet_progress():
+            rows = datasets.Dataset.from_generator(
+                table_rows if options else json_rows, JSON_FEATURES, gen_kwargs=arguments, fingerprint=content
+            )
+    except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, (UserError, OSError)):
+            raise error.__cause__ from None
+        raise
+    keys = pc.unique(rows.data.column("columns")).to_pylist()
+    return Source(name, rows, {column for text in keys for column in json.loads(text)}, content, has_lines=True)
+
+
+def _table_options(path: Path) -> dict[str, str]:
+    """Returns the delimiter of a CSV or TSV file; nothing for JSON, which its first character tells, not its name."""
+    if first_character(str(path)) in BEGINS:
+        return {}
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return {"delimiter": DELIMITERS[suffix]} if suffix in DELIMITERS else {}
+
+
+def _open_folder(config: SourceConfig, path: Path, key: str) -> Source:
+    """Opens a folder that `save_to_disk` wrote, or a folder of data files, which `load_dataset` reads."""
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        rows = _open_saved(config, path, key)
+        content = digest([*file_hashes(file["filename"] for file in rows.cache_files), str(rows.features)])
+    else:
+        files = digest(file_hashes(file for file in sorted(path.rglob("*")) if file.is_file()))
+        with quiet_progress(), offline():
+            rows = load(config.path, key, str(path), config.name, split=config.split, cache_dir=_folder_of(files))
+        content = digest([files, str(config.name), config.split])
+    return Source(config.path, rows, filled_columns(rows), content, has_lines=False)
+
+
+def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
+    """Opens the data set of a folder that `save_to_disk` wrote, or one of its splits."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except IndexError as error:  # `datasets` raises it where no file holds a row
+        raise UserError(config.path, "empty, it has no rows", "at least one row") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{key}.path", f"{config.path}: cannot be loaded: {first_line(error)}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if config.split not in saved:
+            raise UserError(f"{key}.split", f"{config.path} has no split {config.split}", ", ".join(saved))
+        return saved[config.split]
+    if config.split not in ("train", str(saved.split)):
+        raise UserError(f"{key}.split", f"{config.path} holds one set without splits", "no split")
+    return saved
+
+
+def _open_hub(config: SourceConfig, key: str) -> Source:
+    """Opens a data set of the Hugging Face hub: its rows in the cache, without a request, or else downloads it."""
+    check_path(config.path, key)
+    folder = prepared_folder(config)
+    rows = download(config, key) if folder is None else read_prepared(folder, config, key)
+    return Source(config.path, rows, filled_columns(rows), digest([rows._fingerprint]), has_lines=False)
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
+
+
+def filled_columns(rows: datasets.Dataset) -> set[str]:
+    """Returns the columns with a value that is not EMPTY in some row. Reads on in a column only until the
+    first such value.
+    """
+    return {name for name in rows.column_names if any(map(_is_filled, rows.data.column(name).chunks))}
+
+
+def _is_filled(values: pa.Array) -> bool:
+    """Returns whether some value is not null, and neither one of EMPTY_TEXTS, an empty list nor an empty object."""
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return bool(pc.any(pc.invert(pc.is_in(values, pa.array([*EMPTY_TEXTS, None], kind)))).as_py())
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return bool((pc.max(pc.list_value_length(values)).as_py() or 0) > 0)
+    return bool(values.null_count < len(values) and not (pa.types.is_struct(kind) and kind.num_fields == 0))
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def _cache_fault(failure: OSError) -> UserError | None:
+    """Returns the error of a cache of data sets that cannot be written to, is full, or cannot be locked; None for
+    another failure.
+    """
+    cache, place = Path(datasets.config.HF_DATASETS_CACHE), Path(str(failure.filename))
+    if failure.errno in NO_LOCKS:
+        what = f"{cache}: files cannot be locked there: {failure.strerror}"
+        return UserError("HF_HOME", what, "a folder on a file system with locks, such as a local disk")
+    if failure.errno in CAUSES:  # arrow's error has no file name
+        what = f"{CAUSES[failure.errno]}: cannot write to {cache}{free_room(cache)}"
+        return UserError("HF_HOME", what, "a folder with more room, or free space there")
+    if place.is_relative_to(cache) or cache.is_relative_to(place):  # a file in the cache, or a parent to be made
+        return UserError("HF_HOME", f"cannot write to {cache}: {failure.strerror}", "a folder to write in")
+    return None
+
+
+def _folder_of(content: str) -> str:
+    """Returns a cache folder for this content alone; `datasets` by itself would trust a file's modification time."""
+    return str(cache_path(content))

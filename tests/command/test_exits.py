@@ -1,0 +1,85 @@
+"""How a program begins and ends where a signal, or a closed stream, comes at an unusual moment."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+SIGNALLED = """
+import os, signal, sys
+from dpo.command.exits import slow_imports
+signal.signal(signal.SIGINT, {handler})
+with slow_imports():
+    os.kill(os.getpid(), signal.SIGINT)
+    import numpy
+print("went on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("handler", "ends"),
+    [
+        ("signal.default_int_handler", (130, "", "stopped\n")),
+        ("signal.SIG_IGN", (0, "went on\n", "")),
+        ("lambda *_: print('noted')", (0, "noted\nwent on\n", "")),
+    ],
+)
+def test_ctrl_c_while_libraries_are_imported(handler: str, ends: tuple[int, str, str]) -> None:
+    """It ends the program, unless it is ignored, as behind a shell's `&`, or a handler takes it, as in a rank."""
+    done = run_python(SIGNALLED.format(handler=handler))
+    assert (done.returncode, done.stdout, done.stderr) == ends
+
+
+PRINTS = """
+import sys
+from {module} import run_program
+def main():
+    print({text})
+    {then}
+sys.exit(run_program(main))
+"""
+
+
+@pytest.mark.parametrize("then", ["pass", "raise SystemExit(0)"], ids=["returns", "as --help"])
+@pytest.mark.parametrize("text", ["'x'", "'x' * 10**6"], ids=["buffered", "long"])
+@pytest.mark.parametrize("module", ["dpo.command.exits", "dpo.distributed.program"])
+def test_a_reader_of_results_that_is_gone_is_no_error(module: str, text: str, then: str) -> None:
+    """As of `dpo --help | head -1`: the exit code is 128 + SIGPIPE, as of other programs, and nothing is said."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTS.format(module=module, text=text, then=then)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_characters_that_the_encoding_of_stdout_lacks_are_shown_as_escapes() -> None:
+    done = run_python(
+        PRINTS.format(module="dpo.command.exits", text="'a\\u00e9\\u2588'", then="pass"), {"PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "a\\xe9\\u2588\n", "")
+
+
+@pytest.mark.parametrize("module", ["dpo.command.exits", "dpo.distributed.program"])
+def test_a_program_may_begin_with_closed_streams(module: str) -> None:
+    """`dpo train >&- 2>&-`: Python has no stdout and no stderr then."""
+    code = f"import sys\nfrom {module} import run_program\nsys.exit(run_program(lambda: print('x')))"
+    assert subprocess.run(["sh", "-c", '"$0" -c "$1" >&- 2>&-', sys.executable, code]).returncode == 0
+
+
+def test_a_rank_may_end_with_closed_streams() -> None:
+    code = "from dpo.distributed.program import exit_program\nexit_program(lambda: None)"
+    assert subprocess.run(["sh", "-c", '"$0" -c "$1" >&- 2>&-', sys.executable, code]).returncode == 0
+
+
+def run_python(code: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs Python, with signals as a terminal's processes have them."""
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **(environment or {})}
+    )
