@@ -22,18 +22,18 @@ pyproject.toml). Each room's `__init__.py` has a line for each of its files.
            estimate/       python -m dpo.estimate: the memory and time of a step on devices that are not here
            report/         python -m dpo.report: a run, or several side by side, as one HTML page; without torch
     11     disk/           the disk that a run needs, and whether its folders have it
-    10     run/            what a start of a run begins with: its inputs, its folder, the facts that stay the same
+    10     run/            a run, apart from its steps: its inputs, folder, identity, answers, model card
     9      step/           one update: log-probabilities -> losses -> gradient -> weights; evaluation without gradient
            ref_logps/      the reference's log-probabilities: computed once, cached by content
            checkpoint/     weights and optimizer on disk: saved by a thread, verified, loaded on any ranks, exported
     8      model/          PackedBatch -> log-probabilities: built, sharded, loaded, run; generation
     7      batch/          (seed, step) -> pairs -> trees -> StepPlan -> PackedBatch
-    6      pairs/          token ids -> the numbered pairs of an epoch
+    6      pairs/          `Example`, encoded -> the numbered pairs of an epoch
     5      encode/         `Example` -> token ids
     4      sources/        a source of the config -> rows of its files -> `Example`
            distributed/    the processes: process group and mesh, collectives, how programs stop and end
            board/          a run in TensorBoard and in trackers; without torch
-           run_folder/     the files of a run folder that are read without torch
+           run_folder/     what launch and the report know of a run: its files, and words; without torch
     3      config/         every key, its bounds, YAML and command line; without torch
            machine/        a rank's machine: memory, driver, compiler, GPU
     2      command/        how a program begins and ends: command line, exit code, last line; without torch

@@ -2,7 +2,7 @@
 
 `python -m launch.submit` checks a config, submits it and prints how to follow it. Each node runs one torchrun, the same
 command that a person would type. `python -m launch.compare RUN...` reads run folders. Nothing here imports torch; of
-dpo the launcher imports base, config, board.hparams, run.files and run.forecast only.
+dpo the launcher imports what reads configs and run folders only (a contract in pyproject.toml).
 
     0  durations.py   SLURM's formats of a duration
     0  failures.py    collects the failures of a node's ranks

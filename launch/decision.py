@@ -36,14 +36,15 @@ def decide(end: End, max_crashes: int) -> Outcome:
         end: how this start of the job ended.
         max_crashes: maximum number of restarts after crashes without a new checkpoint in between.
     """
-    if end.exit_code == 0 and _state(end) == "done":
+    cause = first_cause(end.failures)
+    has_raised = cause is not None and cause.is_exception
+    if _is_done(end, has_raised):
         return Outcome("done")
     if end.was_ended:
         return STOPPED
     if end.exit_code == 0:
         return _preempted(end)
-    cause = first_cause(end.failures)
-    if cause and cause.is_exception:
+    if cause and has_raised:
         return Outcome("failed", str(cause), cause.exit_code, cause.traceback)
     if end.asked_to_stop:
         return _preempted(end)
@@ -53,9 +54,15 @@ def decide(end: End, max_crashes: int) -> Outcome:
     return Outcome("failed", f"{why}; --max-crashes {max_crashes} is used up", 1)
 
 
-def _state(end: End) -> str:
-    """Returns the state that rank 0 wrote, "done" or "preempted"; if none, "preempted" after a signal, else "done"."""
-    return str(end.status.get("state", "preempted" if end.asked_to_stop else "done"))
+def _is_done(end: End, has_raised: bool) -> bool:
+    """Returns whether nothing is left to do: also where a signal ended ranks that only waited for a tracker, and where
+    the ranks ended by themselves without a word on their end, since the disk was full or the program writes none.
+    """
+    state = end.status.get("state")
+    was_signalled = end.asked_to_stop or end.was_ended
+    if state == "done":
+        return end.exit_code == 0 or (was_signalled and not has_raised)
+    return end.exit_code == 0 and state != "preempted" and not end.asked_to_stop
 
 
 def _preempted(end: End) -> Outcome:

@@ -3,6 +3,7 @@
 | torchrun ended because                              | the job                                                     |
 |-----------------------------------------------------|-------------------------------------------------------------|
 | all ranks are done                                  | is done                                                     |
+| SIGUSR2 or SIGTERM after that: a tracker is slow    | is done                                                     |
 | SIGUSR2: time is up, or preempted; the ranks saved  | starts again; after time-outs at most --max-timeouts times  |
 | SIGUSR2, but the ranks did not end in time          | starts again from the previous checkpoint; same limit       |
 | a rank raised an exception                          | fails, with the exception of the rank that failed first     |

@@ -65,7 +65,7 @@ class Attempt:
 
     @property
     def status(self) -> Path:
-        """Returns the file that rank 0 writes when the ranks end well."""
+        """Returns the file in which rank 0 tells how far the run is (`dpo.command.status`)."""
         return self.submission / "status.json"
 
     @property

@@ -70,7 +70,6 @@ SLOW: Sequence[str] = (
     "config/test_config.py",
     "disk/test_sizes.py",
     "estimate/test_choice.py::test_a_model_that",
-    "estimate/test_choice.py::test_a_process",
     "estimate/test_choice.py::test_a_resumed",
     "estimate/test_choice.py::test_a_run",
     "estimate/test_estimate.py",

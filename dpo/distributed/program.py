@@ -24,7 +24,7 @@ from dpo.command.exits import (
     with_results_written,
 )
 from dpo.command.rank import is_main
-from dpo.command.status import has_launcher, telling_end
+from dpo.command.status import tell_end
 from dpo.config import with_place
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.failures import met_alone, record_failure
@@ -49,7 +49,7 @@ def exit_program(main: Callable[[], None], after_stop: str = "") -> NoReturn:
 
 
 def run_program(main: Callable[[], None], after_stop: str = "") -> int:
-    """Runs `main`, prints its error in one line, and returns the exit code of this rank (`base.exits.EXIT_CODES`).
+    """Runs `main`, prints its error in one line, and returns the exit code of this rank (`command.exits.EXIT_CODES`).
 
     Rank 0 alone prints a UserError or RunError, which all ranks raise alike. A failure that one rank may meet alone
     (see `met_alone`) is printed by that rank, which ends at once: the other ranks may wait for it in a collective, and
@@ -70,11 +70,10 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
     if untested and is_first:
         warn(untested)
     try:
-        with telling_end(is_first):
-            with_results_written(main)
+        with_results_written(main)
     except Preempted as stop:
         if is_first:
-            (log_alone if has_launcher() else say)(str(stop))
+            (log_alone if tell_end(stop) else say)(str(stop))
         _leave_together()
         return exit_code_of(stop)
     except (UserError, RunError) as failure:
@@ -100,6 +99,8 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
             raise
         tell_error(line)  # without waiting for other ranks
         return exit_code_of(failure)
+    if is_first:
+        tell_end(None)
     return 0
 
 

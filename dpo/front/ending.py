@@ -7,6 +7,7 @@ The first row that applies decides:
 | a rank failed: the user's input is wrong / while running      | 2 / 1               | the error, unless a rank has   |
 | they were asked to save, and have                             | 0; 130 after Ctrl-C | the step that is saved         |
 | they are done; a signal may have come after the last step     | 0; 130 after Ctrl-C | after a signal: complete       |
+| they ended well after a signal, and could not say how         | 0; 130 after Ctrl-C | how to go on                   |
 | a second signal came after the first step, and killed them    | 128 + signal        | they had not saved             |
 | a signal came before the first step, and ended them           | 128 + signal        | nothing is saved               |
 
@@ -65,8 +66,10 @@ def judge(end: End, command: Command) -> Verdict:
         return _blamed(end.failures)
     if state == "preempted" and end.status["saved"]:
         return Verdict(_ended(end), stop=f"step {end.status['step']} is saved: the same command goes on from there")
-    if state == "done" or not (end.is_killed or state == "preempted"):
+    if state == "done" or not (end.is_killed or state in ("preempted", "training")):
         return Verdict(_ended(end), stop="the run is complete" if end.stops else None)
+    if state == "training" and not end.is_killed:
+        return Verdict(_ended(end), stop=command.after_stop if end.stops else None)
     if state == "training":
         stop = f"the ranks were ended before they had saved: {command.after_stop}"
         return Verdict(_cut_short(end), stop=stop)

@@ -151,8 +151,8 @@ def _watch(context: PContext, stops: list[int], status: Callable[[], Mapping[str
                 now = status()
                 if is_killed := is_time_to_kill(len(stops), now):
                     break
-                if not is_asked and now["state"] == "training":
-                    _ask(context, stops[0])
+                if not is_asked:
+                    (_ask if now["state"] == "training" else _wait)(context, stops[0])
                 is_asked = True
             time.sleep(_POLL_SECONDS)
     finally:
@@ -186,8 +186,16 @@ def _ask(context: PContext, number: int) -> None:
     """Asks the ranks to save after the step that they are in."""
     for pid in context.pids().values():
         os.kill(pid, signal.SIGUSR2)  # also where a rank is done: its exit code is not taken yet
-    again = "Ctrl-C again ends the run at once" if number == signal.SIGINT else "a second signal ends the run at once"
-    say(f"{signal_name(number)}: saving after the current step; {again}")
+    say(f"{signal_name(number)}: saving after the current step; {_again(number)}")
+
+
+def _wait(context: PContext, number: int) -> None:
+    """Says that the ranks have saved what they had, and end by themselves once their trackers answer."""
+    say(f"{signal_name(number)}: all is saved, the {len(context.pids())} ranks are ending; {_again(number)}")
+
+
+def _again(number: int) -> str:
+    return "Ctrl-C again ends the run at once" if number == signal.SIGINT else "a second signal ends the run at once"
 
 
 def _failures(result: RunProcsResult, codes: Mapping[int, int]) -> list[Failure]:

@@ -88,7 +88,7 @@ def _hash_tensor(path: Path, name: str) -> bytes:
 
 
 def tensor_paths(folder: Path) -> list[Path]:
-    """Returns the files of a model's tensors; see `hub_files.weight_files`.
+    """Returns the files of a model's tensors; see `dpo.hub.files.weight_files`.
 
     Some repositories have the same weights a second time, in a file of another form.
     """

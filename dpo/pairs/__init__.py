@@ -1,4 +1,4 @@
-"""Token ids -> numbered pairs: limits, caches, what is held out, what an epoch has.
+"""`Example` -> the numbered pairs of an epoch: limits of tokens, caches, hold-out, shares.
 
 tokens.py       `Example` -> `TokenizedExample`: limits, truncation, drops; keys of token ids
 token_rows.py   the tokenized rows of a source, cached on disk

@@ -1,6 +1,6 @@
 """From the sources of the config to the pairs of training and evaluation, in six stages.
 
-1. Every source is opened: its raw rows with their lines, its columns, its format (`sources.py`, `formats/`).
+1. Every source is opened: its raw rows with their lines, its columns, its format (`dpo.sources`).
 2. Every row is tokenized once; the token rows are cached on disk and memory-mapped (`token_rows.py`, `tokens.py`).
 3. The first broken row stops the run; pairs without a preference are counted, or stop the run (`report.py`).
 4. Prompts are held out of training sources (`holdout.py`).

@@ -1,5 +1,5 @@
 """An `Example` -> token ids: the prompt as the model reads it when it generates, and completions that end with a stop
-token (`encoding.py`).
+token (`dpo.encode.encoding`).
 
 Each prompt keeps its last `max_prompt_length` tokens (and its BOS), and each completion keeps its first
 `max_length - len(prompt)` tokens. Pairs without a preference are dropped here, with the reason. An example with

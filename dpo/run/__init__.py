@@ -1,4 +1,4 @@
-"""What a start of a run begins with: its inputs, its folder, and the facts that stay the same.
+"""A run, apart from its steps: its inputs, its folder, its identity, its answers and its model card.
 
 schedule.py     after which steps a run evaluates and saves
 folder.py       decides from a run folder how a run starts, and prepares the folder

@@ -1,4 +1,4 @@
-"""The files of a run folder that are read without torch, also by launch and the report.
+"""What launch and the report know of a run: the files of its folder, and words; without torch.
 
 files.py        the names of the files of a run folder, and its metrics
 evaluations.py  the values of single pairs at each evaluation

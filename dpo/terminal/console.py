@@ -1,6 +1,6 @@
 """Log lines and progress bars of rank 0, on stderr and in the log of a run.
 
-    say, warn, tell    a line on stderr (`terminal.py`), and in RUN/log.txt (`log_file.py`)
+    say, warn, tell    a line on stderr (`drawing.py`), and in RUN/log.txt (`log_file.py`)
     progress           a bar on a terminal; elsewhere lines
 
 `--quiet` silences all but warnings and errors on stderr; the log has every line all the same.

@@ -32,6 +32,13 @@ def test_ctrl_c_while_libraries_are_imported(handler: str, ends: tuple[int, str,
     assert (done.returncode, done.stdout, done.stderr) == ends
 
 
+@pytest.mark.parametrize(("rank", "told"), [("0", "stopped\n"), ("1", "")])
+def test_one_rank_alone_says_that_ctrl_c_came(rank: str, told: str) -> None:
+    """Under torchrun, which a terminal's Ctrl-C reaches with all its ranks."""
+    done = run_python(SIGNALLED.format(handler="signal.default_int_handler"), {"RANK": rank})
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", told)
+
+
 PRINTS = """
 import sys
 from {module} import run_program

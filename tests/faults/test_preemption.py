@@ -1,10 +1,11 @@
 """SIGUSR2 to one rank: all stop after the same step, save, end with 0; the run that goes on equals one left alone."""
 
+import errno
 import json
 import os
 import pkgutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -183,10 +184,27 @@ def test_the_launcher_knows_the_end_before_trackers_are_waited_for(root: Path, t
 def test_a_launcher_that_cannot_be_told_costs_no_run(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    config, status = six_steps(root, tmp_path / "run", train__steps=1), tmp_path / "status.json"
+    monkeypatch.setenv(STATUS_FILE, str(status))
+
+    def fail(told: Mapping[str, Any]) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device", str(status))
+
+    monkeypatch.setattr("dpo.command.status.write_status", fail)  # not that of the loop, which tells the beginning
+    assert run_program(lambda: train.run_training(config)) == 0
+    assert "the launcher cannot be told that the run is done: the disk is full" in capsys.readouterr().err
+    assert (tmp_path / "run" / "final").exists() and json.loads(status.read_text())["state"] == "training"
+
+
+def test_a_start_that_could_not_tell_that_it_saves_does_not_begin(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher that does not know that training has begun kills the run at the first signal."""
     (tmp_path / "file").touch()
     monkeypatch.setenv(STATUS_FILE, str(tmp_path / "file" / "status.json"))
-    assert run_program(lambda: train.run_training(six_steps(root, tmp_path / "run", train__steps=1))) == 0
-    assert "the launcher does not know that the run is done: " in capsys.readouterr().err
+    with pytest.raises(OSError, match="file"):
+        run(six_steps(root, tmp_path / "run", train__steps=1))
+    assert not train_lines(tmp_path / "run")
 
 
 @pytest.mark.parametrize(

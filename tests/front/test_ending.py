@@ -58,6 +58,10 @@ BUG_LINE, KILLED_LINE = "rank 0 on n1: ValueError: x", "rank 1 on n1: killed by 
         (End((INT,), DONE), Verdict(130, stop=COMPLETE)),
         (End((TERM,), DONE), Verdict(0, stop=COMPLETE)),
         (End((TERM, TERM), DONE, is_killed=True), Verdict(0, stop=COMPLETE)),
+        # ended well, and could not say how
+        (End(status=TRAINING), Verdict(0)),
+        (End((TERM,), TRAINING), Verdict(0, stop="AFTER")),
+        (End((INT,), TRAINING), Verdict(130, stop="AFTER")),
         # killed after the first step
         (End((INT, INT), TRAINING, is_killed=True), Verdict(130, stop=NOT_SAVED)),
         (End((TERM, INT), TRAINING, is_killed=True), Verdict(143, stop=NOT_SAVED)),

@@ -221,6 +221,8 @@ def test_ranks_that_are_done_and_do_not_end(start: Callable[..., Started]) -> No
     """A first signal leaves them time, since there is nothing to save; a second kills them."""
     program = start("done")
     os.kill(program.pid, signal.SIGINT)
+    waits = "SIGINT: all is saved, the 2 ranks are ending; Ctrl-C again ends the run at once"
+    wait_for(lambda: waits in program.stderr.read_text())
     os.kill(program.pid, signal.SIGTERM)
     assert program.end_and_line() == (130, "stopped; the run is complete")
     assert "saving after" not in program.stderr.read_text()

@@ -59,7 +59,7 @@ def test_who_was_first(failures: list[Failure], to_blame: int) -> None:
 
 
 DONE, SAVED = {"state": "done"}, {"state": "preempted", "step": 4, "saved": True}
-UNSAVED = SAVED | {"saved": False}
+UNSAVED, TRAINING = SAVED | {"saved": False}, {"state": "training", "step": 1}
 USERS = Failure("node0", 0, 1.0, "UserError: a.yaml: bad", user_line="a.yaml: bad", exit_code=2)
 BY_RANK_1 = "rank 1 on node1: ValueError: boom"
 
@@ -99,6 +99,14 @@ BY_RANK_1 = "rank 1 on node1: ValueError: boom"
             1,
         ),
         ({"exit_code": 1, "failures": [raised(0, 1.0, LOST)]}, "crashed", "Connection reset by peer", 1),
+        # after all is saved, while a tracker is waited for
+        ({"exit_code": -15, "status": DONE, "asked_to_stop": True}, "done", "", 0),
+        ({"exit_code": -15, "status": DONE, "was_ended": True, "failures": [killed(0, 1.0)]}, "done", "", 0),
+        ({"exit_code": 1, "status": DONE, "asked_to_stop": True, "failures": [raised(1, 1.0)]}, "failed", BY_RANK_1, 1),
+        ({"exit_code": 1, "status": DONE, "failures": [killed(1, 1.0)]}, "crashed", "killed by SIGKILL", 1),
+        # the end could not be written
+        ({"status": TRAINING}, "done", "", 0),
+        ({"status": TRAINING, "asked_to_stop": True}, "preempted", "resumes from the last checkpoint", 1),
         ({"exit_code": 1, "failures": []}, "crashed", "none of its ranks reported why", 1),
         ({"exit_code": 1, "was_ended": True, "failures": [raised(0, 1.0)]}, "stopped", "SIGTERM", 143),
         ({"was_ended": True, "asked_to_stop": True, "status": SAVED}, "stopped", "SIGTERM", 143),

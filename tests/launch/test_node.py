@@ -120,7 +120,7 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path, slurm: Fa
     assert job.state == "preempted" and slurm.calls("scontrol") == [f"requeue {JOB}"]
     job.start()
     codes, said = job.end()
-    assert codes == [0, 0] and "done" in said
+    assert codes == [0, 0] and ": done\n" in said
     assert job.state == "done" and len(slurm.calls("scontrol")) == 1
     assert history(tmp_path / "reports") == ["preempted", "done"]
 

@@ -211,7 +211,7 @@ def differences(lines: Sequence[dict[str, float]], others: Sequence[dict[str, fl
     """What is not equal to 1e-5 relative.
 
     DIFFERENCES between policy and reference may be near 0; there Llama's norms, which round to float32, leave 1e-6
-    nats. Until the first update they are all rounding, so which of two is greater is chance.
+    nats, or nats per token. Until the first update they are all rounding, so accuracies are chance.
     """
     return [
         f"step {line['step']}: {name} {line[name]} {other[name]}"

@@ -59,7 +59,7 @@ def test_two_runs_of_one_process_have_a_log_each(root: Path, tmp_path: Path) -> 
     assert sum(line.startswith("done: ") for line in logged(tmp_path / "two")) == 1
 
 
-@pytest.mark.parametrize("target", ["run.setup.load_and_warm", "ref_logps.fill._run", "run.setup.make_optimizer"])
+@pytest.mark.parametrize("target", ["train.setup.load_and_warm", "ref_logps.fill._run", "train.setup.make_optimizer"])
 def test_a_failure_before_the_first_step_is_in_the_log(config: Config, tmp_path: Path, target: str) -> None:
     """Of the weights, of the reference pass, which may take hours, and of the optimizer. The lines from before it are
     there too, in a folder that has no other file.
