@@ -3,7 +3,9 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 
 from dpo.base.errors import UserError
 from dpo.config import Config, with_place
@@ -11,7 +13,18 @@ from dpo.hub.ids import is_hub_id, is_tokenizer_id
 from launch import squeue
 from launch.reports import FINAL, Submission, read_outcome, submissions
 
-_DATA_FILE = re.compile(r".*\.(jsonl|json|parquet)(\.gz)?")
+_DATA_FILE = re.compile(r".*\.(jsonl|json|parquet|csv|tsv|txt)(\.gz)?")
+
+
+def check_names(packages: Sequence[ModuleType], folder: Path) -> None:
+    """Raises UserError for a file in `folder`, the current one, that hides a package: Python's -m imports from there
+    first, so that ranks would run a dpo.py of the user (TRL's example script has this name).
+    """
+    for package in packages:
+        found = PathFinder.find_spec(package.__name__, [str(folder)])
+        if found and found.origin and not Path(found.origin).samefile(str(package.__file__)):
+            what = f"a rank would import it in place of the package {package.__name__}"
+            raise UserError(found.origin, what, "another name of the file, or another current folder")
 
 
 def check_paths(config: Config, words: Sequence[str]) -> None:

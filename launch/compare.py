@@ -23,6 +23,7 @@ from dpo.board.hparams import Value, flat, write_entry
 from dpo.board.words import PAIR_METRICS, words_of
 from dpo.command.exits import run_program
 from dpo.command.line import Parser, parse_arguments, with_quiet
+from dpo.config import SourceConfig
 from dpo.config.effects import CHANGING, NEUTRAL
 from dpo.config.strict_yaml import read_yaml_file
 from dpo.run_folder.files import CONFIG, FINAL, JOBS, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
@@ -168,7 +169,7 @@ def table_of(runs: Sequence[RunFacts], keys: Sequence[str]) -> Table:
         table.add_column(heading, justify="right")
     parent = parent_of(runs)
     for run in runs:
-        about = [name_of(run, parent), _progress(run), *(_text(run.config.get(key)) for key in keys)]
+        about = [name_of(run, parent), _progress(run), *(_cell(key, run.config.get(key)) for key in keys)]
         for part in [part for part in ("eval", "train") if f"{part}/loss" in run.metrics] or [""]:
             metrics = [_number(run.metrics.get(f"{part}/{name}")) for name in (*SHOWN, "pairs_per_second")]
             table.add_row(*about, part, *metrics)
@@ -182,8 +183,21 @@ def _progress(run: RunFacts) -> str:
     return f"{run.step} of {run.last_step}" if run.last_step is not None else f"{run.step}, not done"
 
 
+def _cell(key: str, value: Value | None) -> str:
+    """Returns the value of a key; of the sources of a set their paths, a line each."""
+    is_set = key in ("data.train", "data.eval") and value is not None
+    return "\n".join(map(_source, json.loads(str(value)))) if is_set else _text(value)
+
+
 def _text(value: Value | None) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    """Returns the path of a source, and its other settings that are not at their defaults."""
+    defaults = vars(SourceConfig(source["path"]))
+    others = [f" {name}={part}" for name, part in source.items() if part != defaults.get(name)]
+    return str(source["path"]) + "".join(others)
 
 
 def _number(metric: float | None) -> str:

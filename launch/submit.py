@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import dpo
+import launch
 from dpo.base.errors import RunError
 from dpo.command.exits import run_program
 from dpo.command.status import GPUS_ASKED
@@ -17,7 +19,7 @@ from dpo.run_folder.files import JOBS
 from dpo.terminal.console import warn
 from launch import executors, torchrun
 from launch.arguments import Request, for_preparing, read_arguments, unused_here
-from launch.checks import check_free, check_paths
+from launch.checks import check_free, check_names, check_paths
 from launch.containers import Bound, bound_folders, interpreter, lines_of, make_folders, pyxis_arguments
 from launch.follow import Followed, cancel_command, follow
 from launch.here import RunsHere, run_here, start_in_background
@@ -71,6 +73,7 @@ def main() -> None:
     request = read_arguments()
     for doubt in doubts(request.sbatch):
         warn(doubt)
+    check_names((dpo, launch), Path.cwd())
     runs = planned_runs(request)
     for run in runs:
         check_paths(run.config, run.words)

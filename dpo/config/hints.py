@@ -54,7 +54,7 @@ def unknown_flag(name: str, own: Collection[str], valid: str = "") -> UserError:
     listed = f"{', '.join(f'--{flag}' for flag in flags)}, and SECTION.KEY=VALUE of {', '.join(SECTIONS)}"
     ours = [flag for flag in OF_LAUNCHERS.get(name.replace("_", "-"), ()) if flag in own]
     flag = ours[0] if ours else closest(name, flags, 0.75)
-    guess = f"--{flag}" if flag else _own_name(name) or _close_key(name, list(SECTIONS))
+    guess = f"--{flag}" if flag else _own_name(name) or closest(name, SECTIONS, 0.75) or _close_key(name, [])
     found = None if flag else _from_trl(place, name)
     return found or UserError(place, "unknown flag" + meant(guess), valid or listed)
 

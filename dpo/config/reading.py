@@ -206,8 +206,9 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return ", ".join(args)
     if origin is list:
-        items = f"{{{', '.join(get_type_hints(args[0]))}}}" if is_dataclass(args[0]) else describe(args[0])
-        return f"a list of {items}"
+        if is_dataclass(args[0]):
+            return f"a list of {{{', '.join(get_type_hints(args[0]))}}}"
+        return f"a list of {describe(args[0])}, as in [{', '.join(get_args(args[0])[:2])}]"
     if origin is dict:
         return "a mapping {NAME: VALUE, ...}"
     if origin is tuple:

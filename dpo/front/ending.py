@@ -63,7 +63,7 @@ def judge(end: End, command: Command) -> Verdict:
     """Returns the exit code and the last line."""
     state = end.status.get("state")
     if end.failures:
-        return _blamed(end.failures)
+        return _blamed(end.failures, command)
     if state == "preempted" and end.status["saved"]:
         return Verdict(_ended(end), stop=f"step {end.status['step']} is saved: the same command goes on from there")
     if state == "done" or not (end.is_killed or state in ("preempted", "training")):
@@ -76,10 +76,13 @@ def judge(end: End, command: Command) -> Verdict:
     return Verdict(_cut_short(end), stop=command.before_steps + command.after_stop)
 
 
-def _blamed(failures: Sequence[Failure]) -> Verdict:
+def _blamed(failures: Sequence[Failure], command: Command) -> Verdict:
     cause = first_cause(failures)
     assert cause is not None, "there are failures"
     line = cause.told or str(cause)
+    if cause.killed_by:
+        memory = "; often by the kernel, where host memory runs out" if cause.killed_by == signal.SIGKILL else ""
+        line += f"{memory}; {command.after_stop}" if command.after_stop else memory
     return Verdict(
         exit_code=1 if cause.killed_by else cause.exit_code,
         error=line,

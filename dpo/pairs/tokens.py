@@ -203,10 +203,11 @@ def _is_blank(completion: str | Message | tuple[int, ...]) -> bool:
 
 
 def check_ids(ids: Ids, vocab_size: int) -> None:
-    """Raises InvalidValue for an id outside of the vocabulary."""
+    """Raises InvalidValue for an id outside of the vocabulary: of a row, or of a tokenizer of another model."""
     if ids and (min(ids) < 0 or max(ids) >= vocab_size):
         wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise InvalidValue(f"token id {wrong} is outside of the model's vocabulary", f"0 to {vocab_size - 1}")
+        valid = f"0 to {vocab_size - 1}, as from the model's own tokenizer"
+        raise InvalidValue(f"token id {wrong} is outside of the model's vocabulary", valid)
 
 
 def _count_over_positions(prompt_length: int, lengths: list[int], limits: Limits) -> int:

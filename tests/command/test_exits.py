@@ -39,6 +39,27 @@ def test_one_rank_alone_says_that_ctrl_c_came(rank: str, told: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", told)
 
 
+BEFORE_ALL = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "dpo.front.main":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from dpo.__main__ import main
+sys.argv = ["dpo", "--version"]
+main()
+"""
+
+
+def test_ctrl_c_while_the_first_modules_are_imported() -> None:
+    """No traceback; a shell makes 130 of the signal."""
+    done = run_python(BEFORE_ALL)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+    ignored = run_python("import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)" + BEFORE_ALL)
+    assert ignored.returncode == 0 and ignored.stdout
+
+
 PRINTS = """
 import sys
 from {module} import run_program

@@ -80,7 +80,7 @@ def test_the_shipped_configs_are_found(unpacked: Path, tmp_path: Path) -> None:
 def test_the_command_dpo(unpacked: Path, tmp_path: Path) -> None:
     """pip makes a script of the entry point; a config is copied from the wheel into an empty folder."""
     (metadata,) = unpacked.glob("*.dist-info")
-    assert "dpo = dpo.front.main:main" in (metadata / "entry_points.txt").read_text()
+    assert "dpo = dpo.__main__:main" in (metadata / "entry_points.txt").read_text()
     assert metadata.name.startswith(DISTRIBUTION.replace("-", "_"))
     done = run(unpacked, tmp_path, "-m", "dpo", "configs", "data/hh", "my.yaml")
     assert done.returncode == 0, done.stderr

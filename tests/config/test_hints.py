@@ -56,6 +56,12 @@ def test_a_programs_own_flags_come_first() -> None:
     assert error.what == "unknown flag; did you mean --html?" and error.valid.startswith("--html, --examples, --config")
 
 
+@pytest.mark.parametrize(("name", "end"), [("ranks", "unknown flag"), ("lossx", "unknown flag; did you mean loss?")])
+def test_a_section_is_no_wild_guess(name: str, end: str) -> None:
+    """--ranks is a flag of other programs, and not much like train, which is a section."""
+    assert unknown_flag(name, ["html"]).what == end
+
+
 @pytest.mark.parametrize(("word", "name"), [("partitoin", "partition"), ("xyz", None), ("", None)])
 def test_closest(word: str, name: str | None) -> None:
     assert closest(word, ["partition", "account", "qos"]) == name

@@ -32,13 +32,16 @@ def failed(rank: int, **changes: Any) -> Failure:
 
 USERS = failed(0, told="a.yaml: loss.beta: wrong", user_line="a.yaml: loss.beta: wrong", exit_code=2)
 BUG, KILLED = failed(0), failed(1, message="killed by SIGKILL", killed_by=9)
-BUG_LINE, KILLED_LINE = "rank 0 on n1: ValueError: x", "rank 1 on n1: killed by SIGKILL"
+SEGFAULT = failed(0, message="killed by SIGSEGV", killed_by=11)
+BUG_LINE = "rank 0 on n1: ValueError: x"
+KILLED_LINE = "rank 1 on n1: killed by SIGKILL; often by the kernel, where host memory runs out; AFTER"
 
 
 @pytest.mark.parametrize(
     ("end", "verdict"),
     [
         # a failure comes before all else
+        (End(failures=[SEGFAULT]), Verdict(1, error="rank 0 on n1: killed by SIGSEGV; AFTER")),
         (End(failures=[BUG]), Verdict(1, error=BUG_LINE)),
         (End(failures=[KILLED]), Verdict(1, error=KILLED_LINE)),
         (End((TERM,), TRAINING, [BUG]), Verdict(1, error=BUG_LINE)),
@@ -105,7 +108,7 @@ OOM = failed(1, told="rank 1: out of memory")
         # said by rank 1, and nothing came after it; the log of rank 0 lacks it
         ([OOM, failed(0, killed_by=15)], Verdict(1, OOM.told, is_printed=True)),
         ([OOM, failed(0, time=12.0, told="rank 0: lost", message="Connection closed by peer")], Verdict(1, OOM.told)),
-        ([KILLED], Verdict(1, KILLED_LINE)),
+        ([KILLED], Verdict(1, KILLED_LINE.removesuffix("; AFTER"))),
         ([failed(0, message="KeyError: 'x'", traceback="Traceback ...")], Verdict(1, "rank 0 on n1: KeyError: 'x'")),
     ],
 )

@@ -70,6 +70,18 @@ def test_the_table(tmp_path: Path, program: Callable[..., int], capsys: pytest.C
     ]
 
 
+def test_sources_are_shown_by_their_paths(
+    tmp_path: Path, program: Callable[..., int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    one = [SourceConfig("a.jsonl", holdout=0.5), SourceConfig("b.jsonl")]
+    save_run(tmp_path / "x", lines(2, 0.5, 1.0), data__train=one)
+    save_run(tmp_path / "y", lines(2, 0.6, 1.0), data__train=[SourceConfig("a.jsonl")])
+    assert program(tmp_path / "x", tmp_path / "y") == 0
+    shown = capsys.readouterr().out
+    assert "a.jsonl holdout=0.5" in shown and "b.jsonl" in shown and "{" not in shown and "None" not in shown
+
+
 def test_keys_that_do_not_change_the_run_are_no_columns(tmp_path: Path) -> None:
     one = save_run(tmp_path / "one", lines(2, 0.5, 0.5), train__log_every=1, train__eval_every=5, loss__beta=0.5)
     two = save_run(

@@ -46,6 +46,24 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launch:
     return run
 
 
+@pytest.mark.parametrize("name", ["dpo.py", "launch.py", "dpo/__init__.py"])
+def test_a_file_that_hides_the_package_is_refused(
+    launch: Launch, slurm: FakeSlurm, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """TRL's example script is dpo.py: the ranks, which `python -m` starts in this folder, would import it."""
+    Path(name).parent.mkdir(exist_ok=True)
+    Path(name).touch()
+    assert launch() == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {Path(name).absolute()}: a rank would import it in place of the package ")
+    assert not slurm.calls("sbatch")
+
+
+def test_a_folder_without_code_hides_no_package(launch: Launch, slurm: FakeSlurm) -> None:
+    Path("dpo").mkdir()
+    assert launch("--dry-run") == 0
+
+
 def options(script: str) -> dict[str, str]:
     """The options in a script for sbatch."""
     return dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", script, re.MULTILINE))

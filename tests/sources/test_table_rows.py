@@ -100,6 +100,16 @@ def test_row_numbers_of_pandas(tmp_path):
         (b"a,b\n1,2\n3\n", 3, "1 fields in a table of 2 columns; valid: one field per column, in quotes where it has"),
         (b'a,b\n"1\n1",2\n3,4,5\n', 4, "3 fields in a table of 2 columns"),
         (b"a,b,a\n1,2,3\n", 1, "the column 'a' is a duplicate; valid: different names of columns"),
+        (
+            b"prompt;chosen;rejected\n1;2;3\n",
+            1,
+            "one column, whose name has semicolons or tabs: 'prompt;chosen;rejected'",
+        ),
+        (
+            b"\n\nprompt\tchosen\n1\t2\n",
+            3,
+            "valid: commas between the columns; tabs where the file's name ends in .tsv",
+        ),
         (b"\na,,b\n1,2,3\n", 2, "column 2 has no name; valid: a first row of names"),
         (b"a,b\n1,2\n3,\x004\n", 3, "a NUL byte"),
         (b"a,b\n1,2\n3,\xff\n", 3, "not UTF-8 (invalid start byte)"),

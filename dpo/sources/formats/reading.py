@@ -76,7 +76,9 @@ def check_template(reading: Reading, has_template: bool, place: str) -> None:
     """
     if reading.chat_reason and not has_template:
         what = f"texts are read as conversations, since {reading.chat_reason}, but the tokenizer has no chat template"
-        raise UserError(place, what, "a model.tokenizer with one, or columns: {unused: NAME} for a column to leave out")
+        names = [reading.names[name] for name in ROW if name in reading.names]
+        unused = f", or columns: {{unused: {', '.join(names)!r}}} to leave out what is not read" if names else ""
+        raise UserError(place, what, f"a model.tokenizer with one{unused}")
 
 
 def read_row(reading: Reading, record: Row) -> Example:

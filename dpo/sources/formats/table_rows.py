@@ -6,6 +6,7 @@ All values are texts. A format that needs a number takes it from a text (`number
 import csv
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -56,7 +57,8 @@ def table_rows(path: str, name: str, delimiter: str) -> Iterator[dict[str, Any]]
 def _header(row: TableRow | None, name: str) -> list[str]:
     """Returns the names of the columns; the first may be empty, as pandas writes the numbers of rows.
 
-    Raises UserError for none, another empty one and a repeated one.
+    Raises UserError for none, another empty one and a repeated one, and for one that has semicolons or tabs, with which
+    spreadsheets of some languages divide columns.
     """
     line, names = row or (1, [])
     names = [ROW_NUMBERS, *names[1:]] if len(names) > 1 and not names[0] else names
@@ -65,6 +67,9 @@ def _header(row: TableRow | None, name: str) -> list[str]:
     twice = next((column for i, column in enumerate(names) if column in names[:i]), None)
     if twice is not None:
         raise UserError(f"{name}:{line}", f"the column {twice!r} is a duplicate", "different names of columns")
+    if len(names) == 1 and re.search("[;\t]", names[0]):
+        what = f"one column, whose name has semicolons or tabs: {names[0]!r:.60}"
+        raise UserError(f"{name}:{line}", what, "commas between the columns; tabs where the file's name ends in .tsv")
     return names
 
 
