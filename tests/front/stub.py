@@ -123,6 +123,8 @@ def killed(folder: Path) -> None:
     """Rank 1 is killed, as by the kernel where memory runs out; rank 0 waits for it."""
     arrive(folder)
     if os.environ["RANK"] == "1":
+        while not (folder / "rank-0").exists():  # else the parent may kill rank 0 before it is there
+            time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
     pause()
 
