@@ -25,6 +25,7 @@ from dpo.command.exits import run_program
 from dpo.command.line import Parser, parse_arguments, with_quiet
 from dpo.config import SourceConfig
 from dpo.config.effects import CHANGING, NEUTRAL
+from dpo.config.keys import changed_settings
 from dpo.config.strict_yaml import read_yaml_file
 from dpo.run_folder.files import CONFIG, FINAL, JOBS, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
 from dpo.terminal.console import say, warn
@@ -195,9 +196,8 @@ def _text(value: Value | None) -> str:
 
 def _source(source: Mapping[str, Any]) -> str:
     """Returns the path of a source, and its other settings that are not at their defaults."""
-    defaults = vars(SourceConfig(source["path"]))
-    others = [f" {name}={part}" for name, part in source.items() if part != defaults.get(name)]
-    return str(source["path"]) + "".join(others)
+    settings = changed_settings(SourceConfig, source)
+    return " ".join([str(settings.pop("path")), *(f"{name}={value}" for name, value in settings.items())])
 
 
 def _number(metric: float | None) -> str:

@@ -62,7 +62,7 @@ def _is_done(end: End, has_raised: bool) -> bool:
     was_signalled = end.asked_to_stop or end.was_ended
     if state == "done":
         return end.exit_code == 0 or (was_signalled and not has_raised)
-    return end.exit_code == 0 and state != "preempted" and not end.asked_to_stop
+    return end.exit_code == 0 and state != "preempted" and not was_signalled
 
 
 def _preempted(end: End) -> Outcome:

@@ -52,3 +52,16 @@ def _texts(cls: Any) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
             texts[field.target.id] = " ".join(ast.literal_eval(below.value).split())
     return texts
+
+
+def defaults_of(cls: Any) -> dict[str, Any]:
+    """Returns the defaults of the fields of a dataclass that have one."""
+    found = dataclasses.fields(cls)
+    made = {key.name: key.default_factory() for key in found if key.default_factory is not dataclasses.MISSING}
+    return made | {key.name: key.default for key in found if key.default is not dataclasses.MISSING}
+
+
+def changed_settings(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values of a dataclass, as in a config file, that are not at their defaults."""
+    defaults = defaults_of(cls)
+    return {key: value for key, value in values.items() if key not in defaults or value != defaults[key]}

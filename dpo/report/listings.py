@@ -1,12 +1,13 @@
 """The texts of the page of one run: answers over time, config, code and machines."""
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, get_type_hints
 
 import numpy as np
 
 from dpo.config import Config, SourceConfig
+from dpo.config.keys import changed_settings, defaults_of
 from dpo.report.record import Record
 from dpo.report.scales import value_text
 from dpo.terminal.console import harmless
@@ -68,13 +69,7 @@ def config_rows(record: Record) -> list[tuple[str, str, str]]:
 def default_values() -> dict[str, Any]:
     """Returns SECTION.KEY -> default of every key that has one."""
     sections = get_type_hints(Config).items()
-    return {f"{section}.{key}": value for section, cls in sections for key, value in _defaults_of(cls).items()}
-
-
-def _defaults_of(cls: type) -> dict[str, Any]:
-    """Returns the defaults of the fields of a dataclass that have one."""
-    made = {key.name: key.default_factory() for key in fields(cls) if key.default_factory is not MISSING}
-    return made | {key.name: key.default for key in fields(cls) if key.default is not MISSING}
+    return {f"{section}.{key}": value for section, cls in sections for key, value in defaults_of(cls).items()}
 
 
 def _value(value: Any) -> str:
@@ -82,8 +77,7 @@ def _value(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, dict):
-        defaults = _defaults_of(SourceConfig)  # else data.train would be mostly defaults
-        given = {key: item for key, item in value.items() if key not in defaults or item != defaults[key]}
+        given = changed_settings(SourceConfig, value)  # else data.train would be mostly defaults
         return f"{{{', '.join(f'{key}: {_value(item)}' for key, item in given.items())}}}"
     return value_text(value)
 

@@ -105,6 +105,7 @@ BY_RANK_1 = "rank 1 on node1: ValueError: boom"
         ({"exit_code": 1, "status": DONE, "asked_to_stop": True, "failures": [raised(1, 1.0)]}, "failed", BY_RANK_1, 1),
         ({"exit_code": 1, "status": DONE, "failures": [killed(1, 1.0)]}, "crashed", "killed by SIGKILL", 1),
         # the end could not be written
+        ({"status": TRAINING, "was_ended": True}, "stopped", "SIGTERM", 143),
         ({"status": TRAINING}, "done", "", 0),
         ({"status": TRAINING, "asked_to_stop": True}, "preempted", "resumes from the last checkpoint", 1),
         ({"exit_code": 1, "failures": []}, "crashed", "none of its ranks reported why", 1),
