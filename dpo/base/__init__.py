@@ -4,6 +4,7 @@ errors.py       the exceptions with which a program of this package ends early
 units.py        numbers with units, for people
 limits.py       the limit of open file descriptors
 files.py        atomic writes of files and folders; the default cache folder
+sums.py         the SHA-256 of the files of a folder, written and compared
 space.py        whether files of a size fit in a folder, quotas included
 arrays.py       .npy files that are read in parts, without memory mapping
 pages.py        HTML pages: their style sheet (page.css) and their template

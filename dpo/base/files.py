@@ -64,10 +64,9 @@ def make_folder_atomically(target: Path, fill: Callable[[Path], None]) -> None:
     try:
         with naming(target):
             fill(draft)
-        for path in (*draft.rglob("*"), draft):
-            _sync(path)
+        sync_tree(draft)
         draft.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError:
         if not target.is_dir():
             raise
@@ -75,7 +74,13 @@ def make_folder_atomically(target: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Waits until all files in a folder and below, and the lists of files, are on the disk (`sync`)."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def sync(path: Path) -> None:
     """Waits until the content of a file, or the list of files in a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
