@@ -29,7 +29,7 @@ EVENT_FILES = "dpo/board/event_files.py"
 HPARAMS = "dpo/board/hparams.py"
 KERNELS = "dpo/model/kernels.py"
 REHEARSAL = "dpo/estimate/rehearsal.py"
-STORE = "dpo/checkpoint/store.py"
+STORE = "dpo/checkpoint/plans.py"
 TIMELINE = "dpo/estimate/timeline.py"
 
 PLANNER = "torch.distributed.checkpoint.DefaultSavePlanner"

@@ -81,12 +81,36 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Waits until the content of a file, or the list of files in a folder, is on the disk."""
+    """Waits until the content of a file, or the list of files in a folder, is on the disk. Some file systems cannot
+    do that for a folder, and say so: there it does nothing.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as failure:
+        if failure.errno not in _CANNOT_SYNC or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+_CANNOT_SYNC = (errno.EINVAL, errno.EBADF, errno.ENOTSUP)
+
+
+def replace_folder(draft: Path, target: Path, name: str) -> None:
+    """Gives a folder another name, and waits until that is on the disk; then removes the folder that had the name.
+
+    Args:
+        draft: the folder, whose files are on the disk already (`sync_tree`).
+        target: its new name, in the same parent; what has the name is renamed to `name` first.
+        name: a name that the caller removes later, if it still exists then; it must not exist.
+    """
+    old = target.with_name(name)
+    with suppress(FileNotFoundError):
+        target.rename(old)
+    draft.rename(target)
+    sync(target.parent)
+    _remove(old)
 
 
 def remove_folder(folder: Path, name: str) -> None:
@@ -96,14 +120,19 @@ def remove_folder(folder: Path, name: str) -> None:
     on NFS a file that a process has open is renamed to .nfs..., and the folder is then not empty.
 
     Args:
-        folder: the folder.
+        folder: the folder; of a link, the link alone is removed.
         name: a name that the caller removes later, if it still exists then; it must not exist.
     """
-    try:
-        moved = folder.rename(folder.with_name(name))
-    except FileNotFoundError:
-        return
-    shutil.rmtree(moved, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        _remove(folder.rename(folder.with_name(name)))
+
+
+def _remove(path: Path) -> None:
+    """Removes a folder as far as possible, or a link or a file."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def timed_write(file: Path, num_bytes: int) -> float:

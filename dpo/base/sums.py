@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 SUMS = "SHA256SUMS"
+NO_SUMS = f"{SUMS} is missing or damaged"
+"""The fault of a folder whose digests cannot be read."""
 _HEX_DIGITS = 64
 
 
@@ -66,8 +68,11 @@ def find_fault(folder: Path) -> str | None:
     written. Reads all of them. Other files in the folder are not looked at.
     """
     sums = read_sums(folder)
-    if sums is None:
-        return f"{SUMS} is missing or damaged"
+    return NO_SUMS if sums is None else find_change(folder, sums)
+
+
+def find_change(folder: Path, sums: Mapping[str, str]) -> str | None:
+    """Returns which of some files does not have its digest or is missing; None where all are as they were written."""
     for name, digest in sums.items():
         try:
             if sha256_of(folder / name) != digest:

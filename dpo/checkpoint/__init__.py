@@ -1,9 +1,15 @@
 """Weights and optimizer state on disk.
 
-store.py         writes, commits, verifies, finds and loads checkpoints
+marker.py        the size and hash of every file of a checkpoint, and files that differ
+metadata.py      reads the list of a checkpoint's tensors, a pickle, without calling what it names
+verify.py        compares a checkpoint with its hashes, by all ranks together
+folders.py       lists the checkpoints of a run, and removes those that are not kept
+plans.py         caches torch's plans from one checkpoint to the next
+store.py         writes, commits and loads checkpoints
 host_copies.py   copies a sharded state to host memory
 saver.py         writes checkpoints in a thread while training continues
 export_dtype.py  decides the dtype of an exported model
 companions.py    writes the files of an exported model beside its weights
+final_sums.py    the hashes of an exported model's files
 export.py        writes a trained policy as a model folder that transformers loads
 """

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from dpo.base.errors import RunError
-from dpo.base.files import remove_folder, write_atomically
+from dpo.base.files import remove_folder, replace_folder, sync_tree, write_atomically
 from dpo.base.space import find_shortage
 from dpo.checkpoint.companions import write_companions
 from dpo.checkpoint.export_dtype import export_dtype
+from dpo.checkpoint.final_sums import README, write_sums_together
 from dpo.command.exits import line_of
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
@@ -21,8 +22,6 @@ from dpo.model.policy import Policy
 from dpo.model.weights import save_tensors
 from dpo.terminal.console import warn
 
-README = "README.md"
-
 
 def export(
     policy: Policy, model_folder: Path, out: Path, config: Config, world: World, card: Callable[[Path], str]
@@ -30,7 +29,8 @@ def export(
     """Writes weights, config, tokenizer, chat template, generation config, own code, licence and a model card to the
     folder `out`.
 
-    The folder gets its name when it is complete. Every rank must get here, or the rest hang.
+    The folder gets its name when it is complete and on the disk; SHA256SUMS in it lists its files. Every rank must get
+    here, or the rest hang.
 
     Args:
         policy: the sharded model.
@@ -53,10 +53,19 @@ def export(
     def complete() -> None:
         write_companions(draft, model_folder, config, policy.model, dtype)
         _write_card(draft, card)
-        remove_folder(out, f".{uuid.uuid4().hex}.draft")
-        draft.replace(out)
 
     on_main(world, complete)
+    write_sums_together(draft, world)
+
+    def commit() -> None:
+        sync_tree(draft)
+        replace_folder(draft, out, _spare_name())
+
+    on_main(world, commit)
+
+
+def _spare_name() -> str:
+    return f".{uuid.uuid4().hex}.draft"
 
 
 def _write_card(folder: Path, card: Callable[[Path], str]) -> None:
@@ -85,7 +94,7 @@ def _written_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> int:
 
 def _make_draft(draft: Path, num_bytes: int) -> None:
     """Makes an empty folder for an exported model. Raises RunError where `num_bytes` do not fit on the disk."""
-    remove_folder(draft, f".{uuid.uuid4().hex}.draft")
+    remove_folder(draft, _spare_name())
     shortage = find_shortage(draft.parent, num_bytes)
     if shortage:
         raise RunError(shortage.message("the exported model, and its shards from which it is joined,"))

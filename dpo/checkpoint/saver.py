@@ -19,21 +19,20 @@ fails as well, `save(6)` raises its RunError on every rank. `finish` raises the 
 """
 
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from dpo.base.errors import Preempted, RunError
+from dpo.checkpoint.folders import checkpoint_path
 from dpo.checkpoint.host_copies import HostCopies
-from dpo.checkpoint.store import RunState, Shelf, checkpoint_path, forget_plans, state_tensors, write_checkpoint
-from dpo.distributed.world import World, use_device
+from dpo.checkpoint.plans import forget_plans
+from dpo.checkpoint.store import RunState, Shelf, state_tensors, write_checkpoint
+from dpo.distributed.world import use_device
 from dpo.terminal.console import warn
 
 
@@ -113,30 +112,21 @@ class Saver:
 
 @contextmanager
 def open_saver(
-    run_dir: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    keep: int | None,
-    world: World,
-    timeout_seconds: int,
+    shelf: Shelf, model: nn.Module, optimizer: torch.optim.Optimizer, timeout_seconds: int
 ) -> Iterator[Saver]:
     """Yields a saver. The end of the context commits its last checkpoint, also after a preemption.
 
     Every rank must get here, and to the end of the context, or the rest hang.
 
     Args:
-        run_dir: the run folder.
+        shelf: where the checkpoints go, by which ranks; its process group is destroyed at the end.
         model: the sharded model.
         optimizer: its optimizer; a hook makes each update wait for the copies.
-        keep: how many checkpoints to keep, the newest; None: all.
-        world: all ranks.
-        timeout_seconds: of the collectives of the checkpoint threads, and of the wait after a failed run.
+        timeout_seconds: of the wait for the last checkpoint after a failed run.
 
     Raises:
         RunError: on every rank, where the last checkpoint could not be written.
     """
-    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
-    shelf = Shelf(run_dir, keep, uuid.uuid4().hex, world, group)
     saver = Saver(shelf, model, optimizer)
     hook = optimizer.register_step_pre_hook(lambda *_: saver.copies.hold())
     try:
@@ -152,7 +142,7 @@ def open_saver(
         hook.remove()
         saver.copies.buffers.clear()
         forget_plans(shelf.plans)
-    dist.destroy_process_group(group)
+    dist.destroy_process_group(shelf.group)
 
 
 def _start(work: Callable[[], None], name: str) -> Future[None]:

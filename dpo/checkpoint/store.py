@@ -2,19 +2,19 @@
 
 checkpoints/step-000100/             torch's distributed checkpoint: master weights and optimizer state, sharded
                         state.json   the step and the run's identity (see `dpo.run.identity`)
-                        COMPLETE     written last: the size of every file, and the hash of the small ones
+                        COMPLETE     written last: the size and the hash of every file
 
 Until the rename the folder is called step-000100.tmp. So a folder with the final name is complete, and a crash at any
-moment leaves the previous checkpoints as they were.
+moment leaves the previous checkpoints as they were. All that a checkpoint consists of is on the disk, with its name,
+before an older one is removed.
 """
 
-import hashlib
 import json
-import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,19 +26,29 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from dpo.base.errors import RunError, UserError
-from dpo.base.files import remove_folder
+from dpo.base.files import replace_folder, sync, sync_tree
 from dpo.base.space import describe_full, find_shortage
+from dpo.checkpoint.folders import (
+    DRAFT,
+    checkpoint_path,
+    draft_name,
+    drafts_of,
+    marker_of,
+    own_checkpoint,
+    remove_checkpoint,
+    remove_older,
+)
+from dpo.checkpoint.marker import METADATA, STATE, Inventory, measure, own_files, write_marker
+from dpo.checkpoint.metadata import open_reader
+from dpo.checkpoint.plans import forget_plans, save_planner
+from dpo.checkpoint.verify import find_fault
 from dpo.command.exits import line_of
-from dpo.distributed.collectives import on_main
+from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
 from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
-from dpo.terminal.console import say
 
-MARKER = "COMPLETE"
-DRAFT = ".tmp"
-HASHED_BYTES = 64 * 2**20
-"""The marker records the hash of files up to this size, which includes DCP's .metadata (read with pickle)."""
+VALID = "a folder RUN/checkpoints/step-000100"
 
 
 @dataclass(frozen=True)
@@ -47,11 +57,6 @@ class RunState:
 
     step: int
     identity: dict[str, Any]
-
-
-def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Returns the folder of the checkpoint after `step` updates."""
-    return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,26 @@ class Shelf:
     world: World
     group: dist.ProcessGroup
     """The process group of all collectives here, so that a thread may write while other threads use other groups."""
+    known: dict[str, bytes | None] = field(default_factory=dict)
+    """Of the checkpoints that this process wrote or verified: name -> marker; None: damaged."""
+
+
+def open_shelf(run_dir: Path, keep: int | None, world: World, seconds: int, verified: Path | None = None) -> Shelf:
+    """Returns the shelf of a run, with a process group of its own. Every rank must get here, or the rest hang.
+
+    Args:
+        run_dir: the run folder.
+        keep: how many checkpoints to keep, the newest; None: all.
+        world: all ranks.
+        seconds: the timeout of the collectives.
+        verified: the checkpoint that was found whole at the start of this process, if any.
+    """
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
+    shelf = Shelf(run_dir, keep, uuid.uuid4().hex, world, group)
+    own = own_checkpoint(run_dir, verified) if verified and world.is_main else None
+    if own:
+        shelf.known[own.name] = marker_of(own)
+    return shelf
 
 
 def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], before_commit: Callable[[], None]) -> None:
@@ -90,50 +115,38 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
             # 0: the tensors are in host memory, so DCP must not copy ahead on a stream of the current GPU.
             storage = dcp.FileSystemWriter(draft, per_thread_copy_ahead=0)
             dcp.save(tensors, storage_writer=storage, planner=save_planner(plans), process_group=group)
+        files = _measure_together(draft, world, group)
     except RunError:
         forget_plans(plans)  # if only some ranks had cached plans, the next checkpoint would fail
         if world.is_main:  # the metrics need the room that half a checkpoint takes from a full disk
             with suppress(OSError):  # rank 0 must raise what the other ranks raise
-                _remove(draft)
+                remove_checkpoint(draft)
         raise
 
     def commit() -> None:
         try:
             before_commit()
-            _commit(draft, target, state, shelf.keep)
+            _commit(draft, target, state, files)
         except OSError as failure:  # names the path: this is reported many steps later
             raise RunError(describe_full(failure, target) or f"{target}: {line_of(failure)}") from failure
+        shelf.known[target.name] = marker_of(target)
 
     on_main(world, commit, group)
+    remove_older(target.parent, shelf.keep, shelf.known, world, group)
 
 
-def save_planner(plans: str) -> dcp.DefaultSavePlanner:
-    """Returns a planner that caches the plan of the first checkpoint under the name `plans`, and reuses it.
+def _measure_together(draft: Path, world: World, group: dist.ProcessGroup) -> Inventory:
+    """Returns sizes and hashes of the files that all ranks have written; each rank reads its own, from memory.
 
-    Without the cache rank 0 gathers, deduplicates and validates the plans of all ranks at every checkpoint. This Python
-    code takes longer with more ranks and tensors, and holds the GIL that rank 0's training thread needs. With the cache
-    each rank only reports that its tensors are laid out as before; where they are not, all ranks plan again.
-
-    torch caches plans per process in the planner's class, by default under the class's name. So `plans` must be a
-    name that no other process group and no other run uses.
+    Every rank must get here, or the rest hang.
     """
-    planner = dcp.DefaultSavePlanner(enable_plan_caching=True)
-    planner._cached_plans_key = plans
-    return planner
 
+    def measure_own() -> Inventory:
+        names = [path.name for path in draft.iterdir() if path.name == METADATA or path.name[0] != "."]
+        return {name: measure(draft / name) for name in own_files(names, world.rank, world.size)}
 
-def forget_plans(plans: str) -> None:
-    """Removes the plans that `save_planner` caches under a name."""
-    planner = dcp.DefaultSavePlanner
-    caches: tuple[dict[str, Any], ...] = (
-        planner._cached_save_plan,
-        planner._cached_final_save_plan,
-        planner._cached_all_plans,
-        planner._cached_global_plan,
-        planner._cached_metadata,
-    )
-    for cache in caches:
-        cache.pop(plans, None)
+    parts = all_gather(together(measure_own, group), group)
+    return {name: facts for part in parts for name, facts in part.items()}
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -150,17 +163,16 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     Raises:
         RunError: the checkpoint does not fit the model or the optimizer, or cannot be read.
     """
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    tensors = state_tensors(model, optimizer)
-    load = partial(dcp.load, tensors, checkpoint_id=str(folder))
+    tensors, settings = _split_state(model, optimizer)
+    reader = together(lambda: open_reader(folder))
+    load = partial(dcp.load, tensors, storage_reader=reader)
     fill_copies(_tensors_of(tensors), lambda group: storage_errors(folder)(load)(process_group=group))
-    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=tensors["optimizer"])
-    for group, wanted in zip(optimizer.param_groups, settings, strict=True):
-        group.update(wanted)  # the config's settings override the checkpoint's
+    state = tensors["optimizer"] | settings
+    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=state)
 
 
 def _tensors_of(state: Any) -> list[torch.Tensor]:
-    """Returns the tensors in nested dicts, in order; the optimizer's settings, which are no tensors, are left out."""
+    """Returns the tensors in nested dicts, in order."""
     if isinstance(state, dict):
         return [tensor for part in state.values() for tensor in _tensors_of(part)]
     return [state] if isinstance(state, torch.Tensor) else []
@@ -169,15 +181,26 @@ def _tensors_of(state: Any) -> list[torch.Tensor]:
 def load_model(folder: Path, model: nn.Module) -> None:
     """Loads the weights of a checkpoint, without optimizer state. Every rank must get here, or the rest hang."""
     state = {"model": model.state_dict()}
+    reader = together(lambda: open_reader(folder))
     with storage_errors(folder):
-        dcp.load(state, checkpoint_id=str(folder))
+        dcp.load(state, storage_reader=reader)
     model.load_state_dict(state["model"])
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Returns the tensors of a checkpoint, sharded as they are: {"model": weights, "optimizer": optimizer state}."""
+    """Returns the tensors of a checkpoint, sharded as they are: {"model": weights, "optimizer": {"state": state}}.
+
+    There is nothing else in it: of what is no tensor, torch would write a pickle, and call what is named there when it
+    reads it.
+    """
+    return _split_state(model, optimizer)[0]
+
+
+def _split_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the tensors of a checkpoint, and the settings of the optimizer, {"param_groups": [...]}."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}
+    settings = {"param_groups": optimizer_state.pop("param_groups")}
+    return {"model": model_state, "optimizer": optimizer_state}, settings
 
 
 def num_bytes(tree: Any) -> int:
@@ -189,104 +212,45 @@ def num_bytes(tree: Any) -> int:
     return tree.numel() * tree.element_size() if isinstance(tree, Tensor) else 0
 
 
-def drafts_of(run_dir: Path) -> list[Path]:
-    """Returns the folders of checkpoints that were not completed or not wholly removed; the next save removes them."""
-    return list((run_dir / "checkpoints").glob(f"step-*{DRAFT}"))
-
-
 def _make_draft(draft: Path, num_bytes: int) -> None:
     """Makes the folder of a checkpoint. Raises RunError where `num_bytes` do not fit on the disk."""
     for stale in drafts_of(draft.parent.parent):  # left by a run that was killed while it wrote
-        _remove(stale)
+        remove_checkpoint(stale)
     shortage = find_shortage(draft.parent, num_bytes)
     if shortage:
         raise RunError(shortage.message("a checkpoint"))
     draft.mkdir(parents=True)
 
 
-def _remove(folder: Path) -> None:
-    """Removes a checkpoint or a draft; files that cannot be removed now stay in a draft."""
-    remove_folder(folder, f"step-{uuid.uuid4().hex}{DRAFT}")
-
-
-def _commit(draft: Path, target: Path, state: RunState, keep: int | None) -> None:
-    (draft / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
-    marker = draft / MARKER
-    marker.write_text(json.dumps(_inventory(draft), indent=1), encoding="utf-8")
-    with marker.open() as file:
-        os.fsync(file.fileno())
-    _remove(target)
-    draft.rename(target)
-    complete = [path for path in _by_age(target.parent) if _fault(path) is None]
-    for old in complete[:-keep] if keep else []:
-        _remove(old)
-
-
-def _inventory(folder: Path) -> dict[str, list[Any]]:
-    """Returns file name -> [size in bytes, sha256 or None for large files], without the marker."""
-    files = sorted(path for path in folder.iterdir() if path.name != MARKER)
-    return {path.name: [path.stat().st_size, _sha256(path)] for path in files}
-
-
-def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.stat().st_size <= HASHED_BYTES else None
-
-
-def _fault(folder: Path) -> str | None:
-    """Returns why a checkpoint cannot be used; None where it is complete and its files are as they were written."""
-    marker = folder / MARKER
-    if not marker.is_file():
-        return f"it is not complete: no {MARKER}"
-    try:
-        recorded = dict(json.loads(marker.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        return f"{MARKER} is broken"
-    present = _inventory(folder)
-    wrong = [name for name, facts in recorded.items() if present.get(name) != facts]
-    return f"{wrong[0]} is missing or has changed" if wrong else None
-
-
-def _by_age(folder: Path) -> list[Path]:
-    """Returns the checkpoints in a folder, complete or not, by step, oldest first."""
-    paths = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(paths, key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Returns the newest complete checkpoint of a run, or None; reports the newer ones that it skips, and why."""
-    for path in reversed(_by_age(run_dir / "checkpoints")):
-        fault = _fault(path)
-        if fault is None:
-            return path
-        say(f"checkpoint {path} is skipped: {fault}")
-    return None
-
-
-def checkpoints_of(run_dir: Path) -> list[Path]:
-    """Returns the checkpoints of a run, complete or not; oldest first."""
-    return _by_age(run_dir / "checkpoints")
-
-
-def checkpoints_until(run_dir: Path, step: int) -> list[Path]:
-    """Returns the checkpoints of a run up to `step`, complete or not; oldest first."""
-    return [path for path in checkpoints_of(run_dir) if _step_of(path) <= step]
-
-
-def newer_checkpoints(run_dir: Path, step: int) -> list[Path]:
-    """Returns the complete checkpoints that are newer than `step`, from which a run resumes; oldest first."""
-    return [path for path in _by_age(run_dir / "checkpoints") if _step_of(path) > step and _fault(path) is None]
+def _commit(draft: Path, target: Path, state: RunState, files: Inventory) -> None:
+    """Writes state and marker, and gives the checkpoint its name, which is then on the disk."""
+    (draft / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+    write_marker(draft, files | {STATE: measure(draft / STATE)})
+    sync_tree(draft)
+    replace_folder(draft, target, draft_name())
+    sync(target.parent.parent)
 
 
 def read_state(folder: Path, key: str) -> RunState:
-    """Returns the step and identity of a checkpoint.
+    """Returns the step and identity of a checkpoint, all of whose files are compared with their hashes.
 
     Raises UserError, with the place `key`, where the folder is not a complete checkpoint.
     """
-    fault = _fault(folder)
+    fault = find_fault(folder)
     if fault is not None:
-        raise UserError(key, f"{folder}: {fault}", "a folder RUN/checkpoints/step-000100")
-    return RunState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        raise UserError(key, f"{folder}: {fault}", VALID)
+    return read_verified_state(folder, key)
+
+
+def read_verified_state(folder: Path, key: str) -> RunState:
+    """Does the same as `read_state` for a checkpoint in which `verify` has found no fault. A field that is newer than
+    this version is left out.
+    """
+    try:
+        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = RunState(**{known.name: content[known.name] for known in fields(RunState) if known.name in content})
+    except (ValueError, TypeError, RecursionError) as failure:
+        raise UserError(key, f"{folder / STATE}: not the state of a run", VALID) from failure
+    if type(state.step) is not int or not isinstance(state.identity, Mapping):
+        raise UserError(key, f"{folder / STATE}: not the state of a run", VALID)
+    return state

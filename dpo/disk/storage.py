@@ -17,7 +17,7 @@ from dpo.base.files import nearest_existing
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
 from dpo.checkpoint.export import draft_of
-from dpo.checkpoint.store import checkpoints_until, drafts_of
+from dpo.checkpoint.folders import checkpoints_until, drafts_of
 from dpo.config import Config
 from dpo.disk.home import caches_of_run, describe_small_home
 from dpo.disk.sizes import Sizes, disk_words, evaluations_after, saves_after, sizes_of

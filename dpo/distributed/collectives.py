@@ -12,14 +12,14 @@ from dpo.distributed.world import World
 T = TypeVar("T")
 
 
-def together(work: Callable[[], T]) -> T:
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Runs `work` on every rank and returns this rank's result. If `work` fails on any rank, every rank raises the
     failure of the lowest rank that failed.
 
-    Every rank must get here, or the rest hang.
+    Every rank must get here, or the rest hang. `group`: a process group of all ranks; None: the default group.
     """
     result, failure = _attempt(work)
-    failures = [f for f in all_gather(failure) if f is not None]
+    failures = [f for f in all_gather(failure, group) if f is not None]
     if failures:
         raise failures[0]
     return result  # type: ignore[return-value]  # no failure: a result, which may be None
@@ -71,10 +71,13 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, RunError(line_of(failure))
 
 
-def all_gather(value: T) -> list[T]:
-    """Returns the values of all ranks, by rank. Every rank must get here, or the rest hang."""
+def all_gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Returns the values of all ranks, by rank. Every rank must get here, or the rest hang.
+
+    `group`: a process group of all ranks; None: the default group.
+    """
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 

@@ -15,7 +15,7 @@ from dpo.base.errors import RunError
 from dpo.base.files import nearest_existing, timed_write
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes, shown_rate, shown_seconds
-from dpo.checkpoint.store import checkpoints_of
+from dpo.checkpoint.folders import checkpoints_of
 from dpo.disk.sizes import Sizes
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World

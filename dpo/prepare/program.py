@@ -25,7 +25,7 @@ from dpo.base.files import nearest_existing
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
 from dpo.batch.order import make_order
-from dpo.checkpoint.store import checkpoints_of
+from dpo.checkpoint.folders import checkpoints_of
 from dpo.command.line import split_options, words_of
 from dpo.config import Config, SourceConfig
 from dpo.disk.home import caches_of_run, describe_small_home

@@ -14,8 +14,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
 from dpo.base.errors import RunError, UserError, one_line
+from dpo.base.sums import SUMS, find_fault
 from dpo.base.units import shown_bytes
-from dpo.checkpoint.store import newest_checkpoint
+from dpo.checkpoint.folders import checkpoints_of
 from dpo.hub.files import CONFIG_FILE, stored_weights
 from dpo.hub.ids import is_tokenizer_id
 from dpo.hub.reasons import has_answered, reason_of
@@ -36,13 +37,22 @@ def find_model_folder(path: Path) -> Path:
         raise UserError(RUN, f"no such folder: {path}", "a run folder or a model folder")
     for folder in (path / FINAL, path):
         if (folder / CONFIG_FILE).is_file() and stored_weights(folder):
+            _check_sums(folder)
             return folder
     run = path.parents[1] if path.parent.name == "checkpoints" else path
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is None:
+    checkpoints = checkpoints_of(run)
+    if not checkpoints:
         raise UserError(RUN, f"{path} has no {FINAL}/ and no checkpoint", "a run folder or a model folder")
-    command = f"python -m dpo.export --checkpoint {checkpoint} --out DIR"
+    command = f"python -m dpo.export --checkpoint {checkpoints[-1]} --out DIR"
     raise UserError(RUN, f"{path} has no {FINAL}/: the run is not finished", f"{command}, then python -m dpo.push DIR")
+
+
+def _check_sums(folder: Path) -> None:
+    """Raises UserError where a file of a model is not as it was exported. Other folders have no SHA256SUMS."""
+    fault = find_fault(folder) if (folder / SUMS).exists() else None
+    if fault:
+        valid = f"a whole folder; where you have changed the file yourself, remove {SUMS}"
+        raise UserError(RUN, f"{folder} is not as it was exported: {fault}", valid)
 
 
 def push(folder: Path, repository: str, private: bool, revision: str | None) -> str:

@@ -8,7 +8,8 @@ again:
     RUN/checkpoints/step-000020   step 20        drops the lines after step 20, renames checkpoints/step-000030 to .old
     never                         UserError: the folder is not empty
 
-Every function here is for rank 0 alone, which sends its decision to the others (`collectives.on_main`).
+Every function here is for rank 0 alone, which sends its decision to the others (`collectives.on_main`). All ranks
+together compare the files of a checkpoint with their hashes (`dpo.train.start`).
 """
 
 import json
@@ -21,7 +22,8 @@ from typing import Any
 from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing, write_atomically
 from dpo.base.units import shown_bytes
-from dpo.checkpoint.store import RunState, newer_checkpoints, newest_checkpoint, read_state
+from dpo.checkpoint.folders import CHECKPOINTS, checkpoints_of, newer_checkpoints, own_checkpoint
+from dpo.checkpoint.store import VALID, RunState, read_verified_state
 from dpo.config import Config, load_config, to_yaml
 from dpo.run_folder.evaluations import drop_evaluations_after
 from dpo.run_folder.files import (
@@ -57,10 +59,11 @@ class Start:
         return self.state.step if self.state else 0
 
 
-def find_start(config: Config) -> Start:
-    """Returns the start that `checkpoint.resume` gives with the run folder as it is. Writes nothing.
+def find_candidates(config: Config) -> list[Path]:
+    """Returns the checkpoints from which `checkpoint.resume` may resume, with the run folder as it is: the first that
+    is whole is used. None where the start is fresh. Writes nothing, and opens no checkpoint.
 
-    Raises UserError where the folder cannot be written or used, or the checkpoint is not complete.
+    Raises UserError where the folder cannot be written or used.
     """
     run_dir = Path(str(config.train.run_dir))
     _check_writable(run_dir)
@@ -68,9 +71,38 @@ def find_start(config: Config) -> Start:
     if resume == "never":
         if run_dir.exists() and any(path.name not in (JOBS, LOG) for path in run_dir.iterdir()):
             raise UserError("train.run_dir", f"{run_dir} is not empty", f"a new folder, or {KEY} auto")
-        return Start()
-    checkpoint = newest_checkpoint(run_dir) if resume == "auto" else _named_checkpoint(Path(resume), run_dir)
-    return Start(checkpoint, read_state(checkpoint, KEY)) if checkpoint else Start()
+        return []
+    own = list(reversed(checkpoints_of(run_dir)))
+    return own if resume == "auto" else _named_checkpoints(Path(resume), run_dir, own)
+
+
+def start_from(found: Path | None, faults: Mapping[Path, str]) -> Start:
+    """Returns the start from a checkpoint that is whole, or a fresh one.
+
+    Args:
+        found: the checkpoint; None: none of the candidates is whole.
+        faults: the candidates that are not, and why.
+
+    Raises:
+        UserError: there are candidates, and none is whole, or its state is not that of a run.
+    """
+    if found:
+        return Start(found, read_verified_state(found, KEY))
+    if len(faults) == 1:
+        ((path, fault),) = faults.items()
+        raise UserError(KEY, f"{path}: {fault}", _way_on(path))
+    if faults:
+        each = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items())
+        path = next(iter(faults))
+        what = f"none of the {len(faults)} checkpoints in {path.parent} can be used: {each}"
+        raise UserError(KEY, what, _way_on(path))
+    return Start()
+
+
+def _way_on(path: Path) -> str:
+    if path.parent.name != CHECKPOINTS:
+        return VALID
+    return f"one that is restored; or, to begin anew, move {path.parent} away, or set another train.run_dir"
 
 
 def _check_writable(run_dir: Path) -> None:
@@ -79,37 +111,41 @@ def _check_writable(run_dir: Path) -> None:
         raise UserError("train.run_dir", f"{run_dir}: {present} is a file", "a folder, or a path that does not exist")
     if not os.access(present, os.W_OK | os.X_OK):
         raise UserError("train.run_dir", f"{run_dir}: cannot write to {present}", "a folder to write in")
+    checkpoints = run_dir / CHECKPOINTS
+    if checkpoints.is_symlink() and not checkpoints.is_dir():  # perhaps of a disk that is not mounted
+        what = f"{checkpoints} is a link to {checkpoints.readlink()}, which is no folder"
+        raise UserError("train.run_dir", what, "a link to a folder, or no link")
 
 
-def is_finished(config: Config, start: Start, last_step: int) -> bool:
-    """Returns whether nothing is left to do: the checkpoint of the last step and the exported model exist.
+def seems_finished(config: Config, start: Start, last_step: int) -> bool:
+    """Returns whether the checkpoint of the last step and the exported model exist. Its files are not read.
 
     Args:
         config: gives the run folder.
-        start: the start that `find_start` found.
+        start: the start that `find_start_together` found.
         last_step: the number of steps of the whole run.
     """
     final = Path(str(config.train.run_dir)) / FINAL
     return start.step >= last_step and (final / "config.json").is_file() and any(final.glob("*.safetensors"))
 
 
-def _named_checkpoint(folder: Path, run_dir: Path) -> Path:
-    """Returns the checkpoint `folder`, or the newest checkpoint of the run folder `folder`.
+def _named_checkpoints(folder: Path, run_dir: Path, own: list[Path]) -> list[Path]:
+    """Returns the checkpoint `folder`, or the checkpoints of the run folder `folder`, newest first.
 
-    If it belongs to another run, the run in `run_dir` begins there. Once `run_dir` has its own checkpoints, it resumes
+    If they belong to another run, the run in `run_dir` begins there. Once `run_dir` has its own checkpoints, it resumes
     from the newest of those, so that the same command works again after an interruption.
     """
     if not folder.is_dir():
         raise UserError(KEY, f"no such folder: {folder}", "auto, never, a run folder or RUN/checkpoints/step-000100")
-    named = newest_checkpoint(folder) or folder
-    own = None if _lies_in(named, run_dir) else newest_checkpoint(run_dir)
-    if own:
-        say(f"{KEY}: {run_dir} has checkpoints of its own: resumes from {own}, not from {named}")
-    return own or named
+    named = list(reversed(checkpoints_of(folder))) or [folder]
+    if own and not _lies_in(named[0], run_dir):
+        say(f"{KEY}: {run_dir} has checkpoints of its own: resumes from the newest of those, not from {named[0]}")
+        return own
+    return named
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+    return own_checkpoint(folder, path) is not None or path.resolve().is_relative_to(folder.resolve())
 
 
 def lacks_evaluation(run_dir: Path, step: int) -> bool:
@@ -124,7 +160,7 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
 
     Args:
         config: the config of this start, which is written.
-        start: the start that `find_start` found.
+        start: the start that `find_start_together` found.
         origin: the facts of this start (see `dpo.run.provenance`), which are added to provenance.json.
     """
     run_dir = Path(str(config.train.run_dir))
@@ -185,7 +221,7 @@ def _by_key(config: Config) -> dict[str, Any]:
 
 def _put_aside(path: Path) -> None:
     """Renames `path`, where it exists, to PATH.old or PATH.old-N: it belongs to steps that this run computes again."""
-    if path.exists():
+    if path.exists() or path.is_symlink():
         number = next(i for i in range(10**6) if not _old(path, i).exists())
         moved = path.rename(_old(path, number))
         for events in moved.rglob("*tfevents*"):  # else TensorBoard would find and show them

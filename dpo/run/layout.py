@@ -26,7 +26,7 @@ def with_earlier_choice(config: Config, start: Start, world: World) -> Config:
 
     Args:
         config: the config, in which keys of `parallel` may be auto.
-        start: the start that `find_start` found.
+        start: the start that `find_start_together` found.
         world: the ranks.
     """
     layout = layout_here(config, world)
@@ -53,7 +53,7 @@ def earlier_choice(config: Config, start: Start, layout: Mapping[str, Any]) -> C
 
     Args:
         config: the config, in which keys of `parallel` may be auto.
-        start: the start that `find_start` found.
+        start: the start that `find_start_together` found.
         layout: the layout of this start, from `layout_here`.
     """
     undecided = config.parallel.undecided

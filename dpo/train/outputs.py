@@ -11,6 +11,7 @@ from dpo.board.sinks import open_sinks
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.export import export
 from dpo.checkpoint.saver import Saver, open_saver
+from dpo.checkpoint.store import open_shelf
 from dpo.command.exits import line_of
 from dpo.distributed.collectives import all_gather, on_main
 from dpo.run.answers import open_answers
@@ -51,7 +52,8 @@ def open_checkpoints(run: Run) -> AbstractContextManager[Saver]:
     Every rank must get here, and to the end of the context, or the rest hang.
     """
     keep, seconds = run.config.checkpoint.keep, run.config.parallel.timeout_seconds
-    return open_saver(run.dir, run.policy.model, run.optimizer, keep, run.world, seconds)
+    shelf = open_shelf(run.dir, keep, run.world, seconds, run.start.checkpoint)
+    return open_saver(shelf, run.policy.model, run.optimizer, seconds)
 
 
 def export_run(run: Run) -> None:

@@ -2,27 +2,36 @@
 
 from pathlib import Path
 
+from dpo.base.sums import SUMS
 from dpo.board.sinks import check_installed
+from dpo.checkpoint.final_sums import find_fault_of_export
+from dpo.checkpoint.verify import first_usable
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
-from dpo.run.folder import Start, find_start, is_finished
+from dpo.run.folder import Start, find_candidates, seems_finished, start_from
 from dpo.run.identity import check_identity, identity_of
 from dpo.run.inputs import Inputs
 from dpo.run_folder.files import FINAL, REPORT
 from dpo.step.deviation import Deviation, rounding_scale
 from dpo.step.first_step import Terms, verify_start
-from dpo.terminal.console import say
+from dpo.terminal.console import say, warn
 from dpo.train.setup import Run
 
 
 def find_start_together(config: Config, world: World) -> Start:
-    """Returns the start that rank 0 finds (`find_start`). Every rank must get here, or the rest hang.
+    """Returns the start that `checkpoint.resume` gives with the run folder as it is. Writes nothing.
 
-    Raises UserError, on every rank, where rank 0 lacks the package of a sink.
+    Rank 0 lists the checkpoints; all ranks together look for the newest one whose files are as they were written. Every
+    rank must get here, or the rest hang.
+
+    Raises UserError, on every rank, where rank 0 lacks the package of a sink, the folder cannot be written or used, or
+    there are checkpoints and none can be used.
     """
     on_main(world, lambda: check_installed(config.train.report_to))
-    return on_main(world, lambda: find_start(config))
+    candidates = on_main(world, lambda: find_candidates(config))
+    found, faults = first_usable(candidates, world)
+    return on_main(world, lambda: start_from(found, faults))
 
 
 def is_done(config: Config, start: Start, inputs: Inputs, world: World) -> bool:
@@ -39,13 +48,31 @@ def is_done(config: Config, start: Start, inputs: Inputs, world: World) -> bool:
     """
     identity = identity_of(config, inputs)
     on_main(world, lambda: check_identity(start, identity))
-    if not on_main(world, lambda: is_finished(config, start, inputs.last_step)):
+    if not on_main(world, lambda: seems_finished(config, start, inputs.last_step)):
+        return False
+    if not _is_whole(Path(str(config.train.run_dir)) / FINAL, world):
         return False
     if world.is_main:  # train.steps may be less than the steps that were made
         steps, final = max(start.step, inputs.last_step), f"{config.train.run_dir}/{FINAL}"
         more = "to train on, raise train.steps or train.epochs; to begin anew, set another train.run_dir"
         say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in {final}; {more}")
     return True
+
+
+def _is_whole(final: Path, world: World) -> bool:
+    """Returns whether the files of an exported model are as they were written, and tells on rank 0 where they are not.
+
+    The folders of older versions have no SHA256SUMS; they are believed, which is told. Every rank must get here, or the
+    rest hang.
+    """
+    if not on_main(world, (final / SUMS).exists):
+        if world.is_main:
+            say(f"{final} has no {SUMS}: an older version wrote it, and its files are not compared")
+        return True
+    fault = find_fault_of_export(final, world)
+    if fault and world.is_main:
+        warn(f"{final} is damaged, and is exported again: {fault}")
+    return fault is None
 
 
 def lacks_report(run_dir: Path) -> bool:

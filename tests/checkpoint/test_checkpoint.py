@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint import saver as saving
-from dpo.checkpoint.store import DRAFT, checkpoint_path, newest_checkpoint
+from dpo.checkpoint.folders import DRAFT, checkpoint_path, newest_checkpoint
 from dpo.config import Config, SourceConfig
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from dpo.checkpoint.store import checkpoint_path
+from dpo.checkpoint.folders import checkpoint_path
 from dpo.config import Config, SourceConfig
 from dpo.distributed.program import run_program
 from dpo.export import program as export

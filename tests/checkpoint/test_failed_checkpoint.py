@@ -13,7 +13,9 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from dpo.base.errors import RunError
 from dpo.checkpoint import store
-from dpo.checkpoint.store import RunState, Shelf, checkpoint_path, forget_plans, newest_checkpoint, write_checkpoint
+from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
+from dpo.checkpoint.plans import forget_plans
+from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from tests.base.test_files import hold_a_file

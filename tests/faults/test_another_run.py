@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo.checkpoint.store import checkpoint_path
+from dpo.checkpoint.folders import checkpoint_path
 from dpo.config import Config, LossConfig, SourceConfig, load_config
 from dpo.ref_logps.blocks import read_rows
-from dpo.run.folder import find_start
 from tests.support.models import save_model
-from tests.support.runs import changed, error_lines, exit_code, run, same_weights, six_steps, snapshot
+from tests.support.runs import changed, error_lines, exit_code, find_start, run, same_weights, six_steps, snapshot
 
 
 @pytest.fixture

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dpo.base.errors import UserError
-from dpo.checkpoint.store import checkpoint_path, newer_checkpoints, newest_checkpoint, read_state
+from dpo.checkpoint.folders import checkpoint_path, newer_checkpoints, newest_checkpoint
+from dpo.checkpoint.store import read_state
 
 
 @pytest.fixture

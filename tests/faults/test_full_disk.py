@@ -26,7 +26,9 @@ from dpo.board.writer import MetricsWriter
 from dpo.checkpoint import export as exporting
 from dpo.checkpoint import saver as saving
 from dpo.checkpoint import store
-from dpo.checkpoint.store import RunState, Shelf, forget_plans, newest_checkpoint, write_checkpoint
+from dpo.checkpoint.folders import newest_checkpoint
+from dpo.checkpoint.plans import forget_plans
+from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
 from dpo.command.exits import line_of
 from dpo.config import Config, to_yaml
 from dpo.disk import storage

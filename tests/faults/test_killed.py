@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
+from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
 from dpo.config import Config, to_yaml
 from tests.support.models import save_model, save_pairs
 from tests.support.processes import start_program
@@ -134,7 +134,7 @@ def test_a_killed_training_goes_on_to_the_last_bit(config: Config, folders: Path
     assert_equal(run(config), folders / "whole")
 
 
-@pytest.mark.parametrize("function", ["_make_draft", "_commit", "_inventory"])
+@pytest.mark.parametrize("function", ["_make_draft", "_commit", "write_marker"])
 def test_killed_while_a_checkpoint_is_written(config: Config, folders: Path, tmp_path: Path, function: str) -> None:
     """Training is past step 4, whose checkpoint is nothing yet, or all files but state.json and the marker, or all but
     the marker: the run goes on from step 2, and no draft stays.

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dpo.checkpoint.store import newest_checkpoint
+from dpo.checkpoint.folders import newest_checkpoint
 from dpo.config import Config
 from dpo.distributed.program import run_program
 from dpo.step import update
@@ -72,7 +72,7 @@ def full_checkpoints() -> Any:
 
 
 def full_run_folder() -> Any:
-    return patch("dpo.checkpoint.store._inventory", side_effect=OSError(28, "No space left on device"))
+    return patch("dpo.checkpoint.store.write_marker", side_effect=OSError(28, "No space left on device"))
 
 
 FAULTS = {f.__name__: f for f in (infinite_loss, full_cache, full_checkpoints, full_run_folder)}

@@ -14,7 +14,7 @@ import pytest
 
 from dpo.base.errors import Preempted
 from dpo.board.writer import MetricsWriter
-from dpo.checkpoint.store import newest_checkpoint
+from dpo.checkpoint.folders import newest_checkpoint
 from dpo.command.status import STATUS_FILE
 from dpo.config import Config
 from dpo.distributed.program import run_program

@@ -13,7 +13,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from dpo.checkpoint import saver as saving
-from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
+from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
 from dpo.config import Config
 from dpo.distributed.program import run_program
 from dpo.train import loop

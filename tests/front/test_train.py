@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.checkpoint.store import newest_checkpoint
+from dpo.checkpoint.folders import newest_checkpoint
 from dpo.config import Config, to_yaml
 from tests.front.test_stops import END_WITH_TESTS, SECONDS, wait_for
 from tests.support.processes import start_program

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dpo.checkpoint import saver as saving
-from dpo.checkpoint.store import forget_plans, save_planner
+from dpo.checkpoint.plans import forget_plans, save_planner
 from dpo.config import Config
 from dpo.distributed.startup import open_world
 from tests.checkpoint.test_failed_checkpoint import fail_once, save

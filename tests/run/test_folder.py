@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from dpo.board.writer import MetricsWriter
-from dpo.checkpoint.store import checkpoint_path
+from dpo.checkpoint.folders import checkpoint_path
 from dpo.config import Config, load_config
-from dpo.run.folder import _put_aside, find_start
+from dpo.run.folder import _put_aside
 from dpo.run_folder.evaluations import evaluation_steps
 from dpo.run_folder.files import read_metrics
 from tests.support.runs import (
@@ -18,6 +18,7 @@ from tests.support.runs import (
     error_lines,
     eval_lines,
     exit_code,
+    find_start,
     run,
     run_until,
     same_weights,

@@ -30,8 +30,11 @@ from dpo.config import (
     to_yaml,
 )
 from dpo.distributed.program import run_program
+from dpo.distributed.startup import open_world
+from dpo.run.folder import Start
 from dpo.run_folder.files import LOG, read_metrics
 from dpo.train import loop, program
+from dpo.train.start import find_start_together
 from tests.support.models import save_model, save_pairs
 
 CLOCK = (
@@ -132,6 +135,12 @@ def worst_relative(
         return math.inf
     pairs = [(a[name], b[name]) for a, b in zip(lines, others, strict=True) for name in names]
     return max((abs(a - b) / max(abs(a), abs(b), 1e-30) for a, b in pairs), default=math.inf)
+
+
+def find_start(config: Config) -> Start:
+    """The start that this process alone finds."""
+    with open_world(60) as world:
+        return find_start_together(config, world)
 
 
 def afresh(config: Config, **changes: object) -> Config:

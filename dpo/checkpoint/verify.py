@@ -1,0 +1,94 @@
+"""Finds checkpoints whose files are not as they were written, before any of them is used.
+
+Of a run with checkpoints of steps 20 and 30 on two ranks:
+
+    rank 0         reads COMPLETE of step 30, compares names and sizes, tells the other rank what it lists
+    ranks 0 and 1  hash the files, each its part; one finds that __1_0.distcp has changed
+    ranks 0 and 1  do the same for step 20, which is whole
+    rank 0         reads .metadata of step 20: it names tensors and listed files alone
+
+The files are read once for that; the ranks read the tensors afterwards, from memory where there is room.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dpo.base.errors import RunError
+from dpo.base.units import shown_bytes, shown_seconds
+from dpo.checkpoint.marker import MARKER, Inventory, find_change, list_files, own_files
+from dpo.checkpoint.metadata import named_files, read_metadata
+from dpo.distributed.collectives import all_gather, on_main
+from dpo.distributed.world import World
+from dpo.terminal.console import say
+
+TOLD_SECONDS = 1.0
+"""A check that takes longer is told."""
+
+
+def find_fault(folder: Path) -> str | None:
+    """Returns why a checkpoint cannot be used; None where it is complete and its files are as they were written.
+
+    Reads all of its files, in this process alone; ranks share the work by `find_fault_together`.
+    """
+    files, fault = list_files(folder)
+    return fault or find_change(folder, files) or _find_foreign(folder, files)
+
+
+def find_fault_together(folder: Path, world: World, group: dist.ProcessGroup | None = None) -> str | None:
+    """Does the same as `find_fault`, with the files divided over the ranks. Every rank must get here, or the rest hang.
+
+    Args:
+        folder: the checkpoint.
+        world: all ranks.
+        group: a process group of all ranks; None: the default group.
+    """
+    started = time.monotonic()
+    files, fault = on_main(world, lambda: list_files(folder), group)
+    if fault is not None:
+        return fault
+    own = {name: files[name] for name in own_files(list(files), world.rank, world.size)}
+    fault = next((found for found in all_gather(find_change(folder, own), group) if found), None)
+    fault = fault or on_main(world, lambda: _find_foreign(folder, files), group)
+    if world.is_main:
+        _tell(folder, files, time.monotonic() - started)
+    return fault
+
+
+def first_usable(candidates: Sequence[Path], world: World) -> tuple[Path | None, Mapping[Path, str]]:
+    """Returns the first of some checkpoints that can be used, None where there is none, and why those before it cannot
+    be used. Rank 0 tells which are skipped. Every rank must get here with the same candidates, or the rest hang.
+    """
+    faults: dict[Path, str] = {}
+    for folder in candidates:
+        fault = find_fault_together(folder, world)
+        if fault is None:
+            return folder, faults
+        faults[folder] = fault
+        if world.is_main and len(candidates) > 1:
+            say(f"checkpoint {folder} is skipped: {fault}")
+    return None, faults
+
+
+def _find_foreign(folder: Path, files: Inventory) -> str | None:
+    """Returns what in .metadata is not of this checkpoint: names that torch does not write, files that are not listed.
+    Its hash must have been compared before.
+    """
+    try:
+        others = named_files(read_metadata(folder)) - files.keys()
+    except RunError as failure:
+        return str(failure)
+    return f"{min(others)} is not listed in {MARKER}" if others else None
+
+
+def _tell(folder: Path, files: Inventory, seconds: float) -> None:
+    """Tells how long a check took where that is noticed, and which files could not be compared by their hash."""
+    if seconds > TOLD_SECONDS:
+        size = shown_bytes(sum(size for size, _ in files.values()))
+        say(f"checkpoint {folder}: {size} compared with their hashes in {shown_seconds(seconds)}")
+    unhashed = [name for name, (_, digest) in files.items() if digest is None]
+    if unhashed:
+        what = f"{len(unhashed)} of its {len(files)} files are over 64 MiB and compared by size alone"
+        say(f"checkpoint {folder} was written by an older version: {what}")
