@@ -159,7 +159,12 @@ def test_another_tokenizer_is_the_one_exported(config: Config, tmp_path: Path) -
 def test_no_tokenizer_and_no_generation_config(config: Config, tmp_path: Path) -> None:
     (tmp_path / "model" / "generation_config.json").unlink()
     final = run(config) / "final"
-    assert sorted(path.name for path in final.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    assert sorted(path.name for path in final.iterdir()) == [
+        "README.md",
+        "SHA256SUMS",
+        "config.json",
+        "model.safetensors",
+    ]
 
 
 def test_a_tokenizer_of_no_use_does_not_cost_the_model(
@@ -297,7 +302,10 @@ def test_wrong_command_lines(config: Config, tmp_path: Path, capsys: pytest.Capt
         ),
         "it is not complete: no COMPLETE": (checkpoint_path(tmp_path / "broken", 2), tmp_path / "out"),
         f"{run_dir / 'final'} is an exported model; valid: {checkpoint}": (run_dir / "final", tmp_path / "out"),
-        f"{tmp_path} is no checkpoint and no run with one; valid: RUN/checkpoints": (tmp_path, tmp_path / "out"),
+        f"{tmp_path} is no checkpoint and no run with one; valid: a folder RUN/": (
+            tmp_path,
+            tmp_path / "out",
+        ),
         f"no such folder: {checkpoint_path(run_dir, 9)}": (checkpoint_path(run_dir, 9), tmp_path / "out"),
         f"--out: {tmp_path / 'full'} is not empty": (checkpoint, tmp_path / "full"),
         f"--out: {tmp_path / 'full' / 'file'} is not empty": (checkpoint, tmp_path / "full" / "file"),

@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import SavePlanner
 
 from dpo.base.errors import RunError
-from dpo.checkpoint import store
+from dpo.checkpoint import folders
 from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
 from dpo.checkpoint.plans import forget_plans
 from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
@@ -84,7 +84,7 @@ def test_a_draft_that_cannot_be_removed_hides_no_failure(
         raise OSError(errno.ESTALE, "Stale file handle")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store, "remove_folder", stale)
+        patch.setattr(folders, "remove_folder", stale)
         assert "the disk is full" in save(tmp_path, 1, world)
     assert save(tmp_path, 2, world) == ""
 

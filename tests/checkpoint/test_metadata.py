@@ -1,0 +1,192 @@
+"""The list of a checkpoint's tensors: read as torch reads it, and whatever is planted there, nothing of it is run."""
+
+import io
+import os
+import pickle
+import pickletools
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
+from dpo.base.errors import RunError
+from dpo.checkpoint.metadata import named_files, open_reader, read_metadata
+from dpo.distributed.startup import open_world
+from tests.support.checkpoints import Payload, read_plainly, save_plainly
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkpoint with tensors of every dtype, and with settings, which are no tensors, as older versions wrote it."""
+    folder = tmp_path_factory.mktemp("metadata") / "checkpoint"
+    tensors = {str(dtype): torch.ones(2, 3).to(dtype) for dtype in DTYPES} | {"step": torch.tensor(3.0)}
+    with open_world(60):
+        save_plainly(folder, {"model": tensors, "optimizer": {"param_groups": [{"lr": 0.1, "betas": (0.9, 0.95)}]}})
+        yield folder
+
+
+def plant(folder: Path, into: Path, content: bytes | Any) -> Path:
+    """A checkpoint with another `.metadata`: its bytes, or what is pickled."""
+    into.mkdir(exist_ok=True)
+    (into / ".metadata").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    return into
+
+
+def test_tensors_are_as_torch_reads_them(folder: Path) -> None:
+    """All that torch's planner and reader look at, without the entries that are no tensors."""
+    plain, ours = read_plainly(folder), read_metadata(folder)
+    assert any(isinstance(entry, BytesStorageMetadata) for entry in plain.state_dict_metadata.values())
+    tensors = {
+        name: entry for name, entry in plain.state_dict_metadata.items() if not isinstance(entry, BytesStorageMetadata)
+    }
+    assert len(tensors) == len(DTYPES) + 1
+    assert ours.state_dict_metadata == tensors
+    facts = {
+        index: (info.relative_path, info.offset, info.length)
+        for index, info in plain.storage_data.items()
+        if index.fqn in tensors
+    }
+    assert {index: (info.relative_path, info.offset, info.length) for index, info in ours.storage_data.items()} == facts
+    assert named_files(ours) == {"__0_0.distcp"}
+
+
+def test_what_is_loaded_is_what_was_saved(folder: Path) -> None:
+    state = {"model": {str(dtype): torch.zeros(2, 3, dtype=dtype) for dtype in DTYPES} | {"step": torch.tensor(0.0)}}
+    dcp.load(state, storage_reader=open_reader(folder))
+    for dtype in DTYPES:
+        assert torch.equal(state["model"][str(dtype)], torch.ones(2, 3).to(dtype))
+    assert state["model"]["step"] == 3
+
+
+def test_an_entry_that_is_no_tensor_is_never_read(folder: Path, tmp_path: Path) -> None:
+    """Asked for by its name it is missing; torch would unpickle it."""
+    save_plainly(tmp_path / "planted", {"weight": Payload(tmp_path / "witness")})
+    with pytest.raises(BaseException, match="Missing key in checkpoint state_dict: weight"):
+        dcp.load({"weight": torch.zeros(2)}, storage_reader=open_reader(tmp_path / "planted"))
+    assert not (tmp_path / "witness").exists()
+    dcp.load({"weight": torch.zeros(2)}, checkpoint_id=str(tmp_path / "planted"))  # the oracle: torch runs it
+    assert (tmp_path / "witness").is_dir()
+
+
+@pytest.mark.parametrize("field", ["planner_data", "storage_data", "state_dict_metadata", "storage_meta", "version"])
+def test_a_payload_in_any_field_is_named_and_not_run(folder: Path, tmp_path: Path, field: str) -> None:
+    metadata = replace(read_plainly(folder), **{field: Payload(tmp_path / "witness")})
+    planted = plant(folder, tmp_path / "planted", metadata)
+    with pytest.raises(RunError, match=rf"planted/\.metadata: it asks for {os.name}\.mkdir, which no checkpoint needs"):
+        read_metadata(planted)
+    assert not (tmp_path / "witness").exists()
+
+
+def global_(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+META = "torch.distributed.checkpoint.metadata"
+
+FOREIGN = {
+    "a global of protocol 0": global_("os", "system") + b"(S'true'\ntR.",
+    "an instance of protocol 0": b"(S'true'\nios\nsystem\n.",
+    "a name with dots": b"\x80\x04\x8c\x05torch\x8c\x0aSize.count\x93.",
+    "a module of torch": global_("torch", "os") + b".",
+    "a function of torch": global_("torch", "load") + b".",
+    "a private function of torch": global_("torch.serialization", "_load") + b".",
+    "a builtin": global_("builtins", "eval") + b".",
+    "a number of copyreg": b"\x80\x02\x82\x01.",
+    "a persistent name": b"Pname\n.",
+    "nothing": b"",
+    "no pickle": b"{}",
+    "half": b"\x80\x04\x95\xff\xff",
+    "a number": pickle.dumps(3),
+    "a list": pickle.dumps([]),
+    "its own list": b"\x80\x02]q\x00h\x00a.",
+}
+
+
+@pytest.mark.parametrize("content", FOREIGN.values(), ids=FOREIGN.keys())
+def test_what_is_not_metadata_is_refused_in_one_line(folder: Path, tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(RunError, match=r"^[^\n]*planted/\.metadata[^\n]*$"):
+        read_metadata(plant(folder, tmp_path / "planted", content))
+
+
+def test_no_class_of_this_process_is_changed(folder: Path, tmp_path: Path) -> None:
+    """BUILD with a second part of its state sets attributes of anything, classes too: here of what stands for them."""
+    before = {name: dict(vars(getattr(dcp.metadata, name))) for name in ("Metadata", "MetadataIndex")}
+    build = b"\x80\x02" + b"".join(
+        global_(META, name) + b"N}X\x08\x00\x00\x00__init__" + global_("torch", "Size") + b"s\x86b0" for name in before
+    )
+    planted = plant(folder, tmp_path / "planted", build + b"N.")
+    with pytest.raises(RunError, match=r"not Metadata with state_dict_metadata"):
+        read_metadata(planted)
+    assert {name: dict(vars(getattr(dcp.metadata, name))) for name in before} == before
+    assert read_metadata(folder).state_dict_metadata  # the next file is read by stand-ins of its own
+    pickle.loads(build + b"N.")  # the oracle: a plain reader lets it through
+    assert Metadata.__init__ is torch.Size
+    for name, members in before.items():
+        getattr(dcp.metadata, name).__init__ = members["__init__"]
+
+
+OUTSIDE = ["../outside", "/etc/passwd", "a/b", "..", "", ".", "a\\b", "a\0b"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_place_outside_of_the_folder_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    metadata = read_plainly(folder)
+    for info in metadata.storage_data.values():
+        info.relative_path = name
+    with pytest.raises(RunError, match=r"\.metadata: .*is not the name of a file of a checkpoint"):
+        read_metadata(plant(folder, tmp_path / "planted", metadata))
+
+
+WRONG: dict[str, Any] = {
+    "a negative offset": ("place", "offset", -1),
+    "a length of words": ("place", "length", "long"),
+    "a transform": ("place", "transform_descriptors", ["zstd"]),
+    "a size of floats": ("tensor", "size", (1.5,)),
+    "a size below 0": ("tensor", "size", torch.Size([2]) and (-1,)),
+    "chunks that are none": ("tensor", "chunks", [3]),
+    "no chunks": ("tensor", "chunks", None),
+    "no dtype": ("properties", "dtype", "float32"),
+}
+
+
+@pytest.mark.parametrize("which, field, value", WRONG.values(), ids=WRONG.keys())
+def test_a_wrong_field_is_refused(folder: Path, tmp_path: Path, which: str, field: str, value: Any) -> None:
+    metadata = read_plainly(folder)
+    index = next(index for index in metadata.storage_data if index.fqn == "model.torch.float32")
+    tensor = metadata.state_dict_metadata[index.fqn]
+    owner = {"place": metadata.storage_data[index], "tensor": tensor, "properties": tensor.properties}[which]
+    setattr(owner, field, value)
+    with pytest.raises(RunError, match=r"planted/\.metadata: "):
+        read_metadata(plant(folder, tmp_path / "planted", metadata))
+
+
+def test_the_names_of_other_pythons_are_known(folder: Path, tmp_path: Path) -> None:
+    """Python 3.13 pickles paths as those of pathlib._local; the path that torch notes is not looked at."""
+    content = (folder / ".metadata").read_bytes()
+    assert b"pathlib" in content
+    (position,) = [at for op, value, at in pickletools.genops(content) if value == "pathlib"]
+    assert content[position : position + 2] == b"\x8c\x07"
+    local = content[:position] + b"\x8c\x0epathlib._local" + content[position + 9 :]
+    start = local.index(b"\x95") + 1  # the first frame grew by seven bytes, if it has the name
+    length = struct.unpack("<Q", local[start : start + 8])[0]
+    if position < start + 8 + length:
+        local = local[:start] + struct.pack("<Q", length + 7) + local[start + 8 :]
+    assert read_metadata(plant(folder, tmp_path / "local", local)).state_dict_metadata
+    names = {value for _, value, _ in pickletools.genops(io.BytesIO(local)) if isinstance(value, str)}
+    assert "pathlib._local" in names
+
+
+def test_the_index_of_a_part_is_a_number(folder: Path, tmp_path: Path) -> None:
+    metadata = read_plainly(folder)
+    index = next(index for index in metadata.storage_data if index.fqn == "model.torch.float32")
+    metadata.storage_data[MetadataIndex(index.fqn, index.offset, "first")] = metadata.storage_data.pop(index)  # type: ignore[arg-type]
+    with pytest.raises(RunError, match="'first' is not the number of a part"):
+        read_metadata(plant(folder, tmp_path / "planted", metadata))
