@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo.base.files import naming, nearest_existing, remove_folder, write_atomically
+from dpo.base.files import naming, nearest_existing, remove_folder, replace_folder, sync, write_atomically
 
 
 def hold_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,6 +46,50 @@ def test_a_folder_is_gone_though_a_file_of_it_is_open(tmp_path: Path, monkeypatc
 def test_a_folder_that_does_not_exist_is_removed_already(tmp_path: Path) -> None:
     remove_folder(tmp_path / "none", "other")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_link_the_link_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "a").write_text("a")
+    for name in ("link", "broken"):
+        (tmp_path / name).symlink_to(tmp_path / ("files" if name == "link" else "none"))
+        remove_folder(tmp_path / name, "left")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "files"]
+
+
+@pytest.mark.parametrize("before", [None, "folder", "file", "link", "broken link"])
+def test_a_folder_takes_the_place_of_another(tmp_path: Path, before: str | None) -> None:
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "new").write_text("new")
+    (tmp_path / "elsewhere").mkdir()
+    target = tmp_path / "target"
+    if before == "folder":
+        target.mkdir()
+        (target / "old").write_text("old")
+    elif before == "file":
+        target.write_text("old")
+    elif before:
+        target.symlink_to(tmp_path / ("elsewhere" if before == "link" else "none"))
+    replace_folder(tmp_path / "draft", target, "left")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "new", "target"]
+    assert not target.is_symlink()
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems have no such thing, and say EINVAL. Of a file, and for another reason, it is one."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    (tmp_path / "file").write_text("")
+    number = errno.EINVAL
+    sync(tmp_path)
+    with pytest.raises(OSError, match="Invalid argument"):
+        sync(tmp_path / "file")
+    number = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        sync(tmp_path)
 
 
 def test_the_nearest_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

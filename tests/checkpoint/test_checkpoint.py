@@ -1,5 +1,6 @@
 """Checkpoints: an interrupted run goes on as if nothing had happened, from files that are whole, on any ranks."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -304,6 +305,17 @@ def test_metrics_are_on_the_disk_before_a_checkpoint_is(
     assert [what for what, _ in events] == ["synced", "renamed"] * 3
     assert [step for what, step in events if what == "renamed"] == [2, 4, 6]
     assert all(lines >= step for (_, lines), (_, step) in zip(events[::2], events[1::2], strict=True))
+
+
+def test_metrics_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an fsync of metrics.jsonl itself, after all of its lines were handed to the system."""
+    synced: list[tuple[int, str]] = []
+    path = tmp_path / "metrics.jsonl"
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append((os.fstat(number).st_ino, path.read_text())))
+    with MetricsWriter(tmp_path, []) as writer:
+        writer.write(1, {"train/loss": 0.5})
+        writer.sync()
+        assert synced == [(path.stat().st_ino, '{"step": 1, "train/loss": 0.5}\n')]
 
 
 class Groups(TorchDispatchMode):

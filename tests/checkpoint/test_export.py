@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -16,6 +17,7 @@ from dpo.config import Config, SourceConfig
 from dpo.distributed.program import run_program
 from dpo.export import program as export
 from dpo.run_folder.files import read_metrics
+from tests.checkpoint.test_kept import Events
 from tests.support.data_fixtures import CHAT_TEMPLATE, make_tokenizer
 from tests.support.models import FAMILIES, plain_logp, plain_model, save_model, save_pairs
 from tests.support.ranks import Ranks
@@ -50,6 +52,32 @@ def make(data: Path, model: Path, run_dir: Path, **changes: object) -> Config:
 @pytest.fixture
 def config(data: Path, tmp_path: Path) -> Config:
     return make(data, save_model(tmp_path / "model", "llama-tied"), tmp_path / "run")
+
+
+def test_the_sums_are_those_of_sha256sum(config: Config, tmp_path: Path) -> None:
+    """Of every file but the card, which people edit: coreutils finds all of them as they are."""
+    final = run(config) / "final"
+    listed = [line[66:] for line in (final / "SHA256SUMS").read_text().splitlines()]
+    names = {path.relative_to(final).as_posix() for path in final.rglob("*") if path.is_file()}
+    assert listed == sorted(names - {"README.md", "SHA256SUMS"})
+    done = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=final, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_model_is_on_the_disk_before_the_one_before_it_goes(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All files and the folder, then its name and the folder above; an empty folder that was there is removed last."""
+    run_dir = run(config)
+    (tmp_path / "out").mkdir()
+    events = Events(tmp_path, monkeypatch)
+    assert run_export(run_dir, tmp_path / "out") == 0
+    renamed = events.done.index(("renamed", "out"))
+    synced = {name for what, name in events.done[:renamed] if what == "synced"}
+    files = {f".out.draft/{path.name}" for path in (tmp_path / "out").iterdir()}
+    assert files | {".out.draft"} <= synced and ".out.draft/model.safetensors" in files
+    removed = max(number for number, (what, _) in enumerate(events.done) if what == "removed")
+    assert events.done.index(("synced", "."), renamed) < removed
 
 
 def run_export(checkpoint: Path, out: Path, *more: str) -> int:

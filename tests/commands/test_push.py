@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from dpo.base.sums import write_sums
 from dpo.command.exits import run_program
 from dpo.push import program as push
 
@@ -148,3 +149,19 @@ def test_failures_of_the_hub_are_one_line(
     assert pushed(run_dir, "me/x", failure=failure) == (code, [])
     _, error = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ") and f"me/x: {words}" in error and "paragraph" not in error
+
+
+def test_a_damaged_model_is_not_uploaded(
+    run_dir: Path, pushed: Callable[..., tuple[int, Calls]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the hashes of its export. A folder without any is uploaded as it is, as the other tests do."""
+    write_sums(run_dir / "final")
+    assert pushed(str(run_dir), "me/x")[0] == 0
+    (run_dir / "final" / "model.safetensors").write_bytes(bytes(999) + b"1")
+    capsys.readouterr()
+    code, calls = pushed(str(run_dir), "me/x")
+    assert (code, calls) == (2, [])
+    assert (
+        f"{run_dir / 'final'} is not as it was exported: model.safetensors has changed; valid: "
+        in capsys.readouterr().err
+    )

@@ -2,14 +2,34 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+import torch.distributed as dist
 
 from dpo.base.errors import UserError
+from dpo.checkpoint import marker, verify
 from dpo.checkpoint.folders import checkpoint_path, newer_checkpoints, newest_checkpoint
+from dpo.checkpoint.plans import forget_plans
 from dpo.checkpoint.store import read_state
+from dpo.checkpoint.verify import find_fault, find_fault_together
+from dpo.config import Config
+from dpo.distributed.startup import open_world
+from tests.support.checkpoints import flip, save, shelf_of
+from tests.support.ranks import Ranks
+from tests.support.runs import (
+    changed,
+    error_lines,
+    exit_code,
+    find_start,
+    run,
+    same_weights,
+    six_steps,
+    snapshot,
+)
 
 
 @pytest.fixture
@@ -37,6 +57,15 @@ def damage(folder: Path, how: str) -> None:
             flip(shard)
         case "a flipped bit in .metadata":
             flip(folder / ".metadata")
+        case "an empty marker":
+            (folder / "COMPLETE").write_text("{}")
+        case "a marker of a part":
+            entries = json.loads((folder / "COMPLETE").read_text())
+            del entries[shard.name]
+            (folder / "COMPLETE").write_text(json.dumps(entries))
+        case "a link that leads nowhere":
+            shutil.rmtree(folder)
+            folder.symlink_to(folder.parent / "of a disk that is not mounted")
         case "a lost .metadata":
             (folder / ".metadata").unlink()
         case "another step in state.json":
@@ -44,16 +73,13 @@ def damage(folder: Path, how: str) -> None:
             (folder / "state.json").write_text(json.dumps(state | {"step": 5}))
 
 
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 DAMAGES = [
     "no marker",
     "half a marker",
     "a marker of nonsense",
+    "an empty marker",
+    "a marker of a part",
+    "a link that leads nowhere",
     "a truncated shard",
     "a lost shard",
     "a flipped bit in a shard",
@@ -105,3 +131,141 @@ def test_a_state_file_holds_step_and_identity(dead_run: Path) -> None:
     assert state.step == 4
     assert dataclasses.asdict(state).keys() == {"step", "identity"}
     assert state.identity["loss.beta"] == 0.1
+
+
+# --- a run whose checkpoints are damaged -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dead(dead_root: Path, tmp_path: Path) -> Config:
+    """The dead run, copied: metrics up to step 5, checkpoints of 2 and 4."""
+    shutil.copytree(dead_root / "dead", tmp_path / "run")
+    return six_steps(dead_root, tmp_path / "run")
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
+    dead: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error that names each and the ways on; nothing is moved or written. Each of the ways works."""
+    two, four = (checkpoint_path(tmp_path / "run", step) for step in (2, 4))
+    before = Path(shutil.copytree(two, tmp_path / "two"))
+    damage(two, "a flipped bit in a shard")
+    damage(four, "no marker")
+    files = snapshot(tmp_path / "run")
+    named = changed(dead, train__run_dir=str(tmp_path / "new"), checkpoint__resume=str(tmp_path / "run"))
+    for config in (dead, named):
+        capsys.readouterr()
+        assert exit_code(config) == 2
+        (error,) = error_lines(capsys.readouterr().err)
+        assert error == (
+            f"error: CONFIG: checkpoint.resume: none of the 2 checkpoints in {four.parent} can be used: "
+            "step-000004: it is not complete: no COMPLETE; step-000002: __0_0.distcp has changed; valid: one that is "
+            f"restored; or, to begin anew, move {four.parent} away, or set another train.run_dir"
+        )
+    assert snapshot(tmp_path / "run") == files
+    shutil.rmtree(two)
+    before.rename(two)
+    assert find_start(dead).checkpoint == two
+    two.parent.rename(tmp_path / "away")
+    assert find_start(dead).checkpoint is None
+
+
+def test_the_only_checkpoint_is_damaged(dead: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(checkpoint_path(tmp_path / "run", 2))
+    damage(checkpoint_path(tmp_path / "run", 4), "a truncated shard")
+    assert exit_code(dead) == 2
+    (error,) = error_lines(capsys.readouterr().err)
+    assert f"{checkpoint_path(tmp_path / 'run', 4)}: __0_0.distcp has changed: " in error
+    assert error.endswith("or set another train.run_dir")
+
+
+def test_drafts_are_no_checkpoints(dead: Config, tmp_path: Path) -> None:
+    """A run that was killed before its first checkpoint was complete begins anew, as before."""
+    for step in (2, 4):
+        folder = checkpoint_path(tmp_path / "run", step)
+        folder.rename(folder.with_suffix(".tmp"))
+    assert find_start(dead).checkpoint is None
+
+
+def test_a_damaged_newer_one_is_put_aside_and_not_overwritten(
+    dead: Config, dead_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may be mended yet. The run goes on from the older one, and is the run that nobody disturbed."""
+    four = checkpoint_path(tmp_path / "run", 4)
+    damage(four, "a flipped bit in a shard")
+    shard = (four / "__0_0.distcp").read_bytes()
+    run(dead)
+    told = capsys.readouterr().err
+    assert f"checkpoint {four} is skipped: __0_0.distcp has changed" in told
+    assert f"resumes from {checkpoint_path(tmp_path / 'run', 2)}" in told
+    assert (four.with_name("step-000004.old") / "__0_0.distcp").read_bytes() == shard
+    assert newest_checkpoint(tmp_path / "run") == checkpoint_path(tmp_path / "run", 6)
+    assert same_weights(tmp_path / "run" / "final", run(six_steps(dead_root, tmp_path / "whole")) / "final")
+
+
+# --- checked by all ranks --------------------------------------------------------------------------------------------
+
+
+def check_together(run_dir: Path) -> tuple[list[str], list[tuple[str | None, bool]]]:
+    """On each rank: the files that it read of a checkpoint that all ranks wrote; what is found, and whether that is
+    what one process finds alone: whole, then after one damage more in each round.
+    """
+    read: list[str] = []
+    digest = marker.sha256_of
+
+    def noted(path: Path) -> str:
+        read.append(path.name)
+        return digest(path)
+
+    with open_world(60) as world:
+        shelf = shelf_of(run_dir, None, world)
+        folder = save(shelf, 1)
+        with patch.object(marker, "sha256_of", noted):
+            found = [find_fault_together(folder, world)]
+        same = [found[0] == find_fault(folder)]
+        for name in ("__1_0.distcp", "__0_0.distcp", ".metadata"):
+            dist.barrier()
+            if world.is_main:
+                flip(folder / name)
+            found.append(find_fault_together(folder, world))
+            same.append(find_fault(folder) is not None)
+        forget_plans(shelf.plans)
+    return read, list(zip(found, same, strict=True))
+
+
+@pytest.mark.xdist_group("ranks")
+def test_each_rank_reads_a_part_and_all_agree(ranks: Ranks, tmp_path: Path) -> None:
+    (read0, found0), (read1, found1) = ranks(2, check_together, tmp_path)
+    assert sorted(read0) == [".metadata", "__0_0.distcp", "state.json"] and read1 == ["__1_0.distcp"]
+    assert found0 == found1
+    faults = [fault for fault, _ in found0]
+    assert faults[:2] == [None, "__1_0.distcp has changed"]
+    assert faults[2:] == ["__0_0.distcp has changed", ".metadata has changed"]
+    assert all(is_same for _, is_same in found0)
+
+
+def test_a_check_that_takes_long_is_told(
+    dead: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify, "TOLD_SECONDS", -1.0)
+    find_start(dead)
+    four = checkpoint_path(tmp_path / "run", 4)
+    assert re.search(
+        rf"checkpoint {four}: \d+\.\d KiB compared with their hashes in [\d.]+ m?s", capsys.readouterr().err
+    )
+
+
+def test_a_start_reads_each_file_once(dead: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashed once, and only of the checkpoint that is used; the resumed run does not hash it again for `keep`."""
+    read: list[Path] = []
+    digest = marker.sha256_of
+
+    def noted(path: Path) -> str:
+        read.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(marker, "sha256_of", noted)
+    run(changed(dead, checkpoint__keep=2))
+    four = checkpoint_path(tmp_path / "run", 4)
+    assert sorted(path.name for path in read if path.parent == four) == [".metadata", "__0_0.distcp", "state.json"]
+    assert not [path for path in read if path.parent == checkpoint_path(tmp_path / "run", 2)]

@@ -13,6 +13,7 @@ from dpo.config import Config, load_config
 from dpo.run.folder import _put_aside
 from dpo.run_folder.evaluations import evaluation_steps
 from dpo.run_folder.files import read_metrics
+from tests.support.checkpoints import flip
 from tests.support.runs import (
     changed,
     error_lines,
@@ -247,6 +248,98 @@ def test_fewer_steps_than_are_done_export_what_there_is(
     assert same_weights(run_dir / "final", four / "final")
     assert exit_code(changed(dead, train__steps=3)) == 0
     assert f"{run_dir} is finished: its 4 steps are done" in capsys.readouterr().err
+
+
+DAMAGES = {
+    "a flipped bit": lambda final: flip(final / "model.safetensors"),
+    "cut": lambda final: os.truncate(final / "model.safetensors", 1000),
+    "a lost file": lambda final: (final / "generation_config.json").unlink(),
+    "sums of nothing": lambda final: (final / "SHA256SUMS").write_text(""),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_model_is_not_finished(
+    done: Config, folders: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told, put aside and exported again; then the run is finished."""
+    final = Path(str(done.train.run_dir)) / "final"
+    DAMAGES[how](final)
+    assert exit_code(done) == 0
+    said = capsys.readouterr().err
+    assert f"WARNING: {final} is damaged, and is exported again: " in said
+    assert "is finished: its 6 steps are done" not in said
+    assert same_weights(final, folders / "done" / "final")
+    assert final.with_name("final.old").is_dir()
+    assert exit_code(done) == 0
+    assert "is finished: its 6 steps are done" in capsys.readouterr().err
+
+
+def test_a_card_that_was_edited_is_no_damage(done: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """People write their own words there. A file that they add is theirs, too."""
+    final = Path(str(done.train.run_dir)) / "final"
+    (final / "README.md").write_text("my model")
+    (final / "notes.txt").write_text("mine")
+    assert exit_code(done) == 0
+    assert "is finished: its 6 steps are done" in capsys.readouterr().err
+    assert (final / "README.md").read_text() == "my model"
+
+
+def test_a_model_of_an_older_version_is_believed(done: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no hashes, which is told."""
+    final = Path(str(done.train.run_dir)) / "final"
+    (final / "SHA256SUMS").unlink()
+    assert exit_code(done) == 0
+    said = capsys.readouterr().err
+    assert f"{final} has no SHA256SUMS: an older version wrote it, and its files are not compared" in said
+    assert "is finished: its 6 steps are done" in said
+
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_on_another_disk(dead: Config, folders: Path, tmp_path: Path) -> None:
+    """The folder of all checkpoints is a link: the run goes on as if it were none."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.rename(tmp_path / "elsewhere")
+    checkpoints.symlink_to(tmp_path / "elsewhere")
+    run(dead)
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "run" / "metrics.jsonl.old").exists()
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == [f"step-00000{i}" for i in (2, 4, 6)]
+    assert checkpoints.is_symlink()
+    assert same_weights(tmp_path / "run" / "final", folders / "done" / "final")
+
+
+def test_one_checkpoint_on_another_disk(
+    dead: Config, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run resumes from it. Where it is not kept, its link is removed, and its files stay, which is told."""
+    four = checkpoint_path(tmp_path / "run", 4)
+    four.rename(tmp_path / "elsewhere")
+    four.symlink_to(tmp_path / "elsewhere")
+    run(changed(dead, checkpoint__keep=1))
+    assert [path.name for path in four.parent.iterdir()] == ["step-000006"]
+    assert (tmp_path / "elsewhere" / "COMPLETE").is_file()
+    told = f"{four} is a link: the link is removed, its files stay in {tmp_path / 'elsewhere'}"
+    assert told in capsys.readouterr().err
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    assert not (tmp_path / "run" / "metrics.jsonl.old").exists()
+    assert same_weights(tmp_path / "run" / "final", folders / "done" / "final")
+
+
+def test_a_disk_that_is_not_mounted_is_found_before_any_work(
+    dead: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if there were no checkpoints the run would begin anew, and fail at the first."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints)
+    checkpoints.symlink_to(tmp_path / "elsewhere")
+    before = snapshot(tmp_path / "run")
+    assert exit_code(dead) == 2
+    (error,) = error_lines(capsys.readouterr().err)
+    assert f"train.run_dir: {checkpoints} is a link to {tmp_path / 'elsewhere'}, which is no folder; valid: " in error
+    assert snapshot(tmp_path / "run") == before
 
 
 # --- metrics ---------------------------------------------------------------------------------------------------------

@@ -225,7 +225,8 @@ def same_weights(folder: Path | str, other: Path | str) -> bool:
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     """Size and time of the last change of everything in a folder."""
-    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+    facts = {path: path.lstat() for path in folder.rglob("*")}
+    return {str(path): (fact.st_size, fact.st_mtime_ns) for path, fact in facts.items()}
 
 
 def error_lines(stderr: str) -> list[str]:
