@@ -53,7 +53,8 @@ def own_checkpoint(run_dir: Path, path: Path) -> Path | None:
     """Returns the checkpoint of a run that lies at `path`, however that is spelt and whichever is a link; None: it is
     none of this run.
     """
-    return next((own for own in checkpoints_of(run_dir) if own.exists() and own.samefile(path)), None)
+    present = [own for own in checkpoints_of(run_dir) if own.exists() and path.exists()]
+    return next((own for own in present if own.samefile(path)), None)
 
 
 def checkpoints_until(run_dir: Path, step: int) -> list[Path]:

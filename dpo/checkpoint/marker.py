@@ -25,9 +25,8 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def write_marker(folder: Path, files: Inventory) -> None:
-    """Writes the marker of a checkpoint, given all other files, and waits until it is on the disk."""
+    """Writes the marker of a checkpoint, given all other files."""
     (folder / MARKER).write_text(json.dumps(dict(sorted(files.items())), indent=1), encoding="utf-8")
-    sync(folder / MARKER)
 
 
 def own_files(names: list[str], rank: int, size: int) -> list[str]:
@@ -95,7 +94,7 @@ def _find_difference(folder: Path, files: Inventory) -> str | None:
 
 
 def find_change(folder: Path, files: Inventory) -> str | None:
-    """Returns which of some files does not have its hash, or cannot be read; None where all are as they were written."""
+    """Returns the fault of the first of some files that has changed or cannot be read; None: all are as written."""
     for name, (_, digest) in files.items():
         try:
             if digest is not None and sha256_of(folder / name) != digest:

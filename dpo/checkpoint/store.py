@@ -127,9 +127,9 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
         try:
             before_commit()
             _commit(draft, target, state, files)
+            shelf.known[target.name] = marker_of(target)
         except OSError as failure:  # names the path: this is reported many steps later
             raise RunError(describe_full(failure, target) or f"{target}: {line_of(failure)}") from failure
-        shelf.known[target.name] = marker_of(target)
 
     on_main(world, commit, group)
     remove_older(target.parent, shelf.keep, shelf.known, world, group)

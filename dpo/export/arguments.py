@@ -20,6 +20,8 @@ def make_parser(prog: str = "python -m dpo.export") -> Parser:
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="a new or an empty folder; required")
     about = "data type of the parameters (default: the run's checkpoint.export_dtype)"
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], help=about)
+    about = "run the code of the model's own repository, where the run's config does so too"
+    parser.add_argument("--trust-remote-code", action="store_true", help=about)
     return with_quiet(parser)
 
 

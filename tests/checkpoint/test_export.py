@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from dpo.checkpoint.folders import checkpoint_path
-from dpo.config import Config, SourceConfig
+from dpo.config import Config, SourceConfig, to_yaml
 from dpo.distributed.program import run_program
 from dpo.export import program as export
 from dpo.run_folder.files import read_metrics
@@ -345,6 +345,20 @@ def test_wrong_command_lines(config: Config, tmp_path: Path, capsys: pytest.Capt
         assert what in error
     assert not (tmp_path / "out").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["file"]
+
+
+def test_a_checkpoint_asks_for_no_code_by_itself(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The config beside it, which may be anybody's, says that a repository's code is to be run: that is a word of the
+    command line, too.
+    """
+    path = run(config) / "config.yaml"
+    path.write_text(to_yaml(changed(config, model__trust_remote_code=True)))
+    assert run_export(tmp_path / "run", tmp_path / "out") == 2
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert f"runs the code of the repository {config.model.path}; valid: with --trust-remote-code" in error
+    assert run_export(tmp_path / "run", tmp_path / "out", "--trust-remote-code") == 0
 
 
 def test_an_empty_folder_and_a_relative_checkpoint_will_do(

@@ -104,14 +104,11 @@ def test_a_private_repository_and_a_branch(run_dir: Path, pushed: Any) -> None:
     assert calls[2][2]["revision"] == "beta-0.1" and calls[2][2]["repo_id"] == "me/x"
 
 
-def test_a_run_that_is_not_finished(
-    run_dir: Path, pushed: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_that_is_not_finished(run_dir: Path, pushed: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """By its folder or by its checkpoint; the line has the command that exports the newest checkpoint."""
     (run_dir / "final").rename(run_dir / "final.old")
     checkpoint = run_dir / "checkpoints" / "step-000100"
     checkpoint.mkdir(parents=True)
-    monkeypatch.setattr(push, "newest_checkpoint", {run_dir: checkpoint}.get)
     for path in (run_dir, checkpoint):
         assert pushed(path, "me/x") == (2, [])
         assert capsys.readouterr().err == (
