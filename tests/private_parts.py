@@ -28,6 +28,7 @@ DASHBOARD = "dpo/board/dashboard.py"
 EVENT_FILES = "dpo/board/event_files.py"
 HPARAMS = "dpo/board/hparams.py"
 KERNELS = "dpo/model/kernels.py"
+METADATA = "dpo/checkpoint/metadata.py"
 REHEARSAL = "dpo/estimate/rehearsal.py"
 STORE = "dpo/checkpoint/plans.py"
 TIMELINE = "dpo/estimate/timeline.py"
@@ -46,6 +47,19 @@ ON_DISK = "board/test_dashboard.py::test_a_point_is_on_the_disk_at_once"
 
 PRIVATE_PARTS = (
     # Python
+    PrivatePart(
+        "pickle._Unpickler",
+        (METADATA,),
+        "its opcodes can be chosen, those of the reader in C cannot; one of them takes memory without a limit",
+        "checkpoint/test_metadata.py::test_an_opcode_that_takes_memory_is_refused",
+    ),
+    PrivatePart(
+        "pathlib._local",
+        (METADATA,),
+        "Python 3.13 pickles the paths in a checkpoint's metadata under this name",
+        "checkpoint/test_metadata.py::test_the_names_of_other_pythons_are_known",
+        instead="pathlib.PosixPath",
+    ),
     PrivatePart(
         "atexit._run_exitfuncs",
         ("dpo/distributed/program.py",),
@@ -138,6 +152,24 @@ PRIVATE_PARTS = (
         "test_private_parts.py::test_it_is_there",
     ),
     # torch: checkpoints and profiles
+    PrivatePart(
+        "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+        (METADATA,),
+        "a name in the pickle of a checkpoint's metadata",
+        "checkpoint/test_metadata.py::test_tensors_are_as_torch_reads_them",
+    ),
+    PrivatePart(
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+        (METADATA,),
+        "a name in the pickle of a checkpoint's metadata",
+        "checkpoint/test_metadata.py::test_tensors_are_as_torch_reads_them",
+    ),
+    PrivatePart(
+        "torch.serialization._get_layout",
+        (METADATA,),
+        "a name in the pickle of a checkpoint's metadata",
+        "checkpoint/test_metadata.py::test_tensors_are_as_torch_reads_them",
+    ),
     *(
         PrivatePart(f"{PLANNER}.{name}", (STORE,), why, test)
         for name, why, test in (

@@ -67,10 +67,10 @@ def find_candidates(path: Path) -> list[Path]:
 
 
 def _first_usable(candidates: list[Path], world: World) -> tuple[Path, RunState]:
-    """Returns the first checkpoint whose files are as they were written, and its state. Every rank must get here with
-    the same candidates, or the rest hang. Raises UserError, on every rank, where there is none.
+    """Returns the first of rank 0's candidates whose files are as they were written, and its state. Every rank must get
+    here, or the rest hang. Raises UserError, on every rank, where there is none.
     """
-    found, faults = first_usable(candidates, world)
+    found, faults = first_usable(on_main(world, lambda: candidates), world)
     if found is None:
         each = "; ".join(f"{path}: {fault}" for path, fault in faults.items())
         raise UserError(CHECKPOINT, each, VALID)

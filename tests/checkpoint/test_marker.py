@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -168,3 +169,41 @@ def test_each_file_is_one_ranks(whole: Path) -> None:
         parts = [own_files(names, rank, size) for rank in range(size)]
         assert sorted(name for part in parts for name in part) == sorted(names)
         assert max(map(len, parts)) <= 2 * -(-12 // size) + 2
+
+
+def damage(folder: Path, rng: random.Random) -> None:
+    """Cuts, flips, removes, swaps, empties or extends files."""
+    first, second = rng.sample(sorted(folder.iterdir()), 2)
+    content = bytearray(first.read_bytes())
+    match rng.choice(["cut", "flip", "remove", "swap", "empty", "extend", "zero"]):
+        case "cut":
+            first.write_bytes(content[: rng.randrange(len(content))])
+        case "flip":
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            first.write_bytes(content)
+        case "remove":
+            first.unlink()
+        case "swap":
+            first.write_bytes(second.read_bytes())
+            second.write_bytes(content)
+        case "empty":
+            first.write_bytes(b"")
+        case "extend":
+            first.write_bytes(content + b"\0")
+        case "zero":
+            begin = rng.randrange(len(content))
+            first.write_bytes(content[:begin] + bytes(len(content[begin : begin + 100])) + content[begin + 100 :])
+
+
+def test_of_200_damages_none_is_silent(whole: Path, tmp_path: Path) -> None:
+    """Each is one line. A marker may be written otherwise and say the same: it is compared by what it says."""
+    contents = {path.name: path.read_bytes() for path in whole.iterdir() if path.name != MARKER}
+    marker = read_marker(whole)
+    for seed in range(200):
+        folder = Path(shutil.copytree(whole, tmp_path / str(seed)))
+        damage(folder, random.Random(seed))
+        fault = find_fault(folder)
+        others = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MARKER}
+        is_same = others == contents and (folder / MARKER).exists() and read_marker(folder) == marker
+        assert (fault is None) == is_same and "\n" not in (fault or ""), seed
+        shutil.rmtree(folder)

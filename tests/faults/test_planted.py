@@ -3,6 +3,7 @@
 Trusted, and not tried here: the code, messages between ranks, RUN/jobs, compiled kernels, `trust_remote_code`.
 """
 
+import io
 import pickle
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
@@ -71,6 +73,20 @@ def in_a_shard(folder: Path, witness: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
+def in_a_tensor(folder: Path, witness: Path) -> None:
+    """The bytes of a weight, which torch reads as tensors alone."""
+    metadata = read_plainly(folder)
+    index = next(index for index in metadata.storage_data if index.fqn == "model.lm_head.weight")
+    place = metadata.storage_data[index]
+    content = io.BytesIO()
+    torch.save(Payload(witness), content)
+    with (folder / place.relative_path).open("r+b") as shard:
+        shard.seek(place.offset)
+        shard.write(content.getvalue())
+    metadata.storage_data[index] = replace(place, length=len(content.getvalue()))
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 def in_the_state(folder: Path, witness: Path) -> None:
     (folder / "state.json").write_bytes(pickle.dumps(Payload(witness)))
 
@@ -79,6 +95,7 @@ PLANTED = {
     "whole .metadata": (in_metadata, ".metadata: it asks for posix.mkdir, which no checkpoint needs", 2),
     "part of .metadata": (beside_tensors, ".metadata: it asks for posix.mkdir, which no checkpoint needs", 2),
     "state.json": (in_the_state, "state.json: not the state of a run", 2),
+    "tensor of a shard": (in_a_tensor, "Weights only load failed", 1),
     "entry of a shard": (in_a_shard, "Missing key in checkpoint state_dict: model.lm_head.weight", 1),
 }
 
