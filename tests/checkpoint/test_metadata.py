@@ -213,10 +213,10 @@ def test_the_index_of_a_part_is_a_number(folder: Path, tmp_path: Path) -> None:
         read_metadata(plant(folder, tmp_path / "planted", metadata))
 
 
-def test_of_500_flips_none_is_more_than_a_line(folder: Path, tmp_path: Path) -> None:
+def test_of_250_flips_none_is_more_than_a_line(folder: Path, tmp_path: Path) -> None:
     """Their hash is not compared here: a reader that gets this far reads what is left, or says in one line why not."""
     content, lines = (folder / ".metadata").read_bytes(), []
-    for seed in range(500):
+    for seed in range(250):
         rng = random.Random(seed)
         changed = bytearray(content[: rng.randrange(1, len(content))] if seed % 5 == 0 else content)
         changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
@@ -224,5 +224,5 @@ def test_of_500_flips_none_is_more_than_a_line(folder: Path, tmp_path: Path) -> 
             read_metadata(plant(folder, tmp_path / "planted", bytes(changed)))
         except RunError as failure:
             lines.append(str(failure))
-    assert len(lines) > 200
+    assert len(lines) > 100
     assert all("planted/.metadata" in line and "\n" not in line for line in lines)
