@@ -5,6 +5,7 @@ import os
 import pickle
 import pickletools
 import random
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -102,9 +103,6 @@ def name_of(module: str, name: str) -> bytes:
 META = "torch.distributed.checkpoint.metadata"
 
 FOREIGN = {
-    "a module of torch in protocol 4": b"\x80\x04" + name_of("torch", "os") + b".",
-    "a function of torch in protocol 4": b"\x80\x04" + name_of("torch", "load") + b".",
-    "a builtin in protocol 4": b"\x80\x04" + name_of("builtins", "eval") + b".",
     "a global of protocol 0": global_("os", "system") + b"(S'true'\ntR.",
     "an instance of protocol 0": b"(S'true'\nios\nsystem\n.",
     "a name with dots": b"\x80\x04\x8c\x05torch\x8c\x0aSize.count\x93.",
@@ -127,6 +125,28 @@ FOREIGN = {
 def test_what_is_not_metadata_is_refused_in_one_line(folder: Path, tmp_path: Path, content: bytes) -> None:
     with pytest.raises(RunError, match=r"^[^\n]*planted/\.metadata[^\n]*$"):
         read_metadata(plant(folder, tmp_path / "planted", content))
+
+
+ASKED = [
+    ("torch", "os"),
+    ("torch", "load"),
+    ("torch", "Tensor"),
+    ("torch.serialization", "load"),
+    ("torch.distributed.checkpoint.metadata", "os"),
+    ("torch.distributed.checkpoint.filesystem", "pickle"),
+    ("pathlib", "os"),
+    ("pathlib", "Path"),
+    ("builtins", "eval"),
+    ("builtins", "tuple"),
+]
+"""Names beside those that are known, in their modules too."""
+
+
+@pytest.mark.parametrize("module, name", ASKED)
+def test_no_other_name_is_looked_up(folder: Path, tmp_path: Path, module: str, name: str) -> None:
+    planted = plant(folder, tmp_path / "planted", b"\x80\x04" + name_of(module, name) + b".")
+    with pytest.raises(RunError, match=rf"planted/\.metadata: it asks for {re.escape(module)}\.{name}, which no"):
+        read_metadata(planted)
 
 
 def test_an_opcode_that_takes_memory_is_refused(folder: Path, tmp_path: Path) -> None:
