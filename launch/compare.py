@@ -27,7 +27,7 @@ from dpo.config import SourceConfig
 from dpo.config.effects import CHANGING, NEUTRAL
 from dpo.config.keys import changed_settings
 from dpo.config.strict_yaml import read_yaml_file
-from dpo.run_folder.files import CONFIG, FINAL, JOBS, LAST_STEPS, PROVENANCE, TENSORBOARD, read_metrics
+from dpo.run_folder.files import CONFIG, FINAL, JOBS, LAST_STEPS, PROVENANCE, TENSORBOARD, is_step, read_metrics
 from dpo.terminal.console import say, warn
 
 DESCRIPTION = """Compares runs: the config keys that differ, the number of steps, and the newest metrics; the run with
@@ -80,7 +80,7 @@ def read_run(folder: Path) -> RunFacts:
         raise UserError(str(folder / CONFIG), "is not a config", "the file as a run wrote it")
     values = flat(config)
     lines = read_metrics(folder)
-    steps = [line for line in lines if "train/loss" in line]
+    steps = [line for line in lines if is_step(line)]
     evaluations = [line for line in lines if "eval/loss" in line]
     metrics = {name: metric for name, metric in (evaluations or [{}])[-1].items() if name != "step"} | _means(steps)
     step, is_done = int(steps[-1]["step"]) if steps else 0, (folder / FINAL).is_dir()
@@ -89,7 +89,7 @@ def read_run(folder: Path) -> RunFacts:
 
 def _means(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
     last = steps[-LAST_STEPS:]
-    names = [name for name in last[-1] if name != "step"] if last else []
+    names = dict.fromkeys(name for line in last for name in line if name != "step")
     return {name: statistics.fmean(line[name] for line in last if name in line) for name in names}
 
 

@@ -32,14 +32,16 @@ class MetricsWriter:
     def __exit__(self, kind: object, failure: BaseException | None, trace: object) -> None:
         self.close(ending_of(failure))
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Writes a line of metrics.jsonl, `{"step": step, name: metric, ...}`, and a point in the chart of each metric.
+        None, for a metric of a skipped step that is not finite, is null there and no point.
 
         Raises ValueError where a metric is not finite: JSON cannot hold it.
         """
         with naming(self.run_dir):
             print(json.dumps({"step": step, **metrics}, allow_nan=False), file=self.file, flush=True)
-        self._each(lambda sink: sink.metrics(step, metrics))
+        known = {name: metric for name, metric in metrics.items() if metric is not None}
+        self._each(lambda sink: sink.metrics(step, known))
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """Shows the distribution of the values whose mean is the metric `name`, after `step` steps."""

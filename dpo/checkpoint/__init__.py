@@ -5,6 +5,7 @@ metadata.py      reads the list of a checkpoint's tensors, a pickle, without cal
 verify.py        compares a checkpoint with its hashes, by all ranks together
 folders.py       lists the checkpoints of a run, and removes those that are not kept
 plans.py         caches torch's plans from one checkpoint to the next
+fingerprint.py   hashes sharded weights, whatever the layout
 store.py         writes, commits and loads checkpoints
 host_copies.py   copies a sharded state to host memory
 saver.py         writes checkpoints in a thread while training continues

@@ -1,7 +1,7 @@
 """Checkpoints of a run: all ranks write them, a rename commits them, any number of ranks loads them.
 
 checkpoints/step-000100/             torch's distributed checkpoint: master weights and optimizer state, sharded
-                        state.json   the step and the run's identity (see `dpo.run.identity`)
+                        state.json   the step, the run's identity (see `dpo.run.identity`), the weights' hash
                         COMPLETE     written last: the size and the hash of every file
 
 Until the rename the folder is called step-000100.tmp. So a folder with the final name is complete, and a crash at any
@@ -13,7 +13,7 @@ import json
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from dpo.base.errors import RunError, UserError
 from dpo.base.files import replace_folder, sync, sync_tree
 from dpo.base.space import describe_full, find_shortage
+from dpo.checkpoint.fingerprint import fingerprint
 from dpo.checkpoint.folders import (
     DRAFT,
     checkpoint_path,
@@ -57,6 +58,11 @@ class RunState:
 
     step: int
     identity: dict[str, Any]
+    skipped: int = 0
+    """The number of steps before `step`, this one included, that were skipped one after another."""
+    weights: str | None = None
+    """The hash of the weights, see `fingerprint`; None until the checkpoint is written, and in one of an older version.
+    """
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,12 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
             with suppress(OSError):  # rank 0 must raise what the other ranks raise
                 remove_checkpoint(draft)
         raise
+    hashed = replace(state, weights=fingerprint(tensors["model"], group))
 
     def commit() -> None:
         try:
             before_commit()
-            _commit(draft, target, state, files)
+            _commit(draft, target, hashed, files)
             shelf.known[target.name] = marker_of(target)
         except OSError as failure:  # names the path: this is reported many steps later
             raise RunError(describe_full(failure, target) or f"{target}: {line_of(failure)}") from failure

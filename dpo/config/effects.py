@@ -19,9 +19,9 @@ NEUTRAL = (
     "batch.tokens_per_micro_batch", "parallel.shard", "parallel.replicate", "parallel.activation_checkpointing",
     "parallel.reshard_after_forward", "parallel.sync_gradients", "parallel.cpu_offload", "parallel.compile",
     "parallel.head_memory_mib", "parallel.setup_timeout_seconds", "parallel.timeout_seconds", "train.eval_every",
-    "train.log_every", "train.report_to", "train.profile_steps", "train.run_dir", "eval.samples",
-    "eval.max_new_tokens", "eval.temperature", "checkpoint.save_every", "checkpoint.keep", "checkpoint.resume",
-    "checkpoint.export_dtype",
+    "train.log_every", "train.report_to", "train.on_nonfinite", "train.max_skipped", "train.profile_steps",
+    "train.run_dir", "eval.samples", "eval.max_new_tokens", "eval.temperature", "checkpoint.save_every",
+    "checkpoint.keep", "checkpoint.resume", "checkpoint.export_dtype",
 )  # fmt: skip
 """Keys that change speed, memory, files and what is shown."""
 

@@ -238,6 +238,11 @@ class TrainConfig:
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
     """Sinks that show the run beside metrics.jsonl: TensorBoard, in the run folder, and trackers, each of which needs
     its package; [] for none. On the command line: '[tensorboard, wandb]'."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose gradient, loss or a metric is NaN or infinite: stop, or skip it, without an update, and go on. Its
+    pairs are written to nonfinite/ of the run folder either way."""
+    max_skipped: int = 3
+    """Number of steps that may be skipped in a row, at least 1; one more stops the run; on_nonfinite skip only."""
     profile_steps: tuple[int, int] | None = None
     """First and last step that torch's profiler records, in profile/ of the run folder; null: none."""
     seed: int = 0

@@ -37,7 +37,7 @@ from dpo.model.warm_up import warm_up
 from dpo.step.metrics import peak_memory_bytes
 from dpo.step.objective import pair_losses
 from dpo.step.optim import make_optimizer, square_norm
-from dpo.step.update import train_step
+from dpo.step.update import require_finite, train_step
 
 REPEATS = 3
 """Times that the other work is timed."""
@@ -194,7 +194,8 @@ def _step_seconds(policy: Policy, packer: Packer, plans: Sequence[StepPlan], con
     def step(number: int) -> float:
         step_batches = batches[number]
         return seconds_of(
-            lambda: train_step(policy, optimizer, step_batches, config, config.optim.lr, lambda: False), policy.device
+            lambda: require_finite(train_step(policy, optimizer, step_batches, config, config.optim.lr, lambda: False)),
+            policy.device,
         )
 
     for _ in range(WARM_UP):

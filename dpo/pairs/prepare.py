@@ -60,6 +60,11 @@ class PreferenceData:
     """The counts that a run prints."""
 
     @property
+    def train_sources(self) -> tuple[SourceReport, ...]:
+        """Returns the sources whose rows the training set counts, in their order."""
+        return tuple(source for source in self.report.sources if source.key.startswith("data.train"))
+
+    @property
     def eval_sources(self) -> tuple[SourceReport, ...]:
         """Returns the sources whose rows the evaluation set counts, in their order: `data.eval`, then `data.train`."""
         sources = self.report.sources
@@ -234,8 +239,8 @@ def _files(sources: list[_Tokenized]) -> list[str]:
 
 
 def _with_facts(report: DataReport, sources: list[_Tokenized], model_config: Any) -> DataReport:
-    """Returns the report with the facts of tokenizer and model: the chat template of each source, the positions of the
-    model, the tokens that it lacks.
+    """Returns the report with the facts of tokenizer, model and files: the chat template of each source, the positions
+    of the model, the tokens that it lacks.
     """
     max_positions = limits_of(None, None, model_config).max_positions
     described = [
@@ -245,6 +250,7 @@ def _with_facts(report: DataReport, sources: list[_Tokenized], model_config: Any
             template_args=dict(entry.config.template_args),
             writes_date=writes_date(entry.encoder),
             max_positions=max_positions,
+            has_lines=entry.source.has_lines,
         )
         for source, entry in zip(report.sources, sources, strict=True)
     ]

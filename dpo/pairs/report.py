@@ -78,6 +78,8 @@ class SourceReport:
     """Whether the chat template may write the date of the day."""
     max_positions: int | None = None
     """The model's max_position_embeddings."""
+    has_lines: bool = True
+    """Whether a row is named by its line or by its number, as in `Source`."""
     removed_pairs: int = 0
     """Kept pairs that are neither trained on nor evaluated: their prompt is held out of another source, or equals a
     held-out prompt after truncation."""

@@ -15,7 +15,7 @@ from dpo.base.errors import RunError, UserError
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts
 from dpo.config.strict_yaml import read_yaml_file
 from dpo.run_folder.evaluations import evaluation_path, evaluation_steps, read_evaluation
-from dpo.run_folder.files import ANSWERS, CONFIG, FINAL, METRICS, PROVENANCE, read_answer_rows, read_metrics
+from dpo.run_folder.files import ANSWERS, CONFIG, FINAL, METRICS, PROVENANCE, is_step, read_answer_rows, read_metrics
 
 T = TypeVar("T")
 Line = Mapping[str, float]
@@ -49,7 +49,7 @@ class Record:
     @cached_property
     def train(self) -> list[Line]:
         """Returns the lines of training steps."""
-        return [line for line in self.lines if "train/loss" in line]
+        return [line for line in self.lines if is_step(line)]
 
     @cached_property
     def evals(self) -> list[Line]:

@@ -34,6 +34,7 @@ from dpo.run_folder.files import (
     JOBS,
     LOG,
     METRICS,
+    NONFINITE,
     PROVENANCE,
     REPORT,
     TENSORBOARD,
@@ -179,7 +180,7 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
         drop_metrics_after(run_dir, start.step)
         drop_evaluations_after(run_dir, start.step)
     else:
-        for name in (METRICS, TENSORBOARD, TRACKERS, ANSWERS, EVALUATIONS, REPORT):
+        for name in (METRICS, TENSORBOARD, TRACKERS, ANSWERS, EVALUATIONS, NONFINITE, REPORT):
             _put_aside(run_dir / name)
     return run_dir
 

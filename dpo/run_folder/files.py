@@ -9,6 +9,7 @@ trackers/         what trackers such as W&B were sent, with the files of their l
 answers/          answers of reference and policy to a few evaluation prompts
 eval/             the values of single pairs at each evaluation, see `dpo.run_folder.evaluations`
 report.html       the run as one page, see `dpo.report`
+nonfinite/        the pairs of steps and evaluations that were not finite
 profile/          traces of profiled steps
 checkpoints/step-000100/
 final/            the trained model
@@ -16,6 +17,7 @@ jobs/             scripts, logs and reports of failures, written by `python -m l
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from dpo.base.errors import RunError
@@ -24,16 +26,30 @@ from dpo.base.files import write_atomically
 CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "metrics.jsonl", "tensorboard"
 ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
 EVALUATIONS, REPORT, LOG, TRACKERS = "eval", "report.html", "log.txt", "trackers"
+NONFINITE, SKIPPED = "nonfinite", "train/skipped"
+"""The folder of pairs that are not finite, and the metric, 1, of a step that was skipped for them."""
 
 LAST_STEPS = 10
 """Steps over which a training metric is averaged where it is shown as a single number: single steps vary much."""
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
-    """Returns the lines of a run's metrics.jsonl, without a last line that a crash has cut off.
+    """Returns the lines of a run's metrics.jsonl, without a last line that a crash has cut off. A metric that was not
+    finite, which is null there, is left out.
 
     Raises RunError for a line that does not hold metrics.
     """
+    lines = read_lines(run_dir)
+    return [{name: value for name, value in line.items() if value is not None} for line in lines]
+
+
+def is_step(line: Mapping[str, float]) -> bool:
+    """Returns whether a line is that of a training step; a step that was skipped may have no loss."""
+    return "train/loss" in line or SKIPPED in line
+
+
+def read_lines(run_dir: Path) -> list[dict[str, float | None]]:
+    """Returns the lines as they stand, otherwise as `read_metrics` does."""
     path = run_dir / METRICS
     if not path.exists():
         return []
@@ -41,9 +57,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     return [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, start=1) if line]
 
 
-def _parsed(line: bytes, place: str) -> dict[str, float]:
+def _parsed(line: bytes, place: str) -> dict[str, float | None]:
     try:
-        metrics: dict[str, float] = json.loads(line)
+        metrics: dict[str, float | None] = json.loads(line)
         if isinstance(metrics["step"], int):
             return metrics
     except (ValueError, KeyError, TypeError):
@@ -68,5 +84,5 @@ def read_answer_rows(path: Path) -> list[dict[str, str]]:
 
 def drop_metrics_after(run_dir: Path, step: int) -> None:
     """Replaces metrics.jsonl, atomically, by its lines up to `step`."""
-    kept = [line for line in read_metrics(run_dir) if line["step"] <= step]
+    kept = [line for line in read_lines(run_dir) if (line["step"] or 0) <= step]
     write_atomically(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())

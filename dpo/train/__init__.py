@@ -6,6 +6,8 @@ setup.py       builds a run, ready for its next step
 start.py       finds the checkpoint to resume from; checks a fresh run's first step
 outputs.py     opens the run folder, log, metrics and checkpoints; exports the model
 loop.py        all steps, with evaluations and checkpoints in between
+nonfinite.py   names and writes the pairs of a step or an evaluation that is not finite
+spikes.py      tells a loss that is far above those before it
 watch.py       progress bar, profiler and warnings around the steps
 profiling.py   torch's profiler over a few steps
 summary.py     the terminal output of a run, to its last step

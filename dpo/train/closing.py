@@ -12,7 +12,7 @@ from dpo.command.exits import line_of
 from dpo.config import LossConfig
 from dpo.run.answers import read_answers
 from dpo.run_folder.fallen import fallen_warning
-from dpo.run_folder.files import FINAL, LAST_STEPS, read_metrics
+from dpo.run_folder.files import FINAL, LAST_STEPS, NONFINITE, SKIPPED, read_metrics
 from dpo.terminal.console import say, visible, warn
 from dpo.train.setup import Run
 from dpo.train.summary import COLUMNS, charts_command, table_lines
@@ -57,6 +57,7 @@ def end_lines(
     For training, the first step is compared with the mean of the last LAST_STEPS, since a single step varies much.
     """
     steps = [line for line in lines if "train/loss" in line]
+    skipped = sum(SKIPPED in line for line in lines)
     evaluations = [line for line in lines if "eval/loss" in line]
     latest = steps[-LAST_STEPS:]
     rows = []
@@ -69,6 +70,9 @@ def end_lines(
     if len(evaluations) > 1 and _has_hardly_moved(evaluations[0], evaluations[-1], loss):
         advice = "try a larger optim.lr, more steps or a shorter warm-up"
         rows.append(("advice", f"the margin is about where it was: the model has hardly moved; {advice}"))
+    if skipped:
+        what = f"{skipped} step{'s' if skipped > 1 else ''} that were not finite; their pairs are in"
+        rows.append(("skipped", f"{what} {run_dir / NONFINITE}"))
     rows += _sparkline_row("loss", steps, "train/loss") + _sparkline_row("margin", evaluations, "eval/rewards/margins")
     return table_lines([*rows, *_answer_rows(answers), ("charts", charts_command(run_dir))])
 
@@ -120,11 +124,16 @@ def _one_line(text: str) -> str:
 def _change(first: Mapping[str, float], latest: Sequence[Mapping[str, float]], group: str) -> str:
     """Returns loss, accuracy and margin of the first line -> their means over the latest lines."""
     changes = [
-        f"{PAIR_METRICS[name].short} {first[key]:{form}} -> {statistics.fmean(line[key] for line in latest):{form}}"
+        f"{PAIR_METRICS[name].short} {first[key]:{form}} -> {_mean(latest, key):{form}}"
         for name, key, form in ((name, f"{group}/{name}", form) for name, form in SHOWN.items())
-        if key in first
+        if key in first and any(key in line for line in latest)
     ]
     return "  ".join(changes)
+
+
+def _mean(lines: Sequence[Mapping[str, float]], key: str) -> float:
+    """Returns the mean of a metric over the lines that have it; one that was not finite is left out."""
+    return statistics.fmean(line[key] for line in lines if key in line)
 
 
 def _has_hardly_moved(first: Mapping[str, float], last: Mapping[str, float], loss: LossConfig) -> bool:

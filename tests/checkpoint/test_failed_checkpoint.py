@@ -45,8 +45,8 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(dcp.FileSystemWriter, name, failing)
 
 
-def tensors(step: int) -> dict[str, torch.Tensor]:
-    return {"weight": torch.arange(6.0) + 100 * step}
+def tensors(step: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {"model": {"weight": torch.arange(6.0) + 100 * step}}
 
 
 def save(folder: Path, step: int, world: World, keep: int | None = None) -> str:
@@ -59,7 +59,7 @@ def save(folder: Path, step: int, world: World, keep: int | None = None) -> str:
         return str(failure)
     found = tensors(0)
     dcp.load(found, checkpoint_id=str(checkpoint_path(folder, step)))
-    assert torch.equal(found["weight"], tensors(step)["weight"])
+    assert torch.equal(found["model"]["weight"], tensors(step)["model"]["weight"])
     return ""
 
 

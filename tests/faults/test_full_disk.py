@@ -274,7 +274,7 @@ def test_a_shortage_that_is_met_in_the_middle_of_a_file_is_told_as_one(
     with open_world(60) as world:
         assert dist.group.WORLD is not None
         shelf = Shelf(disk, None, "full", world, dist.group.WORLD)
-        tensors = {"weight": torch.zeros(CHECKPOINT // 4)}
+        tensors = {"model": {"weight": torch.zeros(CHECKPOINT // 4)}}
         before = free(disk)
         with pytest.raises(RunError, match=r"^the disk is full.*: rank 0 cannot write .*step-000001\.tmp: "):
             write_checkpoint(shelf, RunState(1, {}), tensors, lambda: None)

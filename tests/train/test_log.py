@@ -41,7 +41,7 @@ def test_every_start_is_appended_with_the_error_that_ends_it(config: Config, tmp
     """Ends at step 2 with a loss that is not finite, and goes on with a step that is."""
     assert exit_code(changed(config, optim__lr=1e30)) == 1
     first = logged(tmp_path / "run")
-    assert first[-1].startswith("error: step 2: the gradient norm is ")
+    assert first[-1].startswith("error: step 2: the gradient is not finite: ")
     run(config)
     both = logged(tmp_path / "run")
     assert both[: len(first)] == first

@@ -1,0 +1,169 @@
+"""The report of a step or an evaluation that is not finite: one line, and a file with the pairs.
+
+RUN/nonfinite/step-000004.jsonl   the pairs of step 4, whose gradient, loss or metrics are NaN or infinite
+RUN/nonfinite/eval-000004.jsonl   the pairs of the evaluation after step 4
+
+Each line of a file is an object for one pair:
+
+    step, rank, micro_batch            where it was computed, micro-batches from 1; of a step alone
+    source, place, pair                key of the source; file and line, or path and row; number among the kept pairs
+    logp_chosen, logp_rejected, loss   its values, nats; as a text, "nan" or "inf", where they are not finite
+    prompt_ids, chosen_ids, rejected_ids
+    prompt, chosen, rejected           the same as texts; null where there is no tokenizer
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo.base.errors import InvalidValue, UserError
+from dpo.base.files import write_atomically
+from dpo.batch.packing import PackedBatch
+from dpo.command.exits import line_of
+from dpo.config import Config
+from dpo.distributed.collectives import on_main
+from dpo.encode.tokenizer import load_tokenizer, tokenizer_is_here
+from dpo.pairs.pair_set import PairSet
+from dpo.pairs.report import SourceReport
+from dpo.run_folder.files import NONFINITE
+from dpo.step.evaluation import Evaluation
+from dpo.step.nonfinite import FailedStep, Found, StepPair, find_pairs
+from dpo.step.update import StepResult
+from dpo.train.setup import Run
+
+MOST_SHOWN = 3
+"""Pairs that the line names; the file has all."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The data of a report: the pairs of a set, and the sources whose rows it counts."""
+
+    pairs: PairSet
+    sources: Sequence[SourceReport]
+    has_losers: bool
+    config: Config
+
+
+def report_step(run: Run, step: int, batches: Sequence[PackedBatch], result: StepResult) -> str:
+    """Writes the pairs that make a step not finite; returns the line that tells them. Every rank must get here, or the
+    rest hang.
+
+    Args:
+        run: the run, with the weights of the failed step.
+        step: its number.
+        batches: its micro-batches of this lane, in host memory.
+        result: its result, which has a fault.
+    """
+    failed = FailedStep(run.packer.plan(run.trees(step)), batches, result.values)
+    found = find_pairs(run.policy, run.packer, failed, run.config.loss)
+    data, path = run.inputs.data, run.dir / NONFINITE / f"step-{step:06d}.jsonl"
+    rows = Rows(data.train, data.train_sources, run.config.loss.facts.compares, run.config)
+    return on_main(run.world, lambda: _step_line(rows, path, f"step {step}: {result.fault}", found, step))
+
+
+def report_evaluation(run: Run, step: int, result: Evaluation) -> str | None:
+    """Writes the pairs of an evaluation that are not finite; returns the line that tells them, None where all metrics
+    are finite. Every rank must get here, or the rest hang.
+    """
+    bad = [name for name, value in result.metrics.items() if not math.isfinite(value)]
+    if not bad:
+        return None
+    ids = np.flatnonzero(~np.logical_and.reduce([np.isfinite(values) for values in result.pairs.values()])).tolist()
+    names = {"logp_chosen": "logps_chosen", "logp_rejected": "logps_rejected"}
+    present = {name: result.pairs[array] for name, array in names.items() if array in result.pairs}
+    values = [{name: float(array[i]) for name, array in present.items()} for i in ids]
+    data, path = run.inputs.data, run.dir / NONFINITE / f"eval-{step:06d}.jsonl"
+    rows = Rows(data.eval, data.eval_sources, run.config.loss.facts.compares, run.config)
+    what = f"evaluation after step {step}: the {bad[0]} is {result.metrics[bad[0]]}"
+    return on_main(run.world, lambda: _line(what, "", *_write(rows, path, ids, values)))
+
+
+def _step_line(rows: Rows, path: Path, what: str, found: Found, step: int) -> str:
+    """Writes the pairs of a step, and returns the line that tells them. For rank 0 alone."""
+    ids = [pair.id for pair in found.pairs]
+    places, note = _write(rows, path, ids, [_facts(pair, step) for pair in found.pairs])
+    first = next(iter(found.pairs), None)
+    if first is None:
+        return _line(what, found.how, places, note)
+    of_first = [p for p, pair in zip(places, found.pairs, strict=True) if _batch(pair) == _batch(first)]
+    others = len({_batch(pair) for pair in found.pairs}) - 1
+    where = f"{what}: rank {first.rank}, micro-batch {first.micro_batch}"
+    more = f"{len(places) - len(of_first)} pairs of {others} more micro-batches" if others else ""
+    return _line(where, "; ".join(filter(None, (more, found.how))), of_first, note)
+
+
+def _batch(pair: StepPair) -> tuple[int, int]:
+    return pair.rank, pair.micro_batch
+
+
+def _facts(pair: StepPair, step: int) -> dict[str, Any]:
+    values = {"logp_chosen": pair.logp_chosen, "logp_rejected": pair.logp_rejected, "loss": pair.loss}
+    return {"step": step, "rank": pair.rank, "micro_batch": pair.micro_batch} | values
+
+
+def _line(what: str, how: str, places: Sequence[str], note: str) -> str:
+    """Returns the line: what is not finite, where, its first pairs, how they were found, and the file."""
+    shown = ", ".join(places[:MOST_SHOWN])
+    left = f" and {len(places) - MOST_SHOWN} more" if len(places) > MOST_SHOWN else ""
+    pairs = f": {'pair' if len(places) == 1 else 'pairs'} {shown}{left}" if places else ": no single pair"
+    return f"{what}{pairs}{f'; {how}' if how else ''} ({note})"
+
+
+def _write(rows: Rows, path: Path, ids: Sequence[int], values: Sequence[Mapping[str, Any]]) -> tuple[list[str], str]:
+    """Writes the file of a report. Returns the place of each pair, and the path of the file, or why it is not written:
+    that must not hide what the report is about.
+    """
+    objects = [_object(rows, number, of_pair) for number, of_pair in zip(ids, values, strict=True)]
+    decode = _decoder(rows.config)
+    texts = [{name: decode(each[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")} for each in objects]
+    lines = [json.dumps(each | of_each) + "\n" for each, of_each in zip(objects, texts, strict=True)]
+    try:
+        write_atomically(path, "".join(lines).encode())
+    except OSError as failure:
+        return [each["place"] for each in objects], f"their texts are not kept: {line_of(failure)}"
+    return [each["place"] for each in objects], str(path)
+
+
+def _object(rows: Rows, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the object of a pair but for its texts."""
+    (pair,) = rows.pairs.pairs(np.array([number]))
+    row = int(rows.pairs.row_of_pair[number])
+    source = rows.sources[int(np.searchsorted(np.cumsum([each.rows for each in rows.sources]), row, side="right"))]
+    where = rows.pairs.rows[row]["where"]
+    return {
+        **{name: _json_number(value) for name, value in values.items()},
+        "source": source.key,
+        "place": f"{source.path}:{where}" if source.has_lines else f"{source.path}:row {where}",
+        "pair": number,
+        "prompt_ids": pair.prompt_ids.tolist(),
+        "chosen_ids": pair.chosen_ids.tolist(),
+        "rejected_ids": pair.rejected_ids.tolist() if rows.has_losers else None,
+    }
+
+
+def _json_number(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _decoder(config: Config) -> Any:
+    """Returns a function from ids to their text, special tokens included; to None where no tokenizer is at hand."""
+    path = config.model.tokenizer or config.model.path
+    tokenizer = None
+    if tokenizer_is_here(path):
+        try:
+            tokenizer = load_tokenizer(path, config.model.trust_remote_code)
+        except (UserError, InvalidValue):  # data that came as ids needs none
+            pass
+
+    def decode(ids: Sequence[int] | None) -> str | None:
+        if ids is None or tokenizer is None:
+            return None
+        return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    return decode
