@@ -8,7 +8,8 @@ lower floors only, and rooms of one floor do not know each other (`make check` h
 pyproject.toml). Each room's `__init__.py` has a line for each of its files.
 
     floor  room
-    14     front/          dpo NAME: the programs below by their names, ranks that it starts itself; Python's way in
+    15     front/          dpo NAME: the programs below by their names, ranks that it starts itself; Python's way in
+    14     replay/         python -m dpo.replay: steps of a run computed again, compared to the last bit
     13     train/          python -m dpo.train: checks the input, builds the run, trains, exports; the loop
            prepare/        python -m dpo.prepare: downloads and tokenizes all that a run reads, without GPUs
            reference/      python -m dpo.reference: fills the cache of reference log-probabilities

@@ -50,6 +50,13 @@ COMMANDS: Mapping[str, Command] = {
     "score": Command("dpo.score", "margins and accuracy of any model on any pairs"),
     "sample": Command("dpo.sample", "answers of models side by side", has_config=False),
     "export": Command("dpo.export", "turn a checkpoint into a model folder", has_config=False),
+    "replay": Command(
+        "dpo.replay",
+        "compute steps of a run again, and compare them to the last bit",
+        "the same command starts again",
+        starts_ranks=True,
+        has_config=False,
+    ),
     "reference": Command(
         "dpo.reference", "fill the cache of reference log-probabilities", AFTER_REFERENCE, starts_ranks=True
     ),

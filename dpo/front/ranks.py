@@ -1,4 +1,4 @@
-"""The ranks that a command line of `dpo train`, `dpo reference` or `dpo doctor` asks for. Without torch.
+"""The ranks that a command line of `dpo train`, `dpo replay`, `dpo reference` or `dpo doctor` asks for. Without torch.
 
 --gpus N     N ranks with a GPU each
 --ranks N    N ranks on CPUs

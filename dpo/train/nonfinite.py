@@ -24,6 +24,7 @@ import numpy as np
 from dpo.base.errors import InvalidValue, UserError
 from dpo.base.files import write_atomically
 from dpo.batch.packing import PackedBatch
+from dpo.batch.trees import grow_trees
 from dpo.command.exits import line_of
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
@@ -32,7 +33,7 @@ from dpo.pairs.pair_set import PairSet
 from dpo.pairs.report import SourceReport
 from dpo.run_folder.files import NONFINITE
 from dpo.step.evaluation import Evaluation
-from dpo.step.nonfinite import FailedStep, Found, StepPair, find_pairs
+from dpo.step.nonfinite import Again, FailedStep, Found, StepPair, bad_alone, find_pairs
 from dpo.step.update import StepResult
 from dpo.train.setup import Run
 
@@ -75,6 +76,9 @@ def report_evaluation(run: Run, step: int, result: Evaluation) -> str | None:
     if not bad:
         return None
     ids = np.flatnonzero(~np.logical_and.reduce([np.isfinite(values) for values in result.pairs.values()])).tolist()
+    pairs = run.inputs.data.eval.pairs(np.array(ids, np.int64))
+    again = Again(run.policy, run.packer, run.packer.plan(grow_trees(pairs)), run.config.loss)
+    ids = [pair.id for pair in bad_alone(again, pairs) if pair.id is not None]
     names = {"logp_chosen": "logps_chosen", "logp_rejected": "logps_rejected"}
     present = {name: result.pairs[array] for name, array in names.items() if array in result.pairs}
     values = [{name: float(array[i]) for name, array in present.items()} for i in ids]
@@ -88,23 +92,20 @@ def _step_line(rows: Rows, path: Path, what: str, found: Found, step: int) -> st
     """Writes the pairs of a step, and returns the line that tells them. For rank 0 alone."""
     ids = [pair.id for pair in found.pairs]
     places, note = _write(rows, path, ids, [_facts(pair, step) for pair in found.pairs])
-    first = next(iter(found.pairs), None)
-    if first is None:
-        return _line(what, found.how, places, note)
-    of_first = [p for p, pair in zip(places, found.pairs, strict=True) if _batch(pair) == _batch(first)]
-    others = len({_batch(pair) for pair in found.pairs}) - 1
-    where = f"{what}: rank {first.rank}, micro-batch {first.micro_batch}"
-    more = f"{len(places) - len(of_first)} pairs of {others} more micro-batches" if others else ""
+    if not found.are_bad:
+        return _line(what, found.how, [], note)
+    first = found.pairs[0]
+    of_first = [where for where, pair in zip(places, found.pairs, strict=True) if pair.place == first.place]
+    others = len({pair.place for pair in found.pairs}) - 1
+    where = f"{what}: rank {first.place[0]}, micro-batch {first.place[1]}"
+    more = f"{len(places) - len(of_first)} more in {others} other micro-batch{'es' if others > 1 else ''}"
+    more = more if others else ""
     return _line(where, "; ".join(filter(None, (more, found.how))), of_first, note)
-
-
-def _batch(pair: StepPair) -> tuple[int, int]:
-    return pair.rank, pair.micro_batch
 
 
 def _facts(pair: StepPair, step: int) -> dict[str, Any]:
     values = {"logp_chosen": pair.logp_chosen, "logp_rejected": pair.logp_rejected, "loss": pair.loss}
-    return {"step": step, "rank": pair.rank, "micro_batch": pair.micro_batch} | values
+    return {"step": step, "rank": pair.place[0], "micro_batch": pair.place[1]} | values
 
 
 def _line(what: str, how: str, places: Sequence[str], note: str) -> str:

@@ -34,7 +34,8 @@ def open_outputs(run: Run) -> Iterator[MetricsWriter | None]:
     get here, or the rest hang.
     """
     hosts, layout = all_gather(socket.gethostname()), layout_here(run.config, run.world)
-    origin = provenance(hosts, run.inputs.last_step) | {"layout": layout, "data": data_facts(run.inputs.data.report)}
+    facts = {"first_step": run.start.step + 1, "layout": layout, "data": data_facts(run.inputs.data.report)}
+    origin = provenance(hosts, run.inputs.last_step) | facts
     on_main(run.world, lambda: open_run_folder(run.config, run.start, origin))
     if run.answers:
         on_main(run.world, partial(open_answers, run.answers, run.start.step))

@@ -24,7 +24,7 @@ from tests.support.runs import exit_code_of
 def test_help_has_a_line_for_each_program() -> None:
     text = help_text()
     for name in (
-        *("train", "prepare", "inspect", "estimate", "score", "sample", "export", "reference"),
+        *("train", "prepare", "inspect", "estimate", "score", "sample", "export", "replay", "reference"),
         *("submit", "compare", "configs", "doctor", "report", "push"),
     ):
         assert re.search(rf"^  {name}  +\w", text, re.MULTILINE), name

@@ -55,6 +55,7 @@ NEEDED = {
     "compare": ["runs"],
     "report": ["runs"],
     "push": ["runs", "org/name"],
+    "replay": ["runs", "--step", "4"],
     "completion": ["bash"],
 }
 """Words that a program requires."""

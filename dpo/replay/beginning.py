@@ -1,0 +1,102 @@
+"""From where the steps of a run are computed again: the newest checkpoint before them, and the run's config."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from dpo.base.errors import UserError
+from dpo.checkpoint.store import checkpoint_path, checkpoints_until, read_state
+from dpo.config import Config, load_config
+from dpo.run.folder import Start, read_starts
+from dpo.run_folder.files import CONFIG, METRICS, PROVENANCE, is_step, read_metrics
+from dpo.terminal.console import say
+
+RUN, STEP = "command line: RUN", "command line: --step"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What the run folder holds of the steps that are computed again."""
+
+    start: Start
+    recorded: Mapping[int, Mapping[str, float]]
+    """Step -> its line in metrics.jsonl, without the step."""
+    weights: str | None
+    """The hash of the weights after the last of the steps; None where no checkpoint tells it."""
+    layouts: Sequence[Mapping[str, Any]]
+    """The layouts on which the steps may have been computed; empty where none is recorded."""
+    code: Mapping[str, Any]
+    """The facts of the run's last start (`dpo.run.provenance`)."""
+
+
+def read_config(folder: Path) -> Config:
+    """Returns the config of a run. Raises UserError where the folder is no run folder."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise UserError(RUN, f"{path} is missing", "a run folder")
+    return load_config(["--config", str(path)], "dpo.replay")
+
+
+def replay_config(config: Config, work: Path, num_ranks: int) -> Config:
+    """Returns the config by which the steps are computed again: in another folder, without answers and sinks. On
+    another number of ranks than `parallel.shard` and `parallel.replicate` give, the model is sharded over all of them.
+    """
+    parallel = config.parallel
+    if (parallel.shard or num_ranks // parallel.replicate) * parallel.replicate != num_ranks:
+        parallel = replace(parallel, shard=None, replicate=1)
+    return replace(
+        config,
+        parallel=parallel,
+        eval=replace(config.eval, samples=0),
+        train=replace(config.train, run_dir=str(work), report_to=[], profile_steps=None),
+    )
+
+
+def find_beginning(folder: Path, step: int) -> Beginning:
+    """Returns what a run folder holds of the steps to `step`; for rank 0 alone. Reads only.
+
+    Raises UserError where metrics.jsonl has no such step.
+    """
+    lines = {int(line["step"]): line for line in read_metrics(folder) if is_step(line)}
+    if step not in lines:
+        valid = f"{min(lines)} to {max(lines)}" if lines else "a run with a step"
+        raise UserError(STEP, f"{folder / METRICS} has no step {step}", valid)
+    start = _newest_before(folder, step)
+    steps = range(start.step + 1, step + 1)
+    recorded = {n: {name: value for name, value in lines[n].items() if name != "step"} for n in steps if n in lines}
+    starts = read_starts(folder / PROVENANCE) or []
+    layouts = [layout for number in steps for layout in layouts_of(starts, number)]
+    return Beginning(start, recorded, _weights_after(folder, step), layouts, starts[-1] if starts else {})
+
+
+def _newest_before(folder: Path, step: int) -> Start:
+    """Returns the start at the newest complete checkpoint before a step, or at step 0; says which ones it skips."""
+    for path in reversed(checkpoints_until(folder, step - 1)):
+        try:
+            return Start(path, read_state(path, RUN))
+        except UserError as failure:
+            say(f"checkpoint {path} is skipped: {failure.what}")
+    return Start()
+
+
+def _weights_after(folder: Path, step: int) -> str | None:
+    path = checkpoint_path(folder, step)
+    if not path.is_dir():
+        return None
+    try:
+        return read_state(path, RUN).weights
+    except UserError as failure:
+        say(f"checkpoint {path} is not compared: {failure.what}")
+        return None
+
+
+def layouts_of(starts: Sequence[Mapping[str, Any]], step: int) -> list[Mapping[str, Any]]:
+    """Returns the layouts on which a step may have been computed, from the entries of provenance.json.
+
+    The last start that began at or before the step has computed it. Starts of an older version do not tell where they
+    began: each of them may have.
+    """
+    before = [start for start in starts if start.get("first_step", 1) <= step and isinstance(start.get("layout"), dict)]
+    known = [number for number, start in enumerate(before) if "first_step" in start]
+    return [start["layout"] for start in before[known[-1] if known else 0 :]]
