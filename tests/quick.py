@@ -63,6 +63,7 @@ SLOW: Sequence[str] = (
     "commands/test_doctor.py",
     "commands/test_doctor_report.py",
     "commands/test_prepare.py",
+    "commands/test_replay.py",
     "commands/test_sample.py",
     "commands/test_score.py",
     "commands/test_wheel.py",
@@ -107,6 +108,7 @@ SLOW: Sequence[str] = (
     "train/test_log.py",
     "train/test_profiling.py",
     "train/test_sft.py",
+    "train/test_spikes.py::test_a_run",
     "train/test_summary.py",
 )
 """Starts of the names of tests that start processes, run a training (it asks git for the commit) or wait."""
