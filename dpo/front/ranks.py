@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dpo.base.errors import UserError
 from dpo.base.units import shown_bytes
-from dpo.command.line import COMMAND_LINE, Parser, split_options, split_words, words_of
+from dpo.command.line import COMMAND_LINE, Parser, split_options, split_words
 from dpo.terminal.console import warn
 
 BYTES_OF_A_RANK = 300 * 2**20
@@ -54,8 +54,12 @@ def read_wanted(parser: Parser, words: Sequence[str]) -> tuple[Wanted, list[str]
         UserError: a flag of the program is wrong.
         SystemExit: with code 0, after --help has printed.
     """
-    own, _ = split_words(parser, words)
-    rest = words_of([option for option in split_options(words) if option.key not in ("gpus", "ranks")])
+    if any(option.is_help for option in split_options(words)):
+        print(parser.format_help(), end="")
+        raise SystemExit(0)
+    alone = Parser(parser.prog, add_help=False, allow_abbrev=False)  # the program's own parser may require words
+    add_ranks(alone)
+    own, rest = split_words(alone, words)
     if own.gpus and own.ranks:
         raise UserError(f"{COMMAND_LINE}: --ranks", "is for ranks on CPUs", "--gpus N alone, or --ranks N alone")
     return Wanted(own.gpus, own.ranks), rest
