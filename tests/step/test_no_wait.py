@@ -16,8 +16,11 @@ from dpo.distributed.world import World
 from dpo.model.policy import announce_backward, completion_logps
 from dpo.step.metrics import StepMetrics
 from dpo.step.objective import pair_losses
+from dpo.step.optim import make_optimizer
+from dpo.step.update import train_step
 from tests.model.test_policy import batches_of, load
 from tests.support.models import FAMILIES, save_model
+from tests.support.runs import changed, make_config
 
 ASKING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique_dim", "_unique2"}
 """Operations whose result, or its shape, the host must know: `.item()`, `if tensor`, indices from a mask."""
@@ -101,3 +104,18 @@ def test_micro_batches_ask_nothing(
         (losses.sum() / batch.pairs_in_step).backward()
         metrics.add(losses, rewards, pi_logps, batch)
     assert mode.names == []
+
+
+def test_a_step_asks_nothing_but_its_exchange(world: World, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """What is kept of the micro-batches is not looked at where the step is finite."""
+    policy = load(world, save_model(tmp_path, "llama"))
+    batches = [batch for batch, _ in batches_of(policy, budget=1)]
+    config = changed(make_config(tmp_path, "pairs.jsonl", tmp_path / "run"), optim__name="sgd")
+    optimizer = make_optimizer(policy.model.parameters(), config.optim)
+    train_step(policy, optimizer, batches, config, 1e-3, lambda: False)
+    mode = request.getfixturevalue("asked")
+    result = train_step(policy, optimizer, batches, config, 1e-3, lambda: False)
+    step, mode.names = mode.names, []
+    StepMetrics(policy.device).reduce(torch.zeros(()))
+    assert step == mode.names != []
+    assert result.fault is None and len(result.values) == len(batches)
