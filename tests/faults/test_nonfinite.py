@@ -330,6 +330,7 @@ def test_steps_in_a_row_are_counted_across_a_resume(
         config = changed(config, train__run_dir=str(tmp_path / "other"), checkpoint__resume=str(tmp_path / "run"))
     assert exit_code(config) == 1
     (line,) = error_lines(capsys.readouterr().err)
+    assert line.startswith("error: step 3: ")
     assert line.endswith("; the 2 steps before it were skipped, train.max_skipped 2")
 
 
