@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo.base.errors import UserError
-from dpo.checkpoint.store import checkpoint_path, checkpoints_until, read_state
+from dpo.checkpoint.folders import checkpoint_path, checkpoints_until
+from dpo.checkpoint.store import read_state
 from dpo.config import Config, load_config
 from dpo.run.folder import Start, read_starts
 from dpo.run_folder.files import CONFIG, METRICS, PROVENANCE, is_step, read_metrics

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from dpo.base.errors import RunError
 from dpo.checkpoint.fingerprint import fingerprint
-from dpo.checkpoint.store import checkpoint_path
+from dpo.checkpoint.folders import checkpoint_path
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
 from dpo.distributed.preemption import never

@@ -9,7 +9,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from dpo.checkpoint.store import checkpoint_path, read_state
+from dpo.checkpoint.folders import checkpoint_path
+from dpo.checkpoint.store import read_state
 from dpo.config import Config
 from dpo.replay import program as replay
 from dpo.replay.beginning import layouts_of

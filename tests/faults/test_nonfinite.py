@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from dpo.checkpoint.store import checkpoint_path, read_state
+from dpo.checkpoint.folders import checkpoint_path
+from dpo.checkpoint.store import read_state
 from dpo.config import Config, SourceConfig
 from dpo.distributed.preemption import never
 from dpo.distributed.program import run_program
