@@ -8,6 +8,7 @@ dpo the launcher imports what reads configs and run folders only (a contract in 
     0  failures.py    collects the failures of a node's ranks
     0  squeue.py      asks SLURM for the state of a job
     0  supervise.py   torchrun as a child process: signals, time limits
+    0  stops.py       records the signals that stop a job
     0  torchrun.py    the command line and environment of torchrun
     1  flags.py       the flags of the launcher, with their help texts
     1  site.py        asks SLURM what the nodes of a partition have

@@ -1,14 +1,16 @@
 """Decides whether a job is done, has failed or starts again: the table of `launch.node` as a pure function."""
 
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dpo.base.workers import signal_name
 from dpo.command.blame import Failure, first_cause
 from launch.failures import describe
 from launch.reports import Outcome
 
-STOPPED = Outcome("stopped", "ended by SIGTERM (scancel, a requeue, a lost node)", 143)
+_SENDERS: Mapping[int, str] = {signal.SIGTERM: " (scancel, a requeue, a lost node)", signal.SIGINT: " (Ctrl-C)"}
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,9 @@ class End:
     exit_code: int
     """Exit code of the first node's torchrun."""
     asked_to_stop: bool
-    """SIGUSR2 or SIGTERM was received."""
-    was_ended: bool
-    """SIGTERM was received, and the job must not start again."""
+    """A signal was received that asks the ranks to save."""
+    ended_by: int
+    """The signal after which the job must not start again; 0: none."""
     status: Mapping[str, Any]
     """The status that rank 0 wrote (`dpo.command.status.write_status`); empty: none."""
     failures: Sequence[Failure] = ()
@@ -40,8 +42,8 @@ def decide(end: End, max_crashes: int) -> Outcome:
     has_raised = cause is not None and cause.is_exception
     if _is_done(end, has_raised):
         return Outcome("done")
-    if end.was_ended:
-        return STOPPED
+    if end.ended_by:
+        return stopped(end.ended_by, _kept(end, cause if has_raised else None))
     if end.exit_code == 0:
         return _preempted(end)
     if cause and has_raised:
@@ -59,15 +61,41 @@ def _is_done(end: End, has_raised: bool) -> bool:
     the ranks ended by themselves without a word on their end, since the disk was full or the program writes none.
     """
     state = end.status.get("state")
-    was_signalled = end.asked_to_stop or end.was_ended
+    was_signalled = end.asked_to_stop or end.ended_by != 0
     if state == "done":
         return end.exit_code == 0 or (was_signalled and not has_raised)
     return end.exit_code == 0 and state != "preempted" and not was_signalled
 
 
+def stopped(number: int, kept: str) -> Outcome:
+    """Returns the outcome of a job that a signal has ended, and that does not start itself again; a requeueing is
+    SLURM's.
+
+    Args:
+        number: the signal.
+        kept: what the run has kept; empty: not known.
+    """
+    how = f"ended by {signal_name(number)}{_SENDERS.get(number, '')}"
+    return Outcome("stopped", f"{kept}; {how}" if kept else how, 128 + number)
+
+
+def _kept(end: End, cause: Failure | None) -> str:
+    """Returns what a job that is ended has saved, or why not."""
+    state = end.status.get("state")
+    if state == "preempted":
+        return _saved(end.status)
+    if state == "training":
+        return f"not saved: {cause}" if cause else "not saved in time; resumes from the last checkpoint"
+    return "before the first step"
+
+
+def _saved(status: Mapping[str, Any]) -> str:
+    step = status["step"]
+    unsaved = f"before its first step; resumes from step {step}" if step else "before the first step; starts again"
+    return f"saved at step {step}" if status["saved"] else unsaved
+
+
 def _preempted(end: End) -> Outcome:
     if end.status.get("state") == "preempted":
-        step = end.status["step"]
-        unsaved = f"before its first step; resumes from step {step}" if step else "before the first step; starts again"
-        return Outcome("preempted", f"saved at step {step}" if end.status["saved"] else unsaved)
+        return Outcome("preempted", _saved(end.status))
     return Outcome("preempted", "the ranks did not exit in time (--signal-delay); resumes from the last checkpoint", 1)

@@ -1,6 +1,7 @@
 """Starts runs on this machine, one after another: in this process, or in the background with this file as program.
 
-There is no queue and no time limit: a run that saved and ended (SIGUSR2), or lost a rank, starts again at once.
+There is no queue and no time limit: a run that saved and ended (SIGUSR2), or lost a rank, starts again at once. SIGTERM
+and Ctrl-C end the work once the step is saved.
 """
 
 import os
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.command.exits import run_program
-from launch import supervise
+from launch import stops
 from launch.node import NodeJob
 from launch.reports import Attempt, Outcome, history, write_outcome
 from launch.torchrun import Place
@@ -55,13 +56,13 @@ def _of_all(outcomes: Sequence[Outcome], failures: Sequence[Outcome]) -> Outcome
 
 
 def run_to_end(job: NodeJob) -> Outcome:
-    """Starts a run again until it is done or has failed, and returns its outcome. Raises SystemExit if SIGTERM ended
-    it.
+    """Starts a run again until it is done or has failed, and returns its outcome. Raises SystemExit if a signal ended
+    it: the ranks have all the time to save, until a second signal comes.
     """
     place = Place(0, (socket.gethostname(),), 0)
     while True:
         attempt = Attempt(job.folder, len(history(job.folder)))
-        with supervise.signals(lambda: False) as noted:
+        with stops.signals(goes_on=None) as noted:
             outcome = job.conclude(place, attempt, noted, job.run(place, attempt, noted))
         if outcome.state == "stopped":
             raise SystemExit(outcome.exit_code)

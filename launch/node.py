@@ -9,7 +9,8 @@
 | a rank raised an exception                          | fails, with the exception of the rank that failed first     |
 | a rank was killed, or a node was lost               | starts again; without progress at most --max-crashes times  |
 | SIGTERM, and SLURM lets the job run: preempted      | as SIGUSR2                                                  |
-| SIGTERM: scancel, scontrol requeue, kill            | ends, and SLURM decides; a requeued job resumes             |
+| SIGTERM: scancel, scontrol requeue, kill; Ctrl-C of | ends, saved where the ranks came to it within 3/4 of        |
+| a run on this machine                               | SLURM's KillWait; SLURM decides; a requeued job resumes     |
 
 Every start resumes from the newest checkpoint in the run folder, since the command is the same.
 """
@@ -36,7 +37,8 @@ from launch.reports import (
     read_json,
     write_outcome,
 )
-from launch.supervise import Signals
+from launch.stops import Signals
+from launch.supervise import Watch
 from launch.torchrun import Place
 
 _REPORT_SECONDS = 90.0
@@ -73,7 +75,8 @@ class NodeJob:
         files = {STATUS_FILE: attempt.status, "TORCHELASTIC_ERROR_FILE": error_file}
         env = torchrun.environment(self.program, files)
         self._tell_start(place, words)
-        ended = supervise.run(words, env, noted, 0.75 * self.signal_delay, attempt.failed.exists)
+        watch = Watch(attempt.failed.exists, can_save=lambda: bool(read_json(attempt.status)))
+        ended = supervise.run(words, env, noted, 0.75 * self.signal_delay, watch)
         first_rank = place.node * self.program.ranks_per_node
         failures: list[Failure] = []
         if ended.exit_code:
@@ -102,7 +105,7 @@ class NodeJob:
         end = End(
             own.exit_code,
             asked_to_stop=noted.stop_since is not None,
-            was_ended=noted.ended,
+            ended_by=noted.ended_by,
             status=read_json(attempt.status) or {},
             failures=[failure for report in reports for failure in report.failures],
             crashes_before=crashes_without_progress(self.folder),

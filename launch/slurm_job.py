@@ -16,8 +16,8 @@ from typing import Any
 import submitit
 
 from dpo.terminal.console import warn
-from launch import squeue, supervise, torchrun
-from launch.decision import STOPPED
+from launch import squeue, stops, torchrun
+from launch.decision import stopped
 from launch.node import NodeJob
 from launch.reports import Attempt, Outcome
 
@@ -41,13 +41,13 @@ class SlurmJob:
         hosts = tuple(job.hostnames)
         place = torchrun.Place(job.node, hosts, torchrun.master_port(job.raw_job_id) if len(hosts) > 1 else 0)
         attempt = Attempt(self.job.folder, int(os.environ.get("SLURM_RESTART_COUNT", "0")))  # the same on all nodes
-        with supervise.signals(lambda: squeue.goes_on(job.raw_job_id)) as noted:
+        with stops.signals(lambda: squeue.goes_on(job.raw_job_id), 0.75 * squeue.kill_wait()) as noted:
             report = self.job.run(place, attempt, noted)
             if place.node != 0:  # the first node decides
                 raise SystemExit(1 if report.exit_code else 0)
             outcome = self.job.conclude(place, attempt, noted, report)
             if outcome.state in ("preempted", "crashed"):
-                outcome = self.job.tell(why_not_requeued(requeue, noted))
+                outcome = self.job.tell(why_not_requeued(requeue, noted, outcome.message))
         if outcome.state != "done":
             raise SystemExit(outcome.exit_code)
 
@@ -56,18 +56,19 @@ class SlurmJob:
         return submitit.helpers.DelayedSubmission(self)
 
 
-def why_not_requeued(requeue: Callable[[int, None], None], noted: supervise.Signals) -> Outcome:
+def why_not_requeued(requeue: Callable[[int, None], None], noted: stops.Signals, kept: str) -> Outcome:
     """Requeues the job, which raises SystemExit, or returns the outcome of a job that cannot be requeued.
 
     Args:
         requeue: submitit's handler of SIGUSR2.
         noted: the signals received so far; a job that was cancelled meanwhile is not requeued.
+        kept: what the run has saved.
     """
     deadline = time.monotonic() + _REQUEUE_SECONDS
     while True:
         noted.look()
         if noted.ended:  # cancelled while saving: if requeued, the job would run again
-            return STOPPED
+            return stopped(noted.ended_by, kept)
         try:
             requeue(signal.SIGUSR2, None)
         except submitit.core.utils.UncompletedJobError:

@@ -1,4 +1,6 @@
-"""Asks squeue for the state of jobs. submitit asks sacct, which needs accounting that not every cluster has."""
+"""Asks squeue for the state of jobs; submitit asks sacct, which needs accounting that not every cluster has. Asks
+scontrol how much time a job has to end.
+"""
 
 import re
 import subprocess
@@ -10,6 +12,7 @@ ENDED = re.compile("BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_
 """Final states of a job."""
 
 _PATIENCE_SECONDS = 20.0
+_KILL_WAIT_SECONDS = 30.0
 
 
 def state(job: str) -> str | None:
@@ -35,6 +38,21 @@ def goes_on(job: str) -> bool | None:
     answer = _ask(job, "%T/%r")
     job_state, _, reason = str(answer).partition("/")
     return None if answer == UNKNOWN else job_state == "RUNNING" or reason == "TimeLimit"
+
+
+def kill_wait() -> float:
+    """Returns the seconds between SIGTERM and SIGKILL with which SLURM ends a job (KillWait); its default where
+    scontrol does not tell.
+    """
+    try:
+        told = subprocess.run(
+            ["scontrol", "show", "config"], capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as failure:
+        warn(f"scontrol: {failure}")
+        told = ""
+    found = re.search(r"^KillWait\s*=\s*(\d+)", told, re.MULTILINE)
+    return float(found[1]) if found else _KILL_WAIT_SECONDS
 
 
 def _ask(job: str, form: str) -> str | None:

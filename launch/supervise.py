@@ -1,8 +1,15 @@
 """Runs torchrun as a child process: passes signals to its ranks, ends it in time, and keeps the end of its stderr.
 
-SLURM sends SIGUSR2 when the time is up or the job is preempted. The signal is for the ranks, which save and exit.
-torchrun has no handler for it and would die of it, leaving its ranks behind, so torchrun is started with the signal
-ignored, and this process sends the signal to the ranks directly.
+| signal of this process                              | the ranks                                                   |
+|-----------------------------------------------------|-------------------------------------------------------------|
+| SIGUSR2: the time is up, or the job is preempted    | save after the step that they are in, and end               |
+| SIGTERM that SLURM's preemption sends               | the same                                                    |
+| Ctrl-C, SIGHUP, any other SIGTERM: `scancel`, `kill`| the same; before the first step they are ended at once      |
+| a second one of these                               | are ended at once                                           |
+
+The ranks are told by SIGUSR2. torchrun has no handler for it and would die of it, leaving its ranks behind, so torchrun
+is started with the signal ignored, and this process sends the signal to the ranks directly. torchrun has a process
+group of its own, since it ends its ranks at once when a terminal's Ctrl-C or `kill -- -GROUP` reaches it.
 """
 
 import os
@@ -12,13 +19,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from types import FrameType
 
 from dpo.base.limits import raise_limit
+from dpo.base.workers import end_with, signal_name
+from dpo.terminal.console import say
+from launch.stops import Signals
 
 _POLL_SECONDS = 0.2
 _REPEAT_SECONDS = 1.0
@@ -26,58 +36,10 @@ _REPEAT_SECONDS = 1.0
 _PEER_SECONDS = 30.0
 """How long a node waits, after another node has failed, for its own ranks to notice and end."""
 _TERM_SECONDS = 10.0
-"""Time between SIGTERM to torchrun and SIGKILL to all its descendants; a tenth of `grace` if that is shorter."""
+"""Time between SIGTERM to torchrun and SIGKILL to all its descendants; a tenth of the time to save if that is
+shorter."""
 _KEPT_LINES = 2000
 _TORCHRUN = "torch.distributed.run"
-
-
-class Signals:
-    """Records signals. The handlers only set attributes, so that no operation is interrupted half-way."""
-
-    def __init__(self, goes_on: Callable[[], bool | None]) -> None:
-        self.stop_since: float | None = None
-        """Time of the first SIGUSR2 or SIGTERM, on the monotonic clock."""
-        self.ended = False
-        """SIGTERM was received, and the job must not start again."""
-        self._goes_on = goes_on
-        self._in_question = False
-
-    def on_stop(self, number: int, frame: FrameType | None) -> None:
-        """Handles SIGUSR2: the ranks must save and exit."""
-        self.stop_since = self.stop_since or time.monotonic()
-
-    def on_end(self, number: int, frame: FrameType | None) -> None:
-        """Handles SIGTERM: a preemption that leaves time to save, or the end of the job. Saving begins in both cases;
-        `look` finds out which it is.
-        """
-        self.on_stop(number, frame)
-        self._in_question = True
-
-    def look(self) -> None:
-        """Asks `goes_on` what a SIGTERM means, if one was received. Without an answer the next call asks again."""
-        if self._in_question:
-            self._in_question = False  # before asking, since another SIGTERM may come meanwhile
-            answer = self._goes_on()
-            self._in_question = self._in_question or answer is None
-            self.ended = self.ended or answer is False
-
-
-@contextmanager
-def signals(goes_on: Callable[[], bool | None]) -> Iterator[Signals]:
-    """Records SIGUSR2 and SIGTERM during a with-block. After it SIGUSR2 is ignored, since a late signal must not
-    restart a job that is done.
-
-    Args:
-        goes_on: returns whether the job should save and start again after SIGTERM; None: not known yet.
-    """
-    noted = Signals(goes_on)
-    signal.signal(signal.SIGUSR2, noted.on_stop)
-    before = signal.signal(signal.SIGTERM, noted.on_end)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass(frozen=True)
@@ -89,38 +51,57 @@ class Ended:
     """The last lines of torchrun and its ranks; empty if stderr is a terminal."""
 
 
-def run(
-    words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: float, peer_failed: Callable[[], bool]
-) -> Ended:
+@dataclass(frozen=True)
+class Watch:
+    """What is asked, about once per second, while torchrun runs."""
+
+    peer_failed: Callable[[], bool]
+    """Returns whether another node's torchrun has failed."""
+    can_save: Callable[[], bool]
+    """Returns whether the run has come to its first step, before which nothing can be saved."""
+
+
+def run(words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: float, watch: Watch) -> Ended:
     """Runs torchrun to its end.
 
     Args:
         words: the command line of torchrun.
         env: its environment.
         noted: the signals of this process.
-        grace: seconds that the ranks have to exit after a signal; then they are killed.
-        peer_failed: returns whether another node's torchrun has failed; called about once per second.
+        grace: seconds that the ranks have to exit after a signal that does not end the job; then they are killed.
+        watch: what else is looked at.
     """
     # The ranks write to a terminal directly, for their progress bar; their lines are then not kept.
     stderr = None if sys.stderr.isatty() else subprocess.PIPE
-    process = subprocess.Popen(words, env=dict(env), stderr=stderr, text=True, errors="replace", preexec_fn=_prepare)
+    parent = os.getpid()
+    process = subprocess.Popen(
+        words,
+        env=dict(env),
+        stderr=stderr,
+        text=True,
+        errors="replace",
+        process_group=0,
+        preexec_fn=lambda: _prepare(parent),
+    )
     kept: deque[str] = deque(maxlen=_KEPT_LINES)
     copier = threading.Thread(target=_copy, args=(process.stderr or nullcontext(()), kept), daemon=True)
     copier.start()
     try:
-        _wait(process, noted, grace, peer_failed)
+        _wait(process, noted, grace, watch)
     finally:
-        _end(process, _TERM_SECONDS)  # does nothing unless an exception, such as Ctrl-C, ended the wait
+        _end(process, _TERM_SECONDS)  # does nothing unless an exception ended the wait
         copier.join(timeout=5)  # a process that a rank left behind may keep the pipe open
     return Ended(process.returncode, "".join(kept))
 
 
-def _prepare() -> None:
+def _prepare(parent: int) -> None:
     """Ignores SIGUSR2, and raises the limit of open file descriptors: the torchrun of the first node holds a connection
-    to every rank. Runs in the child before exec; torchrun and the ranks inherit both.
+    to every rank. Has torchrun end its ranks where this process is killed. Runs in the child before exec; torchrun
+    inherits all of it, the ranks all but the last.
     """
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     raise_limit()
+    end_with(parent, signal.SIGTERM)
 
 
 def _copy(source: AbstractContextManager[Iterable[str]], kept: deque[str]) -> None:
@@ -133,23 +114,34 @@ def _copy(source: AbstractContextManager[Iterable[str]], kept: deque[str]) -> No
                 sys.stderr.flush()
 
 
-def _wait(process: subprocess.Popen[str], noted: Signals, grace: float, peer_failed: Callable[[], bool]) -> None:
-    """Waits until torchrun ends: by itself, `grace` seconds after a signal, or after the failure of another node."""
-    deadline, repeat_at = float("inf"), 0.0
+def _wait(process: subprocess.Popen[str], noted: Signals, grace: float, watch: Watch) -> None:
+    """Waits until torchrun ends: by itself, some time after a signal, or after the failure of another node."""
+    peer_deadline, repeat_at, is_told = inf, 0.0, False
     while process.poll() is None:
         now = time.monotonic()
         if now >= repeat_at:
             repeat_at = now + _REPEAT_SECONDS
             noted.look()
-            if noted.stop_since is not None and not noted.ended:
+            if noted.stop_since is not None:
                 send(signal.SIGUSR2, children(torchrun_of(process.pid)))
-            if deadline == float("inf") and peer_failed():
-                deadline = now + _PEER_SECONDS
-        if noted.stop_since is not None:
-            deadline = min(deadline, noted.stop_since + grace)
-        if noted.ended or now >= deadline:
-            _end(process, min(_TERM_SECONDS, grace / 10))
+            if peer_deadline == inf and watch.peer_failed():
+                peer_deadline = now + _PEER_SECONDS
+        if noted.ended and not is_told:
+            is_told = True
+            _begin_to_end(noted, watch.can_save())
+        if now >= min(peer_deadline, noted.deadline(grace)):
+            _end(process, min(_TERM_SECONDS, noted.seconds(grace) / 10))
         time.sleep(_POLL_SECONDS)
+
+
+def _begin_to_end(noted: Signals, can_save: bool) -> None:
+    """Tells that the job ends; hurries where nothing can be saved."""
+    name = signal_name(noted.ended_by)
+    if can_save:
+        say(f"{name}: saving after the current step; a second signal ends the run at once")
+    else:
+        say(f"{name}: ending, before the first step there is nothing to save")
+        noted.hurry()
 
 
 def _end(process: subprocess.Popen[str], patience: float) -> None:

@@ -157,12 +157,12 @@ def _picklable(failure: Exception) -> Exception:
     return failure
 
 
-def end_with(parent: int) -> None:
-    """Asks the kernel to kill this process when the parent ends; ends it now if that has happened already.
+def end_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Asks the kernel to send this process a signal when the parent ends; ends it now if that has happened already.
 
     The kernel looks at the *thread* that started this process, which must therefore wait for it.
 
     Source: https://man7.org/linux/man-pages/man2/PR_SET_PDEATHSIG.2const.html
     """
-    if _PRCTL(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL)) != 0 or os.getppid() != parent:
+    if _PRCTL(_PR_SET_PDEATHSIG, ctypes.c_ulong(number)) != 0 or os.getppid() != parent:
         os._exit(1)

@@ -69,7 +69,7 @@ BY_RANK_1 = "rank 1 on node1: ValueError: boom"
     [
         ({"status": DONE}, "done", "", 0),
         ({"status": DONE, "asked_to_stop": True}, "done", "", 0),
-        ({"status": DONE, "was_ended": True}, "done", "", 0),
+        ({"status": DONE, "ended_by": signal.SIGTERM}, "done", "", 0),
         ({}, "done", "", 0),
         ({"status": SAVED, "asked_to_stop": True}, "preempted", "saved at step 4", 0),
         ({"status": SAVED}, "preempted", "saved at step 4", 0),
@@ -101,20 +101,41 @@ BY_RANK_1 = "rank 1 on node1: ValueError: boom"
         ({"exit_code": 1, "failures": [raised(0, 1.0, LOST)]}, "crashed", "Connection reset by peer", 1),
         # after all is saved, while a tracker is waited for
         ({"exit_code": -15, "status": DONE, "asked_to_stop": True}, "done", "", 0),
-        ({"exit_code": -15, "status": DONE, "was_ended": True, "failures": [killed(0, 1.0)]}, "done", "", 0),
+        ({"exit_code": -15, "status": DONE, "ended_by": signal.SIGTERM, "failures": [killed(0, 1.0)]}, "done", "", 0),
         ({"exit_code": 1, "status": DONE, "asked_to_stop": True, "failures": [raised(1, 1.0)]}, "failed", BY_RANK_1, 1),
         ({"exit_code": 1, "status": DONE, "failures": [killed(1, 1.0)]}, "crashed", "killed by SIGKILL", 1),
         # the end could not be written
-        ({"status": TRAINING, "was_ended": True}, "stopped", "SIGTERM", 143),
+        ({"status": TRAINING, "ended_by": signal.SIGTERM}, "stopped", "SIGTERM", 143),
         ({"status": TRAINING}, "done", "", 0),
         ({"status": TRAINING, "asked_to_stop": True}, "preempted", "resumes from the last checkpoint", 1),
         ({"exit_code": 1, "failures": []}, "crashed", "none of its ranks reported why", 1),
-        ({"exit_code": 1, "was_ended": True, "failures": [raised(0, 1.0)]}, "stopped", "SIGTERM", 143),
-        ({"was_ended": True, "asked_to_stop": True, "status": SAVED}, "stopped", "SIGTERM", 143),
+        ({"exit_code": 1, "ended_by": signal.SIGTERM, "failures": [raised(0, 1.0)]}, "stopped", "SIGTERM", 143),
+        (
+            {"ended_by": signal.SIGTERM, "asked_to_stop": True, "status": SAVED},
+            "stopped",
+            "saved at step 4; ended by SIGTERM (scancel, a requeue, a lost node)",
+            143,
+        ),
+        ({"ended_by": signal.SIGINT, "status": SAVED}, "stopped", "saved at step 4; ended by SIGINT (Ctrl-C)", 130),
+        ({"ended_by": signal.SIGHUP, "status": SAVED}, "stopped", "saved at step 4; ended by SIGHUP", 129),
+        ({"ended_by": signal.SIGINT, "status": UNSAVED}, "stopped", "before its first step; resumes from step 4", 130),
+        ({"ended_by": signal.SIGINT, "exit_code": -15}, "stopped", "before the first step; ended by SIGINT", 130),
+        (
+            {"exit_code": 1, "status": TRAINING, "ended_by": signal.SIGTERM, "failures": [raised(1, 1.0)]},
+            "stopped",
+            f"not saved: {BY_RANK_1}; ended by SIGTERM",
+            143,
+        ),
+        (
+            {"exit_code": 1, "status": TRAINING, "ended_by": signal.SIGTERM, "failures": [killed(1, 1.0)]},
+            "stopped",
+            "not saved in time; resumes from the last checkpoint; ended by SIGTERM",
+            143,
+        ),
     ],
 )
 def test_what_becomes_of_the_job(facts: dict[str, Any], state: str, message: str, exit_code: int) -> None:
-    end = End(**({"exit_code": 0, "asked_to_stop": False, "was_ended": False, "status": {}} | facts))
+    end = End(**({"exit_code": 0, "asked_to_stop": False, "ended_by": 0, "status": {}} | facts))
     outcome = decide(end, max_crashes=2)
     assert (outcome.state, outcome.exit_code) == (state, exit_code)
     assert message in outcome.message
@@ -123,9 +144,9 @@ def test_what_becomes_of_the_job(facts: dict[str, Any], state: str, message: str
 def test_what_the_user_is_told() -> None:
     """What was written for the user is shown as it is; of a bug the traceback too."""
     what = "step 3: the gradient norm is nan"
-    told = End(1, False, False, {}, [replace(raised(0, 1.0, f"RunError: {what}"), user_line=what)])
+    told = End(1, False, 0, {}, [replace(raised(0, 1.0, f"RunError: {what}"), user_line=what)])
     assert decide(told, 2).message == f"rank 0 on node0: {what}"
-    assert decide(End(1, False, False, {}, [raised(0, 1.0)]), 2).traceback == "Traceback ...\n"
+    assert decide(End(1, False, 0, {}, [raised(0, 1.0)]), 2).traceback == "Traceback ...\n"
 
 
 @pytest.mark.parametrize(
@@ -138,4 +159,4 @@ def test_what_the_user_is_told() -> None:
 )
 def test_a_broken_machine_is_no_bug(message: str) -> None:
     """Another one may do."""
-    assert decide(End(1, False, False, {}, [raised(0, 1.0, message)]), 2).state == "crashed"
+    assert decide(End(1, False, 0, {}, [raised(0, 1.0, message)]), 2).state == "crashed"

@@ -14,6 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from dpo.base.errors import RunError
+from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
 from dpo.reference import program as reference
 from dpo.train import program as train
 from launch import submit, supervise
@@ -65,7 +66,7 @@ def wait_for_steps(run: Path, steps: int, job: int) -> None:
 
 def test_a_run_in_the_background(work: Path) -> None:
     """Ctrl-C ends the follower alone; SIGUSR2 has the run save and start again, no step missing or twice; the command
-    that is printed cancels it and leaves no process.
+    that is printed ends it with its last step saved, and leaves no process.
     """
     program = launch("--cluster", "local", "--ranks-per-node", "1", "--train.steps", "100000", "--follow")
     run = work / "runs/tiny"
@@ -82,10 +83,28 @@ def test_a_run_in_the_background(work: Path) -> None:
     cancel = out.splitlines()[-1]
     assert cancel == f"cancel  kill -- -{submission.job}"
     subprocess.run(cancel.split()[1:], check=True)
-    with pytest.raises(RunError, match="has ended without a report; before that: stopped, ended by SIGTERM"):
+    told = r"has ended without a report; before that: stopped, saved at step (\d+); ended by SIGTERM"
+    with pytest.raises(RunError, match=told) as end:
         follow([Followed("tiny", submission, reports)])
     steps = [line["step"] for line in train_lines(run)]
     assert steps == list(range(1, len(steps) + 1))
+    assert f"saved at step {len(steps)};" in str(end.value)
+    assert checkpoint_path(run, len(steps)) == newest_checkpoint(run)
+    assert str(work) not in subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
+
+
+def test_ctrl_c_of_a_run_in_the_terminal(work: Path) -> None:
+    """The first saves the step and tells its number; no process is left. The exit code says that it was Ctrl-C."""
+    program = launch("--cluster", "debug", "--ranks-per-node", "2", "--train.steps", "100000")
+    run = work / "runs/tiny"
+    wait_for_steps(run, 3, program.pid)
+    os.killpg(program.pid, signal.SIGINT)  # as a terminal does: to all in its group
+    _, err = program.communicate(timeout=60)
+    steps = [line["step"] for line in train_lines(run)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert program.returncode == 130
+    assert err.endswith(f"stopped: saved at step {len(steps)}; ended by SIGINT (Ctrl-C)\n"), err
+    assert checkpoint_path(run, len(steps)) == newest_checkpoint(run)
     assert str(work) not in subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
 
 

@@ -14,12 +14,12 @@ import pytest
 from submitit.core.job_environment import JobEnvironment, SignalHandler
 from submitit.core.utils import DelayedSubmission, JobPaths
 
-from launch import node, slurm_job
-from launch.decision import STOPPED
+from launch import node, slurm_job, squeue
+from launch.decision import stopped
 from launch.node import NodeJob
 from launch.reports import Attempt, NodeReport, Outcome, add_to_history, history, read_outcome
 from launch.slurm_job import SlurmJob, why_not_requeued
-from launch.supervise import Signals
+from launch.stops import Signals
 from launch.torchrun import Place, Program
 from tests.launch.conftest import FakeSlurm
 from tests.launch.test_decision import LOST, raised
@@ -87,6 +87,11 @@ class Job:
         return outcome.state
 
 
+def requeues(slurm: FakeSlurm) -> int:
+    """How often the job was requeued."""
+    return list(slurm.calls("scontrol")).count(f"requeue {JOB}")
+
+
 def test_the_true_exception_of_another_node_is_shown(tmp_path: Path, slurm: FakeSlurm) -> None:
     """Its traceback and one line are the last that the first node says."""
     job = Job(tmp_path, "one_raises", nodes=2)
@@ -94,7 +99,7 @@ def test_the_true_exception_of_another_node_is_shown(tmp_path: Path, slurm: Fake
     codes, said = job.end()
     assert codes == [1, 1]
     assert said.endswith(f"Traceback of 1\nerror: rank 1 on {HOST}: ValueError: boom\n")
-    assert job.state == "failed" and not slurm.calls("scontrol")
+    assert job.state == "failed" and not requeues(slurm)
 
 
 def test_a_killed_rank_is_named_and_does_not_restart_the_job_for_ever(tmp_path: Path, slurm: FakeSlurm) -> None:
@@ -103,7 +108,7 @@ def test_a_killed_rank_is_named_and_does_not_restart_the_job_for_ever(tmp_path: 
     job = Job(tmp_path, "one_is_killed", nodes=2)
     job.start()
     codes, said = job.end()
-    assert codes == [1, 1] and job.state == "failed" and not slurm.calls("scontrol")
+    assert codes == [1, 1] and job.state == "failed" and not requeues(slurm)
     assert said.splitlines()[-1] == (
         f"error: rank 1 on {HOST}: killed by SIGKILL, without a Python exception; --max-crashes 1 is used up"
     )
@@ -117,11 +122,11 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path, slurm: Fa
     codes, said = job.end()
     assert codes[1] == 0 and "preempted: saved at step 4" in said
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
-    assert job.state == "preempted" and slurm.calls("scontrol") == [f"requeue {JOB}"]
+    assert job.state == "preempted" and requeues(slurm) == 1
     job.start()
     codes, said = job.end()
     assert codes == [0, 0] and ": done\n" in said
-    assert job.state == "done" and len(slurm.calls("scontrol")) == 1
+    assert job.state == "done" and requeues(slurm) == 1
     assert history(tmp_path / "reports") == ["preempted", "done"]
 
 
@@ -133,18 +138,26 @@ def test_slurms_own_preemption_saves_too(tmp_path: Path, slurm: FakeSlurm) -> No
     job.signal(signal.SIGTERM)
     _, said = job.end()
     assert "preempted: saved at step 4" in said
-    assert job.state == "preempted" and slurm.calls("scontrol") == [f"requeue {JOB}"]
+    assert job.state == "preempted" and requeues(slurm) == 1
 
 
 def test_a_cancelled_job_is_not_requeued(tmp_path: Path, slurm: FakeSlurm) -> None:
     """scontrol would do it: a job that is COMPLETING goes back to the queue whatever it completes for."""
     slurm.answer("squeue", "COMPLETING/None\n")
-    job = Job(tmp_path, "stops_once", nodes=1)
+    job = Job(tmp_path, "stops_once", nodes=2)
     job.start()
     job.signal(signal.SIGTERM)
-    codes, _ = job.end()
-    assert codes == [143]
-    assert job.state == "stopped" and not slurm.calls("scontrol")
+    codes, said = job.end()
+    assert codes == [143, 0]
+    assert "SIGTERM: saving after the current step; a second signal ends the run at once" in said
+    assert said.endswith("stopped: saved at step 4; ended by SIGTERM (scancel, a requeue, a lost node)\n")
+    assert job.state == "stopped" and set(slurm.calls("scontrol")) == {"show config"}
+
+
+@pytest.mark.parametrize(("told", "seconds"), [("KillWait                = 45 sec\n", 45.0), ("", 30.0)])
+def test_slurm_tells_how_long_an_end_takes(slurm: FakeSlurm, told: str, seconds: float) -> None:
+    slurm.answer("scontrol", f"KillOnBadExit           = 0\n{told}")
+    assert squeue.kill_wait() == seconds
 
 
 def test_a_node_that_says_nothing_does_not_cost_the_requeueing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +198,7 @@ def requeueing(
         if was_cancelled:
             noted.on_end(signal.SIGTERM, None)
         try:
-            return why_not_requeued(handler.checkpoint_and_try_requeue, noted)
+            return why_not_requeued(handler.checkpoint_and_try_requeue, noted, "saved at step 4")
         except SystemExit as end:
             assert isinstance(end.code, int)
             return end.code
@@ -193,21 +206,21 @@ def requeueing(
     return requeue
 
 
-@pytest.mark.parametrize(("minutes", "requeues"), [(5, 0), (600, 1)])
+@pytest.mark.parametrize(("minutes", "times"), [(5, 0), (600, 1)])
 def test_too_many_timeouts_end_the_job_but_preemptions_do_not(
-    requeueing: Callable[..., Outcome | int], minutes: int, requeues: int, slurm: FakeSlurm
+    requeueing: Callable[..., Outcome | int], minutes: int, times: int, slurm: FakeSlurm
 ) -> None:
     """No time-out is left; submitit takes every stop of a job of 10 minutes or less for one."""
     end = requeueing(minutes=minutes, timeouts=0)
-    assert len(slurm.calls("scontrol")) == requeues
-    if not requeues:
+    assert requeues(slurm) == times
+    if not times:
         told = "its time was up too often (--max-timeouts); the same command resumes the run"
         assert end == Outcome("failed", told, 1)
 
 
 def test_a_job_that_was_cancelled_while_it_saved(requeueing: Callable[..., Outcome | int], slurm: FakeSlurm) -> None:
-    assert requeueing(was_cancelled=True) == STOPPED
-    assert not slurm.calls("scontrol")
+    assert requeueing(was_cancelled=True) == stopped(signal.SIGTERM, "saved at step 4")
+    assert not requeues(slurm)
 
 
 def test_a_controller_that_starts_anew_is_waited_for(
@@ -216,7 +229,7 @@ def test_a_controller_that_starts_anew_is_waited_for(
     slurm.refuse("scontrol", "Unable to contact slurm controller\n")
     threading.Timer(0.5, lambda: (slurm.folder / "scontrol.refusal").unlink()).start()
     assert requeueing() != 1
-    assert len(slurm.calls("scontrol")) > 1
+    assert requeues(slurm) > 1
 
 
 def test_a_job_that_cannot_be_requeued_says_so(requeueing: Callable[..., Outcome | int], slurm: FakeSlurm) -> None:

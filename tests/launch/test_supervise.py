@@ -5,6 +5,7 @@ Plain Python processes stand in for them: a parent that, like torchrun, knows no
 
 import errno
 import io
+import math
 import os
 import resource
 import signal
@@ -14,11 +15,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from launch import supervise
-from launch.supervise import Ended, children, descendants, run, signals
+from launch import stops, supervise
+from launch.stops import ENDING, Signals, signals
+from launch.supervise import Ended, Watch, children, descendants, run
 
 PARENT = """
 import subprocess, sys
@@ -66,6 +69,8 @@ def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         grace: float = 60,
         goes_on: bool | None = None,
         peer_failed: Callable[[], bool] = bool,
+        can_save: bool = True,
+        end_seconds: float = 60,
     ) -> Ended:
         over = threading.Event()
 
@@ -82,8 +87,8 @@ def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         if number is not None:
             threading.Thread(target=send, args=(number,), daemon=True).start()
         words = [sys.executable, "-c", PARENT, code.replace("PLACE", repr(str(tmp_path)))]
-        with signals(lambda: goes_on) as noted:
-            ended = run(words, os.environ, noted, grace, peer_failed)
+        with signals(lambda: goes_on, end_seconds) as noted:
+            ended = run(words, os.environ, noted, grace, Watch(peer_failed, lambda: can_save))
             over.set()
         return ended
 
@@ -117,18 +122,86 @@ def test_ranks_that_do_not_save_are_ended(
     assert not survivors(tmp_path)
 
 
-def test_sigterm_ends_all_at_once(supervised: Callable[..., Ended], tmp_path: Path) -> None:
-    """Where the job is not meant to go on: it is cancelled, or requeued by a person."""
-    assert supervised(SAVES, signal.SIGTERM, goes_on=False).exit_code == -signal.SIGTERM
-    assert not list(tmp_path.glob("saved-*")) and not survivors(tmp_path)
+ENDINGS = [(signal.SIGTERM, True), (signal.SIGTERM, None), *((number, False) for number in ENDING)]
+ENDINGS_IDS = ["SLURM preempts it", "nobody answers", "scancel", "Ctrl-C", "a closed terminal"]
 
 
-@pytest.mark.parametrize("goes_on", [True, None], ids=["SLURM preempts it", "nobody answers"])
-def test_the_ranks_save_when_sigterm_leaves_them_time(
-    supervised: Callable[..., Ended], goes_on: bool | None, tmp_path: Path
+@pytest.mark.parametrize(("number", "goes_on"), ENDINGS, ids=ENDINGS_IDS)
+def test_the_ranks_save_when_the_job_is_ended(
+    supervised: Callable[..., Ended], number: int, goes_on: bool | None, tmp_path: Path
 ) -> None:
-    assert supervised(SAVES, signal.SIGTERM, goes_on=goes_on).exit_code == 0
+    """Whether or not it starts again."""
+    assert supervised(SAVES, number, goes_on=goes_on).exit_code == 0
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_before_the_first_step_all_end_at_once(
+    supervised: Callable[..., Ended], number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ranks have nothing to save; these would end only in ten minutes."""
+    monkeypatch.setattr(supervise, "_TERM_SECONDS", 1.0)
+    assert supervised(DEAF, number, goes_on=False, can_save=False).exit_code == -signal.SIGTERM
+    assert not survivors(tmp_path)
+
+
+def test_ranks_that_do_not_save_before_slurm_kills_them_are_ended(
+    supervised: Callable[..., Ended], tmp_path: Path
+) -> None:
+    assert supervised(DEAF, signal.SIGTERM, goes_on=False, grace=600, end_seconds=1.0).exit_code == -signal.SIGTERM
+    assert not survivors(tmp_path)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_second_signal_ends_all_at_once(
+    supervised: Callable[..., Ended], number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that never save, without a limit."""
+    monkeypatch.setattr(supervise, "_TERM_SECONDS", 1.0)
+    again = threading.Timer(0, lambda: None)
+
+    def tell(line: str) -> None:
+        nonlocal again
+        assert (
+            line
+            == f"{signal.Signals(number).name}: saving after the current step; a second signal ends the run at once"
+        )
+        again = threading.Timer(1.5, os.kill, (os.getpid(), number))
+        again.start()
+
+    monkeypatch.setattr(supervise, "say", tell)
+    assert supervised(DEAF, number, goes_on=False, grace=600, end_seconds=600).exit_code == -signal.SIGTERM
+    again.join()
+    assert not survivors(tmp_path)
+
+
+LAUNCHER = """
+import os, sys
+from launch.stops import signals
+from launch.supervise import Watch, run
+with signals(None) as noted:
+    run(sys.argv[1:], os.environ, noted, 600, Watch(bool, lambda: True))
+"""
+FALLS = """
+import signal, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], "0"], start_new_session=True)
+signal.signal(signal.SIGTERM, lambda *_: (child.kill(), sys.exit(1)))
+child.wait()
+"""
+"""A parent that, like torchrun, ends its child when it gets SIGTERM."""
+
+
+def test_nothing_is_left_of_a_launcher_that_is_killed(tmp_path: Path) -> None:
+    """kill -9, as by the kernel where memory runs out."""
+    code = DEAF.replace("PLACE", repr(str(tmp_path)))
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER, sys.executable, "-c", FALLS, code])
+    while not (tmp_path / "ready-0").exists():
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    launcher.kill()
+    launcher.wait()
+    while survivors(tmp_path):  # the test's own time limit ends it where they stay
+        time.sleep(0.02)
 
 
 def test_a_node_that_does_not_notice_another_ones_failure_is_ended(
@@ -200,6 +273,30 @@ def test_a_sigterm_whose_meaning_is_asked_for_again() -> None:
         assert noted.ended
 
 
+def test_ctrl_c_stays_ignored_where_a_shell_ignores_it() -> None:
+    """A job that `dpo submit ... &` starts is not ended by the Ctrl-C that ends another."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signals(None) as noted:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not noted.ended
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_signals_that_come_together_are_one_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test: timeout(1) sends SIGTERM twice."""
+    now = [1000.0]
+    monkeypatch.setattr(stops, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    noted = Signals(None, end_seconds=20)
+    assert noted.deadline(90) == math.inf
+    noted.on_stop(signal.SIGUSR2, None)
+    assert noted.deadline(90) == 1090
+    for now[0], deadline in ((1010.0, 1030), (1010.9, 1030), (1011.1, 0)):
+        noted.on_end(signal.SIGTERM, None)
+        assert noted.deadline(90) == deadline
+
+
 def test_the_tree_of_processes() -> None:
     """A shell with a shell with two sleeps."""
     shell = subprocess.Popen(["sh", "-c", "sh -c 'sleep 60 & sleep 60 & wait'; true"])
@@ -222,7 +319,7 @@ def test_torchrun_may_open_as_many_files_as_the_hard_limit(tmp_path: Path) -> No
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
     try:
         with signals(lambda: None) as noted:
-            run([sys.executable, "-c", code], os.environ, noted, 60, bool)
+            run([sys.executable, "-c", code], os.environ, noted, 60, Watch(bool, bool))
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(soft, hard - 1), hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

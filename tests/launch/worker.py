@@ -46,6 +46,8 @@ def stops_once(folder: Path) -> None:
     """Waits for SIGUSR2 and saves, the first time; is done the second time."""
     if (folder / f"saved-{RANK}").exists():
         return write_status({"state": "done"}) if RANK == 0 else None
+    if RANK == 0:
+        write_status({"state": "training", "step": 1})
     asked: list[int] = []
     signal.signal(signal.SIGUSR2, lambda number, _: asked.append(number))
     (folder / f"ready-{RANK}").touch()
