@@ -106,6 +106,7 @@ SLOW: Sequence[str] = (
     "terminal/test_console.py::test_a_line_in_a_pipe_costs",
     "tests/test_surroundings.py",
     "train/test_log.py",
+    "train/test_phases.py::test_a_resumed",
     "train/test_profiling.py",
     "train/test_sft.py",
     "train/test_spikes.py::test_a_run",

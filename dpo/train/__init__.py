@@ -9,6 +9,7 @@ loop.py        all steps, with evaluations and checkpoints in between
 nonfinite.py   names and writes the pairs of a step or an evaluation that is not finite
 spikes.py      tells a loss that is far above those before it
 watch.py       progress bar, profiler and warnings around the steps
+phases.py      the seconds of a start, by phase
 profiling.py   torch's profiler over a few steps
 summary.py     the terminal output of a run, to its last step
 closing.py     the terminal output at the end of a run

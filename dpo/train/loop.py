@@ -28,7 +28,7 @@ from dpo.train.nonfinite import report_evaluation, report_step
 from dpo.train.outputs import keep_pairs
 from dpo.train.setup import Run
 from dpo.train.spikes import WINDOW, find_spike, losses_of
-from dpo.train.summary import show_evaluation, step_line
+from dpo.train.summary import show_evaluation, step_line, tell_resumed
 from dpo.train.watch import profiled_steps, step_bar, telling_new_graphs
 
 
@@ -76,6 +76,8 @@ def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
             skipped = _count_skips(run, taken, skipped)
             end(step)
             bar.advance(1)
+            if step == first:
+                tell_resumed(run)
             state = RunState(step, run.identity, skipped)
             if writer:
                 writer.write(step, taken.metrics)

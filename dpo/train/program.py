@@ -4,6 +4,7 @@ Without torchrun, `python -m dpo.train` runs on one rank. The code has three lev
 over steps, `dpo/train/loop.py`; one step, `dpo/step/update.py`.
 """
 
+import time
 from pathlib import Path
 
 from dpo.command.status import telling_end
@@ -19,23 +20,31 @@ from dpo.terminal.console import begin_log
 from dpo.train.closing import conclude
 from dpo.train.loop import train
 from dpo.train.outputs import export_run, open_checkpoints, open_outputs
+from dpo.train.phases import Phases, process_start
 from dpo.train.setup import Run, build_run
 from dpo.train.start import check_first_step, find_start_together, is_done, lacks_report
 from dpo.train.summary import introduce
 from dpo.train.words import read_arguments
 
 
-def run_training(config: Config) -> None:
+def run_training(config: Config, begun: float | None = None) -> None:
     """Checks all input, then builds, trains and exports the policy. Every rank must get here, or the rest hang.
+
+    Args:
+        config: the run's.
+        begun: when this process was started to train, on the monotonic clock; None: it was started for another purpose,
+            and its start counts from now.
 
     Raises UserError before the first step where any input is wrong, and Preempted where a rank is asked to stop.
     """
-    parallel = config.parallel
+    parallel, phases = config.parallel, Phases(time.monotonic() if begun is None else begun)
+    phases.end("imports")
     begin_log()
     with (
         listen_for_stop() as stop_requested,
         open_world(parallel.setup_timeout_seconds, parallel.replicate) as world,
     ):
+        phases.end("ranks")
         start = find_start_together(config, world)
         check_folders(config, world)
         inputs = read_inputs(config, world)
@@ -46,8 +55,9 @@ def run_training(config: Config) -> None:
         check_space(config, start, inputs, world)
         start_devices(world, config.parallel.timeout_seconds)
         config, need = decide_parallel(config, start, inputs, world)
+        phases.end("data")
         with remembered_need(need):
-            train_and_export(build_run(config, world, inputs, start, stop_requested))
+            train_and_export(build_run(config, world, inputs, start, stop_requested, phases))
 
 
 def train_and_export(run: Run) -> None:
@@ -61,6 +71,7 @@ def train_and_export(run: Run) -> None:
     deviation = check_first_step(run)
     with open_outputs(run) as writer:
         introduce(run, writer, deviation)
+        run.phases.end("run folder")
         with telling_end(run.world.is_main):  # before the trackers are waited for
             with open_checkpoints(run) as saver:
                 train(run, writer, saver)
@@ -72,4 +83,4 @@ def train_and_export(run: Run) -> None:
 
 def main() -> None:
     """Runs `python -m dpo.train`."""
-    run_training(read_arguments())
+    run_training(read_arguments(), process_start())

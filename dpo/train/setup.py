@@ -34,6 +34,7 @@ from dpo.run.inputs import Inputs
 from dpo.run_folder.files import LOG
 from dpo.step.optim import make_optimizer
 from dpo.terminal.console import open_log, say
+from dpo.train.phases import Phases
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Run:
     peak_flops: float | None
     """Peak FLOPs per second of all ranks together; None where a device is not in the table of data sheets."""
     stop_requested: StopRequest
+    phases: Phases
+    """Of this start; the last of them ends with its first step."""
 
     @property
     def dir(self) -> Path:
@@ -104,7 +107,9 @@ class Run:
         return answer(self.policy, self.answers, step)
 
 
-def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_requested: StopRequest) -> Run:
+def build_run(
+    config: Config, world: World, inputs: Inputs, start: Start, stop_requested: StopRequest, phases: Phases
+) -> Run:
     """Builds a run at step 0, or at the step of its checkpoint. Every rank must get here, or the rest hang.
 
     The log begins when the policy's weights are read, before hours of the reference pass: a start that is refused
@@ -116,6 +121,7 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_r
         inputs: the models and data.
         start: the checkpoint to load, if any.
         stop_requested: whether this rank was asked to stop.
+        phases: of this start.
 
     Raises:
         Preempted: on every rank, where any rank was asked to stop while the reference was computed.
@@ -126,6 +132,7 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_r
     with log_of_failure(config, world):
         policy = load_and_warm(config, world, inputs.model.config, inputs.model.folder, packer, passes)
     write_log(config, world)
+    phases.end("model")
     reference = _reference_loader(config, world, inputs, policy, packer)
     if config.loss.facts.uses_reference:
         try:
@@ -135,11 +142,13 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_r
         packer = replace(packer, ref_logps=lookup(rows))
     answers = prepare_answers(config, world, inputs, reference)
     reference.cache_clear()
+    phases.end("reference")
     free_memory()
     reshard(policy)
     optimizer = make_optimizer(policy.model.parameters(), config.optim)
     if start.checkpoint:
         load_checkpoint(start.checkpoint, policy.model, optimizer)
+        phases.end("checkpoint")
     return Run(
         config=config,
         world=world,
@@ -152,6 +161,7 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, stop_r
         answers=answers,
         peak_flops=_peak_flops(config, policy, world),
         stop_requested=stop_requested,
+        phases=phases,
     )
 
 

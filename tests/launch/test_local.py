@@ -108,6 +108,24 @@ def test_ctrl_c_of_a_run_in_the_terminal(work: Path) -> None:
     assert str(work) not in subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
 
 
+def test_the_line_of_the_readme_saves_a_run_of_torchrun(work: Path) -> None:
+    """And leaves torchrun and the shell around it alone, whose words have the same program and config."""
+    readme = Path(__file__).parents[2] / "dpo" / "README.md"
+    (line,) = [line.strip() for line in readme.read_text().splitlines() if line.strip().startswith("pkill")]
+    own = f"{work.name}.yaml"
+    (work / own).write_text(CONFIG)
+    run = work / "runs" / work.name
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2 -m dpo.train"
+    words = ["bash", "-c", f"{torchrun} --config {own} --train.steps 100000; exit $?"]
+    program = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    wait_for_steps(run, 3, program.pid)
+    subprocess.run(["bash", "-c", f"{line.replace('my.yaml', own)}; exit $?"], check=True)
+    _, err = program.communicate(timeout=60)
+    assert program.returncode == 0, err
+    assert f"stopped after step {len(train_lines(run))}; the same command resumes from here" in err
+    assert checkpoint_path(run, len(train_lines(run))) == newest_checkpoint(run)
+
+
 def in_this_process(words: Sequence[str], env: Mapping[str, str], *rest: Any) -> Ended:
     """A torchrun without processes of its own: its program is one rank here."""
     first = words.index("-m", words.index("--nproc-per-node")) + 1
