@@ -6,7 +6,6 @@ from pathlib import Path
 
 from dpo import DISTRIBUTION
 from dpo.base.errors import UserError
-from dpo.board.dashboard import Dashboard
 from dpo.board.sink import Sink
 from dpo.board.tracker import Client, Opening, Tracker
 from dpo.config import Config
@@ -36,6 +35,8 @@ def open_sinks(config: Config, first_step: int, earlier: Lines) -> list[Sink]:
 
 
 def _open_dashboard(config: Config, first_step: int, earlier: Lines) -> Sink:
+    from dpo.board.dashboard import Dashboard  # only here, because only rank 0 needs tensorboard, a quarter second
+
     return Dashboard(Path(str(config.train.run_dir)) / "tensorboard", first_step, earlier)
 
 

@@ -32,6 +32,23 @@ def test_ctrl_c_while_libraries_are_imported(handler: str, ends: tuple[int, str,
     assert (done.returncode, done.stdout, done.stderr) == ends
 
 
+COLLECTED = """
+import gc
+from dpo.command.exits import slow_imports
+try:
+    with slow_imports():
+        print(gc.isenabled())
+        raise ImportError
+except ImportError:
+    print(gc.isenabled(), gc.get_freeze_count() > 0)
+"""
+
+
+def test_the_collector_waits_for_imports() -> None:
+    """It is on after them, also where they fail, and no longer looks at what they made."""
+    assert run_python(COLLECTED).stdout.split() == ["False", "True", "True"]
+
+
 @pytest.mark.parametrize(("rank", "told"), [("0", "stopped\n"), ("1", "")])
 def test_one_rank_alone_says_that_ctrl_c_came(rank: str, told: str) -> None:
     """Under torchrun, which a terminal's Ctrl-C reaches with all its ranks."""
