@@ -145,7 +145,8 @@ def command_in_phase(root: Path, phase: str, number: signal.Signals) -> list[str
     again = subprocess.run(words, env=env, capture_output=True, text=True, cwd=ROOT)
     found += faults(place / "run", root / "whole") if not again.returncode else [f"again: {again.stderr[-500:]}"]
     last = (said.splitlines() or [""])[-1]
-    print(f"dpo train: {phase:<21} {number.name:<8} code {process.returncode}: {'; '.join(found) or 'equal'}: {last}")
+    result = "; ".join(found) or "equal"
+    print(f"dpo train: {phase:<21} {number.name:<8} code {process.returncode}: {result}: {last}", flush=True)
     return [f"dpo train, {name}: {fault}" for fault in found]
 
 
