@@ -7,7 +7,7 @@ PACKAGES := chromium chromium-driver iproute2 bubblewrap
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo board test test-oldest test-newest test-python test-3.12 test-3.13 test-gpu test-cuda-host test-slurm test-trackers bench bench-gpu tools check clean
+.PHONY: demo board test test-oldest test-newest test-python test-3.12 test-3.13 test-gpu test-cuda-host test-slurm test-faults test-trackers bench bench-gpu tools check clean
 
 demo: .venv/installed          ## learn a preference on two processes, in minutes
 	$(BIN)/python -m dpo.demo
@@ -40,6 +40,11 @@ bench-gpu: .venv/installed     ## speed, memory and the first step's check on th
 
 test-slurm: .venv/installed    ## jobs on a real SLURM of two nodes on this machine (root; apt installs it), in minutes
 	$(BIN)/python -m tests.slurm.cluster $(BIN)/python -m pytest tests/slurm || test $$? = 77  # no such cluster here: it prints why
+
+test-faults: .venv/installed   ## storms with a seed: damaged files, kill -9, signals in every phase; under half an hour
+	$(BIN)/python -m tests.faults.storm --count 200 --seed 1
+	$(BIN)/python -m tests.faults.kills --seed 1 --count 20
+	$(BIN)/python -m tests.faults.signals
 
 test-trackers: .venv-trackers/installed  ## a killed run in W&B and trackio, without a network
 	.venv-trackers/bin/python -m pytest tests/trackers -rs

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
 from dpo.config import Config, SourceConfig, to_yaml
+from tests.slurm.cluster import FREEZER
 from tests.slurm.jobs import (
     Job,
     command,
@@ -172,11 +174,18 @@ def loses_a_node(job: Job) -> None:
 
 
 def is_cancelled(job: Job) -> None:
-    """By a person, in the middle of a step; nothing of it stays on the nodes."""
+    """By a person, in the middle of a step, which is saved; nothing of it stays on the nodes.
+
+    Without cgroups SLURM sends SIGTERM to the ranks too, which die of it.
+    """
     wait_for_steps(job, 1)
     command("scancel", job.id)
     wait_for(job, "it is cancelled", lambda: job.state == "CANCELLED")
-    assert endings(job.run_dir)[-1][0] == "stopped"
+    state, message = endings(job.run_dir)[-1]
+    assert state == "stopped"
+    if (FREEZER / "cgroup.procs").is_file():
+        assert message.startswith(f"saved at step {last_step(job.run_dir)}; ended by SIGTERM"), message
+        assert newest_checkpoint(job.run_dir) == checkpoint_path(job.run_dir, last_step(job.run_dir))
     assert not rank_processes()
 
 
