@@ -56,6 +56,12 @@ class RunError(RuntimeError):
     """A failure while running (a gradient that is not finite, a failed self-check): exit code 1."""
 
 
+class FolderLost(OSError):
+    """Another start has taken this run's folder: exit code 1. An OSError, since rank 0 meets it alone and must end the
+    run as it does for a full disk.
+    """
+
+
 class Preempted(Exception):
     """The run was asked to stop, and ends after `step` updates: exit code 0.
 

@@ -19,10 +19,15 @@ class MetricsWriter:
 
     As a context manager it is closed at the end of the block, and tells the sinks how that ends. Every method raises
     OSError, with the name of the run folder, where the disk is full.
+
+    Args:
+        run_dir: the run folder.
+        sinks: of the run.
+        check: called before anything is written; raises FolderLost where the folder is another start's now.
     """
 
-    def __init__(self, run_dir: Path, sinks: Sequence[Sink]):
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, sinks: Sequence[Sink], check: Callable[[], None] = lambda: None):
+        self.run_dir, self.check = run_dir, check
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.sinks = sinks
 
@@ -38,6 +43,7 @@ class MetricsWriter:
 
         Raises ValueError where a metric is not finite: JSON cannot hold it.
         """
+        self.check()
         with naming(self.run_dir):
             print(json.dumps({"step": step, **metrics}, allow_nan=False), file=self.file, flush=True)
         known = {name: metric for name, metric in metrics.items() if metric is not None}
@@ -60,7 +66,8 @@ class MetricsWriter:
         self._each(lambda sink: sink.hparams(config))
 
     def sync(self) -> None:
-        """Waits until all lines of metrics.jsonl are on the disk (fsync)."""
+        """Waits until all lines of metrics.jsonl are on the disk (fsync): before a checkpoint gets its name."""
+        self.check()
         with naming(self.run_dir):
             os.fsync(self.file.fileno())
 
@@ -72,6 +79,7 @@ class MetricsWriter:
             stack.callback(self.file.close)  # of a full disk it fails once more, for a line that is still to be written
 
     def _each(self, show: Callable[[Sink], None]) -> None:
+        self.check()
         with naming(self.run_dir):
             for sink in self.sinks:
                 show(sink)

@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,9 +24,19 @@ from dpo.model.weights import save_tensors
 from dpo.terminal.console import warn
 
 
-def export(
-    policy: Policy, model_folder: Path, out: Path, config: Config, world: World, card: Callable[[Path], str]
-) -> None:
+@dataclass(frozen=True)
+class Finish:
+    """What rank 0 calls when the weights of a model are written."""
+
+    card: Callable[[Path], str]
+    """Returns the text of the model card, README.md, given the folder with all other files. Where it fails, the model
+    is exported without a card, with a warning.
+    """
+    before_commit: Callable[[], None] = lambda: None
+    """Called before the folder gets its name, which it does not get where this fails."""
+
+
+def export(policy: Policy, model_folder: Path, out: Path, config: Config, world: World, finish: Finish) -> None:
     """Writes weights, config, tokenizer, chat template, generation config, own code, licence and a model card to the
     folder `out`.
 
@@ -38,8 +49,7 @@ def export(
         out: the new folder; an existing one is replaced.
         config: gives `checkpoint.export_dtype` (see `export_dtype.export_dtype`) and the tokenizer.
         world: all ranks.
-        card: returns the text of the model card, README.md, given the folder with all other files. Where it fails, the
-            model is exported without a card, with a warning.
+        finish: what rank 0 calls at the end.
 
     Raises:
         RunError: on every rank, where the model does not fit on the disk, or a rank cannot write.
@@ -52,13 +62,14 @@ def export(
 
     def complete() -> None:
         write_companions(draft, model_folder, config, policy.model, dtype)
-        _write_card(draft, card)
+        _write_card(draft, finish.card)
 
     on_main(world, complete)
     write_sums_together(draft, world)
 
     def commit() -> None:
         sync_tree(draft)
+        finish.before_commit()
         replace_folder(draft, out, _spare_name())
 
     on_main(world, commit)

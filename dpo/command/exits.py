@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 
-from dpo.base.errors import Preempted, RunError, UserError, one_line
+from dpo.base.errors import FolderLost, Preempted, RunError, UserError, one_line
 from dpo.base.space import describe_full
 from dpo.command.line import split_options
 from dpo.command.rank import is_main, is_rank
@@ -40,7 +40,7 @@ def line_of(failure: BaseException) -> str:
     full = describe_full(failure) if isinstance(failure, OSError) else None
     if full:
         return one_line(full)
-    is_ours = isinstance(failure, (UserError, RunError))
+    is_ours = isinstance(failure, (UserError, RunError, FolderLost))
     return one_line(str(failure) if is_ours else f"{type(failure).__name__}: {failure}")
 
 

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from dpo.base.errors import UserError
-from dpo.checkpoint.export import export
+from dpo.checkpoint.export import Finish, export
 from dpo.checkpoint.folders import CHECKPOINTS, checkpoints_of
 from dpo.checkpoint.store import VALID, RunState, load_model, read_verified_state
 from dpo.checkpoint.verify import first_usable
@@ -49,7 +49,8 @@ def main() -> None:
         mesh = make_mesh(world, replace(config.parallel, shard=None, replicate=1))
         policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
         load_model(checkpoint, policy.model)
-        export(policy, folder, args.out, config, world, partial(model_card, config, state.step, folder))
+        finish = Finish(partial(model_card, config, state.step, folder))
+        export(policy, folder, args.out, config, world, finish)
         if world.is_main:
             say(f"the model of {checkpoint} is in {args.out}")
 

@@ -24,9 +24,10 @@ from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, PContext, start_processes
 from torch.distributed.elastic.multiprocessing.api import RunProcsResult
 
+from dpo.base.errors import UserError
 from dpo.base.workers import signal_name
 from dpo.command.blame import Failure, read_error
-from dpo.command.exits import tell_error, tell_stop
+from dpo.command.exits import EXIT_CODES, tell_error, tell_stop
 from dpo.command.status import GPUS_ASKED, STATUS_FILE, read_status
 from dpo.front.ending import End, Verdict, is_time_to_kill, judge
 from dpo.front.names import Command
@@ -63,7 +64,8 @@ def run_ranks(command: Command, words: tuple[str, ...], wanted: Wanted, log: Pat
         envs = environments(size, store.port, common)
         context = _start(command.module, words, envs, folder)
         verdict = judge(_watch(context, stops, lambda: read_status(status)), command)
-        if log is not None and log.is_file():  # a start that is refused makes no run folder
+        # A start that is refused writes nothing: it makes no folder, and the log may be that of another start.
+        if log is not None and log.is_file() and verdict.exit_code != EXIT_CODES[UserError]:
             open_log(log)
         _tell(verdict)
         return verdict.exit_code

@@ -36,6 +36,17 @@ def why_no_gpu(torch: str, cuda: str | None, driver: str | None) -> str:
     return f"{loaded}, torch {torch} is built for CUDA {cuda}"
 
 
+def requeued_job(environment: Mapping[str, str]) -> tuple[str | None, int]:
+    """Returns the id of the job of SLURM, and how often it was restarted; (None, 0) outside of one. Each task of an
+    array has an id of its own; several clusters may use the same.
+    """
+    job = environment.get("SLURM_JOB_ID")
+    count = environment.get("SLURM_RESTART_COUNT", "")
+    cluster = environment.get("SLURM_CLUSTER_NAME")
+    named = f"{job} of {cluster}" if cluster else job
+    return (named, int(count) if count.isdecimal() else 0) if job else (None, 0)
+
+
 def check_tasks(environment: Mapping[str, str]) -> None:
     """Raises UserError in a step of srun with more tasks than nodes, where nothing made the tasks the ranks of one run:
     each task would be rank 0 of 1, and all of them would write the same run folder.

@@ -21,7 +21,6 @@ from dpo.checkpoint.fingerprint import fingerprint
 from dpo.checkpoint.folders import checkpoint_path
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
-from dpo.distributed.preemption import never
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World
 from dpo.replay.arguments import read_arguments
@@ -33,7 +32,7 @@ from dpo.run.layout import layout_here
 from dpo.run.provenance import provenance
 from dpo.terminal.console import begin_log, say
 from dpo.train.loop import take_step
-from dpo.train.setup import Run, build_run
+from dpo.train.setup import Hooks, Run, build_run
 
 CODE = ("version", "commit", "dirty", "torch", "transformers")
 """The facts of a start that say by which code it computed."""
@@ -81,7 +80,7 @@ def _build(config: Config, world: World, beginning: Beginning) -> Run:
     identity = identity_of(config, inputs)
     on_main(world, lambda: check_identity(beginning.start, identity))
     start_devices(world, config.parallel.timeout_seconds)
-    return build_run(config, world, inputs, beginning.start, never)
+    return build_run(config, world, inputs, beginning.start, Hooks())
 
 
 def _is_same_layout(run: Run, beginning: Beginning) -> bool:

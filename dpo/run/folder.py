@@ -32,6 +32,7 @@ from dpo.run_folder.files import (
     EVALUATIONS,
     FINAL,
     JOBS,
+    LOCK,
     LOG,
     METRICS,
     NONFINITE,
@@ -70,7 +71,7 @@ def find_candidates(config: Config) -> list[Path]:
     _check_writable(run_dir)
     resume = config.checkpoint.resume
     if resume == "never":
-        if run_dir.exists() and any(path.name not in (JOBS, LOG) for path in run_dir.iterdir()):
+        if run_dir.exists() and any(path.name not in (JOBS, LOCK, LOG) for path in run_dir.iterdir()):
             raise UserError("train.run_dir", f"{run_dir} is not empty", f"a new folder, or {KEY} auto")
         return []
     own = list(reversed(checkpoints_of(run_dir)))

@@ -13,6 +13,7 @@ nonfinite/        the pairs of steps and evaluations that were not finite
 profile/          traces of profiled steps
 checkpoints/step-000100/
 final/            the trained model
+lock/             the start that writes to the folder, see `dpo.run_folder.lock`
 jobs/             scripts, logs and reports of failures, written by `python -m launch.submit` and its jobs
 """
 
@@ -25,7 +26,7 @@ from dpo.base.files import write_atomically
 
 CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "metrics.jsonl", "tensorboard"
 ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
-EVALUATIONS, REPORT, LOG, TRACKERS = "eval", "report.html", "log.txt", "trackers"
+EVALUATIONS, REPORT, LOG, TRACKERS, LOCK = "eval", "report.html", "log.txt", "trackers", "lock"
 NONFINITE, SKIPPED = "nonfinite", "train/skipped"
 """The folder of pairs that are not finite, and the metric, 1, of a step that was skipped for them."""
 

@@ -2,6 +2,7 @@
 
 words.py       the command line; without torch
 program.py     run_training: the run of one config
+hold.py        holds the run folder, so that no other start writes to it
 setup.py       builds a run, ready for its next step
 start.py       finds the checkpoint to resume from; checks a fresh run's first step
 outputs.py     opens the run folder, log, metrics and checkpoints; exports the model

@@ -113,7 +113,7 @@ def take_step(
         started: when it began, by `time.perf_counter`.
     """
     lr = lr_at(step, run.inputs.last_step, run.config.optim)
-    result = train_step(run.policy, run.optimizer, batches, run.config, lr, run.stop_requested)
+    result = train_step(run.policy, run.optimizer, batches, run.config, lr, run.hooks.stop_requested)
     seconds, sums = time.perf_counter() - started, result.sums
     means = pair_means(sums, run.config.loss.facts) | {"grad_norm": sums["grad_norm"], "lr": lr}
     best_seconds = run.best_seconds(batches[0].forward_flops_in_step)
@@ -171,7 +171,7 @@ def _evaluate(run: Run, writer: MetricsWriter | None, saver: Saver, state: RunSt
     if not len(run.inputs.data.eval):
         return
     with telling_new_graphs(run, f"evaluation after step {step}"):
-        result = evaluate(run.policy, run.inputs.data.eval, run.packer, run.config.loss, run.stop_requested)
+        result = evaluate(run.policy, run.inputs.data.eval, run.packer, run.config.loss, run.hooks.stop_requested)
     if result is None:  # the next start evaluates this step again
         has_begun = step > run.start.step
         if has_begun and not is_time(step, run.config.checkpoint.save_every, run.inputs.last_step):

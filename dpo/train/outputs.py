@@ -1,15 +1,16 @@
 """Opens the files that a run writes: its folder, metrics, answers and checkpoints; exports the trained model."""
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from dpo.board.sinks import open_sinks
 from dpo.board.writer import MetricsWriter
-from dpo.checkpoint.export import export
+from dpo.checkpoint.export import Finish, export
 from dpo.checkpoint.saver import Saver, open_saver
 from dpo.checkpoint.store import open_shelf
 from dpo.command.exits import line_of
@@ -36,15 +37,21 @@ def open_outputs(run: Run) -> Iterator[MetricsWriter | None]:
     hosts, layout = all_gather(socket.gethostname()), layout_here(run.config, run.world)
     facts = {"first_step": run.start.step + 1, "layout": layout, "data": data_facts(run.inputs.data.report)}
     origin = provenance(hosts, run.inputs.last_step) | facts
-    on_main(run.world, lambda: open_run_folder(run.config, run.start, origin))
+    on_main(run.world, lambda: _open_folder(run, origin))
     if run.answers:
         on_main(run.world, partial(open_answers, run.answers, run.start.step))
     with _open_writer(run) if run.world.is_main else nullcontext() as writer:
         yield writer
 
 
+def _open_folder(run: Run, origin: Mapping[str, Any]) -> None:
+    run.hooks.check_lock()  # the reference pass before may have taken hours
+    open_run_folder(run.config, run.start, origin)
+
+
 def _open_writer(run: Run) -> MetricsWriter:
-    return MetricsWriter(run.dir, open_sinks(run.config, run.start.step + 1, read_metrics(run.dir)))
+    sinks = open_sinks(run.config, run.start.step + 1, read_metrics(run.dir))
+    return MetricsWriter(run.dir, sinks, run.hooks.check_lock)
 
 
 def open_checkpoints(run: Run) -> AbstractContextManager[Saver]:
@@ -60,13 +67,15 @@ def open_checkpoints(run: Run) -> AbstractContextManager[Saver]:
 def export_run(run: Run) -> None:
     """Exports the trained model to `final/` in the run folder. Every rank must get here, or the rest hang."""
     base, step = run.inputs.model.folder, max(run.start.step, run.inputs.last_step)
-    export(run.policy, base, run.dir / FINAL, run.config, run.world, partial(model_card, run.config, step, base))
+    finish = Finish(partial(model_card, run.config, step, base), run.hooks.check_lock)
+    export(run.policy, base, run.dir / FINAL, run.config, run.world, finish)
 
 
 def keep_pairs(run: Run, step: int, result: Evaluation) -> None:
     """Writes the values of single pairs after `step` steps, see `dpo.run_folder.evaluations`; warns where it cannot:
-    only the report reads them. For rank 0 alone.
+    only the report reads them. For rank 0 alone. Raises FolderLost.
     """
+    run.hooks.check_lock()
     pairs, sources = run.inputs.data.eval, run.inputs.data.eval_sources
     lengths = dict(zip(("tokens_chosen", "tokens_rejected"), pairs.lengths().T[1:], strict=True))
     if "logps_rejected" not in result.pairs:

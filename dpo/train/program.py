@@ -13,15 +13,18 @@ from dpo.disk.storage import check_folders, check_space
 from dpo.distributed.failures import remembered_need
 from dpo.distributed.preemption import listen_for_stop
 from dpo.distributed.startup import open_world, start_devices
+from dpo.distributed.world import World
 from dpo.estimate.at_start import decide_parallel
 from dpo.report.program import report_at_end
-from dpo.run.inputs import read_inputs
+from dpo.run.folder import Start
+from dpo.run.inputs import Inputs, read_inputs
 from dpo.terminal.console import begin_log
 from dpo.train.closing import conclude
+from dpo.train.hold import contents_of, holding_folder, refuse_if_in_use
 from dpo.train.loop import train
 from dpo.train.outputs import export_run, open_checkpoints, open_outputs
 from dpo.train.phases import Phases, process_start
-from dpo.train.setup import Run, build_run
+from dpo.train.setup import Hooks, Run, build_run
 from dpo.train.start import check_first_step, find_start_together, is_done, lacks_report
 from dpo.train.summary import introduce
 from dpo.train.words import read_arguments
@@ -45,19 +48,31 @@ def run_training(config: Config, begun: float | None = None) -> None:
         open_world(parallel.setup_timeout_seconds, parallel.replicate) as world,
     ):
         phases.end("ranks")
-        start = find_start_together(config, world)
+        refuse_if_in_use(config, world)
+        before, start = contents_of(config, world), find_start_together(config, world)
         check_folders(config, world)
         inputs = read_inputs(config, world)
-        if is_done(config, start, inputs, world):
-            if world.is_main and lacks_report(Path(str(config.train.run_dir))):
-                report_at_end(Path(str(config.train.run_dir)))
+        if _is_done(config, start, inputs, world):
             return
-        check_space(config, start, inputs, world)
-        start_devices(world, config.parallel.timeout_seconds)
-        config, need = decide_parallel(config, start, inputs, world)
-        phases.end("data")
-        with remembered_need(need):
-            train_and_export(build_run(config, world, inputs, start, stop_requested, phases))
+        with holding_folder(config, world) as check_lock:
+            if contents_of(config, world) != before:  # by another start, which has ended since
+                start = find_start_together(config, world)
+                if _is_done(config, start, inputs, world):
+                    return
+            check_space(config, start, inputs, world)
+            start_devices(world, config.parallel.timeout_seconds)
+            config, need = decide_parallel(config, start, inputs, world)
+            phases.end("data")
+            with remembered_need(need):
+                train_and_export(build_run(config, world, inputs, start, Hooks(stop_requested, check_lock, phases)))
+
+
+def _is_done(config: Config, start: Start, inputs: Inputs, world: World) -> bool:
+    """Returns `is_done`; writes, on rank 0, the page of a finished run that lacks it."""
+    done, run_dir = is_done(config, start, inputs, world), Path(str(config.train.run_dir))
+    if done and world.is_main and lacks_report(run_dir):
+        report_at_end(run_dir)
+    return done
 
 
 def train_and_export(run: Run) -> None:
@@ -71,7 +86,7 @@ def train_and_export(run: Run) -> None:
     deviation = check_first_step(run)
     with open_outputs(run) as writer:
         introduce(run, writer, deviation)
-        run.phases.end("run folder")
+        run.hooks.phases.end("run folder")
         with telling_end(run.world.is_main):  # before the trackers are waited for
             with open_checkpoints(run) as saver:
                 train(run, writer, saver)

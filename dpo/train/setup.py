@@ -1,9 +1,10 @@
 """Builds a run from its checked input: policy, reference log-probabilities, answers, optimizer."""
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dpo.board.sink import Answer
 from dpo.checkpoint.store import load_checkpoint
 from dpo.config import Config
 from dpo.distributed.collectives import all_gather
-from dpo.distributed.preemption import StopRequest
+from dpo.distributed.preemption import StopRequest, never
 from dpo.distributed.world import World
 from dpo.machine.peaks import peak_flops
 from dpo.model.parallelize import compute_dtype
@@ -35,6 +36,21 @@ from dpo.run_folder.files import LOG
 from dpo.step.optim import make_optimizer
 from dpo.terminal.console import open_log, say
 from dpo.train.phases import Phases
+
+
+def _nothing() -> None:
+    """Does nothing."""
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What a start of a run asks and tells beside its steps. The defaults are those of steps that no run folder gets."""
+
+    stop_requested: StopRequest = never
+    check_lock: Callable[[], None] = _nothing
+    """Raises FolderLost, on rank 0, where another start has taken the run folder (see `dpo.train.hold`)."""
+    phases: Phases = field(default_factory=lambda: Phases(time.monotonic()))
+    """Of this start; the last of them ends with its first step."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +70,7 @@ class Run:
     """None where sampled answers are not configured or not possible (see `prepare_answers`)."""
     peak_flops: float | None
     """Peak FLOPs per second of all ranks together; None where a device is not in the table of data sheets."""
-    stop_requested: StopRequest
-    phases: Phases
-    """Of this start; the last of them ends with its first step."""
+    hooks: Hooks
 
     @property
     def dir(self) -> Path:
@@ -107,9 +121,7 @@ class Run:
         return answer(self.policy, self.answers, step)
 
 
-def build_run(
-    config: Config, world: World, inputs: Inputs, start: Start, stop_requested: StopRequest, phases: Phases
-) -> Run:
+def build_run(config: Config, world: World, inputs: Inputs, start: Start, hooks: Hooks) -> Run:
     """Builds a run at step 0, or at the step of its checkpoint. Every rank must get here, or the rest hang.
 
     The log begins when the policy's weights are read, before hours of the reference pass: a start that is refused
@@ -120,8 +132,7 @@ def build_run(
         world: all ranks.
         inputs: the models and data.
         start: the checkpoint to load, if any.
-        stop_requested: whether this rank was asked to stop.
-        phases: of this start.
+        hooks: of this start.
 
     Raises:
         Preempted: on every rank, where any rank was asked to stop while the reference was computed.
@@ -132,23 +143,23 @@ def build_run(
     with log_of_failure(config, world):
         policy = load_and_warm(config, world, inputs.model.config, inputs.model.folder, packer, passes)
     write_log(config, world)
-    phases.end("model")
+    hooks.phases.end("model")
     reference = _reference_loader(config, world, inputs, policy, packer)
     if config.loss.facts.uses_reference:
         try:
-            rows, reference_pass = _fill(config, inputs, reference, packer, world, stop_requested)
+            rows, reference_pass = _fill(config, inputs, reference, packer, world, hooks.stop_requested)
         except Preempted:
             raise Preempted(start.step, is_saved=False) from None
         packer = replace(packer, ref_logps=lookup(rows))
     answers = prepare_answers(config, world, inputs, reference)
     reference.cache_clear()
-    phases.end("reference")
+    hooks.phases.end("reference")
     free_memory()
     reshard(policy)
     optimizer = make_optimizer(policy.model.parameters(), config.optim)
     if start.checkpoint:
         load_checkpoint(start.checkpoint, policy.model, optimizer)
-        phases.end("checkpoint")
+        hooks.phases.end("checkpoint")
     return Run(
         config=config,
         world=world,
@@ -160,8 +171,7 @@ def build_run(
         reference_pass=reference_pass,
         answers=answers,
         peak_flops=_peak_flops(config, policy, world),
-        stop_requested=stop_requested,
-        phases=phases,
+        hooks=hooks,
     )
 
 

@@ -249,9 +249,9 @@ def introduce(run: Run, writer: MetricsWriter | None, deviation: Deviation | Non
 
 def tell_resumed(run: Run) -> None:
     """Tells, on rank 0 after the first step of a resumed run, how long the start has taken, by phase."""
-    run.phases.end("first step")
+    run.hooks.phases.end("first step")
     if run.start.step and run.world.is_main:
-        say(f"resumed at step {run.start.step} after {run.phases.line()}")
+        say(f"resumed at step {run.start.step} after {run.hooks.phases.line()}")
 
 
 def show_evaluation(run: Run, writer: MetricsWriter, step: int, result: Evaluation, answers: Sequence[Answer]) -> None:

@@ -23,7 +23,6 @@ from transformers import AutoTokenizer
 from dpo.checkpoint.folders import checkpoint_path
 from dpo.checkpoint.store import read_state
 from dpo.config import Config, SourceConfig
-from dpo.distributed.preemption import never
 from dpo.distributed.program import run_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.model.policy import announce_backward, completion_logps
@@ -37,7 +36,7 @@ from dpo.step import update
 from dpo.step.objective import pair_losses
 from dpo.step.optim import lr_at
 from dpo.train import program as train
-from dpo.train.setup import build_run
+from dpo.train.setup import Hooks, build_run
 from launch.compare import read_run
 from tests.support.boards import points_of
 from tests.support.models import VOCAB, save_model
@@ -245,7 +244,7 @@ def plain_loop(config: Config, left_out: Sequence[int]) -> dict[str, torch.Tenso
     with open_world(60) as world:
         inputs = read_inputs(config, world)
         start_devices(world, 60)
-        made = build_run(config, world, inputs, Start(), never)
+        made = build_run(config, world, inputs, Start(), Hooks())
         for step in (step for step in range(1, 7) if step not in left_out):
             batches = made.batches(step)
             for number, batch in enumerate(batches, start=1):

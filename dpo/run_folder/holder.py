@@ -1,0 +1,114 @@
+"""Who holds a run folder, and whether it is over, so that another start may take the folder; without torch."""
+
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from dpo.machine.job import requeued_job
+
+SILENT_SECONDS = 600.0
+"""Seconds after which a holder that has not touched its lock counts as gone, wherever it is."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process that takes a run folder."""
+
+    host: str
+    boot: str
+    """The id of the host's present boot: a process id means nothing after the next one."""
+    pid_namespace: str
+    pid: int
+    started: int
+    """Clock ticks from the boot to the start of the process: a later process with its id has another number."""
+    job: str | None
+    """The id of the job of SLURM; None outside of one."""
+    restarts: int
+    """How often SLURM had requeued the job."""
+    since: str
+    token: str
+    """Random: files with the same token are of the same holder."""
+
+    def __str__(self) -> str:
+        """Returns the holder in words."""
+        job = f", job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+    def to_json(self) -> bytes:
+        """Returns the content of a lock."""
+        return json.dumps(asdict(self)).encode() + b"\n"
+
+
+def holder_in(content: bytes) -> Holder | None:
+    """Returns the holder that a lock names; None where the content is damaged."""
+    try:
+        holder = Holder(**json.loads(content))
+    except (ValueError, TypeError):
+        return None
+    is_whole = all(isinstance(number, int) for number in (holder.pid, holder.started, holder.restarts))
+    return holder if is_whole and isinstance(holder.token, str) else None
+
+
+def this_process(environment: Mapping[str, str]) -> Holder:
+    """Returns this process as a new holder. The environment tells its job."""
+    job, restarts = requeued_job(environment)
+    facts = _state_and_start(os.getpid())
+    return Holder(
+        host=socket.gethostname(),
+        boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        pid_namespace=str(Path("/proc/self/ns/pid").readlink()),
+        pid=os.getpid(),
+        started=facts[1] if facts else 0,
+        job=job,
+        restarts=restarts,
+        since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        token=uuid.uuid4().hex,
+    )
+
+
+def why_over(holder: Holder | None, me: Holder, age: float) -> str | None:
+    """Returns why `me` may take a folder from its holder; None where it may not.
+
+    Args:
+        holder: of the lock; None where its file is damaged and does not tell.
+        me: the process that asks.
+        age: seconds since the holder last touched the lock.
+    """
+    if holder is not None and _same_host(holder, me) and not is_running(holder.pid, holder.started):
+        return "that process has ended"
+    if holder is not None and holder.job is not None and holder.job == me.job and holder.restarts < me.restarts:
+        return f"that was this job before SLURM restarted it ({holder.restarts} restarts then, {me.restarts} now)"
+    return f"nothing was heard of it for {age / 60:.0f} minutes" if age > SILENT_SECONDS else None
+
+
+def _same_host(holder: Holder, me: Holder) -> bool:
+    """Returns whether the process id of one means the same process to the other."""
+    mine, theirs = ((one.host, one.boot, one.pid_namespace) for one in (me, holder))
+    return mine == theirs
+
+
+def is_running(pid: int, started: int) -> bool:
+    """Returns whether the process with this id and start runs on this host. A zombie has ended."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's, whose processes /proc may hide
+        pass
+    facts = _state_and_start(pid)
+    return facts is None or (facts[0] not in "ZX" and facts[1] == started)
+
+
+def _state_and_start(pid: int) -> tuple[str, int] | None:
+    """Returns the fields 3 and 22 of /proc/PID/stat, see proc(5); None where it cannot be read."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    fields = stat.rpartition(")")[2].split()  # the name of the process may hold anything
+    return fields[0], int(fields[19])
