@@ -32,7 +32,7 @@ from dpo.config import (
 from dpo.distributed.program import run_program
 from dpo.distributed.startup import open_world
 from dpo.run.folder import Start
-from dpo.run_folder.files import LOG, read_metrics
+from dpo.run_folder.files import LOCK, LOG, read_metrics
 from dpo.train import loop, program
 from dpo.train.start import find_start_together
 from tests.support.models import save_model, save_pairs
@@ -118,8 +118,8 @@ def logged(run_dir: Path | str) -> list[str]:
 
 
 def has_log_alone(run_dir: Path | str) -> bool:
-    """Whether a start ended after its input was checked and before its first step."""
-    return [path.name for path in Path(run_dir).iterdir()] == [LOG]
+    """Whether a start ended after its input was checked and before its first step. A killed one leaves its lock."""
+    return {path.name for path in Path(run_dir).iterdir()} - {LOCK} == {LOG}
 
 
 def without_clock(lines: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:

@@ -1,0 +1,329 @@
+"""The lock of a run folder: taken, held, taken over, lost; by threads and by processes that race for it."""
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo.base.errors import FolderLost, UserError
+from dpo.run_folder import lock as locks
+from dpo.run_folder.holder import Holder, this_process
+from dpo.run_folder.lock import Lock, holding, refuse_if_held, take
+from tests.support.processes import start
+
+
+@pytest.fixture
+def here() -> Holder:
+    return this_process({})
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "my"
+
+
+def of_another_host(run_dir: Path, seconds: float) -> Path:
+    """A lock of another host that was touched so many seconds ago by the file system's clock."""
+    holder = replace(
+        this_process({}), host="node7", boot="another", pid=4321, job="55", since="2026-01-01 12:00:00 UTC"
+    )
+    lock = take(run_dir, holder)
+    now = lock.path.stat().st_mtime
+    os.utime(lock.path, (now - seconds, now - seconds))
+    return lock.path
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "lock").iterdir())
+
+
+# --- held ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_held_and_left_as_it_was(run_dir: Path, here: Holder) -> None:
+    with holding(run_dir, here) as lock:
+        assert names(run_dir) == ["000001.json"] and lock.is_own()
+        lock.check()
+    assert not run_dir.parent.exists()
+
+
+def test_what_was_written_stays(run_dir: Path, here: Holder) -> None:
+    with holding(run_dir, here):
+        (run_dir / "log.txt").touch()
+    assert [path.name for path in run_dir.iterdir()] == ["log.txt"]
+
+
+def test_a_folder_that_was_there_stays(run_dir: Path, here: Holder) -> None:
+    run_dir.mkdir(parents=True)
+    with pytest.raises(ZeroDivisionError), holding(run_dir, here):
+        1 / 0  # noqa: B018
+    assert list(run_dir.iterdir()) == []
+
+
+def test_the_second_is_refused_and_changes_nothing(run_dir: Path, here: Holder) -> None:
+    with holding(run_dir, here):
+        content = (run_dir / "lock" / "000001.json").read_bytes()
+        for refused in (lambda: take(run_dir, this_process({})), lambda: refuse_if_held(run_dir, this_process({}))):
+            with pytest.raises(UserError) as raised:
+                refused()
+            assert raised.value.place == "train.run_dir"
+            assert f"{run_dir} is in use by process {os.getpid()} on {here.host}, since {here.since}" in str(
+                raised.value
+            )
+            assert names(run_dir) == ["000001.json"] and (run_dir / "lock" / "000001.json").read_bytes() == content
+    take(run_dir, this_process({}))
+
+
+def test_nobody_holds_a_folder_without_locks(run_dir: Path, here: Holder) -> None:
+    refuse_if_held(run_dir, here)
+    assert not run_dir.exists()
+
+
+def test_the_holder_touches_its_lock(run_dir: Path, here: Holder) -> None:
+    """Ten minutes back and present again, without a limit of time that a busy machine could miss."""
+    with holding(run_dir, here, seconds=0.01) as lock:
+        old = lock.path.stat().st_mtime - 600
+        os.utime(lock.path, (old, old))
+        while lock.path.stat().st_mtime == old:
+            threading.Event().wait(0.01)
+        assert lock.path.stat().st_mtime > old + 500
+
+
+def test_a_thread_that_lost_its_lock_does_not_touch_the_next_one(run_dir: Path, here: Holder) -> None:
+    """Of the same name: the first holder is taken over, the second ends, the third is number 1 again."""
+    with holding(run_dir, here, seconds=0.01) as lock:
+        lock.path.unlink()
+        third = of_another_host(run_dir, 300)
+        assert third == lock.path
+        before = third.stat().st_mtime
+        threading.Event().wait(0.1)
+        assert third.stat().st_mtime == before
+    assert third.exists()  # nor does the first remove it at its end
+
+
+# --- taken over ------------------------------------------------------------------------------------------------------
+
+
+def test_a_lock_of_another_host_is_respected_for_ten_minutes(run_dir: Path, here: Holder) -> None:
+    path = of_another_host(run_dir, 599)
+    with pytest.raises(UserError) as raised:
+        take(run_dir, here)
+    said = str(raised.value)
+    assert "in use by process 4321 on node7, job 55, since 2026-01-01 12:00:00 UTC, last heard of 599 s ago" in said
+    assert "10 minutes after its last sign" in said
+    assert path.exists() and names(run_dir) == ["000001.json"]
+
+
+def test_a_lock_of_another_host_is_taken_over_after_ten_minutes(
+    run_dir: Path, here: Holder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_another_host(run_dir, 601)
+    refuse_if_held(run_dir, here)
+    with holding(run_dir, here):
+        assert names(run_dir) == ["000002.json"]
+    said = (
+        f"{run_dir} is taken over from process 4321 on node7, job 55, since 2026-01-01 12:00:00 UTC: nothing was heard "
+    )
+    assert said + "of it for 10 minutes\n" in capsys.readouterr().err
+
+
+def test_the_clock_of_the_host_does_not_matter(run_dir: Path, here: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is an hour ahead of the file system's."""
+    of_another_host(run_dir, 300)
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    with pytest.raises(UserError, match="last heard of 300 s ago"):
+        take(run_dir, here)
+
+
+def test_a_damaged_lock_is_respected_as_long(run_dir: Path, here: Holder) -> None:
+    path = of_another_host(run_dir, 0)
+    path.write_bytes(b"\0")
+    with pytest.raises(UserError, match=r"a process that .*000001\.json does not name"):
+        take(run_dir, here)
+    old = path.stat().st_mtime - 601
+    os.utime(path, (old, old))
+    assert take(run_dir, here).path.name == "000002.json"
+
+
+def test_a_copied_folder_goes_by_the_same_rules(run_dir: Path, here: Holder, tmp_path: Path) -> None:
+    """With the lock of a process that has ended: it is taken over at once."""
+    take(run_dir, replace(here, pid=2**22 + 1))
+    shutil.copytree(run_dir, tmp_path / "copy")
+    take(tmp_path / "copy", here).check()
+
+
+def test_a_holder_that_was_killed_while_it_took_over(run_dir: Path, here: Holder) -> None:
+    """Both files are there: the next start judges both, and removes both."""
+    first = of_another_host(run_dir, 700)
+    content = first.read_bytes()
+    ended = take(run_dir, replace(here, pid=2**22 + 1))
+    first.write_bytes(content)  # as if it had not come to remove it
+    with pytest.raises(UserError, match="node7"):
+        take(run_dir, this_process({}))
+    os.utime(first, (first.stat().st_mtime - 601,) * 2)
+    assert names(run_dir) == ["000001.json", "000002.json"]
+    assert take(run_dir, this_process({})).path.name == "000003.json" and not ended.is_own()
+    assert names(run_dir) == ["000003.json"]
+
+
+def test_a_holder_that_is_taken_over_has_lost(run_dir: Path, here: Holder) -> None:
+    """It was stopped for ten minutes. Its end leaves the lock of the other."""
+    with holding(run_dir, here) as lock:
+        os.utime(lock.path, (lock.path.stat().st_mtime - 601,) * 2)
+        with holding(run_dir, replace(this_process({}), host="node7")) as other:
+            with pytest.raises(FolderLost) as raised:
+                lock.check()
+            assert str(raised.value).startswith(
+                f"train.run_dir: {run_dir} is not this run's any more: now it is held by "
+            )
+            assert "on node7" in str(raised.value)
+            other.check()
+        with pytest.raises(FolderLost, match="any more; this process was silent"):
+            lock.check()
+
+
+def test_a_holder_whose_lock_is_removed_by_hand_has_lost(run_dir: Path, here: Holder) -> None:
+    with holding(run_dir, here) as lock:
+        shutil.rmtree(run_dir / "lock")
+        with pytest.raises(FolderLost):
+            lock.check()
+
+
+def test_a_holder_that_wakes_up_while_it_is_judged_keeps_its_folder(
+    run_dir: Path, here: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, link = of_another_host(run_dir, 601), locks._link
+
+    def awake(*args: Any) -> bool:
+        os.utime(path)
+        return link(*args)
+
+    monkeypatch.setattr(locks, "_link", awake)
+    with pytest.raises(UserError, match="last heard of 0 s ago"):
+        take(run_dir, here)
+    assert names(run_dir) == ["000001.json"]
+
+
+# --- file systems ----------------------------------------------------------------------------------------------------
+
+
+def test_without_hard_links(run_dir: Path, here: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some have none: the file is made under its name, which one alone can do as well."""
+
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(locks.os, "link", unsupported)
+    with holding(run_dir, here) as lock:
+        lock.check()
+        with pytest.raises(UserError):
+            take(run_dir, this_process({}))
+        assert names(run_dir) == ["000001.json"]
+    assert not run_dir.exists()
+
+
+def test_nfs_may_say_that_the_name_was_taken_by_ourselves(
+    run_dir: Path, here: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer to the first try was lost, and the second one met it."""
+    link = os.link
+
+    def twice(*args: Any) -> None:
+        link(*args)
+        link(*args)
+
+    monkeypatch.setattr(locks.os, "link", twice)
+    take(run_dir, here).check()
+    with pytest.raises(UserError):
+        take(run_dir, this_process({}))
+
+
+def test_a_full_disk_is_told_with_the_path(run_dir: Path, here: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(locks.os, "fsync", full)
+    with pytest.raises(OSError) as raised:
+        take(run_dir, here)
+    assert Path(str(raised.value.filename)).parent == run_dir / "lock" and names(run_dir) == []
+
+
+# --- races -----------------------------------------------------------------------------------------------------------
+
+ROUNDS, TAKERS = 60, 6
+
+
+def race(run_dir: Path, prepare: Callable[[Path], object]) -> list[int]:
+    """How many of TAKERS threads get a folder, in each of ROUNDS rounds. They all are ready before the first one is
+    let go, and a winner holds until all have tried.
+    """
+    winners = []
+    for number in range(ROUNDS):
+        folder = run_dir / str(number)
+        prepare(folder)
+        ready, done, won = threading.Barrier(TAKERS), threading.Barrier(TAKERS), list[Lock]()
+
+        def try_it(folder: Path, ready: threading.Barrier, done: threading.Barrier, won: list[Lock]) -> None:
+            me = this_process({})
+            with ExitStack() as stack:
+                ready.wait()
+                try:
+                    won.append(stack.enter_context(holding(folder, me)))
+                    won[-1].check()
+                except UserError:
+                    pass
+                done.wait()
+                assert all(lock.is_own() for lock in won)
+                done.wait()
+
+        threads = [threading.Thread(target=try_it, args=(folder, ready, done, won)) for _ in range(TAKERS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        winners.append(len(won))
+    return winners
+
+
+@pytest.mark.parametrize("kind", ["new", "silent"])
+def test_of_many_takers_one_wins(run_dir: Path, kind: str) -> None:
+    def prepare(folder: Path) -> None:
+        if kind == "silent":
+            of_another_host(folder, 700)
+
+    assert race(run_dir, prepare) == [1] * ROUNDS
+
+
+def count_alone(run_dir: Path, counter: Path, rounds: int) -> None:
+    """Takes and leaves a folder many times; while it holds it, adds one to a file, without any other lock."""
+    done = 0
+    while done < rounds:
+        try:
+            with holding(run_dir, this_process({})) as lock:
+                number = int(counter.read_text())
+                os.sched_yield()
+                lock.check()
+                counter.write_text(str(number + 1))
+                done += 1
+        except UserError:
+            os.sched_yield()
+
+
+def test_processes_that_take_and_leave_a_folder_exclude_each_other(run_dir: Path, tmp_path: Path) -> None:
+    """No addition is lost: 3 processes, 100 times each; numbers begin again at 1 after each."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    run_dir.mkdir(parents=True)
+    processes = [start(count_alone, run_dir, counter, 100) for _ in range(3)]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert counter.read_text() == "300"
+    assert not list(run_dir.iterdir())
