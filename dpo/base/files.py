@@ -10,17 +10,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dpo.base.units import shown_bytes
+
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Adds the name `path` to an OSError of the with-block that names no file, as a write to a full disk raises."""
+def naming(path: Path, num_bytes: int | None = None) -> Iterator[None]:
+    """Adds the name `path` to an OSError of the with-block that names no file, as a write to a full disk raises.
+
+    Args:
+        path: the file or folder that the block writes.
+        num_bytes: of it, which `space.describe_full` tells; None: not known.
+    """
     try:
         yield
     except OSError as failure:
         code = errno.ENOSPC if _SHORT.fullmatch(str(failure)) else failure.errno
         if code is None or failure.filename is not None:
             raise
-        raise OSError(code, os.strerror(code), str(path)) from failure
+        named = OSError(code, os.strerror(code), str(path))
+        if num_bytes is not None:
+            named.add_note(f"{NEED}{shown_bytes(num_bytes)}")
+        raise named from failure
+
+
+NEED = "to write: "
+"""The beginning of a note of an OSError that tells the size of what could not be written, such as `3.2 KiB`."""
 
 
 _SHORT = re.compile(r"\d+ requested and \d+ written")
@@ -43,7 +57,9 @@ def write_atomically(target: Path, content: bytes | memoryview) -> None:
     except OSError as failure:
         with suppress(OSError):
             draft.unlink()
-        raise OSError(failure.errno, failure.strerror, str(target)) from failure
+        named = OSError(failure.errno, failure.strerror, str(target))
+        named.add_note(f"{NEED}{shown_bytes(len(content))}")
+        raise named from failure
 
 
 def make_folder_atomically(target: Path, fill: Callable[[Path], None]) -> None:
@@ -67,7 +83,9 @@ def make_folder_atomically(target: Path, fill: Callable[[Path], None]) -> None:
         sync_tree(draft)
         draft.rename(target)
         sync(target.parent)
-    except OSError:
+    except OSError as failure:
+        written = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
+        failure.add_note(f"{NEED}more than {shown_bytes(written)}")
         if not target.is_dir():
             raise
     finally:

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.base.files import nearest_existing
+from dpo.base.files import NEED, nearest_existing
 from dpo.base.units import shown_bytes
 
 CAUSES = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "a quota is used up"}
@@ -90,8 +90,14 @@ def describe_full(failure: OSError, path: Path | None = None) -> str | None:
     if failure.errno not in CAUSES:
         return None
     named = path or (Path(os.fsdecode(failure.filename)) if isinstance(failure.filename, str | bytes) else None)
-    place = f": cannot write {named}{free_room(named)}" if named else ""
+    place = f": cannot write {named}{_size(failure)}{free_room(named)}" if named else ""
     return CAUSES[failure.errno] + place
+
+
+def _size(failure: OSError) -> str:
+    """Returns `, 3.2 KiB`, the size of what could not be written; nothing where no one knew it (see `files.naming`)."""
+    sizes = [note.removeprefix(NEED) for note in getattr(failure, "__notes__", ()) if note.startswith(NEED)]
+    return f", {sizes[0]}" if sizes else ""
 
 
 def free_room(path: Path) -> str:

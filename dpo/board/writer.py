@@ -12,13 +12,14 @@ import numpy as np
 from dpo.base.files import naming
 from dpo.board.sink import Answer, Ending, Sink, ending_of
 from dpo.config import Config
+from dpo.terminal.stalls import telling_stalls
 
 
 class MetricsWriter:
     """Appends to a run's metrics.jsonl, on rank 0 alone, and calls each of the run's sinks (`dpo.board.sink`).
 
     As a context manager it is closed at the end of the block, and tells the sinks how that ends. Every method raises
-    OSError, with the name of the run folder, where the disk is full.
+    OSError, with the name of the run folder or of the file, where the disk is full.
 
     Args:
         run_dir: the run folder.
@@ -27,8 +28,8 @@ class MetricsWriter:
     """
 
     def __init__(self, run_dir: Path, sinks: Sequence[Sink], check: Callable[[], None] = lambda: None):
-        self.run_dir, self.check = run_dir, check
-        self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self.run_dir, self.path, self.check = run_dir, run_dir / "metrics.jsonl", check
+        self.file = self.path.open("a", encoding="utf-8")
         self.sinks = sinks
 
     def __enter__(self) -> Self:
@@ -43,9 +44,11 @@ class MetricsWriter:
 
         Raises ValueError where a metric is not finite: JSON cannot hold it.
         """
-        self.check()
-        with naming(self.run_dir):
-            print(json.dumps({"step": step, **metrics}, allow_nan=False), file=self.file, flush=True)
+        line = json.dumps({"step": step, **metrics}, allow_nan=False) + "\n"
+        with telling_stalls(self.path), naming(self.path, len(line)):
+            self.check()
+            self.file.write(line)
+            self.file.flush()
         known = {name: metric for name, metric in metrics.items() if metric is not None}
         self._each(lambda sink: sink.metrics(step, known))
 
@@ -67,19 +70,19 @@ class MetricsWriter:
 
     def sync(self) -> None:
         """Waits until all lines of metrics.jsonl are on the disk (fsync): before a checkpoint gets its name."""
-        self.check()
-        with naming(self.run_dir):
+        with telling_stalls(self.path), naming(self.path):
+            self.check()
             os.fsync(self.file.fileno())
 
     def close(self, ending: Ending = "done") -> None:
         """Closes metrics.jsonl and all sinks, the others too where one of them fails."""
-        with naming(self.run_dir), ExitStack() as stack:
+        with telling_stalls(self.run_dir), naming(self.run_dir), ExitStack() as stack:
             for sink in reversed(self.sinks):
                 stack.callback(sink.close, ending)
             stack.callback(self.file.close)  # of a full disk it fails once more, for a line that is still to be written
 
     def _each(self, show: Callable[[Sink], None]) -> None:
-        self.check()
-        with naming(self.run_dir):
+        with telling_stalls(self.run_dir), naming(self.run_dir):
+            self.check()
             for sink in self.sinks:
                 show(sink)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo.base.errors import RunError
-from dpo.base.files import remove_folder, replace_folder, sync_tree, write_atomically
+from dpo.base.files import naming, remove_folder, replace_folder, sync_tree, write_atomically
 from dpo.base.space import find_shortage
 from dpo.checkpoint.companions import write_companions
 from dpo.checkpoint.export_dtype import export_dtype
@@ -61,7 +61,8 @@ def export(policy: Policy, model_folder: Path, out: Path, config: Config, world:
     save_tensors(draft, tensors, dtype, world)
 
     def complete() -> None:
-        write_companions(draft, model_folder, config, policy.model, dtype)
+        with naming(out):
+            write_companions(draft, model_folder, config, policy.model, dtype)
         _write_card(draft, finish.card)
 
     on_main(world, complete)

@@ -21,7 +21,7 @@ fails as well, `save(6)` raises its RunError on every rank. `finish` raises the 
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,10 @@ from dpo.checkpoint.plans import forget_plans
 from dpo.checkpoint.store import RunState, Shelf, state_tensors, write_checkpoint
 from dpo.distributed.world import use_device
 from dpo.terminal.console import warn
+from dpo.terminal.stalls import telling_stalls
+
+SECONDS_OF_A_CHECKPOINT = 600.0
+"""Rank 0 warns where a checkpoint takes longer to be written: a large one may take minutes."""
 
 
 class Saver:
@@ -71,18 +75,20 @@ class Saver:
             raise failure
         self.has_failed = failure is not None
         tensors = self.copies.take(state_tensors(self.model, self.optimizer))
+        target = checkpoint_path(self.shelf.run_dir, state.step)
 
         def write() -> None:
             use_device(self.world.device)
             self.copies.wait()
             try:
-                write_checkpoint(self.shelf, state, tensors, before_commit)
+                with telling_stalls(target, SECONDS_OF_A_CHECKPOINT) if self.world.is_main else nullcontext():
+                    write_checkpoint(self.shelf, state, tensors, before_commit)
             except RunError as failure:
                 if self.world.is_main:
                     warn(f"a checkpoint was not written: {failure}")
                 raise
 
-        self.writing = _start(write, checkpoint_path(self.shelf.run_dir, state.step).name)
+        self.writing = _start(write, target.name)
 
     def finish(self) -> None:
         """Waits until the checkpoint in flight is committed. Raises RunError, on every rank, where it failed."""

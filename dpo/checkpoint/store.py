@@ -117,7 +117,7 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
     draft = target.with_suffix(DRAFT)
     on_main(world, lambda: _make_draft(draft, num_bytes(tensors)), group)
     try:
-        with storage_errors(draft):
+        with storage_errors(draft, num_bytes(tensors)):
             # 0: the tensors are in host memory, so DCP must not copy ahead on a stream of the current GPU.
             storage = dcp.FileSystemWriter(draft, per_thread_copy_ahead=0)
             dcp.save(tensors, storage_writer=storage, planner=save_planner(plans), process_group=group)

@@ -137,7 +137,7 @@ def _check_room(run_dir: Path, sizes: Sizes, present: int, removed: int) -> str 
     what = f"the run needs {shown_bytes(needed)} in {run_dir}, {disk_words(sizes, present)}; {shortage.room}"
     if find_shortage(run_dir, least - removed):
         alone = f"one checkpoint and the export, twice the exported model, take {shown_bytes(least)}"
-        raise UserError(RUN_DIR, f"{what}, and {alone}", "a folder with more room")
+        raise UserError(RUN_DIR, f"{shortage.cause}: {what}, and {alone}", "a folder with more room")
     end = "the quota will be used up" if shortage.is_quota else "the disk will be full"
     return f"{RUN_DIR}: {what}: {end} before the run ends; free some, or lower checkpoint.keep"
 

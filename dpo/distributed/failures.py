@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo.base.errors import RunError, UserError, one_line
 from dpo.base.space import CAUSES, free_room
+from dpo.base.units import shown_bytes
 from dpo.command.exits import exit_code_of, line_of
 from dpo.command.line import split_options, words_of
 from dpo.machine.data_sheets import GIB, find_sheet
@@ -54,16 +55,17 @@ def record_failure(failure: Exception, details: str) -> None:
 
 
 @contextmanager
-def storage_errors(folder: Path) -> Iterator[None]:
+def storage_errors(folder: Path, num_bytes: int | None = None) -> Iterator[None]:
     """Turns the exception of torch's distributed checkpoint for a rank that cannot read or write `folder` into a
-    RunError. All ranks raise it alike.
+    RunError. All ranks raise it alike. `num_bytes`: of all files that the block writes.
     """
     try:
         yield
     except CheckpointException as failure:
         rank, (reason, _) = next(iter(failure.failures.items()))
         cause, room = _full_cause(reason), free_room(folder.parent)
-        full = f"{cause}: rank {rank} cannot write {folder}{room}"
+        size = f", {shown_bytes(num_bytes)} in all" if num_bytes else ""
+        full = f"{cause}: rank {rank} cannot write {folder}{size}{room}"
         raise RunError(full if cause else f"{folder}: rank {rank}: {line_of(reason)}{room}") from failure
 
 

@@ -2,7 +2,7 @@
 
 config.yaml       the resolved config of the last start
 provenance.json   code, hosts and layout of each start, a list
-log.txt           everything that rank 0 says, of all starts, with time stamps
+log.txt           everything that rank 0 says, of all starts, with time stamps; of a long log, log.1.txt came before
 metrics.jsonl     the metrics of each step and evaluation, one line each
 tensorboard/      the same as charts, with histograms and texts
 trackers/         what trackers such as W&B were sent, with the files of their libraries

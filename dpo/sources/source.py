@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from dpo.base.errors import UserError
 from dpo.base.space import CAUSES, free_room
+from dpo.base.units import shown_bytes
 from dpo.config import SourceConfig
 from dpo.hub.snapshots import offline
 from dpo.sources.caching import cache_path, digest, file_hashes, first_line, load, quiet_progress
@@ -89,7 +90,7 @@ def open_source(config: SourceConfig, key: str) -> Source:
         else:
             source = _open_folder(config, path, key) if path.is_dir() else _open_hub(config, key)
     except OSError as error:
-        fault = _cache_fault(error)
+        fault = _cache_fault(error, path)
         if fault:
             raise fault from error
         if not isinstance(error, PermissionError):
@@ -206,16 +207,17 @@ def _is_filled(values: pa.Array) -> bool:
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-def _cache_fault(failure: OSError) -> UserError | None:
+def _cache_fault(failure: OSError, source: Path) -> UserError | None:
     """Returns the error of a cache of data sets that cannot be written to, is full, or cannot be locked; None for
-    another failure.
+    another failure. The rows of `source`, where that is a file, take about as much as the file.
     """
     cache, place = Path(datasets.config.HF_DATASETS_CACHE), Path(str(failure.filename))
     if failure.errno in NO_LOCKS:
         what = f"{cache}: files cannot be locked there: {failure.strerror}"
         return UserError("HF_HOME", what, "a folder on a file system with locks, such as a local disk")
     if failure.errno in CAUSES:  # arrow's error has no file name
-        what = f"{CAUSES[failure.errno]}: cannot write to {cache}{free_room(cache)}"
+        size = f", about {shown_bytes(source.stat().st_size)}" if source.is_file() else ""
+        what = f"{CAUSES[failure.errno]}: cannot write to {cache}{size}{free_room(cache)}"
         return UserError("HF_HOME", what, "a folder with more room, or free space there")
     if place.is_relative_to(cache) or cache.is_relative_to(place):  # a file in the cache, or a parent to be made
         return UserError("HF_HOME", f"cannot write to {cache}: {failure.strerror}", "a folder to write in")

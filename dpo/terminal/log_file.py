@@ -1,5 +1,7 @@
 """The log of a run, `RUN/log.txt`: everything that rank 0 says, with a time stamp before each line.
 
+A log of MAX_BYTES is renamed to log.1.txt, in place of an earlier one, and the next line begins a new one.
+
     before the folder is known             lines are kept in memory
     `write_to(RUN/log.txt)`                writes the kept lines
     from then on                           appends each line at once
@@ -16,7 +18,9 @@ from pathlib import Path
 from typing import TextIO
 
 from dpo.base.space import describe_full
+from dpo.terminal.stalls import telling_stalls
 
+MAX_BYTES = 10_000_000
 MAX_KEPT = 10_000
 """The maximum number of lines that are kept: a program without a run folder may say many."""
 
@@ -24,8 +28,9 @@ MAX_KEPT = 10_000
 class LogFile(logging.Handler):
     """Appends each record to a file as one line; keeps the records for the next file while there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         super().__init__()
+        self.max_bytes = max_bytes
         self.kept: deque[str] = deque(maxlen=MAX_KEPT)
         self.file: TextIO | None = None
         self.has_warned = False
@@ -65,11 +70,24 @@ class LogFile(logging.Handler):
 
     def _append(self, line: str) -> None:
         assert self.file is not None, "only records of a run with a file are appended"
+        path = Path(self.file.name)
         try:
-            self.file.write(line)
-            self.file.flush()
+            with telling_stalls(path):
+                self.file.write(line)
+                self.file.flush()
+                if self.file.tell() >= self.max_bytes:
+                    self._begin_anew(self.file, path)
         except OSError as failure:
-            self._warn(Path(self.file.name), failure)
+            self._warn(path, failure)
+
+    def _begin_anew(self, full: TextIO, path: Path) -> None:
+        """Renames a log that is full, and begins the next one with a line that says so."""
+        earlier = path.with_stem(f"{path.stem}.1")
+        full.close()
+        path.replace(earlier)
+        self.file = path.open("a", encoding="utf-8")
+        line = f"the log before is in {earlier.name}: it had {self.max_bytes / 1e6:g} MB"
+        self.handle(logging.makeLogRecord({"msg": line, "levelname": "INFO"}))
 
     def _warn(self, path: Path, failure: OSError) -> None:
         if not self.has_warned:

@@ -20,6 +20,7 @@ from dpo.distributed.world import World
 from dpo.run_folder.files import FINAL
 from dpo.run_folder.holder import this_process
 from dpo.run_folder.lock import Lock, holding, refuse_if_held
+from dpo.terminal.stalls import telling_stalls
 
 
 def refuse_if_in_use(config: Config, world: World) -> None:
@@ -30,8 +31,9 @@ def refuse_if_in_use(config: Config, world: World) -> None:
 
 
 def _refuse(run_dir: Path) -> None:
-    if not (run_dir / FINAL).exists():
-        refuse_if_held(run_dir, this_process(os.environ))
+    with telling_stalls(run_dir):
+        if not (run_dir / FINAL).exists():
+            refuse_if_held(run_dir, this_process(os.environ))
 
 
 @contextmanager
@@ -44,8 +46,12 @@ def holding_folder(config: Config, world: World) -> Iterator[Callable[[], None]]
     """
     run_dir, locks = Path(str(config.train.run_dir)), list[Lock]()
     with ExitStack() as stack:
-        hold = holding(run_dir, this_process(os.environ))
-        on_main(world, lambda: locks.append(stack.enter_context(hold)))
+
+        def take() -> None:
+            with telling_stalls(run_dir):
+                locks.append(stack.enter_context(holding(run_dir, this_process(os.environ))))
+
+        on_main(world, take)
         yield locks[0].check if locks else _nothing_to_check
 
 

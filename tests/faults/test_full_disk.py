@@ -110,7 +110,10 @@ def test_a_run_that_will_not_fit_is_one_line_before_step_1(root: Path, disk: Pat
         None: "64.9 MiB in {}, 3 checkpoints of 16.2 MiB (checkpoint.keep null, which keeps all), 0.1 KiB for the "
         "values of evaluated pairs and 16.2 MiB for the export, twice the exported model",
     }
-    assert f"train.run_dir: the run needs {parts[keep].format(disk / 'run')}; 30.0 MiB are free there, and " in error
+    assert (
+        f"train.run_dir: the disk is full: the run needs {parts[keep].format(disk / 'run')}; 30.0 MiB are free there, and "
+        in error
+    )
     assert "and one checkpoint and the export, twice the exported model, take 32.4 MiB; valid: " in error
     assert error.endswith("valid: a folder with more room")
     assert [path.name for path in disk.iterdir()] == ["other"]
@@ -151,7 +154,7 @@ def test_a_quota_is_treated_like_a_disk(
 
     monkeypatch.setattr(space, "_fallocate", over_quota)
     assert exit_code(make(root, disk, checkpoint__keep=2)) == code
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "train.run_dir: the run needs 48.7" in line]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "the run needs 48.7" in line]
     assert f"60.0 MiB are free there, but a quota of the user, the group or the folder allows less{end}" in line
     assert line.startswith("WARNING: " if code == 0 else "error: ")
 
@@ -276,7 +279,9 @@ def test_a_shortage_that_is_met_in_the_middle_of_a_file_is_told_as_one(
         shelf = Shelf(disk, None, "full", world, dist.group.WORLD)
         tensors = {"model": {"weight": torch.zeros(CHECKPOINT // 4)}}
         before = free(disk)
-        with pytest.raises(RunError, match=r"^the disk is full.*: rank 0 cannot write .*step-000001\.tmp: "):
+        with pytest.raises(
+            RunError, match=r"^the disk is full.*: rank 0 cannot write .*step-000001\.tmp, 16.2 MiB in all: "
+        ):
             write_checkpoint(shelf, RunState(1, {}), tensors, lambda: None)
         assert free(disk) >= before - 4 * 4096  # of folders
         (disk / "other").unlink()
@@ -310,15 +315,16 @@ def test_a_model_that_does_not_fit(
     assert [path.name for path in (disk / "run").glob(".final*")] == []
 
 
-def test_metrics_name_the_run_folder(tmp_path: Path) -> None:
+def test_metrics_name_their_file_and_size(tmp_path: Path) -> None:
     """/dev/full takes no byte, neither of a line nor, of the same line again, when the file is closed."""
     writer = MetricsWriter(tmp_path, [])
     writer.file.close()
     writer.file = Path("/dev/full").open("a", encoding="utf-8")
-    for write in (lambda: writer.write(1, {"train/loss": 0.5}), writer.close):
+    line = {"train/loss": 0.5, "train/words": "x" * 2000}
+    for write, place in ((lambda: writer.write(1, line), "/metrics.jsonl, 2.0 KiB"), (writer.close, "")):
         with pytest.raises(OSError) as raised:
             write()
-        assert line_of(raised.value).startswith(f"the disk is full: cannot write {tmp_path}: ")
+        assert line_of(raised.value).startswith(f"the disk is full: cannot write {tmp_path}{place}: ")
 
 
 def test_a_cache_that_does_not_fit_is_told_before_the_reference_is_computed(

@@ -16,6 +16,7 @@ import pytest
 from dpo.command.exits import tell_error, tell_stop
 from dpo.terminal import console
 from dpo.terminal.console import begin_log, log_alone, open_log, progress, say, set_quiet, warn
+from dpo.terminal.log_file import LogFile
 from tests.support.screen import Screen, terminal
 
 HOSTILE = "a [red]line[/red] [/]\x1b[2J\r\u202eback\nnext\ttab"
@@ -269,3 +270,33 @@ def test_the_states_of_a_screen_are_told_apart() -> None:
     screen: Any = Screen(10)
     screen.feed("━━ 1\r\x1b[2Kline\r\n━━ 2")
     assert screen.shown == ["line", "━━ 2"]
+
+
+def test_a_long_log_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A log keeps the newest lines, up to twice its limit: 100 lines of 29 bytes, of which a file holds some 32."""
+    path = tmp_path / "log.txt"
+    log = LogFile(max_bytes=1000)
+    log.write_to(path)
+    for number in range(100):
+        log.handle(logging.makeLogRecord({"msg": f"{number:07}", "levelno": logging.INFO}))
+    log.begin()
+    earlier, newest = ((tmp_path / name).read_text().splitlines() for name in ("log.1.txt", "log.txt"))
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["log.1.txt", "log.txt"]
+    assert all((tmp_path / name).stat().st_size < 1100 for name in ("log.1.txt", "log.txt"))
+    lines = [line[21:] for line in earlier + newest]
+    said = "the log before is in log.1.txt: it had 0.001 MB"
+    assert lines.count(said) == 2 and newest[0].endswith(said)
+    numbers = [int(line) for line in lines if line != said]
+    assert numbers == list(range(100 - len(numbers), 100)) and len(numbers) > 32
+
+
+def test_a_log_that_was_long_before_begins_anew(tmp_path: Path) -> None:
+    """Over all starts of a run."""
+    path = tmp_path / "log.txt"
+    for number in range(40):
+        log = LogFile(max_bytes=300)
+        log.write_to(path)
+        log.handle(logging.makeLogRecord({"msg": f"{number:07}", "levelno": logging.INFO}))
+        log.begin()
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 800
+    assert path.read_text().splitlines()[-1].endswith("0000039")
