@@ -50,7 +50,7 @@ class MetricsWriter:
             self.file.write(line)
             self.file.flush()
         known = {name: metric for name, metric in metrics.items() if metric is not None}
-        self._each(lambda sink: sink.metrics(step, known))
+        self._each(lambda sink: sink.metrics(step, known), len(line))
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """Shows the distribution of the values whose mean is the metric `name`, after `step` steps."""
@@ -58,7 +58,7 @@ class MetricsWriter:
 
     def text(self, name: str, text: str) -> None:
         """Shows a text of many lines about this start, such as `config`, unchanged."""
-        self._each(lambda sink: sink.text(name, text))
+        self._each(lambda sink: sink.text(name, text), len(text))
 
     def answers(self, step: int, answers: Sequence[Answer]) -> None:
         """Shows the answers of policy and reference side by side, after `step` steps."""
@@ -81,8 +81,9 @@ class MetricsWriter:
                 stack.callback(sink.close, ending)
             stack.callback(self.file.close)  # of a full disk it fails once more, for a line that is still to be written
 
-    def _each(self, show: Callable[[Sink], None]) -> None:
-        with telling_stalls(self.run_dir), naming(self.run_dir):
+    def _each(self, show: Callable[[Sink], None], num_bytes: int | None = None) -> None:
+        """Calls each sink, whose files take about `num_bytes` more; None: not known."""
+        with telling_stalls(self.run_dir), naming(self.run_dir, num_bytes):
             self.check()
             for sink in self.sinks:
                 show(sink)

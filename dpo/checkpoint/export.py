@@ -57,11 +57,12 @@ def export(policy: Policy, model_folder: Path, out: Path, config: Config, world:
     dtype = on_main(world, lambda: export_dtype(config.checkpoint, model_folder))
     draft = draft_of(out)
     tensors = stored_tensors(policy)
-    on_main(world, lambda: _make_draft(draft, _written_bytes(tensors, dtype)))
+    num_bytes = _written_bytes(tensors, dtype)
+    on_main(world, lambda: _make_draft(draft, num_bytes))
     save_tensors(draft, tensors, dtype, world)
 
     def complete() -> None:
-        with naming(out):
+        with naming(out, num_bytes):
             write_companions(draft, model_folder, config, policy.model, dtype)
         _write_card(draft, finish.card)
 

@@ -134,15 +134,15 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch
     cast = {
         name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
     }
-    files = _assign_files({name: tensor.numel() * tensor.element_size() for name, tensor in cast.items()})
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in cast.items()}
     writer = HuggingFaceStorageWriter(
         str(folder),
-        fqn_to_index_mapping=files,
+        fqn_to_index_mapping=_assign_files(sizes),
         save_distributed=True,
         enable_consolidation=True,
         thread_count_consolidation=8,
     )
-    with storage_errors(folder):
+    with storage_errors(folder, 2 * sum(sizes.values())):  # shards, and the files that these are joined to
         dcp.save(cast, storage_writer=writer)
     on_main(world, lambda: _tidy(folder))
 

@@ -99,14 +99,14 @@ def test_the_nearest_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_file_that_does_not_fit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error of a write to a full disk names no file, and a draft would take room that is missing."""
+    """The error of a write to a full disk names no file and no size, and a draft would take room that is missing."""
 
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*/report.json'$"):
-        write_atomically(tmp_path / "report.json", b"{}")
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*/report.json'\nto write: 2.0 KiB$"):
+        write_atomically(tmp_path / "report.json", bytes(2048))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -110,10 +110,8 @@ def test_a_run_that_will_not_fit_is_one_line_before_step_1(root: Path, disk: Pat
         None: "64.9 MiB in {}, 3 checkpoints of 16.2 MiB (checkpoint.keep null, which keeps all), 0.1 KiB for the "
         "values of evaluated pairs and 16.2 MiB for the export, twice the exported model",
     }
-    assert (
-        f"train.run_dir: the disk is full: the run needs {parts[keep].format(disk / 'run')}; 30.0 MiB are free there, and "
-        in error
-    )
+    needed = f"the run needs {parts[keep].format(disk / 'run')}; 30.0 MiB are free there, and "
+    assert f"train.run_dir: the disk is full: {needed}" in error
     assert "and one checkpoint and the export, twice the exported model, take 32.4 MiB; valid: " in error
     assert error.endswith("valid: a folder with more room")
     assert [path.name for path in disk.iterdir()] == ["other"]

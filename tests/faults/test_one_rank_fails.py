@@ -81,8 +81,8 @@ CASES = [
     ("infinite_loss", 0, "error: step 2: the gradient is not finite: rank 0, micro-batch 1: pairs ", 1),
     ("infinite_loss", 1, "error: step 2: the gradient is not finite: rank 1, micro-batch 1: pairs ", 1),
     ("full_cache", 0, "error: the disk is full", 0),
-    ("full_checkpoints", 0, "the disk is full: rank 0 cannot write RUN/checkpoints/step-000004.tmp: ", 4),
-    ("full_checkpoints", 1, "the disk is full: rank 1 cannot write RUN/checkpoints/step-000004.tmp: ", 4),
+    ("full_checkpoints", 0, "full: rank 0 cannot write RUN/checkpoints/step-000004.tmp, 169.8 KiB in all: ", 4),
+    ("full_checkpoints", 1, "full: rank 1 cannot write RUN/checkpoints/step-000004.tmp, 169.8 KiB in all: ", 4),
     ("full_run_folder", 0, "the disk is full: cannot write RUN/checkpoints/step-000004: ", 4),
 ]
 
