@@ -15,7 +15,7 @@ import pytest
 from dpo.base.errors import FolderLost, UserError
 from dpo.run_folder import lock as locks
 from dpo.run_folder.holder import Holder, this_process
-from dpo.run_folder.lock import Lock, holding, refuse_if_held, take
+from dpo.run_folder.lock import holding, refuse_if_held, take
 from tests.support.processes import start
 
 
@@ -261,34 +261,33 @@ ROUNDS, TAKERS = 60, 6
 
 
 def race(run_dir: Path, prepare: Callable[[Path], object]) -> list[int]:
-    """How many of TAKERS threads get a folder, in each of ROUNDS rounds. They all are ready before the first one is
-    let go, and a winner holds until all have tried.
+    """How many of TAKERS threads hold a folder, in each of ROUNDS rounds. They all are ready before the first one is
+    let go, and a winner holds until all have tried; -1: one holds what is another's.
     """
     winners = []
     for number in range(ROUNDS):
         folder = run_dir / str(number)
         prepare(folder)
-        ready, done, won = threading.Barrier(TAKERS), threading.Barrier(TAKERS), list[Lock]()
+        ready, tried, won = threading.Barrier(TAKERS), threading.Barrier(TAKERS), list[bool]()
 
-        def try_it(folder: Path, ready: threading.Barrier, done: threading.Barrier, won: list[Lock]) -> None:
+        def try_it(folder: Path, ready: threading.Barrier, tried: threading.Barrier, won: list[bool]) -> None:
             me = this_process({})
             with ExitStack() as stack:
                 ready.wait()
                 try:
-                    won.append(stack.enter_context(holding(folder, me)))
-                    won[-1].check()
+                    lock = stack.enter_context(holding(folder, me))
                 except UserError:
-                    pass
-                done.wait()
-                assert all(lock.is_own() for lock in won)
-                done.wait()
+                    tried.wait()
+                else:
+                    tried.wait()
+                    won.append(lock.is_own())
 
-        threads = [threading.Thread(target=try_it, args=(folder, ready, done, won)) for _ in range(TAKERS)]
+        threads = [threading.Thread(target=try_it, args=(folder, ready, tried, won)) for _ in range(TAKERS)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-        winners.append(len(won))
+        winners.append(len(won) if all(won) else -1)
     return winners
 
 
