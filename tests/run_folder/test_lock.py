@@ -15,7 +15,7 @@ import pytest
 from dpo.base.errors import FolderLost, UserError
 from dpo.run_folder import lock as locks
 from dpo.run_folder.holder import Holder, this_process
-from dpo.run_folder.lock import holding, refuse_if_held, take
+from dpo.run_folder.lock import Lock, holding, refuse_if_held, take
 from tests.support.processes import start
 
 
@@ -271,16 +271,16 @@ def race(run_dir: Path, prepare: Callable[[Path], object]) -> list[int]:
         ready, tried, won = threading.Barrier(TAKERS), threading.Barrier(TAKERS), list[bool]()
 
         def try_it(folder: Path, ready: threading.Barrier, tried: threading.Barrier, won: list[bool]) -> None:
-            me = this_process({})
+            me, mine = this_process({}), list[Lock]()
             with ExitStack() as stack:
                 ready.wait()
                 try:
-                    lock = stack.enter_context(holding(folder, me))
+                    mine.append(stack.enter_context(holding(folder, me)))
                 except UserError:
+                    pass
+                finally:
                     tried.wait()
-                else:
-                    tried.wait()
-                    won.append(lock.is_own())
+                won.extend(lock.is_own() for lock in mine)
 
         threads = [threading.Thread(target=try_it, args=(folder, ready, tried, won)) for _ in range(TAKERS)]
         for thread in threads:
