@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from dpo.checkpoint import export as exporting
+from dpo.checkpoint import store
 from dpo.checkpoint.store import newest_checkpoint
 from dpo.config import Config, to_yaml
 from dpo.run_folder.lock import entries_of
@@ -257,26 +259,28 @@ def test_a_holder_that_wakes_up_after_ten_minutes_writes_nothing_more(
         assert_whole(tmp_path / "run", root)
 
 
-def test_a_holder_that_lost_its_folder_while_it_exports(
-    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And while it writes the last checkpoint: neither gets its name."""
-    from dpo.checkpoint import export as exporting
-    from dpo.checkpoint import store
+@pytest.mark.parametrize(
+    ("module", "name", "call", "steps"),
+    [(exporting, "_write_card", 1, [2, 4, 6]), (store, "_make_draft", 3, [2, 4])],
+    ids=["export", "checkpoint"],
+)
+def test_a_holder_that_lost_its_folder_while_it_writes(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    module: Any, name: str, call: int, steps: list[int],
+) -> None:  # fmt: skip
+    """The exported model, or the third and last checkpoint, does not get its name."""
+    real, calls = getattr(module, name), []
 
-    for module, name, left in ((exporting, "_write_card", 3), (store, "_inventory", 0)):
-        real = getattr(module, name)
-        run_dir = tmp_path / name
+    def losing(*args: Any) -> Any:
+        calls.append(1)
+        for path in (tmp_path / "run" / "lock").glob("*.json") if len(calls) == call else ():
+            path.unlink()
+        return real(*args)
 
-        def losing(*args: Any, real: Any = real, run_dir: Path = run_dir) -> Any:
-            for path in (run_dir / "lock").glob("*.json"):
-                path.unlink()
-            return real(*args)
-
-        with monkeypatch.context() as here:
-            here.setattr(module, name, losing)
-            assert exit_code(changed(config, train__run_dir=str(run_dir))) == 1
-        (error,) = error_lines(capsys.readouterr().err)
-        assert "is not this run's any more" in error
-        assert not (run_dir / "final").exists()
-        assert len(list((run_dir / "checkpoints").glob("step-??????"))) >= left
+    monkeypatch.setattr(module, name, losing)
+    assert exit_code(config) == 1
+    (error,) = error_lines(capsys.readouterr().err)
+    assert "is not this run's any more" in error
+    assert not (tmp_path / "run" / "final").exists()
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("step-??????"))
+    assert names == [f"step-{step:06d}" for step in steps]
