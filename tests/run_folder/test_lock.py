@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dpo.base.errors import FolderLost, UserError
+from dpo.board.writer import MetricsWriter
 from dpo.run_folder import lock as locks
 from dpo.run_folder.holder import Holder, this_process
 from dpo.run_folder.lock import Lock, holding, refuse_if_held, take
@@ -209,6 +210,20 @@ def test_a_holder_that_wakes_up_while_it_is_judged_keeps_its_folder(
     with pytest.raises(UserError, match="last heard of 0 s ago"):
         take(run_dir, here)
     assert names(run_dir) == ["000001.json"]
+
+
+def test_a_holder_that_has_lost_writes_no_line(run_dir: Path, here: Holder) -> None:
+    """Nor does a checkpoint get its name, before which the lines are synced."""
+    with holding(run_dir, here) as lock:
+        writer = MetricsWriter(run_dir, [], lock.check)
+        writer.write(1, {"train/loss": 0.5})
+        writer.sync()
+        lock.path.unlink()
+        for write in (lambda: writer.write(2, {"train/loss": 0.4}), writer.sync):
+            with pytest.raises(FolderLost):
+                write()
+        writer.close()
+    assert (run_dir / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 0.5}\n'
 
 
 # --- file systems ----------------------------------------------------------------------------------------------------

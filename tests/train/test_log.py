@@ -1,5 +1,6 @@
 """RUN/log.txt: all that rank 0 says in the starts of a run."""
 
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -8,6 +9,8 @@ import torch
 
 from dpo.config import Config
 from dpo.distributed.world import World
+from dpo.run_folder.holder import this_process
+from dpo.run_folder.lock import take
 from dpo.train import outputs, setup
 from tests.support.runs import changed, exit_code, has_log_alone, logged, run, run_until, save_six_steps, six_steps
 
@@ -84,6 +87,7 @@ def test_a_log_alone_does_not_make_a_folder_used(config: Config, tmp_path: Path)
     """`never` wants a new folder: one in which a start failed before it made its own files is as good."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.txt").write_text("2026-01-01 00:00:00  error: out of GPU memory\n")
+    take(tmp_path / "run", replace(this_process({}), pid=2**22 + 1))  # of a start that was killed
     run(changed(config, checkpoint__resume="never"))
     assert logged(tmp_path / "run")[0] == "error: out of GPU memory"
 
