@@ -44,7 +44,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What a start of a run asks and tells beside its steps. The defaults are those of steps that no run folder gets."""
+    """What a start of a run asks and tells beside its steps. By default nobody asks, and nobody is told."""
 
     stop_requested: StopRequest = never
     check_lock: Callable[[], None] = _nothing
