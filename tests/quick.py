@@ -86,6 +86,7 @@ SLOW: Sequence[str] = (
     "machine/test_versions.py",
     "model/test_kernels.py",
     "pairs/test_bad_data.py",
+    "pairs/test_damaged_caches.py::test_every_file_of_token_rows",
     "pairs/test_pair_values.py::test_values_of_every_kind_of_file",
     "pairs/test_prepare.py",
     "pairs/test_shares.py::test_the_choice_is_by_content",

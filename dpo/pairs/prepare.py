@@ -7,10 +7,10 @@
 5. Of each training source, the pairs of an epoch are chosen (`shares.py`).
 6. The sources are concatenated and their pairs are numbered (`numbering.py`, `pair_set.py`).
 
-Stages 4 to 6 and the counts are cached too: a later start with the same data computes none of them again.
+Stages 4 to 6 and the counts are cached too: a later start with the same data computes none of them again. What a cache
+folder holds is compared with its SHA256SUMS before it is used (`dpo.sources.kept`).
 """
 
-import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import datasets
 import numpy as np
 
 from dpo.base.errors import UserError
-from dpo.base.files import make_folder_atomically
+from dpo.base.sums import read_sums
 from dpo.config import Config, LossConfig, SourceConfig
 from dpo.encode.chat import check_arguments
 from dpo.encode.encoder import Encoder, ids_encoder, surplus_tokens, template_name, text_encoder, writes_date
@@ -38,12 +38,12 @@ from dpo.sources.caching import cache_path, digest
 from dpo.sources.formats.decision import decide_reading
 from dpo.sources.formats.examples import FORMATS, holds_ids
 from dpo.sources.formats.reading import Reading, check_template
+from dpo.sources.kept import FindFault, find_fault, keep_folder
 from dpo.sources.source import Source, open_source
-from dpo.terminal.console import say
 
 __all__ = ["DataReport", "PairSet", "PreferenceData", "prepare_data"]
 
-FORMAT = 2
+FORMAT = 3
 """The version of the cached pairs and their counts. A change of their contents or meaning must raise it."""
 TRAIN, EVAL, REPORT = "train", "eval", "report.json"
 
@@ -96,31 +96,34 @@ class _Tokenized(_Opened):
         return [str(file["filename"]) for file in self.rows.cache_files]
 
 
-def prepare_data(config: Config, model_config: Any) -> PreferenceData:
+def prepare_data(config: Config, model_config: Any, fault_of: FindFault = find_fault) -> PreferenceData:
     """Reads, tokenizes, checks and numbers all data of a run; deterministic, and cached.
 
     Args:
         config: the config of the run.
         model_config: the transformers config of the model, for its vocabulary, positions, BOS and EOS.
+        fault_of: checks each folder of the cache, see `dpo.sources.kept`.
 
     Raises:
         UserError: the data or the tokenizer is wrong.
     """
-    opened = [_open(source, f"data.train[{i}]") for i, source in enumerate(config.data.train)]
-    opened += [_open(source, f"data.eval[{i}]") for i, source in enumerate(config.data.eval)]
+    opened = [_open(source, f"data.train[{i}]", fault_of) for i, source in enumerate(config.data.train)]
+    opened += [_open(source, f"data.eval[{i}]", fault_of) for i, source in enumerate(config.data.eval)]
     _check_losers(opened, config.loss)
-    sources = _tokenize(opened, config, model_config)
+    sources = _tokenize(opened, config, model_config, fault_of)
     train, evals = sources[: len(config.data.train)], sources[len(config.data.train) :]
-    prepared = _from_cache(cache_path(f"pairs-{_content(train, evals, config)}"), train, evals, config)
+    folder = cache_path(f"pairs-{_content(train, evals, config)}")
+    keep_folder(folder, lambda draft: _number(draft, train, evals, config), fault_of)
+    prepared = _read(folder, train, evals)
     prepared = replace(prepared, report=_with_facts(prepared.report, sources, model_config))
     if config.data.on_bad_row == "stop":
         _raise_first_dropped(sources)
     return prepared
 
 
-def _open(config: SourceConfig, key: str) -> _Opened:
+def _open(config: SourceConfig, key: str, fault_of: FindFault) -> _Opened:
     """Opens a source and decides how its rows are read."""
-    source = open_source(config, key)
+    source = open_source(config, key, fault_of)
     reading = decide_reading(config, source.columns, source.first_row(), not source.has_lines, key)
     return _Opened(key, config, source, reading)
 
@@ -134,7 +137,7 @@ def _check_losers(opened: list[_Opened], loss: LossConfig) -> None:
             raise UserError(f"{entry.key}.path", what, valid)
 
 
-def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[_Tokenized]:
+def _tokenize(opened: list[_Opened], config: Config, model_config: Any, fault_of: FindFault) -> list[_Tokenized]:
     """Tokenizes every source. Loads no tokenizer where all sources have the format `tokens`."""
     limits = limits_of(config.data.max_length, config.data.max_prompt_length, model_config)
     stops = model_stop_ids(model_config, config.model.path)
@@ -149,7 +152,7 @@ def _tokenize(opened: list[_Opened], config: Config, model_config: Any) -> list[
     tokenized = []
     for entry in opened:
         encoder = encoders[holds_ids(entry.reading.format)]
-        rows = tokenize_source(entry.source, entry.reading, encoder, limits, config.data.num_proc)
+        rows = tokenize_source(entry.source, entry.reading, encoder, limits, config.data.num_proc, fault_of)
         tokenized.append(_Tokenized(**vars(entry), rows=rows, encoder=encoder))
     return tokenized
 
@@ -168,33 +171,14 @@ def _raise_first_dropped(sources: list[_Tokenized]) -> None:
 def _content(train: list[_Tokenized], evals: list[_Tokenized], config: Config) -> str:
     """Returns a hash of everything that `_number` depends on, 32 hex digits.
 
-    The name of a file of token rows stands for its rows. Its size and modification time are hashed as well, because the
-    pair set holds places in this very file.
+    The SHA-256 of each file of token rows stands for its rows, and for the places in it that the pair set holds.
     """
-    files = [(path.name, path.stat()) for entry in train + evals for path in map(Path, entry.files)]
-    layout = [(name, info.st_size, info.st_mtime_ns) for name, info in files]
+    layout = [read_sums(Path(entry.files[0]).parent) for entry in train + evals]
     num_files = [len(entry.files) for entry in train], [len(entry.files) for entry in evals]
     holdouts = [entry.config.holdout for entry in train]
     shares = [(entry.config.weight, entry.config.count) for entry in train]
     facts = (layout, (*num_files, holdouts, shares), config.train.seed, config.loss.facts.compares)
     return digest([f"pairs {FORMAT}", repr(facts)])
-
-
-def _from_cache(folder: Path, train: list[_Tokenized], evals: list[_Tokenized], config: Config) -> PreferenceData:
-    """Returns the data in a cache folder; makes the folder where it does not exist, and again where it is damaged."""
-
-    def make() -> None:
-        make_folder_atomically(folder, lambda draft: _number(draft, train, evals, config))
-
-    if not folder.is_dir():
-        make()
-    try:
-        return _read(folder, train, evals)
-    except (OSError, ValueError) as failure:  # a file is cut off or missing
-        say(f"{folder} is damaged and made again: {failure}")
-        shutil.rmtree(folder)
-        make()
-        return _read(folder, train, evals)
 
 
 def _number(draft: Path, train: list[_Tokenized], evals: list[_Tokenized], config: Config) -> None:
@@ -217,7 +201,7 @@ def _number(draft: Path, train: list[_Tokenized], evals: list[_Tokenized], confi
 
 
 def _read(folder: Path, train: list[_Tokenized], evals: list[_Tokenized]) -> PreferenceData:
-    """Returns the data that `_number` wrote. Raises OSError or ValueError where a file is damaged."""
+    """Returns the data that `_number` wrote."""
     report = (folder / REPORT).read_text(encoding="utf-8")
     every = evals + train  # held-out pairs come after the sources of `data.eval`
     return PreferenceData(

@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 
 from dpo.base.errors import InvalidValue, UserError
-from dpo.base.files import make_folder_atomically
 from dpo.base.workers import Report
 from dpo.encode.encoder import Encoder, encoder_content
 from dpo.pairs.pair_values import named_values, value_features, valued_row
@@ -29,6 +28,7 @@ from dpo.pairs.workers import tokenize_in_workers
 from dpo.sources.caching import cache_path, digest, quiet_progress
 from dpo.sources.formats.reading import Reading, read_row
 from dpo.sources.formats.row_fields import Row
+from dpo.sources.kept import FindFault, find_fault, keep_folder
 from dpo.sources.source import Source, decode_row
 from dpo.terminal.console import progress
 
@@ -71,10 +71,15 @@ FEATURES = datasets.Features(
 
 
 def tokenize_source(
-    source: Source, reading: Reading, encoder: Encoder, limits: Limits, num_proc: int | None
+    source: Source,
+    reading: Reading,
+    encoder: Encoder,
+    limits: Limits,
+    num_proc: int | None,
+    fault_of: FindFault = find_fault,
 ) -> datasets.Dataset:
     """Returns the token rows of a source (FEATURES and `value_features`), in its order; makes them where they are not
-    in the cache.
+    in the cache, or are damaged there.
 
     Args:
         source: the raw rows.
@@ -82,6 +87,7 @@ def tokenize_source(
         encoder: the tokenizer with its BOS and EOS; without a tokenizer for rows of ids.
         limits: the limits on lengths and ids.
         num_proc: processes that tokenize; None: 1 below SMALL_SET rows, else one per CPU, at most MAX_NUM_PROC.
+        fault_of: checks the folder of the token rows, see `dpo.sources.kept`.
 
     Raises:
         RunError: a process that tokenizes was killed or ran out of memory.
@@ -89,14 +95,11 @@ def tokenize_source(
     named = named_values(reading.names)
     fingerprint = digest((source.content, reading.content(), encoder_content(encoder), str(astuple(limits))))
     folder = cache_path(f"tokens-{fingerprint}")
-    if not folder.is_dir():
-        row = functools.partial(
-            tokenize_row, reading=reading, has_lines=source.has_lines, encoder=encoder, limits=limits
-        )
-        if named:
-            row = functools.partial(valued_row, named=named, has_lines=source.has_lines, tokenize_row=row)
-        num = processes(num_proc, len(source.rows))
-        make_folder_atomically(folder, lambda draft: _write(draft / fingerprint, source, reading, row, num))
+    row = functools.partial(tokenize_row, reading=reading, has_lines=source.has_lines, encoder=encoder, limits=limits)
+    if named:
+        row = functools.partial(valued_row, named=named, has_lines=source.has_lines, tokenize_row=row)
+    num = processes(num_proc, len(source.rows))
+    keep_folder(folder, lambda draft: _write(draft / fingerprint, source, reading, row, num), fault_of)
     files = sorted(folder.glob("*.arrow"))
     return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in files])
 

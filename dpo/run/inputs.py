@@ -24,6 +24,7 @@ from dpo.model.parallelize import compute_dtype
 from dpo.model.weights import hash_model
 from dpo.pairs.prepare import PreferenceData, prepare_data
 from dpo.run.agreement import NamedModel, check_agreement
+from dpo.sources.kept import find_fault, trust
 from dpo.terminal.console import is_quiet, say, warn
 
 
@@ -67,7 +68,8 @@ def read_inputs(config: Config, world: World) -> Inputs:
     check_machines(world, facts, config.parallel, config.model.dtype, [model_config, reference_config])
     if world.is_main:
         say("data: reading, and tokenizing rows that are not in the cache")
-    data = first_on_each_node(world, lambda: prepare_data(config, model_config))
+    fault_of = find_fault if world.local_rank == 0 else trust
+    data = first_on_each_node(world, lambda: prepare_data(config, model_config, fault_of))
     check_same_data(data, world)
     if world.is_main:
         for line in data.report.lines():

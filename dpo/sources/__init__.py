@@ -2,6 +2,7 @@
 
 formats/        a raw row -> `Example`, one reader per format
 caching.py      the cache of rows, by content; calls of `datasets` that fail in one line
+kept.py         folders of the cache with the SHA-256 of their files, made again where one is damaged
 hub_sets.py     data sets of the hub: downloaded, then read without the network
 source.py       a source of the config -> its raw rows
 """

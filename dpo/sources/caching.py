@@ -13,7 +13,7 @@ import huggingface_hub
 from dpo.base.errors import UserError
 from dpo.hub.snapshots import PREPARE
 
-FORMAT = 3
+FORMAT = 4
 """The version of the cached rows and token rows of a source. A change of their contents or meaning must raise it."""
 
 

@@ -8,6 +8,7 @@ version of the cached form, so that neither a changed file nor another version o
 
 import errno
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from dpo.sources.formats.row_fields import Row
 from dpo.sources.formats.table_rows import DELIMITERS, table_rows
 from dpo.sources.formats.text_lines import first_character
 from dpo.sources.hub_sets import check_path, download, prepared_folder, read_prepared
+from dpo.sources.kept import FindFault, find_fault, keep_sums, remove_damaged
 
 JSON_FEATURES = datasets.Features(
     {"row": datasets.Value("string"), "line": datasets.Value("int64"), "columns": datasets.Value("string")}
@@ -72,12 +74,13 @@ def decode_row(record: Row, index: int, has_lines: bool) -> tuple[Row, int]:
     return (json.loads(record["row"]), record["line"]) if has_lines else (record, index)
 
 
-def open_source(config: SourceConfig, key: str) -> Source:
-    """Reads the rows of a source, or finds them in the cache.
+def open_source(config: SourceConfig, key: str, fault_of: FindFault = find_fault) -> Source:
+    """Reads the rows of a source, or finds them in the cache, where they are read again if they are damaged.
 
     Args:
         config: the source.
         key: its key in the config, as `data.train[0]`, for errors.
+        fault_of: checks the rows in the cache, see `dpo.sources.kept`.
 
     Raises:
         UserError: there is no such file, folder, hub id or split, it cannot be read, its JSON is broken, a row is not
@@ -86,9 +89,11 @@ def open_source(config: SourceConfig, key: str) -> Source:
     path = Path(config.path).expanduser()
     try:
         if path.is_file():
-            source = _open_file(config, path, key)
+            source = _open_file(config, path, key, fault_of)
+        elif path.is_dir():
+            source = _open_folder(config, path, key, fault_of)
         else:
-            source = _open_folder(config, path, key) if path.is_dir() else _open_hub(config, key)
+            source = _open_hub(config, key, fault_of)
     except OSError as error:
         fault = _cache_fault(error, path)
         if fault:
@@ -105,7 +110,7 @@ def open_source(config: SourceConfig, key: str) -> Source:
 # --- the kinds of sources -------------------------------------------------------------------------------------------
 
 
-def _open_file(config: SourceConfig, path: Path, key: str) -> Source:
+def _open_file(config: SourceConfig, path: Path, key: str, fault_of: FindFault) -> Source:
     """Opens one Parquet, JSON, JSONL, CSV or TSV file."""
     if config.split != "train" or config.name is not None:
         wrong = "split" if config.split != "train" else "name"
@@ -113,23 +118,30 @@ def _open_file(config: SourceConfig, path: Path, key: str) -> Source:
     with path.open("rb") as file:
         is_parquet = file.read(len(PARQUET)) == PARQUET
     if not is_parquet:
-        return _open_text(config.path, path)
+        return _open_text(config.path, path, fault_of)
     content = digest(file_hashes([path]))
-    with quiet_progress(), offline():
-        rows = load(config.path, key, "parquet", data_files=str(path), split="train", cache_dir=_folder_of(content))
+
+    def read(folder: str) -> datasets.Dataset:
+        return load(config.path, key, "parquet", data_files=str(path), split="train", cache_dir=folder)
+
+    rows = _kept(content, read, fault_of)
     return Source(config.path, rows, filled_columns(rows), content, has_lines=False)
 
 
-def _open_text(name: str, path: Path) -> Source:
+def _open_text(name: str, path: Path, fault_of: FindFault) -> Source:
     """Opens one file with our own readers; `datasets` caches its rows under the hash of its content."""
     options = _table_options(path)
     content = digest([*file_hashes([path]), *options.values()])
-    arguments = {"path": str(path), "name": name, **options}
+    generate = table_rows if options else json_rows
+
+    def read(folder: str) -> datasets.Dataset:
+        arguments = {"path": str(path), "name": name, **options}
+        return datasets.Dataset.from_generator(
+            generate, JSON_FEATURES, folder, gen_kwargs=arguments, fingerprint=content
+        )
+
     try:
-        with quiet_progress():
-            rows = datasets.Dataset.from_generator(
-                table_rows if options else json_rows, JSON_FEATURES, gen_kwargs=arguments, fingerprint=content
-            )
+        rows = _kept(content, read, fault_of)
     except datasets.exceptions.DatasetGenerationError as error:
         if isinstance(error.__cause__, (UserError, OSError)):
             raise error.__cause__ from None
@@ -146,15 +158,18 @@ def _table_options(path: Path) -> dict[str, str]:
     return {"delimiter": DELIMITERS[suffix]} if suffix in DELIMITERS else {}
 
 
-def _open_folder(config: SourceConfig, path: Path, key: str) -> Source:
+def _open_folder(config: SourceConfig, path: Path, key: str, fault_of: FindFault) -> Source:
     """Opens a folder that `save_to_disk` wrote, or a folder of data files, which `load_dataset` reads."""
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         rows = _open_saved(config, path, key)
         content = digest([*file_hashes(file["filename"] for file in rows.cache_files), str(rows.features)])
     else:
         files = digest(file_hashes(file for file in sorted(path.rglob("*")) if file.is_file()))
-        with quiet_progress(), offline():
-            rows = load(config.path, key, str(path), config.name, split=config.split, cache_dir=_folder_of(files))
+
+        def read(folder: str) -> datasets.Dataset:
+            return load(config.path, key, str(path), config.name, split=config.split, cache_dir=folder)
+
+        rows = _kept(files, read, fault_of)
         content = digest([files, str(config.name), config.split])
     return Source(config.path, rows, filled_columns(rows), content, has_lines=False)
 
@@ -176,11 +191,15 @@ def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
     return saved
 
 
-def _open_hub(config: SourceConfig, key: str) -> Source:
+def _open_hub(config: SourceConfig, key: str, fault_of: FindFault) -> Source:
     """Opens a data set of the Hugging Face hub: its rows in the cache, without a request, or else downloads it."""
     check_path(config.path, key)
     folder = prepared_folder(config)
+    if folder is not None:
+        remove_damaged(folder, fault_of)
+        folder = prepared_folder(config)
     rows = download(config, key) if folder is None else read_prepared(folder, config, key)
+    keep_sums(rows)
     return Source(config.path, rows, filled_columns(rows), digest([rows._fingerprint]), has_lines=False)
 
 
@@ -224,6 +243,18 @@ def _cache_fault(failure: OSError, source: Path) -> UserError | None:
     return None
 
 
-def _folder_of(content: str) -> str:
-    """Returns a cache folder for this content alone; `datasets` by itself would trust a file's modification time."""
-    return str(cache_path(content))
+def _kept(content: str, read: Callable[[str], datasets.Dataset], fault_of: FindFault) -> datasets.Dataset:
+    """Returns the rows that `datasets` keeps in a cache folder for this content alone; by itself it would trust a
+    file's modification time.
+
+    Args:
+        content: the hash of the content.
+        read: returns the rows from the folder that it is given, and makes them where they are not there.
+        fault_of: checks the folder.
+    """
+    folder = cache_path(f"rows-{content}")
+    remove_damaged(folder, fault_of)
+    with quiet_progress(), offline():
+        rows = read(str(folder))
+    keep_sums(rows)
+    return rows

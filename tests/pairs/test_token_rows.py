@@ -81,7 +81,7 @@ def test_processes_give_what_one_gives(tmp_path, tokenizer_folder, hf_cache, cap
     assert all_pairs(train) == plain_pairs(ROWS)
     assert capfd.readouterr() == ("", "")
     cached = sorted((hf_cache / "datasets" / "dpo").glob("tokens-*/*"))
-    assert len(cached) == 3
+    assert len(cached) == 4 and sum(path.suffix == ".arrow" for path in cached) == 3  # and SHA256SUMS
     alone = make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder, num_proc=1)
     assert prepare_data(alone, MODEL).train.content_hash == train.content_hash
     assert sorted((hf_cache / "datasets" / "dpo").glob("tokens-*/*")) == cached
@@ -126,7 +126,7 @@ def test_a_process_that_ends_early_is_named(tmp_path, tokenizer_folder, monkeypa
     who = f"data.num_proc: one of 3 processes that tokenize on {socket.gethostname()}"
     less = "what helps: data.num_proc below 3 (1: the rank itself tokenizes)"
     assert str(error.value) == f"{who} {how}; {less}"
-    assert not list((hf_cache / "datasets" / "dpo").iterdir())
+    assert [path.name[:5] for path in (hf_cache / "datasets" / "dpo").iterdir()] == ["rows-"], "the raw rows alone"
     assert all_pairs(prepare_data(config, MODEL).train) == plain_pairs(ROWS)
 
 
@@ -175,5 +175,5 @@ def test_what_is_cached_is_of_its_formats(tmp_path, tokenizer_folder):
     for pair_set in (prepared.train, prepared.eval):
         for name in ("row_of_pair", "pair_in_row", "prompt_of_pair", "sizes", "keys"):  # places are of Arrow's layout
             pairs.update(bytes(getattr(pair_set, name)[:]))
-    assert (caching.FORMAT, rows) == (3, "93c8919af60962c7")
-    assert (data.FORMAT, pairs.hexdigest()[:16]) == (2, "18a610913f58bcba")
+    assert (caching.FORMAT, rows) == (4, "93c8919af60962c7")
+    assert (data.FORMAT, pairs.hexdigest()[:16]) == (3, "18a610913f58bcba")

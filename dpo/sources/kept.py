@@ -1,0 +1,97 @@
+"""Folders of the cache with the SHA-256 of their files, which are made again where a file is damaged.
+
+    tokens-HASH/SHA256SUMS               beside the token rows of a source, written with them
+    pairs-HASH/SHA256SUMS                beside the pairs of all sources
+    rows-HASH/.../0.0.0/SHA256SUMS       beside the raw rows that `datasets` keeps, written once they are there
+
+Each start checks them once a node: its first rank passes `sums.find_fault`, the others `trust`.
+"""
+
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+
+from dpo.base.files import make_folder_atomically, remove_folder, write_atomically
+from dpo.base.sums import SUMS, find_fault, read_sums, sha256_of, sums_text
+from dpo.base.units import shown_bytes
+from dpo.terminal.console import say
+
+FindFault = Callable[[Path], str | None]
+"""A folder -> why its content cannot be trusted, or None."""
+LONG_SECONDS = 1.0
+"""A check that takes longer is told."""
+
+__all__ = ["FindFault", "find_fault", "keep_folder", "keep_sums", "remove_damaged", "trust"]
+
+
+def trust(folder: Path) -> None:
+    """Takes the place of `find_fault` on ranks of a node whose first rank has checked the same folder."""
+
+
+def keep_folder(folder: Path, fill: Callable[[Path], None], fault_of: FindFault) -> None:
+    """Makes a folder of the cache where it does not exist, and again, with a message, where it is damaged.
+
+    Args:
+        folder: the folder.
+        fill: writes its files into the empty folder that it is given.
+        fault_of: finds the fault of the folder, where it exists.
+    """
+
+    def fill_and_sum(draft: Path) -> None:
+        fill(draft)
+        _write_sums(draft)
+
+    if folder.is_dir():
+        _remove(folder, _timed(folder, fault_of) or _unlisted(folder))
+    if not folder.is_dir():
+        make_folder_atomically(folder, fill_and_sum)
+
+
+def remove_damaged(folder: Path, fault_of: FindFault) -> None:
+    """Removes each folder at or below `folder` that `keep_sums` has marked and whose files have changed since."""
+    for sums in sorted(folder.rglob(SUMS)):
+        _remove(sums.parent, _timed(sums.parent, fault_of) or _unlisted(sums.parent))
+
+
+def keep_sums(rows: datasets.Dataset) -> None:
+    """Writes SHA256SUMS beside the files of rows in a folder of `datasets`, where there is none yet."""
+    for folder in {Path(file["filename"]).parent for file in rows.cache_files}:
+        if not (folder / SUMS).exists():
+            _write_sums(folder)
+
+
+def _write_sums(folder: Path) -> None:
+    write_atomically(folder / SUMS, sums_text({name: sha256_of(folder / name) for name in _names(folder)}).encode())
+
+
+def _names(folder: Path) -> list[str]:
+    """Returns the files in a folder and below that matter, sorted: not hidden ones, as NFS leaves, nor locks."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock" and path.name[0] != "."]
+    return sorted(path.relative_to(folder).as_posix() for path in paths if path.name != SUMS)
+
+
+def _unlisted(folder: Path) -> str | None:
+    """Returns that a file is not in SHA256SUMS, which was cut off then; None where all are."""
+    missing = set(_names(folder)) - set(read_sums(folder) or ())
+    return f"{min(missing)} is not in {SUMS}" if missing else None
+
+
+def _timed(folder: Path, fault_of: FindFault) -> str | None:
+    """Returns the fault of a folder; tells the seconds where they are many."""
+    started = time.monotonic()
+    fault = fault_of(folder)
+    seconds = time.monotonic() - started
+    if seconds > LONG_SECONDS:
+        size = sum((folder / name).stat().st_size for name in _names(folder))
+        say(f"cache: {folder.name}: SHA-256 of {shown_bytes(size)} checked in {seconds:.1f} s")
+    return fault
+
+
+def _remove(folder: Path, fault: str | None) -> None:
+    """Removes a folder that has a fault, and tells it."""
+    if fault:
+        say(f"cache: {folder} is damaged and made again: {fault}")
+        remove_folder(folder, f".{uuid.uuid4().hex}.damaged")
