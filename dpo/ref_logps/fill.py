@@ -5,6 +5,7 @@
 Rank 0 reads the cache and writes it; all ranks compute.
 """
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -24,7 +25,7 @@ from dpo.distributed.collectives import all_gather, gather_lanes, on_main, toget
 from dpo.distributed.preemption import StopRequest
 from dpo.distributed.world import World, use_device
 from dpo.model.policy import Policy, completion_logps, free_memory
-from dpo.pairs.pair_set import PairSet
+from dpo.pairs.pair_set import Pair, PairSet
 from dpo.pairs.tokens import completion_key
 from dpo.ref_logps.blocks import first_of_each, read_rows, split_keys, write_circumstances, write_rows
 from dpo.ref_logps.cache import RefCache
@@ -36,6 +37,8 @@ SECONDS_BETWEEN_BLOCKS = 30.0
 """A killed job loses at most about this many seconds of work."""
 
 PAIRS_READ_TOGETHER = 1024
+KEY_BYTES = 16
+_CHANGED = "have changed after this start checked them; start again: damaged files of the caches are made again"
 
 Completion = tuple[np.ndarray, np.ndarray]
 """(prompt_ids, completion_ids)."""
@@ -67,8 +70,18 @@ class ReferencePass:
 
 
 def lookup(rows: RefTable) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Returns a function (prompt_ids, completion_ids) -> reference log-probability in nats, for the packer."""
-    return lambda prompt_ids, completion_ids: rows.logp(completion_key(prompt_ids, completion_ids))
+    """Returns a function (prompt_ids, completion_ids) -> reference log-probability in nats, for the packer. It raises
+    OSError where the table, which had a row for every completion, has none.
+    """
+
+    def logp(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> float:
+        try:
+            return rows.logp(completion_key(prompt_ids, completion_ids))
+        except KeyError as failure:
+            what = f"a completion has no row, since its token ids or the table {_CHANGED}"
+            raise OSError(errno.EIO, what, rows.rows.file.name) from failure
+
+    return logp
 
 
 def fill(
@@ -149,8 +162,20 @@ def _select(sets: Sequence[PairSet], numbers: np.ndarray) -> Iterator[Completion
         in_set = numbers[slice(*np.searchsorted(numbers, [begin, begin + 2 * len(pairs)]))] - begin
         for part in np.split(in_set, range(PAIRS_READ_TOGETHER, len(in_set), PAIRS_READ_TOGETHER)):
             for pair, is_loser in zip(pairs.pairs(part // 2), (part % 2).tolist(), strict=True):
-                yield pair.prompt_ids, pair.rejected_ids if is_loser else pair.chosen_ids
+                completion = pair.prompt_ids, pair.rejected_ids if is_loser else pair.chosen_ids
+                _check_key(pairs, pair, is_loser, completion)
+                yield completion
         begin += 2 * len(pairs)
+
+
+def _check_key(pairs: PairSet, pair: Pair, is_loser: int, completion: Completion) -> None:
+    """Raises OSError where a completion's ids do not have the key under which its row is looked up: it would be
+    computed at each start, and never be found. One rank may be alone with it.
+    """
+    assert pair.id is not None
+    if completion_key(*completion) != pairs.keys[pair.id : pair.id + 1][0, is_loser].ljust(KEY_BYTES, b"\0"):
+        what = f"the token ids of pair {pair.id} {_CHANGED}"
+        raise OSError(errno.EIO, what, str(Path(pairs.token_files[0].name).parent))
 
 
 def _compute(

@@ -1,7 +1,7 @@
 """The reference's log-probabilities of a run's data, sorted by key in one file, of which a step reads a few pages.
 
     CACHE/<reference key>/table-<hash of the data>.json   names the file of rows and the blocks that they were copied
-                                                          from, and says how these were computed
+                                                          from, says how these were computed, and has its own hash
                           table-<sha256>.npy              the rows; its name is the hash of its bytes
 
 A table is valid as long as its blocks (`blocks.py`) exist and are undamaged; otherwise it is written again.
@@ -23,7 +23,7 @@ table of five rows, with pages of 2 rows instead of ROWS_PER_PAGE:
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,22 @@ def table_name(contents: Sequence[str]) -> str:
 
 
 def find_table(folder: Path, name: str) -> Path | None:
-    """Returns the file of rows of a valid table; None where there is none. Removes a damaged file, with a message."""
+    """Returns the file of rows of a valid table; None where there is none. Removes a damaged file, with a message. Of
+    damaged blocks `read_rows` tells.
+    """
     about = _read_about(folder / name)
-    if about is None or not all(is_whole(folder / block) for block in about["blocks"]):
+    if about is None:
+        return None
+    for block in about["blocks"]:
+        if not (folder / block).exists():
+            say(f"reference cache: {folder / block} is missing; its rows are computed again")
+    if not all(is_whole(folder / block) for block in about["blocks"]):
         return None
     path: Path = folder / about["rows"]
     if is_whole(path):
         return path
-    _remove_damaged(path)
+    say(f"reference cache: {path} is damaged and is made again")
+    path.unlink(missing_ok=True)
     return None
 
 
@@ -88,20 +96,24 @@ def table_circumstances(folder: Path, name: str) -> list[Circumstances | None]:
 
 
 def _read_about(path: Path) -> dict[str, Any] | None:
+    """Returns the facts of a table's JSON file; None where there is no file. Removes a damaged one, with a message."""
     try:
-        about: dict[str, Any] = json.loads(path.read_bytes())
-        return about
+        content = json.loads(path.read_bytes())
+        about: dict[str, Any] = content["about"]
+        if content["sha256"] == _sha256(path.name, about):
+            return about
     except FileNotFoundError:
         return None
-    except ValueError:
-        _remove_damaged(path)
-        return None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        pass
+    say(f"reference cache: {path} is damaged and is made again")
+    path.unlink(missing_ok=True)
+    return None
 
 
-def _remove_damaged(path: Path) -> None:
-    if path.exists():
-        say(f"reference cache: {path} is damaged and is made again")
-        path.unlink(missing_ok=True)
+def _sha256(name: str, about: Mapping[str, Any]) -> str:
+    """Returns the hash of the name of a table's JSON file and of its facts: those of other data are not taken."""
+    return hashlib.sha256(json.dumps([name, about], sort_keys=True).encode()).hexdigest()
 
 
 def write_table(folder: Path, name: str, keys: np.ndarray) -> Path:
@@ -130,7 +142,8 @@ def write_table(folder: Path, name: str, keys: np.ndarray) -> Path:
     path = folder / f"table-{hashlib.sha256(file.getbuffer()).hexdigest()[:32]}.npy"
     write_atomically(path, file.getbuffer())
     about = {"rows": path.name, "blocks": block_names(folder), "made": circumstances_of(folder, keys)}
-    write_atomically(folder / name, json.dumps(about, indent=1).encode())  # last: the files that it names exist
+    content = json.dumps({"sha256": _sha256(name, about), "about": about}, indent=1)
+    write_atomically(folder / name, content.encode())  # last: the files that it names exist
     return path
 
 

@@ -4,12 +4,15 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pytest
 
 from dpo.base.errors import RunError
 from dpo.config import Config
 from dpo.distributed import shared
 from dpo.ref_logps import fill as reference_pass
+from dpo.sources.kept import trust
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import (
@@ -23,6 +26,7 @@ from tests.support.runs import (
     same_weights,
 )
 
+pytest_plugins = ["tests.support.data_plugin"]
 NUM_PAIRS = 8
 ALL = 2 * NUM_PAIRS
 """Every pair of `save_pairs` has a prompt and two completions of its own."""
@@ -85,6 +89,53 @@ def test_a_damaged_block_is_computed_again(config: Config, tmp_path: Path, capsy
     assert reference_line(second) == (ALL, 0)
     assert same_weights(first / "final", second / "final")
     assert reference_line(run(afresh(config))) == (0, ALL)
+
+
+def flip_the_last_id(path: Path) -> None:
+    """Flips a bit of the last completion's first id in a file of token rows, whose ids stand one after another."""
+    last = prepared_pair(path)
+    content = bytearray(path.read_bytes())
+    content[content.rindex(last.tobytes())] ^= 1
+    path.write_bytes(content)
+
+
+def prepared_pair(path: Path) -> np.ndarray:
+    """The ids of the last completion of a file of token rows."""
+    return np.asarray(datasets.Dataset.from_file(str(path))[-1]["completion_ids"][-1], np.int32)
+
+
+def test_flipped_ids_are_made_again_before_rows_are_computed(
+    config: Config, hf_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an empty reference cache, a changed id used to be computed at every start, and found at none."""
+    first = run(config)
+    (path,) = hf_cache.rglob("tokens-*/*.arrow")
+    flip_the_last_id(path)
+    second = run(afresh(config, reference__cache_dir=str(hf_cache / "empty")))
+    assert f"{path.parent} is damaged and made again: {path.name} has changed" in capsys.readouterr().err
+    assert reference_line(second) == (ALL, 0)
+    assert same_weights(first / "final", second / "final")
+
+
+@pytest.mark.parametrize("is_filled", [False, True])
+def test_ids_that_change_after_the_check_end_the_run_by_name(
+    config: Config, hf_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_filled: bool
+) -> None:
+    """In the reference pass, and where every row is there in the step that meets them; the next start mends it."""
+    run(config)
+    (path,) = hf_cache.rglob("tokens-*/*.arrow")
+    flip_the_last_id(path)
+    cache = str(hf_cache / "empty")
+    if is_filled:
+        cache = str(cache_folders(hf_cache.parent)[0].parent)
+    config = afresh(config, reference__cache_dir=cache, train__steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo.run.inputs.find_fault", trust)
+        assert exit_code(config) == 1
+    (error,) = error_lines(capsys.readouterr().err)
+    assert "after this start checked them; start again" in error
+    assert ("has no row" if is_filled else f"of pair {NUM_PAIRS - 1} have changed") in error
+    assert exit_code(config) == 0
 
 
 # --- shared ----------------------------------------------------------------------------------------------------------

@@ -70,22 +70,60 @@ def test_a_table_is_found_as_long_as_its_blocks_are_whole(tmp_path: Path, capsys
     assert find_table(tmp_path, NAME) is None
     blocks[0].write_bytes(content)
     assert find_table(tmp_path, NAME) == path
+    assert not capsys.readouterr().err
     blocks[1].unlink()
     assert find_table(tmp_path, NAME) is None
-    assert not capsys.readouterr().err
+    assert f"{blocks[1]} is missing; its rows are computed again" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("suffix", ["npy", "json"])
-def test_a_damaged_table_is_removed_and_told(tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_table_with_any_flipped_bit_is_removed_and_told(
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each byte once: also one in the name of a key, of a block, or of the file of rows."""
     keys, logps = random_rows(4, 10)
     write_rows(tmp_path, keys, logps)
     path = write_table(tmp_path, NAME, keys)
     (file,) = tmp_path.glob(f"table-*.{suffix}")
-    file.write_bytes(file.read_bytes()[:-1])
+    content = file.read_bytes()
+    changed = [bytes([*content[:i], content[i] ^ 1 << i % 8, *content[i + 1 :]]) for i in range(len(content))]
+    spaces = [i for i, byte in enumerate(content) if suffix == "json" and byte in b" \n"]
+    for i, damaged in enumerate(
+        [content[:-1], content[:0], *(one for i, one in enumerate(changed) if i not in spaces)]
+    ):
+        file.write_bytes(damaged)
+        assert find_table(tmp_path, NAME) is None, i
+        assert capsys.readouterr().err.endswith(f"reference cache: {file} is damaged and is made again\n"), i
+        assert not file.exists()
+        assert write_table(tmp_path, NAME, keys) == path == find_table(tmp_path, NAME)
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("other", ["about.json", "made-0.json", "of other data"])
+def test_another_files_json_is_no_table(tmp_path: Path, other: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of JSON that were swapped: the facts of the reference, of a block, or of a table of other completions."""
+    keys, logps = random_rows(4, 10)
+    write_rows(tmp_path, keys, logps)
+    path = write_table(tmp_path, NAME, keys)
+    contents = {"about.json": '{"model": "ab"}', "made-0.json": '{"torch": "2.9", "compile": false}'}
+    foreign = tmp_path / table_name(["c" * 32])
+    write_table(tmp_path, foreign.name, keys[:5])
+    (tmp_path / NAME).write_text(contents.get(other) or foreign.read_text())
     assert find_table(tmp_path, NAME) is None
-    assert f"{file} is damaged" in capsys.readouterr().err
-    assert not file.exists()
+    assert f"{tmp_path / NAME} is damaged and is made again" in capsys.readouterr().err
     assert write_table(tmp_path, NAME, keys) == path == find_table(tmp_path, NAME)
+
+
+def test_a_table_that_changes_while_ranks_open_it_is_refused(tmp_path: Path) -> None:
+    """Each rank hashes the file that it reads: rank 0 found it whole, this rank's file system shows another content."""
+    keys, logps = random_rows(6, 300)
+    write_rows(tmp_path, keys, logps)
+    path = write_table(tmp_path, NAME, keys)
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # the last bit of a log-probability
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="not every rank sees"):
+        open_table(path)
 
 
 def test_a_key_without_a_row_is_an_error(tmp_path: Path) -> None:
