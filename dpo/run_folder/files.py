@@ -18,11 +18,13 @@ jobs/             scripts, logs and reports of failures, written by `python -m l
 """
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from dpo.base.errors import RunError
 from dpo.base.files import write_atomically
+from dpo.terminal.console import say
 
 CONFIG, PROVENANCE, METRICS, TENSORBOARD = "config.yaml", "provenance.json", "metrics.jsonl", "tensorboard"
 ANSWERS, PROFILE, JOBS, FINAL = "answers", "profile", "jobs", "final"
@@ -32,6 +34,8 @@ NONFINITE, SKIPPED = "nonfinite", "train/skipped"
 
 LAST_STEPS = 10
 """Steps over which a training metric is averaged where it is shown as a single number: single steps vary much."""
+SPANS = 4
+"""Spans of steps that a message names."""
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -84,6 +88,37 @@ def read_answer_rows(path: Path) -> list[dict[str, str]]:
 
 
 def drop_metrics_after(run_dir: Path, step: int) -> None:
-    """Replaces metrics.jsonl, atomically, by its lines up to `step`."""
-    kept = [line for line in read_lines(run_dir) if (line["step"] or 0) <= step]
-    write_atomically(run_dir / METRICS, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    """Replaces metrics.jsonl, atomically, by its lines up to `step`, each step once, before a run goes on from there.
+
+    Of two lines of a step and kind (`train`, `eval`) the last stays: it was written by the later start, and the
+    checkpoint is of that. Tells what stood twice, and which training steps are missing; it does not make them up.
+    """
+    path, lines = run_dir / METRICS, [line for line in read_lines(run_dir) if _place(line)[0] <= step]
+    kept = {_place(line): line for line in lines}
+    doubled = Counter(map(_place, lines))
+    if len(kept) < len(lines):
+        steps = {number for (number, _), count in doubled.items() if count > 1}
+        say(f"{path}: {spans(steps)} stood there more than once; the last line of each is kept")
+    missing = set(range(1, step + 1)) - {number for number, kind in kept if kind == "train"}
+    if missing:
+        say(f"{path}: {spans(missing)} {'is' if len(missing) == 1 else 'are'} missing; the run goes on without")
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept.values()).encode())
+
+
+def _place(line: Mapping[str, float | None]) -> tuple[int, str]:
+    """Returns the step of a line of metrics, and the part of a run that it is about, the first word of its names:
+    `train`, `eval`.
+    """
+    return int(line["step"] or 0), next((name.partition("/")[0] for name in line if name != "step"), "")
+
+
+def spans(steps: Collection[int]) -> str:
+    """Returns steps as words, the first SPANS of their spans: `step 4`, `steps 4 to 6, 9, 12 to 13, …`."""
+    bounds: list[list[int]] = []
+    for step in sorted(steps):
+        if bounds and step == bounds[-1][1] + 1:
+            bounds[-1][1] = step
+        else:
+            bounds.append([step, step])
+    words = [f"{first} to {last}" if last > first else str(first) for first, last in bounds[:SPANS]]
+    return f"step{'s' if len(steps) > 1 else ''} {', '.join(words)}{', …' if len(bounds) > SPANS else ''}"

@@ -1,11 +1,13 @@
-"""metrics.jsonl of an interrupted run, cut where its checkpoint ends."""
+"""metrics.jsonl of an interrupted run: cut where its checkpoint ends, each step once, and what is missing is told."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from dpo.run_folder.files import drop_metrics_after, read_metrics
+from dpo.run_folder.files import drop_metrics_after, read_metrics, spans
+from tests.support.runs import logged, run, six_steps, train_lines, without_clock
 
 
 def test_cutting_is_one_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -33,3 +35,62 @@ def test_numbers_survive_being_cut(tmp_path: Path) -> None:
     (line,) = read_metrics(tmp_path)
     assert line["values"] == values
     assert line["nan"] != line["nan"]
+
+
+@pytest.fixture
+def dead(dead_root: Path, tmp_path: Path) -> Path:
+    """A copy of a run folder that died before step 6, with a checkpoint of step 4."""
+    return Path(shutil.copytree(dead_root / "dead", tmp_path / "dead"))
+
+
+def written(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_tells_what_its_metrics_lack(dead_root: Path, dead: Path, tmp_path: Path) -> None:
+    """A lost line stays lost; a doubled one, at first with another loss, is the later one. The weights do not care."""
+    whole = shutil.copytree(dead, tmp_path / "whole")
+    lines = written(dead)
+    earlier = [line | {"train/loss": 9.0} if line["step"] == 3 and "train/loss" in line else line for line in lines]
+    lost = [line for line in lines if not (line["step"] == 2 and "train/loss" in line)]
+    third = next(i for i, line in enumerate(lost) if line["step"] == 3)
+    lost.insert(third, next(line for line in earlier if line["step"] == 3))
+    (dead / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lost))
+    for folder in (whole, dead):
+        run(six_steps(dead_root, folder))
+    assert train_lines(whole)[2]["step"] == 3
+    expected = [line for line in without_clock(train_lines(whole)) if line["step"] != 2]
+    assert without_clock(train_lines(dead)) == expected
+    told = [line for line in logged(dead) if "metrics.jsonl" in line]
+    path = dead / "metrics.jsonl"
+    assert told == [
+        f"{path}: step 3 stood there more than once; the last line of each is kept",
+        f"{path}: step 2 is missing; the run goes on without",
+    ]
+    assert not [line for line in logged(whole) if "metrics.jsonl" in line]
+
+
+def test_lines_of_one_step_and_other_kinds_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the first step: of the reference pass, of the check and of the evaluation."""
+    names = ["reference/rows_computed", "first_step/spread", "eval/loss"]
+    lines = [{"step": 0, name: 1.0} for name in names] + [{"step": 1, "train/loss": 1.0}, {"step": 1, "eval/loss": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    drop_metrics_after(tmp_path, 1)
+    assert read_metrics(tmp_path) == lines and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [None, "", '{"step": 1, "tra'])
+def test_a_file_that_is_gone_empty_or_cut_off_is_told(tmp_path: Path, content: str | None, capsys) -> None:
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_text(content)
+    drop_metrics_after(tmp_path, 9)
+    assert capsys.readouterr().err == f"{tmp_path}/metrics.jsonl: steps 1 to 9 are missing; the run goes on without\n"
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_steps_as_words() -> None:
+    """The first four spans."""
+    assert spans({4}) == "step 4"
+    assert spans([6, 4, 5]) == "steps 4 to 6"
+    assert spans([1, 3, 4, 6, 9]) == "steps 1, 3 to 4, 6, 9"
+    assert spans(range(1, 12, 2)) == "steps 1, 3, 5, 7, …"
