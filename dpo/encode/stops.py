@@ -24,7 +24,7 @@ def model_stop_ids(model_config: Any, path: str | None) -> tuple[int, ...]:
             the config alone.
 
     Raises:
-        UserError: generation_config.json is no JSON object.
+        UserError: generation_config.json is no JSON object, or its eos_token_id is no token.
     """
     folder = None if path is None else Path(path) if Path(path).is_dir() else cached_snapshot(path)
     generation = {} if folder is None else _read(folder / GENERATION_CONFIG)
@@ -42,10 +42,12 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(str(path), f"broken JSON: {error}", "the generation_config.json of the model") from error
     if not isinstance(content, dict):
         raise UserError(str(path), "no JSON object", "the generation_config.json of the model")
+    if not all(isinstance(number, int) for number in _listed(content.get("eos_token_id"))):
+        raise UserError(str(path), f"eos_token_id is {content['eos_token_id']!r}", "a token id, or a list of them")
     return content
 
 

@@ -21,12 +21,13 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> Any:
             find_code(folder)
         with offline():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer("a")  # a damaged setting may show in use alone
     except InvalidValue as failure:
         raise failure.at("model.tokenizer") from failure
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :")
+    except Exception as error:  # of a broken file tokenizers raises Exception itself, and transformers many classes
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :")[:300]
         raise UserError("model.tokenizer", f"{path}: cannot be loaded: {what}", "a tokenizer's folder") from error
     tokenizer.name_or_path = path  # for errors: of a hub repository its id, not the folder in the cache
     if tokenizer.eos_token_id is None:

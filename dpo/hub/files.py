@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.base.errors import UserError, one_line
+from dpo.base.sums import is_plain_name
 
 CONFIG_FILE, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 
@@ -97,14 +98,29 @@ class Need:
     """Returns the files that a local folder lacks, as far as the folder tells."""
 
 
-def read_index(path: Path) -> list[str] | None:
-    """Returns the files that an index names; None where there is no index. Raises UserError for a broken one."""
+def read_weight_map(path: Path) -> dict[str, str] | None:
+    """Returns the file of each tensor by an index; None where there is no index.
+
+    Raises UserError for a broken one, and for one that names a file outside of its folder.
+    """
     if not path.is_file():
         return None
     try:
-        return sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as failure:
+        content: dict[str, str] = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        outside = [name for name in content.values() if not is_plain_name(name)]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as failure:
         raise UserError(str(path), f"not an index of safetensors files: {one_line(str(failure))}") from failure
+    if outside:
+        raise UserError(str(path), f"names the file {outside[0]!r}", "names of files in the same folder")
+    return content
+
+
+def read_index(path: Path) -> list[str] | None:
+    """Returns the files that an index names, sorted; None where there is no index. Raises UserError as
+    `read_weight_map` does.
+    """
+    weight_map = read_weight_map(path)
+    return None if weight_map is None else sorted(set(weight_map.values()))
 
 
 def stored_weights(folder: Path) -> list[str]:

@@ -3,12 +3,13 @@
 import types
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -17,14 +18,13 @@ from dpo.batch.layout import attention_windows
 from dpo.config import Config, ParallelConfig
 from dpo.config.rules import decided
 from dpo.distributed.world import World, make_mesh
-from dpo.hub.snapshots import offline
 from dpo.model.attention import ATTENTION, register_attention
 from dpo.model.kernels import keep_kernels
 from dpo.model.matching import Names, names_of
-from dpo.model.model_config import is_untied
+from dpo.model.model_config import is_untied, meta_model
 from dpo.model.parallelize import compute_dtype, is_compiled, parallelize
 from dpo.model.policy import Policy, _forward_logps
-from dpo.model.weights import load_tensors
+from dpo.model.weights import index_findings, load_tensors
 from dpo.terminal.console import warn
 
 
@@ -74,13 +74,8 @@ def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_cod
     """
     register_attention()
     try:
-        with torch.device("meta"), offline():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=ATTENTION, trust_remote_code=trust_remote_code
-            )
+        model: Any = meta_model(config, trust_remote_code, dtype=dtype, attn_implementation=ATTENTION)
     except KeyError as failure:
-        if failure.args != (ATTENTION,):
-            raise
         raise _unsupported(config, "their attention cannot be replaced") from failure
     _check_structure(model)
     # Before fully_shard, which renames the class by which transformers looks up the conversions.
@@ -181,6 +176,7 @@ def _findings(folder: Path, config: PretrainedConfig, names: Names, unused: Sequ
         left_out = "are neither trained nor exported" if len(unused) > 1 else "is neither trained nor exported"
         count = f"{len(unused)} tensors" if len(unused) > 1 else "1 tensor"
         yield f"{folder}: {count} for which a {names.model} has no place {left_out}, the first is {unused[0]}"
+    yield from index_findings(folder)
     if is_untied(folder, config):
         (head, embedding), *_ = names.tieable.items()
         says = f"{folder}: config.json says tie_word_embeddings: true, but {head} differs from {embedding}"

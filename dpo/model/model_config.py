@@ -2,10 +2,11 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from dpo.base.errors import InvalidValue, UserError, one_line
 from dpo.hub.snapshots import find_code, offline
@@ -29,8 +30,8 @@ def read_model_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig
             config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except InvalidValue as failure:
         raise failure.at("model.trust_remote_code") from failure
-    except (OSError, ValueError, KeyError) as failure:
-        raise UserError(f"{folder}/config.json", one_line(str(failure))[:300]) from failure
+    except Exception as failure:  # of a damaged file transformers and huggingface_hub raise many classes
+        raise _broken(str(folder), failure) from failure
     for applies, reason in _refusals(config):
         if applies:
             raise UserError("model.path", f"{config.model_type} models are not supported: {reason}")
@@ -60,6 +61,37 @@ def _refusals(config: PretrainedConfig) -> list[tuple[bool, str]]:
     ]
 
 
+def meta_model(config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    """Returns the model of a config on the meta device, without memory for its weights.
+
+    Args:
+        config: the transformers config, which the model may change.
+        trust_remote_code: whether a model's own code may run.
+        options: further arguments of transformers' `from_config`.
+
+    Raises:
+        UserError: no model can be made of the config.
+        KeyError: the model has no place for `attn_implementation`, which is the only argument.
+    """
+    try:
+        with torch.device("meta"), offline():
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=trust_remote_code, **options
+            )
+    except Exception as failure:  # a value that the checks of transformers let pass; a model's own code
+        if isinstance(failure, KeyError) and failure.args == (options.get("attn_implementation"),):
+            raise
+        raise _broken(str(config.name_or_path), failure) from failure
+    return model
+
+
+def _broken(folder: str, failure: Exception) -> UserError:
+    """Returns the error of a config that cannot be used."""
+    what = one_line(str(failure))[:300] if isinstance(failure, (OSError, ValueError)) else ""
+    what = what or f"no model can be made of it: {type(failure).__name__}: {one_line(str(failure))[:300]}"
+    return UserError(f"{folder}/config.json", what)
+
+
 # --- tied ------------------------------------------------------------------------------------------------------------
 
 
@@ -83,9 +115,7 @@ def unties(folder: Path, config: PretrainedConfig, trust_remote_code: bool) -> b
         return False
     if sum(len(tensor.shape) == 2 and tensor.shape[0] == config.vocab_size for tensor in stored.values()) < 2:
         return False
-    with torch.device("meta"), offline():
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    names = names_of(model)
+    names = names_of(meta_model(copy.deepcopy(config), trust_remote_code))
     pairs = [[stored_name(name, stored, names.body_prefix) for name in pair] for pair in names.tied.items()]
     return any(_differ(stored, *pair) for pair in pairs if all(name in stored for name in pair))
 

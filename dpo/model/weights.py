@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from transformers import PretrainedConfig
 
 from dpo.base.errors import UserError
@@ -18,7 +20,7 @@ from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
 from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
-from dpo.hub.files import stored_weights
+from dpo.hub.files import INDEX, read_weight_map, stored_weights
 from dpo.model.matching import Names, StoredTensor, match
 
 CONFIG_NOISE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
@@ -62,12 +64,17 @@ def _hash_tensors(folder: Path, world: World) -> list[tuple[str, bytes]]:
 
 
 def tensor_files(folder: Path) -> dict[str, StoredTensor]:
-    """Returns the tensors in the files of a folder, by name; reads no values. Raises UserError for a broken file."""
-    tensors = {}
+    """Returns the tensors in the files of a folder, by name; reads no values. Raises UserError for a broken file, and
+    for a tensor that is in two files.
+    """
+    tensors: dict[str, StoredTensor] = {}
     for path in tensor_paths(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():
+                    if name in tensors:
+                        both = f"{name} is in {tensors[name].file.name} and in {path.name}"
+                        raise UserError(str(folder), both, f"each tensor in one file, or an {INDEX} of the right files")
                     header = file.get_slice(name)
                     tensors[name] = StoredTensor(path, torch.Size(header.get_shape()), header.get_dtype())
         except (SafetensorError, OSError) as failure:
@@ -95,6 +102,47 @@ def tensor_paths(folder: Path) -> list[Path]:
     return [folder / name for name in stored_weights(folder)]
 
 
+def index_findings(folder: Path) -> Iterator[str]:
+    """Yields a line where the index of a folder does not describe its files: a model is what its files hold, here as in
+    `from_pretrained`.
+    """
+    listed, stored = read_weight_map(folder / INDEX) or {}, tensor_files(folder)
+    absent = sorted(set(listed) - set(stored))
+    moved = sorted(name for name in set(listed) & set(stored) if stored[name].file.name != listed[name])
+    unlisted = sorted(set(stored) - set(listed)) if listed else []
+    if absent:
+        yield f"{folder / INDEX} lists {_several(absent)} in no file"
+    if moved:
+        place = f"{listed[moved[0]]}, read from {stored[moved[0]].file.name}"
+        yield f"{folder / INDEX} lists {_several(moved)} in another file: listed in {place}"
+    if unlisted:
+        yield f"{folder / INDEX} does not list {_several(unlisted)} in its files and read all the same"
+
+
+def _several(names: Sequence[str]) -> str:
+    return f"{len(names)} tensors, the first {names[0]}, that are" if len(names) > 1 else f"{names[0]}, which is"
+
+
+class _FilesOfModel(FileSystem):
+    """Lists the files of a model in place of all files of its folder, from which a storage reader would read them: a
+    second file with the same tensors, such as model.fp16.safetensors, would then take the place of the first.
+    """
+
+    def __init__(self, folder: Path):
+        self.files = [str(path) for path in tensor_paths(folder)]
+
+    def ls(self, path: str | os.PathLike[str]) -> list[str]:
+        """Returns the files of the model, whatever folder is asked for."""
+        return self.files
+
+
+def _reader(folder: Path) -> HuggingFaceStorageReader:
+    """Returns a reader of the files of the model in a folder."""
+    reader = HuggingFaceStorageReader(str(folder))
+    reader.fs = _FilesOfModel(folder)
+    return reader
+
+
 def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], names: Names) -> Sequence[str]:
     """Fills tensors with the tensors of the same names in a folder. Of a DTensor each rank reads its shard alone; where
     there are several copies of the model, the ranks of the first read, and broadcast their shards to the others.
@@ -113,7 +161,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], names: Names
         UserError: a tensor is missing, has another shape, or is quantized.
     """
     found = together(lambda: match(folder, tensor_files(folder), tensors, names))
-    load = partial(dcp.load, dict(found.tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+    load = partial(dcp.load, dict(found.tensors), storage_reader=_reader(folder))
     fill_copies(found.tensors.values(), lambda group: storage_errors(folder)(load)(process_group=group))
     return found.unused
 

@@ -103,10 +103,10 @@ def test_stops_of_a_folder(tmp_path) -> None:
     assert text_encoder(make_tokenizer(), (9, EOS)).stop_ids == (EOS, 9)
 
 
-@pytest.mark.parametrize("content", ["{", "[1]"])
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"eos_token_id": {}}', '{"eos_token_id": ["</s>"]}'])
 def test_a_broken_generation_config_is_named(content: str, tmp_path) -> None:
     (tmp_path / "generation_config.json").write_text(content)
-    with pytest.raises(UserError, match=r"generation_config\.json: (broken JSON: |no JSON object)"):
+    with pytest.raises(UserError, match=r"generation_config\.json: (broken JSON: |no JSON object|eos_token_id is )"):
         model_stop_ids(TinyModelConfig(), str(tmp_path))
 
 

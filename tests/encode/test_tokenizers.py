@@ -36,6 +36,31 @@ def test_load_tokenizer(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["", "null", "[[1]]", "[" * 100_000, '{"model_max_length": "x"}'])
+def test_a_broken_tokenizer_is_one_line(name: str, content: str, tmp_path) -> None:
+    """Of a file that transformers or tokenizers cannot read, or can read and not use."""
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"^model.tokenizer: {tmp_path}: ") as error:
+        load_tokenizer(str(tmp_path))
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
+
+
+def test_a_tokenizer_of_another_kind_is_one_line(tmp_path) -> None:
+    """tokenizers raises `Exception` itself where a part of the file has no type that it knows, as where it has more
+    merges than it can build.
+    """
+    make_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"Split"', '"Splid"'))
+    with pytest.raises(Exception, match="PreTokenizer") as error:
+        tokenizers.Tokenizer.from_file(str(path))
+    assert type(error.value) is Exception
+    with pytest.raises(UserError, match=rf"^model.tokenizer: {tmp_path}: cannot be loaded: .*PreTokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_surplus_tokens():
     sizes = (VOCAB_SIZE + 3, VOCAB_SIZE, VOCAB_SIZE - 2)
     assert [surplus_tokens(text_encoder(make_tokenizer()), size) for size in sizes] == [0, 0, 2]

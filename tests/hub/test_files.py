@@ -129,6 +129,24 @@ def test_a_broken_index_is_named(content: str, tmp_path: Path) -> None:
         read_index(tmp_path / INDEX)
 
 
+@pytest.mark.parametrize("name", ["../model.safetensors", "a/b.safetensors", "/b", "..", "", "a\\b", "a\0b", 3, None])
+def test_an_index_that_names_another_folder_is_refused(name: object, tmp_path: Path) -> None:
+    """By what it names, on one line; nothing is read there."""
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"x": "b.safetensors", "y": name}}))
+    with pytest.raises(UserError) as error:
+        stored_weights(tmp_path)
+    named = f"names the file {name!r}; valid: names of files in the same folder"
+    assert error.value.place == str(tmp_path / INDEX)
+    assert "not an index" in str(error.value) or named in str(error.value)
+    assert "\n" not in str(error.value) and "\0" not in str(error.value)
+
+
+def test_an_index_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text("[" * 100_000)
+    with pytest.raises(UserError, match=rf"{INDEX}: not an index of safetensors files"):
+        read_index(tmp_path / INDEX)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "qwen.tiktoken"])
 def test_a_vocabulary_makes_a_tokenizer(name: str, tmp_path: Path) -> None:
     write(tmp_path, "tokenizer_config.json", "config.json")
