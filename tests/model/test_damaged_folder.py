@@ -20,7 +20,7 @@ from dpo.model.weights import tensor_files
 from tests.support.models import plain_model, save_model
 
 INDEX = "model.safetensors.index.json"
-HEAD = "lm_head.weight"
+HEAD, NORM = "lm_head.weight", "model.norm.weight"  # alone in its file; in a file with others
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +94,8 @@ def test_an_index_that_says_nothing_wrong_says_nothing(folder: Path, world: Worl
 @pytest.mark.parametrize(
     ("listed", "told"),
     [
-        ({HEAD: None}, f"does not list {HEAD}, which is in its files and read all the same"),
-        ({HEAD: "FIRST"}, f"lists {HEAD}, which is in another file: listed in FIRST, read from HOLDER"),
+        ({NORM: None}, f"does not list {NORM}, which is in its files and read all the same"),
+        ({NORM: "FIRST"}, f"lists {NORM}, which is in another file: listed in FIRST, read from HOLDER"),
         ({"x": "FIRST", "y": "FIRST"}, "lists 2 tensors, the first x, that are in no file"),
     ],
 )
@@ -103,7 +103,7 @@ def test_an_index_that_differs_from_its_files_is_told(
     listed: dict[str, Any], told: str, folder: Path, world: World, capsys
 ) -> None:
     """The files are read, as by transformers."""
-    holder = next(file.name for file in folder.glob("*.safetensors") if HEAD in load_file(file))
+    holder = next(file.name for file in folder.glob("*.safetensors") if NORM in load_file(file))
     first = next(file.name for file in sorted(folder.glob("*.safetensors")) if file.name != holder)
     change_index(folder, **{name: file and first for name, file in listed.items()})
     loaded = load(world, folder)
