@@ -17,6 +17,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dpo.base.errors import UserError
 from dpo.board.hparams import Value, flat, write_entry
@@ -28,7 +29,7 @@ from dpo.config.effects import CHANGING, NEUTRAL
 from dpo.config.keys import changed_settings
 from dpo.config.strict_yaml import read_yaml_file
 from dpo.run_folder.files import CONFIG, FINAL, JOBS, LAST_STEPS, PROVENANCE, TENSORBOARD, is_step, read_metrics
-from dpo.terminal.console import say, warn
+from dpo.terminal.console import harmless, in_one_line, say, warn
 
 DESCRIPTION = """Compares runs: the config keys that differ, the number of steps, and the newest metrics; the run with
 the best evaluation comes first. Also writes the runs' entries for TensorBoard's HParams tab, with the same keys."""
@@ -164,16 +165,16 @@ def table_of(runs: Sequence[RunFacts], keys: Sequence[str]) -> Table:
     table.add_column("run", overflow="fold", max_width=40)
     table.add_column("steps")
     for key in keys:
-        table.add_column(key, overflow="fold", max_width=24)
+        table.add_column(Text(in_one_line(key)), overflow="fold", max_width=24)
     table.add_column("")
     for heading in (*(PAIR_METRICS[name].short for name in SHOWN), "pairs/s"):
         table.add_column(heading, justify="right")
     parent = parent_of(runs)
     for run in runs:
-        about = [name_of(run, parent), _progress(run), *(_cell(key, run.config.get(key)) for key in keys)]
+        about = [in_one_line(name_of(run, parent)), _progress(run), *(_cell(key, run.config.get(key)) for key in keys)]
         for part in [part for part in ("eval", "train") if f"{part}/loss" in run.metrics] or [""]:
             metrics = [_number(run.metrics.get(f"{part}/{name}")) for name in (*SHOWN, "pairs_per_second")]
-            table.add_row(*about, part, *metrics)
+            table.add_row(*(Text(harmless(text)) for text in about), part, *metrics)
             about = [""] * len(about)
     return table
 
@@ -187,7 +188,7 @@ def _progress(run: RunFacts) -> str:
 def _cell(key: str, value: Value | None) -> str:
     """Returns the value of a key; of the sources of a set their paths, a line each."""
     is_set = key in ("data.train", "data.eval") and value is not None
-    return "\n".join(map(_source, json.loads(str(value)))) if is_set else _text(value)
+    return "\n".join(map(in_one_line, map(_source, json.loads(str(value))))) if is_set else _text(value)
 
 
 def _text(value: Value | None) -> str:
@@ -287,7 +288,7 @@ def main() -> None:
     else:
         # Wider than any terminal, which then wraps long lines; a table that fits would truncate metrics.
         Console(highlight=False, width=10_000).print(table_of(runs, keys))
-        print(f"sorted by {by or 'nothing'}; train: mean of the last {LAST_STEPS} steps")
+        print(f"sorted by {in_one_line(by or 'nothing')}; train: mean of the last {LAST_STEPS} steps")
     write_entries(runs, keys)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dpo.base.errors import RunError, UserError
 from dpo.command.exits import EXIT_CODES
-from dpo.terminal.console import say
+from dpo.terminal.console import harmless, say
 from launch import squeue
 from launch.checks import is_active
 from launch.reports import FINAL, Outcome, Submission, read_outcome
@@ -93,7 +93,7 @@ class _Log:
             file.seek(self.shown)
             new = file.read()
         self.shown += len(new)
-        sys.stderr.write(new.decode(errors="replace"))
+        sys.stderr.write(harmless(new.decode(errors="replace")))
         sys.stderr.flush()
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from dpo.command.blame import Failure
 from dpo.command.exits import tell_error
 from dpo.command.status import STATUS_FILE
-from dpo.terminal.console import say, warn
+from dpo.terminal.console import harmless, say, warn
 from launch import supervise, torchrun
 from launch.decision import End, decide
 from launch.failures import failures_of_node
@@ -129,7 +129,7 @@ class NodeJob:
         write_outcome(self.folder, outcome)
         add_to_history(self.folder, outcome)
         if outcome.state == "failed":
-            print(outcome.traceback, end="", file=sys.stderr)
+            print(harmless(outcome.traceback), end="", file=sys.stderr)
             tell_error(outcome.message)
         else:
             after = f": {outcome.message}" if outcome.message else ""

@@ -16,7 +16,7 @@ from dpo.base.errors import RunError
 from dpo.command.exits import run_program
 from dpo.command.status import GPUS_ASKED
 from dpo.run_folder.files import JOBS
-from dpo.terminal.console import warn
+from dpo.terminal.console import harmless, in_one_line, warn
 from launch import executors, torchrun
 from launch.arguments import Request, for_preparing, read_arguments, unused_here
 from launch.checks import check_free, check_names, check_paths
@@ -184,23 +184,23 @@ def tell(plan: Plan, submissions: Sequence[Submission], firsts: Sequence[tuple[s
         firsts: (id, purpose) of the jobs that must end first.
     """
     for line in plan.lines:
-        print(line)
+        print(in_one_line(line))
     for job, purpose in firsts:
-        print(f"job     {job}  {purpose} first")
+        print(in_one_line(f"job     {job}  {purpose} first"))
     for submission in dict.fromkeys(submissions):
-        print(f"job     {submission.job}")
+        print(in_one_line(f"job     {submission.job}"))
         for run, its in zip(plan.runs, submissions, strict=True):
             if its == submission:  # one job on this machine starts all runs of a sweep
-                print(f"run     {run.dir}")
-        print(f"follow  tail -F {shlex.quote(submission.log)}")
+                print(in_one_line(f"run     {run.dir}"))
+        print(in_one_line(f"follow  tail -F {shlex.quote(submission.log)}"))
     jobs = dict.fromkeys([*(job for job, _ in firsts), *(submission.whole for submission in submissions)])
-    print(f"cancel  {cancel_command(submissions[0].cluster, list(jobs))}", flush=True)
+    print(in_one_line(f"cancel  {cancel_command(submissions[0].cluster, list(jobs))}"), flush=True)
 
 
 def print_scripts(plan: Plan) -> None:
     """Prints the settings, and the script for sbatch and the torchrun command of each job; submits nothing."""
     for line in [*plan.lines, *lines_of(plan.folders)]:
-        print(f"# {line}")
+        print(in_one_line(f"# {line}"))
     placeholders: list[tuple[First, str]] = []
     for first in plan.firsts:
         after = [name for other, name in placeholders if other.module != first.module]
@@ -214,12 +214,12 @@ def print_scripts(plan: Plan) -> None:
 
 def _print_script(plan: Plan, request: Request, name: str, count: int, after: Sequence[str]) -> None:
     if request.cluster == "slurm":
-        print(executors.sbatch_script(request, plan.root / JOBS, name, count, after))
+        print(harmless(executors.sbatch_script(request, plan.root / JOBS, name, count, after)))
 
 
 def _print_line(plan: Plan, request: Request, module: str, words: tuple[str, ...]) -> None:
     line = torchrun.line(_program(plan, request, module, words), request.nodes, request.python)
-    print(f"# on each node, in {Path.cwd()}\n{line}\n")
+    print(in_one_line(f"# on each node, in {Path.cwd()}"), in_one_line(line), "", sep="\n")
 
 
 # --- this machine -----------------------------------------------------------------------------------------------------

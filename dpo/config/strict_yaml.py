@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import yaml
 
 from dpo.base.errors import UserError
+from dpo.terminal.console import harmless
 
 _TAG = "tag:yaml.org,2002:"
 _PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
@@ -92,6 +93,10 @@ def parse_yaml(text: str, where: Callable[[int], str], valid: str) -> Any:
 
 
 def dump_yaml(tree: Any) -> str:
-    """Returns YAML text that `parse_yaml` reads as `tree`. Keys keep their order."""
+    """Returns YAML text that `parse_yaml` reads as `tree`. Keys keep their order. Where a text has characters that
+    could steer a terminal, all that are not ASCII are escaped.
+    """
     text: str = yaml.dump(tree, Dumper=StrictDumper, sort_keys=False, allow_unicode=True, width=1000)
+    if text != harmless(text):
+        text = yaml.dump(tree, Dumper=StrictDumper, sort_keys=False, allow_unicode=False, width=1000)
     return text

@@ -27,6 +27,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from dpo.base.errors import UserError
@@ -47,6 +48,7 @@ from dpo.config import (
 from dpo.demo.arguments import read_arguments
 from dpo.demo.world import Question, grade_of, preference_row, questions, sample_answers, save_model, save_rows
 from dpo.run_folder.files import read_metrics
+from dpo.terminal.console import harmless, in_one_line
 
 MARKER = ".dpo-demo"
 NUM_TRAINING, NUM_HELD_OUT = 600, 100  # questions
@@ -140,11 +142,12 @@ def run_stage(config: Config, path: Path) -> None:
     """
     path.write_text(to_yaml(config), encoding="utf-8")
     arguments = ["--standalone", "--nproc-per-node", str(NUM_RANKS), "-m", "dpo.train", "--config", str(path)]
-    print(f"$ {shlex.join(['torchrun', *arguments])}", flush=True)
+    print(in_one_line(f"$ {shlex.join(['torchrun', *arguments])}"), flush=True)
     command = [sys.executable, "-m", "torch.distributed.run", *arguments]
     code = subprocess.run(command, env=stage_environment(path.parent), check=False).returncode
     if code:
-        print(f"demo: {path} ended with exit code {code}; its error is printed above", file=sys.stderr, flush=True)
+        line = f"demo: {path} ended with exit code {code}; its error is printed above"
+        print(in_one_line(line), file=sys.stderr, flush=True)
         raise SystemExit(code)
 
 
@@ -216,7 +219,7 @@ def answers_table(held_out: Sequence[Question], before: Answers, after: Answers)
     """
     table = Table("a new question", "before", "after", box=box.SIMPLE_HEAD)
     for question, *texts in list(zip(held_out, before.texts, after.texts, strict=True))[:6]:
-        table.add_row(f"{question.name}: {question.text}?", *(text.strip() for text in texts))
+        table.add_row(f"{question.name}: {question.text}?", *(Text(harmless(text.strip())) for text in texts))
     return table
 
 
@@ -239,7 +242,7 @@ def run_demo(out: Path) -> None:
     console.rule("1 of 4: data", align="left")
     held_out = write_world(out)
     about = f"{NUM_TRAINING} questions to learn from, {NUM_HELD_OUT} held out, {NUM_ANSWERS} ranked answers each"
-    console.print(f"{out}: {about}, and an untrained Llama", soft_wrap=True)
+    console.print(Text(in_one_line(f"{out}: {about}, and an untrained Llama")), soft_wrap=True)
     console.rule("2 of 4: SFT on the winners", align="left")
     run_stage(sft_config(out), out / "sft.yaml")
     console.rule("3 of 4: DPO from the SFT model", align="left")
@@ -247,9 +250,8 @@ def run_demo(out: Path) -> None:
     console.rule("4 of 4: results", align="left")
     before, after = (ask(out / name / "final", held_out) for name in ("sft", "dpo"))
     console.print(answers_table(held_out, before, after), metrics_table(read_metrics(out / "dpo"), before, after))
-    console.print(
-        f"{time.perf_counter() - started:.0f} seconds. The charts: {tensorboard_command(out)}", soft_wrap=True
-    )
+    end = f"{time.perf_counter() - started:.0f} seconds. The charts: {tensorboard_command(out)}"
+    console.print(Text(in_one_line(end)), soft_wrap=True)
 
 
 def main() -> None:

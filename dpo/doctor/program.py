@@ -41,7 +41,7 @@ from dpo.estimate.report_file import write_report
 from dpo.model.download import find_model_config, read_named_config
 from dpo.model.kernels import keep_kernels
 from dpo.ref_logps.cache import cache_root
-from dpo.terminal.console import is_quiet, say
+from dpo.terminal.console import in_one_line, is_quiet, say
 
 BEFORE_DEVICES: tuple[Part, ...] = (VERSIONS, TOOLCHAIN, STORAGE, CACHE)
 """Examined over gloo, before any rank starts CUDA or NCCL, as a run checks them."""
@@ -179,4 +179,4 @@ def can_start_devices(findings: Sequence[Finding], world: World) -> bool:
 
 def _print(world: World, lines: Sequence[str]) -> None:
     if world.is_main:
-        print("\n".join(lines), flush=True)
+        print("\n".join(map(in_one_line, lines)), flush=True)

@@ -37,7 +37,7 @@ from dpo.estimate.words import Estimate, lines_of, lines_of_changes, verdict, wr
 from dpo.machine.data_sheets import DEFAULT_MFU
 from dpo.model.download import find_model_config
 from dpo.run_folder.forecast import write_forecast
-from dpo.terminal.console import is_quiet, say
+from dpo.terminal.console import harmless, is_quiet, say
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _tell_forecast(arguments: Arguments, result: Estimate, extent: Extent | None
     """Prints what the whole run needs, and writes it where the command line names a file."""
     sizes = sizes_of(arguments.config, result.model_config, extent.num_steps if extent else None)
     found = forecast(result, sizes, extent, write_rate(arguments.report) if arguments.report else None)
-    print("\n".join(wrapped(lines_of_run(found, arguments.cluster.device.is_cpu))), flush=True)
+    print(harmless("\n".join(wrapped(lines_of_run(found, arguments.cluster.device.is_cpu)))), flush=True)
     if arguments.json:
         write_forecast(arguments.json, found)
 
@@ -201,21 +201,21 @@ def main() -> None:
     if arguments.config.parallel.undecided:
         choice = decide(Case(arguments.config, model_config, lengths, arguments.cluster))
         arguments = replace(arguments, config=with_values(arguments.config, choice.values))
-        print("\n".join(wrapped([choice.line])), flush=True)
+        print(harmless("\n".join(wrapped([choice.line]))), flush=True)
     result = estimate(arguments, model_config, lengths)
-    print("\n".join([*lines_of(result), *_measured_lines(arguments, model_config)]), flush=True)
+    print(harmless("\n".join([*lines_of(result), *_measured_lines(arguments, model_config)])), flush=True)
     _tell_forecast(arguments, result, lengths.extent)
     trial, heading = Trial(arguments.config, arguments.cluster.num_ranks), []
     if not result.fits:
         say("trying changes that may make the step fit")
         changes = _changes(result, lengths)
-        print("\n".join(lines_of_changes(changes, arguments.cluster.device)), flush=True)
+        print(harmless("\n".join(lines_of_changes(changes, arguments.cluster.device))), flush=True)
         first = next((change for change in changes if change.fits), None)
         if first is None:
             raise RunError(verdict(result))
         trial, heading = with_keys(trial, first.keys), [f"with {first.words}:"]
     advised = _advice(arguments, trial, model_config, lengths, result.memory.groups)
     if advised:
-        print("\n".join(wrapped([*heading, *advised])))
+        print(harmless("\n".join(wrapped([*heading, *advised]))))
     if not result.fits:
         raise RunError(verdict(result))

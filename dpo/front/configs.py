@@ -14,6 +14,7 @@ from dpo.command.exits import run_program
 from dpo.command.likeness import closest, meant
 from dpo.command.line import COMMAND_LINE, Parser, parse_arguments, with_quiet
 from dpo.config.shipped import shipped_configs
+from dpo.terminal.console import in_one_line
 
 COLUMNS = 120
 DESCRIPTION = "Lists the configs that come with the package, or copies one into the current folder."
@@ -84,7 +85,7 @@ def read_arguments(words: Sequence[str] | None = None, parser: Parser | None = N
 def main() -> None:
     """Runs `dpo configs`."""
     arguments = read_arguments()
-    print(list_configs() if arguments.name is None else copy_config(arguments.name, arguments.out))
+    print(list_configs() if arguments.name is None else in_one_line(str(copy_config(arguments.name, arguments.out))))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from dpo.inspect.words import (
     steps_line,
     tokenizer_lines,
 )
+from dpo.terminal.console import in_one_line
 
 COLUMNS = 100
 BAR_ROWS = 4  # lines per histogram
@@ -46,7 +47,7 @@ def make_console() -> Console:
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Prints every section under its heading."""
     for heading, parts in _sections(inspection):
-        console.print(Rule(Text(heading, style="bold"), align="left"))
+        console.print(Rule(_line(heading, "bold"), align="left"))
         for part in parts:
             console.print(part)
         console.print()
@@ -54,21 +55,26 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
 
 def _sections(inspection: Inspection) -> Iterator[tuple[str, Sequence[RenderableType]]]:
     sets = sets_of(inspection)
-    yield "sources", [Text(line) for line in inspection.report.lines()]
-    yield "findings", [Text(f"- {line}") for line in findings(inspection) or ["nothing unusual"]]
+    yield "sources", [_line(line) for line in inspection.report.lines()]
+    yield "findings", [_line(f"- {line}") for line in findings(inspection) or ["nothing unusual"]]
     for name, statistics in sets.items():
         heading = f"{name}: tokens of {statistics.pairs:,} pairs, after truncation"
         yield heading, [_lengths_table(statistics.lengths), _histograms(statistics.lengths)]
     yield (
         "ends of texts, and repeats",
-        [*map(Text, tokenizer_lines(inspection.tokenizer)), _counts(inspection)],
+        [*map(_line, tokenizer_lines(inspection.tokenizer)), _counts(inspection)],
     )
     for name, statistics in sets.items():
         if bias := statistics.bias:
-            yield f"{name}: does the longer completion win?", [Text(bias_line(bias)), _bias_table(bias)]
-    yield "tokens per step", [Text(steps_line(inspection)), _steps_table(inspection.steps)]
+            yield f"{name}: does the longer completion win?", [_line(bias_line(bias)), _bias_table(bias)]
+    yield "tokens per step", [_line(steps_line(inspection)), _steps_table(inspection.steps)]
     for number, pair in enumerate(inspection.examples, start=1):
         yield f"pair {number} of step 1: {pair.place}", [*_pair_texts(pair)]
+
+
+def _line(text: str, style: str = "") -> Text:
+    """Returns a line for the terminal, which nothing of the data in it can break or steer."""
+    return Text(in_one_line(text), style=style)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -84,7 +90,7 @@ def _lengths_table(lengths: SetLengths) -> Table:
 def _counts(inspection: Inspection) -> Table:
     table = _table("", *(word for name in sets_of(inspection) for word in (name, "")))
     for name, cells in count_rows(inspection):
-        table.add_row(name, *cells)
+        table.add_row(*map(_line, (name, *cells)))
     return table
 
 

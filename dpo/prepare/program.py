@@ -45,7 +45,7 @@ from dpo.ref_logps.fill import count_rows
 from dpo.run.agreement import NamedModel, check_agreement
 from dpo.sources.hub_sets import check_path, check_room_for, is_hub_source, prepared_folder
 from dpo.sources.hub_sets import download as download_set
-from dpo.terminal.console import is_quiet, say, warn
+from dpo.terminal.console import harmless, in_one_line, is_quiet, say, warn
 
 # --- models and tokenizers -------------------------------------------------------------------------------------------
 
@@ -102,7 +102,8 @@ def newest_snapshot(repository: str, key: str, need: Need) -> Path:
         found = Download(cached, 0)
     except InvalidValue as failure:
         raise failure.at(key) from failure
-    print(f"{key} {repository}: revision {found.folder.name[:12]}, {_downloaded(found.num_bytes)}, in {found.folder}")
+    revision = f"revision {found.folder.name[:12]}, {_downloaded(found.num_bytes)}, in {found.folder}"
+    print(in_one_line(f"{key} {repository}: {revision}"))
     return found.folder
 
 
@@ -143,7 +144,7 @@ def _prepare_source(source: SourceConfig, key: str) -> None:
     if folder is None or folder.name != newest:
         check_room_for(source, key)
         download_set(source, key)
-    print(f"{key} {source.path}: revision {str(newest)[:12]}, in {prepared_folder(source)}")
+    print(in_one_line(f"{key} {source.path}: revision {str(newest)[:12]}, in {prepared_folder(source)}"))
 
 
 def limited(config: Config) -> Config:
@@ -253,18 +254,18 @@ def prepare(config: Config) -> None:
     policy = NamedModel("model.path", folders[0], configs[0])
     reference = NamedModel("reference.path", folders[-1], configs[-1])
     check_agreement(config, policy, reference, data)
-    print("\n".join(data.report.lines()))
+    print("\n".join(map(in_one_line, data.report.lines())))
     _, last_step, _ = make_order(config, data)
     print(f"the run: {last_step:,} steps of {config.batch.pairs_per_step} pairs")
     places = places_of(config, sizes_of(config, configs[0], last_step), data, list(dict.fromkeys(folders)))
-    print("disk:", *(place.line() for place in places), sep="\n")
+    print("disk:", *(in_one_line(place.line()) for place in places), sep="\n")
     check_places(places)
 
 
 def _tell_small_home(config: Config, model_config: PretrainedConfig) -> None:
     small_home = describe_small_home(caches_of_run(), sizes_of(config, model_config).num_parameters)
     if small_home:
-        print(small_home)
+        print(harmless(small_home))
 
 
 def next_line(argv: Sequence[str]) -> str:
@@ -281,4 +282,4 @@ def main() -> None:
         datasets.disable_progress_bars()
         disable_progress_bars()
     prepare(limited(config))
-    print(next_line(sys.argv[1:]))
+    print(in_one_line(next_line(sys.argv[1:])))

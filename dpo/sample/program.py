@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from transformers import PretrainedConfig
 
@@ -43,7 +43,7 @@ from dpo.sources.formats.example import Example
 from dpo.sources.formats.json_rows import json_rows
 from dpo.sources.formats.reading import prompt_alone
 from dpo.sources.formats.row_fields import Message
-from dpo.terminal.console import harmless, say, warn
+from dpo.terminal.console import harmless, harmless_json, in_one_line, say, warn
 
 COLUMNS = 120
 """Width of the table where the output is not a terminal."""
@@ -226,12 +226,12 @@ def show_json(questions: Sequence[Question], answers: dict[str, list[str]]) -> N
     """Prints a JSON object per question, {"prompt", "policy"}, with "reference" where a reference is given."""
     for number, question in enumerate(questions):
         texts_by_model = {name: texts[number] for name, texts in answers.items()}
-        print(json.dumps({"prompt": question.prompt} | texts_by_model, ensure_ascii=False))
+        print(harmless_json(json.dumps({"prompt": question.prompt} | texts_by_model, ensure_ascii=False)))
 
 
 def show_table(questions: Sequence[Question], answers: dict[str, list[str]]) -> None:
     """Prints a table with a row per question and a column per model."""
-    table = Table("prompt", *answers, show_lines=True)
+    table = Table("prompt", *(Column(Text(in_one_line(name))) for name in answers), show_lines=True)
     for number, question in enumerate(questions):
         texts = [_shown(question.prompt), *(says[number] for says in answers.values())]
         table.add_row(*(Text(harmless(text)) for text in texts))

@@ -32,7 +32,7 @@ from dpo.ref_logps.fill import fill, lookup
 from dpo.run.inputs import Inputs, read_inputs
 from dpo.score.arguments import read_arguments
 from dpo.step.evaluation import Evaluation, evaluate
-from dpo.terminal.console import say
+from dpo.terminal.console import in_one_line, say
 
 COLUMNS = 120
 """Width of the table where the output is not a terminal."""
@@ -175,12 +175,13 @@ def show(scores: Scores) -> None:
     against = f"against {scores.reference}, beta {scores.beta:g}" if scores.reference else "no reference"
     table = Table("")
     for name in ("all", *scores.sources):
-        table.add_column(Text(name), justify="right")
+        table.add_column(Text(in_one_line(name)), justify="right")
     for name in scores.metrics:
         columns = (scores.metrics, *scores.sources.values())
         table.add_row(name, *(_shown(column[name]) for column in columns))
     console = Console(width=None if sys.stdout.isatty() else COLUMNS)
-    console.print(Text(f"{scores.model} on {scores.pairs_of} pairs, {scores.loss}: {against}"), soft_wrap=True)
+    heading = f"{scores.model} on {scores.pairs_of} pairs, {scores.loss}: {against}"
+    console.print(Text(in_one_line(heading)), soft_wrap=True)
     console.print(table)
 
 

@@ -6,6 +6,7 @@
 `--quiet` silences all but warnings and errors on stderr; the log has every line all the same.
 """
 
+import json
 import logging
 import re
 import time
@@ -25,7 +26,7 @@ class _OneLine(logging.Formatter):
     """Formats each record as one line that no text in it can break or use to steer a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return harmless(super().format(record)).replace("\n", "↵")
+        return in_one_line(super().format(record))
 
 
 def _with_encodable_message(record: logging.LogRecord) -> bool:
@@ -136,7 +137,7 @@ def progress(
         lines_elsewhere: False where the caller prints lines of its own, which then tell the time that is left.
     """
     is_shown = shown and not is_quiet()
-    bar = Bar(label, total, unit, done, has_eta=lines_elsewhere) if is_shown and has_bars() else None
+    bar = Bar(in_one_line(label), total, unit, done, has_eta=lines_elsewhere) if is_shown and has_bars() else None
     with TERMINAL.showing(bar) if bar else nullcontext():
         yield Progress(label, total, unit, done, bar, has_lines=shown and lines_elsewhere)
 
@@ -161,6 +162,19 @@ def harmless(text: str) -> str:
     (␛) or a number (<U+202E>); line feeds and tabs stay.
     """
     return "".join(character if character in "\n\t" else _shown(character) for character in text)
+
+
+def in_one_line(text: str) -> str:
+    """Returns `text` as `harmless` does, with ↵ in place of line feeds: one line, whatever is in it."""
+    return harmless(text).replace("\n", "↵")
+
+
+def harmless_json(text: str) -> str:
+    """Returns a JSON text that means the same and could not steer a terminal: control and format characters become
+    escapes, backslash u202e for U+202E.
+    """
+    seen = [unicodedata.category(character) not in UNSEEN for character in text]
+    return "".join(one if is_seen else json.dumps(one)[1:-1] for one, is_seen in zip(text, seen, strict=True))
 
 
 def _shown(character: str) -> str:
