@@ -97,7 +97,8 @@ def open_answers(book: AnswerBook, step: int) -> None:
         {"prompt": prompt, "reference": reference}
         for prompt, reference in zip(book.questions.texts, book.references, strict=True)
     ]
-    content = json.dumps({"belongs_to": book.belongs_to, "answers": rows}, indent=1, ensure_ascii=False)
+    facts = {"belongs_to": book.belongs_to, "sha256": _sha256(rows), "answers": rows}
+    content = json.dumps(facts, indent=1, ensure_ascii=False)
     write_atomically(book.folder / REFERENCE, content.encode())
     for path in book.folder.glob("step-*.jsonl"):
         number = path.stem.removeprefix("step-")
@@ -199,6 +200,11 @@ def _belongs_to(questions: Questions, reference: str) -> dict[str, Any]:
     }
 
 
+def _sha256(rows: Sequence[Mapping[str, str]]) -> str:
+    """Returns the hash of the reference's answers, by which a damaged file is found."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
 def _read_references(path: Path, belongs_to: Mapping[str, Any], count: int) -> list[str] | None:
     """Returns the answers in a file; None where there is no file, or where it depends on other facts (reported)."""
     if not path.is_file():
@@ -207,9 +213,9 @@ def _read_references(path: Path, belongs_to: Mapping[str, Any], count: int) -> l
         content = json.loads(path.read_text(encoding="utf-8"))
         other = [name for name, fact in belongs_to.items() if content["belongs_to"].get(name) != fact]
         answers = [row["reference"] for row in content["answers"]]
-        if len(answers) != count or not all(isinstance(text, str) for text in answers):
+        if len(answers) != count or content["sha256"] != _sha256(content["answers"]):
             other.append("format")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         other, answers = ["format"], []
     if other:
         say(f"{path} does not match this run's {other[0]}: the reference's answers are generated again")

@@ -85,6 +85,18 @@ def test_a_broken_provenance_is_put_aside(stopped, text: str, tmp_path: Path) ->
     assert json.loads(path.read_text())[-1]["last_step"] == 6
 
 
+def test_a_changed_letter_of_the_references_answers_is_found(stopped, tmp_path: Path, capsys) -> None:
+    """In no fact that they depend on, and still text: they are given again, and said so."""
+    assert exit_code(stopped) == 0
+    path = tmp_path / "run" / "answers" / "reference.json"
+    content = json.loads(path.read_text())
+    capsys.readouterr()
+    path.write_text(json.dumps(content | {"answers": [row | {"reference": "x"} for row in content["answers"]]}))
+    assert exit_code(changed(stopped, train__steps=8)) == 0
+    assert f"{path} does not match this run's format: the reference's answers are generated" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == content
+
+
 @pytest.mark.parametrize("text", ['{"answers": []}', '{"belongs_to": {}, "answers": [{"reference": null}]}', "{"])
 def test_broken_answers_are_given_again(stopped, text: str, tmp_path: Path) -> None:
     path = tmp_path / "run" / "answers" / "reference.json"
