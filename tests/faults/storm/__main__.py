@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
@@ -27,16 +28,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--kind", choices=KINDS, help="damages of this kind alone")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="damages of these kinds alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="dpo-storm-") as folder:
-        outcomes = storm(Path(folder), random.Random(arguments.seed), arguments.count, arguments.kind)
+        outcomes = storm(Path(folder), random.Random(arguments.seed), arguments.count, arguments.kinds)
     print_table(outcomes)
     return int(any(outcome not in GOOD for _, outcome in outcomes))
 
 
-def storm(folder: Path, rng: random.Random, count: int, kind: str | None) -> list[tuple[str, str]]:
+def storm(folder: Path, rng: random.Random, count: int, kinds: Sequence[str]) -> list[tuple[str, str]]:
     """Damages copies of a run and starts them; (kind, what became of it) of each."""
     root, whole = folder / "work", folder / "whole"
     root.mkdir()
@@ -50,7 +51,7 @@ def storm(folder: Path, rng: random.Random, count: int, kind: str | None) -> lis
     outcomes = []
     while len(outcomes) < count:
         damage = draw(whole, rng)
-        if kind not in (None, damage.kind):
+        if damage.kind not in kinds:
             continue
         shutil.copytree(whole, root)
         damage.apply(root)

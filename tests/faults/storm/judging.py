@@ -59,7 +59,7 @@ def judge(damage: Damage, ended: Ended, result: Result, usual: Ended, expected: 
     is_named = any(name in line for line in new for name in _names(damage))
     if any(ended.codes):
         errors = [line for line in ended.said.splitlines() if line.startswith("error:")]
-        is_key = any(re.match(r"error: (\S+: )?[a-z]+\.[a-z_]+", line) for line in errors)
+        is_key = any(re.match(r"error: (.+?: )?[a-z]+\.[a-z_]+", line) for line in errors)
         return REFUSED if len(errors) in range(1, RANKS + 1) and (is_named or is_key) else f"FAIL: vague: {errors}"
     if result.final != expected.final:
         names = sorted(name for name in {**result.final, **expected.final} if _differ(name, result, expected))

@@ -57,7 +57,7 @@ def config_of(root: Path, name: str) -> Config:
 
 
 def make_runs(root: Path) -> None:
-    """Makes a model of several files with its tokenizer, data, caches, a run that died before step 6, a finished one."""
+    """Makes a model of several files, data, caches, a run that died before step 6, and a finished one."""
     rng = random.Random(0)
     rows = [preference_row(question, 2, rng) for question in questions(14, 0)]
     save_model(root / "one", rows, 0)
