@@ -7,13 +7,15 @@ it saw first on its own node, which is often one of these consequences. Example,
     rank 1  10:00:01.9  killed by SIGKILL                           blame 0: a failure of its own
     rank 0  10:00:02.0  killed by SIGTERM                           blame 3: ended by torchrun
 
-`first_cause` takes the lowest blame, then the earliest time: rank 1.
+`first_cause` takes the lowest blame, then the earliest time: rank 1. A rank knows better than its message where it says
+that it only lost another one, or was ended for another one's sake (`is_consequence`); the watcher of a node writes the
+file of a rank that it found silent (`is_silent`).
 """
 
 import json
 import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,11 +54,17 @@ class Failure:
     """The error line that the program printed for the user; empty for a bug."""
     exit_code: int = 1
     """The exit code of the rank: 2 if the input of the user is wrong, else 1."""
+    is_silent: bool = False
+    """The rank gave no sign of life, or did not come on, and was killed: its machine or its disk may be at fault."""
+    is_consequence: bool = False
+    """The rank failed because another one did."""
 
     @property
     def lost_peer(self) -> bool:
         """Returns whether this failure is only the consequence of another rank's end."""
-        return bool(_LOST_PEER.search(self.message)) or self.killed_by == signal.SIGTERM
+        if self.is_silent:
+            return False
+        return self.is_consequence or bool(_LOST_PEER.search(self.message)) or self.killed_by == signal.SIGTERM
 
     @property
     def blame(self) -> int:
@@ -71,9 +79,10 @@ class Failure:
     @property
     def is_exception(self) -> bool:
         """Returns whether the program itself raised, so that a restart would fail again; False if the process was
-        killed, lost a peer or lost its machine.
+        killed, fell silent, lost a peer or lost its machine.
         """
-        return not self.killed_by and not self.lost_peer and not _BROKEN_MACHINE.search(self.message)
+        was_ended = self.killed_by or self.is_silent or self.lost_peer
+        return not was_ended and not _BROKEN_MACHINE.search(self.message)
 
     @property
     def is_users(self) -> bool:
@@ -92,6 +101,27 @@ def first_cause(failures: Iterable[Failure]) -> Failure | None:
     return min(failures, key=lambda failure: (failure.blame, failure.time), default=None)
 
 
+def write_error(path: Path, message: str, details: str, extra: Mapping[str, object]) -> None:
+    """Writes the error file of a rank, for torchrun and for `read_error`.
+
+    The file has the form of torch's `torch.distributed.elastic.multiprocessing.errors.record`, with more `extraInfo`:
+    seconds         the time with fractions; torch's `timestamp` in whole seconds does not tell the rank that failed
+                    first from ranks that lost that rank
+    exit_code, user_line, is_silent, is_consequence    as in `Failure`
+
+    Args:
+        path: the file.
+        message: as in `Failure`.
+        details: the traceback or the error line; torchrun prints it.
+        extra: those of the fields above that are known; `seconds` must be among them.
+    """
+    info = {"py_callstack": details, "timestamp": str(int(float(str(extra["seconds"]))))} | dict(extra)
+    path.write_text(json.dumps({"message": {"message": message, "extraInfo": info}}), encoding="utf-8")
+
+
+_OURS = ("user_line", "exit_code", "is_silent", "is_consequence")
+
+
 def read_error(path: Path, host: str, rank: int | None) -> Failure:
     """Reads a rank's error file. Its time is the `seconds` that `dpo.distributed.failures` writes, with fractions; in
     files of torchelastic, which writes whole seconds, the modification time of the file.
@@ -104,7 +134,7 @@ def read_error(path: Path, host: str, rank: int | None) -> Failure:
     if isinstance(message, str):
         return Failure(host, rank, time, message)
     extra = message["extraInfo"]
-    stack, ours = extra["py_callstack"], {key: extra[key] for key in ("user_line", "exit_code") if key in extra}
+    stack, ours = extra["py_callstack"], {key: extra[key] for key in _OURS if key in extra}
     is_bug = stack.startswith("Traceback")
     shown = {"traceback" if is_bug else "told": stack}
     return Failure(host, rank, extra.get("seconds", time), message["message"], **shown, **ours)

@@ -4,15 +4,14 @@ Rank 1 of 2 runs out of memory in a backward pass, while rank 0 waits for it in 
 
     rank 1      error: rank 1: out of GPU memory: 2.50 GiB were asked for; the peak was 76.90 GiB of tensors, 78.08 GiB
                 reserved, of 79.11 GiB; by the estimate a step needs 77.41 GiB; what helps: ...
-    rank 0      over gloo, error: rank 0: the connection to another rank was lost (...): that rank's own message says
-                why; over NCCL nothing, since it waits until torchrun ends it
+    rank 0      over gloo, error: rank 0: lost rank 1 on node1: out of GPU memory: ...; over NCCL nothing, since it waits
+                until torchrun or the watcher of its node (`dpo.distributed.watcher`) ends it
     torchrun    sees a rank end, ends the others, and prints the line of each rank that has one
 
 A rank that prints a line also writes it to the file from which torchrun takes it, and ends with exit code 1.
 """
 
 import errno
-import json
 import os
 import re
 import resource
@@ -29,29 +28,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dpo.base.errors import RunError, UserError, one_line
 from dpo.base.space import CAUSES, free_room
 from dpo.base.units import shown_bytes
+from dpo.command.blame import write_error
 from dpo.command.exits import exit_code_of, line_of
 from dpo.command.line import split_options, words_of
 from dpo.machine.data_sheets import GIB, find_sheet
 
 
 def record_failure(failure: Exception, details: str) -> None:
-    """Writes why and when this rank failed to the file that torchrun names, if any. torchrun prints `details` from it;
-    `launch/node.py` reads it too.
-
-    The file has the form of torch's `torch.distributed.elastic.multiprocessing.errors.record`, with more `extraInfo`:
-    seconds    the time with fractions; torch's `timestamp` in whole seconds does not tell the rank that failed first
-               from ranks that lost that rank
-    exit_code  of this rank
-    user_line  the error line that is printed for the user; empty for a bug
-    """
+    """Writes why and when this rank failed to the file that torchrun names, if any (`write_error`)."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path:
-        now = time.time()
         user_line = line_of(failure) if isinstance(failure, (UserError, RunError)) else ""
-        extra = {"py_callstack": details, "timestamp": str(int(now)), "seconds": now}
-        extra |= {"exit_code": exit_code_of(failure), "user_line": user_line}
-        message = {"message": f"{type(failure).__name__}: {failure}", "extraInfo": extra}
-        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+        extra = {"seconds": time.time(), "exit_code": exit_code_of(failure), "user_line": user_line}
+        if has_lost_rank(failure):
+            extra["is_consequence"] = True
+        write_error(Path(path), f"{type(failure).__name__}: {failure}", details, extra)
 
 
 @contextmanager
@@ -109,10 +100,36 @@ def met_alone(failure: Exception) -> str | None:
         return _named(f"out of {kind} memory: {_asked(cause)}; {'; '.join([peak, *need, _remedy()])}")
     if isinstance(failure, OSError):
         return line_of(failure)
-    if _is_runtime(failure) and _LOST.search(str(failure)):
-        lost = f"the connection to another rank was lost ({one_line(str(failure))})"
-        return _named(f"{lost}: that rank's own message says why")
-    return None
+    return _named(_lost_words(failure)) if has_lost_rank(failure) else None
+
+
+def _lost_words(failure: BaseException) -> str:
+    """Returns the rank that was lost and why, where it is known; else what this rank saw of it."""
+    found = [note.removeprefix(_LOST_NOTE) for note in getattr(failure, "__notes__", ()) if note.startswith(_LOST_NOTE)]
+    if found:
+        return found[0]
+    said = one_line(str(failure))
+    if is_timeout(failure):
+        return f"waited for the other ranks in vain ({said})"
+    return f"the connection to another rank was lost ({said}): that rank's own message says why"
+
+
+def name_lost(failure: BaseException, words: str) -> None:
+    """Notes, on the failure of a rank that lost another, which rank that is and why; `met_alone` prints it."""
+    failure.add_note(f"{_LOST_NOTE}{words}")
+
+
+_LOST_NOTE = "lost: "
+
+
+def has_lost_rank(failure: BaseException) -> bool:
+    """Returns whether a rank failed because another one has ended, or does not answer."""
+    return isinstance(failure, torch.distributed.DistError) or (_is_runtime(failure) and bool(_LOST.search(str(failure))))
+
+
+def is_timeout(failure: BaseException) -> bool:
+    """Returns whether a rank that lost another one has waited for it until a timeout."""
+    return bool(_TIMEOUT.search(str(failure)))
 
 
 _NO_DEVICE_MEMORY = re.compile(
@@ -120,8 +137,9 @@ _NO_DEVICE_MEMORY = re.compile(
 )
 """Messages of the allocator, the runtime, NCCL (`Cuda failure 2 'out of memory'`, src/include/checks.h) and cuBLAS."""
 _NO_HOST_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe")
-"""Messages of gloo: https://github.com/pytorch/gloo/blob/main/gloo/transport/tcp/pair.cc"""
+_LOST = re.compile(r"Connection (closed|reset) by peer|Broken pipe|gloo/transport/.*Timed out waiting|gloo.*Connect")
+"""Messages of gloo: https://github.com/pytorch/gloo/blob/main/gloo/transport/tcp/pair.cc and unbound_buffer.cc"""
+_TIMEOUT = re.compile(r"[Tt]imed? ?out|timeout")
 
 
 def _without_memory(failure: BaseException) -> tuple[str, BaseException] | None:

@@ -27,7 +27,7 @@ from dpo.command.rank import is_main
 from dpo.command.status import tell_end
 from dpo.config import with_place
 from dpo.distributed.collectives import all_gather
-from dpo.distributed.failures import met_alone, record_failure
+from dpo.distributed.failures import has_lost_rank, met_alone, record_failure
 from dpo.distributed.startup import meet
 from dpo.distributed.timeouts import leave_seconds
 from dpo.machine.versions import untested_versions
@@ -113,7 +113,12 @@ def _leave_together() -> bool:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized():
-        all_gather(None)  # over gloo; a barrier over NCCL would hang on the GPU if a rank is lost
+        try:
+            all_gather(None)  # over gloo; a barrier over NCCL would hang on the GPU if a rank is lost
+        except RuntimeError as failure:
+            if not has_lost_rank(failure):
+                raise
+            return False
         dist.destroy_process_group()
     elif size > 1:
         try:

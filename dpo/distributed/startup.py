@@ -23,7 +23,9 @@ import torch
 import torch.distributed as dist
 
 from dpo.command.rank import is_rank
+from dpo.distributed.beats import beating, set_limit
 from dpo.distributed.descriptors import check_shortage, publish_shortage, raise_limits, tell_raised
+from dpo.distributed.flight import Flight
 from dpo.distributed.network import VARIABLE, gloo_interface
 from dpo.distributed.timeouts import arrival_seconds
 from dpo.distributed.world import World
@@ -54,8 +56,10 @@ def open_world(timeout_seconds: int, replicate: int = 1) -> Iterator[World]:
     if device.type == "cuda":
         set_allocator(os.environ)
     store = join(timeout_seconds, replicate)
-    yield World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], device, store)
-    dist.destroy_process_group()  # not after a failure: `run_program` needs the group to end all ranks together
+    with beating(env, store, timeout_seconds) as slots:
+        flight = Flight(slots) if slots else None
+        yield World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], device, store, flight)
+        dist.destroy_process_group()  # not after a failure: `run_program` needs the group to end all ranks together
 
 
 def start_devices(world: World, timeout_seconds: int) -> None:
@@ -82,6 +86,9 @@ def start_devices(world: World, timeout_seconds: int) -> None:
     store.wait([ALL_HERE])
     dist.destroy_process_group()
     store.set_timeout(timeout)
+    set_limit(timeout_seconds)
+    if on_cuda and world.flight is not None:
+        world.flight.turn_on(os.environ)
     try:
         if on_cuda:
             torch.cuda.set_device(world.device)

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.base.errors import UserError
 from dpo.config import ParallelConfig
+from dpo.distributed.flight import Flight
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class World:
     device: torch.device
     store: dist.Store | None = field(default=None, repr=False, compare=False)
     """The store of the process group. Referenced here to keep it alive, since rank 0 may serve it."""
+    flight: Flight | None = field(default=None, repr=False, compare=False)
+    """Where NCCL writes the last collectives of this node's ranks; None: there is one rank, which waits for none."""
     groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict, repr=False, compare=False)
     """Ranks -> their group in the mesh of hybrid sharding. Made once, also if several policies are sharded."""
 

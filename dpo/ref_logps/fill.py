@@ -21,6 +21,7 @@ from dpo.base.prefetch import prefetch
 from dpo.batch.packer import Packer
 from dpo.batch.packing import PackedBatch
 from dpo.batch.trees import Tree
+from dpo.distributed.beats import stand
 from dpo.distributed.collectives import all_gather, gather_lanes, on_main, together
 from dpo.distributed.preemption import StopRequest
 from dpo.distributed.world import World, use_device
@@ -189,6 +190,7 @@ def _compute(
     ahead = prefetch(partial(_plan_and_pack, packer), chunks, partial(use_device, policy.device))
     with closing(ahead), progress("reference", missing.count, "completions", world.is_main) as bar:
         for trees, batches in ahead:
+            stand("the reference pass")
             rows = _run(policy, trees, batches)
             on_main(world, partial(block.add, rows))  # a full disk must end every rank
             bar.advance(len(rows[0]))

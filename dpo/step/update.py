@@ -13,6 +13,7 @@ from torch import Tensor
 from dpo.base.errors import RunError
 from dpo.batch.packing import PackedBatch
 from dpo.config import Config
+from dpo.distributed.beats import stand
 from dpo.distributed.preemption import StopRequest
 from dpo.model.policy import Policy, announce_backward, completion_logps
 from dpo.step.metrics import SUMS, StepMetrics
@@ -72,12 +73,15 @@ def train_step(
     set_lr(optimizer, lr)
     metrics, values = StepMetrics(policy.device), list[BatchValues]()
     for number, batch in enumerate((batch.to(policy.device) for batch in batches), start=1):
+        stand("the forward pass", micro_batch=number)
         announce_backward(policy, is_last=number == len(batches))
         pi_logps = completion_logps(policy, batch)  # (B,)
         losses, rewards = pair_losses(pi_logps, batch, config.loss)  # (T,), (B,)
+        stand("the backward pass", micro_batch=number)
         (losses.sum() / batch.pairs_in_step).backward()  # FSDP sums over ranks
         metrics.add(losses, rewards, pi_logps, batch)
         values.append(BatchValues(pi_logps.detach(), losses.detach()))
+    stand("the update")
     # The only exchange of the step, and the only time that the host waits for the device. No rank may update before
     # all know that the gradient is finite. The update is enqueued, and the next step's kernels behind it.
     sums = metrics.reduce(square_norm(policy.model.parameters()), stop_requested())

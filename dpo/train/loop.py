@@ -14,6 +14,7 @@ from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.saver import Saver
 from dpo.checkpoint.store import RunState
 from dpo.command.status import write_status
+from dpo.distributed.beats import stand
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import use_device
 from dpo.run.folder import lacks_evaluation
@@ -94,6 +95,7 @@ def train(run: Run, writer: MetricsWriter | None, saver: Saver) -> None:
 def _step(run: Run, step: int, ahead: Iterator[list[PackedBatch]]) -> Taken:
     """Takes step `step`; where it is not finite, names and writes its pairs."""
     started = time.perf_counter()
+    stand("the reading of the batch", step)
     batches = next(ahead)
     result, metrics = take_step(run, step, batches, started)
     fault = report_step(run, step, batches, result) if result.fault else ""
@@ -159,6 +161,7 @@ def _tell_step(run: Run, step: int, metrics: Mapping[str, float | None], seconds
 
 
 def _save(run: Run, writer: MetricsWriter | None, saver: Saver, state: RunState) -> None:
+    stand("the checkpoint", state.step)
     # The metrics are synced first: no crash may leave a checkpoint whose steps are missing in metrics.jsonl.
     saver.save(state, before_commit=writer.sync if writer else lambda: None)
 
@@ -170,6 +173,7 @@ def _evaluate(run: Run, writer: MetricsWriter | None, saver: Saver, state: RunSt
     step = state.step
     if not len(run.inputs.data.eval):
         return
+    stand("the evaluation", step)
     with telling_new_graphs(run, f"evaluation after step {step}"):
         result = evaluate(run.policy, run.inputs.data.eval, run.packer, run.config.loss, run.hooks.stop_requested)
     if result is None:  # the next start evaluates this step again
@@ -180,6 +184,7 @@ def _evaluate(run: Run, writer: MetricsWriter | None, saver: Saver, state: RunSt
     if fault := report_evaluation(run, step, result):
         raise RunError(fault)
     on_main(run.world, lambda: keep_pairs(run, step, result))
+    stand("the sampled answers", step)
     with telling_new_graphs(run, f"answers after step {step}"):
         answers = run.answers_after(step)
     if writer:

@@ -10,6 +10,7 @@ from pathlib import Path
 from dpo.command.status import telling_end
 from dpo.config import Config
 from dpo.disk.storage import check_folders, check_space
+from dpo.distributed.beats import stand
 from dpo.distributed.failures import remembered_need
 from dpo.distributed.preemption import listen_for_stop
 from dpo.distributed.startup import open_world, start_devices
@@ -51,6 +52,7 @@ def run_training(config: Config, begun: float | None = None) -> None:
         refuse_if_in_use(config, world)
         before, start = contents_of(config, world), find_start_together(config, world)
         check_folders(config, world)
+        stand("the reading of the input")
         inputs = read_inputs(config, world)
         if _is_done(config, start, inputs, world):
             return
@@ -60,9 +62,11 @@ def run_training(config: Config, begun: float | None = None) -> None:
                 if _is_done(config, start, inputs, world):
                     return
             check_space(config, start, inputs, world)
+            stand("the start of the devices")
             start_devices(world, config.parallel.timeout_seconds)
             config, need = decide_parallel(config, start, inputs, world)
             phases.end("data")
+            stand("the building of the model", start.step)
             with remembered_need(need):
                 train_and_export(build_run(config, world, inputs, start, Hooks(stop_requested, check_lock, phases)))
 
@@ -83,6 +87,7 @@ def train_and_export(run: Run) -> None:
     Raises RunError where the first step is wrong or a number is not finite, and Preempted where a rank is asked to
     stop.
     """
+    stand("the check of the first step")
     deviation = check_first_step(run)
     with open_outputs(run) as writer:
         introduce(run, writer, deviation)
@@ -90,6 +95,7 @@ def train_and_export(run: Run) -> None:
         with telling_end(run.world.is_main):  # before the trackers are waited for
             with open_checkpoints(run) as saver:
                 train(run, writer, saver)
+            stand("the export")
             export_run(run)
         if run.world.is_main:
             report_at_end(run.dir)

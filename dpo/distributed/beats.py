@@ -1,0 +1,230 @@
+"""Signs of life of this rank, and its place in the run, for the other ranks and for the watcher of its node.
+
+    thread    every half second: a sign of life; where the rank stands still, what its main thread does
+    program   `stand("the forward pass", step)`: a new place
+    thread    on several nodes, every 5 s: what is seen of the ranks of this node, into the store of the run
+
+The files of a node are in memory (/dev/shm) where that is possible, so that a disk that stalls does not stop a rank. A
+run of one rank has none of this: nothing waits for it.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch.distributed as dist
+
+from dpo.base.errors import Preempted, RunError, UserError, one_line
+from dpo.command.exits import line_of
+from dpo.distributed.causes import Cause, find_cause
+from dpo.distributed.elsewhere import publish, seen_elsewhere
+from dpo.distributed.failures import has_lost_rank, is_timeout, met_alone, name_lost
+from dpo.distributed.flight import Flight
+from dpo.distributed.slots import DONE, FAILED, LOST, TOGETHER, Slot, look, still_in
+from dpo.distributed.watcher import clear, record
+from dpo.terminal.console import warn
+
+_BEAT_SECONDS = 0.5
+_MEMORY = Path("/dev/shm")
+_ROOT = Path(__file__).parents[2]
+
+
+class _Here:
+    """The slot of this process while it is a rank of several."""
+
+    slot: Slot | None = None
+    step = 0
+
+
+_HERE = _Here()
+
+
+def stand(phase: str, step: int | None = None, micro_batch: int = 0) -> None:
+    """Tells where this rank stands from now on. Takes a microsecond.
+
+    Every rank must get here, in the main thread, as often as the others and in the same order: the rank that has come
+    to fewer places than the others is the one that they wait for.
+
+    Args:
+        phase: in words that follow `in`, such as `the forward pass`; up to 31 characters.
+        step: the step; None: that of the place before.
+        micro_batch: its number, from 1; 0: none.
+    """
+    _HERE.step = _HERE.step if step is None else step
+    if _HERE.slot is not None:
+        _HERE.slot.stand(phase, _HERE.step, micro_batch)
+
+
+def set_limit(seconds: float) -> None:
+    """Sets after how many seconds without a sign of life this rank counts as lost."""
+    if _HERE.slot is not None:
+        _HERE.slot.limit = seconds
+        _HERE.slot.live()
+
+
+@dataclass(frozen=True)
+class Node:
+    """A rank among those of its node."""
+
+    rank: int
+    size: int
+    first: int
+    """The first rank of the node."""
+    local_size: int
+    store: dist.Store
+    folder: Path
+    """The files of the node's ranks."""
+
+    @property
+    def is_first(self) -> bool:
+        """Returns whether this is the first rank of its node."""
+        return self.rank == self.first
+
+    @property
+    def others(self) -> list[int]:
+        """Returns the first ranks of the other nodes."""
+        return [first for first in range(0, self.size, self.local_size) if first != self.first]
+
+
+@contextmanager
+def beating(environment: dict[str, int], store: dist.Store, limit: float) -> Iterator[Path | None]:
+    """Gives signs of life in a with-block, and says how this rank leaves it. Yields the folder of the node's files;
+    None in a run of one rank.
+
+    A failure that comes of another rank's gets a note which rank that is, and why (`failures.name_lost`).
+
+    Args:
+        environment: RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
+        store: of the run; every rank of the node must get here.
+        limit: seconds without a sign of life after which this rank counts as lost.
+    """
+    if environment["WORLD_SIZE"] == 1:
+        yield None
+        return
+    node = _join(environment, store)
+    header = {"rank": node.rank, "host": socket.gethostname(), "error_file": _error_file()}
+    slot, stopped = Slot(node.folder, header, limit), threading.Event()
+    _HERE.slot, _HERE.step = slot, 0
+    watcher = _start_watcher(node, stopped) if node.is_first else None
+    threading.Thread(target=_beat, args=(slot, threading.get_ident(), stopped), daemon=True).start()
+    if node.others:
+        threading.Thread(target=publish, args=(node.store, node.rank, node.first, node.folder, stopped), daemon=True).start()
+    try:
+        yield node.folder
+        slot.leave(DONE)
+    except (UserError, RunError, Preempted):
+        slot.leave(TOGETHER)
+        raise
+    except Exception as failure:
+        slot.leave(*_last_words(node, failure))
+        raise
+    except BaseException as failure:
+        slot.leave(FAILED, f"left by {type(failure).__name__}")
+        raise
+    finally:
+        _HERE.slot = None
+        stopped.set()
+        if watcher is not None:
+            _end_watcher(watcher, node.folder)
+
+
+def _error_file() -> str:
+    return os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+
+
+def _join(environment: dict[str, int], store: dist.Store) -> Node:
+    """Returns this rank's place on its node; its first rank makes the folder and tells the others."""
+    rank = environment["RANK"]
+    first = rank - environment["LOCAL_RANK"]
+    key = f"slots of the node of rank {first}"
+    if rank == first:
+        store.set(key, tempfile.mkdtemp(prefix="dpo-slots-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None))
+    folder = Path(store.get(key).decode())
+    return Node(rank, environment["WORLD_SIZE"], first, environment["LOCAL_WORLD_SIZE"], store, folder)
+
+
+def _beat(slot: Slot, main: int, stopped: threading.Event) -> None:
+    """Gives signs of life until `stopped`."""
+    count = 0
+    while not stopped.wait(_BEAT_SECONDS):
+        slot.live()
+        if slot.count == count and (frame := sys._current_frames().get(main)):
+            slot.show(frame_in_words(frame))
+        count = slot.count
+
+
+def frame_in_words(frame: FrameType) -> str:
+    """Returns what a thread does: the innermost frame, and the innermost one of this package that called it."""
+    own, caller = _place_of(frame), frame
+    while caller.f_back and not caller.f_code.co_filename.startswith(str(_ROOT / "dpo")):
+        caller = caller.f_back
+    return own if caller is frame else f"{own}, called from {_place_of(caller)}"
+
+
+def _place_of(frame: FrameType) -> str:
+    path = "/".join(Path(frame.f_code.co_filename).parts[-3:])
+    return f"{path}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def _last_words(node: Node, failure: Exception) -> tuple[int, str]:
+    """Returns how this rank leaves the run after a failure, and in which words; names the rank that it lost."""
+    if not has_lost_rank(failure):
+        return FAILED, met_alone(failure) or one_line(f"{type(failure).__name__}: {line_of(failure)}")
+    cause = _cause_of(node, failure)
+    if cause is None:
+        return LOST, ""
+    found = Flight(node.folder).found
+    name_lost(failure, f"lost {cause}{found}")
+    return LOST, f"{cause.rank.rank} {cause.words}"
+
+
+def _cause_of(node: Node, failure: Exception) -> Cause | None:
+    """Returns the rank to blame for the loss of another rank; records its failure where it cannot do so itself."""
+    waited = is_timeout(failure)
+    here = look(node.folder)
+    cause = find_cause([*here, *seen_elsewhere(node.store, node.others)], waited)
+    if cause is None or cause.rank.rank == node.rank:
+        return None
+    if cause.is_silent and cause.rank in here:
+        record(cause, Flight(node.folder).found)
+    return cause
+
+
+# --- the watcher ------------------------------------------------------------------------------------------------------
+
+
+def _start_watcher(node: Node, stopped: threading.Event) -> subprocess.Popen[bytes]:
+    """Starts the watcher of this node, in a session of its own and without descriptors of this process: one that held
+    its sockets would keep the other ranks from seeing that this rank is gone.
+    """
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dpo.distributed.watcher import main; main()"
+    words = [sys.executable, "-I", "-S", "-c", code, str(_ROOT), str(node.folder)]
+    nothing = subprocess.DEVNULL
+    process = subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+
+    def wait() -> None:
+        code = process.wait()
+        if not stopped.is_set():
+            warn(f"the watcher of this node's ranks has ended with exit code {code}: a rank that stops is found late")
+
+    threading.Thread(target=wait, daemon=True).start()
+    return process
+
+
+def _end_watcher(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Ends the watcher at once where no rank of the node is left, which it would find out itself a moment later."""
+    with suppress(FileNotFoundError):  # it has found out, and removed the files
+        if not still_in(look(folder)):
+            process.kill()
+            clear(folder)

@@ -1,0 +1,102 @@
+"""What is seen of the ranks of other nodes: each node publishes its own in the store of the run, every few seconds.
+
+The live rank with the lowest number publishes, over a connection of its own: the program's may wait in the store, and
+would keep the thread waiting with it. A set of a few KiB per node is little for a store, also of 64 nodes.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from dpo.distributed.slots import IN, STORE_GONE, Seen, look, still_in
+
+PUBLISH_SECONDS = 5.0
+_PATIENCE_SECONDS = 8.0
+_FRESH_SECONDS = 5.0
+
+
+def publish(store: dist.Store, rank: int, first: int, folder: Path, stopped: threading.Event) -> None:
+    """Publishes what is seen of the ranks of this node until `stopped`; tells the watcher where the store is gone.
+
+    Args:
+        store: of the run.
+        rank: of this process.
+        first: the first rank of the node.
+        folder: the files of the node's ranks.
+        stopped: ends the thread.
+    """
+    own: dist.Store | None = None
+    number = 0
+    while not stopped.wait(PUBLISH_SECONDS if number else 0):
+        seen, number = look(folder), number + 1
+        if not _is_speaker(rank, seen):
+            continue
+        try:
+            own = own or store.clone()
+            own.set(_key(first), json.dumps([number, [asdict(one) for one in seen]]))
+        except dist.DistError:
+            if not stopped.is_set():
+                (folder / STORE_GONE).touch()
+            return
+
+
+def _is_speaker(rank: int, seen: Sequence[Seen]) -> bool:
+    alive = [one.rank for one in still_in(seen) if one.silence < _FRESH_SECONDS]
+    return alive[:1] == [rank]
+
+
+def _key(first: int) -> str:
+    return f"seen on the node of rank {first}"
+
+
+def seen_elsewhere(store: dist.Store, nodes: Sequence[int]) -> list[Seen]:
+    """Returns what is seen of the ranks of other nodes, as they have published it; nothing where the store does not
+    answer within seconds. The ranks of a node that does not publish any more count as silent.
+
+    Args:
+        store: of the run.
+        nodes: the first rank of each.
+    """
+    found: list[Seen] = []
+    reader = threading.Thread(target=_read, args=(store, nodes, found), daemon=True)
+    if nodes:
+        reader.start()
+        reader.join(_PATIENCE_SECONDS)
+    return found[:]
+
+
+def _read(store: dist.Store, nodes: Sequence[int], found: list[Seen]) -> None:
+    """Adds the ranks to `found`; where nothing has happened to any of them yet, only once all nodes must have published
+    anew.
+    """
+    with suppress(dist.DistError):
+        own = store.clone()
+        before = _published(own, nodes)
+        if any(map(_tells, _ranks(before))):
+            found += _ranks(before)
+            return
+        time.sleep(PUBLISH_SECONDS + 1)
+        for node, (number, seen) in _published(own, nodes).items():
+            quiet = PUBLISH_SECONDS + 1 if node in before and before[node][0] == number else 0.0
+            found += [replace(rank, silence=rank.silence + quiet) for rank in seen]
+
+
+def _published(store: dist.Store, nodes: Sequence[int]) -> dict[int, tuple[int, list[Seen]]]:
+    """Returns the number of the newest publication of each node, and its ranks."""
+    keys = {node: _key(node) for node in nodes if store.check([_key(node)])}
+    read = {node: json.loads(store.get(key)) for node, key in keys.items()}
+    return {node: (number, [Seen(**facts) for facts in seen]) for node, (number, seen) in read.items()}
+
+
+def _ranks(published: Mapping[int, tuple[int, list[Seen]]]) -> list[Seen]:
+    return [rank for _, seen in published.values() for rank in seen]
+
+
+def _tells(rank: Seen) -> bool:
+    return rank.end != IN or rank.is_gone or rank.silence > _FRESH_SECONDS

@@ -1,0 +1,173 @@
+"""Where each rank of a node stands, and when it last gave a sign of life: a small file per rank, mapped into memory.
+
+A rank writes its own file, without a system call. The others of its node, and the watcher of the node, read it:
+
+    header     JSON, written once: process id, rank, host, error file of torchrun
+    life       the time of the last sign of life, and after how many seconds without one the rank counts as lost
+    place      number of places so far, step, micro-batch, since when, phase
+    end        how the rank left the run (`IN` while it is there), when, and in which words
+    frame      what the main thread does, where it has stood in its place for a while
+
+All times are of the monotonic clock, which the processes of a host share. Fields are written without a lock: who reads
+while a place is written may see fields of two places, which matters to nobody, since a rank that is looked for stands
+still. Without torch.
+"""
+
+import json
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+IN, DONE, TOGETHER, FAILED, LOST = range(5)
+"""How a rank has left the run: not yet; its work is done; with a failure that all ranks raise; with a failure of its
+own; because it lost another rank."""
+
+STORE_GONE = "store-gone"
+"""The name of a file beside the slots: the torchrun of the first node, which serves the store, has ended."""
+
+_LIFE, _PLACE, _END = struct.Struct("dd"), struct.Struct("=qqqd32s"), struct.Struct("=qd600s")
+_LIFE_AT, _PLACE_AT, _END_AT, _FRAME_AT = 2048, 2080, 2176, 2816
+_SIZE, _FRAME = 4096, 600
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is seen of a rank at one moment."""
+
+    rank: int
+    host: str
+    pid: int
+    started: str
+    """By which the process is told from a later one with the same id."""
+    error_file: str
+    """The file from which torchrun takes the failure of the rank; empty: none."""
+    silence: float
+    """Seconds since its last sign of life."""
+    limit: float
+    """Seconds of silence after which the rank counts as lost."""
+    count: int
+    """Number of places that the rank has come to. All ranks come to the same places in the same order."""
+    step: int
+    """0: before the first step."""
+    micro_batch: int
+    """0: none."""
+    age: float
+    """Seconds since it came to its place."""
+    phase: str
+    end: int
+    ended: float
+    """Seconds since it left the run."""
+    words: str
+    """Why it left the run."""
+    frame: str
+    """What its main thread does, where it has stood in its place for a while."""
+    process: str
+    """The state of its process as Linux has it (R, S, D, T, t, Z); empty: there is no such process any more."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Returns whether its process has ended."""
+        return self.process in ("", "Z", "X")
+
+    @property
+    def place(self) -> str:
+        """Returns the place in words: `the forward pass of step 4, micro-batch 2`."""
+        step = f" of step {self.step}" if self.step else ""
+        return f"{self.phase}{step}{f', micro-batch {self.micro_batch}' if self.micro_batch else ''}"
+
+
+class Slot:
+    """The file of one rank, which the rank itself writes.
+
+    Args:
+        folder: of the node's files.
+        header: rank, host and error file of the rank; of this process.
+        limit: seconds without a sign of life after which the rank counts as lost.
+    """
+
+    def __init__(self, folder: Path, header: Mapping[str, Any], limit: float):
+        own = {"pid": os.getpid(), "started": process_of(os.getpid())[1]}
+        text = json.dumps(own | dict(header)).encode()
+        draft = folder / f".{header['rank']}"
+        draft.write_bytes(text.ljust(_LIFE_AT) + bytes(_SIZE - _LIFE_AT))  # all of it: no page may be missing later
+        with draft.open("r+b") as file:
+            self.memory = mmap.mmap(file.fileno(), _SIZE)
+        self.limit, self.count = limit, 0
+        self.live()
+        self.stand("setup", 0, 0)
+        draft.rename(folder / f"rank-{header['rank']}")
+
+    def live(self) -> None:
+        """Gives a sign of life."""
+        _LIFE.pack_into(self.memory, _LIFE_AT, time.monotonic(), self.limit)
+
+    def stand(self, phase: str, step: int, micro_batch: int) -> None:
+        """Writes a new place."""
+        self.count += 1
+        self.memory[_FRAME_AT] = 0
+        _PLACE.pack_into(self.memory, _PLACE_AT, self.count, step, micro_batch, time.monotonic(), phase.encode())
+
+    def leave(self, end: int, words: str = "") -> None:
+        """Writes how the rank leaves the run; the first word counts."""
+        if _END.unpack_from(self.memory, _END_AT)[0] == IN:
+            _END.pack_into(self.memory, _END_AT, end, time.monotonic(), words.encode()[:600])
+
+    def show(self, frame: str) -> None:
+        """Writes what the main thread does."""
+        text = frame.encode()[:_FRAME].ljust(_FRAME, b"\0")
+        self.memory[_FRAME_AT : _FRAME_AT + _FRAME] = text
+
+
+def look(folder: Path) -> list[Seen]:
+    """Returns what is seen of the ranks of a node now, by rank; nothing of a rank whose file is not there yet."""
+    return sorted((_seen(path.read_bytes()) for path in folder.glob("rank-*")), key=lambda seen: seen.rank)
+
+
+def _seen(data: bytes) -> Seen:
+    header = json.loads(data[:_LIFE_AT])
+    life, limit = _LIFE.unpack_from(data, _LIFE_AT)
+    count, step, micro_batch, since, phase = _PLACE.unpack_from(data, _PLACE_AT)
+    end, ended, words = _END.unpack_from(data, _END_AT)
+    state, started = process_of(header["pid"])
+    now = time.monotonic()
+    return Seen(
+        **header,
+        silence=now - life,
+        limit=limit,
+        count=count,
+        step=step,
+        micro_batch=micro_batch,
+        age=now - since,
+        phase=_text(phase),
+        end=end,
+        ended=now - ended,
+        words=_text(words),
+        frame=_text(data[_FRAME_AT : _FRAME_AT + _FRAME]),
+        process=state if started == header["started"] else "",
+    )
+
+
+def _text(data: bytes) -> str:
+    return data.partition(b"\0")[0].decode(errors="replace")
+
+
+def process_of(pid: int) -> tuple[str, str]:
+    """Returns the state of a process, a letter, and when it started, in ticks; ("", "") where there is none.
+
+    Source: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return "", ""
+    return fields[0], fields[19]
+
+
+def still_in(seen: Iterable[Seen]) -> list[Seen]:
+    """Returns the ranks that have not left the run, and whose process is there."""
+    return [rank for rank in seen if rank.end == IN and not rank.is_gone]
