@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from dpo.base.workers import signal_name
-from dpo.command.blame import Failure, first_cause, read_error
+from dpo.command.blame import PLACE_FILE, Failure, first_cause, place_of_killed, read_error
 
 _TRACEBACK = re.compile(
     r"^Traceback \(most recent call last\):\n(?: .*\n|\n)*(?P<last>\w[\w.]*: .*|\w+)$", re.MULTILINE
@@ -35,10 +36,19 @@ def failures_of_node(log_dir: Path, torchrun_error: Path, stderr: str, host: str
     raised = {first_rank + local: path for local, path in _error_files(log_dir)}
     failures = [read_error(path, host, rank) for rank, path in raised.items()]
     message = None if raised else _last_traceback_line(stderr)
-    failures += [failure for failure in _table(stderr, host, message) if failure.rank not in raised]
+    killed = [failure for failure in _table(stderr, host, message) if failure.rank not in raised]
+    failures += [_with_place(failure, log_dir, first_rank) for failure in killed]
     if not failures and torchrun_error.exists():
         failures.append(read_error(torchrun_error, host, None))
     return failures
+
+
+def _with_place(failure: Failure, log_dir: Path, first_rank: int) -> Failure:
+    """Returns the failure of a rank without an error file, with the place where it was."""
+    assert failure.rank is not None, "torchrun's table has ranks alone"
+    local = failure.rank - first_rank
+    places = [place_of_killed(path) for path in sorted(log_dir.glob(f"*/attempt_*/{local}/{PLACE_FILE}"))]
+    return replace(failure, place=places[-1]) if places else failure
 
 
 def _error_files(log_dir: Path) -> Iterator[tuple[int, Path]]:

@@ -15,6 +15,7 @@ file of a rank that it found silent (`is_silent`).
 import json
 import re
 import signal
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,8 @@ class Failure:
     """The rank gave no sign of life, or did not come on, and was killed: its machine or its disk may be at fault."""
     is_consequence: bool = False
     """The rank failed because another one did."""
+    place: str = ""
+    """Where the rank was: `the forward pass of step 4`; empty: not known, or `message` says it."""
 
     @property
     def lost_peer(self) -> bool:
@@ -93,7 +96,8 @@ class Failure:
         if self.is_users:
             return self.user_line
         process = "torchrun" if self.rank is None else f"rank {self.rank}"
-        return f"{process} on {self.host}: {self.user_line or self.message}"
+        place = f", in {self.place}" if self.place else ""
+        return f"{process} on {self.host}: {self.user_line or self.message}{place}"
 
 
 def first_cause(failures: Iterable[Failure]) -> Failure | None:
@@ -107,7 +111,7 @@ def write_error(path: Path, message: str, details: str, extra: Mapping[str, obje
     The file has the form of torch's `torch.distributed.elastic.multiprocessing.errors.record`, with more `extraInfo`:
     seconds         the time with fractions; torch's `timestamp` in whole seconds does not tell the rank that failed
                     first from ranks that lost that rank
-    exit_code, user_line, is_silent, is_consequence    as in `Failure`
+    exit_code, user_line, is_silent, is_consequence, place    as in `Failure`
 
     Args:
         path: the file.
@@ -119,22 +123,40 @@ def write_error(path: Path, message: str, details: str, extra: Mapping[str, obje
     path.write_text(json.dumps({"message": {"message": message, "extraInfo": info}}), encoding="utf-8")
 
 
-_OURS = ("user_line", "exit_code", "is_silent", "is_consequence")
+_OURS = ("user_line", "exit_code", "is_silent", "is_consequence", "place")
+"""Fields of the file that are those of `Failure`, where they are there."""
+
+PLACE_FILE = "place"
+"""The name of a file beside a rank's error file: where the rank was, once its process is gone without a word; empty till
+then."""
+_PLACE_SECONDS = 1.0
+
+
+def place_of_killed(error_file: Path) -> str:
+    """Returns where a rank was whose process is gone: the watcher of its node writes it a moment later. Empty where no
+    watcher knew the rank.
+    """
+    file, end = error_file.with_name(PLACE_FILE), time.monotonic() + _PLACE_SECONDS
+    while file.is_file():
+        if (place := file.read_text(encoding="utf-8")) or time.monotonic() > end:
+            return place
+        time.sleep(0.05)
+    return ""
 
 
 def read_error(path: Path, host: str, rank: int | None) -> Failure:
     """Reads a rank's error file. Its time is the `seconds` that `dpo.distributed.failures` writes, with fractions; in
     files of torchelastic, which writes whole seconds, the modification time of the file.
     """
-    time = path.stat().st_mtime
+    at = path.stat().st_mtime
     try:
         message = json.loads(path.read_text(encoding="utf-8"))["message"]
     except (ValueError, KeyError):
-        return Failure(host, rank, time, f"its error file {path} is incomplete")
+        return Failure(host, rank, at, f"its error file {path} is incomplete")
     if isinstance(message, str):
-        return Failure(host, rank, time, message)
+        return Failure(host, rank, at, message)
     extra = message["extraInfo"]
     stack, ours = extra["py_callstack"], {key: extra[key] for key in _OURS if key in extra}
     is_bug = stack.startswith("Traceback")
     shown = {"traceback" if is_bug else "told": stack}
-    return Failure(host, rank, extra.get("seconds", time), message["message"], **shown, **ours)
+    return Failure(host, rank, extra.get("seconds", at), message["message"], **shown, **ours)

@@ -2,7 +2,7 @@
 
     thread    every half second: a sign of life; where the rank stands still, what its main thread does
     program   `stand("the forward pass", step)`: a new place
-    thread    on several nodes, every 5 s: what is seen of the ranks of this node, into the store of the run
+    thread    on several nodes, every 2 s: what is seen of the ranks of this node, into the store of the run
 
 The files of a node are in memory (/dev/shm) where that is possible, so that a disk that stalls does not stop a rank. A
 run of one rank has none of this: nothing waits for it.
@@ -23,9 +23,10 @@ from types import FrameType
 import torch.distributed as dist
 
 from dpo.base.errors import Preempted, RunError, UserError, one_line
+from dpo.command.blame import PLACE_FILE
 from dpo.command.exits import line_of
 from dpo.distributed.causes import Cause, find_cause
-from dpo.distributed.elsewhere import publish, seen_elsewhere
+from dpo.distributed.elsewhere import blame, publish, seen_elsewhere
 from dpo.distributed.failures import has_lost_rank, is_timeout, met_alone, name_lost
 from dpo.distributed.flight import Flight
 from dpo.distributed.slots import DONE, FAILED, LOST, TOGETHER, Slot, look, still_in
@@ -111,12 +112,16 @@ def beating(environment: dict[str, int], store: dist.Store, limit: float) -> Ite
         return
     node = _join(environment, store)
     header = {"rank": node.rank, "host": socket.gethostname(), "error_file": _error_file()}
+    if _error_file():
+        Path(_error_file()).with_name(PLACE_FILE).touch()
     slot, stopped = Slot(node.folder, header, limit), threading.Event()
     _HERE.slot, _HERE.step = slot, 0
     watcher = _start_watcher(node, stopped) if node.is_first else None
     threading.Thread(target=_beat, args=(slot, threading.get_ident(), stopped), daemon=True).start()
     if node.others:
-        threading.Thread(target=publish, args=(node.store, node.rank, node.first, node.folder, stopped), daemon=True).start()
+        threading.Thread(
+            target=publish, args=(node.store, node.rank, node.first, node.folder, stopped), daemon=True
+        ).start()
     try:
         yield node.folder
         slot.leave(DONE)
@@ -198,6 +203,8 @@ def _cause_of(node: Node, failure: Exception) -> Cause | None:
         return None
     if cause.is_silent and cause.rank in here:
         record(cause, Flight(node.folder).found)
+    elif cause.is_silent:
+        blame(node.store, cause.rank.rank, cause.words)
     return cause
 
 

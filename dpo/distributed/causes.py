@@ -12,19 +12,20 @@ Without torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo.distributed.slots import FAILED, IN, LOST, Seen, still_in
+from dpo.distributed.slots import FAILED, IN, LOST, NOT_HEARD, Seen, still_in
 
 QUIET_SECONDS = 5.0
 """Silence of a rank that says something where others have waited for it in vain: it gives a sign twice a second."""
 
-_STATES = {
+STATES = {
     "T": "stopped (SIGSTOP)",
     "t": "stopped by a debugger",
-    "D": "it waits for the kernel, in a file system or a driver",
-    "R": "it computes and holds Python's lock",
-    "S": "it sleeps and holds Python's lock",
+    "D": "its process waits for the kernel, in a file system or a driver",
+    "R": "its process computes",
+    "S": "its process sleeps",
+    NOT_HEARD: "nothing is heard of its node",
 }
-"""State of a process that gives no sign of life -> words. The thread that gives them needs Python's lock."""
+"""State of a process -> words."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def find_cause(seen: Sequence[Seen], waited: bool) -> Cause | None:
         seen: of all ranks that can be seen, the own one among them.
         waited: whether the rank has waited in vain; False: a connection was closed.
     """
-    return failed(seen) or told(seen) or vanished(seen) or silent(seen) or (still(seen) if waited else None)
+    cause = failed(seen) or told(seen) or vanished(seen) or silent(seen) or silent(seen, QUIET_SECONDS)
+    return cause or (behind(seen) if waited else None)
 
 
 def failed(seen: Sequence[Seen]) -> Cause | None:
@@ -80,17 +82,19 @@ def silent(seen: Sequence[Seen], after: float | None = None) -> Cause | None:
         seen: the ranks.
         after: seconds of silence; None: the limit of the rank.
     """
-    ranks = [rank for rank in still_in(seen) if rank.silence >= (rank.limit if after is None else after)]
+    ranks = [rank for rank in still_in(seen) if rank.silence >= _patience(rank, after)]
     first = max(ranks, key=lambda rank: rank.silence, default=None)
     if first is None:
         return None
-    state = _STATES.get(first.process, f"its process is in state {first.process}")
+    lock = " and holds Python's lock" if first.process in "RS" else ""  # without which no thread gives a sign
+    state = f"{STATES.get(first.process, f'its process is in state {first.process}')}{lock}"
     return Cause(first, f"no sign of life for {first.silence:.0f} s: {state}, in {first.place}", is_silent=True)
 
 
-def still(seen: Sequence[Seen]) -> Cause | None:
-    """Returns the rank that others have waited for: one that is silent, or lives and does not come on."""
-    return silent(seen, QUIET_SECONDS) or behind(seen)
+def _patience(rank: Seen, after: float | None) -> float:
+    if after is None:
+        return rank.limit
+    return 0.0 if rank.process == NOT_HEARD else after
 
 
 def behind(seen: Sequence[Seen]) -> Cause | None:

@@ -1,6 +1,7 @@
 """What is seen of the ranks of other nodes: each node publishes its own in the store of the run, every few seconds.
 
-The live rank with the lowest number publishes, over a connection of its own: the program's may wait in the store, and
+A rank that is to blame cannot know it where it lives and does not come on: the one that waited in vain for it tells so
+through the store (`blame`), and the watcher of its node ends it. The live rank with the lowest number publishes, over a connection of its own: the program's may wait in the store, and
 would keep the thread waiting with it. A set of a few KiB per node is little for a store, also of 64 nodes.
 """
 
@@ -14,15 +15,16 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from dpo.distributed.slots import IN, STORE_GONE, Seen, look, still_in
+from dpo.base.files import write_atomically
+from dpo.distributed.slots import END_FILE, IN, NOT_HEARD, Seen, look, still_in
 
-PUBLISH_SECONDS = 5.0
+PUBLISH_SECONDS = 2.0
 _PATIENCE_SECONDS = 8.0
 _FRESH_SECONDS = 5.0
 
 
 def publish(store: dist.Store, rank: int, first: int, folder: Path, stopped: threading.Event) -> None:
-    """Publishes what is seen of the ranks of this node until `stopped`; tells the watcher where the store is gone.
+    """Publishes what is seen of the ranks of this node until `stopped`; tells the watcher where the ranks must end.
 
     Args:
         store: of the run.
@@ -40,10 +42,21 @@ def publish(store: dist.Store, rank: int, first: int, folder: Path, stopped: thr
         try:
             own = own or store.clone()
             own.set(_key(first), json.dumps([number, [asdict(one) for one in seen]]))
+            end = own.get(_BLAMED) if own.check([_BLAMED]) else b""
         except dist.DistError:
-            if not stopped.is_set():
-                (folder / STORE_GONE).touch()
+            end = json.dumps([-1, "the torchrun of the first node has ended"]).encode()
+        if end and not stopped.is_set():
+            write_atomically(folder / END_FILE, end)
             return
+
+
+def blame(store: dist.Store, rank: int, words: str) -> None:
+    """Tells the watcher of another node that a rank there is to blame, and why."""
+    with suppress(dist.DistError):
+        store.set(_BLAMED, json.dumps([rank, words]))
+
+
+_BLAMED = "the rank to blame"
 
 
 def _is_speaker(rank: int, seen: Sequence[Seen]) -> bool:
@@ -83,8 +96,12 @@ def _read(store: dist.Store, nodes: Sequence[int], found: list[Seen]) -> None:
             return
         time.sleep(PUBLISH_SECONDS + 1)
         for node, (number, seen) in _published(own, nodes).items():
-            quiet = PUBLISH_SECONDS + 1 if node in before and before[node][0] == number else 0.0
-            found += [replace(rank, silence=rank.silence + quiet) for rank in seen]
+            is_quiet = node in before and before[node][0] == number
+            found += [_unheard(rank) for rank in seen] if is_quiet else seen
+
+
+def _unheard(rank: Seen) -> Seen:
+    return replace(rank, silence=rank.silence + PUBLISH_SECONDS + 1, process=NOT_HEARD)
 
 
 def _published(store: dist.Store, nodes: Sequence[int]) -> dict[int, tuple[int, list[Seen]]]:

@@ -124,7 +124,9 @@ _LOST_NOTE = "lost: "
 
 def has_lost_rank(failure: BaseException) -> bool:
     """Returns whether a rank failed because another one has ended, or does not answer."""
-    return isinstance(failure, torch.distributed.DistError) or (_is_runtime(failure) and bool(_LOST.search(str(failure))))
+    return isinstance(failure, torch.distributed.DistError) or (
+        _is_runtime(failure) and bool(_LOST.search(str(failure)))
+    )
 
 
 def is_timeout(failure: BaseException) -> bool:

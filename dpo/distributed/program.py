@@ -26,6 +26,7 @@ from dpo.command.exits import (
 from dpo.command.rank import is_main
 from dpo.command.status import tell_end
 from dpo.config import with_place
+from dpo.distributed.arrival import SaidByAnother
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.failures import has_lost_rank, met_alone, record_failure
 from dpo.distributed.startup import meet
@@ -97,7 +98,8 @@ def run_program(main: Callable[[], None], after_stop: str = "") -> int:
         if line is None:
             log_alone(details)
             raise
-        tell_error(line)  # without waiting for other ranks
+        if not isinstance(failure, SaidByAnother):
+            tell_error(line)  # without waiting for other ranks
         return exit_code_of(failure)
     if is_first:
         tell_end(None)

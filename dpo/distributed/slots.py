@@ -27,8 +27,11 @@ IN, DONE, TOGETHER, FAILED, LOST = range(5)
 """How a rank has left the run: not yet; its work is done; with a failure that all ranks raise; with a failure of its
 own; because it lost another rank."""
 
-STORE_GONE = "store-gone"
-"""The name of a file beside the slots: the torchrun of the first node, which serves the store, has ended."""
+NOT_HEARD = "?"
+"""The state of a process of which nothing is heard any more, since its node does not publish any."""
+END_FILE = "end"
+"""The name of a file beside the slots, once the ranks must end for what happened on another node: a JSON list of the
+rank that is to blame (-1: none of this run) and why."""
 
 _LIFE, _PLACE, _END = struct.Struct("dd"), struct.Struct("=qqqd32s"), struct.Struct("=qd600s")
 _LIFE_AT, _PLACE_AT, _END_AT, _FRAME_AT = 2048, 2080, 2176, 2816

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from dpo.command.rank import is_rank
+from dpo.distributed.arrival import ALL_HERE, arrive, await_start
 from dpo.distributed.beats import beating, set_limit
 from dpo.distributed.descriptors import check_shortage, publish_shortage, raise_limits, tell_raised
 from dpo.distributed.flight import Flight
@@ -82,7 +83,7 @@ def start_devices(world: World, timeout_seconds: int) -> None:
     on_cuda, timeout = world.device.type == "cuda", timedelta(seconds=timeout_seconds)
     store = dist.PrefixStore("steps", world.store)
     # Not a barrier of the group: the first rank to leave it would close its connections while others read from them.
-    _arrive(store, world.size)
+    arrive(store, world.size)
     store.wait([ALL_HERE])
     dist.destroy_process_group()
     store.set_timeout(timeout)
@@ -130,15 +131,6 @@ def _connect(world: World) -> None:
     torch.cuda.synchronize(world.device)
 
 
-def _arrive(store: dist.Store, size: int) -> None:
-    """Counts this rank in the store, and sets the key `ALL_HERE` once all ranks are counted."""
-    if store.add("arrived", 1) == size:
-        store.set(ALL_HERE, "")
-
-
-ALL_HERE = "all"
-
-
 def set_allocator(environment: MutableMapping[str, str]) -> None:
     """Turns on expandable segments in torch's CUDA allocator, which then reserves less unused memory. Does nothing if
     the user has set an allocator variable. Must be called before CUDA starts.
@@ -181,27 +173,12 @@ def join(timeout_seconds: int, replicate: int = 1) -> dist.Store:
         os.environ[VARIABLE] = interface
     store = dist.PrefixStore("dpo", store)
     publish_shortage(found, store)
-    _await_start(dist.PrefixStore("start", store), rank, size, min(timeout_seconds, arrival_seconds(size)))
+    await_start(dist.PrefixStore("start", store), rank, size, min(timeout_seconds, arrival_seconds(size)))
     check_shortage(store)
     if rank == 0:
         tell_raised(found)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     return store
-
-
-def _await_start(store: dist.Store, rank: int, size: int, seconds: int) -> None:
-    """Waits until all ranks have started; after `seconds` raises ConnectionError, which names the others."""
-    store.set(f"rank {rank}", "")
-    _arrive(store, size)
-    try:
-        store.wait([ALL_HERE], timedelta(seconds=seconds))
-    except dist.DistStoreError as failure:
-        missing = [str(other) for other in range(size) if not store.check([f"rank {other}"])]
-        named = ", ".join(missing[:8]) + (", ..." if len(missing) > 8 else "")
-        raise ConnectionError(
-            f"rank {rank}: {len(missing)} of {size} ranks did not start within {seconds} seconds: {named};"
-            " their nodes' logs say why"
-        ) from failure
 
 
 def meet(name: str, timeout: timedelta) -> None:
@@ -213,7 +190,7 @@ def meet(name: str, timeout: timedelta) -> None:
     """
     store, _, size = next(dist.rendezvous("env://", timeout=timeout))
     store = dist.PrefixStore(name, store)
-    _arrive(store, size)
+    arrive(store, size)
     store.wait([ALL_HERE], timeout)
 
 

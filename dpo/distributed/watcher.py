@@ -10,19 +10,21 @@ rank of the node starts the watcher (`dpo.distributed.beats`); it is in a sessio
 ranks do not reach it, and holds none of their descriptors. It imports no torch and is there in 0.1 s.
 """
 
+import json
 import os
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.command.blame import write_error
+from dpo.command.blame import PLACE_FILE, write_error
 from dpo.distributed.causes import Cause, failed, held_up, silent, told, vanished
 from dpo.distributed.flight import Flight
-from dpo.distributed.slots import LOST, STORE_GONE, Seen, look, still_in
+from dpo.distributed.slots import END_FILE, IN, LOST, Seen, look, still_in
 
 GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.25
@@ -33,10 +35,19 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     folder, watcher = Path(sys.argv[1]), Watcher()
-    while still_in(seen := look(folder)):
-        watcher.act(seen, (folder / STORE_GONE).exists(), Flight(folder).found)
+    while seen := look(folder):
+        watcher.act(seen, _end(folder), Flight(folder).found)
+        if not still_in(seen):
+            break
         time.sleep(_POLL_SECONDS)
     clear(folder)
+
+
+def _end(folder: Path) -> tuple[int, str] | None:
+    """Returns the rank that is to blame for what happened on another node, and why; None: nothing has."""
+    file = folder / END_FILE
+    rank, why = json.loads(file.read_text()) if file.exists() else (-1, "")
+    return (rank, why) if why else None
 
 
 def clear(folder: Path) -> None:
@@ -54,42 +65,43 @@ class Watcher:
     since: float = 0.0
     """The time from which on they must."""
 
-    def act(self, seen: Sequence[Seen], is_store_gone: bool, dumps: str) -> None:
+    def act(self, seen: Sequence[Seen], end: tuple[int, str] | None, dumps: str) -> None:
         """Looks once.
 
         Args:
             seen: the ranks of the node.
-            is_store_gone: whether the torchrun of the first node has ended.
+            end: the rank that is to blame for what happened on another node, and why; None: nothing has.
             dumps: where NCCL's last collectives are, in words; empty: nowhere.
         """
         late = silent(seen)
         if late is not None:
             record(late, dumps)
-            os.kill(late.rank.pid, signal.SIGKILL)
-        if not self.why:
-            self.why, self.since = trouble(seen, late, is_store_gone, dumps), time.monotonic()
+            _kill(late.rank)
+        if not self.why and (cause := late or trouble(seen, end)):
+            self.why, self.since = str(cause), time.monotonic()
+            if isinstance(cause, Cause) and cause.is_silent:
+                record(cause, dumps)
+                _kill(cause.rank)
         if self.why and time.monotonic() - self.since >= GRACE_SECONDS:
             for rank in still_in(seen):
                 record_end(rank, self.why)
-                os.kill(rank.pid, signal.SIGKILL)
+                _kill(rank)
 
 
-def trouble(seen: Sequence[Seen], late: Cause | None, is_store_gone: bool, dumps: str) -> str:
-    """Returns why the ranks that are left wait in vain, after it has recorded the failure of the one they wait for;
-    empty where nothing has happened.
-    """
-    cause = late or failed(seen) or told(seen)
-    if cause is not None:
-        return str(cause)
-    gone = vanished(seen)
-    if gone is not None:
-        cause = held_up(gone.rank, seen)
-        if cause is not None:
-            record(cause, dumps)
-        return str(cause or gone)
-    if is_store_gone:
-        return "the torchrun of the first node has ended"
-    return "another rank was lost" if any(rank.end == LOST for rank in seen) else ""
+def _kill(rank: Seen) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(rank.pid, signal.SIGKILL)
+
+
+def trouble(seen: Sequence[Seen], end: tuple[int, str] | None) -> Cause | str | None:
+    """Returns why the ranks that are left wait in vain; None where nothing has happened."""
+    if end is not None:
+        return next((Cause(rank, end[1], is_silent=True) for rank in still_in(seen) if rank.rank == end[0]), end[1])
+    cause = failed(seen) or told(seen) or vanished(seen)
+    if cause is not None and cause.rank.end == IN and cause.rank.is_gone:
+        write_place(cause.rank)
+        return held_up(cause.rank, seen) or cause
+    return cause or ("another rank was lost" if any(rank.end == LOST for rank in seen) else None)
 
 
 def record(cause: Cause, dumps: str = "") -> None:
@@ -102,6 +114,13 @@ def record(cause: Cause, dumps: str = "") -> None:
     _write(rank, f"rank {rank.rank} on {rank.host}: {words}", words, extra)
 
 
+def write_place(rank: Seen) -> None:
+    """Tells whoever reports the end of a process that is gone where it was (`command.blame.place_of_killed`)."""
+    if rank.error_file:
+        with suppress(FileNotFoundError):  # torchrun, or `dpo`, has ended and removed its folder
+            Path(rank.error_file).with_name(PLACE_FILE).write_text(rank.place, encoding="utf-8")
+
+
 def record_end(rank: Seen, why: str) -> None:
     """Writes to the error file of a rank that it was ended for the sake of another one."""
     words = f"was ended in {rank.place}: {why}"
@@ -110,7 +129,7 @@ def record_end(rank: Seen, why: str) -> None:
 
 def _write(rank: Seen, line: str, message: str, extra: dict[str, object]) -> None:
     path = Path(rank.error_file)
-    if rank.error_file and not path.exists():
+    if rank.error_file and path.parent.is_dir() and not path.exists():
         write_error(path, message, line, extra)
 
 

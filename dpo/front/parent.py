@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing.api import RunProcsResult
 
 from dpo.base.errors import UserError
 from dpo.base.workers import signal_name
-from dpo.command.blame import Failure, read_error
+from dpo.command.blame import Failure, place_of_killed, read_error
 from dpo.command.exits import EXIT_CODES, tell_error, tell_stop
 from dpo.command.status import GPUS_ASKED, STATUS_FILE, read_status
 from dpo.front.ending import End, Verdict, is_time_to_kill, judge
@@ -214,7 +214,8 @@ def _failures(result: RunProcsResult, codes: Mapping[int, int]) -> list[Failure]
             failures.append(read_error(Path(failure.error_file), host, rank))
         elif code < 0:
             how = f"killed by {signal_name(-code)}, without a Python exception"
-            failures.append(Failure(host, rank, failure.timestamp, how, killed_by=-code))
+            place = place_of_killed(Path(failure.error_file))
+            failures.append(Failure(host, rank, failure.timestamp, how, killed_by=-code, place=place))
         elif code:
             failures.append(Failure(host, rank, failure.timestamp, f"exit code {code}", exit_code=code))
     return failures

@@ -3,7 +3,7 @@ tests.bench.stopped_ranks`, in ten minutes.
 
     --timeout 20        parallel.timeout_seconds and setup_timeout_seconds
     --launcher NAME     dpo, torchrun or here (`dpo submit` on this machine); all of them by default
-    --fault NAME ...    of tests/support/faulty_rank.py
+    --fault NAME ...    of tests/support/faulty_rank.py; --place NAME ... likewise
     --code DIR          another checkout
 """
 
@@ -28,7 +28,7 @@ CASES = (
 LAUNCHERS = {
     "dpo": ("dpo", "train", "--ranks", "2"),
     "torchrun": ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "dpo.train"),
-    "here": ("launch.submit", "--local", "--ranks-per-node", "2", "--max-crashes", "0"),
+    "here": ("launch.submit", "--cluster", "debug", "--no-estimate", "--ranks-per-node", "2", "--max-crashes", "0"),
 }
 
 
@@ -81,14 +81,17 @@ def main() -> None:
     parser.add_argument("--timeout", type=int, default=20)
     parser.add_argument("--launcher", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
     parser.add_argument("--fault", nargs="+")
+    parser.add_argument("--place", nargs="+")
     parser.add_argument("--code", type=Path, default=ROOT)
     arguments = parser.parse_args()
-    print("| launcher | fault | place | seconds until all are gone | exit code | last line |\n|---|---|---|---|---|---|")
+    print(
+        "| launcher | fault | place | seconds until all are gone | exit code | last line |\n|---|---|---|---|---|---|"
+    )
     with tempfile.TemporaryDirectory(prefix="stopped-") as folder:
         root = save_six_steps(Path(folder))
         for launcher in arguments.launcher:
             for fault, place in CASES:
-                if not arguments.fault or fault in arguments.fault:
+                if fault in (arguments.fault or [fault]) and place in (arguments.place or [place]):
                     seconds, code, line = measure(root, launcher, fault, place, arguments)
                     print(f"| {launcher} | {fault} | {place} | {seconds:.1f} | {code} | {line} |", flush=True)
 
