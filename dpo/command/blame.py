@@ -127,8 +127,7 @@ _OURS = ("user_line", "exit_code", "is_silent", "is_consequence", "place")
 """Fields of the file that are those of `Failure`, where they are there."""
 
 PLACE_FILE = "place"
-"""The name of a file beside a rank's error file: where the rank was, once its process is gone without a word; empty till
-then."""
+"""The name of a file beside a rank's error file: where the rank was, once its process is gone without a word."""
 _PLACE_SECONDS = 1.0
 
 

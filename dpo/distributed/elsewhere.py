@@ -1,8 +1,10 @@
 """What is seen of the ranks of other nodes: each node publishes its own in the store of the run, every few seconds.
 
-A rank that is to blame cannot know it where it lives and does not come on: the one that waited in vain for it tells so
-through the store (`blame`), and the watcher of its node ends it. The live rank with the lowest number publishes, over a connection of its own: the program's may wait in the store, and
+The live rank with the lowest number publishes, over a connection of its own: the program's may wait in the store, and
 would keep the thread waiting with it. A set of a few KiB per node is little for a store, also of 64 nodes.
+
+A rank that is to blame cannot know it where it lives and does not come on: the one that has waited in vain for it tells
+so through the store (`blame`), and the watcher of its node ends it.
 """
 
 import json
@@ -40,7 +42,7 @@ def publish(store: dist.Store, rank: int, first: int, folder: Path, stopped: thr
         if not _is_speaker(rank, seen):
             continue
         try:
-            own = own or store.clone()
+            own = own or store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
             own.set(_key(first), json.dumps([number, [asdict(one) for one in seen]]))
             end = own.get(_BLAMED) if own.check([_BLAMED]) else b""
         except dist.DistError:
@@ -89,7 +91,7 @@ def _read(store: dist.Store, nodes: Sequence[int], found: list[Seen]) -> None:
     anew.
     """
     with suppress(dist.DistError):
-        own = store.clone()
+        own = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
         before = _published(own, nodes)
         if any(map(_tells, _ranks(before))):
             found += _ranks(before)

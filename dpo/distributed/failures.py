@@ -4,8 +4,8 @@ Rank 1 of 2 runs out of memory in a backward pass, while rank 0 waits for it in 
 
     rank 1      error: rank 1: out of GPU memory: 2.50 GiB were asked for; the peak was 76.90 GiB of tensors, 78.08 GiB
                 reserved, of 79.11 GiB; by the estimate a step needs 77.41 GiB; what helps: ...
-    rank 0      over gloo, error: rank 0: lost rank 1 on node1: out of GPU memory: ...; over NCCL nothing, since it waits
-                until torchrun or the watcher of its node (`dpo.distributed.watcher`) ends it
+    rank 0      over gloo, error: rank 0: lost rank 1 on node1: out of GPU memory: ...; over NCCL nothing, since it
+                waits until torchrun or the watcher of its node (`dpo.distributed.watcher`) ends it
     torchrun    sees a rank end, ends the others, and prints the line of each rank that has one
 
 A rank that prints a line also writes it to the file from which torchrun takes it, and ends with exit code 1.
@@ -31,6 +31,7 @@ from dpo.base.units import shown_bytes
 from dpo.command.blame import write_error
 from dpo.command.exits import exit_code_of, line_of
 from dpo.command.line import split_options, words_of
+from dpo.distributed.arrival import SaidByAnother
 from dpo.machine.data_sheets import GIB, find_sheet
 
 
@@ -105,7 +106,8 @@ def met_alone(failure: Exception) -> str | None:
 
 def _lost_words(failure: BaseException) -> str:
     """Returns the rank that was lost and why, where it is known; else what this rank saw of it."""
-    found = [note.removeprefix(_LOST_NOTE) for note in getattr(failure, "__notes__", ()) if note.startswith(_LOST_NOTE)]
+    notes: list[str] = getattr(failure, "__notes__", [])
+    found = [note.removeprefix(_LOST_NOTE) for note in notes if note.startswith(_LOST_NOTE)]
     if found:
         return found[0]
     said = one_line(str(failure))
@@ -124,9 +126,8 @@ _LOST_NOTE = "lost: "
 
 def has_lost_rank(failure: BaseException) -> bool:
     """Returns whether a rank failed because another one has ended, or does not answer."""
-    return isinstance(failure, torch.distributed.DistError) or (
-        _is_runtime(failure) and bool(_LOST.search(str(failure)))
-    )
+    is_message = _is_runtime(failure) and bool(_LOST.search(str(failure)))
+    return is_message or isinstance(failure, torch.distributed.DistError | SaidByAnother)
 
 
 def is_timeout(failure: BaseException) -> bool:

@@ -1,8 +1,8 @@
 """PyTorch's Flight Recorder: the last collectives of each rank, written to a file when NCCL has waited in vain.
 
-It is on unless the user has set its variables. All torch versions from 2.9 on know these names; torch 2.8 and earlier had
-TORCH_NCCL_TRACE_BUFFER_SIZE and TORCH_NCCL_DEBUG_INFO_TEMP_FILE, which later ones take too, with a warning. The files
-are for `python -m torch.distributed.flight_recorder.fr_trace`.
+It is on unless the user has set its variables. All versions of torch that this package runs with know these names, and
+take the older ones, TORCH_NCCL_TRACE_BUFFER_SIZE and TORCH_NCCL_DEBUG_INFO_TEMP_FILE, with a warning. torch has a
+program that reads the files: `python -m torch.distributed.flight_recorder.fr_trace`.
 
 Source: https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
 """

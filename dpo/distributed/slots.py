@@ -126,6 +126,15 @@ class Slot:
         self.memory[_FRAME_AT : _FRAME_AT + _FRAME] = text
 
 
+def condemn(folder: Path, rank: int, words: str) -> None:
+    """Writes, from another process, that a rank has failed and why: before it is killed, so that no rank that loses it
+    takes it for one that vanished.
+    """
+    with (folder / f"rank-{rank}").open("r+b") as file:
+        file.seek(_END_AT)
+        file.write(_END.pack(FAILED, time.monotonic(), words.encode()[:600]))
+
+
 def look(folder: Path) -> list[Seen]:
     """Returns what is seen of the ranks of a node now, by rank; nothing of a rank whose file is not there yet."""
     return sorted((_seen(path.read_bytes()) for path in folder.glob("rank-*")), key=lambda seen: seen.rank)

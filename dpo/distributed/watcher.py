@@ -24,7 +24,7 @@ from pathlib import Path
 from dpo.command.blame import PLACE_FILE, write_error
 from dpo.distributed.causes import Cause, failed, held_up, silent, told, vanished
 from dpo.distributed.flight import Flight
-from dpo.distributed.slots import END_FILE, IN, LOST, Seen, look, still_in
+from dpo.distributed.slots import END_FILE, IN, LOST, Seen, condemn, look, still_in
 
 GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.25
@@ -34,7 +34,8 @@ def main() -> None:
     """Watches the ranks of a node, whose files are in the folder of the command line, to their end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
-    folder, watcher = Path(sys.argv[1]), Watcher()
+    folder = Path(sys.argv[1])
+    watcher = Watcher(folder)
     while seen := look(folder):
         watcher.act(seen, _end(folder), Flight(folder).found)
         if not still_in(seen):
@@ -60,6 +61,8 @@ def clear(folder: Path) -> None:
 class Watcher:
     """Ends the ranks of a node that cannot end by themselves."""
 
+    folder: Path
+    """The files of the node."""
     why: str = ""
     """Why the ranks must end; empty while they need not."""
     since: float = 0.0
@@ -75,17 +78,21 @@ class Watcher:
         """
         late = silent(seen)
         if late is not None:
-            record(late, dumps)
-            _kill(late.rank)
+            self._end(late, dumps)
         if not self.why and (cause := late or trouble(seen, end)):
             self.why, self.since = str(cause), time.monotonic()
             if isinstance(cause, Cause) and cause.is_silent:
-                record(cause, dumps)
-                _kill(cause.rank)
+                self._end(cause, dumps)
         if self.why and time.monotonic() - self.since >= GRACE_SECONDS:
             for rank in still_in(seen):
                 record_end(rank, self.why)
                 _kill(rank)
+
+    def _end(self, cause: Cause, dumps: str) -> None:
+        """Ends the rank that is to blame."""
+        record(cause, dumps)
+        condemn(self.folder, cause.rank.rank, cause.words)
+        _kill(cause.rank)
 
 
 def _kill(rank: Seen) -> None:
