@@ -29,7 +29,7 @@ UNDOCUMENTED = (
 )
 """Modules without an underscore of which no documentation speaks."""
 
-DOCUMENTED = ("os._exit", "sys._getframe", "._replace")
+DOCUMENTED = ("os._exit", "sys._getframe", "sys._current_frames", "._replace")
 """Names with an underscore that Python documents; the last is a named tuple's."""
 
 DOTTED = re.compile(r"\b[a-z]\w*(?:\.[a-z]\w*)*\._\w+(?:\.\w+)*")

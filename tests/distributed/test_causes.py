@@ -81,6 +81,7 @@ def test_the_first_failure_wins() -> None:
     """A rank's own failure before a stopped rank, the earlier before the later, what another has found first."""
     earlier = rank(3, end=FAILED, ended=5.0, words="OSError: y")
     assert str(find_cause([rank(0), WRONG, earlier, replace(STOPPED, rank=2)], True)) == "rank 3 on n1: OSError: y"
+    assert str(find_cause([rank(0), replace(GONE, rank=2, silence=9.0), WRONG], False)) == "rank 1 on n1: ValueError: x"
     told = rank(2, end=LOST, ended=1.0, words="1 no sign of life")
     assert str(find_cause([rank(0), HANGS, told], False)) == "rank 1 on n1: no sign of life"
 

@@ -1,0 +1,88 @@
+"""What a rank writes of itself, as others see it."""
+
+import os
+import sys
+from pathlib import Path
+
+from dpo.command.blame import Failure, first_cause, place_of_killed, read_error
+from dpo.distributed.beats import frame_in_words
+from dpo.distributed.causes import Cause, silent
+from dpo.distributed.slots import DONE, FAILED, IN, LOST, Slot, condemn, look, still_in
+from dpo.distributed.watcher import record, record_end, write_place
+
+
+def slot(folder: Path, rank: int = 1, limit: float = 20.0) -> Slot:
+    """Of this process."""
+    file = folder / str(rank) / "error.json"
+    file.parent.mkdir()
+    return Slot(folder, {"rank": rank, "host": "n1", "error_file": str(file)}, limit)
+
+
+def test_a_place_is_seen_in_words(tmp_path: Path) -> None:
+    own = slot(tmp_path)
+    assert [(rank.place, rank.count, rank.end) for rank in look(tmp_path)] == [("setup", 1, IN)]
+    own.show("f.py:1 in f")
+    assert look(tmp_path)[0].frame == "f.py:1 in f"
+    own.stand("the forward pass", 4, 2)
+    (seen,) = look(tmp_path)
+    assert (seen.place, seen.count, seen.frame) == ("the forward pass of step 4, micro-batch 2", 2, "")
+    assert (seen.pid, seen.is_gone, seen.limit) == (os.getpid(), False, 20.0) and seen.silence < 60
+    assert still_in([seen]) == [seen]
+
+
+def test_the_first_word_on_the_end_counts(tmp_path: Path) -> None:
+    own = slot(tmp_path)
+    own.leave(FAILED, "ValueError: x")
+    own.leave(LOST, "later")
+    (seen,) = look(tmp_path)
+    assert (seen.end, seen.words) == (FAILED, "ValueError: x") and not still_in([seen])
+    other = slot(tmp_path, rank=2)
+    condemn(tmp_path, 2, "no sign of life")
+    other.leave(DONE)
+    assert (look(tmp_path)[1].end, look(tmp_path)[1].words) == (FAILED, "no sign of life")
+
+
+def test_another_process_with_the_same_id_is_not_the_rank(tmp_path: Path) -> None:
+    """A process that started at another time: the rank is gone."""
+    slot(tmp_path)
+    file = tmp_path / "rank-1"
+    started = look(tmp_path)[0].started
+    file.write_bytes(file.read_bytes().replace(f'"{started}"'.encode(), f'"{"9" * len(started)}"'.encode()))
+    assert look(tmp_path)[0].is_gone
+
+
+def test_a_silent_rank_is_blamed_before_those_that_lost_it_and_the_job_starts_again(tmp_path: Path) -> None:
+    """By the error files that the watcher writes for both; what stands in one already stays."""
+    slot(tmp_path, limit=0.0)
+    slot(tmp_path, rank=0)
+    late, other = silent(look(tmp_path)), look(tmp_path)[0]
+    assert late is not None and late.rank.rank == 1
+    record_end(other, str(late))
+    record(late)
+    record(Cause(late.rank, "another reason"))
+    failures = [read_error(Path(rank.error_file), "n1", rank.rank) for rank in look(tmp_path)]
+    first = first_cause(failures)
+    assert first is not None and str(first) == str(late) and first.told == str(late)
+    assert first.is_silent and first.blame == 0 and not first.is_exception
+    assert failures[0].is_consequence and failures[0].blame == 2 and str(late) in failures[0].message
+
+
+def test_where_a_killed_rank_was(tmp_path: Path) -> None:
+    """Only a watcher knows it: without one nobody waits for its word."""
+    slot(tmp_path).stand("the update", 3, 0)
+    (seen,) = look(tmp_path)
+    error_file = Path(seen.error_file)
+    assert place_of_killed(error_file) == ""
+    write_place(seen)
+    assert place_of_killed(error_file) == "the update of step 3"
+    assert str(Failure("n1", 1, 0.0, "killed by SIGKILL", killed_by=9, place="the update of step 3")) == (
+        "rank 1 on n1: killed by SIGKILL, in the update of step 3"
+    )
+
+
+def test_what_a_thread_does_in_words() -> None:
+    """The innermost frame; here none of the package has called it, so nothing else."""
+    words = frame_in_words(sys._getframe())
+    assert words.startswith("tests/distributed/test_slots.py:") and words.split(", called from ")[0].endswith(
+        "in test_what_a_thread_does_in_words"
+    )
