@@ -4,7 +4,10 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from dpo.command.blame import Failure, first_cause, place_of_killed, read_error
+from dpo.distributed import watcher
 from dpo.distributed.beats import frame_in_words
 from dpo.distributed.causes import Cause, silent
 from dpo.distributed.slots import DONE, FAILED, IN, LOST, Slot, condemn, look, still_in
@@ -86,3 +89,20 @@ def test_what_a_thread_does_in_words() -> None:
     assert words.startswith("tests/distributed/test_slots.py:") and words.split(", called from ")[0].endswith(
         "in test_what_a_thread_does_in_words"
     )
+
+
+def test_the_watcher_says_why_before_it_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that loses the killed one then finds the reason; the others are killed once their grace is over."""
+    killed: list[int] = []
+    monkeypatch.setattr(watcher, "_kill", lambda rank: killed.append(rank.rank))
+    slot(tmp_path, limit=0.0)
+    slot(tmp_path, rank=0)
+    watch = watcher.Watcher(tmp_path)
+    watch.act(look(tmp_path), None, "")
+    other, late = look(tmp_path)
+    assert killed == [1] and late.end == FAILED and late.words.startswith("no sign of life for 0 s: ")
+    watch.act([other, late], None, "")
+    assert killed == [1]
+    watch.since -= watcher.GRACE_SECONDS
+    watch.act([other, late], None, "")
+    assert killed == [1, 0]
