@@ -81,7 +81,7 @@ class Watcher:
             self._end(late, dumps)
         if not self.why and (cause := late or trouble(seen, end)):
             self.why, self.since = str(cause), time.monotonic()
-            if isinstance(cause, Cause) and cause.is_silent:
+            if cause is not late and isinstance(cause, Cause) and cause.is_silent:
                 self._end(cause, dumps)
         if self.why and time.monotonic() - self.since >= GRACE_SECONDS:
             for rank in still_in(seen):
