@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from dpo.distributed.watcher import clear, record
 from dpo.terminal.console import warn
 
 _BEAT_SECONDS = 0.5
+_LOOKS, _LOOK_SECONDS = 5, 0.1
 _MEMORY = Path("/dev/shm")
 _ROOT = Path(__file__).parents[2]
 
@@ -197,8 +199,12 @@ def _last_words(node: Node, failure: Exception) -> tuple[int, str]:
 def _cause_of(node: Node, failure: Exception) -> Cause | None:
     """Returns the rank to blame for the loss of another rank; records its failure where it cannot do so itself."""
     waited = is_timeout(failure)
-    here = look(node.folder)
-    cause = find_cause([*here, *seen_elsewhere(node.store, node.others)], waited)
+    for _ in range(_LOOKS):
+        here = look(node.folder)
+        if cause := find_cause(here, waited):
+            break
+        time.sleep(_LOOK_SECONDS)  # a dying process closes its connections before it is seen to be gone
+    cause = cause or find_cause([*here, *seen_elsewhere(node.store, node.others)], waited)
     if cause is None or cause.rank.rank == node.rank:
         return None
     if cause.is_silent and cause.rank in here:

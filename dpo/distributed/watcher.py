@@ -76,6 +76,9 @@ class Watcher:
             end: the rank that is to blame for what happened on another node, and why; None: nothing has.
             dumps: where NCCL's last collectives are, in words; empty: nowhere.
         """
+        for rank in seen:
+            if rank.end == IN and rank.is_gone:
+                write_place(rank)
         late = silent(seen)
         if late is not None:
             self._end(late, dumps)
@@ -106,7 +109,6 @@ def trouble(seen: Sequence[Seen], end: tuple[int, str] | None) -> Cause | str | 
         return next((Cause(rank, end[1], is_silent=True) for rank in still_in(seen) if rank.rank == end[0]), end[1])
     cause = failed(seen) or told(seen) or vanished(seen)
     if cause is not None and cause.rank.end == IN and cause.rank.is_gone:
-        write_place(cause.rank)
         return held_up(cause.rank, seen) or cause
     return cause or ("another rank was lost" if any(rank.end == LOST for rank in seen) else None)
 
