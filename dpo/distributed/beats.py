@@ -31,7 +31,7 @@ from dpo.distributed.elsewhere import blame, publish, seen_elsewhere
 from dpo.distributed.failures import has_lost_rank, is_timeout, met_alone, name_lost
 from dpo.distributed.flight import Flight
 from dpo.distributed.slots import DONE, FAILED, LOST, TOGETHER, Slot, look, still_in
-from dpo.distributed.watcher import clear, record
+from dpo.distributed.watcher import clear, record, write_places
 from dpo.terminal.console import warn
 
 _BEAT_SECONDS = 0.5
@@ -238,6 +238,7 @@ def _start_watcher(node: Node, stopped: threading.Event) -> subprocess.Popen[byt
 def _end_watcher(process: subprocess.Popen[bytes], folder: Path) -> None:
     """Ends the watcher at once where no rank of the node is left, which it would find out itself a moment later."""
     with suppress(FileNotFoundError):  # it has found out, and removed the files
-        if not still_in(look(folder)):
+        if not still_in(seen := look(folder)):
+            write_places(seen)
             process.kill()
             clear(folder)

@@ -76,9 +76,7 @@ class Watcher:
             end: the rank that is to blame for what happened on another node, and why; None: nothing has.
             dumps: where NCCL's last collectives are, in words; empty: nowhere.
         """
-        for rank in seen:
-            if rank.end == IN and rank.is_gone:
-                write_place(rank)
+        write_places(seen)
         late = silent(seen)
         if late is not None:
             self._end(late, dumps)
@@ -121,6 +119,13 @@ def record(cause: Cause, dumps: str = "") -> None:
     words = f"{cause.words}{dumps}"
     extra = {"seconds": time.time() - max(rank.silence, rank.age), "user_line": words, "is_silent": True}
     _write(rank, f"rank {rank.rank} on {rank.host}: {words}", words, extra)
+
+
+def write_places(seen: Sequence[Seen]) -> None:
+    """Writes where the ranks were whose processes are gone without a word."""
+    for rank in seen:
+        if rank.end == IN and rank.is_gone:
+            write_place(rank)
 
 
 def write_place(rank: Seen) -> None:

@@ -161,7 +161,7 @@ def _watch(context: PContext, stops: list[int], status: Callable[[], Mapping[str
         context.close(signal.SIGKILL, _KILL_SECONDS)  # does nothing where all have ended
     result = context.wait(timeout=0)
     assert result is not None, "all ranks have ended"
-    return End(tuple(stops), status(), [] if is_killed else _failures(result, codes), is_killed)
+    return End(tuple(stops), status(), [] if is_killed else _failures(result, codes, context.error_files), is_killed)
 
 
 def _exit_codes(context: PContext) -> dict[int, int]:
@@ -200,12 +200,13 @@ def _again(number: int) -> str:
     return "Ctrl-C again ends the run at once" if number == signal.SIGINT else "a second signal ends the run at once"
 
 
-def _failures(result: RunProcsResult, codes: Mapping[int, int]) -> list[Failure]:
+def _failures(result: RunProcsResult, codes: Mapping[int, int], files: Mapping[int, str]) -> list[Failure]:
     """Returns the failures of the ranks: those with an error file, and those that ended by themselves.
 
     Args:
         result: how all ranks ended.
         codes: of the ranks that had ended when the others were killed.
+        files: the error file of each rank; in `result` only those that are there.
     """
     host, failures = socket.gethostname(), []
     for rank, failure in result.failures.items():
@@ -214,7 +215,7 @@ def _failures(result: RunProcsResult, codes: Mapping[int, int]) -> list[Failure]
             failures.append(read_error(Path(failure.error_file), host, rank))
         elif code < 0:
             how = f"killed by {signal_name(-code)}, without a Python exception"
-            place = place_of_killed(Path(failure.error_file))
+            place = place_of_killed(Path(files[rank]))
             failures.append(Failure(host, rank, failure.timestamp, how, killed_by=-code, place=place))
         elif code:
             failures.append(Failure(host, rank, failure.timestamp, f"exit code {code}", exit_code=code))
