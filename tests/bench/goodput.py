@@ -20,7 +20,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from dpo.checkpoint.store import newest_checkpoint
+from dpo.checkpoint.folders import newest_checkpoint
 from dpo.config import Config
 from dpo.run_folder.files import read_metrics
 from tests.faults.worlds import last_step, start_world, wait_for_step

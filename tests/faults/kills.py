@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from dpo.checkpoint.store import newest_checkpoint
+from dpo.checkpoint.folders import newest_checkpoint
 from dpo.config import Config
 from dpo.run_folder.files import FINAL, read_metrics
 from tests.faults.worlds import last_step, start_world, wait_for_step

@@ -16,7 +16,7 @@ import pytest
 
 from dpo.checkpoint import export as exporting
 from dpo.checkpoint import store
-from dpo.checkpoint.store import newest_checkpoint
+from dpo.checkpoint.folders import newest_checkpoint
 from dpo.config import Config, to_yaml
 from dpo.run_folder.lock import entries_of
 from dpo.train import hold, program
