@@ -91,13 +91,16 @@ class DiskArray:
 
 
 def open_array(path: Path) -> DiskArray:
-    """Opens an array that `np.save` wrote in C order. Raises OSError or ValueError if the file is truncated."""
+    """Opens an array that `np.save` wrote in C order. Raises OSError or ValueError if the file is truncated,
+    or holds something else than numbers.
+    """
     file = hold_file(path)
     with os.fdopen(file.descriptor, "rb", closefd=False) as header:
         np.lib.format.read_magic(header)
         shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(header)
         offset = header.tell()
-    assert not is_fortran
+    if is_fortran or dtype.hasobject:  # the bytes of objects would be taken for addresses
+        raise OSError(f"{path}: not an array of numbers in C order")
     if file.size != offset + dtype.itemsize * math.prod(shape):
         raise OSError(f"{path}: {file.size} bytes are not an array of shape {shape}")
     return DiskArray(file, offset, dtype, shape)

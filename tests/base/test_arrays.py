@@ -56,6 +56,13 @@ def test_a_file_that_is_cut_off_is_told(tmp_path: Path) -> None:
         open_array(path)
 
 
+@pytest.mark.parametrize("array", [np.array([[1], "two"], object), np.asfortranarray(np.arange(6).reshape(2, 3))])
+def test_a_file_of_something_else_is_told(tmp_path: Path, array: np.ndarray) -> None:
+    np.save(tmp_path / "other.npy", array, allow_pickle=True)
+    with pytest.raises(OSError, match=r"other\.npy: not an array of numbers in C order"):
+        open_array(tmp_path / "other.npy")
+
+
 def test_the_file_is_open_as_long_as_its_array(tmp_path: Path) -> None:
     """Also where its name is gone; then it is closed, without the ResourceWarning of a file that was forgotten."""
     path = tmp_path / "a.npy"
