@@ -1,4 +1,4 @@
-"""The commands of the READMEs exist: their names, flags and keys of the config."""
+"""The commands of the READMEs exist, with their flags and keys of the config; so do the tests that they name."""
 
 import re
 import shlex
@@ -59,3 +59,28 @@ def test_the_names_of_trl_are_those_of_the_table() -> None:
     for name, ours in names:
         key = TRL_NAMES[name].key
         assert key is None or key in ours or key.partition(".")[0] in ours, (name, key)
+
+
+def named_tests() -> list[tuple[str, str]]:
+    """Each test between backquotes in the trainer's README: (file below tests/, name of the test, or empty); `::name`
+    is of the file before it.
+    """
+    found, file = [], ""
+    for word in re.findall(r"`([^`\s]+)`", (ROOT / "dpo" / "README.md").read_text(encoding="utf-8")):
+        path, _, name = word.removeprefix("tests/").partition("::")
+        if path.endswith(".py") and Path(path).name.startswith("test_"):
+            file = path
+        if file and (path == file or (name and not path)):
+            found.append((file, name))
+    return found
+
+
+def test_there_are_tests_in_the_tables() -> None:
+    assert len(named_tests()) > 20
+
+
+@pytest.mark.parametrize(("file", "name"), named_tests())
+def test_a_test_of_the_readme_exists(file: str, name: str) -> None:
+    path = ROOT / "tests" / file
+    assert path.is_file()
+    assert not name or re.search(rf"^def {name}\(", path.read_text(encoding="utf-8"), re.MULTILINE)
