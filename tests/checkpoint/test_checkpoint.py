@@ -1,6 +1,7 @@
 """Checkpoints: an interrupted run goes on as if nothing had happened, from files that are whole, on any ranks."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -403,6 +404,8 @@ def test_a_full_disk_is_one_line(
     assert exit_code(config) == 1
     said = capsys.readouterr().err
     (error,) = [line for line in said.splitlines() if line.startswith("error:")]
-    assert error.startswith("error: the disk is full: rank 0 cannot write ") and "step-000004.tmp: " in error
+    assert error.startswith("error: the disk is full: rank 0 cannot write ") and re.search(
+        r"step-000004\.tmp, [\d.]+ KiB in all: ", error
+    )
     assert "WARNING: a checkpoint was not written: " in said and "step-000002.tmp" in said
     assert newest_checkpoint(tmp_path / "whole") is None
