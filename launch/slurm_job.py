@@ -41,7 +41,7 @@ class SlurmJob:
         hosts = tuple(job.hostnames)
         place = torchrun.Place(job.node, hosts, torchrun.master_port(job.raw_job_id) if len(hosts) > 1 else 0)
         attempt = Attempt(self.job.folder, int(os.environ.get("SLURM_RESTART_COUNT", "0")))  # the same on all nodes
-        with stops.signals(lambda: squeue.goes_on(job.raw_job_id), 0.75 * squeue.kill_wait()) as noted:
+        with stops.signals(lambda: squeue.goes_on(job.raw_job_id), lambda: 0.75 * squeue.kill_wait()) as noted:
             report = self.job.run(place, attempt, noted)
             if place.node != 0:  # the first node decides
                 raise SystemExit(1 if report.exit_code else 0)

@@ -4,6 +4,7 @@ scontrol how much time a job has to end.
 
 import re
 import subprocess
+from contextlib import suppress
 
 from dpo.terminal.console import warn
 
@@ -12,6 +13,8 @@ ENDED = re.compile("BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_
 """Final states of a job."""
 
 _PATIENCE_SECONDS = 20.0
+_KILL_WAIT_PATIENCE_SECONDS = 5.0
+"""The ranks are saving meanwhile, and their deadline must be known in time."""
 _KILL_WAIT_SECONDS = 30.0
 
 
@@ -44,13 +47,11 @@ def kill_wait() -> float:
     """Returns the seconds between SIGTERM and SIGKILL with which SLURM ends a job (KillWait); its default where
     scontrol does not tell.
     """
-    try:
+    command, told = ["scontrol", "show", "config"], ""
+    with suppress(OSError, subprocess.TimeoutExpired):  # a container without it, or a slow controller
         told = subprocess.run(
-            ["scontrol", "show", "config"], capture_output=True, text=True, timeout=_PATIENCE_SECONDS, check=False
+            command, capture_output=True, text=True, timeout=_KILL_WAIT_PATIENCE_SECONDS, check=False
         ).stdout
-    except (OSError, subprocess.TimeoutExpired) as failure:
-        warn(f"scontrol: {failure}")
-        told = ""
     found = re.search(r"^KillWait\s*=\s*(\d+)", told, re.MULTILINE)
     return float(found[1]) if found else _KILL_WAIT_SECONDS
 

@@ -17,7 +17,9 @@ _ONE_STOP_SECONDS = 1.0
 class Signals:
     """Records signals. The handlers only set attributes, so that no operation is interrupted half-way."""
 
-    def __init__(self, goes_on: Callable[[], bool | None] | None, end_seconds: float = inf) -> None:
+    def __init__(
+        self, goes_on: Callable[[], bool | None] | None, end_seconds: Callable[[], float] | None = None
+    ) -> None:
         self.stop_since: float | None = None
         """Time of the first signal, on the monotonic clock."""
         self.ended_by = 0
@@ -25,9 +27,11 @@ class Signals:
         self.is_urgent = False
         """The ranks are ended at once: a second signal has come, or they have nothing to save."""
         self._goes_on = goes_on
-        self._end_seconds = end_seconds
+        self._ask_end_seconds = end_seconds
+        self._end_seconds = inf
         self._end_since = 0.0
-        self._in_question = False
+        self._question_since: float | None = None
+        """Time of the first SIGTERM whose meaning is not known yet."""
 
     @property
     def ended(self) -> bool:
@@ -46,28 +50,38 @@ class Signals:
         if self.ended:
             self.is_urgent = self.is_urgent or time.monotonic() - self._end_since >= _ONE_STOP_SECONDS
         elif number == signal.SIGTERM and self._goes_on is not None:
-            self._in_question = True
+            self._question_since = self._question_since or time.monotonic()
         else:
-            self._end(number)
+            self._end(number, time.monotonic())
 
-    def _end(self, number: int) -> None:
-        self.ended_by, self._end_since = number, time.monotonic()
+    def _end(self, number: int, since: float) -> None:
+        self._end_since = since  # first, since another signal may come meanwhile
+        self.ended_by = number
 
     def hurry(self) -> None:
         """Ends the ranks without waiting for what they save."""
         self.is_urgent = True
 
     def look(self) -> None:
-        """Asks `goes_on` what a SIGTERM means, if one was received. Without an answer the next call asks again."""
-        if self._in_question and self._goes_on is not None:
-            self._in_question = False  # before asking, since another SIGTERM may come meanwhile
+        """Asks `goes_on` what a SIGTERM means, if one was received, and at the end of the job `end_seconds`, once.
+        Without an answer the next call asks again. Takes as long as the answers.
+        """
+        since = self._question_since
+        if since is not None and self._goes_on is not None and not self.ended:
+            self._question_since = None  # before asking, since another SIGTERM may come meanwhile
             answer = self._goes_on()
-            self._in_question = self._in_question or answer is None
-            if answer is False and not self.ended:
-                self._end(signal.SIGTERM)
+            if answer is None:
+                self._question_since = since
+            elif not answer and not self.ended:
+                self._end(signal.SIGTERM, since)
+        if self.ended and self._ask_end_seconds is not None:
+            ask, self._ask_end_seconds = self._ask_end_seconds, None
+            self._end_seconds = ask()
 
     def seconds(self, grace: float) -> float:
-        """Returns how long the ranks may save: `end_seconds` where the job ends, else `grace`."""
+        """Returns how long the ranks may save: `end_seconds` where the job ends (any time until `look` has asked for
+        it), else `grace`.
+        """
         return self._end_seconds if self.ended else grace
 
     def deadline(self, grace: float) -> float:
@@ -79,15 +93,17 @@ class Signals:
 
 
 @contextmanager
-def signals(goes_on: Callable[[], bool | None] | None, end_seconds: float = inf) -> Iterator[Signals]:
+def signals(
+    goes_on: Callable[[], bool | None] | None, end_seconds: Callable[[], float] | None = None
+) -> Iterator[Signals]:
     """Records signals during a with-block. After it SIGUSR2 is ignored, since a late signal must not restart a job that
     is done.
 
     Args:
         goes_on: returns whether the job should save and start again after SIGTERM; None: not known yet. Without this
             function SIGTERM always ends the job.
-        end_seconds: how long the ranks may save after a signal that ends the job: less than what the machine leaves
-            before it sends SIGKILL.
+        end_seconds: returns how long the ranks may save after a signal that ends the job: less than what the machine
+            leaves before it sends SIGKILL. Without this function any time.
     """
     noted = Signals(goes_on, end_seconds)
     signal.signal(signal.SIGUSR2, noted.on_stop)

@@ -121,9 +121,9 @@ def _wait(process: subprocess.Popen[str], noted: Signals, grace: float, watch: W
         now = time.monotonic()
         if now >= repeat_at:
             repeat_at = now + _REPEAT_SECONDS
-            noted.look()
-            if noted.stop_since is not None:
+            if noted.stop_since is not None:  # before `look`, which may take most of the time that SLURM leaves
                 send(signal.SIGUSR2, children(torchrun_of(process.pid)))
+            noted.look()
             if peer_deadline == inf and watch.peer_failed():
                 peer_deadline = now + _PEER_SECONDS
         if noted.ended and not is_told:

@@ -121,6 +121,7 @@ def test_a_preempted_job_saves_is_requeued_and_goes_on(tmp_path: Path, slurm: Fa
     job.signal(signal.SIGUSR2)
     codes, said = job.end()
     assert codes[1] == 0 and "preempted: saved at step 4" in said
+    assert "show config" not in slurm.calls("scontrol"), "SLURM is asked where nobody wants to know"
     assert {path.name for path in tmp_path.glob("saved-*")} == {"saved-0", "saved-1"}
     assert job.state == "preempted" and requeues(slurm) == 1
     job.start()
@@ -158,6 +159,14 @@ def test_a_cancelled_job_is_not_requeued(tmp_path: Path, slurm: FakeSlurm) -> No
 def test_slurm_tells_how_long_an_end_takes(slurm: FakeSlurm, told: str, seconds: float) -> None:
     slurm.answer("scontrol", f"KillOnBadExit           = 0\n{told}")
     assert squeue.kill_wait() == seconds
+
+
+def test_slurms_default_is_taken_where_scontrol_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in most containers; nobody can do anything about it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert squeue.kill_wait() == 30.0 and not capsys.readouterr().err
 
 
 def test_a_node_that_says_nothing_does_not_cost_the_requeueing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,7 @@ def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         early: bool = False,
         grace: float = 60,
         goes_on: bool | None = None,
+        asks: Callable[[], None] = lambda: None,
         peer_failed: Callable[[], bool] = bool,
         can_save: bool = True,
         end_seconds: float = 60,
@@ -87,7 +88,12 @@ def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         if number is not None:
             threading.Thread(target=send, args=(number,), daemon=True).start()
         words = [sys.executable, "-c", PARENT, code.replace("PLACE", repr(str(tmp_path)))]
-        with signals(lambda: goes_on, end_seconds) as noted:
+
+        def answer() -> bool | None:
+            asks()
+            return goes_on
+
+        with signals(answer, lambda: end_seconds) as noted:
             ended = run(words, os.environ, noted, grace, Watch(peer_failed, lambda: can_save))
             over.set()
         return ended
@@ -133,6 +139,18 @@ def test_the_ranks_save_when_the_job_is_ended(
     """Whether or not it starts again."""
     assert supervised(SAVES, number, goes_on=goes_on).exit_code == 0
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
+
+
+def test_the_ranks_are_told_before_slurm_is_asked(supervised: Callable[..., Ended], tmp_path: Path) -> None:
+    """The answer may take most of the time that SLURM leaves; this one comes once the ranks have saved."""
+    deadline = time.monotonic() + 30
+
+    def asks() -> None:
+        while len(list(tmp_path.glob("saved-*"))) < 2:
+            assert time.monotonic() < deadline, "the ranks were not told"
+            time.sleep(0.02)
+
+    assert supervised(SAVES, signal.SIGTERM, goes_on=False, asks=asks).exit_code == 0
 
 
 @pytest.mark.parametrize("number", ENDING)
@@ -273,6 +291,44 @@ def test_a_sigterm_whose_meaning_is_asked_for_again() -> None:
         assert noted.ended
 
 
+@pytest.mark.parametrize("unanswered", [0, 2])
+def test_the_time_to_save_begins_at_the_signal(monkeypatch: pytest.MonkeyPatch, unanswered: int) -> None:
+    """By a clock of the test: each question takes squeue 6 seconds, and of the last one the answer is `cancelled`. How
+    long an end takes is asked once, when it is known to be one.
+    """
+    now = [1000.0]
+    answers: list[bool | None] = [*[None] * unanswered, False]
+    asked: list[float] = []
+
+    def slowly() -> bool | None:
+        now[0] += 6
+        return answers.pop(0)
+
+    def end_seconds() -> float:
+        asked.append(now[0])
+        return 22.5
+
+    monkeypatch.setattr(stops, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    noted = Signals(slowly, end_seconds)
+    noted.look()
+    noted.on_end(signal.SIGTERM, None)
+    for _ in range(unanswered + 2):
+        noted.look()
+    assert noted.deadline(90) == 1022.5
+    assert asked == [1000.0 + 6 * (unanswered + 1)]
+
+
+def test_the_time_to_save_begins_at_the_signal_that_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock of the test: a preemption with a time of grace, and SLURM's SIGTERM at its end."""
+    now, answers = [1000.0], [True, False]
+    monkeypatch.setattr(stops, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    noted = Signals(lambda: answers.pop(0), end_seconds=lambda: 22.5)
+    for now[0], deadline in ((1000.0, 1090), (1060.0, 1082.5)):
+        noted.on_end(signal.SIGTERM, None)
+        noted.look()
+        assert noted.deadline(90) == deadline
+
+
 def test_ctrl_c_stays_ignored_where_a_shell_ignores_it() -> None:
     """A job that `dpo submit ... &` starts is not ended by the Ctrl-C that ends another."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -288,12 +344,13 @@ def test_signals_that_come_together_are_one_stop(monkeypatch: pytest.MonkeyPatch
     """By a clock of the test: timeout(1) sends SIGTERM twice."""
     now = [1000.0]
     monkeypatch.setattr(stops, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    noted = Signals(None, end_seconds=20)
+    noted = Signals(None, end_seconds=lambda: 20.0)
     assert noted.deadline(90) == math.inf
     noted.on_stop(signal.SIGUSR2, None)
     assert noted.deadline(90) == 1090
     for now[0], deadline in ((1010.0, 1030), (1010.9, 1030), (1011.1, 0)):
         noted.on_end(signal.SIGTERM, None)
+        noted.look()
         assert noted.deadline(90) == deadline
 
 
