@@ -18,7 +18,7 @@ Every start resumes from the newest checkpoint in the run folder, since the comm
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dpo.command.blame import Failure
@@ -44,6 +44,9 @@ from launch.torchrun import Place
 _REPORT_SECONDS = 90.0
 """How long the first node waits for the reports of the others: torchrun takes up to 30 s to end its ranks, and NFS up
 to 60 s to show a new file."""
+
+_OWN_SIGNAL_SECONDS = 2.0
+"""How long the first node waits for a signal that has reached another node: SLURM sends it to all."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,10 @@ class NodeJob:
             crashes_before=crashes_without_progress(self.folder),
         )
         outcome = decide(end, self.max_crashes)
+        if outcome.state in ("preempted", "crashed") and noted.can_ask and noted.stop_since is None:
+            _ask_for_all(noted)
+            end = replace(end, asked_to_stop=noted.stop_since is not None, ended_by=noted.ended_by)
+            outcome = decide(end, self.max_crashes)
         return self.tell(outcome)
 
     def _all_reports(self, place: Place, attempt: Attempt, noted: Signals) -> list[NodeReport]:
@@ -135,3 +142,14 @@ class NodeJob:
             after = f": {outcome.message}" if outcome.message else ""
             say(f"{self.program.module} in {self.folder.parents[1]}: {outcome.state}{after}")
         return outcome
+
+
+def _ask_for_all(noted: Signals) -> None:
+    """Finds out whether a job that no signal has reached here may start again: the ranks save together, also where
+    `scancel` has reached another node first, and end before the signal comes to this one.
+    """
+    deadline = time.monotonic() + _OWN_SIGNAL_SECONDS
+    while noted.stop_since is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    noted.doubt()
+    noted.look()

@@ -24,6 +24,7 @@ from launch.reports import Attempt, Outcome
 _REQUEUE_SECONDS = 120.0
 """How long a failing requeue is retried: SLURM's controller may be restarting."""
 _AGAIN_SECONDS = 5.0
+_UNKNOWN = "squeue does not tell whether it was cancelled"
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,24 @@ def why_not_requeued(requeue: Callable[[int, None], None], noted: stops.Signals,
         kept: what the run has saved.
     """
     deadline = time.monotonic() + _REQUEUE_SECONDS
-    while True:
+    why = ""
+    while time.monotonic() < deadline:
         noted.look()
         if noted.ended:  # cancelled while saving: if requeued, the job would run again
             return stopped(noted.ended_by, kept)
         try:
-            requeue(signal.SIGUSR2, None)
+            why = _UNKNOWN if noted.in_question else str(_failure_of(requeue))
         except submitit.core.utils.UncompletedJobError:
             return Outcome("failed", "its time was up too often (--max-timeouts); the same command resumes the run", 1)
-        except (OSError, subprocess.SubprocessError) as failure:
-            if time.monotonic() > deadline:
-                return Outcome("failed", f"the job cannot be requeued ({failure}); the same command resumes the run", 1)
-            warn(f"the job cannot be requeued yet: {failure}")
+        warn(f"the job cannot be requeued yet: {why}")
         time.sleep(_AGAIN_SECONDS)
+    return Outcome("failed", f"the job cannot be requeued ({why}); the same command resumes the run", 1)
+
+
+def _failure_of(requeue: Callable[[int, None], None]) -> Exception:
+    """Requeues the job, which raises SystemExit; returns why that failed, as while SLURM's controller restarts."""
+    try:
+        requeue(signal.SIGUSR2, None)
+    except (OSError, subprocess.SubprocessError) as failure:
+        return failure
+    raise AssertionError("submitit's handler ends the process")

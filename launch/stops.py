@@ -58,6 +58,21 @@ class Signals:
         self._end_since = since  # first, since another signal may come meanwhile
         self.ended_by = number
 
+    @property
+    def can_ask(self) -> bool:
+        """Returns whether a SIGTERM may mean that the job starts again."""
+        return self._goes_on is not None
+
+    @property
+    def in_question(self) -> bool:
+        """Returns whether it is not known yet if the job may start again."""
+        return self._question_since is not None and not self.ended
+
+    def doubt(self) -> None:
+        """Has `look` ask, without a signal of this process, as after SIGTERM."""
+        if self.can_ask and self.stop_since is None:
+            self._question_since = time.monotonic()
+
     def hurry(self) -> None:
         """Ends the ranks without waiting for what they save."""
         self.is_urgent = True

@@ -1,5 +1,6 @@
 """The job itself: two nodes on this machine, as submitit's tasks with SLURM's variables, each with a real torchrun."""
 
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from launch.slurm_job import SlurmJob, why_not_requeued
 from launch.stops import Signals
 from launch.torchrun import Place, Program
 from tests.launch.conftest import FakeSlurm
-from tests.launch.test_decision import LOST, raised
+from tests.launch.test_decision import LOST, killed, raised
 
 ROOT = Path(__file__).parents[2]
 JOB = str(os.getpid() % 20000)
@@ -186,6 +187,50 @@ def test_a_node_that_says_nothing_does_not_cost_the_requeueing(tmp_path: Path, m
     assert 55 <= now[0] - 1000 < 55.5
 
 
+def concluded(tmp_path: Path, noted: Signals, exit_code: int = 0) -> str:
+    """The state of a job of two nodes whose ranks have saved, or lost one, as the first node sees it."""
+    attempt = Attempt(tmp_path / "run/jobs/x", 0)
+    attempt.folder.mkdir(parents=True)
+    if exit_code == 0:
+        attempt.status.write_text(json.dumps({"state": "preempted", "step": 4, "saved": True}))
+    own = NodeReport(exit_code, (killed(1, 1.0),) if exit_code else ())
+    for place in (0, 1):
+        attempt.write_report(place, own)
+    job = NodeJob(Program("dpo.train", (), 1), attempt.submission, signal_delay=60, max_crashes=1)
+    return job.conclude(Place(0, (HOST, "other"), 0), attempt, noted, own).state
+
+
+@pytest.mark.parametrize(("exit_code", "restarts"), [(0, "preempted"), (1, "crashed")])
+@pytest.mark.parametrize("goes_on", [True, False, None])
+def test_a_signal_that_another_node_got_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goes_on: bool | None, exit_code: int, restarts: str
+) -> None:
+    """scancel reaches the second node, whose ranks tell the others: the first asks SLURM before it starts again."""
+    monkeypatch.setattr(node, "_OWN_SIGNAL_SECONDS", 0.0)
+    noted = Signals(lambda: goes_on)
+    assert concluded(tmp_path, noted, exit_code) == ("stopped" if goes_on is False else restarts)
+    assert noted.in_question == (goes_on is None)
+
+
+def test_a_signal_that_comes_a_moment_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGUSR2 needs no answer of a controller; by a clock of the test."""
+    noted, now = Signals(lambda: pytest.fail("asks")), [1000.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+        noted.on_stop(signal.SIGUSR2, None)
+
+    monkeypatch.setattr(node, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    assert concluded(tmp_path, noted) == "preempted"
+
+
+def test_without_slurm_nothing_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that SIGUSR2 reached without its launcher: the run starts again at once."""
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: pytest.fail("waits"))
+    monkeypatch.setattr(node, "time", clock)
+    assert concluded(tmp_path, Signals(None)) == "preempted"
+
+
 # --- requeueing -------------------------------------------------------------------------------------------------------
 
 
@@ -198,9 +243,11 @@ def requeueing(
     monkeypatch.setenv("SLURM_JOB_ID", JOB)
     monkeypatch.setattr(slurm_job, "_AGAIN_SECONDS", 0.1)
     monkeypatch.setattr(slurm_job, "_REQUEUE_SECONDS", 1.0)
-    noted = Signals(lambda: False)
 
-    def requeue(minutes: int = 600, timeouts: int = 3, was_cancelled: bool = False) -> Outcome | int:
+    def requeue(
+        minutes: int = 600, timeouts: int = 3, was_cancelled: bool = False, goes_on: bool | None = False
+    ) -> Outcome | int:
+        noted = Signals(lambda: goes_on)
         delayed = DelayedSubmission(SlurmJob(NodeJob(Program("dpo.train", (), 1), tmp_path / "reports", 120, 1)))
         delayed.set_timeout(minutes, timeouts)
         handler = SignalHandler(JobEnvironment(), JobPaths(tmp_path, JOB), delayed)
@@ -229,6 +276,16 @@ def test_too_many_timeouts_end_the_job_but_preemptions_do_not(
 
 def test_a_job_that_was_cancelled_while_it_saved(requeueing: Callable[..., Outcome | int], slurm: FakeSlurm) -> None:
     assert requeueing(was_cancelled=True) == stopped(signal.SIGTERM, "saved at step 4")
+    assert not requeues(slurm)
+
+
+def test_a_job_that_may_be_cancelled_is_not_requeued_unasked(
+    requeueing: Callable[..., Outcome | int], slurm: FakeSlurm
+) -> None:
+    """SIGTERM came, and squeue does not say why: scontrol would put a cancelled job back into the queue."""
+    outcome = requeueing(was_cancelled=True, goes_on=None)
+    assert isinstance(outcome, Outcome) and (outcome.state, outcome.exit_code) == ("failed", 1)
+    assert "squeue does not tell whether it was cancelled" in outcome.message
     assert not requeues(slurm)
 
 
