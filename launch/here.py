@@ -56,16 +56,16 @@ def _of_all(outcomes: Sequence[Outcome], failures: Sequence[Outcome]) -> Outcome
 
 
 def run_to_end(job: NodeJob) -> Outcome:
-    """Starts a run again until it is done or has failed, and returns its outcome. Raises SystemExit if a signal ended
-    it: the ranks have all the time to save, until a second signal comes.
+    """Starts a run again until it is done or has failed, and returns its outcome. Raises SystemExit if a signal came
+    that ends the work, also where the run was done already: the ranks have all the time to save, until a second one.
     """
     place = Place(0, (socket.gethostname(),), 0)
     while True:
         attempt = Attempt(job.folder, len(history(job.folder)))
         with stops.signals(goes_on=None) as noted:
             outcome = job.conclude(place, attempt, noted, job.run(place, attempt, noted))
-        if outcome.state == "stopped":
-            raise SystemExit(outcome.exit_code)
+        if noted.ended:  # nothing starts after it, whatever became of this run
+            raise SystemExit(128 + noted.ended_by)
         if outcome.state in ("done", "failed"):
             return outcome
 

@@ -26,10 +26,17 @@ class FakeTorchrun:
         self.folder, self.plan = folder, plan
         self.checkpoints: dict[int, str] = {}
         """By how many starts came before it: what a start saves."""
+        self.signals: dict[int, Sequence[int]] = {}
+        """By how many starts came before it: signals that come once a start has told its end."""
         self.runs: list[str] = []
 
     def __call__(self, words: Sequence[str], env: dict[str, str], *rest: Any) -> Ended:
-        name = words[-1]
+        ended = self._end(words[-1], env)
+        for number in self.signals.pop(len(self.runs) - 1, ()):
+            signal.raise_signal(number)
+        return ended
+
+    def _end(self, name: str, env: dict[str, str]) -> Ended:
         if len(self.runs) in self.checkpoints:
             marker = self.folder / name / "checkpoints" / self.checkpoints[len(self.runs)] / "COMPLETE"
             marker.parent.mkdir(parents=True)
@@ -92,6 +99,44 @@ def test_without_the_reference_no_run_begins(work: Callable[..., Any], tmp_path:
     assert torchrun.runs == ["reference"]
     outcome = read_outcome(tmp_path / "sweep")
     assert outcome is not None and "no reference" in outcome.message
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=lambda value: value
+)
+@pytest.mark.parametrize("at", [0, 1], ids=["reference", "a"])
+def test_a_signal_near_the_end_of_a_run_ends_the_sweep(
+    work: Callable[..., Any], tmp_path: Path, number: int, code: int, at: int
+) -> None:
+    """The run is done, and waits for a tracker; the next one does not begin."""
+    all_runs, torchrun = work(reference=["done"], a=["done"], b=["done"])
+    torchrun.signals = {at: [number]}
+    assert code_of(all_runs) == code
+    assert torchrun.runs == ["reference", "a"][: at + 1]
+    assert read_outcome(tmp_path / torchrun.runs[-1] / "jobs/x") == Outcome("done")
+
+
+def test_a_signal_near_the_end_of_a_single_run_is_its_exit_code(work: Callable[..., Any]) -> None:
+    """As that of `dpo train`."""
+    all_runs, torchrun = work(a=["done"])
+    torchrun.signals = {0: [signal.SIGINT]}
+    assert code_of(all_runs) == 130
+
+
+def test_a_signal_once_the_outcome_is_told_ends_the_work(
+    work: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that saved by SIGUSR2 does not start again after it."""
+    all_runs, torchrun = work(a=["preempted", "done"])
+    conclude = NodeJob.conclude
+
+    def then_ctrl_c(*args: Any) -> Outcome:
+        outcome = conclude(*args)
+        signal.raise_signal(signal.SIGINT)
+        return outcome
+
+    monkeypatch.setattr(NodeJob, "conclude", then_ctrl_c)
+    assert code_of(all_runs) == 130 and torchrun.runs == ["a"]
 
 
 def test_there_is_no_limit_to_preemptions(work: Callable[..., Any], tmp_path: Path) -> None:
