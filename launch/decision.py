@@ -29,6 +29,8 @@ class End:
     """The failures on all nodes."""
     crashes_before: int = 0
     """Number of restarts after a crash since the newest checkpoint."""
+    early: str = "before the first step"
+    """Where the program was if it has told no step, for the user."""
 
 
 def decide(end: End, max_crashes: int) -> Outcome:
@@ -83,19 +85,19 @@ def _kept(end: End, cause: Failure | None) -> str:
     """Returns what a job that is ended has saved, or why not."""
     state = end.status.get("state")
     if state == "preempted":
-        return _saved(end.status)
+        return _saved(end)
     if state == "training":
         return f"not saved: {cause}" if cause else "not saved in time; resumes from the last checkpoint"
-    return "before the first step"
+    return end.early
 
 
-def _saved(status: Mapping[str, Any]) -> str:
-    step = status["step"]
-    unsaved = f"before its first step; resumes from step {step}" if step else "before the first step; starts again"
-    return f"saved at step {step}" if status["saved"] else unsaved
+def _saved(end: End) -> str:
+    step = end.status["step"]
+    unsaved = f"before its first step; resumes from step {step}" if step else f"{end.early}; starts again"
+    return f"saved at step {step}" if end.status["saved"] else unsaved
 
 
 def _preempted(end: End) -> Outcome:
     if end.status.get("state") == "preempted":
-        return Outcome("preempted", _saved(end.status))
+        return Outcome("preempted", _saved(end))
     return Outcome("preempted", "the ranks did not exit in time (--signal-delay); resumes from the last checkpoint", 1)

@@ -9,17 +9,21 @@
 | a rank raised an exception                          | fails, with the exception of the rank that failed first     |
 | a rank was killed, or a node was lost               | starts again; without progress at most --max-crashes times  |
 | SIGTERM, and SLURM lets the job run: preempted      | as SIGUSR2                                                  |
-| SIGTERM: scancel, scontrol requeue, kill; Ctrl-C of | ends, saved where the ranks came to it within 3/4 of        |
-| a run on this machine                               | SLURM's KillWait; SLURM decides; a requeued job resumes     |
+| SIGTERM: scancel, scontrol requeue; of a run on     | ends, saved where the ranks came to it within 3/4 of        |
+| this machine kill, Ctrl-C                           | SLURM's KillWait; SLURM decides; a requeued job resumes     |
+| that SIGTERM, of which another node heard first     | the same: SLURM is asked before the job starts again        |
 
+SIGTERM of a job that SLURM lets run is taken for a preemption: on SLURM a job that gets it by `kill` starts again.
 Every start resumes from the newest checkpoint in the run folder, since the command is the same.
 """
 
 import socket
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dpo.command.blame import Failure
 from dpo.command.exits import tell_error
@@ -38,7 +42,7 @@ from launch.reports import (
     write_outcome,
 )
 from launch.stops import Signals
-from launch.supervise import Watch
+from launch.supervise import Ending, Watch
 from launch.torchrun import Place
 
 _REPORT_SECONDS = 90.0
@@ -47,6 +51,34 @@ to 60 s to show a new file."""
 
 _OWN_SIGNAL_SECONDS = 2.0
 """How long the first node waits for a signal that has reached another node: SLURM sends it to all."""
+
+
+@dataclass(frozen=True)
+class Early:
+    """What a signal means to a program before it has told a state."""
+
+    ending: Ending
+    outcome: str
+    """Where the program was, for the outcome of the job."""
+
+
+_EARLY: Mapping[str, Early] = {
+    "dpo.train": Early(Ending("ending, before the first step there is nothing to save", 0.0), "before the first step"),
+    "dpo.reference": Early(
+        Ending("keeping the rows that are computed; a second signal ends it at once", 10.0),
+        "before the end of the reference pass",
+    ),
+    "dpo.prepare": Early(Ending("ending; downloads and rows so far are in the caches", 0.0), "before all is prepared"),
+}
+"""By program."""
+
+_SAVING = Ending("saving after the current step; a second signal ends the run at once")
+_ENDINGS: Mapping[str, Ending] = {
+    "training": _SAVING,
+    "preempted": _SAVING,
+    "done": Ending("all is saved, the run ends; a second signal ends it at once"),
+}
+"""By the state that rank 0 has told (`dpo.command.status`)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +110,7 @@ class NodeJob:
         files = {STATUS_FILE: attempt.status, "TORCHELASTIC_ERROR_FILE": error_file}
         env = torchrun.environment(self.program, files)
         self._tell_start(place, words)
-        watch = Watch(attempt.failed.exists, can_save=lambda: bool(read_json(attempt.status)))
+        watch = Watch(attempt.failed.exists, ending=lambda: self._ending(read_json(attempt.status) or {}))
         ended = supervise.run(words, env, noted, 0.75 * self.signal_delay, watch)
         first_rank = place.node * self.program.ranks_per_node
         failures: list[Failure] = []
@@ -87,6 +119,14 @@ class NodeJob:
         report = NodeReport(ended.exit_code, tuple(failures))
         attempt.write_report(place.node, report)
         return report
+
+    def _ending(self, status: Mapping[str, Any]) -> Ending:
+        """Returns what a signal that ends the job means to ranks that have told `status`."""
+        return _ENDINGS.get(status.get("state", ""), self._early.ending)
+
+    @property
+    def _early(self) -> Early:
+        return _EARLY.get(self.program.module, _EARLY["dpo.train"])
 
     def _tell_start(self, place: Place, words: list[str]) -> None:
         say(f"node {place.node} of {len(place.hosts)} ({socket.gethostname()}): {' '.join(words)}")
@@ -112,6 +152,7 @@ class NodeJob:
             status=read_json(attempt.status) or {},
             failures=[failure for report in reports for failure in report.failures],
             crashes_before=crashes_without_progress(self.folder),
+            early=self._early.outcome,
         )
         outcome = decide(end, self.max_crashes)
         if outcome.state in ("preempted", "crashed") and noted.can_ask and noted.stop_since is None:

@@ -25,11 +25,12 @@ class Signals:
         self.ended_by = 0
         """The signal after which the job must not start again; 0: none."""
         self.is_urgent = False
-        """The ranks are ended at once: a second signal has come, or they have nothing to save."""
+        """The ranks are ended at once: a second signal has come."""
         self._goes_on = goes_on
         self._ask_end_seconds = end_seconds
         self._end_seconds = inf
         self._end_since = 0.0
+        self._hurry_until = inf
         self._question_since: float | None = None
         """Time of the first SIGTERM whose meaning is not known yet."""
 
@@ -73,9 +74,9 @@ class Signals:
         if self.can_ask and self.stop_since is None:
             self._question_since = time.monotonic()
 
-    def hurry(self) -> None:
-        """Ends the ranks without waiting for what they save."""
-        self.is_urgent = True
+    def hurry(self, seconds: float) -> None:
+        """Ends the ranks after so many seconds, if that is sooner: they have little to save, or nothing."""
+        self._hurry_until = time.monotonic() + seconds
 
     def look(self) -> None:
         """Asks `goes_on` what a SIGTERM means, if one was received, and at the end of the job `end_seconds`, once.
@@ -104,7 +105,7 @@ class Signals:
         if self.is_urgent:
             return 0.0
         since = self._end_since if self.ended else self.stop_since
-        return inf if since is None else since + self.seconds(grace)
+        return inf if since is None else min(self._hurry_until, since + self.seconds(grace))
 
 
 @contextmanager

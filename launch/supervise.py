@@ -3,8 +3,9 @@
 | signal of this process                              | the ranks                                                   |
 |-----------------------------------------------------|-------------------------------------------------------------|
 | SIGUSR2: the time is up, or the job is preempted    | save after the step that they are in, and end               |
-| SIGTERM that SLURM's preemption sends               | the same                                                    |
-| Ctrl-C, SIGHUP, any other SIGTERM: `scancel`, `kill`| the same; before the first step they are ended at once      |
+| SIGTERM of a job that SLURM lets run: a preemption  | the same                                                    |
+| Ctrl-C, SIGHUP, any other SIGTERM: `scancel`; of a  | the same; before the first step they are ended at once, in  |
+| run on this machine `kill`                          | the reference pass of `dpo.reference` within 10 seconds     |
 | a second one of these                               | are ended at once                                           |
 
 The ranks are told by SIGUSR2. torchrun has no handler for it and would die of it, leaving its ranks behind, so torchrun
@@ -52,13 +53,23 @@ class Ended:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """What a signal that ends the job means to the ranks."""
+
+    words: str
+    """For the user."""
+    seconds: float = inf
+    """How long they may go on, where that is less than the job has."""
+
+
+@dataclass(frozen=True)
 class Watch:
     """What is asked, about once per second, while torchrun runs."""
 
     peer_failed: Callable[[], bool]
     """Returns whether another node's torchrun has failed."""
-    can_save: Callable[[], bool]
-    """Returns whether the run has come to its first step, before which nothing can be saved."""
+    ending: Callable[[], Ending]
+    """Returns what a signal that ends the job means now."""
 
 
 def run(words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: float, watch: Watch) -> Ended:
@@ -128,20 +139,16 @@ def _wait(process: subprocess.Popen[str], noted: Signals, grace: float, watch: W
                 peer_deadline = now + _PEER_SECONDS
         if noted.ended and not is_told:
             is_told = True
-            _begin_to_end(noted, watch.can_save())
+            _begin_to_end(noted, watch.ending())
         if now >= min(peer_deadline, noted.deadline(grace)):
             _end(process, min(_TERM_SECONDS, noted.seconds(grace) / 10))
         time.sleep(_POLL_SECONDS)
 
 
-def _begin_to_end(noted: Signals, can_save: bool) -> None:
-    """Tells that the job ends; hurries where nothing can be saved."""
-    name = signal_name(noted.ended_by)
-    if can_save:
-        say(f"{name}: saving after the current step; a second signal ends the run at once")
-    else:
-        say(f"{name}: ending, before the first step there is nothing to save")
-        noted.hurry()
+def _begin_to_end(noted: Signals, ending: Ending) -> None:
+    """Tells that the job ends; hurries where there is little to save."""
+    say(f"{signal_name(noted.ended_by)}: {ending.words}")
+    noted.hurry(ending.seconds)
 
 
 def _end(process: subprocess.Popen[str], patience: float) -> None:

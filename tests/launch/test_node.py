@@ -1,13 +1,14 @@
 """The job itself: two nodes on this machine, as submitit's tasks with SLURM's variables, each with a real torchrun."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,12 +16,13 @@ import pytest
 from submitit.core.job_environment import JobEnvironment, SignalHandler
 from submitit.core.utils import DelayedSubmission, JobPaths
 
-from launch import node, slurm_job, squeue
+from launch import node, slurm_job, squeue, supervise
 from launch.decision import stopped
 from launch.node import NodeJob
 from launch.reports import Attempt, NodeReport, Outcome, add_to_history, history, read_outcome
 from launch.slurm_job import SlurmJob, why_not_requeued
 from launch.stops import Signals
+from launch.supervise import Ended, Ending, Watch
 from launch.torchrun import Place, Program
 from tests.launch.conftest import FakeSlurm
 from tests.launch.test_decision import LOST, killed, raised
@@ -185,6 +187,55 @@ def test_a_node_that_says_nothing_does_not_cost_the_requeueing(tmp_path: Path, m
     job = NodeJob(Program("dpo.train", (), 1), tmp_path, signal_delay=60, max_crashes=1)
     assert job.conclude(Place(0, (HOST, "hung"), 0), attempt, noted, own).state == "preempted"
     assert 55 <= now[0] - 1000 < 55.5
+
+
+BEFORE_STEPS = [
+    ("dpo.train", None, "ending, before the first step there is nothing to save", 0.0),
+    ("dpo.reference", None, "keeping the rows that are computed; a second signal ends it at once", 10.0),
+    ("dpo.prepare", None, "ending; downloads and rows so far are in the caches", 0.0),
+]
+FROM_STEPS_ON = [
+    ("dpo.train", "training", "saving after the current step; a second signal ends the run at once", math.inf),
+    ("dpo.train", "preempted", "saving after the current step; a second signal ends the run at once", math.inf),
+    ("dpo.train", "done", "all is saved, the run ends; a second signal ends it at once", math.inf),
+]
+
+
+@pytest.mark.parametrize(("module", "state", "words", "seconds"), BEFORE_STEPS + FROM_STEPS_ON)
+def test_what_a_signal_means_to_each_program(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, state: str | None, words: str, seconds: float
+) -> None:
+    """Only a training has steps; what the others have made so far is in caches."""
+    attempt = Attempt(tmp_path, 0)
+    endings: list[Ending] = []
+
+    def torchrun(words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: float, watch: Watch) -> Ended:
+        if state:
+            attempt.status.write_text(json.dumps({"state": state, "step": 1, "saved": True}))
+        endings.append(watch.ending())
+        return Ended(0, "")
+
+    monkeypatch.setattr(supervise, "run", torchrun)
+    NodeJob(Program(module, (), 1), tmp_path, 120, 1).run(Place(0, (HOST,), 0), attempt, Signals(None))
+    assert endings == [Ending(words, seconds)]
+
+
+@pytest.mark.parametrize(
+    ("module", "kept"),
+    [
+        ("dpo.train", "before the first step"),
+        ("dpo.reference", "before the end of the reference pass"),
+        ("dpo.prepare", "before all is prepared"),
+    ],
+)
+def test_what_a_program_had_not_done_when_it_was_ended(tmp_path: Path, module: str, kept: str) -> None:
+    attempt, noted = Attempt(tmp_path, 0), Signals(None)
+    attempt.folder.mkdir()
+    noted.on_end(signal.SIGTERM, None)
+    own = NodeReport(1, (killed(0, 1.0, signal.SIGTERM),))
+    job = NodeJob(Program(module, (), 1), tmp_path, 120, 1)
+    outcome = job.conclude(Place(0, (HOST,), 0), attempt, noted, own)
+    assert outcome.message == f"{kept}; ended by SIGTERM (scancel, a requeue, a lost node)"
 
 
 def concluded(tmp_path: Path, noted: Signals, exit_code: int = 0) -> str:

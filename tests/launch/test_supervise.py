@@ -21,7 +21,7 @@ import pytest
 
 from launch import stops, supervise
 from launch.stops import ENDING, Signals, signals
-from launch.supervise import Ended, Watch, children, descendants, run
+from launch.supervise import Ended, Ending, Watch, children, descendants, run
 
 PARENT = """
 import subprocess, sys
@@ -46,6 +46,7 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN)
 pathlib.Path(PLACE, f"ready-{sys.argv[1]}").touch()
 time.sleep(600)
 """
+SAVING = Ending("saving after the current step; a second signal ends the run at once")
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
         goes_on: bool | None = None,
         asks: Callable[[], None] = lambda: None,
         peer_failed: Callable[[], bool] = bool,
-        can_save: bool = True,
+        ending: Ending = SAVING,
         end_seconds: float = 60,
     ) -> Ended:
         over = threading.Event()
@@ -94,7 +95,7 @@ def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
             return goes_on
 
         with signals(answer, lambda: end_seconds) as noted:
-            ended = run(words, os.environ, noted, grace, Watch(peer_failed, lambda: can_save))
+            ended = run(words, os.environ, noted, grace, Watch(peer_failed, lambda: ending))
             over.set()
         return ended
 
@@ -159,7 +160,24 @@ def test_before_the_first_step_all_end_at_once(
 ) -> None:
     """The ranks have nothing to save; these would end only in ten minutes."""
     monkeypatch.setattr(supervise, "_TERM_SECONDS", 1.0)
-    assert supervised(DEAF, number, goes_on=False, can_save=False).exit_code == -signal.SIGTERM
+    assert supervised(DEAF, number, goes_on=False, ending=Ending("ending", 0.0)).exit_code == -signal.SIGTERM
+    assert not survivors(tmp_path)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_ranks_with_little_to_save_are_told_too(supervised: Callable[..., Ended], number: int, tmp_path: Path) -> None:
+    """The reference pass keeps the rows of its last seconds."""
+    assert supervised(SAVES, number, goes_on=False, ending=Ending("keeping", 60.0)).exit_code == 0
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_ranks_with_little_to_save_are_ended_soon(
+    supervised: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are still loading the model hear nothing."""
+    monkeypatch.setattr(supervise, "_TERM_SECONDS", 1.0)
+    ended = supervised(DEAF, signal.SIGTERM, goes_on=False, ending=Ending("keeping", 0.5), end_seconds=600)
+    assert ended.exit_code == -signal.SIGTERM
     assert not survivors(tmp_path)
 
 
@@ -198,7 +216,7 @@ import os, sys
 from launch.stops import signals
 from launch.supervise import Watch, run
 with signals(None) as noted:
-    run(sys.argv[1:], os.environ, noted, 600, Watch(bool, lambda: True))
+    run(sys.argv[1:], os.environ, noted, 600, Watch(bool, lambda: None))
 """
 FALLS = """
 import signal, subprocess, sys
@@ -376,7 +394,7 @@ def test_torchrun_may_open_as_many_files_as_the_hard_limit(tmp_path: Path) -> No
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
     try:
         with signals(lambda: None) as noted:
-            run([sys.executable, "-c", code], os.environ, noted, 60, Watch(bool, bool))
+            run([sys.executable, "-c", code], os.environ, noted, 60, Watch(bool, lambda: SAVING))
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(soft, hard - 1), hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
