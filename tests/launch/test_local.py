@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 
 from dpo.base.errors import RunError
-from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
+from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
 from dpo.reference import program as reference
 from dpo.train import program as train
 from launch import submit, supervise

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.checkpoint.store import checkpoint_path, newest_checkpoint
+from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
 from dpo.config import Config, SourceConfig, to_yaml
 from tests.slurm.cluster import FREEZER
 from tests.slurm.jobs import (
