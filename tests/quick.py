@@ -108,6 +108,7 @@ SLOW: Sequence[str] = (
     "step/test_metrics.py",
     "step/test_pair_weights.py",
     "terminal/test_console.py::test_a_line_in_a_pipe_costs",
+    "terminal/test_stalls.py::test_a_block_of_a_forked",
     "tests/test_surroundings.py",
     "train/test_log.py",
     "train/test_phases.py::test_a_resumed",

@@ -45,12 +45,13 @@ class MetricsWriter:
         Raises ValueError where a metric is not finite: JSON cannot hold it.
         """
         line = json.dumps({"step": step, **metrics}, allow_nan=False) + "\n"
-        with telling_stalls(self.path), naming(self.path, len(line)):
-            self.check()
-            self.file.write(line)
-            self.file.flush()
         known = {name: metric for name, metric in metrics.items() if metric is not None}
-        self._each(lambda sink: sink.metrics(step, known), len(line))
+        with telling_stalls(self.path):
+            with naming(self.path, len(line)):
+                self.check()
+                self.file.write(line)
+                self.file.flush()
+            self._show(lambda sink: sink.metrics(step, known), len(line))
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """Shows the distribution of the values whose mean is the metric `name`, after `step` steps."""
@@ -82,8 +83,14 @@ class MetricsWriter:
             stack.callback(self.file.close)  # of a full disk it fails once more, for a line that is still to be written
 
     def _each(self, show: Callable[[Sink], None], num_bytes: int | None = None) -> None:
+        """Calls each sink where the folder is still this start's."""
+        with telling_stalls(self.run_dir):
+            with naming(self.run_dir):
+                self.check()
+            self._show(show, num_bytes)
+
+    def _show(self, show: Callable[[Sink], None], num_bytes: int | None) -> None:
         """Calls each sink, whose files take about `num_bytes` more; None: not known."""
-        with telling_stalls(self.run_dir), naming(self.run_dir, num_bytes):
-            self.check()
+        with naming(self.run_dir, num_bytes):
             for sink in self.sinks:
                 show(sink)

@@ -1,8 +1,11 @@
 """A file system that does not answer is told while it does not."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,15 +36,54 @@ def test_a_block_that_does_not_return_is_told_and_again(tmp_path: Path, capsys: 
 
 
 def test_a_block_that_returns_says_nothing(tmp_path: Path, capsys: Capture) -> None:
-    """Also where it fails: the threads end, which would speak after a second."""
-    before = threading.active_count()
+    """Also where it fails. One thread watches over all blocks of a process, one within another too."""
     with telling_stalls(tmp_path, seconds=3600):
-        pass
+        before = threading.active_count()
+    for _ in range(100):
+        with telling_stalls(tmp_path, seconds=3600), telling_stalls(tmp_path / "log.txt", seconds=3600):
+            assert threading.active_count() == before
     with pytest.raises(OSError), telling_stalls(tmp_path, seconds=3600):
         raise OSError
-    while threading.active_count() > before:
-        threading.Event().wait(0.01)
+    assert threading.active_count() == before
     assert capsys.readouterr().err == ""
+
+
+def test_of_several_blocks_each_is_told_at_its_time(tmp_path: Path, capsys: Capture) -> None:
+    """The later one has the earlier limit; the one that has returned is not told."""
+    with telling_stalls(tmp_path / "slow", seconds=0.6), telling_stalls(tmp_path / "fast", seconds=0.25):
+        with telling_stalls(tmp_path / "good", seconds=0.3):
+            pass
+        lines = lines_when(capsys, 3)
+    told = [line.split(" has not answered for ") for line in lines]
+    assert [(Path(path).name, after.split(" ")[0]) for path, after in told] == [
+        ("fast", "0.25"),
+        ("fast", "0.5"),
+        ("slow", "0.6"),
+    ]
+
+
+FORK = """
+import os, sys, threading
+from dpo.terminal import console
+from dpo.terminal.stalls import telling_stalls
+with telling_stalls("parent", seconds=3600):
+    child = os.fork()
+    if child == 0:
+        with telling_stalls("child", seconds=0.05):
+            sys.stdin.read()
+        os._exit(0)
+    sys.exit(os.waitpid(child, 0)[1])
+"""
+
+
+def test_a_block_of_a_forked_process_is_told() -> None:
+    """It has no thread of its parent, and starts its own."""
+    words = [sys.executable, "-W", "ignore", "-c", FORK]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdin and process.stderr
+        assert process.stderr.readline() == "WARNING: child has not answered for 0.05 s: is its file system there?\n"
+        process.stdin.close()
+    assert process.returncode == 0
 
 
 def test_a_pipe_that_nobody_reads(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +137,43 @@ def test_a_log_that_does_not_take_a_line(tmp_path: Path, capsys: Capture, monkey
     assert lines[0] == "step 1" and f"{tmp_path}/log.txt has not answered for " in lines[1]
     answers.set()
     saying.join()
-    while "has not answered" not in (tmp_path / "log.txt").read_text():
-        threading.Event().wait(0.01)
+    log = (tmp_path / "log.txt").read_text()
+    assert f"WARNING: {tmp_path}/log.txt has answered after " in log and "has not answered" not in log
     console.begin_log()
+
+
+def test_while_the_log_stalls_others_are_told(tmp_path: Path, capsys: Capture) -> None:
+    """The stalled thread holds the lock of the log: who watches does not wait for it."""
+    console.LOG_FILE.acquire()
+    try:
+        with telling_stalls(tmp_path / "first", seconds=0.05):
+            assert "first has not answered for 0.05 s" in lines_when(capsys, 1)[0]
+        watched = threading.Event()
+
+        def stall() -> None:
+            with telling_stalls(tmp_path / "second", seconds=0.05):
+                watched.wait()
+
+        stalled = threading.Thread(target=stall)
+        stalled.start()
+        while "second has not answered for 0.05 s" not in capsys.readouterr().err:
+            threading.Event().wait(0.01)
+        watched.set()
+    finally:
+        console.LOG_FILE.release()
+    stalled.join()
+
+
+def test_a_line_of_metrics_is_watched_and_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lock is read over the network: once for the line and its points in all sinks together."""
+    calls: list[str] = []
+
+    def noted(path: Path) -> Any:
+        calls.append("watched")
+        return telling_stalls(path)
+
+    sink = SimpleNamespace(metrics=lambda step, metrics: calls.append("shown"), close=lambda ending: None)
+    monkeypatch.setattr("dpo.board.writer.telling_stalls", noted)
+    with MetricsWriter(tmp_path, [sink] * 2, lambda: calls.append("checked")) as writer:  # type: ignore[list-item]
+        writer.write(1, {"train/loss": 1.0})
+        assert calls == ["watched", "checked", "shown", "shown"]
