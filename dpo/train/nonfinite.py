@@ -24,6 +24,7 @@ import numpy as np
 from dpo.base.errors import InvalidValue, UserError
 from dpo.base.files import write_atomically
 from dpo.batch.packing import PackedBatch
+from dpo.batch.plan import StepPlan
 from dpo.batch.trees import grow_trees
 from dpo.command.exits import line_of
 from dpo.config import Config
@@ -62,7 +63,7 @@ def report_step(run: Run, step: int, batches: Sequence[PackedBatch], result: Ste
         result: its result, which has a fault.
     """
     failed = FailedStep(run.packer.plan(run.trees(step)), batches, result.values)
-    found = find_pairs(run.policy, run.packer, failed, run.config.loss)
+    found = find_pairs(_again(run, failed.plan), failed)
     data, path = run.inputs.data, run.dir / NONFINITE / f"step-{step:06d}.jsonl"
     rows = Rows(data.train, data.train_sources, run.config.loss.facts.compares, run.config)
     return on_main(run.world, lambda: _step_line(rows, path, f"step {step}: {result.fault}", found, step))
@@ -77,15 +78,19 @@ def report_evaluation(run: Run, step: int, result: Evaluation) -> str | None:
         return None
     ids = np.flatnonzero(~np.logical_and.reduce([np.isfinite(values) for values in result.pairs.values()])).tolist()
     pairs = run.inputs.data.eval.pairs(np.array(ids, np.int64))
-    again = Again(run.policy, run.packer, run.packer.plan(grow_trees(pairs)), run.config.loss)
-    ids = [pair.id for pair in bad_alone(again, pairs) if pair.id is not None]
+    found, how = bad_alone(_again(run, run.packer.plan(grow_trees(pairs))), pairs)
+    ids = [pair.id for pair in found if pair.id is not None]
     names = {"logp_chosen": "logps_chosen", "logp_rejected": "logps_rejected"}
     present = {name: result.pairs[array] for name, array in names.items() if array in result.pairs}
     values = [{name: float(array[i]) for name, array in present.items()} for i in ids]
     data, path = run.inputs.data, run.dir / NONFINITE / f"eval-{step:06d}.jsonl"
     rows = Rows(data.eval, data.eval_sources, run.config.loss.facts.compares, run.config)
     what = f"evaluation after step {step}: the {bad[0]} is {result.metrics[bad[0]]}"
-    return on_main(run.world, lambda: _line(what, "", *_write(rows, path, ids, values)))
+    return on_main(run.world, lambda: _line(what, how, *_write(rows, path, ids, values)))
+
+
+def _again(run: Run, plan: StepPlan) -> Again:
+    return Again(run.policy, run.packer, plan, run.config.loss, run.hooks.stop_requested)
 
 
 def _step_line(rows: Rows, path: Path, what: str, found: Found, step: int) -> str:

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -32,7 +34,8 @@ from dpo.report.record import read_record
 from dpo.run.folder import Start
 from dpo.run.inputs import read_inputs
 from dpo.run_folder.files import read_lines, read_metrics
-from dpo.step import update
+from dpo.step import nonfinite, update
+from dpo.step.nonfinite import BAD_WEIGHTS
 from dpo.step.objective import pair_losses
 from dpo.step.optim import lr_at
 from dpo.train import program as train
@@ -68,18 +71,19 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         weights = load_file(file)
         weights["model.embed_tokens.weight"][EVIL] = value
         save_file(weights, file, metadata={"format": "pt"})
-    write_pairs(root / "pairs.jsonl", 8, evil=6)
+    write_pairs(root / "pairs.jsonl", 8, evil=(6,))
     write_pairs(root / "good.jsonl", 3)
+    write_pairs(root / "bad.jsonl", 4, evil=(1, 2, 3, 4))
     return root
 
 
-def write_pairs(path: Path, count: int, evil: int | None = None) -> None:
-    """Pairs of one prompt each, of which line `evil` has the token EVIL in its winner."""
+def write_pairs(path: Path, count: int, evil: Sequence[int] = ()) -> None:
+    """Pairs of one prompt each, of which the lines `evil` have the token EVIL in the winner."""
     rng = np.random.default_rng(0)
     rows = []
     for line in range(1, count + 1):
         prompt, chosen, rejected = (rng.integers(3, EVIL, rng.integers(3, 9)).tolist() for _ in range(3))
-        chosen = [*chosen, EVIL, 5] if line == evil else chosen
+        chosen = [*chosen, EVIL, 5] if line in evil else chosen
         rows.append({"prompt_ids": prompt, "completion_ids": [chosen, rejected], "pairs": [[0, 1]]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -184,19 +188,90 @@ def test_texts_where_a_tokenizer_is_at_hand(root: Path, tmp_path: Path, shared_d
         assert pair[name] == tokenizer.decode(pair[f"{name}_ids"], skip_special_tokens=False)
 
 
+def searching(config: Config, weights_are_good: bool, after: int | None = None) -> tuple[int, str, int]:
+    """Exit code, stderr, passes of the search on this rank.
+
+    Args:
+        config: the run's.
+        weights_are_good: takes the weights for finite, as where a value between them overflows.
+        after: the pass after which the last rank is asked to stop.
+    """
+    passes, logps = [], nonfinite.completion_logps
+
+    def noted(policy: Any, batch: Any) -> Any:
+        passes.append(1)
+        if len(passes) == after and os.environ.get("RANK", "0") == str(dist.get_world_size() - 1):
+            os.kill(os.getpid(), signal.SIGUSR2)
+        return logps(policy, batch)
+
+    stderr = io.StringIO()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.redirect_stderr(stderr))
+        stack.enter_context(patch.object(nonfinite, "completion_logps", noted))
+        if weights_are_good:
+            stack.enter_context(patch.object(nonfinite, "weights_are_finite", lambda policy: True))
+        code = run_program(lambda: train.run_training(config))
+    return code, stderr.getvalue(), len(passes)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("model", ["nan", "huge"])
 def test_one_pair_of_a_micro_batch_of_several(root: Path, ranks: Ranks, tmp_path: Path, model: str, size: int) -> None:
     """A NaN spreads to all trees of its row; each tree alone tells."""
     config = config_of(root, tmp_path / "run", model, batch__tokens_per_micro_batch=1000, train__on_nonfinite="stop")
-    code, said, *_ = ranks(size, as_rank, config)[0]
-    (line,) = error_lines(said)
-    assert code == 1 and f": pair {root}/pairs.jsonl:6; " in line
+    answers = ranks(size, searching, config, True)
+    (line,) = error_lines(answers[0][1])
+    assert answers[0][0] == 1 and f": pair {root}/pairs.jsonl:6" in line
     assert [pair["pair"] for pair in report_of(config, "step-000002.jsonl")] == [5]
+    told = f"prompts are computed again alone, {4 // size} of {4 // size}"
+    assert [answer[1].count(told) for answer in answers] == [1] + [0] * (size - 1)
 
 
-def broken_once(config: Config, rank: int) -> tuple[int, str, int]:
-    """A gradient on one rank that is infinite in step 2 and in no later pass: exit code, stderr, updates."""
+@pytest.mark.parametrize("tokens", [8, 1000])
+def test_bad_weights_are_not_searched(root: Path, ranks: Ranks, tmp_path: Path, tokens: int) -> None:
+    """Where the weights have diverged, nothing is computed again: all pairs of the bad micro-batches are named."""
+    config = config_of(root, tmp_path / "run", batch__tokens_per_micro_batch=tokens, train__on_nonfinite="stop")
+    answers = ranks(2, searching, config, False)
+    assert [(code, passes) for code, _, passes in answers] == [(1, 0)] * 2
+    (line,) = error_lines(answers[0][1])
+    assert "; the weights are not finite either (" in line
+    pairs = report_of(config, "step-000002.jsonl")
+    assert len(pairs) == (1 if tokens == 8 else 2) and 5 in [pair["pair"] for pair in pairs]
+
+
+def test_few_prompts_are_computed_alone(root: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Of four in the micro-batch only two, after one pass of the micro-batch: the others may be bad, and are named."""
+    config = config_of(root, tmp_path / "run", "huge", batch__tokens_per_micro_batch=1000, train__on_nonfinite="stop")
+    code, said, passes = ranks(1, few_alone, config)[0]
+    (line,) = error_lines(said)
+    assert code == 1 and passes == 1 + 2
+    assert "; 2 of 4 prompts were computed alone, which is the most; the others are named unseen (" in line
+    ids = [pair["pair"] for pair in report_of(config, "step-000002.jsonl")]
+    assert 5 in ids and len(ids) in (2, 3) and set(ids) <= {4, 5, 6, 7}
+    assert "micro-batches are computed again one by one, 1 at most" in said
+    assert "prompts are computed again alone, 2 of 4" in said
+
+
+def few_alone(config: Config) -> tuple[int, str, int]:
+    with patch.object(nonfinite, "MOST_ALONE", 2):
+        return searching(config, False)
+
+
+def test_a_request_to_stop_ends_the_search_on_every_rank(root: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """It comes to the last rank alone, in the second pass over the two trees of each of two bad micro-batches."""
+    pairs = [SourceConfig(str(root / "bad.jsonl"))]
+    config = config_of(root, tmp_path / "run", data__train=pairs, batch__tokens_per_micro_batch=1000)
+    answers = ranks(2, searching, changed(config, train__on_nonfinite="stop"), True, 2)
+    assert [(code, passes) for code, _, passes in answers] == [(1, 2)] * 2
+    (line,) = error_lines(answers[0][1])
+    assert "2 of 4 prompts were computed alone, then came a request to stop; the others are named unseen (" in line
+    assert sorted(pair["pair"] for pair in report_of(config, "step-000001.jsonl")) == [0, 1, 2, 3]
+
+
+def broken_once(config: Config, rank: int, after: int | None = None) -> tuple[int, str, int, int]:
+    """A gradient on one rank that is infinite in step 2 and in no later pass: exit code, stderr, updates, passes of the
+    search, in one of which the last rank may be asked to stop.
+    """
     steps, norm, updates = [], update.square_norm, []
 
     def infinite(parameters: Any) -> Any:
@@ -207,10 +282,9 @@ def broken_once(config: Config, rank: int) -> tuple[int, str, int]:
     counted = patch.object(
         torch.optim.AdamW, "step", lambda *a, step=torch.optim.AdamW.step, **k: (updates.append(1), step(*a, **k))[1]
     )
-    stderr = io.StringIO()
-    with counted, patch.object(update, "square_norm", infinite), contextlib.redirect_stderr(stderr):
-        code = run_program(lambda: train.run_training(config))
-    return code, stderr.getvalue(), len(updates)
+    with counted, patch.object(update, "square_norm", infinite):
+        code, said, passes = searching(config, True, after)
+    return code, said, len(updates), passes
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -219,10 +293,21 @@ def test_a_fault_that_does_not_come_again(root: Path, ranks: Ranks, tmp_path: Pa
     good = [SourceConfig(str(root / "good.jsonl"))]
     config = config_of(root, tmp_path / "run", train__on_nonfinite="stop", data__train=good, batch__pairs_per_step=3)
     answers = ranks(2, broken_once, config, rank)
-    assert [(answer[0], answer[2]) for answer in answers] == [(1, 1)] * 2
+    assert [(answer[0], *answer[2:]) for answer in answers] == [(1, 1, 3)] * 2, "the fourth micro-batch is empty"
     (line,) = error_lines(answers[0][1])
     assert line.startswith("error: step 2: the gradient is not finite: no single pair; computed again one by one, ")
     assert sorted(pair["pair"] for pair in report_of(config, "step-000002.jsonl")) == [0, 1, 2]
+
+
+def test_a_request_to_stop_leaves_micro_batches_out(root: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """The gradient alone is not finite: what is known is that one of them may be to blame."""
+    good = [SourceConfig(str(root / "good.jsonl"))]
+    config = config_of(root, tmp_path / "run", train__on_nonfinite="stop", data__train=good, batch__pairs_per_step=3)
+    answers = ranks(2, broken_once, config, 0, 2)
+    assert [(answer[0], *answer[2:]) for answer in answers] == [(1, 1, 2)] * 2
+    (line,) = error_lines(answers[0][1])
+    assert ": no single pair; a request to stop ended the search after 2 of 3 micro-batches; the file has all " in line
+    assert len(report_of(config, "step-000002.jsonl")) == 3
 
 
 def test_a_report_that_cannot_be_written_hides_no_fault(root: Path, tmp_path: Path) -> None:
@@ -360,7 +445,7 @@ def test_pairs_of_an_evaluation_are_named(root: Path, ranks: Ranks, tmp_path: Pa
     assert code == 1
     (line,) = error_lines(said)
     file = tmp_path / "run/nonfinite/eval-000000.jsonl"
-    assert line == f"error: evaluation after step 0: the loss is nan: pair {root}/pairs.jsonl:6 ({file})"
+    assert line == f"error: evaluation after step 0: the loss is nan: pair {root}/pairs.jsonl:6; {BAD_WEIGHTS} ({file})"
     (pair,) = report_of(config, file.name)
     assert (pair["source"], pair["pair"], pair["logp_chosen"]) == ("data.eval[1]", 3 + 5, "nan")
     assert EVIL in pair["chosen_ids"]
