@@ -9,19 +9,18 @@ Each line of a file is an object for one pair:
     source, place, pair                key of the source; file and line, or path and row; number among the kept pairs
     logp_chosen, logp_rejected, loss   its values, nats; as a text, "nan" or "inf", where they are not finite
     prompt_ids, chosen_ids, rejected_ids
-    prompt, chosen, rejected           the same as texts; null where there is no tokenizer
+    prompt, chosen, rejected           the same as texts; null where there is no tokenizer, or it fails
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dpo.base.errors import InvalidValue, UserError
 from dpo.base.files import write_atomically
 from dpo.batch.packing import PackedBatch
 from dpo.batch.plan import StepPlan
@@ -40,6 +39,8 @@ from dpo.train.setup import Run
 
 MOST_SHOWN = 3
 """Pairs that the line names; the file has all."""
+TEXTS = ("prompt", "chosen", "rejected")
+"""The names of a pair's texts."""
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,13 @@ def _write(rows: Rows, path: Path, ids: Sequence[int], values: Sequence[Mapping[
     that must not hide what the report is about.
     """
     objects = [_object(rows, number, of_pair) for number, of_pair in zip(ids, values, strict=True)]
-    decode = _decoder(rows.config)
-    texts = [{name: decode(each[f"{name}_ids"]) for name in ("prompt", "chosen", "rejected")} for each in objects]
+    texts, note = _texts(rows.config, objects)
     lines = [json.dumps(each | of_each) + "\n" for each, of_each in zip(objects, texts, strict=True)]
     try:
         write_atomically(path, "".join(lines).encode())
     except OSError as failure:
         return [each["place"] for each in objects], f"their texts are not kept: {line_of(failure)}"
-    return [each["place"] for each in objects], str(path)
+    return [each["place"] for each in objects], f"{path}{note}"
 
 
 def _object(rows: Rows, number: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -157,15 +157,21 @@ def _json_number(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _decoder(config: Config) -> Any:
+def _texts(config: Config, objects: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, str | None]], str]:
+    """Returns the texts of each object, None where no tokenizer is at hand or it fails, and a note that says so."""
+    try:
+        decode = _decoder(config)
+        return [{name: decode(each[f"{name}_ids"]) for name in TEXTS} for each in objects], ""
+    # Whatever a tokenizer raises, its own code too: it must not hide what the report is about, and would end rank 0
+    # alone, while the others wait for its line.
+    except Exception as failure:
+        return [dict.fromkeys(TEXTS) for _ in objects], f", without texts: {line_of(failure)}"
+
+
+def _decoder(config: Config) -> Callable[[Sequence[int] | None], str | None]:
     """Returns a function from ids to their text, special tokens included; to None where no tokenizer is at hand."""
     path = config.model.tokenizer or config.model.path
-    tokenizer = None
-    if tokenizer_is_here(path):
-        try:
-            tokenizer = load_tokenizer(path, config.model.trust_remote_code)
-        except (UserError, InvalidValue):  # data that came as ids needs none
-            pass
+    tokenizer = load_tokenizer(path, config.model.trust_remote_code) if tokenizer_is_here(path) else None
 
     def decode(ids: Sequence[int] | None) -> str | None:
         if ids is None or tokenizer is None:

@@ -321,6 +321,21 @@ def test_a_report_that_cannot_be_written_hides_no_fault(root: Path, tmp_path: Pa
     assert f"pair {root}/pairs.jsonl:6; the weights are not finite either (their texts are not kept: " in line
 
 
+@pytest.mark.parametrize("part", ["load_tokenizer", "tokenizer_is_here"])
+@pytest.mark.parametrize("failure", [OSError(5, "Input/output error", "tokenizer.json"), RuntimeError("no such class")])
+def test_a_tokenizer_that_fails_ends_no_run(
+    root: Path, tmp_path: Path, shared_data: Path, part: str, failure: Exception
+) -> None:
+    """Its files lie on a disk that fails, or its code does: the pairs are written without texts, the run goes on."""
+    config = config_of(root, tmp_path / "run", model__tokenizer=str(shared_data / "tok-smollm2"), train__steps=2)
+    with patch(f"dpo.train.nonfinite.{part}", side_effect=failure):
+        folder = run(config)
+    (pair,) = report_of(config, "step-000002.jsonl")
+    assert (pair["pair"], pair["prompt"], pair["chosen"], pair["rejected"]) == (5, None, None, None)
+    (line,) = [line for line in logged(folder) if line.startswith("WARNING: step 2")]
+    assert f"({folder}/nonfinite/step-000002.jsonl, without texts: {type(failure).__name__}: " in line
+
+
 # --- skipped ---------------------------------------------------------------------------------------------------------
 
 
