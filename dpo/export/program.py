@@ -26,6 +26,7 @@ from dpo.model.build import build_policy
 from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
 from dpo.run.card import model_card
+from dpo.run.own_code import check_own_code
 from dpo.run_folder.files import CONFIG, FINAL
 from dpo.terminal.console import say
 
@@ -37,7 +38,7 @@ def main() -> None:
     args = read_arguments()
     candidates = find_candidates(args.checkpoint)
     config = _config_of(candidates[0])
-    _check_code(config, args.trust_remote_code)
+    check_own_code(config, args.trust_remote_code, CHECKPOINT)
     if args.dtype:
         config = replace(config, checkpoint=replace(config.checkpoint, export_dtype=args.dtype))
     with open_world(config.parallel.setup_timeout_seconds) as world:
@@ -86,15 +87,6 @@ def _config_of(checkpoint: Path) -> Config:
         raise UserError(CHECKPOINT, f"{path} is missing", "a checkpoint that lies in its run folder")
     config = load_config(["--config", str(path)], "dpo.export")
     return replace(config, train=replace(config.train, run_dir=str(run_dir)))  # it may have been moved
-
-
-def _check_code(config: Config, is_trusted: bool) -> None:
-    """Raises UserError where the config beside a checkpoint, which may be anybody's, asks for code that was not asked
-    for on the command line.
-    """
-    if config.model.trust_remote_code and not is_trusted:
-        what = f"the run of this checkpoint runs the code of the repository {config.model.path}"
-        raise UserError(CHECKPOINT, what, "with --trust-remote-code, if you trust it")
 
 
 def _check_out(out: Path) -> None:

@@ -17,6 +17,8 @@ def make_parser(prog: str = "python -m dpo.replay") -> Parser:
     parser = Parser(prog, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("run", metavar="RUN", type=Path, help="a run folder")
     parser.add_argument("--step", type=_step, required=True, metavar="N", help="the last step to compute; required")
+    about = "run the code of the model's own repository, where the run's config does so too"
+    parser.add_argument("--trust-remote-code", action="store_true", help=about)
     return with_quiet(parser)
 
 

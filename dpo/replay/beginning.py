@@ -7,8 +7,12 @@ from typing import Any
 
 from dpo.base.errors import UserError
 from dpo.checkpoint.folders import checkpoint_path, checkpoints_until
-from dpo.checkpoint.store import read_state
+from dpo.checkpoint.marker import STATE, find_change, list_files
+from dpo.checkpoint.store import read_verified_state
+from dpo.checkpoint.verify import first_usable
 from dpo.config import Config, load_config
+from dpo.distributed.collectives import on_main
+from dpo.distributed.world import World
 from dpo.run.folder import Start, read_starts
 from dpo.run_folder.files import CONFIG, METRICS, PROVENANCE, is_step, read_metrics
 from dpo.terminal.console import say
@@ -54,16 +58,37 @@ def replay_config(config: Config, work: Path, num_ranks: int) -> Config:
     )
 
 
-def find_beginning(folder: Path, step: int) -> Beginning:
-    """Returns what a run folder holds of the steps to `step`; for rank 0 alone. Reads only.
+def find_beginning(folder: Path, step: int, world: World) -> Beginning:
+    """Returns what a run folder holds of the steps to `step`. Reads only. Every rank must get here, or the rest hang.
 
-    Raises UserError where metrics.jsonl has no such step.
+    Raises UserError, on every rank, where metrics.jsonl has no such step.
     """
+    lines = on_main(world, lambda: _lines_until(folder, step))
+    start = _newest_before(folder, step, world)
+    return on_main(world, lambda: _beginning(folder, step, start, lines))
+
+
+def _lines_until(folder: Path, step: int) -> dict[int, Mapping[str, float]]:
+    """Returns the lines of metrics.jsonl of the steps to `step`. Raises UserError where that one is missing."""
     lines = {int(line["step"]): line for line in read_metrics(folder) if is_step(line)}
     if step not in lines:
         valid = f"{min(lines)} to {max(lines)}" if lines else "a run with a step"
         raise UserError(STEP, f"{folder / METRICS} has no step {step}", valid)
-    start = _newest_before(folder, step)
+    return {number: line for number, line in lines.items() if number <= step}
+
+
+def _newest_before(folder: Path, step: int, world: World) -> Start:
+    """Returns the start at the newest checkpoint before a step whose files are as they were written, which the ranks
+    compare together, or at step 0; tells which ones it skips. Every rank must get here, or the rest hang.
+    """
+    candidates = on_main(world, lambda: checkpoints_until(folder, step - 1)[::-1])
+    found, faults = first_usable(candidates, world)
+    if world.is_main and len(candidates) == len(faults) == 1:  # of several `first_usable` tells each
+        say(f"checkpoint {candidates[0]} is skipped: {faults[candidates[0]]}")
+    return Start(found, on_main(world, lambda: read_verified_state(found, RUN))) if found else Start()
+
+
+def _beginning(folder: Path, step: int, start: Start, lines: Mapping[int, Mapping[str, float]]) -> Beginning:
     steps = range(start.step + 1, step + 1)
     recorded = {n: {name: value for name, value in lines[n].items() if name != "step"} for n in steps if n in lines}
     starts = read_starts(folder / PROVENANCE) or []
@@ -71,25 +96,19 @@ def find_beginning(folder: Path, step: int) -> Beginning:
     return Beginning(start, recorded, _weights_after(folder, step), layouts, starts[-1] if starts else {})
 
 
-def _newest_before(folder: Path, step: int) -> Start:
-    """Returns the start at the newest complete checkpoint before a step, or at step 0; says which ones it skips."""
-    for path in reversed(checkpoints_until(folder, step - 1)):
-        try:
-            return Start(path, read_state(path, RUN))
-        except UserError as failure:
-            say(f"checkpoint {path} is skipped: {failure.what}")
-    return Start()
-
-
 def _weights_after(folder: Path, step: int) -> str | None:
+    """Returns the hash of the weights after a step, from the `state.json` of its checkpoint: that file alone is
+    compared with its hash.
+    """
     path = checkpoint_path(folder, step)
     if not path.is_dir():
         return None
-    try:
-        return read_state(path, RUN).weights
-    except UserError as failure:
-        say(f"checkpoint {path} is not compared: {failure.what}")
+    files, fault = list_files(path)
+    fault = fault or find_change(path, {STATE: files[STATE]})
+    if fault:
+        say(f"checkpoint {path} is not compared: {fault}")
         return None
+    return read_verified_state(path, RUN).weights
 
 
 def layouts_of(starts: Sequence[Mapping[str, Any]], step: int) -> list[Mapping[str, Any]]:

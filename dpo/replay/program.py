@@ -24,11 +24,12 @@ from dpo.distributed.collectives import on_main
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World
 from dpo.replay.arguments import read_arguments
-from dpo.replay.beginning import Beginning, find_beginning, read_config, replay_config
+from dpo.replay.beginning import RUN, Beginning, find_beginning, read_config, replay_config
 from dpo.replay.comparison import TOLERANCE, Metrics, describe, differences, table
 from dpo.run.identity import check_identity, identity_of
 from dpo.run.inputs import read_inputs
 from dpo.run.layout import layout_here
+from dpo.run.own_code import check_own_code
 from dpo.run.provenance import provenance
 from dpo.terminal.console import begin_log, say
 from dpo.train.loop import take_step
@@ -41,20 +42,26 @@ CODE = ("version", "commit", "dirty", "torch", "transformers")
 def main() -> None:
     """Runs `python -m dpo.replay`."""
     arguments = read_arguments()
-    replay(arguments.run, arguments.step)
+    replay(arguments.run, arguments.step, arguments.trust_remote_code)
 
 
-def replay(folder: Path, step: int) -> None:
+def replay(folder: Path, step: int, trusts_code: bool) -> None:
     """Computes the steps of a run to `step` again, compares them, and prints the result on rank 0. Every rank must get
     here, or the rest hang.
 
-    Raises RunError where a step or the weights differ, and UserError where the run has no such step or its input has
-    changed.
+    Args:
+        folder: the run folder, which may be anybody's.
+        step: the last step to compute.
+        trusts_code: whether code of the model's own repository may run, where the run's config asks for it.
+
+    Raises RunError where a step or the weights differ, and UserError where the run has no such step, its input has
+    changed, or it asks for code that is not trusted.
     """
     begin_log()
     config = read_config(folder)
+    check_own_code(config, trusts_code, RUN)
     with open_world(config.parallel.setup_timeout_seconds, config.parallel.replicate) as world:
-        beginning = on_main(world, lambda: find_beginning(folder, step))
+        beginning = find_beginning(folder, step, world)
         with _work_folder(world) as work:
             run = _build(replay_config(config, work, world.size), world, beginning)
             is_same = _is_same_layout(run, beginning)

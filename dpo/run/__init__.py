@@ -5,6 +5,7 @@ folder.py       decides from a run folder how a run starts, and prepares the fol
 provenance.py   versions, git commit and data of a start
 agreement.py    checks that models and tokenizer agree on the ids of the data
 inputs.py       finds, checks and hashes all input
+own_code.py     refuses code of a model's repository that only the config of a run folder asks for
 identity.py     the facts that must be the same at every start of a run
 layout.py       the devices and settings by which the steps of a start are computed
 answers.py      answers of policy and reference to a few evaluation prompts

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -9,16 +10,18 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from dpo.base.sums import sha256_of
+from dpo.checkpoint import marker
 from dpo.checkpoint.folders import checkpoint_path
 from dpo.checkpoint.store import read_state
-from dpo.config import Config
+from dpo.config import Config, load_config, to_yaml
 from dpo.replay import program as replay
 from dpo.replay.beginning import layouts_of
 from dpo.replay.comparison import MEASURED, describe, differences, table
 from dpo.run_folder.files import METRICS
 from dpo.train import loop
 from tests.support.ranks import Ranks
-from tests.support.runs import error_lines, exit_code_of, run, run_until, save_six_steps, six_steps, snapshot
+from tests.support.runs import changed, error_lines, exit_code_of, run, run_until, save_six_steps, six_steps, snapshot
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -44,9 +47,9 @@ def config_of(root: Path, run_dir: Path, **changes: Any) -> Config:
     return six_steps(root, run_dir, batch__tokens_per_micro_batch=60, **changes)
 
 
-def again(folder: Path, step: int, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+def again(folder: Path, step: int, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of `python -m dpo.replay` on one rank."""
-    code = exit_code_of(replay.main, "dpo.replay", str(folder), "--step", str(step))
+    code = exit_code_of(replay.main, "dpo.replay", str(folder), "--step", str(step), *words)
     said = capsys.readouterr()
     return code, said.out, said.err
 
@@ -176,6 +179,57 @@ def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = again(tmp_path, 1, capsys)
     assert code == 2
     assert error_lines(err) == [f"error: command line: RUN: {tmp_path}/config.yaml is missing; valid: a run folder"]
+
+
+def hashed_files(folder: Path, step: int) -> tuple[int, set[str], str]:
+    """Exit code, the files of checkpoints that this rank hashes, as `step-000002/state.json`, and stderr."""
+    hashed: set[str] = set()
+
+    def noted(path: Path) -> str:
+        hashed.add(f"{path.parent.name}/{path.name}")
+        return sha256_of(path)
+
+    with patch.object(marker, "sha256_of", noted):
+        code, _, err = as_rank(folder, step)
+    return code, hashed, err
+
+
+def test_the_ranks_share_the_check_of_the_start(pair: Path, ranks: Ranks) -> None:
+    """Each hashes its own part of the start. Of the checkpoint after the last step, `state.json` alone is read."""
+    (code, main, err), (_, other, _) = ranks(2, hashed_files, pair, 4)
+    assert code == 0, err
+    assert main == {f"step-000002/{name}" for name in (".metadata", "state.json", "__0_0.distcp")} | {
+        "step-000004/state.json"
+    }
+    assert other == {"step-000002/__1_0.distcp"}
+
+
+def test_damaged_checkpoints_are_told(alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The only one before the steps is skipped, from step 0 then; the hash of one that has changed is not believed."""
+    folder = Path(shutil.copytree(alone, tmp_path / "run"))
+    for step in (2, 4):
+        state = checkpoint_path(folder, step) / "state.json"
+        state.write_bytes(state.read_bytes().replace(b"0", b"1", 1))
+    code, out, err = again(folder, 4, capsys)
+    assert code == 0, err
+    assert f"checkpoint {checkpoint_path(folder, 2)} is skipped: state.json has changed" in err
+    assert f"checkpoint {checkpoint_path(folder, 4)} is not compared: state.json has changed" in err
+    assert "steps 1 to 4 are equal to the last bit; the weights are not compared" in out
+
+
+def test_a_run_asks_for_no_code_by_itself(alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The config of a run folder may be anybody's: the code of a model's repository runs where the command line says
+    so too.
+    """
+    folder = Path(shutil.copytree(alone, tmp_path / "run"))
+    config = load_config(["--config", str(folder / "config.yaml")], "dpo.replay")
+    (folder / "config.yaml").write_text(to_yaml(changed(config, model__trust_remote_code=True)))
+    code, _, err = again(folder, 2, capsys)
+    assert code == 2
+    (line,) = error_lines(err)
+    assert line.startswith("error: command line: RUN: ")
+    assert f"runs the code of the repository {config.model.path}; valid: with --trust-remote-code" in line
+    assert again(folder, 2, capsys, "--trust-remote-code")[0] == 0
 
 
 def test_a_step_that_the_run_has_not(alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
