@@ -100,11 +100,13 @@ def sync_tree(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Waits until the content of a file, or the list of files in a folder, is on the disk. Some file systems cannot
-    do that for a folder, and say so: there it does nothing.
+    do that for a folder, and say so: there it does nothing. Raises OSError, with the path: NFS may tell here first that
+    the disk is full.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     except OSError as failure:
         if failure.errno not in _CANNOT_SYNC or not path.is_dir():
             raise

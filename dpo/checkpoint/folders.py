@@ -11,13 +11,15 @@ With `checkpoint.keep` 2, in the process that has just written step 40:
 import re
 import uuid
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
+from dpo.base.errors import RunError
 from dpo.base.files import remove_folder
 from dpo.checkpoint.marker import MARKER, list_files
-from dpo.checkpoint.verify import find_fault, find_fault_together
+from dpo.checkpoint.verify import find_change_together, find_fault
 from dpo.command.exits import line_of
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
@@ -113,8 +115,8 @@ def remove_older(
     """Removes the checkpoints that are older than the newest `keep` good ones; damaged ones do not count.
 
     Of those that this process has written or verified, marker and sizes must be as they were. The others are compared
-    with their hashes, once each, where an older one would be removed. What cannot be removed is told. Every rank must
-    get here, or the rest hang.
+    with their hashes, once each, where an older one would be removed. What cannot be removed is told, and nothing is
+    removed where one of them cannot be read now. Every rank must get here, or the rest hang.
 
     Args:
         folder: RUN/checkpoints.
@@ -123,13 +125,21 @@ def remove_older(
         world: all ranks.
         group: a process group of all ranks.
     """
-    while doubtful := on_main(world, lambda: _first_unknown(folder, keep, known), group):
-        fault = find_fault_together(doubtful, world, group)
+    try:
+        while doubtful := on_main(world, lambda: _first_unknown(folder, keep, known), group):
+            fault = find_change_together(doubtful, world, group)
+            on_main(world, partial(_note, doubtful, fault, known), group)
+        on_main(world, lambda: _remove(_too_old(folder, keep, known)), group)
+    except RunError as failure:  # on every rank alike; the next save tries again
         if world.is_main:
-            known[doubtful.name] = None if fault else marker_of(doubtful)
-            if fault:
-                warn(f"checkpoint {doubtful} is damaged, and does not count for checkpoint.keep: {fault}")
-    on_main(world, lambda: _remove(_too_old(folder, keep, known)), group)
+            warn(f"old checkpoints are not removed now: {failure}")
+
+
+def _note(path: Path, fault: str | None, known: dict[str, bytes | None]) -> None:
+    """Adds a checkpoint to those that are known, and tells where it is damaged."""
+    known[path.name] = None if fault else marker_of(path)
+    if fault:
+        warn(f"checkpoint {path} is damaged, and does not count for checkpoint.keep: {fault}")
 
 
 def _first_unknown(folder: Path, keep: int | None, known: dict[str, bytes | None]) -> Path | None:

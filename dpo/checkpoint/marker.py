@@ -3,16 +3,22 @@
     {".metadata": [22699, "5891b5b5..."], "__0_0.distcp": [287878, "e258d248..."], "state.json": [508, "98ea6e4f..."]}
 
 Markers of older versions have null for the hash of a file over 64 MiB: of such a file the size alone is compared.
-Hidden files that are not listed do not count: NFS and desktops leave them.
+Files that are not listed do not count: people, NFS and desktops leave them. A shard that is not listed does.
+
+A file that is missing, has another size or another hash, or lies on a bad part of a disk is damaged: an older
+checkpoint is used. Any other error may be gone at the next try (a stale handle of NFS, a server that does not answer,
+too many open files), so it ends the start, and no checkpoint is given up for it.
 """
 
+import errno
 import json
 import os
 import re
 import stat
 from pathlib import Path
 
-from dpo.base.files import sync
+from dpo.base.errors import RunError
+from dpo.base.files import naming, sync
 from dpo.base.sums import is_plain_name, sha256_of
 
 MARKER, METADATA, STATE = "COMPLETE", ".metadata", "state.json"
@@ -22,6 +28,8 @@ Inventory = dict[str, tuple[int, str | None]]
 
 _SHARD = re.compile(r"__(\d+)_\d+\.distcp")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
+"""Errors that say that there is no such file."""
 
 
 def write_marker(folder: Path, files: Inventory) -> None:
@@ -63,17 +71,16 @@ def _is_entry(name: str, size: object, digest: object) -> bool:
 
 def list_files(folder: Path) -> tuple[Inventory, str | None]:
     """Returns the files that a checkpoint lists, and why it cannot be used as far as that is seen without reading them;
-    None: its marker lists exactly the files that are there, with their sizes.
+    None: the files that its marker lists are there, with their sizes, and no other shard. Raises RunError.
     """
     try:
-        if not (folder / MARKER).is_file():
-            return {}, f"it is not complete: no {MARKER}"
-        files = read_marker(folder)
+        with naming(folder / MARKER):
+            files = read_marker(folder)
         if files is None:
             return {}, f"{MARKER} is broken"
         return files, _find_difference(folder, files)
     except OSError as failure:
-        return {}, f"it cannot be read: {failure.strerror}"
+        return {}, f"it is not complete: no {MARKER}" if failure.errno in _ABSENT else damage_of(failure, "it")
 
 
 def _find_difference(folder: Path, files: Inventory) -> str | None:
@@ -82,7 +89,7 @@ def _find_difference(folder: Path, files: Inventory) -> str | None:
             return f"it is not complete: {MARKER} does not list {name}"
     present = {path.name: os.lstat(path) for path in folder.iterdir()}
     for name in sorted({*present, *files} - {MARKER}):
-        if name not in files and name[0] != ".":
+        if name not in files and name.endswith(".distcp"):
             return f"{name} is not listed in {MARKER}"
         if name in files and name not in present:
             return f"{name} is missing"
@@ -93,12 +100,31 @@ def _find_difference(folder: Path, files: Inventory) -> str | None:
     return None if stat.S_ISREG(present[MARKER].st_mode) else f"{MARKER} is a link"
 
 
+def strays_of(folder: Path, files: Inventory) -> list[str]:
+    """Returns the files in a checkpoint that are not its own, without hidden ones."""
+    names = {path.name for path in folder.iterdir() if path.name[0] != "."}
+    return sorted(names - files.keys() - {MARKER})
+
+
 def find_change(folder: Path, files: Inventory) -> str | None:
-    """Returns the fault of the first of some files that has changed or cannot be read; None: all are as written."""
+    """Returns the fault of the first of some files that has changed or is damaged; None: all are as written. Raises
+    RunError.
+    """
     for name, (_, digest) in files.items():
         try:
-            if digest is not None and sha256_of(folder / name) != digest:
-                return f"{name} has changed"
+            with naming(folder / name):
+                if digest is not None and sha256_of(folder / name) != digest:
+                    return f"{name} has changed"
         except OSError as failure:
-            return f"{name} cannot be read: {failure.strerror}"
+            return damage_of(failure, name)
     return None
+
+
+def damage_of(failure: OSError, name: str) -> str:
+    """Returns the fault of the file `name` of a checkpoint, whose reading failed. Raises RunError, with the path that
+    the error names, where that does not say that the file is damaged.
+    """
+    if failure.errno in (*_ABSENT, errno.EIO):
+        return f"{name} cannot be read: {failure.strerror}"
+    what = "that does not mean that the checkpoint is damaged, so no older one is used; the same command tries again"
+    raise RunError(f"{failure.filename} cannot be read: {failure.strerror}; {what}") from failure

@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dpo.base.errors import InvalidValue, RunError, one_line
+from dpo.base.files import naming
 from dpo.base.sums import is_plain_name
 from dpo.checkpoint.marker import METADATA
 
@@ -85,13 +86,14 @@ def named_files(metadata: Metadata) -> set[str]:
 def read_metadata(folder: Path) -> Metadata:
     """Returns the metadata of the tensors of a checkpoint.
 
-    Raises RunError, with file and name, where it names anything that torch does not write, or is damaged.
+    Raises RunError, with file and name, where it names anything that torch does not write, or is damaged; OSError, with
+    the path, where it cannot be read.
     """
     path = folder / METADATA
+    with naming(path):
+        content = path.read_bytes()
     try:
-        return _metadata(_Unpickler(path.read_bytes()).load())
-    except OSError as failure:
-        raise RunError(f"{path} cannot be read: {failure.strerror}") from failure
+        return _metadata(_Unpickler(content).load())
     except InvalidValue as failure:
         raise RunError(f"{path}: {failure}") from failure
     except Exception as failure:  # a damaged pickle raises nearly any class

@@ -18,9 +18,19 @@ import torch.distributed as dist
 
 from dpo.base.errors import RunError
 from dpo.base.units import shown_bytes, shown_seconds
-from dpo.checkpoint.marker import MARKER, Inventory, find_change, list_files, own_files
+from dpo.checkpoint.marker import (
+    MARKER,
+    METADATA,
+    Inventory,
+    damage_of,
+    find_change,
+    list_files,
+    own_files,
+    read_marker,
+    strays_of,
+)
 from dpo.checkpoint.metadata import named_files, read_metadata
-from dpo.distributed.collectives import all_gather, on_main
+from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.world import World
 from dpo.terminal.console import say
 
@@ -31,7 +41,8 @@ TOLD_SECONDS = 1.0
 def find_fault(folder: Path) -> str | None:
     """Returns why a checkpoint cannot be used; None where it is complete and its files are as they were written.
 
-    Reads all of its files, in this process alone; ranks share the work by `find_fault_together`.
+    Reads all of its files, in this process alone; ranks share the work by `find_fault_together`. Raises RunError where
+    a file cannot be read for a reason that does not lie in the checkpoint (`marker.damage_of`).
     """
     files, fault = list_files(folder)
     return fault or find_change(folder, files) or _find_foreign(folder, files)
@@ -44,17 +55,27 @@ def find_fault_together(folder: Path, world: World, group: dist.ProcessGroup | N
         folder: the checkpoint.
         world: all ranks.
         group: a process group of all ranks; None: the default group.
+
+    Raises:
+        RunError: on every rank, where a rank cannot read a file for a reason that does not lie in the checkpoint.
+    """
+    fault = find_change_together(folder, world, group)
+    return fault or on_main(world, lambda: _find_foreign(folder, read_marker(folder) or {}), group)
+
+
+def find_change_together(folder: Path, world: World, group: dist.ProcessGroup | None = None) -> str | None:
+    """Does the same as `find_fault_together`, but does not read what .metadata names: for a checkpoint that nobody will
+    read now. Every rank must get here, or the rest hang.
     """
     started = time.monotonic()
     files, fault = on_main(world, lambda: list_files(folder), group)
     if fault is not None:
         return fault
     own = {name: files[name] for name in own_files(list(files), world.rank, world.size)}
-    fault = next((found for found in all_gather(find_change(folder, own), group) if found), None)
-    fault = fault or on_main(world, lambda: _find_foreign(folder, files), group)
+    found = all_gather(together(lambda: find_change(folder, own), group), group)
     if world.is_main:
         _tell(folder, files, time.monotonic() - started)
-    return fault
+    return next((fault for fault in found if fault), None)
 
 
 def first_usable(candidates: Sequence[Path], world: World) -> tuple[Path | None, Mapping[Path, str]]:
@@ -80,14 +101,20 @@ def _find_foreign(folder: Path, files: Inventory) -> str | None:
         others = named_files(read_metadata(folder)) - files.keys()
     except RunError as failure:
         return str(failure)
+    except OSError as failure:
+        return damage_of(failure, METADATA)
     return f"{min(others)} is not listed in {MARKER}" if others else None
 
 
 def _tell(folder: Path, files: Inventory, seconds: float) -> None:
-    """Tells how long a check took where that is noticed, and which files could not be compared by their hash."""
+    """Tells how long a check took where that is noticed, which files are not the checkpoint's, and which could not be
+    compared by their hash.
+    """
     if seconds > TOLD_SECONDS:
         size = shown_bytes(sum(size for size, _ in files.values()))
         say(f"checkpoint {folder}: {size} compared with their hashes in {shown_seconds(seconds)}")
+    if strays := strays_of(folder, files):
+        say(f"checkpoint {folder}: not of the checkpoint, and not looked at: {', '.join(strays)}")
     unhashed = [name for name, (_, digest) in files.items() if digest is None]
     if unhashed:
         what = f"{len(unhashed)} of its {len(files)} files are over 64 MiB and compared by size alone"

@@ -1,6 +1,7 @@
 """Which checkpoints are kept: the newest good ones, never a damaged one in the place of a good one; and what is on the
 disk before anything is removed."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from dpo.base import files
-from dpo.checkpoint import folders, verify
+from dpo.checkpoint import folders, marker, verify
 from dpo.checkpoint.folders import checkpoint_path, checkpoints_of, newest_checkpoint, step_of
 from dpo.checkpoint.marker import MARKER
 from dpo.checkpoint.plans import forget_plans
@@ -98,9 +99,9 @@ def test_others_are_verified_before_an_older_one_goes(
     for step in (1, 2, 3):
         save(shelf, step)
     read: list[int] = []
-    find = verify.find_fault_together
+    find = verify.find_change_together
     monkeypatch.setattr(
-        folders, "find_fault_together", lambda path, *rest: (read.append(step_of(path)), find(path, *rest))[1]
+        folders, "find_change_together", lambda path, *rest: (read.append(step_of(path)), find(path, *rest))[1]
     )
     shelf = Shelf(tmp_path, 3, shelf.plans, world, shelf.group)
     flip(checkpoint_path(tmp_path, 2) / "state.json")
@@ -112,6 +113,44 @@ def test_others_are_verified_before_an_older_one_goes(
     assert (read, steps(tmp_path)) == ([3, 2], [3, 4, 5])
 
 
+def test_an_error_of_the_moment_is_no_damage_of_a_kept_one(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 2, of an earlier start, cannot be read once: nothing is removed then, and it counts at the next save."""
+    shelf = shelf_of(tmp_path, None, world)
+    for step in (1, 2):
+        save(shelf, step)
+    shelf = Shelf(tmp_path, 2, shelf.plans, world, shelf.group)
+
+    def stale(path: Path) -> str:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as patch:
+        digest = marker.sha256_of
+        patch.setattr(
+            marker, "sha256_of", lambda path: stale(path) if path.parent.name == "step-000002" else digest(path)
+        )
+        save(shelf, 3)
+    assert steps(tmp_path) == [1, 2, 3]
+    assert "WARNING: old checkpoints are not removed now: " in capsys.readouterr().err
+    save(shelf, 4)
+    assert steps(tmp_path) == [3, 4]
+    assert shelf.known[checkpoint_path(tmp_path, 3).name] is not None
+
+
+def test_the_metadata_of_a_kept_one_is_not_parsed(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its hash is compared; on many ranks its parsing takes long, and holds the training thread."""
+    shelf = shelf_of(tmp_path, None, world)
+    for step in (1, 2):
+        save(shelf, step)
+    shelf = Shelf(tmp_path, 2, shelf.plans, world, shelf.group)
+    monkeypatch.setattr(verify, "read_metadata", None)
+    save(shelf, 3)
+    assert steps(tmp_path) == [2, 3]
+
+
 def test_the_one_that_was_verified_at_the_start_is_not_read_again(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +160,7 @@ def test_the_one_that_was_verified_at_the_start_is_not_read_again(
         save(shelf, step)
     (tmp_path / "link").symlink_to(tmp_path / "run")
     shelf = later(shelf, checkpoint_path(tmp_path / "link", 2))
-    monkeypatch.setattr(folders, "find_fault_together", None)
+    monkeypatch.setattr(folders, "find_change_together", None)
     save(shelf, 3)
     assert steps(tmp_path / "run") == [2, 3]
     other = later(shelf, save(shelf_of(tmp_path / "other", None, world), 1))  # another run's is none of this one
@@ -133,11 +172,11 @@ def test_a_marker_that_has_changed_is_not_the_one_that_is_known(tmp_path: Path, 
     """A hash in the marker of step 2 is another one: no size tells, and it does not count."""
     shelf = shelf_of(tmp_path, 2, world)
     save(shelf, 1)
-    marker = save(shelf, 2) / MARKER
-    entries = json.loads(marker.read_text())
+    path = save(shelf, 2) / MARKER
+    entries = json.loads(path.read_text())
     entries[".metadata"][1] = entries["state.json"][1]
-    marker.write_text(json.dumps(entries))
-    assert find_fault(marker.parent) == ".metadata has changed"
+    path.write_text(json.dumps(entries))
+    assert find_fault(path.parent) == ".metadata has changed"
     save(shelf, 3)
     assert steps(tmp_path) == [1, 2, 3]
 

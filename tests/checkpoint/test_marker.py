@@ -1,16 +1,20 @@
 """The marker of a checkpoint: it lists all files that are there, plain ones, and finds each that has changed."""
 
+import errno
 import json
 import os
 import random
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpo.base.errors import RunError
 from dpo.checkpoint.marker import MARKER, list_files, own_files, read_marker
-from dpo.checkpoint.verify import find_fault
+from dpo.checkpoint.verify import find_fault, find_fault_together, first_usable
 from dpo.distributed.startup import open_world
 from tests.support.checkpoints import flip, forget_hash, remark, save, shelf_of
 
@@ -118,12 +122,23 @@ def test_a_folder_is_no_file_of_a_checkpoint(folder: Path) -> None:
     assert find_fault(folder) == "state.json is a link or not a file"
 
 
-def test_hidden_files_that_are_left_do_not_count(folder: Path) -> None:
-    for name in (".nfs0000", ".DS_Store"):
+def test_files_that_are_left_do_not_count(folder: Path) -> None:
+    """Of NFS, of desktops, of people; a shard that no marker lists is no such file."""
+    for name in (".nfs0000", ".DS_Store", "Thumbs.db", "NOTES.txt"):
         (folder / name).write_text("")
     assert find_fault(folder) is None
-    (folder / "notes.txt").write_text("")
-    assert find_fault(folder) == "notes.txt is not listed in COMPLETE"
+    (folder / "__1_0.distcp").write_text("")
+    assert find_fault(folder) == "__1_0.distcp is not listed in COMPLETE"
+
+
+def test_files_that_are_left_are_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (".nfs0000", "Thumbs.db", "NOTES.txt"):
+        (folder / name).write_text("")
+    with open_world(60) as world:
+        assert find_fault_together(folder, world) is None
+    assert f"checkpoint {folder}: not of the checkpoint, and not looked at: NOTES.txt, Thumbs.db\n" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_folder_that_is_a_link_is_a_checkpoint(folder: Path, tmp_path: Path) -> None:
@@ -132,15 +147,41 @@ def test_a_folder_that_is_a_link_is_a_checkpoint(folder: Path, tmp_path: Path) -
 
 
 def test_a_file_that_cannot_be_read_is_a_fault(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not an error of one rank, for which the others would wait."""
-
-    def broken(path: Path) -> str:
-        raise OSError(5, os.strerror(5))
-
-    monkeypatch.setattr("dpo.checkpoint.marker.sha256_of", broken)
+    """Where the disk cannot give it back. Not an error of one rank, for which the others would wait."""
+    monkeypatch.setattr("dpo.checkpoint.marker.sha256_of", failing(errno.EIO))
     assert find_fault(folder) == ".metadata cannot be read: Input/output error"
-    monkeypatch.setattr("dpo.checkpoint.marker.read_marker", broken)
+    monkeypatch.setattr("dpo.checkpoint.marker.read_marker", failing(errno.EIO))
     assert find_fault(folder) == "it cannot be read: Input/output error"
+
+
+def failing(code: int) -> Callable[[Path], Any]:
+    """A reader that fails without the name of the file, as read(2) does."""
+
+    def fail(path: Path) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize(
+    "reader, name",
+    [("marker.sha256_of", ".metadata"), ("marker.read_marker", MARKER), ("metadata.Path.read_bytes", ".metadata")],
+)
+def test_an_error_of_the_moment_is_no_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, reader: str, name: str, code: int
+) -> None:
+    """It ends the start with the path: an older checkpoint in the place of this one would cost hours."""
+    monkeypatch.setattr(f"dpo.checkpoint.{reader}", failing(code))
+    with pytest.raises(RunError, match=f"^{re.escape(str(folder / name))} cannot be read: {os.strerror(code)}; "):
+        find_fault(folder)
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.ETIMEDOUT])
+def test_an_error_of_the_moment_ends_all_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr("dpo.checkpoint.marker.sha256_of", failing(code))
+    with open_world(60) as world, pytest.raises(RunError, match=r"/\.metadata cannot be read: "):
+        first_usable([folder], world)
 
 
 def test_a_file_without_a_hash_is_compared_by_its_size(folder: Path) -> None:
