@@ -65,11 +65,9 @@ def find_candidates(config: Config) -> list[Path]:
     """Returns the checkpoints from which `checkpoint.resume` may resume, with the run folder as it is: the first that
     is whole is used. None where the start is fresh. Writes nothing, and opens no checkpoint.
 
-    Raises UserError where the folder cannot be written or used.
+    Raises UserError where the folder cannot be used.
     """
-    run_dir = Path(str(config.train.run_dir))
-    _check_writable(run_dir)
-    resume = config.checkpoint.resume
+    run_dir, resume = Path(str(config.train.run_dir)), config.checkpoint.resume
     if resume == "never":
         if run_dir.exists() and any(path.name not in (JOBS, LOCK, LOG) for path in run_dir.iterdir()):
             raise UserError("train.run_dir", f"{run_dir} is not empty", f"a new folder, or {KEY} auto")
@@ -78,12 +76,13 @@ def find_candidates(config: Config) -> list[Path]:
     return own if resume == "auto" else _named_checkpoints(Path(resume), run_dir, own)
 
 
-def start_from(found: Path | None, faults: Mapping[Path, str]) -> Start:
+def start_from(found: Path | None, faults: Mapping[Path, str], config: Config) -> Start:
     """Returns the start from a checkpoint that is whole, or a fresh one.
 
     Args:
         found: the checkpoint; None: none of the candidates is whole.
         faults: the candidates that are not, and why.
+        config: tells which checkpoints were asked for.
 
     Raises:
         UserError: there are candidates, and none is whole, or its state is not that of a run.
@@ -92,22 +91,25 @@ def start_from(found: Path | None, faults: Mapping[Path, str]) -> Start:
         return Start(found, read_verified_state(found, KEY))
     if len(faults) == 1:
         ((path, fault),) = faults.items()
-        raise UserError(KEY, f"{path}: {fault}", _way_on(path))
+        raise UserError(KEY, f"{path}: {fault}", _way_on(path, config))
     if faults:
         each = "; ".join(f"{path.name}: {fault}" for path, fault in faults.items())
         path = next(iter(faults))
         what = f"none of the {len(faults)} checkpoints in {path.parent} can be used: {each}"
-        raise UserError(KEY, what, _way_on(path))
+        raise UserError(KEY, what, _way_on(path, config))
     return Start()
 
 
-def _way_on(path: Path) -> str:
-    if path.parent.name != CHECKPOINTS:
-        return VALID
-    return f"one that is restored; or, to begin anew, move {path.parent} away, or set another train.run_dir"
+def _way_on(path: Path, config: Config) -> str:
+    """Returns what to do where a checkpoint cannot be used: one that was asked for by its name is not in the way."""
+    is_own = path.parent == Path(str(config.train.run_dir)) / CHECKPOINTS
+    if config.checkpoint.resume != "auto" or not is_own:
+        return f"one that is restored; or {VALID}"
+    return f"one that is restored; or to begin anew, move {path.parent} away, or set another train.run_dir"
 
 
-def _check_writable(run_dir: Path) -> None:
+def check_writable(run_dir: Path) -> None:
+    """Raises UserError where a run folder cannot be made, or not be written to. Writes nothing."""
     present = nearest_existing(run_dir)
     if not present.is_dir():
         raise UserError("train.run_dir", f"{run_dir}: {present} is a file", "a folder, or a path that does not exist")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dpo.command.status import telling_end
 from dpo.config import Config
-from dpo.disk.storage import check_folders, check_space
+from dpo.disk.storage import check_space
 from dpo.distributed.beats import stand
 from dpo.distributed.failures import remembered_need
 from dpo.distributed.preemption import listen_for_stop
@@ -26,7 +26,7 @@ from dpo.train.loop import train
 from dpo.train.outputs import export_run, open_checkpoints, open_outputs
 from dpo.train.phases import Phases, process_start
 from dpo.train.setup import Hooks, Run, build_run
-from dpo.train.start import check_first_step, find_start_together, is_done, lacks_report
+from dpo.train.start import check_first_step, check_outputs, find_start_together, is_done, lacks_report
 from dpo.train.summary import introduce
 from dpo.train.words import read_arguments
 
@@ -50,8 +50,8 @@ def run_training(config: Config, begun: float | None = None) -> None:
     ):
         phases.end("ranks")
         refuse_if_in_use(config, world)
+        check_outputs(config, world)
         before, start = contents_of(config, world), find_start_together(config, world)
-        check_folders(config, world)
         stand("the reading of the input")
         inputs = read_inputs(config, world)
         if _is_done(config, start, inputs, world):

@@ -7,9 +7,10 @@ from dpo.board.sinks import check_installed
 from dpo.checkpoint.final_sums import find_fault_of_export
 from dpo.checkpoint.verify import first_usable
 from dpo.config import Config
+from dpo.disk.storage import check_folders
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
-from dpo.run.folder import Start, find_candidates, seems_finished, start_from
+from dpo.run.folder import Start, check_writable, find_candidates, seems_finished, start_from
 from dpo.run.identity import check_identity, identity_of
 from dpo.run.inputs import Inputs
 from dpo.run_folder.files import FINAL, REPORT
@@ -19,19 +20,31 @@ from dpo.terminal.console import say, warn
 from dpo.train.setup import Run
 
 
+def check_outputs(config: Config, world: World) -> None:
+    """Checks that a run can write where it is told to, before anything is read. Every rank must get here, or the rest
+    hang.
+
+    Raises UserError, on every rank, where rank 0 lacks the package of a sink or cannot write to the run folder, or
+    where other nodes do not see the folders: they would take all of its checkpoints for damaged.
+    """
+    on_main(world, lambda: check_installed(config.train.report_to))
+    on_main(world, lambda: check_writable(Path(str(config.train.run_dir))))
+    check_folders(config, world)
+
+
 def find_start_together(config: Config, world: World) -> Start:
-    """Returns the start that `checkpoint.resume` gives with the run folder as it is. Writes nothing.
+    """Returns the start that `checkpoint.resume` gives with the run folder as it is, which all nodes see
+    (`check_outputs`). Writes nothing.
 
     Rank 0 lists the checkpoints; all ranks together look for the newest one whose files are as they were written. Every
     rank must get here, or the rest hang.
 
-    Raises UserError, on every rank, where rank 0 lacks the package of a sink, the folder cannot be written or used, or
-    there are checkpoints and none can be used.
+    Raises UserError, on every rank, where the folder cannot be used, or there are checkpoints and none can be used, and
+    RunError where one of them cannot be read now.
     """
-    on_main(world, lambda: check_installed(config.train.report_to))
     candidates = on_main(world, lambda: find_candidates(config))
     found, faults = first_usable(candidates, world)
-    return on_main(world, lambda: start_from(found, faults))
+    return on_main(world, lambda: start_from(found, faults, config))
 
 
 def is_done(config: Config, start: Start, inputs: Inputs, world: World) -> bool:

@@ -153,14 +153,15 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_anew(
     damage(four, "no marker")
     files = snapshot(tmp_path / "run")
     named = changed(dead, train__run_dir=str(tmp_path / "new"), checkpoint__resume=str(tmp_path / "run"))
-    for config in (dead, named):
+    anew = f"to begin anew, move {four.parent} away, or set another train.run_dir"
+    for config, way_on in ((dead, anew), (named, "a folder RUN/checkpoints/step-000100")):
         capsys.readouterr()
         assert exit_code(config) == 2
         (error,) = error_lines(capsys.readouterr().err)
         assert error == (
             f"error: CONFIG: checkpoint.resume: none of the 2 checkpoints in {four.parent} can be used: "
             "step-000004: it is not complete: no COMPLETE; step-000002: __0_0.distcp has changed; valid: one that is "
-            f"restored; or, to begin anew, move {four.parent} away, or set another train.run_dir"
+            f"restored; or {way_on}"
         )
     assert snapshot(tmp_path / "run") == files
     shutil.rmtree(two)

@@ -11,12 +11,15 @@ from unittest.mock import patch
 import datasets
 import pytest
 
+from dpo.checkpoint.marker import MARKER
+from dpo.checkpoint.plans import forget_plans
 from dpo.config import Config
 from dpo.distributed.collectives import all_gather, first_on_each_node
 from dpo.distributed.program import run_program
 from dpo.distributed.shared import Unseen, _sees
 from dpo.distributed.startup import open_world
 from dpo.train.program import run_training
+from tests.support.checkpoints import remark, save, shelf_of
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import changed, error_lines, make_config, save_six_steps, six_steps, train_lines
@@ -78,6 +81,18 @@ def on_nodes(tmp_path: Path) -> Config:
     return six_steps(save_six_steps(tmp_path), tmp_path / "run", reference__cache_dir=None)
 
 
+def plant_checkpoint(run_dir: Path) -> None:
+    """A whole checkpoint, with a shard for each of three ranks to compare."""
+    with open_world(60) as world:
+        shelf = shelf_of(run_dir, None, world)
+        folder = save(shelf, 1)
+        forget_plans(shelf.plans)
+    for rank in (1, 2):
+        (folder / f"__{rank}_0.distcp").write_bytes(b"a shard")
+    (folder / MARKER).unlink()
+    remark(folder)
+
+
 @pytest.mark.parametrize(
     ("key", "run_dir", "cache", "named"),
     [
@@ -88,7 +103,10 @@ def on_nodes(tmp_path: Path) -> Config:
 def test_a_folder_that_other_nodes_do_not_see_is_refused_with_their_names(
     on_nodes: Config, ranks: Ranks, tmp_path: Path, key: str, run_dir: str, cache: str, named: str
 ) -> None:
-    """Before data is read or a folder is made, and without a file left behind."""
+    """Before data is read or a folder is made, and without a file left behind; also where rank 0 sees checkpoints, of
+    which the other nodes miss the shards that they are to compare.
+    """
+    plant_checkpoint(tmp_path / "0" / run_dir.format(tmp=tmp_path))
     before = {path for path in tmp_path.rglob("*") if path.is_file()}
     config = changed(on_nodes, train__run_dir=run_dir.format(tmp=tmp_path))
     places = {"DPO_CACHE": f"{tmp_path}/{cache}"}
