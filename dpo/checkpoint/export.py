@@ -26,14 +26,16 @@ from dpo.terminal.console import warn
 
 @dataclass(frozen=True)
 class Finish:
-    """What rank 0 calls when the weights of a model are written."""
+    """What rank 0 calls while a model is exported."""
 
     card: Callable[[Path], str]
     """Returns the text of the model card, README.md, given the folder with all other files. Where it fails, the model
     is exported without a card, with a warning.
     """
-    before_commit: Callable[[], None] = lambda: None
-    """Called before the folder gets its name, which it does not get where this fails."""
+    check_lock: Callable[[], None] = lambda: None
+    """Called before an earlier draft is removed, and before the folder gets its name: raises FolderLost where another
+    start, whose draft it may be, has taken the run folder.
+    """
 
 
 def export(policy: Policy, model_folder: Path, out: Path, config: Config, world: World, finish: Finish) -> None:
@@ -49,16 +51,17 @@ def export(policy: Policy, model_folder: Path, out: Path, config: Config, world:
         out: the new folder; an existing one is replaced.
         config: gives `checkpoint.export_dtype` (see `export_dtype.export_dtype`) and the tokenizer.
         world: all ranks.
-        finish: what rank 0 calls at the end.
+        finish: what rank 0 calls.
 
     Raises:
-        RunError: on every rank, where the model does not fit on the disk, or a rank cannot write.
+        RunError: on every rank, where the model does not fit on the disk, a rank cannot write, or another start has
+            taken the run folder.
     """
     dtype = on_main(world, lambda: export_dtype(config.checkpoint, model_folder))
     draft = draft_of(out)
     tensors = stored_tensors(policy)
     num_bytes = _written_bytes(tensors, dtype)
-    on_main(world, lambda: _make_draft(draft, num_bytes))
+    on_main(world, lambda: _make_draft(draft, num_bytes, finish.check_lock))
     save_tensors(draft, tensors, dtype, world)
 
     def complete() -> None:
@@ -71,7 +74,7 @@ def export(policy: Policy, model_folder: Path, out: Path, config: Config, world:
 
     def commit() -> None:
         sync_tree(draft)
-        finish.before_commit()
+        finish.check_lock()
         replace_folder(draft, out, _spare_name())
 
     on_main(world, commit)
@@ -105,8 +108,11 @@ def _written_bytes(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> int:
     return 2 * sum(sizes)
 
 
-def _make_draft(draft: Path, num_bytes: int) -> None:
-    """Makes an empty folder for an exported model. Raises RunError where `num_bytes` do not fit on the disk."""
+def _make_draft(draft: Path, num_bytes: int, check_lock: Callable[[], None]) -> None:
+    """Makes an empty folder for an exported model. Raises RunError where `num_bytes` do not fit on the disk, and
+    FolderLost where the draft that lies there may be another start's.
+    """
+    check_lock()
     remove_folder(draft, _spare_name())
     shortage = find_shortage(draft.parent, num_bytes)
     if shortage:

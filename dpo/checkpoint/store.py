@@ -52,6 +52,10 @@ from dpo.distributed.world import World
 VALID = "a folder RUN/checkpoints/step-000100"
 
 
+def do_nothing() -> None:
+    """Takes the place of a check of the lock where no lock is held."""
+
+
 @dataclass(frozen=True)
 class RunState:
     """The state of a run apart from its tensors: the number of updates, and the identity that a resume must match."""
@@ -79,9 +83,18 @@ class Shelf:
     """The process group of all collectives here, so that a thread may write while other threads use other groups."""
     known: dict[str, bytes | None] = field(default_factory=dict)
     """Of the checkpoints that this process wrote or verified: name -> marker; None: damaged."""
+    check_lock: Callable[[], None] = do_nothing
+    """Called on rank 0 before a draft is removed, which another start may be writing. Raises FolderLost."""
 
 
-def open_shelf(run_dir: Path, keep: int | None, world: World, seconds: int, verified: Path | None = None) -> Shelf:
+def open_shelf(
+    run_dir: Path,
+    keep: int | None,
+    world: World,
+    seconds: int,
+    verified: Path | None = None,
+    check_lock: Callable[[], None] = do_nothing,
+) -> Shelf:
     """Returns the shelf of a run, with a process group of its own. Every rank must get here, or the rest hang.
 
     Args:
@@ -90,9 +103,10 @@ def open_shelf(run_dir: Path, keep: int | None, world: World, seconds: int, veri
         world: all ranks.
         seconds: the timeout of the collectives.
         verified: the checkpoint that was found whole at the start of this process, if any.
+        check_lock: raises FolderLost, on rank 0, where another start has taken the run folder.
     """
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
-    shelf = Shelf(run_dir, keep, uuid.uuid4().hex, world, group)
+    shelf = Shelf(run_dir, keep, uuid.uuid4().hex, world, group, check_lock=check_lock)
     own = own_checkpoint(run_dir, verified) if verified and world.is_main else None
     if own:
         shelf.known[own.name] = marker_of(own)
@@ -109,13 +123,14 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
         before_commit: called on rank 0 when all files are written, before the rename.
 
     Raises:
-        RunError: on every rank, where the checkpoint does not fit on the disk, any rank cannot write its files, or rank
-            0 cannot commit them. After a failed write no rank keeps cached plans.
+        RunError: on every rank, where the checkpoint does not fit on the disk, any rank cannot write its files, rank 0
+            cannot commit them, or another start has taken the run folder. After a failed write no rank keeps cached
+            plans.
     """
     world, group, plans = shelf.world, shelf.group, shelf.plans
     target = checkpoint_path(shelf.run_dir, state.step)
     draft = target.with_suffix(DRAFT)
-    on_main(world, lambda: _make_draft(draft, num_bytes(tensors)), group)
+    on_main(world, lambda: _make_draft(draft, num_bytes(tensors), shelf.check_lock), group)
     try:
         with storage_errors(draft, num_bytes(tensors)):
             # 0: the tensors are in host memory, so DCP must not copy ahead on a stream of the current GPU.
@@ -125,7 +140,8 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
     except RunError:
         forget_plans(plans)  # if only some ranks had cached plans, the next checkpoint would fail
         if world.is_main:  # the metrics need the room that half a checkpoint takes from a full disk
-            with suppress(OSError):  # rank 0 must raise what the other ranks raise
+            with suppress(OSError):  # FolderLost too: rank 0 must raise what the other ranks raise
+                shelf.check_lock()
                 remove_checkpoint(draft)
         raise
     hashed = replace(state, weights=fingerprint(tensors["model"], group))
@@ -219,8 +235,11 @@ def num_bytes(tree: Any) -> int:
     return tree.numel() * tree.element_size() if isinstance(tree, Tensor) else 0
 
 
-def _make_draft(draft: Path, num_bytes: int) -> None:
-    """Makes the folder of a checkpoint. Raises RunError where `num_bytes` do not fit on the disk."""
+def _make_draft(draft: Path, num_bytes: int, check_lock: Callable[[], None]) -> None:
+    """Makes the folder of a checkpoint. Raises RunError where `num_bytes` do not fit on the disk, and FolderLost where
+    another start has taken the run folder, and may be writing the drafts that lie there.
+    """
+    check_lock()
     for stale in drafts_of(draft.parent.parent):  # left by a run that was killed while it wrote
         remove_checkpoint(stale)
     shortage = find_shortage(draft.parent, num_bytes)

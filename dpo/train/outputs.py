@@ -60,7 +60,7 @@ def open_checkpoints(run: Run) -> AbstractContextManager[Saver]:
     Every rank must get here, and to the end of the context, or the rest hang.
     """
     keep, seconds = run.config.checkpoint.keep, run.config.parallel.timeout_seconds
-    shelf = open_shelf(run.dir, keep, run.world, seconds, run.start.checkpoint)
+    shelf = open_shelf(run.dir, keep, run.world, seconds, run.start.checkpoint, run.hooks.check_lock)
     return open_saver(shelf, run.policy.model, run.optimizer, seconds)
 
 

@@ -85,8 +85,9 @@ def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path: Path, monkeypatc
     (tmp_path / "file").write_text("")
     number = errno.EINVAL
     sync(tmp_path)
-    with pytest.raises(OSError, match="Invalid argument"):
+    with pytest.raises(OSError, match="Invalid argument") as raised:
         sync(tmp_path / "file")
+    assert raised.value.filename == str(tmp_path / "file")  # fsync(2) knows no name
     number = errno.EIO
     with pytest.raises(OSError, match="Input/output error"):
         sync(tmp_path)

@@ -11,8 +11,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.planner import SavePlanner
 
-from dpo.base.errors import RunError
+from dpo.base.errors import FolderLost, RunError
+from dpo.checkpoint import export as exporting
 from dpo.checkpoint import folders
+from dpo.checkpoint.export import draft_of
 from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
 from dpo.checkpoint.plans import forget_plans
 from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
@@ -87,6 +89,40 @@ def test_a_draft_that_cannot_be_removed_hides_no_failure(
         patch.setattr(folders, "remove_folder", stale)
         assert "the disk is full" in save(tmp_path, 1, world)
     assert save(tmp_path, 2, world) == ""
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+def test_who_has_lost_the_folder_removes_no_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World, lost: int
+) -> None:
+    """The other start writes step 1 as well: before this process makes its draft, or before its writing fails."""
+    assert dist.group.WORLD is not None
+    draft, checks = checkpoint_path(tmp_path, 1).with_suffix(".tmp"), []
+
+    def check_lock() -> None:
+        checks.append(None)
+        if len(checks) == lost:
+            raise FolderLost("train.run_dir: not this run's any more")
+
+    if lost == 1:
+        draft.mkdir(parents=True)
+    fail_once(monkeypatch, "write_data")
+    shelf = Shelf(tmp_path, None, "failing", world, dist.group.WORLD, check_lock=check_lock)
+    with pytest.raises(RunError, match="not this run's any more" if lost == 1 else "the disk is full"):
+        write_checkpoint(shelf, RunState(1, {}), tensors(1), lambda: None)
+    assert draft.is_dir() and len(checks) == lost
+
+
+def test_who_has_lost_the_folder_removes_no_draft_of_a_model(tmp_path: Path) -> None:
+    draft = draft_of(tmp_path / "final")
+    draft.mkdir()
+
+    def lost() -> None:
+        raise FolderLost("train.run_dir: not this run's any more")
+
+    with pytest.raises(FolderLost):
+        exporting._make_draft(draft, 0, lost)
+    assert draft.is_dir()
 
 
 def test_files_that_nfs_cannot_remove_yet_harm_no_checkpoint(

@@ -126,10 +126,10 @@ def test_the_newest_is_the_greatest_number(dead_run: Path, tmp_path: Path) -> No
     assert newer_checkpoints(tmp_path / "run", 4) == [almost, million]
 
 
-def test_a_state_file_holds_step_and_identity(dead_run: Path) -> None:
+def test_what_a_state_file_holds(dead_run: Path) -> None:
     state = read_state(checkpoint_path(dead_run, 4), "checkpoint.resume")
     assert state.step == 4
-    assert dataclasses.asdict(state).keys() == {"step", "identity"}
+    assert dataclasses.asdict(state).keys() == {"step", "identity", "skipped", "weights"}
     assert state.identity["loss.beta"] == 0.1
 
 
