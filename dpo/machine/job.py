@@ -47,6 +47,15 @@ def requeued_job(environment: Mapping[str, str]) -> tuple[str | None, int]:
     return (named, int(count) if count.isdecimal() else 0) if job else (None, 0)
 
 
+def restarted_launch(environment: Mapping[str, str]) -> tuple[str | None, int]:
+    """Returns the id that the user gave to torchrun, and how often that has restarted the processes of this host;
+    (None, 0) without torchrun, or where none was given: all such runs have the same.
+    """
+    launch, count = environment.get("TORCHELASTIC_RUN_ID"), environment.get("TORCHELASTIC_RESTART_COUNT", "")
+    named = launch if launch not in (None, "", "none") else None
+    return (named, int(count) if count.isdecimal() else 0) if named else (None, 0)
+
+
 def check_tasks(environment: Mapping[str, str]) -> None:
     """Raises UserError in a step of srun with more tasks than nodes, where nothing made the tasks the ranks of one run:
     each task would be rank 0 of 1, and all of them would write the same run folder.

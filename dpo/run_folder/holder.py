@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from dpo.machine.job import requeued_job
+from dpo.machine.job import requeued_job, restarted_launch
 
 SILENT_SECONDS = 600.0
 """Seconds after which a holder that has not touched its lock counts as gone, wherever it is."""
@@ -33,6 +33,10 @@ class Holder:
     since: str
     token: str
     """Random: files with the same token are of the same holder."""
+    launch: str | None = None
+    """The id that was given to torchrun, `--rdzv-id`; None: none was given."""
+    attempt: int = 0
+    """How often torchrun on this host had started the processes again."""
 
     def __str__(self) -> str:
         """Returns the holder in words."""
@@ -50,13 +54,15 @@ def holder_in(content: bytes) -> Holder | None:
         holder = Holder(**json.loads(content))
     except (ValueError, TypeError):
         return None
-    is_whole = all(isinstance(number, int) for number in (holder.pid, holder.started, holder.restarts))
+    numbers = (holder.pid, holder.started, holder.restarts, holder.attempt)
+    is_whole = all(isinstance(number, int) for number in numbers)
     return holder if is_whole and isinstance(holder.token, str) else None
 
 
 def this_process(environment: Mapping[str, str]) -> Holder:
-    """Returns this process as a new holder. The environment tells its job."""
+    """Returns this process as a new holder. The environment tells its job and its launch."""
     job, restarts = requeued_job(environment)
+    launch, attempt = restarted_launch(environment)
     facts = _state_and_start(os.getpid())
     return Holder(
         host=socket.gethostname(),
@@ -68,6 +74,8 @@ def this_process(environment: Mapping[str, str]) -> Holder:
         restarts=restarts,
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         token=uuid.uuid4().hex,
+        launch=launch,
+        attempt=attempt,
     )
 
 
@@ -83,6 +91,8 @@ def why_over(holder: Holder | None, me: Holder, age: float) -> str | None:
         return "that process has ended"
     if holder is not None and holder.job is not None and holder.job == me.job and holder.restarts < me.restarts:
         return f"that was this job before SLURM restarted it ({holder.restarts} restarts then, {me.restarts} now)"
+    if holder is not None and holder.launch is not None and holder.launch == me.launch and holder.attempt < me.attempt:
+        return f"that was this run before torchrun restarted it ({holder.attempt} restarts then, {me.attempt} now)"
     return f"nothing was heard of it for {age / 60:.0f} minutes" if age > SILENT_SECONDS else None
 
 

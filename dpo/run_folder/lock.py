@@ -30,6 +30,7 @@ KEY = "train.run_dir"
 BEAT_SECONDS = 20.0
 _GONE = (errno.ENOENT, errno.ESTALE)
 """Errors for a file that is removed, by this host or, on NFS, by another one."""
+_READ_ONLY = (errno.EACCES, errno.EROFS)
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of link(2) on a file system without hard links."""
 
@@ -51,8 +52,12 @@ class Entry:
 
 def entries_of(run_dir: Path) -> list[Entry]:
     """Returns the locks of a run folder, the newest last: more than one only while the folder is taken over."""
-    paths = sorted((run_dir / LOCK).glob("*.json"), key=_number)
-    return [entry for path in paths if (entry := _read(path))]
+    return [entry for path in sorted(_paths(run_dir), key=_number) if (entry := _read(path))]
+
+
+def _paths(run_dir: Path) -> list[Path]:
+    """Returns the names of locks that are taken, also by a link that leads nowhere, which is nobody's lock."""
+    return list((run_dir / LOCK).glob("*.json"))
 
 
 def _number(path: Path) -> int:
@@ -148,15 +153,19 @@ def _beating(lock: Lock, seconds: float) -> Iterator[None]:
 
 
 def refuse_if_held(run_dir: Path, me: Holder) -> None:
-    """Raises UserError where another start holds the folder. Leaves no file."""
+    """Raises UserError where another start holds the folder, or has left a lock and it cannot be written to. Leaves no
+    file.
+    """
     if entries := entries_of(run_dir):
-        with _drafted(run_dir, me) as draft:
+        with _writing(run_dir), _drafted(run_dir, me) as draft:
             _reasons(run_dir, entries, me, _now(draft))
 
 
 def take(run_dir: Path, me: Holder) -> Lock:
-    """Takes a run folder, and says from whom it is taken over. Raises UserError where another start holds it."""
-    with _drafted(run_dir, me) as draft:
+    """Takes a run folder, and says from whom it is taken over. Raises UserError where another start holds it, or it
+    cannot be written to.
+    """
+    with _writing(run_dir), _drafted(run_dir, me) as draft:
         lock = None
         while lock is None:
             lock = _try_to_take(run_dir, me, draft)
@@ -167,7 +176,7 @@ def _try_to_take(run_dir: Path, me: Holder, draft: Path) -> Lock | None:
     """Returns the lock; None where another start came in between, of which this one does not know yet."""
     over = entries_of(run_dir)
     reasons = _reasons(run_dir, over, me, _now(draft))
-    target = run_dir / LOCK / f"{max((_number(entry.path) for entry in over), default=0) + 1:06d}.json"
+    target = run_dir / LOCK / f"{max(map(_number, _paths(run_dir)), default=0) + 1:06d}.json"
     if not _link(draft, target, me):
         return None
     if any(entry.path != target and entry not in over for entry in entries_of(run_dir)):
@@ -218,6 +227,18 @@ def _write(path: Path, me: Holder) -> bool:
     except FileExistsError:
         return False
     return True
+
+
+@contextmanager
+def _writing(run_dir: Path) -> Iterator[None]:
+    """Raises UserError where the with-block may not write to the run folder."""
+    try:
+        yield
+    except OSError as failure:
+        if failure.errno not in _READ_ONLY:
+            raise
+        what = f"{run_dir}: cannot write to {failure.filename}: {failure.strerror}"
+        raise UserError(KEY, what, "a folder to write in") from failure
 
 
 @contextmanager

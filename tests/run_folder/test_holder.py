@@ -1,9 +1,10 @@
 """Whether the holder of a run folder is over: the rules of `why_over`, and processes of this host."""
 
+import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,39 @@ def test_this_job_before_it_was_requeued(here: Holder, job: str | None, before: 
     holder = replace(elsewhere(here), job=job, restarts=before)
     me = replace(here, job="7" if job else None, restarts=now)
     assert (why_over(holder, me, age=0) is not None) == is_over
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "launches", "is_over"),
+    [
+        (0, 1, ("big", "big"), True),
+        (2, 3, ("big", "big"), True),
+        (1, 1, ("big", "big"), False),
+        (2, 1, ("big", "big"), False),
+        (0, 1, ("other", "big"), False),
+        (0, 1, ("none", "none"), False),
+        (0, 1, ("", ""), False),
+        (0, 1, (None, None), False),
+    ],
+)
+def test_this_run_before_torchrun_restarted_it(
+    here: Holder, before: int, now: int, launches: tuple[str | None, str | None], is_over: bool
+) -> None:
+    """Rank 0 may come up on another node. torchrun's own id, `none`, tells nothing."""
+    first, second = (
+        this_process(
+            {"TORCHELASTIC_RESTART_COUNT": str(count)} | ({} if launch is None else {"TORCHELASTIC_RUN_ID": launch})
+        )
+        for count, launch in zip((before, now), launches, strict=True)
+    )
+    reason = "that was this run before torchrun restarted it " if is_over else None
+    found = why_over(elsewhere(first), second, age=0)
+    assert (found or "").startswith(reason) if reason else found is None
+
+
+def test_a_lock_of_an_older_version_names_its_holder(here: Holder) -> None:
+    content = {name: value for name, value in asdict(here).items() if name not in ("launch", "attempt")}
+    assert holder_in(json.dumps(content).encode()) == here
 
 
 def test_what_slurm_says_of_a_job() -> None:

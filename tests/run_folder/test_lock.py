@@ -270,6 +270,44 @@ def test_a_full_disk_is_told_with_the_path(run_dir: Path, here: Holder, monkeypa
     assert Path(str(raised.value.filename)).parent == run_dir / "lock" and names(run_dir) == []
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+@pytest.mark.parametrize("ask", [take, refuse_if_held])
+def test_a_folder_that_became_read_only_is_the_users(
+    run_dir: Path, here: Holder, monkeypatch: pytest.MonkeyPatch, ask: Callable[[Path, Holder], object], code: int
+) -> None:
+    """With the lock of a process that was killed."""
+    take(run_dir, replace(here, pid=2**22 + 1))
+    opened = Path.open
+
+    def read_only(path: Path, mode: str = "r", **others: Any) -> Any:
+        if "r" not in mode:
+            raise OSError(code, os.strerror(code), str(path))
+        return opened(path, mode, **others)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(UserError) as raised:
+        ask(run_dir, here)
+    assert str(raised.value).startswith(f"train.run_dir: {run_dir}: cannot write to {run_dir}/lock/.{here.token}.draft")
+    assert str(raised.value).endswith(f": {os.strerror(code)}; valid: a folder to write in")
+
+
+def test_a_name_that_leads_nowhere_is_passed_over(run_dir: Path, here: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link whose target is gone is nobody's lock; its name is taken all the same."""
+    (run_dir / "lock").mkdir(parents=True)
+    (run_dir / "lock" / "000001.json").symlink_to(run_dir / "gone")
+    real, tries = locks._try_to_take, []
+
+    def counted(*args: Any) -> Any:
+        tries.append(args)
+        assert len(tries) < 10
+        return real(*args)
+
+    monkeypatch.setattr(locks, "_try_to_take", counted)
+    with holding(run_dir, here) as lock:
+        assert lock.path.name == "000002.json"
+        lock.check()
+
+
 # --- races -----------------------------------------------------------------------------------------------------------
 
 ROUNDS, TAKERS = 60, 6
