@@ -48,12 +48,6 @@ ON_DISK = "board/test_dashboard.py::test_a_point_is_on_the_disk_at_once"
 PRIVATE_PARTS = (
     # Python
     PrivatePart(
-        "pickle._Unpickler",
-        (METADATA,),
-        "its opcodes can be chosen, those of the reader in C cannot; one of them takes memory without a limit",
-        "checkpoint/test_metadata.py::test_an_opcode_that_takes_memory_is_refused",
-    ),
-    PrivatePart(
         "pathlib._local",
         (METADATA,),
         "Python 3.13 pickles the paths in a checkpoint's metadata under this name",

@@ -1,5 +1,6 @@
 """The list of a checkpoint's tensors: read as torch reads it, and whatever is planted there, nothing of it is run."""
 
+import contextlib
 import io
 import os
 import pickle
@@ -117,6 +118,7 @@ FOREIGN = {
     "half": b"\x80\x04\x95\xff\xff",
     "a number": pickle.dumps(3),
     "a list": pickle.dumps([]),
+    "a line after its end": b"\x80\x04N.\n",
     "its own list": b"\x80\x02]q\x00h\x00a.",
 }
 
@@ -152,8 +154,46 @@ def test_no_other_name_is_looked_up(folder: Path, tmp_path: Path, module: str, n
 def test_an_opcode_that_takes_memory_is_refused(folder: Path, tmp_path: Path) -> None:
     """Five bytes put the 2,000,000,000th note: Python's reader in C makes room for all of them."""
     content = b"\x80\x04}r" + struct.pack("<I", 2_000_000_000) + b"."
-    with pytest.raises(RunError, match=r"planted/\.metadata is broken: KeyError"):
+    with pytest.raises(RunError, match=OPCODES):
         read_metadata(plant(folder, tmp_path / "planted", content))
+
+
+OPCODES = r"planted/\.metadata: it is no pickle of opcodes that torch writes; nothing of it was run"
+WRITTEN = {
+    *("PROTO FRAME MEMOIZE BINGET LONG_BINGET STOP MARK NONE NEWTRUE NEWFALSE".split()),
+    *("BININT BININT1 BININT2 LONG1 SHORT_BINUNICODE BINUNICODE".split()),
+    *("EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST APPEND APPENDS EMPTY_DICT SETITEM SETITEMS".split()),
+    *("STACK_GLOBAL NEWOBJ REDUCE BUILD".split()),
+}
+FOREIGN_OPCODES = [op for op in pickletools.opcodes if op.name not in WRITTEN]
+
+
+@pytest.mark.parametrize("op", FOREIGN_OPCODES, ids=[op.name for op in FOREIGN_OPCODES])
+def test_no_other_opcode_is_read(folder: Path, tmp_path: Path, op: pickletools.OpcodeInfo) -> None:
+    """At the beginning, after a text, whose length must be taken for what it is, and between short opcodes."""
+    code = op.code.encode("latin-1")
+    for before in (b"", text_of("c" * 99), b"N" * 9, b"K" + code, b"X" + struct.pack("<I", 300) + code * 300):
+        with pytest.raises(RunError, match=OPCODES):
+            read_metadata(plant(folder, tmp_path / "planted", b"\x80\x04" + before + code + b"N."))
+
+
+def test_the_opcodes_of_damaged_pickles_are_told_as_pickletools_tells_them(folder: Path, tmp_path: Path) -> None:
+    """Whatever is read further has only the opcodes above, up to its end."""
+    content, refused = (folder / ".metadata").read_bytes(), 0
+    for seed in range(500):
+        rng = random.Random(seed)
+        changed = bytearray(content)
+        changed[rng.randrange(len(changed))] = rng.randrange(256)
+        names, said = set(), ""
+        with contextlib.suppress(ValueError):
+            names.update(op.name for op, _, _ in pickletools.genops(bytes(changed)))
+        try:
+            read_metadata(plant(folder, tmp_path / "planted", bytes(changed)))
+        except RunError as failure:
+            said = str(failure)
+        refused += bool(re.search(OPCODES, said))
+        assert re.search(OPCODES, said) or names <= WRITTEN, seed
+    assert refused > 20
 
 
 def test_no_class_of_this_process_is_changed(folder: Path, tmp_path: Path) -> None:
