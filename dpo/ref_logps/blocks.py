@@ -3,7 +3,7 @@
     CACHE/<reference key>/about.json            the facts behind the reference key, for people
                           rows-<sha256>.bin     a block; its name is the hash of its bytes
                           made-<sha256>.json    how the block of that name was computed (`Circumstances`)
-                          table-…               the rows of one data set, collected from the blocks (`table.py`)
+                          index-…, table-…      the rows of one data set, collected from the blocks (`table.py`)
 
 A block is written under another name and renamed, and never changes. So several jobs may read and add blocks at the
 same time, and a killed job leaves complete blocks only. The folder's name (`reference_key`) alone says that rows belong

@@ -1,10 +1,11 @@
 """The reference's log-probabilities of a run's data, sorted by key in one file, of which a step reads a few pages.
 
-    CACHE/<reference key>/table-<hash of the data>.json   names the file of rows and the blocks that they were copied
+    CACHE/<reference key>/index-<hash of the data>.json   names the file of rows and the blocks that they were copied
                                                           from, says how these were computed, and has its own hash
                           table-<sha256>.npy              the rows; its name is the hash of its bytes
 
-A table is valid as long as its blocks (`blocks.py`) exist and are undamaged; otherwise it is written again.
+A table is valid as long as its blocks (`blocks.py`) exist and are undamaged; otherwise it is written again. Version 0.2.0
+wrote table-<hash of the data>.json, without a hash: such a file is left to its jobs, which may share the cache.
 
 Memory holds the high half of the first key of each page, 8 bytes per 256 rows: 61 KiB for two million completions. A
 table of five rows, with pages of 2 rows instead of ROWS_PER_PAGE:
@@ -23,6 +24,7 @@ table of five rows, with pages of 2 rows instead of ROWS_PER_PAGE:
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,9 @@ from dpo.terminal.console import say
 
 ROWS_PER_PAGE = 256
 """Rows that are read together: 6 KiB."""
+
+_TABLE, _BLOCK = re.compile(r"table-[0-9a-f]{32}\.npy"), re.compile(r"rows-[0-9a-f]{32}\.bin")
+"""The names that the files of rows and the blocks have: no others are read or removed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +71,7 @@ class RefTable:
 
 def table_name(contents: Sequence[str]) -> str:
     """Returns the name of the JSON file of the table for data sets with these hashes by content, in this order."""
-    return f"table-{hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]}.json"
+    return f"index-{hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:32]}.json"
 
 
 def find_table(folder: Path, name: str) -> Path | None:
@@ -100,7 +105,7 @@ def _read_about(path: Path) -> dict[str, Any] | None:
     try:
         content = json.loads(path.read_bytes())
         about: dict[str, Any] = content["about"]
-        if content["sha256"] == _sha256(path.name, about):
+        if content["sha256"] == _sha256(path.name, about) and _is_own(about):
             return about
     except FileNotFoundError:
         return None
@@ -109,6 +114,11 @@ def _read_about(path: Path) -> dict[str, Any] | None:
     say(f"reference cache: {path} is damaged and is made again")
     path.unlink(missing_ok=True)
     return None
+
+
+def _is_own(about: Mapping[str, Any]) -> bool:
+    """Returns whether the facts of a table name files of the cache's own forms alone: a damaged one is removed."""
+    return bool(_TABLE.fullmatch(about["rows"])) and all(map(_BLOCK.fullmatch, about["blocks"]))
 
 
 def _sha256(name: str, about: Mapping[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """The table of a run's reference rows: right for every key, made anew where its blocks or itself are not whole."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -76,18 +78,18 @@ def test_a_table_is_found_as_long_as_its_blocks_are_whole(tmp_path: Path, capsys
     assert f"{blocks[1]} is missing; its rows are computed again" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("suffix", ["npy", "json"])
+@pytest.mark.parametrize("form", ["table-*.npy", "index-*.json"])
 def test_a_table_with_any_flipped_bit_is_removed_and_told(
-    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each byte once: also one in the name of a key, of a block, or of the file of rows."""
     keys, logps = random_rows(4, 10)
     write_rows(tmp_path, keys, logps)
     path = write_table(tmp_path, NAME, keys)
-    (file,) = tmp_path.glob(f"table-*.{suffix}")
+    (file,) = tmp_path.glob(form)
     content = file.read_bytes()
     changed = [bytes([*content[:i], content[i] ^ 1 << i % 8, *content[i + 1 :]]) for i in range(len(content))]
-    spaces = [i for i, byte in enumerate(content) if suffix == "json" and byte in b" \n"]
+    spaces = [i for i, byte in enumerate(content) if form.endswith("json") and byte in b" \n"]
     for i, damaged in enumerate(
         [content[:-1], content[:0], *(one for i, one in enumerate(changed) if i not in spaces)]
     ):
@@ -112,6 +114,45 @@ def test_another_files_json_is_no_table(tmp_path: Path, other: str, capsys: pyte
     assert find_table(tmp_path, NAME) is None
     assert f"{tmp_path / NAME} is damaged and is made again" in capsys.readouterr().err
     assert write_table(tmp_path, NAME, keys) == path == find_table(tmp_path, NAME)
+
+
+@pytest.mark.parametrize(
+    ("rows", "blocks"),
+    [
+        ("../../home/thesis.tex", []),
+        ("thesis.tex", []),
+        ("table-/../../../home/thesis.tex", []),
+        ("table-" + "0" * 32 + ".npy\n", []),
+        (3, []),
+        ("table-" + "0" * 32 + ".npy", ["../rows-" + "0" * 32 + ".bin"]),
+        ("table-" + "0" * 32 + ".npy", 3),
+    ],
+)
+def test_only_files_of_the_cache_are_taken_or_removed(tmp_path: Path, rows: object, blocks: object) -> None:
+    """Facts with their own right hash, as someone writes them who shares the cache: another's file stays."""
+    thesis, inside = tmp_path / "home" / "thesis.tex", tmp_path / "cache" / "key" / "thesis.tex"
+    for file in (thesis, inside):
+        file.parent.mkdir(parents=True)
+        file.write_text("years of work")
+    about = {"rows": rows, "blocks": blocks, "made": []}
+    digest = hashlib.sha256(json.dumps([NAME, about], sort_keys=True).encode()).hexdigest()
+    (inside.parent / NAME).write_text(json.dumps({"sha256": digest, "about": about}))
+    assert find_table(inside.parent, NAME) is None
+    assert thesis.exists() and inside.exists()
+    assert not (inside.parent / NAME).exists()
+
+
+def test_a_table_of_an_older_version_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its JSON file has the name of the data without a hash of its own: a job of that version reads it meanwhile."""
+    keys, logps = random_rows(4, 10)
+    block = write_rows(tmp_path, keys, logps)
+    older = tmp_path / NAME.replace("index-", "table-")
+    content = json.dumps({"rows": "table-0.npy", "blocks": [block.name], "made": []})
+    older.write_text(content)
+    assert find_table(tmp_path, NAME) is None
+    assert write_table(tmp_path, NAME, keys) == find_table(tmp_path, NAME)
+    assert older.read_text() == content
+    assert capsys.readouterr().err == ""
 
 
 def test_a_table_that_changes_while_ranks_open_it_is_refused(tmp_path: Path) -> None:
