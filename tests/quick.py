@@ -103,6 +103,7 @@ SLOW: Sequence[str] = (
     "run/test_provenance.py",
     "run_folder/test_holder.py::test_an_ended",
     "run_folder/test_lock.py::test_processes",
+    "sources/test_hub_sums.py",
     "step/test_first_step",
     "step/test_loss_seam.py",
     "step/test_metrics.py",

@@ -12,10 +12,12 @@ from huggingface_hub import HfApi, constants
 
 from dpo.base.errors import UserError
 from dpo.base.files import write_atomically
+from dpo.base.sums import lies_within
 from dpo.config import SourceConfig
 from dpo.hub.ids import is_hub_id
 from dpo.hub.snapshots import check_room
 from dpo.sources.caching import cache_path, digest, load, one_error
+from dpo.sources.hub_sums import forget_digests
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".zst", ".zip")
 
@@ -45,20 +47,26 @@ def download(config: SourceConfig, key: str) -> datasets.Dataset:
 
     Raises UserError where the hub cannot be reached, has no such data set or split, or its files cannot be read.
     """
+    before = prepared_folder(config)
     rows = load(config.path, key, config.path, config.name, split=config.split)
     for file in rows.cache_files[:1]:
-        folder = Path(file["filename"]).parent.relative_to(datasets.config.HF_DATASETS_CACHE)
-        write_atomically(_note(config), str(folder).encode())
+        folder = Path(file["filename"]).parent
+        write_atomically(_note(config), str(folder.relative_to(datasets.config.HF_DATASETS_CACHE)).encode())
+        if before is None:
+            forget_digests(folder)
     return rows
 
 
 def prepared_folder(config: SourceConfig) -> Path | None:
     """Returns the folder in which `datasets` keeps the rows of a hub's data set, whose name is the revision; None where
-    none was noted.
+    none was noted, or it is not there.
     """
-    note = _note(config)
-    folder = Path(datasets.config.HF_DATASETS_CACHE, note.read_text(encoding="utf-8")) if note.is_file() else None
-    return folder if folder and (folder / datasets.config.DATASET_INFO_FILENAME).is_file() else None
+    try:
+        place = _note(config).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    folder = Path(datasets.config.HF_DATASETS_CACHE, place)
+    return folder if lies_within(place) and folder.is_dir() else None
 
 
 def _note(config: SourceConfig) -> Path:

@@ -4,18 +4,19 @@
     pairs-HASH/SHA256SUMS                beside the pairs of all sources
     rows-HASH/.../0.0.0/SHA256SUMS       beside the raw rows that `datasets` keeps, written once they are there
 
-Each start checks them once a node: its first rank passes `sums.find_fault`, the others `trust`.
+Each start checks them once a node: its first rank passes `find_fault`, the others `trust`, which removes nothing.
 """
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
 
 from dpo.base.files import make_folder_atomically, remove_folder, write_atomically
-from dpo.base.sums import SUMS, find_fault, read_sums, sha256_of, sums_text
+from dpo.base import sums
+from dpo.base.sums import SUMS, read_sums, sha256_of, sums_text
 from dpo.base.units import shown_bytes
 from dpo.terminal.console import say
 
@@ -24,11 +25,13 @@ FindFault = Callable[[Path], str | None]
 LONG_SECONDS = 1.0
 """A check that takes longer is told."""
 
-__all__ = ["FindFault", "find_fault", "keep_folder", "keep_sums", "remove_damaged", "trust"]
-
-
 def trust(folder: Path) -> None:
     """Takes the place of `find_fault` on ranks of a node whose first rank has checked the same folder."""
+
+
+def find_fault(folder: Path) -> str | None:
+    """Returns why a folder of the cache cannot be trusted: a file is not as it was written, or is not listed."""
+    return sums.find_fault(folder) or _unlisted(folder)
 
 
 def keep_folder(folder: Path, fill: Callable[[Path], None], fault_of: FindFault) -> None:
@@ -45,15 +48,15 @@ def keep_folder(folder: Path, fill: Callable[[Path], None], fault_of: FindFault)
         _write_sums(draft)
 
     if folder.is_dir():
-        _remove(folder, _timed(folder, fault_of) or _unlisted(folder))
+        _remove(folder, _fault(folder, fault_of))
     if not folder.is_dir():
         make_folder_atomically(folder, fill_and_sum)
 
 
 def remove_damaged(folder: Path, fault_of: FindFault) -> None:
     """Removes each folder at or below `folder` that `keep_sums` has marked and whose files have changed since."""
-    for sums in sorted(folder.rglob(SUMS)):
-        _remove(sums.parent, _timed(sums.parent, fault_of) or _unlisted(sums.parent))
+    for file in sorted(folder.rglob(SUMS)):
+        _remove(file.parent, _fault(file.parent, fault_of))
 
 
 def keep_sums(rows: datasets.Dataset) -> None:
@@ -79,14 +82,20 @@ def _unlisted(folder: Path) -> str | None:
     return f"{min(missing)} is not in {SUMS}" if missing else None
 
 
-def _timed(folder: Path, fault_of: FindFault) -> str | None:
-    """Returns the fault of a folder; tells the seconds where they are many."""
+def _fault(folder: Path, fault_of: FindFault) -> str | None:
+    return timed(folder.name, [folder / name for name in _names(folder)], lambda: fault_of(folder))
+
+
+def timed(what: str, files: Sequence[Path], find: Callable[[], str | None]) -> str | None:
+    """Returns the fault that `find` finds in some files, which are called `what`; tells the seconds where they are
+    many.
+    """
     started = time.monotonic()
-    fault = fault_of(folder)
+    fault = find()
     seconds = time.monotonic() - started
     if seconds > LONG_SECONDS:
-        size = sum((folder / name).stat().st_size for name in _names(folder))
-        say(f"cache: {folder.name}: SHA-256 of {shown_bytes(size)} checked in {seconds:.1f} s")
+        size = sum(file.stat().st_size for file in files if file.is_file())
+        say(f"cache: {what}: SHA-256 of {shown_bytes(size)} checked in {seconds:.1f} s")
     return fault
 
 

@@ -27,6 +27,7 @@ from dpo.sources.formats.row_fields import Row
 from dpo.sources.formats.table_rows import DELIMITERS, table_rows
 from dpo.sources.formats.text_lines import first_character
 from dpo.sources.hub_sets import check_path, download, prepared_folder, read_prepared
+from dpo.sources.hub_sums import check_files, keep_digests
 from dpo.sources.kept import FindFault, find_fault, keep_sums, remove_damaged
 
 JSON_FEATURES = datasets.Features(
@@ -192,14 +193,16 @@ def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
 
 
 def _open_hub(config: SourceConfig, key: str, fault_of: FindFault) -> Source:
-    """Opens a data set of the Hugging Face hub: its rows in the cache, without a request, or else downloads it."""
+    """Opens a data set of the Hugging Face hub: its rows in the cache, without a request, or else downloads it.
+
+    Rows in the cache that are damaged are an error: the folder is that of other programs too.
+    """
     check_path(config.path, key)
     folder = prepared_folder(config)
     if folder is not None:
-        remove_damaged(folder, fault_of)
-        folder = prepared_folder(config)
+        check_files(folder, config, key, fault_of)
     rows = download(config, key) if folder is None else read_prepared(folder, config, key)
-    keep_sums(rows)
+    keep_digests(rows, config.split)
     return Source(config.path, rows, filled_columns(rows), digest([rows._fingerprint]), has_lines=False)
 
 

@@ -134,6 +134,16 @@ def test_one_rank_of_a_node_checks(config, monkeypatch):
     assert hashed == []
 
 
+def test_the_other_ranks_of_a_node_remove_nothing(config, hf_cache, capsys):
+    """Though a file is not listed: the first rank reads the folder, and has told what it found."""
+    prepare_data(config, MODEL)
+    path = file_of(hf_cache, f"pairs/{SUMS}")
+    content = path.read_text().splitlines(keepends=True)[0]
+    path.write_text(content)
+    prepare_data(config, MODEL, trust)
+    assert path.read_text() == content and capsys.readouterr().err == ""
+
+
 def test_every_folder_is_checked_once(config, monkeypatch):
     prepare_data(config, MODEL)
     checked = []
