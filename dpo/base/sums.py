@@ -9,7 +9,7 @@ A folder with two files, and SHA256SUMS beside them:
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 SUMS = "SHA256SUMS"
@@ -69,6 +69,14 @@ def find_fault(folder: Path) -> str | None:
     """
     sums = read_sums(folder)
     return NO_SUMS if sums is None else find_change(folder, sums)
+
+
+def find_unlisted(sums: Mapping[str, str], names: Iterable[str]) -> str | None:
+    """Returns which of some files has no digest, as where SHA256SUMS was cut at the end of a line; None where all have
+    one.
+    """
+    missing = set(names) - sums.keys()
+    return f"{min(missing)} is not in {SUMS}" if missing else None
 
 
 def find_change(folder: Path, sums: Mapping[str, str]) -> str | None:

@@ -6,9 +6,10 @@ README.md is not in it: people write there.
 from collections.abc import Callable
 from pathlib import Path
 
-from dpo.base.sums import NO_SUMS, SUMS, find_change, read_sums, sha256_of, sums_text
+from dpo.base.sums import NO_SUMS, SUMS, find_change, find_unlisted, read_sums, sha256_of, sums_text
 from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.world import World
+from dpo.hub.files import exported_files
 
 README = "README.md"
 
@@ -27,13 +28,16 @@ def write_sums_together(folder: Path, world: World) -> None:
 
 
 def find_fault_of_export(folder: Path, world: World) -> str | None:
-    """Returns which file of an exported model is not as it was written; None where all are.
+    """Returns which file of an exported model is not as it was written, or not listed; None where all are whole.
 
     Every rank must get here, or the rest hang.
     """
     sums = on_main(world, lambda: read_sums(folder))
     if sums is None:
         return NO_SUMS
+    unlisted = on_main(world, lambda: find_unlisted(sums, exported_files([path.name for path in folder.iterdir()])))
+    if unlisted:
+        return unlisted
     own = {name: sums[name] for name in sorted(sums)[world.rank :: world.size]}
     return next((fault for fault in all_gather(_caught(lambda: find_change(folder, own))) if fault), None)
 

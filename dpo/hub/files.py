@@ -69,6 +69,14 @@ def tokenizer_companions(names: Sequence[str]) -> list[str]:
     return [name for name in names if any(form.fullmatch(name) for form in (_TOKENIZER, _VOCABULARY))]
 
 
+def exported_files(names: Sequence[str]) -> list[str]:
+    """Returns the files of an exported model without which it is another one: config, weights with their index, and
+    tokenizer.
+    """
+    of_weights = [name for name in names if name in (CONFIG_FILE, INDEX) or name.endswith(".safetensors")]
+    return [*of_weights, *tokenizer_companions(names)]
+
+
 def files_to_download(names: Sequence[str], index_names: Sequence[str] | None) -> list[str]:
     """Returns the files of a repository that a run reads or passes on: config, tokenizer, code, licence, the index and
     the weights. Weights in other forms (`.bin`, `.gguf`, `consolidated.safetensors`, folders like `fp16/` and

@@ -14,10 +14,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
 from dpo.base.errors import RunError, UserError, one_line
-from dpo.base.sums import SUMS, find_fault
+from dpo.base.sums import SUMS, find_fault, find_unlisted, read_sums
 from dpo.base.units import shown_bytes
 from dpo.checkpoint.folders import checkpoints_of
-from dpo.hub.files import CONFIG_FILE, stored_weights
+from dpo.hub.files import CONFIG_FILE, exported_files, stored_weights
 from dpo.hub.ids import is_tokenizer_id
 from dpo.hub.reasons import has_answered, reason_of
 from dpo.push.arguments import read_arguments
@@ -49,9 +49,12 @@ def find_model_folder(path: Path) -> Path:
 
 def _check_sums(folder: Path) -> None:
     """Raises UserError where a file of a model is not as it was exported. Other folders have no SHA256SUMS."""
-    fault = find_fault(folder) if (folder / SUMS).exists() else None
+    if not (folder / SUMS).exists():
+        return
+    names = exported_files([path.name for path in folder.iterdir()])
+    fault = find_fault(folder) or find_unlisted(read_sums(folder) or {}, names)
     if fault:
-        valid = f"a whole folder; where you have changed the file yourself, remove {SUMS}"
+        valid = f"a whole folder; or, where you have changed the file yourself, a copy of it without {SUMS}"
         raise UserError(RUN, f"{folder} is not as it was exported: {fault}", valid)
 
 

@@ -4,8 +4,8 @@
                                                           from, says how these were computed, and has its own hash
                           table-<sha256>.npy              the rows; its name is the hash of its bytes
 
-A table is valid as long as its blocks (`blocks.py`) exist and are undamaged; otherwise it is written again. Version 0.2.0
-wrote table-<hash of the data>.json, without a hash: such a file is left to its jobs, which may share the cache.
+A table is valid as long as its blocks (`blocks.py`) exist and are undamaged; otherwise it is written again. Version
+0.2.0 wrote table-<hash of the data>.json, without a hash: it is left to its jobs, which may share the cache.
 
 Memory holds the high half of the first key of each page, 8 bytes per 256 rows: 61 KiB for two million completions. A
 table of five rows, with pages of 2 rows instead of ROWS_PER_PAGE:

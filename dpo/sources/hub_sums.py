@@ -1,7 +1,7 @@
 """The SHA-256 of the files of a hub's data set, kept in our cache.
 
-The folder in which `datasets` keeps the rows belongs to all programs of the user, who may have files of their own there:
-nothing is written to it or removed from it.
+The folder in which `datasets` keeps the rows belongs to all programs of the user, who may have files of their own
+there: nothing is written to it or removed from it.
 
     CACHE/dpo/hub-sums-<hash of the folder>-<hash of the split>    the digests of dataset_info.json and of the split's
                                                                    files, with a hash of their own

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import datasets
 
-from dpo.base.files import make_folder_atomically, remove_folder, write_atomically
 from dpo.base import sums
+from dpo.base.files import make_folder_atomically, remove_folder, write_atomically
 from dpo.base.sums import SUMS, read_sums, sha256_of, sums_text
 from dpo.base.units import shown_bytes
 from dpo.terminal.console import say
@@ -24,6 +24,7 @@ FindFault = Callable[[Path], str | None]
 """A folder -> why its content cannot be trusted, or None."""
 LONG_SECONDS = 1.0
 """A check that takes longer is told."""
+
 
 def trust(folder: Path) -> None:
     """Takes the place of `find_fault` on ranks of a node whose first rank has checked the same folder."""
@@ -78,8 +79,7 @@ def _names(folder: Path) -> list[str]:
 
 def _unlisted(folder: Path) -> str | None:
     """Returns that a file is not in SHA256SUMS, which was cut off then; None where all are."""
-    missing = set(_names(folder)) - set(read_sums(folder) or ())
-    return f"{min(missing)} is not in {SUMS}" if missing else None
+    return sums.find_unlisted(read_sums(folder) or {}, _names(folder))
 
 
 def _fault(folder: Path, fault_of: FindFault) -> str | None:

@@ -10,10 +10,10 @@ from dpo.config import Config
 from dpo.disk.storage import check_folders
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
-from dpo.run.folder import Start, check_writable, find_candidates, seems_finished, start_from
+from dpo.run.folder import Start, check_writable, find_candidates, read_starts, seems_finished, start_from
 from dpo.run.identity import check_identity, identity_of
 from dpo.run.inputs import Inputs
-from dpo.run_folder.files import FINAL, REPORT
+from dpo.run_folder.files import FINAL, PROVENANCE, REPORT
 from dpo.step.deviation import Deviation, rounding_scale
 from dpo.step.first_step import Terms, verify_start
 from dpo.terminal.console import say, warn
@@ -78,7 +78,7 @@ def _is_whole(final: Path, world: World) -> bool:
     The folders of older versions have no SHA256SUMS; they are believed, which is told. Every rank must get here, or the
     rest hang.
     """
-    if not on_main(world, (final / SUMS).exists):
+    if on_main(world, lambda: _is_of_an_older_version(final)):
         if world.is_main:
             say(f"{final} has no {SUMS}: an older version wrote it, and its files are not compared")
         return True
@@ -86,6 +86,14 @@ def _is_whole(final: Path, world: World) -> bool:
     if fault and world.is_main:
         warn(f"{final} is damaged, and is exported again: {fault}")
     return fault is None
+
+
+def _is_of_an_older_version(final: Path) -> bool:
+    """Returns whether an exported model never had SHA256SUMS: the last start of its run did not tell its first step,
+    which every version tells that writes them.
+    """
+    starts = read_starts(final.parent / PROVENANCE) or [{}]
+    return not (final / SUMS).exists() and "first_step" not in starts[-1]
 
 
 def lacks_report(run_dir: Path) -> bool:

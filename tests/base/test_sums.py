@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.base.sums import SUMS, find_fault, is_plain_name, lies_within, read_sums, write_sums
+from dpo.base.sums import SUMS, find_fault, find_unlisted, is_plain_name, lies_within, read_sums, write_sums
 
 
 @pytest.fixture
@@ -45,6 +45,12 @@ def test_damaged_sums_are_no_sums(folder: Path, content: bytes):
     assert find_fault(folder) == f"{SUMS} is missing or damaged"
     (folder / SUMS).unlink()
     assert find_fault(folder) == f"{SUMS} is missing or damaged"
+
+
+def test_a_file_that_sums_have_lost_is_named(folder: Path):
+    sums = read_sums(folder)
+    assert sums and find_unlisted(sums, ["a.bin"]) is None
+    assert find_unlisted(sums, ["a.bin", "z", "new"]) == f"new is not in {SUMS}"
 
 
 def test_names_that_leave_the_folder_are_known():

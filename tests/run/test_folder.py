@@ -250,11 +250,22 @@ def test_fewer_steps_than_are_done_export_what_there_is(
     assert f"{run_dir} is finished: its 4 steps are done" in capsys.readouterr().err
 
 
+def cut_sums(final: Path) -> None:
+    """Damages the weights, whose digest goes with the last lines of SHA256SUMS."""
+    flip(final / "model.safetensors")
+    lines = (final / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (weights,) = [number for number, line in enumerate(lines) if "model.safetensors" in line]
+    assert weights
+    (final / "SHA256SUMS").write_text("".join(lines[:weights]))
+
+
 DAMAGES = {
     "a flipped bit": lambda final: flip(final / "model.safetensors"),
     "cut": lambda final: os.truncate(final / "model.safetensors", 1000),
     "a lost file": lambda final: (final / "generation_config.json").unlink(),
     "sums of nothing": lambda final: (final / "SHA256SUMS").write_text(""),
+    "no sums": lambda final: (final / "SHA256SUMS").unlink(),
+    "sums cut at the end of a line": lambda final: cut_sums(final),
 }
 
 
@@ -289,6 +300,11 @@ def test_a_model_of_an_older_version_is_believed(done: Config, capsys: pytest.Ca
     """It has no hashes, which is told."""
     final = Path(str(done.train.run_dir)) / "final"
     (final / "SHA256SUMS").unlink()
+    record = final.with_name("provenance.json")
+    starts = [
+        {name: fact for name, fact in start.items() if name != "first_step"} for start in json.loads(record.read_text())
+    ]
+    record.write_text(json.dumps(starts))
     assert exit_code(done) == 0
     said = capsys.readouterr().err
     assert f"{final} has no SHA256SUMS: an older version wrote it, and its files are not compared" in said

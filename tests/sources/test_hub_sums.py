@@ -1,4 +1,4 @@
-"""A hub's data set in the cache of `datasets`, which all programs of a user share: damage is told, nothing is removed."""
+"""A hub's data set in the cache of `datasets`, which all programs of a user share: damage is told, all stays."""
 
 import shutil
 import subprocess
