@@ -165,7 +165,8 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
     Args:
         config: the config of this start, which is written.
         start: the start that `find_start_together` found.
-        origin: the facts of this start (see `dpo.run.provenance`), which are added to provenance.json.
+        origin: the facts of this start (see `dpo.run.provenance`), which are added to provenance.json, with `goes_on`:
+            whether it goes on from a checkpoint of the folder itself.
     """
     run_dir = Path(str(config.train.run_dir))
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -173,13 +174,14 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
         say(f"resumes from {start.checkpoint}")
         _log_changes(start.checkpoint.parent.parent / "config.yaml", config)
     write_atomically(run_dir / CONFIG, to_yaml(config).encode())
-    _add_origin(run_dir / PROVENANCE, origin)
+    goes_on = start.checkpoint is not None and _lies_in(start.checkpoint, run_dir)
+    _add_origin(run_dir / PROVENANCE, {**origin, "goes_on": goes_on})
     for name in (FINAL, REPORT) if (run_dir / FINAL).exists() else ():
         _put_aside(run_dir / name)  # a shorter run's: with its model, this run would look finished when interrupted
     newer = newer_checkpoints(run_dir, start.step)
     for path in (*newer, run_dir / TRACKERS) if newer else ():
         _put_aside(path)  # a tracker keeps what it was sent of later steps: it gets a new run
-    if start.checkpoint and _lies_in(start.checkpoint, run_dir):
+    if goes_on:
         drop_metrics_after(run_dir, start.step)
         drop_evaluations_after(run_dir, start.step)
     else:

@@ -91,7 +91,8 @@ def drop_metrics_after(run_dir: Path, step: int) -> None:
     """Replaces metrics.jsonl, atomically, by its lines up to `step`, each step once, before a run goes on from there.
 
     Of two lines of a step and kind (`train`, `eval`) the last stays: it was written by the later start, and the
-    checkpoint is of that. Tells what stood twice, and which training steps are missing; it does not make them up.
+    checkpoint is of that. Tells what stood twice, and which training steps are missing; it does not make them up. The
+    steps before the run's first, which another run has made, are not missing.
     """
     path, lines = run_dir / METRICS, [line for line in read_lines(run_dir) if _place(line)[0] <= step]
     kept = {_place(line): line for line in lines}
@@ -99,10 +100,23 @@ def drop_metrics_after(run_dir: Path, step: int) -> None:
     if len(kept) < len(lines):
         steps = {number for (number, _), count in doubled.items() if count > 1}
         say(f"{path}: {spans(steps)} stood there more than once; the last line of each is kept")
-    missing = set(range(1, step + 1)) - {number for number, kind in kept if kind == "train"}
+    present = {number for number, kind in kept if kind == "train"}
+    missing = set(range(_first_step(run_dir, present), step + 1)) - present
     if missing:
         say(f"{path}: {spans(missing)} {'is' if len(missing) == 1 else 'are'} missing; the run goes on without")
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept.values()).encode())
+
+
+def _first_step(run_dir: Path, present: Collection[int]) -> int:
+    """Returns the first step of the metrics of a run: that of its last start from nothing or from another run's
+    checkpoint; where no such start is recorded, the first step that is present.
+    """
+    try:
+        starts = json.loads((run_dir / PROVENANCE).read_bytes())
+        begun = [int(start["first_step"]) for start in starts if start.get("goes_on") is False]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        begun = []  # of an older version, or damaged; a run does not need the file
+    return begun[-1] if begun else min(present, default=1)
 
 
 def _place(line: Mapping[str, float | None]) -> tuple[int, str]:

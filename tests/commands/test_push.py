@@ -158,7 +158,9 @@ def test_a_damaged_model_is_not_uploaded(
     capsys.readouterr()
     code, calls = pushed(str(run_dir), "me/x")
     assert (code, calls) == (2, [])
-    assert (
-        f"{run_dir / 'final'} is not as it was exported: model.safetensors has changed; valid: "
-        in capsys.readouterr().err
-    )
+    told = f"{run_dir / 'final'} is not as it was exported: model.safetensors"
+    assert f"{told} has changed; valid: " in capsys.readouterr().err
+    sums = run_dir / "final" / "SHA256SUMS"
+    sums.write_text("".join(line for line in sums.read_text().splitlines(keepends=True) if "model.saf" not in line))
+    assert pushed(str(run_dir), "me/x") == (2, [])
+    assert f"{told} is not in SHA256SUMS; valid: " in capsys.readouterr().err

@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 from dpo.run_folder.files import drop_metrics_after, read_metrics, spans
-from tests.support.runs import logged, run, six_steps, train_lines, without_clock
+from tests.support.runs import changed, logged, run, six_steps, train_lines, without_clock
 
 
 def test_cutting_is_one_replacement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,6 +87,45 @@ def test_a_file_that_is_gone_empty_or_cut_off_is_told(tmp_path: Path, content: s
     drop_metrics_after(tmp_path, 9)
     assert capsys.readouterr().err == f"{tmp_path}/metrics.jsonl: steps 1 to 9 are missing; the run goes on without\n"
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def lines_of(steps: Iterable[int]) -> str:
+    return "".join(json.dumps({"step": step, "train/loss": 1.0}) + "\n" for step in steps)
+
+
+BEGINS, GOES_ON = ({"first_step": 101, "goes_on": goes_on} for goes_on in (False, True))
+
+
+@pytest.mark.parametrize(
+    ("starts", "steps", "missing"),
+    [
+        ([BEGINS, GOES_ON], range(101, 111), None),
+        ([{"first_step": 1, "goes_on": False}, BEGINS], range(101, 111), None),  # the first died before it saved
+        ([BEGINS], range(103, 111), "steps 101 to 102 are"),
+        ([BEGINS], [], "steps 101 to 110 are"),
+        ([{"first_step": 1, "goes_on": False}, GOES_ON], range(101, 111), "steps 1 to 100 are"),
+        ([{"version": "0.2.0"}, GOES_ON], range(101, 111), None),
+        ("damaged", [*range(101, 105), *range(106, 111)], "step 105 is"),
+    ],
+)
+def test_steps_of_another_run_are_not_missing(
+    tmp_path: Path, starts: object, steps: Iterable[int], missing: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that began at another's step 100 has lines from 101 on."""
+    (tmp_path / "provenance.json").write_text(json.dumps(starts))
+    (tmp_path / "metrics.jsonl").write_text(lines_of(steps))
+    drop_metrics_after(tmp_path, 110)
+    told = f"{tmp_path}/metrics.jsonl: {missing} missing; the run goes on without\n" if missing else ""
+    assert capsys.readouterr().err == told
+
+
+def test_a_run_from_another_runs_checkpoint_lacks_nothing(dead_root: Path, dead: Path, tmp_path: Path) -> None:
+    """It begins at step 5, ends at 6, and is told to end at 7."""
+    config = six_steps(dead_root, tmp_path / "second", checkpoint__resume=str(dead), checkpoint__save_every=1)
+    run(config)
+    run(changed(config, train__steps=7))
+    assert [line["step"] for line in train_lines(tmp_path / "second")] == [5, 6, 7]
+    assert not [line for line in logged(tmp_path / "second") if "missing" in line]
 
 
 def test_steps_as_words() -> None:

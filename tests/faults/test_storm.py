@@ -12,7 +12,20 @@ from tests.faults.storm.starts import Ended
 
 def test_a_few_of_the_storm() -> None:
     """On two ranks; the whole storm is `make test-faults`."""
-    words = ["--seed", "7", "--count", "12", "--kinds", "model", "rows", "tokens", "pairs", "reference"]
+    words = [
+        "--seed",
+        "7",
+        "--count",
+        "12",
+        "--kinds",
+        "model",
+        "rows",
+        "tokens",
+        "pairs",
+        "reference",
+        "checkpoint",
+        "final",
+    ]
     command = [sys.executable, "-m", "tests.faults.storm", *words]
     ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr

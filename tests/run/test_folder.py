@@ -301,10 +301,7 @@ def test_a_model_of_an_older_version_is_believed(done: Config, capsys: pytest.Ca
     final = Path(str(done.train.run_dir)) / "final"
     (final / "SHA256SUMS").unlink()
     record = final.with_name("provenance.json")
-    starts = [
-        {name: fact for name, fact in start.items() if name != "first_step"} for start in json.loads(record.read_text())
-    ]
-    record.write_text(json.dumps(starts))
+    record.write_text(record.read_text().replace('"first_step"', '"another"'))
     assert exit_code(done) == 0
     said = capsys.readouterr().err
     assert f"{final} has no SHA256SUMS: an older version wrote it, and its files are not compared" in said
