@@ -71,6 +71,7 @@ SLOW: Sequence[str] = (
     "config/test_bad_inputs.py",
     "config/test_config.py",
     "disk/test_sizes.py",
+    "distributed/test_signs.py",
     "estimate/test_choice.py::test_a_model_that",
     "estimate/test_choice.py::test_a_resumed",
     "estimate/test_choice.py::test_a_run",

@@ -17,6 +17,7 @@ import re
 import signal
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,9 +119,16 @@ def write_error(path: Path, message: str, details: str, extra: Mapping[str, obje
         message: as in `Failure`.
         details: the traceback or the error line; torchrun prints it.
         extra: those of the fields above that are known; `seconds` must be among them.
+
+    Raises OSError where the disk is full; then there is no file.
     """
     info = {"py_callstack": details, "timestamp": str(int(float(str(extra["seconds"]))))} | dict(extra)
-    path.write_text(json.dumps({"message": {"message": message, "extraInfo": info}}), encoding="utf-8")
+    try:
+        path.write_text(json.dumps({"message": {"message": message, "extraInfo": info}}), encoding="utf-8")
+    except OSError:
+        with suppress(OSError):
+            path.unlink()  # half a file would be taken for a failure of its own
+        raise
 
 
 _OURS = ("user_line", "exit_code", "is_silent", "is_consequence", "place")

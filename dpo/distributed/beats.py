@@ -31,7 +31,7 @@ from dpo.distributed.elsewhere import blame, publish, seen_elsewhere
 from dpo.distributed.failures import has_lost_rank, is_timeout, met_alone, name_lost
 from dpo.distributed.flight import Flight
 from dpo.distributed.slots import DONE, FAILED, LOST, TOGETHER, Slot, look, still_in
-from dpo.distributed.watcher import clear, record, write_places
+from dpo.distributed.watcher import clear, record, unless_stalled, write_places
 from dpo.terminal.console import warn
 
 _BEAT_SECONDS = 0.5
@@ -69,8 +69,7 @@ def stand(phase: str, step: int | None = None, micro_batch: int = 0) -> None:
 def set_limit(seconds: float) -> None:
     """Sets after how many seconds without a sign of life this rank counts as lost."""
     if _HERE.slot is not None:
-        _HERE.slot.limit = seconds
-        _HERE.slot.live()
+        _HERE.slot.set_limit(seconds)
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def _cause_of(node: Node, failure: Exception) -> Cause | None:
     if cause is None or cause.rank.rank == node.rank:
         return None
     if cause.is_silent and cause.rank in here:
-        record(cause, Flight(node.folder).found)
+        unless_stalled(lambda: record(cause, Flight(node.folder).found))
     elif cause.is_silent:
         blame(node.store, cause.rank.rank, cause.words)
     return cause
@@ -239,6 +238,6 @@ def _end_watcher(process: subprocess.Popen[bytes], folder: Path) -> None:
     """Ends the watcher at once where no rank of the node is left, which it would find out itself a moment later."""
     with suppress(FileNotFoundError):  # it has found out, and removed the files
         if not still_in(seen := look(folder)):
-            write_places(seen)
+            unless_stalled(lambda: write_places(seen))
             process.kill()
             clear(folder)

@@ -12,7 +12,7 @@ Without torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo.distributed.slots import FAILED, IN, LOST, NOT_HEARD, Seen, still_in
+from dpo.distributed.slots import ELSEWHERE, FAILED, IN, LOST, NOT_HEARD, Seen, still_in
 
 QUIET_SECONDS = 5.0
 """Silence of a rank that says something where others have waited for it in vain: it gives a sign twice a second."""
@@ -23,6 +23,7 @@ STATES = {
     "D": "its process waits for the kernel, in a file system or a driver",
     "R": "its process computes",
     "S": "its process sleeps",
+    ELSEWHERE: "its process is in another container",
     NOT_HEARD: "nothing is heard of its node",
 }
 """State of a process -> words."""

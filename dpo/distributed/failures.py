@@ -19,7 +19,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -43,7 +43,8 @@ def record_failure(failure: Exception, details: str) -> None:
         extra = {"seconds": time.time(), "exit_code": exit_code_of(failure), "user_line": user_line}
         if has_lost_rank(failure):
             extra["is_consequence"] = True
-        write_error(Path(path), f"{type(failure).__name__}: {failure}", details, extra)
+        with suppress(OSError):  # the disk is full: the rank still prints its line
+            write_error(Path(path), f"{type(failure).__name__}: {failure}", details, extra)
 
 
 @contextmanager

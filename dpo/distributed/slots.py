@@ -2,15 +2,17 @@
 
 A rank writes its own file, without a system call. The others of its node, and the watcher of the node, read it:
 
-    header     JSON, written once: process id, rank, host, error file of torchrun
+    header     JSON, written once: process id and the namespace it counts in, rank, host, error file of torchrun
     life       the time of the last sign of life, and after how many seconds without one the rank counts as lost
     place      number of places so far, step, micro-batch, since when, phase
     end        how the rank left the run (`IN` while it is there), when, and in which words
     frame      what the main thread does, where it has stood in its place for a while
 
-All times are of the monotonic clock, which the processes of a host share. Fields are written without a lock: who reads
-while a place is written may see fields of two places, which matters to nobody, since a rank that is looked for stands
-still. Without torch.
+All times are of the monotonic clock, which the processes of a host share. Fields are written without a lock. Each is
+packed first and then copied, so that who reads meanwhile finds the old value or the new: `Struct.pack_into` would fill
+the memory with zeros before it writes, and a rank whose last sign of life is 0.0 looks lost. Of a place that is being
+written some fields may be of the place before, which matters to nobody, since a rank that is looked for stands still.
+Without torch.
 """
 
 import json
@@ -19,6 +21,7 @@ import os
 import struct
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +30,16 @@ IN, DONE, TOGETHER, FAILED, LOST = range(5)
 """How a rank has left the run: not yet; its work is done; with a failure that all ranks raise; with a failure of its
 own; because it lost another rank."""
 
+ELSEWHERE = "-"
+"""The state of a process of another pid namespace, such as that of another container: its id means nothing here."""
 NOT_HEARD = "?"
 """The state of a process of which nothing is heard any more, since its node does not publish any."""
 END_FILE = "end"
 """The name of a file beside the slots, once the ranks must end for what happened on another node: a JSON list of the
 rank that is to blame (-1: none of this run) and why."""
 
-_LIFE, _PLACE, _END = struct.Struct("dd"), struct.Struct("=qqqd32s"), struct.Struct("=qd600s")
-_LIFE_AT, _PLACE_AT, _END_AT, _FRAME_AT = 2048, 2080, 2176, 2816
+_TIME, _PLACE, _END, _WHY = struct.Struct("=d"), struct.Struct("=qqqd32s"), struct.Struct("=q"), struct.Struct("=d600s")
+_LIFE_AT, _LIMIT_AT, _PLACE_AT, _END_AT, _WHY_AT, _FRAME_AT = 2048, 2056, 2080, 2176, 2184, 2816
 _SIZE, _FRAME = 4096, 600
 
 
@@ -47,6 +52,8 @@ class Seen:
     pid: int
     started: str
     """By which the process is told from a later one with the same id."""
+    namespace: str
+    """In which the process id counts."""
     error_file: str
     """The file from which torchrun takes the failure of the rank; empty: none."""
     silence: float
@@ -70,7 +77,9 @@ class Seen:
     frame: str
     """What its main thread does, where it has stood in its place for a while."""
     process: str
-    """The state of its process as Linux has it (R, S, D, T, t, Z); empty: there is no such process any more."""
+    """The state of its process as Linux has it (R, S, D, T, t, Z), or ELSEWHERE, or NOT_HEARD; empty: there is no such
+    process any more.
+    """
 
     @property
     def is_gone(self) -> bool:
@@ -94,58 +103,75 @@ class Slot:
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any], limit: float):
-        own = {"pid": os.getpid(), "started": process_of(os.getpid())[1]}
+        own = {"pid": os.getpid(), "started": process_of(os.getpid())[1], "namespace": own_namespace()}
         text = json.dumps(own | dict(header)).encode()
         draft = folder / f".{header['rank']}"
         draft.write_bytes(text.ljust(_LIFE_AT) + bytes(_SIZE - _LIFE_AT))  # all of it: no page may be missing later
         with draft.open("r+b") as file:
             self.memory = mmap.mmap(file.fileno(), _SIZE)
-        self.limit, self.count = limit, 0
+        self.count = 0
         self.live()
+        self.set_limit(limit)
         self.stand("setup", 0, 0)
         draft.rename(folder / f"rank-{header['rank']}")
 
     def live(self) -> None:
         """Gives a sign of life."""
-        _LIFE.pack_into(self.memory, _LIFE_AT, time.monotonic(), self.limit)
+        self._write(_LIFE_AT, _TIME.pack(time.monotonic()))
+
+    def set_limit(self, seconds: float) -> None:
+        """Writes after how many seconds without a sign of life the rank counts as lost."""
+        self._write(_LIMIT_AT, _TIME.pack(seconds))
 
     def stand(self, phase: str, step: int, micro_batch: int) -> None:
         """Writes a new place."""
         self.count += 1
         self.memory[_FRAME_AT] = 0
-        _PLACE.pack_into(self.memory, _PLACE_AT, self.count, step, micro_batch, time.monotonic(), phase.encode())
+        self._write(_PLACE_AT, _PLACE.pack(self.count, step, micro_batch, time.monotonic(), phase.encode()))
 
     def leave(self, end: int, words: str = "") -> None:
         """Writes how the rank leaves the run; the first word counts."""
         if _END.unpack_from(self.memory, _END_AT)[0] == IN:
-            _END.pack_into(self.memory, _END_AT, end, time.monotonic(), words.encode()[:600])
+            self._write(_WHY_AT, _why(words))
+            self._write(_END_AT, _END.pack(end))  # last: whoever sees it finds the words
 
     def show(self, frame: str) -> None:
         """Writes what the main thread does."""
         text = frame.encode()[:_FRAME].ljust(_FRAME, b"\0")
-        self.memory[_FRAME_AT : _FRAME_AT + _FRAME] = text
+        self._write(_FRAME_AT, text)
+
+    def _write(self, at: int, data: bytes) -> None:
+        self.memory[at : at + len(data)] = data
+
+
+def _why(words: str) -> bytes:
+    return _WHY.pack(time.monotonic(), words.encode()[:600])
 
 
 def condemn(folder: Path, rank: int, words: str) -> None:
     """Writes, from another process, that a rank has failed and why: before it is killed, so that no rank that loses it
     takes it for one that vanished.
     """
-    with (folder / f"rank-{rank}").open("r+b") as file:
-        file.seek(_END_AT)
-        file.write(_END.pack(FAILED, time.monotonic(), words.encode()[:600]))
+    with (folder / f"rank-{rank}").open("r+b", buffering=0) as file:
+        for at, data in ((_WHY_AT, _why(words)), (_END_AT, _END.pack(FAILED))):
+            file.seek(at)
+            file.write(data)
 
 
 def look(folder: Path) -> list[Seen]:
     """Returns what is seen of the ranks of a node now, by rank; nothing of a rank whose file is not there yet."""
-    return sorted((_seen(path.read_bytes()) for path in folder.glob("rank-*")), key=lambda seen: seen.rank)
+    found = []
+    for path in folder.glob("rank-*"):
+        with suppress(FileNotFoundError):  # the run has just ended, and its files are removed
+            found.append(_seen(path.read_bytes()))
+    return sorted(found, key=lambda seen: seen.rank)
 
 
 def _seen(data: bytes) -> Seen:
     header = json.loads(data[:_LIFE_AT])
-    life, limit = _LIFE.unpack_from(data, _LIFE_AT)
+    ((life,), (limit,)) = (_TIME.unpack_from(data, at) for at in (_LIFE_AT, _LIMIT_AT))
     count, step, micro_batch, since, phase = _PLACE.unpack_from(data, _PLACE_AT)
-    end, ended, words = _END.unpack_from(data, _END_AT)
-    state, started = process_of(header["pid"])
+    (end,), (ended, words) = _END.unpack_from(data, _END_AT), _WHY.unpack_from(data, _WHY_AT)
     now = time.monotonic()
     return Seen(
         **header,
@@ -160,8 +186,15 @@ def _seen(data: bytes) -> Seen:
         ended=now - ended,
         words=_text(words),
         frame=_text(data[_FRAME_AT : _FRAME_AT + _FRAME]),
-        process=state if started == header["started"] else "",
+        process=_state(header["pid"], header["started"], header["namespace"]),
     )
+
+
+def _state(pid: int, started: str, namespace: str) -> str:
+    if namespace != own_namespace():
+        return ELSEWHERE
+    state, start = process_of(pid)
+    return state if start == started else ""
 
 
 def _text(data: bytes) -> str:
@@ -178,6 +211,14 @@ def process_of(pid: int) -> tuple[str, str]:
     except (FileNotFoundError, ProcessLookupError):
         return "", ""
     return fields[0], fields[19]
+
+
+def own_namespace() -> str:
+    """Returns the pid namespace of this process; empty where /proc does not tell."""
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
 
 
 def still_in(seen: Iterable[Seen]) -> list[Seen]:

@@ -1,13 +1,18 @@
 """The process that watches the ranks of a node: a rank that is stopped runs no code of its own, nor one whose Python
 lock is held.
 
-    a rank has given no sign of life for its timeout     its failure is recorded in its error file; SIGKILL
+    two looks find a rank without a sign of life for     its failure is recorded in its error file; SIGKILL
+    its timeout, a second apart
     a rank has failed, or its process is gone            the others have GRACE_SECONDS to end by themselves; SIGKILL
     all ranks have left the run                          the watcher ends, and removes the files of the node
 
 torchrun would ask the other ranks by SIGTERM, which a stopped rank does not take, and wait for 30 seconds. The first
 rank of the node starts the watcher (`dpo.distributed.beats`); it is in a session of its own, so that signals for the
 ranks do not reach it, and holds none of their descriptors. It imports no torch and is there in 0.1 s.
+
+A second look, because a node that was paused (a frozen cgroup, a virtual machine that was moved) goes on with ranks that
+have all been silent for as long as it was. What the watcher writes may be on a disk that is full, or does not answer: it
+waits for a write for two seconds at most, and kills then.
 """
 
 import json
@@ -15,19 +20,22 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpo.command.blame import PLACE_FILE, write_error
 from dpo.distributed.causes import Cause, failed, held_up, silent, told, vanished
 from dpo.distributed.flight import Flight
-from dpo.distributed.slots import END_FILE, IN, LOST, Seen, condemn, look, still_in
+from dpo.distributed.slots import ELSEWHERE, END_FILE, IN, LOST, Seen, condemn, look, still_in
 
 GRACE_SECONDS = 5.0
 _POLL_SECONDS = 0.25
+_AGAIN_SECONDS = 1.0
+_WRITE_SECONDS = 2.0
 
 
 def main() -> None:
@@ -37,7 +45,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     watcher = Watcher(folder)
     while seen := look(folder):
-        watcher.act(seen, _end(folder), Flight(folder).found)
+        watcher.act(seen, _end(folder))
         if not still_in(seen):
             break
         time.sleep(_POLL_SECONDS)
@@ -67,38 +75,71 @@ class Watcher:
     """Why the ranks must end; empty while they need not."""
     since: float = 0.0
     """The time from which on they must."""
+    suspects: dict[int, float] = field(default_factory=dict)
+    """The ranks that the looks before found silent, and the time of the first such look."""
+    written: set[int] = field(default_factory=set)
+    """The ranks whose places are written."""
 
-    def act(self, seen: Sequence[Seen], end: tuple[int, str] | None, dumps: str) -> None:
+    def act(self, seen: Sequence[Seen], end: tuple[int, str] | None) -> None:
         """Looks once.
 
         Args:
             seen: the ranks of the node.
             end: the rank that is to blame for what happened on another node, and why; None: nothing has.
-            dumps: where NCCL's last collectives are, in words; empty: nowhere.
         """
-        write_places(seen)
-        late = silent(seen)
+        self._write_places(seen)
+        late = silent(self._silent_again(seen))
         if late is not None:
-            self._end(late, dumps)
+            self._end(late)
         if not self.why and (cause := late or trouble(seen, end)):
             self.why, self.since = str(cause), time.monotonic()
             if cause is not late and isinstance(cause, Cause) and cause.is_silent:
-                self._end(cause, dumps)
+                self._end(cause)
         if self.why and time.monotonic() - self.since >= GRACE_SECONDS:
-            for rank in still_in(seen):
-                record_end(rank, self.why)
-                _kill(rank)
+            self._end_others(still_in(seen))
 
-    def _end(self, cause: Cause, dumps: str) -> None:
+    def _silent_again(self, seen: Sequence[Seen]) -> list[Seen]:
+        """Returns the ranks that this look finds silent, and all those before it for a second."""
+        now, ranks = time.monotonic(), [rank for rank in still_in(seen) if rank.silence >= rank.limit]
+        self.suspects = {rank.rank: self.suspects.get(rank.rank, now) for rank in ranks}
+        return [rank for rank in ranks if now - self.suspects[rank.rank] >= _AGAIN_SECONDS]
+
+    def _end(self, cause: Cause) -> None:
         """Ends the rank that is to blame."""
-        record(cause, dumps)
-        condemn(self.folder, cause.rank.rank, cause.words)
+        unless_stalled(lambda: condemn(self.folder, cause.rank.rank, cause.words))
+        unless_stalled(lambda: record(cause, Flight(self.folder).found))
         _kill(cause.rank)
+
+    def _end_others(self, ranks: Sequence[Seen]) -> None:
+        unless_stalled(lambda: [record_end(rank, self.why) for rank in ranks])
+        for rank in ranks:
+            _kill(rank)
+
+    def _write_places(self, seen: Sequence[Seen]) -> None:
+        new = [rank for rank in seen if rank.rank not in self.written and rank.end == IN and rank.is_gone]
+        self.written |= {rank.rank for rank in new}
+        if new:
+            unless_stalled(lambda: write_places(new))
+
+
+def unless_stalled(write: Callable[[], object]) -> None:
+    """Writes what a reader would like to know, on a disk that may be full, or not answer; goes on without it after
+    _WRITE_SECONDS.
+    """
+
+    def attempt() -> None:
+        with suppress(OSError):
+            write()
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(_WRITE_SECONDS)
 
 
 def _kill(rank: Seen) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(rank.pid, signal.SIGKILL)
+    if rank.process != ELSEWHERE:  # else its id is that of an unknown process here
+        with suppress(ProcessLookupError, PermissionError):
+            os.kill(rank.pid, signal.SIGKILL)
 
 
 def trouble(seen: Sequence[Seen], end: tuple[int, str] | None) -> Cause | str | None:
@@ -131,7 +172,7 @@ def write_places(seen: Sequence[Seen]) -> None:
 def write_place(rank: Seen) -> None:
     """Tells whoever reports the end of a process that is gone where it was (`command.blame.place_of_killed`)."""
     if rank.error_file:
-        with suppress(FileNotFoundError):  # torchrun, or `dpo`, has ended and removed its folder
+        with suppress(OSError):  # a full disk; torchrun, or `dpo`, has ended and removed its folder
             Path(rank.error_file).with_name(PLACE_FILE).write_text(rank.place, encoding="utf-8")
 
 
@@ -144,7 +185,8 @@ def record_end(rank: Seen, why: str) -> None:
 def _write(rank: Seen, line: str, message: str, extra: dict[str, object]) -> None:
     path = Path(rank.error_file)
     if rank.error_file and path.parent.is_dir() and not path.exists():
-        write_error(path, message, line, extra)
+        with suppress(OSError):  # a full disk
+            write_error(path, message, line, extra)
 
 
 if __name__ == "__main__":

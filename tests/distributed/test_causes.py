@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from dpo.distributed.causes import Cause, find_cause, held_up, silent
-from dpo.distributed.slots import DONE, FAILED, IN, LOST, NOT_HEARD, TOGETHER, Seen
+from dpo.distributed.slots import DONE, ELSEWHERE, FAILED, IN, LOST, NOT_HEARD, TOGETHER, Seen
 from dpo.distributed.watcher import trouble
 
 WAITS = "torch/distributed/fsdp/x.py:1 in wait"
@@ -18,6 +18,7 @@ def rank(number: int, **changes: object) -> Seen:
         host="n1",
         pid=100 + number,
         started="1",
+        namespace="pid:[1]",
         error_file="",
         silence=0.3,
         limit=20.0,
@@ -46,6 +47,7 @@ WRONG = rank(1, end=FAILED, ended=2.0, words="ValueError: x", process="")
     [
         ([STOPPED], True, "no sign of life for 20 s: stopped (SIGSTOP), in the forward pass of step 4"),
         ([replace(STOPPED, process="R")], True, "and holds Python's lock, in the forward pass of step 4"),
+        ([replace(STOPPED, process=ELSEWHERE)], True, "20 s: its process is in another container, in the forward pass"),
         ([replace(STOPPED, process="D")], True, "waits for the kernel, in a file system or a driver, in the forward"),
         ([replace(STOPPED, silence=6.0)], True, "no sign of life for 6 s"),
         ([replace(STOPPED, silence=6.0)], False, "no sign of life for 6 s"),

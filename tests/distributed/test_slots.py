@@ -1,7 +1,9 @@
 """What a rank writes of itself, as others see it."""
 
+import errno
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from dpo.command.blame import Failure, first_cause, place_of_killed, read_error
 from dpo.distributed import watcher
 from dpo.distributed.beats import frame_in_words
 from dpo.distributed.causes import Cause, silent
-from dpo.distributed.slots import DONE, FAILED, IN, LOST, Slot, condemn, look, still_in
+from dpo.distributed.slots import DONE, ELSEWHERE, FAILED, IN, LOST, Slot, condemn, look, still_in
 from dpo.distributed.watcher import record, record_end, write_place
 
 
@@ -91,18 +93,81 @@ def test_what_a_thread_does_in_words() -> None:
     )
 
 
-def test_the_watcher_says_why_before_it_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The process ids that the watcher kills."""
+    pids: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: pids.append(pid))
+    return pids
+
+
+def look_again(watch: watcher.Watcher, folder: Path, seconds: float = 1.0) -> None:
+    """A look of the watcher, so many seconds after the one before."""
+    watch.suspects = {rank: since - seconds for rank, since in watch.suspects.items()}
+    watch.act(look(folder), None)
+
+
+def test_the_watcher_says_why_before_it_kills(tmp_path: Path, killed: list[int]) -> None:
     """A rank that loses the killed one then finds the reason; the others are killed once their grace is over."""
-    killed: list[int] = []
-    monkeypatch.setattr(watcher, "_kill", lambda rank: killed.append(rank.rank))
     slot(tmp_path, limit=0.0)
     slot(tmp_path, rank=0)
     watch = watcher.Watcher(tmp_path)
-    watch.act(look(tmp_path), None, "")
+    look_again(watch, tmp_path)
+    look_again(watch, tmp_path)
     other, late = look(tmp_path)
-    assert killed == [1] and late.end == FAILED and late.words.startswith("no sign of life for 0 s: ")
-    watch.act([other, late], None, "")
-    assert killed == [1]
+    assert killed == [os.getpid()] and late.end == FAILED and late.words.startswith("no sign of life for 0 s: ")
+    look_again(watch, tmp_path)
+    assert len(killed) == 1
     watch.since -= watcher.GRACE_SECONDS
-    watch.act([other, late], None, "")
-    assert killed == [1, 0]
+    look_again(watch, tmp_path)
+    assert len(killed) == 2 and "no sign of life" in Path(other.error_file).read_text()
+
+
+def test_one_look_kills_nobody(tmp_path: Path, killed: list[int]) -> None:
+    """After a pause of the whole node every rank was silent for as long, and gives a sign half a second later."""
+    own, watch = slot(tmp_path, limit=0.0), watcher.Watcher(tmp_path)
+    look_again(watch, tmp_path)
+    look_again(watch, tmp_path, 0.9)
+    own.set_limit(20.0)
+    look_again(watch, tmp_path)
+    own.set_limit(0.0)
+    look_again(watch, tmp_path, 0.0)
+    assert not killed and watch.why == ""
+
+
+@pytest.mark.parametrize("is_stalled", [False, True])
+def test_a_full_or_stalled_disk_keeps_no_rank_alive(
+    is_stalled: bool, tmp_path: Path, killed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+
+    def fail(*_: object, **__: object) -> None:
+        if is_stalled:
+            never.wait()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    slot(tmp_path, limit=0.0)
+    slot(tmp_path, rank=0)
+    watch = watcher.Watcher(tmp_path)
+    look_again(watch, tmp_path)
+    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(watcher, "_WRITE_SECONDS", 0.1)
+    look_again(watch, tmp_path)
+    watch.since -= watcher.GRACE_SECONDS
+    look_again(watch, tmp_path)
+    never.set()
+    assert len(killed) == 2 and not list(tmp_path.glob("*/error.json"))
+
+
+def test_a_process_of_another_container_is_not_judged_by_its_id(tmp_path: Path, killed: list[int]) -> None:
+    """Nor killed: here that is another process, or none. The watcher still says that the rank fell silent."""
+    slot(tmp_path, limit=0.0)
+    file = tmp_path / "rank-1"
+    own = look(tmp_path)[0].namespace.encode()
+    file.write_bytes(file.read_bytes().replace(own, b"pid:[1]".ljust(len(own), b"_")).replace(b'"pid": ', b'"pid":9'))
+    (seen,) = look(tmp_path)
+    assert own and seen.process == ELSEWHERE and not seen.is_gone and still_in([seen]) == [seen]
+    watch = watcher.Watcher(tmp_path)
+    look_again(watch, tmp_path)
+    look_again(watch, tmp_path)
+    assert not killed and "its process is in another container" in look(tmp_path)[0].words
