@@ -26,9 +26,25 @@ from dpo.command.exits import EXIT_CODES
 
 _LOST_PEER = re.compile(
     r"gloo/transport/|Connection closed by peer|Connection reset by peer|Broken pipe"
-    r"|^Dist(Backend|Network|Store)Error|ncclRemoteError|NCCL communicator was aborted|^SignalException"
+    r"|^Dist(Network|Store)Error|ncclRemoteError|NCCL communicator was aborted|^SignalException"
 )
 """Messages of a rank that lost another rank or whose wait for it timed out, and of a torchrun that a signal ended."""
+
+_OWN_OF_BACKEND = re.compile(r"unhandled cuda error|ncclUnhandledCudaError|(Cuda|HIP) failure", re.IGNORECASE)
+_LOST_BY_BACKEND = re.compile(
+    r"abort|ncclRemoteError|remote pro|timed? ?out|closed by|reset by peer|broken pipe|connection refused", re.IGNORECASE
+)
+_OF_EVERY_SYSTEM_ERROR = "unexpected exit of a remote peer"
+
+
+def is_lost_by_backend(message: str) -> bool:
+    """Returns whether the message of a DistBackendError says that another rank is lost: NCCL also raises it for a fault
+    of the rank's own GPU, memory or disk. `It can be also caused by unexpected exit of a remote peer` stands in each of
+    its system errors.
+    """
+    told = message.replace(_OF_EVERY_SYSTEM_ERROR, "")
+    return not _OWN_OF_BACKEND.search(told) and bool(_LOST_BY_BACKEND.search(told))
+
 
 _BROKEN_MACHINE = re.compile(
     r"uncorrectable (ECC|NVLink)|fallen off the bus|GPU is lost|no CUDA-capable device|Stale file handle", re.IGNORECASE
@@ -68,6 +84,8 @@ class Failure:
         """Returns whether this failure is only the consequence of another rank's end."""
         if self.is_silent:
             return False
+        if self.message.startswith("DistBackendError"):
+            return self.is_consequence or is_lost_by_backend(self.message)
         return self.is_consequence or bool(_LOST_PEER.search(self.message)) or self.killed_by == signal.SIGTERM
 
     @property

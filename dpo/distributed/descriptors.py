@@ -10,7 +10,8 @@ A rank of 512 ranks needs up to 1,065, where Linux's usual soft limit is 1,024:
 With parallel.replicate 64 a rank is in two groups more: of the 64 ranks with the same shard, and of the 8 ranks of its
 copy. NCCL opens sockets of its own, and on the rank that starts it raises the soft limit likewise (`setFilesLimit`,
 https://github.com/NVIDIA/nccl/blob/master/src/bootstrap.cc). The torchrun of the first node serves the store: it holds
-a connection to each rank and to the torchrun of each other node. `python -m tests.bench.many_ranks` counts them.
+a connection to each rank and to the torchrun of each other node, and of several nodes each publishes what is seen of
+its ranks over one more (`dpo.distributed.elsewhere`). `python -m tests.bench.many_ranks` counts them.
 """
 
 import os
@@ -59,7 +60,8 @@ def need_of_rank(size: int, replicate: int) -> int:
 
 def need_of_agent(size: int, nodes: int) -> int:
     """Returns the file descriptors that the torchrun of the first node needs, which serves the store."""
-    return size + nodes + OTHER_OF_AGENT
+    publishing = nodes if nodes > 1 else 0
+    return size + nodes + publishing + OTHER_OF_AGENT
 
 
 def raise_limits(environment: Mapping[str, int], replicate: int) -> list[Descriptors]:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,6 +24,9 @@ from dpo.distributed.slots import END_FILE, IN, NOT_HEARD, Seen, look, still_in
 PUBLISH_SECONDS = 2.0
 _PATIENCE_SECONDS = 8.0
 _FRESH_SECONDS = 5.0
+_CONNECT_SECONDS = 5
+_LOST_SECONDS = 15.0
+"""Seconds of failures after which the store counts as gone: a connection may be reset once, and the next one holds."""
 
 
 def publish(store: dist.Store, rank: int, first: int, folder: Path, stopped: threading.Event) -> None:
@@ -35,21 +39,46 @@ def publish(store: dist.Store, rank: int, first: int, folder: Path, stopped: thr
         folder: the files of the node's ranks.
         stopped: ends the thread.
     """
-    own: dist.Store | None = None
-    number = 0
+    line, number = _Line(store), 0
     while not stopped.wait(PUBLISH_SECONDS if number else 0):
         seen, number = look(folder), number + 1
         if not _is_speaker(rank, seen):
             continue
-        try:
-            own = own or store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
-            own.set(_key(first), json.dumps([number, [asdict(one) for one in seen]]))
-            end = own.get(_BLAMED) if own.check([_BLAMED]) else b""
-        except dist.DistError:
-            end = json.dumps([-1, "the torchrun of the first node has ended"]).encode()
+        end = line.tell(_key(first), json.dumps([number, [asdict(one) for one in seen]]))
         if end and not stopped.is_set():
             write_atomically(folder / END_FILE, end)
             return
+
+
+class _Line:
+    """A connection to the store, made anew where it is lost."""
+
+    def __init__(self, store: dist.Store):
+        self.store, self.last, self.is_own = store, time.monotonic(), False
+        self.open: dist.Store | None = None
+
+    def tell(self, key: str, words: str) -> bytes:
+        """Sets a key. Returns the rank that is to blame and why, as in END_FILE; empty: none is."""
+        try:
+            own = self.open = self.open or self._connect()
+            own.set(key, words)
+            end = own.get(_BLAMED) if own.check([_BLAMED]) else b""
+        except dist.DistError:
+            self.open = None
+            is_gone = time.monotonic() - self.last >= _LOST_SECONDS
+            return json.dumps([-1, "the torchrun of the first node has ended"]).encode() if is_gone else b""
+        self.last = time.monotonic()
+        return end
+
+    def _connect(self) -> dist.Store:
+        """Returns a connection. Those after the first are made with a timeout of seconds, which a clone inherits: the
+        program's may be hours, and must not be changed.
+        """
+        new: dist.Store = self.store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
+        if not self.is_own:
+            new.set_timeout(timedelta(seconds=_CONNECT_SECONDS))
+            self.store, self.is_own = new, True
+        return new
 
 
 def blame(store: dist.Store, rank: int, words: str) -> None:

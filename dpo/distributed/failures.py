@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dpo.base.errors import RunError, UserError, one_line
 from dpo.base.space import CAUSES, free_room
 from dpo.base.units import shown_bytes
-from dpo.command.blame import write_error
+from dpo.command.blame import is_lost_by_backend, write_error
 from dpo.command.exits import exit_code_of, line_of
 from dpo.command.line import split_options, words_of
 from dpo.distributed.arrival import SaidByAnother
@@ -102,7 +102,19 @@ def met_alone(failure: Exception) -> str | None:
         return _named(f"out of {kind} memory: {_asked(cause)}; {'; '.join([peak, *need, _remedy()])}")
     if isinstance(failure, OSError):
         return line_of(failure)
-    return _named(_lost_words(failure)) if has_lost_rank(failure) else None
+    if has_lost_rank(failure):
+        return _named(_lost_words(failure))
+    return _named(line_of(failure)) if _is_broken_backend(failure) else None
+
+
+def _is_broken_backend(failure: BaseException) -> bool:
+    """Returns whether NCCL failed by this rank's own GPU or system; a wrong call of it is a bug."""
+    is_backends = isinstance(failure, torch.distributed.DistBackendError)
+    return is_backends and bool(_BROKEN_BACKEND.search(str(failure)))
+
+
+_BROKEN_BACKEND = re.compile(r"unhandled (cuda|system) error|ncclUnhandledCudaError|ncclSystemError|Cuda failure")
+"""https://github.com/NVIDIA/nccl/blob/master/src/init.cc, `ncclGetErrorString`"""
 
 
 def _lost_words(failure: BaseException) -> str:
@@ -126,7 +138,13 @@ _LOST_NOTE = "lost: "
 
 
 def has_lost_rank(failure: BaseException) -> bool:
-    """Returns whether a rank failed because another one has ended, or does not answer."""
+    """Returns whether a rank failed because another one has ended, or does not answer; not where its own memory ran out,
+    or its GPU failed, which NCCL tells by the same exception.
+    """
+    if _without_memory(failure) is not None:
+        return False
+    if isinstance(failure, torch.distributed.DistBackendError):
+        return is_lost_by_backend(str(failure))
     is_message = _is_runtime(failure) and bool(_LOST.search(str(failure)))
     return is_message or isinstance(failure, torch.distributed.DistError | SaidByAnother)
 

@@ -33,6 +33,8 @@ class Flight:
 
     def turn_on(self, environment: MutableMapping[str, str]) -> None:
         """Sets the variables that the user has not set. Must be called before NCCL starts."""
+        if _is_ours(environment.get(_FILE, "")):  # of a run before this one, whose folder is gone
+            del environment[_FILE]
         values = {_SIZE: _ENTRIES, _DUMP: "1", _FILE: str(self.folder / "rank-")}
         for name, value in values.items():
             if name not in environment and _OLDER.get(name) not in environment:
@@ -50,3 +52,7 @@ class Flight:
         """Removes the folder where no file was written."""
         with suppress(OSError):
             self.folder.rmdir()
+
+
+def _is_ours(prefix: str) -> bool:
+    return Path(prefix).match(f"{tempfile.gettempdir()}/dpo-flight-*/rank-")

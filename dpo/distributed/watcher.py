@@ -10,9 +10,9 @@ torchrun would ask the other ranks by SIGTERM, which a stopped rank does not tak
 rank of the node starts the watcher (`dpo.distributed.beats`); it is in a session of its own, so that signals for the
 ranks do not reach it, and holds none of their descriptors. It imports no torch and is there in 0.1 s.
 
-A second look, because a node that was paused (a frozen cgroup, a virtual machine that was moved) goes on with ranks that
-have all been silent for as long as it was. What the watcher writes may be on a disk that is full, or does not answer: it
-waits for a write for two seconds at most, and kills then.
+A second look, because a node that was paused (a frozen cgroup, a virtual machine that was moved) goes on with ranks
+that have all been silent for as long as it was. What the watcher writes may be on a disk that is full, or does not
+answer: it waits for a write for two seconds at most, and kills then.
 """
 
 import json

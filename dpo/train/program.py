@@ -51,6 +51,7 @@ def run_training(config: Config, begun: float | None = None) -> None:
         phases.end("ranks")
         refuse_if_in_use(config, world)
         check_outputs(config, world)
+        stand("the check of the checkpoints")
         before, start = contents_of(config, world), find_start_together(config, world)
         stand("the reading of the input")
         inputs = read_inputs(config, world)
@@ -58,6 +59,7 @@ def run_training(config: Config, begun: float | None = None) -> None:
             return
         with holding_folder(config, world) as check_lock:
             if contents_of(config, world) != before:  # by another start, which has ended since
+                stand("the check of the checkpoints")
                 start = find_start_together(config, world)
                 if _is_done(config, start, inputs, world):
                     return

@@ -33,6 +33,16 @@ def test_it_is_on_with_a_file_per_rank(flight: Flight, tmp_path: Path) -> None:
     assert not flight.folder.exists()
 
 
+def test_a_later_run_of_the_process_has_a_folder_of_its_own(flight: Flight, tmp_path: Path) -> None:
+    """The variables of the first are still set, and its folder is gone."""
+    environment: dict[str, str] = {}
+    flight.turn_on(environment)
+    flight.remove_if_empty()
+    later = Flight(Path("/dev/shm/dpo-slots-def"))
+    later.turn_on(environment)
+    assert environment["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/dpo-flight-def/rank-" and later.folder.is_dir()
+
+
 @pytest.mark.parametrize("name", ["TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"])
 def test_what_the_user_has_set_stays(flight: Flight, name: str) -> None:
     """Under the older name too: torch would take ours before it."""

@@ -43,7 +43,9 @@ def test_sockets_of_a_rank(size: int, replicate: int, sockets: int) -> None:
 
 
 def test_the_first_torchrun_holds_a_connection_to_each_rank_and_node() -> None:
-    assert need_of_agent(512, 64) == 512 + 64 + 32
+    """And to one rank of each of several nodes once more, which publishes."""
+    assert need_of_agent(512, 64) == 512 + 64 + 64 + 32
+    assert need_of_agent(8, 1) == 8 + 1 + 32
 
 
 @pytest.mark.parametrize(("size", "arrival", "leave"), [(1, 901, 61), (8, 908, 68), (512, 1412, 572)])

@@ -35,7 +35,7 @@ def killed(rank: int, time: float, number: int = signal.SIGKILL) -> Failure:
         ([killed(0, 3.0, signal.SIGTERM), raised(1, 4.0)], 1),
         ([killed(0, 3.0, signal.SIGTERM), raised(1, 4.0, LOST)], 1),
         ([killed(0, 3.0, signal.SIGABRT), killed(1, 4.0, signal.SIGSEGV)], 1),
-        ([raised(0, 3.0, "DistBackendError: NCCL error"), killed(1, 4.0, signal.SIGABRT)], 1),
+        ([raised(0, 3.0, "DistBackendError: NCCL communicator was aborted"), killed(1, 4.0, signal.SIGABRT)], 1),
         ([raised(0, 3.0, LOST), raised(1, 2.0, LOST)], 1),
         ([raised(0, 3.0, "SignalException: Process 7 got signal: 15"), raised(1, 4.0)], 1),
     ],

@@ -1,0 +1,65 @@
+"""A connection to the store that is reset: the run goes on; a store that is gone ends it."""
+
+import json
+import threading
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from dpo.distributed import elsewhere
+from dpo.distributed.slots import END_FILE, Slot
+
+KEY = "seen on the node of rank 0"
+
+
+class Resetting:
+    """A store, or a connection to it, of which so many calls of `set` lose the connection."""
+
+    def __init__(self, faults: Iterator[bool], store: Any):
+        self.faults, self.store = faults, store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def clone(self) -> "Resetting":
+        return Resetting(self.faults, self.store)
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        assert timeout < timedelta(seconds=15)
+
+    def set(self, key: str, words: str) -> None:
+        if next(self.faults):
+            raise dist.DistNetworkError("Connection reset by peer")
+        self.store.set(key, words)
+
+
+@pytest.fixture(autouse=True)
+def _soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Slot:
+    monkeypatch.setattr(elsewhere, "PUBLISH_SECONDS", 0.01)
+    return Slot(tmp_path, {"rank": 0, "host": "n1", "error_file": ""}, 20.0)
+
+
+def test_a_reset_connection_is_made_anew(tmp_path: Path) -> None:
+    """The third publication comes after two that were lost; one rank is then blamed, which ends the thread."""
+    store = dist.HashStore()
+    faults = iter([False, True, True, False])
+
+    def then_blame() -> Iterator[bool]:
+        yield from faults
+        elsewhere.blame(store, 3, "no sign of life")
+        yield False
+
+    elsewhere.publish(Resetting(then_blame(), store), 0, 0, tmp_path, threading.Event())  # type: ignore[arg-type]
+    assert json.loads((tmp_path / END_FILE).read_text()) == [3, "no sign of life"]
+    assert json.loads(store.get(KEY))[0] == 5
+
+
+def test_a_store_that_stays_away_ends_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elsewhere, "_LOST_SECONDS", 0.1)
+    store = Resetting(iter(lambda: True, False), dist.HashStore())
+    elsewhere.publish(store, 0, 0, tmp_path, threading.Event())  # type: ignore[arg-type]
+    assert json.loads((tmp_path / END_FILE).read_text()) == [-1, "the torchrun of the first node has ended"]
