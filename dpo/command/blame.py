@@ -32,7 +32,8 @@ _LOST_PEER = re.compile(
 
 _OWN_OF_BACKEND = re.compile(r"unhandled cuda error|ncclUnhandledCudaError|(Cuda|HIP) failure", re.IGNORECASE)
 _LOST_BY_BACKEND = re.compile(
-    r"abort|ncclRemoteError|remote pro|timed? ?out|closed by|reset by peer|broken pipe|connection refused", re.IGNORECASE
+    r"abort|ncclRemoteError|remote pro|timed? ?out|closed by|reset by peer|broken pipe|connection refused",
+    re.IGNORECASE,
 )
 _OF_EVERY_SYSTEM_ERROR = "unexpected exit of a remote peer"
 

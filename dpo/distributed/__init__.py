@@ -7,6 +7,7 @@ timeouts.py     how long ranks wait for each other, by their number
 startup.py      the process group: gloo while the input is read, then NCCL and gloo
 arrival.py      each rank waits until all have started
 slots.py        where each rank of a node stands, and its last sign of life: a file per rank in memory
+folders.py      the folder of those files; what killed runs left of theirs; without torch
 beats.py        this rank's signs of life; `stand` tells its place; how it leaves the run
 elsewhere.py    what is seen of the ranks of other nodes, through the store
 causes.py       which rank the others wait for, and why

@@ -1,6 +1,7 @@
 """The start of a run: each rank waits until all are there. Ranks that do not come are named, and those of this node
 killed."""
 
+import json
 import os
 import signal
 import socket
@@ -34,7 +35,7 @@ ALL_HERE = "all"
 
 
 def await_start(store: dist.Store, rank: int, size: int, seconds: int) -> None:
-    """Waits until all ranks have started.
+    """Waits until all ranks have started, also where the last one comes as the wait is over.
 
     Args:
         store: for this alone.
@@ -52,7 +53,9 @@ def await_start(store: dist.Store, rank: int, size: int, seconds: int) -> None:
     try:
         store.wait([ALL_HERE], timedelta(seconds=seconds))
     except dist.DistStoreError as failure:
-        missing = [other for other in range(size) if not store.check([_name(other)])]
+        missing = _decide_missing(store, size)
+        if not missing:
+            return
         seen = _end_missing(missing, seconds)
         if min(set(range(size)) - set(missing)) != rank:
             with suppress(dist.DistError):
@@ -60,6 +63,15 @@ def await_start(store: dist.Store, rank: int, size: int, seconds: int) -> None:
             raise SaidByAnother(_line(rank, size, missing, seen, seconds)) from failure
         store.set("told", "")
         raise ConnectionError(_line(rank, size, missing, seen, seconds)) from failure
+
+
+def _decide_missing(store: dist.Store, size: int) -> list[int]:
+    """Returns the ranks that are not there, as the first rank found that asks: each asks at its own moment, and another
+    rank may come in between. Then its line names the same ranks as all others', and one rank prints it.
+    """
+    found = json.dumps([other for other in range(size) if not store.check([_name(other)])])
+    missing: list[int] = json.loads(store.compare_set("missing", "", found))
+    return missing
 
 
 def _name(rank: int) -> str:

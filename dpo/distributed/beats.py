@@ -4,15 +4,14 @@
     program   `stand("the forward pass", step)`: a new place
     thread    on several nodes, every 2 s: what is seen of the ranks of this node, into the store of the run
 
-The files of a node are in memory (/dev/shm) where that is possible, so that a disk that stalls does not stop a rank. A
-run of one rank has none of this: nothing waits for it.
+The files of a node are in memory (/dev/shm) where that is possible, so that a disk that stalls does not stop a rank; a
+node without room for them runs without. A run of one rank has none of this: nothing waits for it.
 """
 
 import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -30,14 +29,15 @@ from dpo.distributed.causes import Cause, find_cause
 from dpo.distributed.elsewhere import blame, publish, seen_elsewhere
 from dpo.distributed.failures import has_lost_rank, is_timeout, met_alone, name_lost
 from dpo.distributed.flight import Flight
+from dpo.distributed.folders import make_folder, remove_leftovers
 from dpo.distributed.slots import DONE, FAILED, LOST, TOGETHER, Slot, look, still_in
 from dpo.distributed.watcher import clear, record, unless_stalled, write_places
 from dpo.terminal.console import warn
 
 _BEAT_SECONDS = 0.5
 _LOOKS, _LOOK_SECONDS = 5, 0.1
-_MEMORY = Path("/dev/shm")
 _ROOT = Path(__file__).parents[2]
+_NOWHERE = Path("/nowhere/dpo-slots")
 
 
 class _Here:
@@ -99,7 +99,7 @@ class Node:
 @contextmanager
 def beating(environment: dict[str, int], store: dist.Store, limit: float) -> Iterator[Path | None]:
     """Gives signs of life in a with-block, and says how this rank leaves it. Yields the folder of the node's files;
-    None in a run of one rank.
+    None in a run of one rank, and where there is no such folder.
 
     A failure that comes of another rank's gets a note which rank that is, and why (`failures.name_lost`).
 
@@ -112,6 +112,9 @@ def beating(environment: dict[str, int], store: dist.Store, limit: float) -> Ite
         yield None
         return
     node = _join(environment, store)
+    if node is None:
+        yield None
+        return
     header = {"rank": node.rank, "host": socket.gethostname(), "error_file": _error_file()}
     if _error_file():
         Path(_error_file()).with_name(PLACE_FILE).touch()
@@ -146,15 +149,23 @@ def _error_file() -> str:
     return os.environ.get("TORCHELASTIC_ERROR_FILE", "")
 
 
-def _join(environment: dict[str, int], store: dist.Store) -> Node:
-    """Returns this rank's place on its node; its first rank makes the folder and tells the others."""
-    rank = environment["RANK"]
+def _join(environment: dict[str, int], store: dist.Store) -> Node | None:
+    """Returns this rank's place on its node; its first rank makes the folder and tells the others. None where this rank
+    has no such folder: there is no room for it, or the ranks of the node do not see the same one.
+    """
+    rank, local_size = environment["RANK"], environment["LOCAL_WORLD_SIZE"]
     first = rank - environment["LOCAL_RANK"]
     key = f"slots of the node of rank {first}"
     if rank == first:
-        store.set(key, tempfile.mkdtemp(prefix="dpo-slots-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None))
+        remove_leftovers()
+        store.set(key, str(make_folder(local_size) or _NOWHERE))
     folder = Path(store.get(key).decode())
-    return Node(rank, environment["WORLD_SIZE"], first, environment["LOCAL_WORLD_SIZE"], store, folder)
+    if folder.is_dir():
+        return Node(rank, environment["WORLD_SIZE"], first, local_size, store, folder)
+    what = f"{folder} is not there" if folder != _NOWHERE else "neither /dev/shm nor the temporary folder has room"
+    if rank == first or folder != _NOWHERE:
+        warn(f"rank {rank} runs without the watcher of its node ({what}): where it stops, that is found late")
+    return None
 
 
 def _beat(slot: Slot, main: int, stopped: threading.Event) -> None:

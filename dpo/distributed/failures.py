@@ -138,8 +138,8 @@ _LOST_NOTE = "lost: "
 
 
 def has_lost_rank(failure: BaseException) -> bool:
-    """Returns whether a rank failed because another one has ended, or does not answer; not where its own memory ran out,
-    or its GPU failed, which NCCL tells by the same exception.
+    """Returns whether a rank failed because another one has ended, or does not answer; not where its own memory ran
+    out, or its GPU failed, which NCCL tells by the same exception.
     """
     if _without_memory(failure) is not None:
         return False

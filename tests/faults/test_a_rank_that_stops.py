@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dpo.config import Config, to_yaml
-from dpo.distributed.beats import _MEMORY
+from dpo.distributed.folders import MEMORY
 from dpo.distributed.program import exit_program
 from dpo.train.program import run_training
 from tests.front.test_stops import is_alive
@@ -95,7 +95,7 @@ def wait_for(is_there: Callable[[], object]) -> None:
 
 def test_the_last_line_of_dpo_train_names_the_rank_and_nothing_is_left(root: Path, tmp_path: Path) -> None:
     """A stopped rank under `dpo train`, which others than this test stop: no process and no file outlives it."""
-    before = set(_MEMORY.glob("dpo-slots-*"))
+    before = set(MEMORY.glob("dpo-slots-*"))
     (tmp_path / "c.yaml").write_text(to_yaml(config_in(root, tmp_path)))
     variables = faulty_rank.environment("stop", "forward")
     code = f"import os\nos.environ.update({variables!r})\n{DPO}"
@@ -105,7 +105,7 @@ def test_the_last_line_of_dpo_train_names_the_rank_and_nothing_is_left(root: Pat
     last = (tmp_path / "stderr").read_text().splitlines()[-1]
     assert last.startswith("error: rank 1 on ")
     assert last.endswith(": no sign of life for 5 s: stopped (SIGSTOP), in the forward pass of step 4, micro-batch 1")
-    wait_for(lambda: not (set(_MEMORY.glob("dpo-slots-*")) - before))
+    wait_for(lambda: not (set(MEMORY.glob("dpo-slots-*")) - before))
     assert not [path for path in Path("/proc").glob("[0-9]*") if is_alive(int(path.name)) and _is_of(path, tmp_path)]
 
 

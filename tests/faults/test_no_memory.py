@@ -212,6 +212,6 @@ def test_a_rank_without_memory_says_so_and_leaves(tmp_path: Path, capsys: pytest
     assert exit_code_of(estimate.main, "dpo.estimate", *shlex.split(command)) == 0
     (needs,) = re.findall(r"^fits: ([\d.]+) of ", capsys.readouterr().out, re.MULTILINE)
     assert f"by the estimate a step needs {needs} GiB; " in line and float(needs) > 0.75 + 0.1  # Python, and tensors
-    lost = "error: rank 0: the connection to another rank was lost ("
-    assert all(other.startswith(lost) for other in errors if other != line)
+    lost = ("error: rank 0: the connection to another rank was lost (", "error: rank 0: lost rank 1 on ")
+    assert [other for other in errors if other != line and not other.startswith(lost)] == []
     assert "run_training" not in done.stderr  # torchrun shows where its own code is, the program nothing of it
