@@ -111,7 +111,7 @@ class Watcher:
         _kill(cause.rank)
 
     def _end_others(self, ranks: Sequence[Seen]) -> None:
-        unless_stalled(lambda: [record_end(rank, self.why) for rank in ranks])
+        unless_stalled(lambda: record_ends(ranks, self.why))
         for rank in ranks:
             _kill(rank)
 
@@ -174,6 +174,12 @@ def write_place(rank: Seen) -> None:
     if rank.error_file:
         with suppress(OSError):  # a full disk; torchrun, or `dpo`, has ended and removed its folder
             Path(rank.error_file).with_name(PLACE_FILE).write_text(rank.place, encoding="utf-8")
+
+
+def record_ends(ranks: Sequence[Seen], why: str) -> None:
+    """Writes of each rank that it was ended for the sake of another one."""
+    for rank in ranks:
+        record_end(rank, why)
 
 
 def record_end(rank: Seen, why: str) -> None:
