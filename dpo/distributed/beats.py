@@ -35,6 +35,10 @@ from dpo.distributed.watcher import clear, record, unless_stalled, write_places
 from dpo.terminal.console import warn
 
 _BEAT_SECONDS = 0.5
+_STILL_SECONDS = 3.0
+"""How long a rank stands still before its main thread is looked at, and between looks: no step is disturbed that goes
+on.
+"""
 _LOOKS, _LOOK_SECONDS = 5, 0.1
 _ROOT = Path(__file__).parents[2]
 _NOWHERE = Path("/nowhere/dpo-slots")
@@ -169,13 +173,21 @@ def _join(environment: dict[str, int], store: dist.Store) -> Node | None:
 
 
 def _beat(slot: Slot, main: int, stopped: threading.Event) -> None:
-    """Gives signs of life until `stopped`."""
-    count = 0
+    """Gives signs of life until `stopped`; where the rank stands still, tells what its main thread does."""
+    count, since = 0, time.monotonic()
     while not stopped.wait(_BEAT_SECONDS):
         slot.live()
-        if slot.count == count and (frame := sys._current_frames().get(main)):
-            slot.show(frame_in_words(frame))
-        count = slot.count
+        if slot.count != count:
+            count, since = slot.count, time.monotonic()
+        elif time.monotonic() - since >= _STILL_SECONDS:
+            slot.show(_doing_of(main))
+            since = time.monotonic()
+
+
+def _doing_of(thread: int) -> str:
+    """Returns what a thread does, in words. Keeps none of its frames: they hold the tensors of its local variables."""
+    frame = sys._current_frames().get(thread)
+    return frame_in_words(frame) if frame else ""
 
 
 def frame_in_words(frame: FrameType) -> str:
