@@ -1,7 +1,8 @@
 """SLURM's commands as scripts on PATH: they note how they were called, and answer what a test tells them to."""
 
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,11 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     fake = FakeSlurm(tmp_path / "slurm")
     monkeypatch.setenv("PATH", f"{fake.folder}{os.pathsep}{os.environ['PATH']}")
     return fake
+
+
+@pytest.fixture(autouse=True)
+def _closed_terminals_are_heard() -> Iterator[None]:
+    """SIGHUP is not ignored, as it is where the tests were started with nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)

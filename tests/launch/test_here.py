@@ -54,12 +54,10 @@ class FakeTorchrun:
 
 @pytest.fixture(autouse=True)
 def _own_signals() -> Iterator[None]:
-    """SIGUSR2 as it was; SIGHUP not ignored, as it is where the tests are started with nohup."""
-    before = {signal.SIGUSR2: signal.getsignal(signal.SIGUSR2), signal.SIGHUP: signal.getsignal(signal.SIGHUP)}
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    """SIGUSR2 as it was."""
+    before = signal.getsignal(signal.SIGUSR2)
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    signal.signal(signal.SIGUSR2, before)
 
 
 @pytest.fixture
