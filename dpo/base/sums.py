@@ -37,13 +37,6 @@ def is_plain_name(name: str) -> bool:
     return lies_within(name) and "/" not in name and name != "."
 
 
-def write_sums(folder: Path) -> None:
-    """Writes SHA256SUMS for all files in a folder and below."""
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    sums = {name: sha256_of(folder / name) for name in names if name != SUMS}
-    (folder / SUMS).write_text(sums_text(sums), encoding="utf-8")
-
-
 def sums_text(sums: Mapping[str, str]) -> str:
     """Returns the content of SHA256SUMS for the digests of files by name."""
     return "".join(f"{digest}  {name}\n" for name, digest in sums.items())

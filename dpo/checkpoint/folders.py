@@ -19,7 +19,7 @@ import torch.distributed as dist
 from dpo.base.errors import RunError
 from dpo.base.files import remove_folder
 from dpo.checkpoint.marker import MARKER, list_files
-from dpo.checkpoint.verify import find_change_together, find_fault
+from dpo.checkpoint.verify import find_change_together
 from dpo.command.exits import line_of
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
@@ -67,19 +67,6 @@ def checkpoints_until(run_dir: Path, step: int) -> list[Path]:
 def newer_checkpoints(run_dir: Path, step: int) -> list[Path]:
     """Returns the checkpoints of a run after `step`, whole or damaged; oldest first."""
     return [path for path in checkpoints_of(run_dir) if step_of(path) > step]
-
-
-def newest_checkpoint(run_dir: Path) -> Path | None:
-    """Returns the newest checkpoint of a run that is whole, or None; reports the newer ones that it skips, and why.
-
-    Reads all files of the checkpoints that it looks at, in this process alone.
-    """
-    for path in reversed(checkpoints_of(run_dir)):
-        fault = find_fault(path)
-        if fault is None:
-            return path
-        say(f"checkpoint {path} is skipped: {fault}")
-    return None
 
 
 def drafts_of(run_dir: Path) -> list[Path]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo.base.sums import SUMS, find_fault, find_unlisted, is_plain_name, lies_within, read_sums, write_sums
+from dpo.base.sums import SUMS, find_fault, find_unlisted, is_plain_name, lies_within, read_sums
+from tests.support.sums import write_sums
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-from dpo.checkpoint.folders import newest_checkpoint
 from dpo.config import Config
 from dpo.run_folder.files import read_metrics
 from tests.faults.worlds import last_step, start_world, wait_for_step
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.runs import save_six_steps, six_steps
 
 

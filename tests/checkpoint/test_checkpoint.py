@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint import saver as saving
-from dpo.checkpoint.folders import DRAFT, checkpoint_path, newest_checkpoint
+from dpo.checkpoint.folders import DRAFT, checkpoint_path
 from dpo.config import Config, SourceConfig
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import (

@@ -15,12 +15,13 @@ from dpo.base.errors import FolderLost, RunError
 from dpo.checkpoint import export as exporting
 from dpo.checkpoint import folders
 from dpo.checkpoint.export import draft_of
-from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
+from dpo.checkpoint.folders import checkpoint_path
 from dpo.checkpoint.plans import forget_plans
 from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from tests.base.test_files import hold_a_file
+from tests.support.checkpoints import newest_checkpoint
 
 WRITER = ("prepare_local_plan", "prepare_global_plan", "write_data", "finish")
 """What a storage writer is asked for, in this order: each rank, rank 0, each rank, rank 0."""

@@ -12,14 +12,14 @@ import pytest
 
 from dpo.base import files
 from dpo.checkpoint import folders, marker, verify
-from dpo.checkpoint.folders import checkpoint_path, checkpoints_of, newest_checkpoint, step_of
+from dpo.checkpoint.folders import checkpoint_path, checkpoints_of, step_of
 from dpo.checkpoint.marker import MARKER
 from dpo.checkpoint.plans import forget_plans
 from dpo.checkpoint.store import Shelf, open_shelf
 from dpo.checkpoint.verify import find_fault
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
-from tests.support.checkpoints import flip, save, shelf_of
+from tests.support.checkpoints import flip, newest_checkpoint, save, shelf_of
 
 
 @pytest.fixture

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from dpo.base.sums import write_sums
 from dpo.command.exits import run_program
 from dpo.push import program as push
+from tests.support.sums import write_sums
 
 Calls = list[tuple[str, tuple[Any, ...], dict[str, Any]]]
 

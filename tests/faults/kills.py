@@ -12,10 +12,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from dpo.checkpoint.folders import newest_checkpoint
 from dpo.config import Config
 from dpo.run_folder.files import FINAL, read_metrics
 from tests.faults.worlds import last_step, start_world, wait_for_step
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.runs import same_weights, save_six_steps, six_steps, without_clock
 
 STEPS, SAVE_EVERY = 60, 3

@@ -12,13 +12,13 @@ import torch.distributed as dist
 
 from dpo.base.errors import UserError
 from dpo.checkpoint import marker, verify
-from dpo.checkpoint.folders import checkpoint_path, newer_checkpoints, newest_checkpoint
+from dpo.checkpoint.folders import checkpoint_path, newer_checkpoints
 from dpo.checkpoint.plans import forget_plans
 from dpo.checkpoint.store import read_state
-from dpo.checkpoint.verify import find_fault, find_fault_together
+from dpo.checkpoint.verify import find_fault, find_fault_together, first_usable
 from dpo.config import Config
 from dpo.distributed.startup import open_world
-from tests.support.checkpoints import flip, save, shelf_of
+from tests.support.checkpoints import flip, newest_checkpoint, save, shelf_of
 from tests.support.ranks import Ranks
 from tests.support.runs import (
     changed,
@@ -99,7 +99,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert newest_checkpoint(tmp_path / "run") == newest
     damage(newest, how)
     capsys.readouterr()
-    assert newest_checkpoint(tmp_path / "run") == older
+    with open_world(60) as world:
+        used, faults = first_usable([newest, older], world)
+    assert used == older and faults.keys() == {newest}
     assert f"checkpoint {newest} is skipped: " in capsys.readouterr().err
     with pytest.raises(UserError, match=r"checkpoint\.resume: .*step-000004: .*; valid: "):
         read_state(newest, "checkpoint.resume")

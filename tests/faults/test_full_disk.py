@@ -26,7 +26,6 @@ from dpo.board.writer import MetricsWriter
 from dpo.checkpoint import export as exporting
 from dpo.checkpoint import saver as saving
 from dpo.checkpoint import store
-from dpo.checkpoint.folders import newest_checkpoint
 from dpo.checkpoint.plans import forget_plans
 from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
 from dpo.command.exits import line_of
@@ -37,6 +36,7 @@ from dpo.distributed.startup import open_world
 from dpo.run_folder import evaluations
 from dpo.train import loop
 from dpo.train import program as train
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.disks import small_disk
 from tests.support.ranks import Ranks
 from tests.support.runs import changed, error_lines, exit_code, run, save_six_steps, six_steps, train_lines

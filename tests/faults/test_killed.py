@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
+from dpo.checkpoint.folders import checkpoint_path
 from dpo.config import Config, to_yaml
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.models import save_model, save_pairs
 from tests.support.processes import start_program
 from tests.support.runs import (

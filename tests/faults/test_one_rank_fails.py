@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dpo.checkpoint.folders import newest_checkpoint
 from dpo.config import Config
 from dpo.distributed.program import run_program
 from dpo.step import update
 from dpo.train import program as train
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import changed, exit_code, make_config, run, train_lines

@@ -14,7 +14,6 @@ import pytest
 
 from dpo.base.errors import Preempted
 from dpo.board.writer import MetricsWriter
-from dpo.checkpoint.folders import newest_checkpoint
 from dpo.command.status import STATUS_FILE
 from dpo.config import Config
 from dpo.distributed.program import run_program
@@ -23,6 +22,7 @@ from dpo.step.evaluation import Evaluation
 from dpo.step.update import train_step
 from dpo.train import loop, outputs
 from dpo.train import program as train
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.ranks import Ranks
 from tests.support.runs import (
     eval_lines,

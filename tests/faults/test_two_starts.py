@@ -16,11 +16,11 @@ import pytest
 
 from dpo.checkpoint import export as exporting
 from dpo.checkpoint import store
-from dpo.checkpoint.folders import newest_checkpoint
 from dpo.config import Config, to_yaml
 from dpo.run_folder.lock import entries_of
 from dpo.train import hold, program
 from tests.faults.test_killed import MAIN
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.processes import start_program
 from tests.support.ranks import _free_port
 from tests.support.runs import (

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 
 from dpo.checkpoint import saver as saving
-from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
+from dpo.checkpoint.folders import checkpoint_path
 from dpo.config import Config
 from dpo.distributed.program import run_program
 from dpo.train import loop
@@ -22,6 +22,7 @@ from dpo.train import program as train
 from tests.faults.late import written_late
 from tests.faults.test_one_rank_fails import fail_as_rank, infinite_loss
 from tests.faults.test_preemption import preempted
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.ranks import Ranks
 from tests.support.runs import (
     changed,

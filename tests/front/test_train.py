@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo.checkpoint.folders import newest_checkpoint
 from dpo.config import Config, to_yaml
 from tests.front.test_stops import END_WITH_TESTS, SECONDS, wait_for
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.processes import start_program
 from tests.support.runs import changed, logged, run, save_six_steps, six_steps, train_lines
 

@@ -14,13 +14,14 @@ from unittest.mock import patch
 import pytest
 
 from dpo.base.errors import RunError
-from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
+from dpo.checkpoint.folders import checkpoint_path
 from dpo.reference import program as reference
 from dpo.train import program as train
 from launch import submit, supervise
 from launch.follow import Followed, follow
 from launch.reports import history, read_outcome, submissions
 from launch.supervise import Ended
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.models import save_model, save_pairs
 from tests.support.runs import exit_code_of, reference_line, train_lines
 

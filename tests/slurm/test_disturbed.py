@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo.checkpoint.folders import checkpoint_path, newest_checkpoint
+from dpo.checkpoint.folders import checkpoint_path
 from dpo.config import Config, SourceConfig, to_yaml
 from tests.slurm.cluster import FREEZER
 from tests.slurm.jobs import (
@@ -25,6 +25,7 @@ from tests.slurm.jobs import (
     wait_for_steps,
 )
 from tests.support.boards import points_of
+from tests.support.checkpoints import newest_checkpoint
 from tests.support.models import save_model, save_pairs
 from tests.support.runs import changed, eval_lines, make_config, run, train_lines, without_clock
 

@@ -10,10 +10,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from dpo.checkpoint.folders import checkpoint_path
+from dpo.checkpoint.folders import checkpoint_path, checkpoints_of
 from dpo.checkpoint.marker import MARKER, measure, write_marker
 from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
+from dpo.checkpoint.verify import find_fault
 from dpo.distributed.world import World
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole, or None."""
+    return next((path for path in reversed(checkpoints_of(run_dir)) if find_fault(path) is None), None)
 
 
 def shelf_of(run_dir: Path, keep: int | None, world: World) -> Shelf:
