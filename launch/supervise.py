@@ -27,6 +27,7 @@ from math import inf
 from pathlib import Path
 
 from dpo.base.limits import raise_limit
+from dpo.base.processes import find_process
 from dpo.base.workers import end_with, signal_name
 from dpo.terminal.console import say
 from launch.stops import Signals
@@ -204,14 +205,8 @@ def descendants(pid: int) -> list[int]:
 
 def _parents() -> dict[int, int]:
     """Returns process id -> id of the parent process, of all processes on this machine."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            after_name = path.read_text(errors="replace").rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):  # the process has just ended
-            continue
-        parents[int(path.parent.name)] = int(after_name[1])
-    return parents
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return {pid: found.parent for pid in pids if (found := find_process(pid))}
 
 
 def send(number: int, pids: Sequence[int]) -> None:

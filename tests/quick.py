@@ -51,6 +51,7 @@ FIXTURES = ("ranks", "another_python")
 
 SLOW: Sequence[str] = (
     "base/test_arrays.py",
+    "base/test_processes.py",
     "base/test_spawned.py",
     "base/test_workers.py",
     "batch/test_plan.py",

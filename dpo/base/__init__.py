@@ -9,6 +9,7 @@ space.py        whether files of a size fit in a folder, quotas included
 arrays.py       .npy files that are read in parts, without memory mapping
 pages.py        HTML pages: their style sheet (page.css) and their template
 prefetch.py     a thread builds the next item while the caller uses the current one
+processes.py    facts of processes, as /proc shows them
 workers.py      work in forked processes, which end with the process that started them
 spawned.py      a function in a spawned process, which shares nothing with this one
 """

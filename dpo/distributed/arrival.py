@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from dpo.base.processes import find_process
 from dpo.command.blame import write_error
 from dpo.distributed.causes import STATES
-from dpo.distributed.slots import process_of
 
 _TELLING_SECONDS = 10
 _SHOWN = 8
@@ -92,7 +92,8 @@ def _end_missing(missing: Collection[int], seconds: int) -> dict[int, str]:
     for pid, variables in _siblings():
         rank = int(variables.get("RANK", "-1"))
         if rank in missing and variables.get("MASTER_PORT") == os.environ.get("MASTER_PORT"):
-            seen[rank] = STATES.get(process_of(pid)[0], "its process is ending")
+            found = find_process(pid)
+            seen[rank] = STATES.get(found.state if found else "", "its process is ending")
             _record(rank, variables.get("TORCHELASTIC_ERROR_FILE", ""), seconds, seen[rank])
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo.base.processes import find_process, own_pid_namespace
+
 IN, DONE, TOGETHER, FAILED, LOST = range(5)
 """How a rank has left the run: not yet; its work is done; with a failure that all ranks raise; with a failure of its
 own; because it lost another rank."""
@@ -103,7 +105,7 @@ class Slot:
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any], limit: float):
-        own = {"pid": os.getpid(), "started": process_of(os.getpid())[1], "namespace": own_namespace()}
+        own = {"pid": os.getpid(), "started": _started(os.getpid()), "namespace": own_namespace()}
         text = json.dumps(own | dict(header)).encode()
         draft = folder / f".{header['rank']}"
         draft.write_bytes(text.ljust(_LIFE_AT) + bytes(_SIZE - _LIFE_AT))  # all of it: no page may be missing later
@@ -193,30 +195,23 @@ def _seen(data: bytes) -> Seen:
 def _state(pid: int, started: str, namespace: str) -> str:
     if namespace != own_namespace():
         return ELSEWHERE
-    state, start = process_of(pid)
-    return state if start == started else ""
+    found = find_process(pid)
+    return found.state if found and str(found.started) == started else ""
+
+
+def _started(pid: int) -> str:
+    found = find_process(pid)
+    return str(found.started) if found else ""
 
 
 def _text(data: bytes) -> str:
     return data.partition(b"\0")[0].decode(errors="replace")
 
 
-def process_of(pid: int) -> tuple[str, str]:
-    """Returns the state of a process, a letter, and when it started, in ticks; ("", "") where there is none.
-
-    Source: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html
-    """
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return "", ""
-    return fields[0], fields[19]
-
-
 def own_namespace() -> str:
     """Returns the pid namespace of this process; empty where /proc does not tell."""
     try:
-        return str(Path("/proc/self/ns/pid").readlink())
+        return own_pid_namespace()
     except OSError:
         return ""
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dpo.base.processes import Process, find_process, own_pid_namespace
 from dpo.machine.job import requeued_job, restarted_launch
 
 SILENT_SECONDS = 600.0
@@ -63,13 +64,13 @@ def this_process(environment: Mapping[str, str]) -> Holder:
     """Returns this process as a new holder. The environment tells its job and its launch."""
     job, restarts = requeued_job(environment)
     launch, attempt = restarted_launch(environment)
-    facts = _state_and_start(os.getpid())
+    own = _find(os.getpid())
     return Holder(
         host=socket.gethostname(),
         boot=Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        pid_namespace=str(Path("/proc/self/ns/pid").readlink()),
+        pid_namespace=own_pid_namespace(),
         pid=os.getpid(),
-        started=facts[1] if facts else 0,
+        started=own.started if own else 0,
         job=job,
         restarts=restarts,
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
@@ -110,15 +111,13 @@ def is_running(pid: int, started: int) -> bool:
         return False
     except PermissionError:  # it is another user's, whose processes /proc may hide
         pass
-    facts = _state_and_start(pid)
-    return facts is None or (facts[0] not in "ZX" and facts[1] == started)
+    found = _find(pid)
+    return found is None or (found.state not in "ZX" and found.started == started)
 
 
-def _state_and_start(pid: int) -> tuple[str, int] | None:
-    """Returns the fields 3 and 22 of /proc/PID/stat, see proc(5); None where it cannot be read."""
+def _find(pid: int) -> Process | None:
+    """Returns the process with an id; None also where /proc cannot be read."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        return find_process(pid)
     except OSError:
         return None
-    fields = stat.rpartition(")")[2].split()  # the name of the process may hold anything
-    return fields[0], int(fields[19])

@@ -2,7 +2,8 @@
 
 import os
 import time
-from pathlib import Path
+
+from dpo.base.processes import find_process
 
 
 class Phases:
@@ -26,10 +27,8 @@ class Phases:
 
 
 def process_start() -> float:
-    """Returns when this process was started, on the monotonic clock.
-
-    Source: https://man7.org/linux/man-pages/man5/proc_pid_stat.5.html, field 22
-    """
-    after_name = Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+    """Returns when this process was started, on the monotonic clock."""
+    own = find_process(os.getpid())
+    assert own is not None, "this process runs"
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - own.started / os.sysconf("SC_CLK_TCK")
     return time.monotonic() - age
