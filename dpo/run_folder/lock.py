@@ -30,9 +30,12 @@ KEY = "train.run_dir"
 BEAT_SECONDS = 20.0
 _GONE = (errno.ENOENT, errno.ESTALE)
 """Errors for a file that is removed, by this host or, on NFS, by another one."""
-_READ_ONLY = (errno.EACCES, errno.EROFS)
+_NOT_WRITABLE = (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
+"""Errors of a folder that is read-only, or has a file in its place."""
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 """Errors of link(2) on a file system without hard links."""
+_TRIES = 1000
+"""To write a draft, until an error counts as lasting: for example a file in the place of a folder."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +238,7 @@ def _writing(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as failure:
-        if failure.errno not in _READ_ONLY:
+        if failure.errno not in _NOT_WRITABLE:
             raise
         what = f"{run_dir}: cannot write to {failure.filename}: {failure.strerror}"
         raise UserError(KEY, what, "a folder to write in") from failure
@@ -243,19 +246,29 @@ def _writing(run_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _drafted(run_dir: Path, me: Holder) -> Iterator[Path]:
-    """Yields a lock under a name of its own, which is removed at the end; makes RUN/lock, which a start that ends at
-    this moment may remove.
-    """
-    draft, is_written = run_dir / LOCK / f".{me.token}.draft", False
+    """Yields a lock under a name of its own, which is removed at the end. Makes RUN/lock."""
+    draft = run_dir / LOCK / f".{me.token}.draft"
     try:
-        while not is_written:
-            draft.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileNotFoundError):
-                is_written = _write(draft, me)
+        _write_draft(draft, me)
         yield draft
     finally:
         with suppress(OSError):
             draft.unlink()
+
+
+def _write_draft(draft: Path, me: Holder) -> None:
+    """Writes a draft and makes its folder, again where starts that end at this moment remove a folder on its way:
+    mkdir(2) finds it, and it is gone when pathlib asks whether it is a folder, or when the next one is made in it.
+    """
+    for left in reversed(range(_TRIES)):
+        try:
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            if _write(draft, me):
+                return
+        except (FileNotFoundError, FileExistsError):
+            if not left:
+                raise
+    raise AssertionError(f"{draft} has a random name, and was there {_TRIES} times")
 
 
 def _now(draft: Path) -> float:

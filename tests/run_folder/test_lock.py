@@ -353,6 +353,34 @@ def test_of_many_takers_one_wins(run_dir: Path, kind: str) -> None:
     assert race(run_dir, prepare) == [1] * ROUNDS
 
 
+@pytest.mark.parametrize("told", [errno.EEXIST, errno.ENOENT])
+def test_a_folder_that_another_start_removes_while_it_is_made(
+    run_dir: Path, here: Holder, told: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mkdir(2) finds RUN/lock, which is gone when pathlib looks at it; or RUN is gone when RUN/lock is made in it."""
+    real, failures = os.mkdir, [told]
+
+    def mkdir(path: Path, mode: int = 0o777) -> None:
+        if path == run_dir / "lock" and run_dir.is_dir() and failures:
+            if failures.pop() == errno.ENOENT:
+                run_dir.rmdir()
+            else:
+                raise FileExistsError(errno.EEXIST, "File exists", str(path))
+        real(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with holding(run_dir, here) as lock:
+        assert lock.is_own() and not failures
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(run_dir: Path, here: Holder) -> None:
+    run_dir.mkdir(parents=True)
+    (run_dir / "lock").write_text("mine")
+    with pytest.raises(UserError, match=r"train\.run_dir.*lock.*File exists"), holding(run_dir, here):
+        pass
+    assert (run_dir / "lock").read_text() == "mine"
+
+
 def count_alone(run_dir: Path, counter: Path, rounds: int) -> None:
     """Takes and leaves a folder many times; while it holds it, adds one to a file, without any other lock."""
     done = 0
