@@ -35,6 +35,12 @@ from dpo.distributed.arrival import SaidByAnother
 from dpo.machine.data_sheets import GIB, find_sheet
 
 
+class NotConnected(ConnectionError):
+    """The ranks cannot be connected: another rank is lost, the network is wrong, or this rank's GPU is; the exception
+    from which it is raised tells which.
+    """
+
+
 def record_failure(failure: Exception, details: str) -> None:
     """Writes why and when this rank failed to the file that torchrun names, if any (`write_error`)."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -101,9 +107,10 @@ def met_alone(failure: Exception) -> str | None:
         need = [note for note in getattr(failure, "__notes__", ()) if note.startswith(_NOTE)]
         return _named(f"out of {kind} memory: {_asked(cause)}; {'; '.join([peak, *need, _remedy()])}")
     if isinstance(failure, OSError):
-        return line_of(failure)
+        lost = _noted_loss(failure)
+        return _named(lost) if lost else line_of(failure)
     if has_lost_rank(failure):
-        return _named(_lost_words(failure))
+        return _named(_noted_loss(failure) or _lost_words(failure))
     return _named(line_of(failure)) if _is_broken_backend(failure) else None
 
 
@@ -118,15 +125,17 @@ _BROKEN_BACKEND = re.compile(r"unhandled (cuda|system) error|ncclUnhandledCudaEr
 
 
 def _lost_words(failure: BaseException) -> str:
-    """Returns the rank that was lost and why, where it is known; else what this rank saw of it."""
-    notes: list[str] = getattr(failure, "__notes__", [])
-    found = [note.removeprefix(_LOST_NOTE) for note in notes if note.startswith(_LOST_NOTE)]
-    if found:
-        return found[0]
+    """Returns what this rank saw of the loss of another one."""
     said = one_line(str(failure))
     if is_timeout(failure):
         return f"waited for the other ranks in vain ({said})"
     return f"the connection to another rank was lost ({said}): that rank's own message says why"
+
+
+def _noted_loss(failure: BaseException) -> str:
+    """Returns the rank that was lost and why (`name_lost`); empty where that is not known."""
+    notes: list[str] = getattr(failure, "__notes__", [])
+    return next((note.removeprefix(_LOST_NOTE) for note in notes if note.startswith(_LOST_NOTE)), "")
 
 
 def name_lost(failure: BaseException, words: str) -> None:
@@ -143,6 +152,8 @@ def has_lost_rank(failure: BaseException) -> bool:
     """
     if _without_memory(failure) is not None:
         return False
+    if isinstance(failure, NotConnected) and failure.__cause__ is not None:
+        return has_lost_rank(failure.__cause__)
     if isinstance(failure, torch.distributed.DistBackendError):
         return is_lost_by_backend(str(failure))
     is_message = _is_runtime(failure) and bool(_LOST.search(str(failure)))

@@ -26,6 +26,7 @@ from dpo.command.rank import is_rank
 from dpo.distributed.arrival import ALL_HERE, arrive, await_start
 from dpo.distributed.beats import beating, set_limit
 from dpo.distributed.descriptors import check_shortage, publish_shortage, raise_limits, tell_raised
+from dpo.distributed.failures import NotConnected
 from dpo.distributed.flight import Flight
 from dpo.distributed.network import VARIABLE, gloo_interface
 from dpo.distributed.timeouts import arrival_seconds
@@ -77,7 +78,7 @@ def start_devices(world: World, timeout_seconds: int) -> None:
         timeout_seconds: timeout of collectives from here on; a collective that some rank never joins then ends the run.
 
     Raises:
-        ConnectionError: on the rank, maybe a single one, that cannot be connected.
+        NotConnected: on the rank, maybe a single one, that cannot be connected.
     """
     assert world.store is not None, "only a world that open_world made has a second phase"
     on_cuda, timeout = world.device.type == "cuda", timedelta(seconds=timeout_seconds)
@@ -104,7 +105,7 @@ def start_devices(world: World, timeout_seconds: int) -> None:
         if on_cuda:
             _connect(world)
     except (dist.DistError, torch.AcceleratorError) as failure:  # maybe on this rank alone
-        raise ConnectionError(
+        raise NotConnected(
             f"rank {world.rank}: the ranks cannot be connected: {failure}; {_ADVICE[on_cuda]}"
         ) from failure
 

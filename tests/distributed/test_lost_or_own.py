@@ -1,10 +1,12 @@
 """NCCL raises one exception for a lost rank and for a rank's own GPU: the message tells which."""
 
+from pathlib import Path
+
 import pytest
 from torch.distributed import DistBackendError
 
-from dpo.command.blame import Failure, first_cause
-from dpo.distributed.failures import has_lost_rank, met_alone
+from dpo.command.blame import Failure, first_cause, read_error
+from dpo.distributed.failures import NotConnected, has_lost_rank, met_alone, name_lost, record_failure
 
 HEAD = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
 SYSTEM = (
@@ -57,3 +59,28 @@ def test_a_wrong_call_of_nccl_is_a_bug() -> None:
     """It keeps its traceback."""
     wrong = DistBackendError(HEAD + "invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version 2.27.5")
     assert met_alone(wrong) is None and not has_lost_rank(wrong)
+
+
+def not_connected(message: str) -> NotConnected:
+    failure = NotConnected("rank 0: the ranks cannot be connected: x; NCCL_DEBUG=INFO says more")
+    failure.__cause__ = DistBackendError(message)
+    return failure
+
+
+@pytest.mark.parametrize(("messages", "blame"), [(OWN[:2], 0), (LOST, 2)])
+def test_a_rank_that_is_lost_while_the_ranks_are_connected_is_blamed(
+    messages: list[str], blame: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the rank that could not connect to it, unless its own GPU is why."""
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    for message in messages:
+        failure = not_connected(message)
+        record_failure(failure, met_alone(failure) or "")
+        assert read_error(tmp_path / "error.json", "n1", 0).blame == blame
+
+
+def test_a_rank_that_cannot_be_connected_gives_the_advice_or_names_the_lost_rank() -> None:
+    failure = not_connected(LOST[2])
+    assert met_alone(failure) == f"NotConnected: {failure}"
+    name_lost(failure, "lost rank 1 on n2: its process ended in setup")
+    assert met_alone(failure) == "rank 0: lost rank 1 on n2: its process ended in setup"
