@@ -47,13 +47,12 @@ def requeued_job(environment: Mapping[str, str]) -> tuple[str | None, int]:
     return (named, int(count) if count.isdecimal() else 0) if job else (None, 0)
 
 
-def restarted_launch(environment: Mapping[str, str]) -> tuple[str | None, int]:
-    """Returns the id that the user gave to torchrun, and how often that has restarted the processes of this host;
-    (None, 0) without torchrun, or where none was given: all such runs have the same.
+def launch_of(environment: Mapping[str, str]) -> str | None:
+    """Returns the id that the user gave to torchrun, `--rdzv-id`; None without torchrun, or where none was given: all
+    such runs have the same.
     """
-    launch, count = environment.get("TORCHELASTIC_RUN_ID"), environment.get("TORCHELASTIC_RESTART_COUNT", "")
-    named = launch if launch not in (None, "", "none") else None
-    return (named, int(count) if count.isdecimal() else 0) if named else (None, 0)
+    launch = environment.get("TORCHELASTIC_RUN_ID")
+    return launch if launch not in ("", "none") else None
 
 
 def check_tasks(environment: Mapping[str, str]) -> None:

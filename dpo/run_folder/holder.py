@@ -10,10 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dpo.base.processes import Process, find_process, own_pid_namespace
-from dpo.machine.job import requeued_job, restarted_launch
+from dpo.machine.job import launch_of, requeued_job
 
 SILENT_SECONDS = 600.0
 """Seconds after which a holder that has not touched its lock counts as gone, wherever it is."""
+EARLIER_SECONDS = 50.0
+"""The same, of one that may be this run before torchrun started it again on another host: a run that lives touches its
+lock twice in this time.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,6 @@ class Holder:
     """Random: files with the same token are of the same holder."""
     launch: str | None = None
     """The id that was given to torchrun, `--rdzv-id`; None: none was given."""
-    attempt: int = 0
-    """How often torchrun on this host had started the processes again."""
 
     def __str__(self) -> str:
         """Returns the holder in words."""
@@ -55,7 +57,7 @@ def holder_in(content: bytes) -> Holder | None:
         holder = Holder(**json.loads(content))
     except (ValueError, TypeError):
         return None
-    numbers = (holder.pid, holder.started, holder.restarts, holder.attempt)
+    numbers = (holder.pid, holder.started, holder.restarts)
     is_whole = all(isinstance(number, int) for number in numbers)
     return holder if is_whole and isinstance(holder.token, str) else None
 
@@ -63,7 +65,6 @@ def holder_in(content: bytes) -> Holder | None:
 def this_process(environment: Mapping[str, str]) -> Holder:
     """Returns this process as a new holder. The environment tells its job and its launch."""
     job, restarts = requeued_job(environment)
-    launch, attempt = restarted_launch(environment)
     own = _find(os.getpid())
     return Holder(
         host=socket.gethostname(),
@@ -75,8 +76,7 @@ def this_process(environment: Mapping[str, str]) -> Holder:
         restarts=restarts,
         since=time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         token=uuid.uuid4().hex,
-        launch=launch,
-        attempt=attempt,
+        launch=launch_of(environment),
     )
 
 
@@ -92,9 +92,19 @@ def why_over(holder: Holder | None, me: Holder, age: float) -> str | None:
         return "that process has ended"
     if holder is not None and holder.job is not None and holder.job == me.job and holder.restarts < me.restarts:
         return f"that was this job before SLURM restarted it ({holder.restarts} restarts then, {me.restarts} now)"
-    if holder is not None and holder.launch is not None and holder.launch == me.launch and holder.attempt < me.attempt:
-        return f"that was this run before torchrun restarted it ({holder.attempt} restarts then, {me.attempt} now)"
+    if may_be_earlier(holder, me) and age > EARLIER_SECONDS:
+        return f"that was this run before torchrun started it again, and nothing was heard of it for {age:.0f} s"
     return f"nothing was heard of it for {age / 60:.0f} minutes" if age > SILENT_SECONDS else None
+
+
+def may_be_earlier(holder: Holder | None, me: Holder) -> bool:
+    """Returns whether the holder may be this run before torchrun started it again, with rank 0 on another host. It may
+    also be another run to which torchrun was given the same id, as an example of it is copied. On one host torchrun has
+    ended the processes before it starts them again.
+    """
+    if holder is None or holder.launch is None:
+        return False
+    return holder.launch == me.launch and not _same_host(holder, me)
 
 
 def _same_host(holder: Holder, me: Holder) -> bool:

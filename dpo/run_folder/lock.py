@@ -6,7 +6,8 @@
 A start writes its file under a name of its own and links it to the next number (link(2)), which one of several takers
 alone can do, on NFS too. It holds the folder while its file is there, and a thread touches the file every BEAT_SECONDS.
 How long ago that was is told by a file that is written now, so by the clock of the file system, not of the hosts.
-Another start is refused until the holder has ended or counts as gone (`holder.why_over`).
+Another start is refused until the holder has ended or counts as gone (`holder.why_over`). Where the holder may be the
+same run before torchrun started it again on another host, the start waits for less than a minute until it knows.
 
 A holder that was stopped may wake up when another has the folder. So it calls `Lock.check` before each line of metrics
 and before a checkpoint or a model gets its name, and ends where the folder is not its own any more.
@@ -15,6 +16,7 @@ and before a checkpoint or a model gets its name, and ends where the folder is n
 import errno
 import os
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from pathlib import Path
 from dpo.base.errors import FolderLost, UserError
 from dpo.base.files import naming
 from dpo.run_folder.files import LOCK
-from dpo.run_folder.holder import SILENT_SECONDS, Holder, holder_in, why_over
+from dpo.run_folder.holder import EARLIER_SECONDS, SILENT_SECONDS, Holder, holder_in, may_be_earlier, why_over
 from dpo.terminal.console import say
 
 KEY = "train.run_dir"
@@ -159,9 +161,10 @@ def refuse_if_held(run_dir: Path, me: Holder) -> None:
     """Raises UserError where another start holds the folder, or has left a lock and it cannot be written to. Leaves no
     file.
     """
-    if entries := entries_of(run_dir):
+    if entries_of(run_dir):
         with _writing(run_dir), _drafted(run_dir, me) as draft:
-            _reasons(run_dir, entries, me, _now(draft))
+            _await_earlier(run_dir, me, draft)
+            _reasons(run_dir, entries_of(run_dir), me, _now(draft))
 
 
 def take(run_dir: Path, me: Holder) -> Lock:
@@ -169,10 +172,22 @@ def take(run_dir: Path, me: Holder) -> Lock:
     cannot be written to.
     """
     with _writing(run_dir), _drafted(run_dir, me) as draft:
+        _await_earlier(run_dir, me, draft)
         lock = None
         while lock is None:
             lock = _try_to_take(run_dir, me, draft)
         return lock
+
+
+def _await_earlier(run_dir: Path, me: Holder, draft: Path) -> None:
+    """Waits while the holder may be this run before torchrun started it again on another host, until that is known: it
+    touches its lock, or has been silent for EARLIER_SECONDS.
+    """
+    earlier = [entry for entry in entries_of(run_dir) if may_be_earlier(entry.holder, me)]
+    for entry in earlier:
+        say(f"{run_dir} is held by {entry}, maybe this run before torchrun started it again: waiting for its next sign")
+        while entry in entries_of(run_dir) and (left := EARLIER_SECONDS - (_now(draft) - entry.changed)) >= 0:
+            time.sleep(min(1.0, left + 0.01))
 
 
 def _try_to_take(run_dir: Path, me: Holder, draft: Path) -> Lock | None:

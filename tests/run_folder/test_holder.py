@@ -77,35 +77,39 @@ def test_this_job_before_it_was_requeued(here: Holder, job: str | None, before: 
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "launches", "is_over"),
+    ("launches", "age", "is_over"),
     [
-        (0, 1, ("big", "big"), True),
-        (2, 3, ("big", "big"), True),
-        (1, 1, ("big", "big"), False),
-        (2, 1, ("big", "big"), False),
-        (0, 1, ("other", "big"), False),
-        (0, 1, ("none", "none"), False),
-        (0, 1, ("", ""), False),
-        (0, 1, (None, None), False),
+        (("big", "big"), 51, True),
+        (("big", "big"), 49, False),
+        (("other", "big"), 599, False),
+        (("none", "none"), 599, False),
+        (("", ""), 599, False),
+        ((None, None), 599, False),
     ],
 )
-def test_this_run_before_torchrun_restarted_it(
-    here: Holder, before: int, now: int, launches: tuple[str | None, str | None], is_over: bool
+def test_this_run_before_torchrun_started_it_again(
+    here: Holder, launches: tuple[str | None, str | None], age: float, is_over: bool
 ) -> None:
-    """Rank 0 may come up on another node. torchrun's own id, `none`, tells nothing."""
-    first, second = (
-        this_process(
-            {"TORCHELASTIC_RESTART_COUNT": str(count)} | ({} if launch is None else {"TORCHELASTIC_RUN_ID": launch})
-        )
-        for count, launch in zip((before, now), launches, strict=True)
-    )
-    reason = "that was this run before torchrun restarted it " if is_over else None
-    found = why_over(elsewhere(first), second, age=0)
+    """Rank 0 may come up on another node, with the same number of restarts where a node was lost. torchrun's own id,
+    `none`, tells nothing.
+    """
+    first, second = (this_process({} if launch is None else {"TORCHELASTIC_RUN_ID": launch}) for launch in launches)
+    reason = "that was this run before torchrun started it again, " if is_over else None
+    found = why_over(elsewhere(first), second, age)
     assert (found or "").startswith(reason) if reason else found is None
 
 
+def test_a_second_run_with_the_same_id_that_torchrun_restarts_is_refused() -> None:
+    """`--rdzv-id=100` is torchrun's example. It was refused, torchrun starts it again, and the first one runs on."""
+    runs = {"TORCHELASTIC_RUN_ID": "100", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    first = this_process(runs | {"TORCHELASTIC_RESTART_COUNT": "0"})
+    second = this_process(runs | {"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert why_over(first, second, age=599) is None
+    assert why_over(elsewhere(first), second, age=20) is None
+
+
 def test_a_lock_of_an_older_version_names_its_holder(here: Holder) -> None:
-    content = {name: value for name, value in asdict(here).items() if name not in ("launch", "attempt")}
+    content = {name: value for name, value in asdict(here).items() if name != "launch"}
     assert holder_in(json.dumps(content).encode()) == here
 
 

@@ -30,11 +30,12 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "my"
 
 
-def of_another_host(run_dir: Path, seconds: float) -> Path:
+def of_another_host(run_dir: Path, seconds: float, **facts: Any) -> Path:
     """A lock of another host that was touched so many seconds ago by the file system's clock."""
     holder = replace(
         this_process({}), host="node7", boot="another", pid=4321, job="55", since="2026-01-01 12:00:00 UTC"
     )
+    holder = replace(holder, **facts)
     lock = take(run_dir, holder)
     now = lock.path.stat().st_mtime
     os.utime(lock.path, (now - seconds, now - seconds))
@@ -224,6 +225,30 @@ def test_a_holder_that_has_lost_writes_no_line(run_dir: Path, here: Holder) -> N
                 write()
         writer.close()
     assert (run_dir / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 0.5}\n'
+
+
+@pytest.mark.parametrize("begin", [refuse_if_held, take])
+def test_a_run_that_torchrun_started_again_on_another_host_waits_for_the_last_sign(
+    run_dir: Path, here: Holder, begin: Callable[[Path, Holder], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the clock of the file system goes on by as much as is slept."""
+    path = of_another_host(run_dir, 0, launch="big")
+    slept = [0.0]
+    monkeypatch.setattr(locks, "_now", lambda _: path.stat().st_mtime + sum(slept) if path.exists() else 0.0)
+    monkeypatch.setattr(locks.time, "sleep", slept.append)
+    begin(run_dir, replace(here, launch="big"))
+    assert 50 < sum(slept) < 51 and path.exists() == (begin is refuse_if_held)
+
+
+@pytest.mark.parametrize("begin", [refuse_if_held, take])
+def test_another_run_with_the_id_of_this_launch_is_respected_once_it_gives_a_sign(
+    run_dir: Path, here: Holder, begin: Callable[[Path, Holder], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = of_another_host(run_dir, 30, launch="100")
+    monkeypatch.setattr(locks.time, "sleep", lambda _: os.utime(path))
+    with pytest.raises(UserError, match="is in use by process 4321 on node7"):
+        begin(run_dir, replace(here, launch="100"))
+    assert names(run_dir) == ["000001.json"]
 
 
 # --- file systems ----------------------------------------------------------------------------------------------------
