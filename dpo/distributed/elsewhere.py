@@ -54,8 +54,10 @@ class _Line:
     """A connection to the store, made anew where it is lost."""
 
     def __init__(self, store: dist.Store):
-        self.store, self.last, self.is_own = store, time.monotonic(), False
+        self.store, self.is_own = store, False
         self.open: dist.Store | None = None
+        self.failing_since: float | None = None
+        """When the first of the failures came; None while there are none. A call may wait for long before it fails."""
 
     def tell(self, key: str, words: str) -> bytes:
         """Sets a key. Returns the rank that is to blame and why, as in END_FILE; empty: none is."""
@@ -64,10 +66,11 @@ class _Line:
             own.set(key, words)
             end = own.get(_BLAMED) if own.check([_BLAMED]) else b""
         except dist.DistError:
-            self.open = None
-            is_gone = time.monotonic() - self.last >= _LOST_SECONDS
+            self.open, now = None, time.monotonic()
+            self.failing_since = now if self.failing_since is None else self.failing_since
+            is_gone = now - self.failing_since >= _LOST_SECONDS
             return json.dumps([-1, "the torchrun of the first node has ended"]).encode() if is_gone else b""
-        self.last = time.monotonic()
+        self.failing_since = None
         return end
 
     def _connect(self) -> dist.Store:

@@ -63,3 +63,14 @@ def test_a_store_that_stays_away_ends_the_node(tmp_path: Path, monkeypatch: pyte
     store = Resetting(iter(lambda: True, False), dist.HashStore())
     elsewhere.publish(store, 0, 0, tmp_path, threading.Event())  # type: ignore[arg-type]
     assert json.loads((tmp_path / END_FILE).read_text()) == [-1, "the torchrun of the first node has ended"]
+
+
+def test_one_failure_after_a_long_wait_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network was away for a minute, in which a call waited, and then reset the connection: the next one holds."""
+    clock, faults = [0.0], [True, False, True, True]
+    monkeypatch.setattr(elsewhere.time, "monotonic", lambda: clock[0])
+    line = elsewhere._Line(Resetting(iter([False, *faults]), dist.HashStore()))  # type: ignore[arg-type]
+    ends = [line.tell(KEY, "")]
+    for clock[0] in (60.0, 62.0, 80.0, 95.0):
+        ends.append(line.tell(KEY, ""))
+    assert ends[:4] == [b""] * 4 and json.loads(ends[4])[0] == -1
