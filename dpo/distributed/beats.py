@@ -116,14 +116,11 @@ def beating(environment: dict[str, int], store: dist.Store, limit: float) -> Ite
         yield None
         return
     node = _join(environment, store)
-    if node is None:
+    slot = _open_slot(node, limit) if node else None
+    if node is None or slot is None:
         yield None
         return
-    header = {"rank": node.rank, "host": socket.gethostname(), "error_file": _error_file()}
-    if _error_file():
-        Path(_error_file()).with_name(PLACE_FILE).touch()
-    slot, stopped = Slot(node.folder, header, limit), threading.Event()
-    _HERE.slot, _HERE.step = slot, 0
+    _HERE.slot, _HERE.step, stopped = slot, 0, threading.Event()
     watcher = _start_watcher(node, stopped) if node.is_first else None
     threading.Thread(target=_beat, args=(slot, threading.get_ident(), stopped), daemon=True).start()
     if node.others:
@@ -145,7 +142,7 @@ def beating(environment: dict[str, int], store: dist.Store, limit: float) -> Ite
     finally:
         _HERE.slot = None
         stopped.set()
-        if watcher is not None:
+        if node.is_first:
             _end_watcher(watcher, node.folder)
 
 
@@ -168,8 +165,26 @@ def _join(environment: dict[str, int], store: dist.Store) -> Node | None:
         return Node(rank, environment["WORLD_SIZE"], first, local_size, store, folder)
     what = f"{folder} is not there" if folder != _NOWHERE else "neither /dev/shm nor the temporary folder has room"
     if rank == first or folder != _NOWHERE:
-        warn(f"rank {rank} runs without the watcher of its node ({what}): where it stops, that is found late")
+        _warn_unwatched(rank, what)
     return None
+
+
+def _open_slot(node: Node, limit: float) -> Slot | None:
+    """Returns the slot of this rank. None where it cannot be made: another program has taken the room meanwhile, or the
+    first rank of the node has ended just now, and its watcher has removed the folder.
+    """
+    header = {"rank": node.rank, "host": socket.gethostname(), "error_file": _error_file()}
+    try:
+        if _error_file():
+            Path(_error_file()).with_name(PLACE_FILE).touch()
+        return Slot(node.folder, header, limit)
+    except OSError as failure:
+        _warn_unwatched(node.rank, line_of(failure))
+        return None
+
+
+def _warn_unwatched(rank: int, why: str) -> None:
+    warn(f"rank {rank} runs without the watcher of its node ({why}): where it stops, that is found late")
 
 
 def _beat(slot: Slot, main: int, stopped: threading.Event) -> None:
@@ -239,14 +254,18 @@ def _cause_of(node: Node, failure: Exception) -> Cause | None:
 # --- the watcher ------------------------------------------------------------------------------------------------------
 
 
-def _start_watcher(node: Node, stopped: threading.Event) -> subprocess.Popen[bytes]:
+def _start_watcher(node: Node, stopped: threading.Event) -> subprocess.Popen[bytes] | None:
     """Starts the watcher of this node, in a session of its own and without descriptors of this process: one that held
-    its sockets would keep the other ranks from seeing that this rank is gone.
+    its sockets would keep the other ranks from seeing that this rank is gone. None where no process can be started.
     """
     code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dpo.distributed.watcher import main; main()"
     words = [sys.executable, "-I", "-S", "-c", code, str(_ROOT), str(node.folder)]
     nothing = subprocess.DEVNULL
-    process = subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+    try:
+        process = subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+    except OSError as failure:
+        _warn_unwatched(node.rank, line_of(failure))
+        return None
 
     def wait() -> None:
         code = process.wait()
@@ -257,10 +276,11 @@ def _start_watcher(node: Node, stopped: threading.Event) -> subprocess.Popen[byt
     return process
 
 
-def _end_watcher(process: subprocess.Popen[bytes], folder: Path) -> None:
+def _end_watcher(process: subprocess.Popen[bytes] | None, folder: Path) -> None:
     """Ends the watcher at once where no rank of the node is left, which it would find out itself a moment later."""
     with suppress(FileNotFoundError):  # it has found out, and removed the files
         if not still_in(seen := look(folder)):
             unless_stalled(lambda: write_places(seen))
-            process.kill()
+            if process is not None:
+                process.kill()
             clear(folder)

@@ -33,6 +33,10 @@ class Flight:
 
     def turn_on(self, environment: MutableMapping[str, str]) -> None:
         """Sets the variables that the user has not set. Must be called before NCCL starts."""
+        with suppress(OSError):  # there is no temporary folder that takes files: the run needs none
+            self._turn_on(environment)
+
+    def _turn_on(self, environment: MutableMapping[str, str]) -> None:
         if _is_ours(environment.get(_FILE, "")):  # of a run before this one, whose folder is gone
             del environment[_FILE]
         values = {_SIZE: _ENTRIES, _DUMP: "1", _FILE: str(self.folder / "rank-")}
@@ -45,8 +49,10 @@ class Flight:
     @property
     def found(self) -> str:
         """Returns where the files are, as the end of an error line; empty where there are none."""
-        is_there = self.folder.is_dir() and any(self.folder.iterdir())
-        return f"; the last collectives of this node's ranks are in {self.folder}" if is_there else ""
+        with suppress(OSError):  # it is not there
+            if any(self.folder.iterdir()):
+                return f"; the last collectives of this node's ranks are in {self.folder}"
+        return ""
 
     def remove_if_empty(self) -> None:
         """Removes the folder where no file was written."""

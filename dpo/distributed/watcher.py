@@ -10,9 +10,12 @@ torchrun would ask the other ranks by SIGTERM, which a stopped rank does not tak
 rank of the node starts the watcher (`dpo.distributed.beats`); it is in a session of its own, so that signals for the
 ranks do not reach it, and holds none of their descriptors. It imports no torch and is there in 0.1 s.
 
-A second look, because a node that was paused (a frozen cgroup, a virtual machine that was moved) goes on with ranks
-that have all been silent for as long as it was. What the watcher writes may be on a disk that is full, or does not
-answer: it waits for a write for two seconds at most, and kills then.
+A node that was paused (`scontrol suspend`, a frozen cgroup, a virtual machine that was moved) goes on with ranks that
+have all been silent for as long as it was. The watcher was paused too, and gives them PAUSE_SECONDS for a sign. Where
+it was not, it still looks twice.
+
+What the watcher writes may be on a disk that is full, or does not answer: it waits for a write for two seconds at most,
+and kills then.
 """
 
 import json
@@ -25,6 +28,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 
 from dpo.command.blame import PLACE_FILE, write_error
@@ -33,6 +37,8 @@ from dpo.distributed.flight import Flight
 from dpo.distributed.slots import ELSEWHERE, END_FILE, IN, LOST, Seen, condemn, look, still_in
 
 GRACE_SECONDS = 5.0
+PAUSE_SECONDS = 10.0
+"""Between two looks, which are a quarter of a second apart, or six seconds where a disk does not answer: a pause."""
 _POLL_SECONDS = 0.25
 _AGAIN_SECONDS = 1.0
 _WRITE_SECONDS = 2.0
@@ -77,6 +83,10 @@ class Watcher:
     """The time from which on they must."""
     suspects: dict[int, float] = field(default_factory=dict)
     """The ranks that the looks before found silent, and the time of the first such look."""
+    looked: float = field(default_factory=time.monotonic)
+    """When it looked last."""
+    resumed: float = -inf
+    """When the last pause of the watcher ended."""
     written: set[int] = field(default_factory=set)
     """The ranks whose places are written."""
 
@@ -99,8 +109,14 @@ class Watcher:
             self._end_others(still_in(seen))
 
     def _silent_again(self, seen: Sequence[Seen]) -> list[Seen]:
-        """Returns the ranks that this look finds silent, and all those before it for a second."""
-        now, ranks = time.monotonic(), [rank for rank in still_in(seen) if rank.silence >= rank.limit]
+        """Returns the ranks that this look finds silent, and all those before it for a second; none soon after a pause,
+        which was the ranks' own.
+        """
+        now, before = time.monotonic(), self.looked
+        self.looked = now
+        self.resumed = now if now - before >= PAUSE_SECONDS else self.resumed
+        is_new = now - self.resumed < PAUSE_SECONDS
+        ranks = [rank for rank in still_in(seen) if rank.silence >= rank.limit and not is_new]
         self.suspects = {rank.rank: self.suspects.get(rank.rank, now) for rank in ranks}
         return [rank for rank in ranks if now - self.suspects[rank.rank] >= _AGAIN_SECONDS]
 

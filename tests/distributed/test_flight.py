@@ -43,6 +43,21 @@ def test_a_later_run_of_the_process_has_a_folder_of_its_own(flight: Flight, tmp_
     assert environment["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/dpo-flight-def/rank-" and later.folder.is_dir()
 
 
+@pytest.mark.parametrize("missing", ["this folder", "every temporary folder"])
+def test_no_run_fails_for_want_of_a_temporary_folder(
+    flight: Flight, missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    if missing != "this folder":
+        monkeypatch.setattr(tempfile, "gettempdir", none)
+    flight.turn_on({})
+    assert flight.found == ""
+    flight.remove_if_empty()
+
+
 @pytest.mark.parametrize("name", ["TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"])
 def test_what_the_user_has_set_stays(flight: Flight, name: str) -> None:
     """Under the older name too: torch would take ours before it."""

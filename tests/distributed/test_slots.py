@@ -135,6 +135,21 @@ def test_one_look_kills_nobody(tmp_path: Path, killed: list[int]) -> None:
     assert not killed and watch.why == ""
 
 
+def test_a_pause_that_the_watcher_shared_kills_nobody(tmp_path: Path, killed: list[int]) -> None:
+    """The ranks have ten seconds for a sign, since a node that goes on may be busy; then two looks decide."""
+    slot(tmp_path, limit=0.0)
+    watch = watcher.Watcher(tmp_path)
+    look_again(watch, tmp_path)
+    watch.looked -= watcher.PAUSE_SECONDS
+    for _ in range(3):
+        look_again(watch, tmp_path)
+    assert not killed and not watch.suspects
+    watch.resumed -= watcher.PAUSE_SECONDS
+    for _ in range(2):
+        look_again(watch, tmp_path)
+    assert killed == [os.getpid()]
+
+
 @pytest.mark.parametrize("is_stalled", [False, True])
 def test_a_full_or_stalled_disk_keeps_no_rank_alive(
     is_stalled: bool, tmp_path: Path, killed: list[int], monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,55 @@
+"""A node that cannot be watched runs all the same."""
+
+import errno
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from dpo.distributed import beats
+from dpo.distributed.beats import beating, stand
+from dpo.distributed.slots import look
+
+
+def numbers(rank: int) -> dict[str, int]:
+    return {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOSPC])
+def test_a_rank_whose_slot_cannot_be_made_runs_on(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The watcher has removed the folder since the first rank is gone, or others have taken the room."""
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code), str(tmp_path / ".1"))
+
+    store = dist.HashStore()
+    store.set("slots of the node of rank 0", str(tmp_path))
+    monkeypatch.setattr(beats, "Slot", fail)
+    with beating(numbers(1), store, 20.0) as slots:
+        stand("the forward pass", 1)
+        assert slots is None
+    said = capsys.readouterr().err
+    assert "rank 1 runs without the watcher of its node (" in said and str(tmp_path / ".1") in said
+
+
+def test_a_node_on_which_no_process_starts_runs_without_its_watcher_and_leaves_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The number of processes of the user is bounded, as in a container."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    folder = tmp_path / "slots"
+    folder.mkdir()
+    monkeypatch.setattr(beats, "make_folder", lambda _: folder)
+    monkeypatch.setattr(subprocess, "Popen", fail)
+    with beating(numbers(0), dist.HashStore(), 20.0) as slots:
+        stand("the forward pass", 1)
+        assert slots == folder and look(folder)[0].place == "the forward pass of step 1"
+    assert "rank 0 runs without the watcher of its node (BlockingIOError" in capsys.readouterr().err
+    assert not folder.exists()
