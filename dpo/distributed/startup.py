@@ -22,6 +22,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from dpo.base.workers import end_with
 from dpo.command.rank import is_rank
 from dpo.distributed.arrival import ALL_HERE, arrive, await_start
 from dpo.distributed.beats import beating, set_limit
@@ -51,6 +52,7 @@ def open_world(timeout_seconds: int, replicate: int = 1) -> Iterator[World]:
             are not ranks of one run.
     """
     check_tasks(os.environ)
+    _end_with_torchrun()
     env = _environment()
     # Otherwise torch asks the CUDA runtime whether there is a GPU, which starts the driver in this process.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -62,6 +64,14 @@ def open_world(timeout_seconds: int, replicate: int = 1) -> Iterator[World]:
         flight = Flight(slots) if slots else None
         yield World(env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"], device, store, flight)
         dist.destroy_process_group()  # not after a failure: `run_program` needs the group to end all ranks together
+
+
+def _end_with_torchrun() -> None:
+    """Has the kernel kill this rank when the torchrun that started it is killed: the ranks would train on, unseen, with
+    the GPUs and the run folder.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with(os.getppid())
 
 
 def start_devices(world: World, timeout_seconds: int) -> None:

@@ -1,14 +1,17 @@
 """`kill -9` of a real process, in the middle of the reference pass and in the middle of training: the run goes on."""
 
+import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from dpo.checkpoint.folders import checkpoint_path
 from dpo.config import Config, to_yaml
+from dpo.run_folder.holder import holder_in, is_running
 from tests.support.checkpoints import newest_checkpoint
 from tests.support.models import save_model, save_pairs
 from tests.support.processes import start_program
@@ -63,6 +66,13 @@ from dpo.distributed.program import run_program
 from dpo.train.program import main
 sys.exit(run_program(main))
 """
+TORCHRUN = """
+import os, threading
+if os.fork():
+    threading.Event().wait()
+os.environ["TORCHELASTIC_RUN_ID"] = "none"
+"""
+"""What follows is a rank, whose parent does nothing."""
 
 
 pytestmark = pytest.mark.xdist_group("killed")
@@ -132,6 +142,23 @@ def test_a_killed_reference_pass_goes_on(config: Config, tmp_path: Path) -> None
 def test_a_killed_training_goes_on_to_the_last_bit(config: Config, folders: Path, tmp_path: Path) -> None:
     """Killed after step 5, when the checkpoint of step 4 is the newest, or is being written still."""
     kill_when(config, HELD_TRAINING, lambda: len(train_lines(tmp_path / "run")) == 5)
+    assert_equal(run(config), folders / "whole")
+
+
+def test_a_killed_torchrun_leaves_no_rank(config: Config, folders: Path, tmp_path: Path) -> None:
+    """The rank would hold the run folder, and train on. The same start again is not refused."""
+    kill_when(config, TORCHRUN + HELD_TRAINING, lambda: len(train_lines(tmp_path / "run")) == 5)
+    (lock,) = (tmp_path / "run/lock").glob("*.json")
+    holder = holder_in(lock.read_bytes())
+    assert holder is not None
+    try:
+        end = time.monotonic() + 120
+        while is_running(holder.pid, holder.started):
+            assert time.monotonic() < end, "the rank runs on"
+            time.sleep(0.02)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(holder.pid, signal.SIGKILL)
     assert_equal(run(config), folders / "whole")
 
 
