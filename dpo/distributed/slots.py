@@ -163,9 +163,9 @@ def condemn(folder: Path, rank: int, words: str) -> None:
 def look(folder: Path) -> list[Seen]:
     """Returns what is seen of the ranks of a node now, by rank; nothing of a rank whose file is not there yet."""
     found = []
-    for path in folder.glob("rank-*"):
-        with suppress(FileNotFoundError):  # the run has just ended, and its files are removed
-            found.append(_seen(path.read_bytes()))
+    with suppress(FileNotFoundError):  # the run has just ended, and the folder is removed
+        for path in folder.glob("rank-*"):
+            found.append(_seen(path.read_bytes()))  # what was found before stays
     return sorted(found, key=lambda seen: seen.rank)
 
 

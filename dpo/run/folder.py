@@ -69,11 +69,19 @@ def find_candidates(config: Config) -> list[Path]:
     """
     run_dir, resume = Path(str(config.train.run_dir)), config.checkpoint.resume
     if resume == "never":
-        if run_dir.exists() and any(path.name not in (JOBS, LOCK, LOG) for path in run_dir.iterdir()):
+        if not _is_unused(run_dir):
             raise UserError("train.run_dir", f"{run_dir} is not empty", f"a new folder, or {KEY} auto")
         return []
     own = list(reversed(checkpoints_of(run_dir)))
     return own if resume == "auto" else _named_checkpoints(Path(resume), run_dir, own)
+
+
+def _is_unused(run_dir: Path) -> bool:
+    """Returns whether a run folder has no files of a run; it may not exist."""
+    try:
+        return all(path.name in (JOBS, LOCK, LOG) for path in run_dir.iterdir())
+    except FileNotFoundError:  # also where another start that ends removes it at this moment
+        return True
 
 
 def start_from(found: Path | None, faults: Mapping[Path, str], config: Config) -> Start:

@@ -62,7 +62,10 @@ def entries_of(run_dir: Path) -> list[Entry]:
 
 def _paths(run_dir: Path) -> list[Path]:
     """Returns the names of locks that are taken, also by a link that leads nowhere, which is nobody's lock."""
-    return list((run_dir / LOCK).glob("*.json"))
+    try:
+        return list((run_dir / LOCK).glob("*.json"))
+    except FileNotFoundError:  # Python 3.11, where a start that ends removes the folder at this moment
+        return []
 
 
 def _number(path: Path) -> int:

@@ -11,9 +11,10 @@ Every rank must get to each function, or the rest hang.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from dpo.checkpoint.folders import checkpoints_of
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
@@ -67,5 +68,8 @@ def contents_of(config: Config, world: World) -> dict[str, int]:
 
 
 def _contents(run_dir: Path) -> dict[str, int]:
-    paths = (*(run_dir / "checkpoints").glob("step-*"), run_dir / FINAL)
-    return {str(path): path.stat().st_mtime_ns for path in paths if path.exists()}
+    times = {}
+    for path in (*checkpoints_of(run_dir), run_dir / FINAL):
+        with suppress(FileNotFoundError):  # another start that holds the folder removes its older checkpoints
+            times[str(path)] = path.stat().st_mtime_ns
+    return times

@@ -10,7 +10,7 @@ import pytest
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.folders import checkpoint_path
 from dpo.config import Config, load_config
-from dpo.run.folder import _put_aside
+from dpo.run.folder import _put_aside, find_candidates
 from dpo.run_folder.evaluations import evaluation_steps
 from dpo.run_folder.files import read_metrics
 from tests.support.checkpoints import flip
@@ -99,6 +99,19 @@ def test_an_empty_folder_is_a_fresh_start(folders: Path, tmp_path: Path, resume:
     (tmp_path / "run").mkdir()
     run(six_steps(folders, tmp_path / "run", train__steps=1, checkpoint__resume=resume))
     assert steps(tmp_path / "run") == [1]
+
+
+def test_a_folder_that_is_removed_while_it_is_looked_at_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another start that ends: the folder was there, and had no file of a run."""
+
+    def gone(path: Path) -> None:
+        raise FileNotFoundError(2, "No such file or directory", str(path))
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(Path, "iterdir", gone)
+    assert find_candidates(six_steps(tmp_path, tmp_path / "run", checkpoint__resume="never")) == []
 
 
 def test_never_in_a_used_folder_is_refused(done: Config, capsys: pytest.CaptureFixture[str]) -> None:

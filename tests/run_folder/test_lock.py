@@ -398,6 +398,25 @@ def test_a_folder_that_another_start_removes_while_it_is_made(
         assert lock.is_own() and not failures
 
 
+def test_locks_that_another_start_removes_while_they_are_listed(
+    run_dir: Path, here: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11 finds RUN/lock, and raises where that is gone when it lists it."""
+    glob, gone = Path.glob, [True]
+
+    def listed(path: Path, pattern: str) -> Any:
+        if gone and path == run_dir / "lock":
+            gone.pop()
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+        return glob(path, pattern)
+
+    monkeypatch.setattr(Path, "glob", listed)
+    refuse_if_held(run_dir, here)
+    gone.append(True)
+    with holding(run_dir, here) as lock:
+        lock.check()
+
+
 def test_a_file_in_the_place_of_a_folder_is_refused(run_dir: Path, here: Holder) -> None:
     run_dir.mkdir(parents=True)
     (run_dir / "lock").write_text("mine")
