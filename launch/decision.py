@@ -10,7 +10,7 @@ from dpo.command.blame import Failure, first_cause
 from launch.failures import describe
 from launch.reports import Outcome
 
-_SENDERS: Mapping[int, str] = {signal.SIGTERM: " (scancel, a requeue, a lost node)", signal.SIGINT: " (Ctrl-C)"}
+_SENDERS: Mapping[int, str] = {signal.SIGTERM: " (scancel, a requeue, a lost node, kill)", signal.SIGINT: " (Ctrl-C)"}
 
 
 @dataclass(frozen=True)

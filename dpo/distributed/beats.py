@@ -26,7 +26,7 @@ from dpo.base.errors import Preempted, RunError, UserError, one_line
 from dpo.command.blame import PLACE_FILE
 from dpo.command.exits import line_of
 from dpo.distributed.causes import Cause, find_cause
-from dpo.distributed.elsewhere import blame, publish, seen_elsewhere
+from dpo.distributed.elsewhere import blame, publish, seen_elsewhere, why_unreachable
 from dpo.distributed.failures import has_lost_rank, is_timeout, met_alone, name_lost
 from dpo.distributed.flight import Flight
 from dpo.distributed.folders import make_folder, remove_leftovers
@@ -227,6 +227,8 @@ def _last_words(node: Node, failure: Exception) -> tuple[int, str]:
         return FAILED, met_alone(failure) or one_line(f"{type(failure).__name__}: {line_of(failure)}")
     cause = _cause_of(node, failure)
     if cause is None:
+        if node.others and (why := why_unreachable(os.environ)):
+            name_lost(failure, f"lost {why}")
         return LOST, ""
     found = Flight(node.folder).found
     name_lost(failure, f"lost {cause}{found}")
@@ -241,7 +243,8 @@ def _cause_of(node: Node, failure: Exception) -> Cause | None:
         if cause := find_cause(here, waited):
             break
         time.sleep(_LOOK_SECONDS)  # a dying process closes its connections before it is seen to be gone
-    cause = cause or find_cause([*here, *seen_elsewhere(node.store, node.others)], waited)
+    if cause is None and node.others and why_unreachable(os.environ) is None:
+        cause = find_cause([*here, *seen_elsewhere(node.store, node.others)], waited)
     if cause is None or cause.rank.rank == node.rank:
         return None
     if cause.is_silent and cause.rank in here:

@@ -8,6 +8,7 @@ so through the store (`blame`), and the watcher of its node ends it.
 """
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ PUBLISH_SECONDS = 2.0
 _PATIENCE_SECONDS = 8.0
 _FRESH_SECONDS = 5.0
 _CONNECT_SECONDS = 5
+_PROBE_SECONDS = 2.0
 _LOST_SECONDS = 15.0
 """Seconds of failures after which the store counts as gone: a connection may be reset once, and the next one holds."""
 
@@ -120,18 +122,36 @@ def seen_elsewhere(store: dist.Store, nodes: Sequence[int]) -> list[Seen]:
 
 def _read(store: dist.Store, nodes: Sequence[int], found: list[Seen]) -> None:
     """Adds the ranks to `found`; where nothing has happened to any of them yet, only once all nodes must have published
-    anew.
+    anew. Those of the first node count as silent where the store is gone by then.
     """
-    with suppress(dist.DistError):
+    before: dict[int, tuple[int, list[Seen]]] = {}
+    try:
         own = store.clone()  # type: ignore[attr-defined]  # torch's stub lacks it
         before = _published(own, nodes)
         if any(map(_tells, _ranks(before))):
             found += _ranks(before)
             return
         time.sleep(PUBLISH_SECONDS + 1)
-        for node, (number, seen) in _published(own, nodes).items():
-            is_quiet = node in before and before[node][0] == number
-            found += [_unheard(rank) for rank in seen] if is_quiet else seen
+        after = _published(own, nodes)
+    except dist.DistError:  # meanwhile the torchrun of the first node has ended
+        found += [_unheard(rank) for rank in before[0][1]] if 0 in before else []
+        return
+    for node, (number, seen) in after.items():
+        is_quiet = node in before and before[node][0] == number
+        found += [_unheard(rank) for rank in seen] if is_quiet else seen
+
+
+def why_unreachable(environment: Mapping[str, str]) -> str | None:
+    """Returns that the store of the run is gone, in words; None where it answers. The torchrun of the first node serves
+    it, at the address that the environment of every rank names.
+    """
+    address = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    try:
+        socket.create_connection(address, _PROBE_SECONDS).close()
+    except OSError as failure:
+        where, why = ":".join(map(str, address)), failure.strerror or failure
+        return f"the first node: its torchrun at {where} does not answer ({why})"
+    return None
 
 
 def _unheard(rank: Seen) -> Seen:

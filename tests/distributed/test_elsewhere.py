@@ -1,8 +1,10 @@
 """A connection to the store that is reset: the run goes on; a store that is gone ends it."""
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 import torch.distributed as dist
 
 from dpo.distributed import elsewhere
-from dpo.distributed.slots import END_FILE, Slot
+from dpo.distributed.causes import find_cause
+from dpo.distributed.slots import END_FILE, Slot, look
 
 KEY = "seen on the node of rank 0"
 
@@ -74,3 +77,50 @@ def test_one_failure_after_a_long_wait_ends_nothing(monkeypatch: pytest.MonkeyPa
     for clock[0] in (60.0, 62.0, 80.0, 95.0):
         ends.append(line.tell(KEY, ""))
     assert ends[:4] == [b""] * 4 and json.loads(ends[4])[0] == -1
+
+
+class GoneAfter:
+    """A store, or a connection to it, that takes so many calls of `check`."""
+
+    def __init__(self, calls: int, store: Any):
+        self.calls, self.store = calls, store
+
+    def clone(self) -> "GoneAfter":
+        return self
+
+    def get(self, key: str) -> bytes:
+        return bytes(self.store.get(key))
+
+    def check(self, keys: list[str]) -> bool:
+        self.calls -= 1
+        if self.calls < 0:
+            raise dist.DistNetworkError("Broken pipe")
+        return bool(self.store.check(keys))
+
+
+@pytest.mark.parametrize(("calls", "lost"), [(0, []), (2, [0])])
+def test_the_first_node_is_lost_where_its_store_is_gone(
+    calls: int, lost: list[int], _soon: Slot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rank was killed, and its torchrun ended before a second look at the ranks could tell that."""
+    monkeypatch.setattr(elsewhere.time, "sleep", lambda _: None)
+    store = dist.HashStore()
+    for first, rank in ((0, _soon), (2, Slot(tmp_path, {"rank": 2, "host": "n3", "error_file": ""}, 20.0))):
+        rank.stand("the forward pass", 4, 0)
+        seen = [one for one in look(tmp_path) if one.rank == first]
+        store.set(f"seen on the node of rank {first}", json.dumps([1, [asdict(one) for one in seen]]))
+    found = elsewhere.seen_elsewhere(GoneAfter(calls, store), [0, 2])  # type: ignore[arg-type]
+    cause = find_cause(found, waited=False)
+    assert [rank.rank for rank in found] == lost and (cause is None) == (not lost)
+    assert cause is None or "nothing is heard of its node, in the forward pass of step 4" in str(cause)
+
+
+def test_a_store_that_is_gone_is_told_with_its_address() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(listener.getsockname()[1])}
+        said = elsewhere.why_unreachable(environment)
+        where = f"127.0.0.1:{environment['MASTER_PORT']}"
+        assert said == f"the first node: its torchrun at {where} does not answer (Connection refused)"
+        listener.listen()
+        assert elsewhere.why_unreachable(environment) is None

@@ -113,7 +113,7 @@ BY_RANK_1 = "rank 1 on node1: ValueError: boom"
         (
             {"ended_by": signal.SIGTERM, "asked_to_stop": True, "status": SAVED},
             "stopped",
-            "saved at step 4; ended by SIGTERM (scancel, a requeue, a lost node)",
+            "saved at step 4; ended by SIGTERM (scancel, a requeue, a lost node, kill)",
             143,
         ),
         ({"ended_by": signal.SIGINT, "status": SAVED}, "stopped", "saved at step 4; ended by SIGINT (Ctrl-C)", 130),

@@ -154,7 +154,7 @@ def test_a_cancelled_job_is_not_requeued(tmp_path: Path, slurm: FakeSlurm) -> No
     codes, said = job.end()
     assert codes == [143, 0]
     assert "SIGTERM: saving after the current step; a second signal ends the run at once" in said
-    assert said.endswith("stopped: saved at step 4; ended by SIGTERM (scancel, a requeue, a lost node)\n")
+    assert said.endswith("stopped: saved at step 4; ended by SIGTERM (scancel, a requeue, a lost node, kill)\n")
     assert job.state == "stopped" and set(slurm.calls("scontrol")) == {"show config"}
 
 
@@ -235,7 +235,7 @@ def test_what_a_program_had_not_done_when_it_was_ended(tmp_path: Path, module: s
     own = NodeReport(1, (killed(0, 1.0, signal.SIGTERM),))
     job = NodeJob(Program(module, (), 1), tmp_path, 120, 1)
     outcome = job.conclude(Place(0, (HOST,), 0), attempt, noted, own)
-    assert outcome.message == f"{kept}; ended by SIGTERM (scancel, a requeue, a lost node)"
+    assert outcome.message == f"{kept}; ended by SIGTERM (scancel, a requeue, a lost node, kill)"
 
 
 def concluded(tmp_path: Path, noted: Signals, exit_code: int = 0) -> str:
