@@ -17,8 +17,10 @@ versions have some, the settings of the optimizer, which are those of the config
 """
 
 import io
+import math
 import pickle
 import re
+import reprlib
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -197,7 +199,7 @@ def _places(
 def _index(name: str, part: Any) -> MetadataIndex:
     offset, number = vars(part).get("offset"), vars(part).get("index")
     if number is not None and type(number) is not int:
-        raise InvalidValue(f"{name}: {number!r:.80} is not the number of a part")
+        raise InvalidValue(f"{_shown(name)}: {_shown(number)} is not the number of a part")
     return MetadataIndex(name, None if offset is None else _size(offset), number)
 
 
@@ -205,7 +207,7 @@ def _place(info: Any) -> Place:
     path = _field(info, "_StorageInfo", "relative_path", str)
     offset, length = (_field(info, "_StorageInfo", name, int) for name in ("offset", "length"))
     if not _is_file(path):
-        raise InvalidValue(f"{path!r:.80} is not the name of a file of a checkpoint")
+        raise InvalidValue(f"{_shown(path)} is not the name of a file of a checkpoint")
     if offset < 0 or length < 0 or vars(info).get("transform_descriptors"):
         raise InvalidValue(f"{path}: {offset}, {length} is no place in it")
     return Place(path, offset, length)
@@ -224,18 +226,27 @@ def _tensor(entry: Any) -> TensorStorageMetadata:
         for chunk in _field(entry, "TensorStorageMetadata", "chunks", list)
     ]
     size = _size(_field(entry, "TensorStorageMetadata", "size"))
+    if sum(math.prod(chunk.sizes) for chunk in chunks) != math.prod(size):  # torch would load the others alone
+        raise InvalidValue(f"the parts of a tensor of size {tuple(size)} are not all of it")
     return TensorStorageMetadata(TensorProperties(dtype=state[0]), size, chunks)
 
 
 def _size(value: Any) -> torch.Size:
     if type(value) is not tuple or not {*map(type, value)} <= {int} or min(value, default=0) < 0:
-        raise InvalidValue(f"{value!r:.80} is not the size of a tensor")
+        raise InvalidValue(f"{_shown(value)} is not the size of a tensor")
     return torch.Size(value)
+
+
+def _shown(value: Any) -> str:
+    """Returns a value as a short text, made of its first levels alone: tuples that share parts may have a text of any
+    length.
+    """
+    return reprlib.repr(value)[:80]
 
 
 def _name(value: Any) -> str:
     if type(value) is not str:
-        raise InvalidValue(f"{value!r:.80} is not the name of a tensor")
+        raise InvalidValue(f"{_shown(value)} is not the name of a tensor")
     return value
 
 

@@ -115,7 +115,8 @@ def unties(folder: Path, config: PretrainedConfig, trust_remote_code: bool) -> b
         return False
     if sum(len(tensor.shape) == 2 and tensor.shape[0] == config.vocab_size for tensor in stored.values()) < 2:
         return False
-    names = names_of(meta_model(copy.deepcopy(config), trust_remote_code))
+    # Not the attention that config.json may name: transformers would fetch and run a kernel of that repository.
+    names = names_of(meta_model(copy.deepcopy(config), trust_remote_code, attn_implementation="eager"))
     pairs = [[stored_name(name, stored, names.body_prefix) for name in pair] for pair in names.tied.items()]
     return any(_differ(stored, *pair) for pair in pairs if all(name in stored for name in pair))
 

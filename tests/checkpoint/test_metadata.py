@@ -234,6 +234,7 @@ WRONG: dict[str, Any] = {
     "a size below 0": ("tensor", "size", torch.Size([2]) and (-1,)),
     "chunks that are none": ("tensor", "chunks", [3]),
     "no chunks": ("tensor", "chunks", None),
+    "chunks that are not all": ("tensor", "chunks", []),
     "no dtype": ("properties", "dtype", "float32"),
 }
 
@@ -246,6 +247,22 @@ def test_a_wrong_field_is_refused(folder: Path, tmp_path: Path, which: str, fiel
     owner = {"place": metadata.storage_data[index], "tensor": tensor, "properties": tensor.properties}[which]
     setattr(owner, field, value)
     with pytest.raises(RunError, match=r"planted/\.metadata: "):
+        read_metadata(plant(folder, tmp_path / "planted", metadata))
+
+
+@pytest.mark.parametrize("which", ["size", "number"])
+def test_a_text_that_doubles_with_each_level_is_not_made(folder: Path, tmp_path: Path, which: str) -> None:
+    """A tuple of twice the same tuple, 60 levels deep: a few hundred bytes, whose text has 2^60 brackets."""
+    deep: Any = ()
+    for _ in range(60):
+        deep = (deep, deep)
+    metadata = read_plainly(folder)
+    index = next(index for index in metadata.storage_data if index.fqn == "model.torch.float32")
+    if which == "size":
+        metadata.state_dict_metadata[index.fqn].size = deep
+    else:
+        object.__setattr__(index, "index", deep)
+    with pytest.raises(RunError, match=r"^[^\n]{,300}$"):
         read_metadata(plant(folder, tmp_path / "planted", metadata))
 
 

@@ -203,6 +203,15 @@ def test_one_value_in_any_row_unties(row: int, world: World, tmp_path: Path, mon
     assert_as_plain(load(world, folder), folder)
 
 
+@pytest.mark.parametrize("name", ["kernels-community/flash-attn2", "flash_attention_2", "nobody/kernel"])
+def test_no_kernel_that_a_config_names_is_loaded(name: str, tmp_path: Path) -> None:
+    """transformers runs the code of such a repository, without being asked to trust it."""
+    folder = edit_config(two_heads(tmp_path, "llama"), attn_implementation=name)
+    with patch("transformers.modeling_utils.lazy_import_flash_attention") as load_kernel:
+        assert read_model_config(folder, False).tie_word_embeddings is False
+    load_kernel.assert_not_called()
+
+
 def test_an_untied_model_without_a_head_is_refused(world: World, tmp_path: Path) -> None:
     """Plain transformers makes a random head, and says so."""
     folder = rewrite(save_model(tmp_path, "llama"), lambda tensors: tensors.pop("lm_head.weight"))
