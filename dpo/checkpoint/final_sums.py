@@ -3,7 +3,8 @@
 README.md is not in it: people write there.
 """
 
-from collections.abc import Callable
+import errno
+from collections.abc import Mapping
 from pathlib import Path
 
 from dpo.base.sums import NO_SUMS, SUMS, find_change, find_unlisted, read_sums, sha256_of, sums_text
@@ -30,7 +31,8 @@ def write_sums_together(folder: Path, world: World) -> None:
 def find_fault_of_export(folder: Path, world: World) -> str | None:
     """Returns which file of an exported model is not as it was written, or not listed; None where all are whole.
 
-    Every rank must get here, or the rest hang.
+    Every rank must get here, or the rest hang. Raises RunError, on every rank, where a rank cannot read a file for a
+    reason that does not lie in the model.
     """
     sums = on_main(world, lambda: read_sums(folder))
     if sums is None:
@@ -39,13 +41,18 @@ def find_fault_of_export(folder: Path, world: World) -> str | None:
     if unlisted:
         return unlisted
     own = {name: sums[name] for name in sorted(sums)[world.rank :: world.size]}
-    return next((fault for fault in all_gather(_caught(lambda: find_change(folder, own))) if fault), None)
+    return next((fault for fault in all_gather(together(lambda: _find_change(folder, own))) if fault), None)
 
 
-def _caught(find: Callable[[], str | None]) -> str | None:
+def _find_change(folder: Path, sums: Mapping[str, str]) -> str | None:
+    """Returns which of some files has changed, is missing, or lies on a bad part of a disk. Raises OSError for what may
+    be gone at the next try, such as a stale handle of NFS.
+    """
     try:
-        return find()
+        return find_change(folder, sums)
     except OSError as failure:
+        if failure.errno != errno.EIO:
+            raise
         return f"a file cannot be read: {failure}"
 
 

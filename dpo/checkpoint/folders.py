@@ -40,6 +40,11 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
+def bears_step(path: Path) -> bool:
+    """Returns whether a folder has the name of a checkpoint of a run; a copy may have any other."""
+    return _NAME.fullmatch(path.name) is not None
+
+
 def checkpoints_of(run_dir: Path) -> list[Path]:
     """Returns the checkpoints of a run, whole or damaged; oldest first."""
     return _by_age(run_dir / CHECKPOINTS)
@@ -47,7 +52,7 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
 
 def _by_age(folder: Path) -> list[Path]:
     """Returns the folders `step-NUMBER` in a folder, and links of that name, wherever they lead; oldest first."""
-    paths = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    paths = [path for path in folder.iterdir() if bears_step(path)] if folder.is_dir() else []
     return sorted([path for path in paths if path.is_dir() or path.is_symlink()], key=step_of)
 
 

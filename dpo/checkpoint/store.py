@@ -31,6 +31,7 @@ from dpo.base.space import describe_full, find_shortage
 from dpo.checkpoint.fingerprint import fingerprint
 from dpo.checkpoint.folders import (
     DRAFT,
+    bears_step,
     checkpoint_path,
     draft_name,
     drafts_of,
@@ -38,6 +39,7 @@ from dpo.checkpoint.folders import (
     own_checkpoint,
     remove_checkpoint,
     remove_older,
+    step_of,
 )
 from dpo.checkpoint.marker import METADATA, STATE, Inventory, measure, own_files, write_marker
 from dpo.checkpoint.metadata import open_reader
@@ -106,11 +108,13 @@ def open_shelf(
         check_lock: raises FolderLost, on rank 0, where another start has taken the run folder.
     """
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
-    shelf = Shelf(run_dir, keep, uuid.uuid4().hex, world, group, check_lock=check_lock)
-    own = own_checkpoint(run_dir, verified) if verified and world.is_main else None
-    if own:
-        shelf.known[own.name] = marker_of(own)
-    return shelf
+    known = on_main(world, lambda: _known(run_dir, verified)) if verified else {}
+    return Shelf(run_dir, keep, uuid.uuid4().hex, world, group, known, check_lock)
+
+
+def _known(run_dir: Path, verified: Path) -> dict[str, bytes | None]:
+    own = own_checkpoint(run_dir, verified)
+    return {own.name: marker_of(own)} if own else {}
 
 
 def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], before_commit: Callable[[], None]) -> None:
@@ -270,13 +274,17 @@ def read_state(folder: Path, key: str) -> RunState:
 
 def read_verified_state(folder: Path, key: str) -> RunState:
     """Does the same as `read_state` for a checkpoint in which `verify` has found no fault. A field that is newer than
-    this version is left out.
+    this version is left out. A folder with the name of a step must be of that step: its place among the checkpoints of
+    a run goes by its name.
     """
     try:
         content = json.loads((folder / STATE).read_text(encoding="utf-8"))
         state = RunState(**{known.name: content[known.name] for known in fields(RunState) if known.name in content})
     except (ValueError, TypeError, RecursionError) as failure:
         raise UserError(key, f"{folder / STATE}: not the state of a run", VALID) from failure
-    if type(state.step) is not int or not isinstance(state.identity, Mapping):
+    is_whole = type(state.step) is type(state.skipped) is int and isinstance(state.identity, Mapping)
+    if not is_whole or not isinstance(state.weights, str | None):
         raise UserError(key, f"{folder / STATE}: not the state of a run", VALID)
+    if bears_step(folder) and state.step != step_of(folder):
+        raise UserError(key, f"{folder} is a checkpoint of step {state.step}", "each under the name of its own step")
     return state

@@ -213,9 +213,10 @@ def _add_origin(path: Path, origin: Mapping[str, Any]) -> None:
 def read_starts(path: Path) -> list[dict[str, Any]] | None:
     """Returns the starts of a run, oldest first; None where the file is damaged, since a run does not need it."""
     try:
-        return [dict(start) for start in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
-    except (ValueError, TypeError):
+        starts = [dict(start) for start in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    except (ValueError, TypeError, RecursionError):
         return None
+    return starts if all(type(start.get("first_step", 1)) is int for start in starts) else None
 
 
 def _log_changes(path: Path, config: Config) -> None:

@@ -67,7 +67,7 @@ def _parsed(line: bytes, place: str) -> dict[str, float | None]:
         metrics: dict[str, float | None] = json.loads(line)
         if isinstance(metrics["step"], int):
             return metrics
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise RunError(f"{place}: not a line of metrics: {line[:60]!r}; correct it, or move the file away")
 
@@ -114,7 +114,7 @@ def _first_step(run_dir: Path, present: Collection[int]) -> int:
     try:
         starts = json.loads((run_dir / PROVENANCE).read_bytes())
         begun = [int(start["first_step"]) for start in starts if start.get("goes_on") is False]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         begun = []  # of an older version, or damaged; a run does not need the file
     return begun[-1] if begun else min(present, default=1)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dpo.base import files
+from dpo.base.errors import RunError
 from dpo.checkpoint import folders, marker, verify
 from dpo.checkpoint.folders import checkpoint_path, checkpoints_of, step_of
 from dpo.checkpoint.marker import MARKER
@@ -166,6 +167,20 @@ def test_the_one_that_was_verified_at_the_start_is_not_read_again(
     other = later(shelf, save(shelf_of(tmp_path / "other", None, world), 1))  # another run's is none of this one
     assert other.known == {}
     forget_plans(f"plans of {tmp_path / 'run'}"), forget_plans(f"plans of {tmp_path / 'other'}")
+
+
+def test_a_marker_that_cannot_be_read_when_a_run_begins_ends_all_ranks(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 alone reads it: its error must reach the others, which would go on and wait for it."""
+    one = save(shelf_of(tmp_path, 2, world), 1)
+
+    def stale(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(path))
+
+    monkeypatch.setattr("dpo.checkpoint.store.marker_of", stale)
+    with pytest.raises(RunError, match="Stale file handle"):
+        open_shelf(tmp_path, 2, world, 60, one)
 
 
 def test_a_marker_that_has_changed_is_not_the_one_that_is_known(tmp_path: Path, world: World) -> None:

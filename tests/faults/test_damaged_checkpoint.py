@@ -18,12 +18,14 @@ from dpo.checkpoint.store import read_state
 from dpo.checkpoint.verify import find_fault, find_fault_together, first_usable
 from dpo.config import Config
 from dpo.distributed.startup import open_world
+from dpo.replay import program as replay
 from tests.support.checkpoints import flip, newest_checkpoint, save, shelf_of
 from tests.support.ranks import Ranks
 from tests.support.runs import (
     changed,
     error_lines,
     exit_code,
+    exit_code_of,
     find_start,
     run,
     same_weights,
@@ -180,6 +182,23 @@ def test_the_only_checkpoint_is_damaged(dead: Config, tmp_path: Path, capsys: py
     (error,) = error_lines(capsys.readouterr().err)
     assert f"{checkpoint_path(tmp_path / 'run', 4)}: __0_0.distcp has changed: " in error
     assert error.endswith("or set another train.run_dir")
+
+
+def test_checkpoints_that_changed_places_are_told(
+    dead: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each file is as it was written, but a run finds its newest checkpoint by the names. A copy may have any name."""
+    two, four = (checkpoint_path(tmp_path / "run", step) for step in (2, 4))
+    two.rename(tmp_path / "spare"), four.rename(two), (tmp_path / "spare").rename(four)
+    files = snapshot(tmp_path / "run")
+    assert exit_code(dead) == 2
+    (error,) = error_lines(capsys.readouterr().err)
+    assert f": checkpoint.resume: {four} is a checkpoint of step 2; valid: each under the name of its own step" in error
+    assert exit_code_of(replay.main, "dpo.replay", str(tmp_path / "run"), "--step", "3") == 2
+    assert f": {two} is a checkpoint of step 4; " in error_lines(capsys.readouterr().err)[0]
+    assert snapshot(tmp_path / "run") == files
+    two.rename(tmp_path / "best")
+    assert read_state(tmp_path / "best", "").step == 4
 
 
 def test_drafts_are_no_checkpoints(dead: Config, tmp_path: Path) -> None:

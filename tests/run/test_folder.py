@@ -1,12 +1,15 @@
 """What lies in a run folder decides how a start begins: fresh, where a checkpoint ends, or not at all."""
 
+import errno
 import json
 import os
 import shutil
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from dpo.base.sums import sha256_of
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.folders import checkpoint_path
 from dpo.config import Config, load_config
@@ -297,6 +300,27 @@ def test_a_damaged_model_is_not_finished(
     assert final.with_name("final.old").is_dir()
     assert exit_code(done) == 0
     assert "is finished: its 6 steps are done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "is_damage"), [(errno.ESTALE, False), (errno.EACCES, False), (errno.EIO, True)])
+def test_a_model_that_cannot_be_read_now_is_not_damaged(
+    done: Config, capsys: pytest.CaptureFixture[str], code: int, is_damage: bool
+) -> None:
+    """A server that does not answer: the start ends with the path, and leaves the model as it is."""
+    final = Path(str(done.train.run_dir)) / "final"
+    before = snapshot(final)
+
+    def failing(path: Path) -> str:
+        if path.parent == final:
+            raise OSError(code, os.strerror(code), str(path))
+        return sha256_of(path)
+
+    with patch("dpo.base.sums.sha256_of", failing):
+        assert exit_code(done) == (0 if is_damage else 1)
+    said = capsys.readouterr().err
+    assert (f"WARNING: {final} is damaged, and is exported again: a file cannot be read: " in said) is is_damage
+    assert (snapshot(final) == before) is not is_damage
+    assert is_damage or f"{os.strerror(code)}: '{final}/" in error_lines(said)[0]
 
 
 def test_a_card_that_was_edited_is_no_damage(done: Config, capsys: pytest.CaptureFixture[str]) -> None:
