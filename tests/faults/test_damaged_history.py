@@ -77,13 +77,13 @@ def test_a_foreign_event_file_is_left_alone(stopped, tmp_path: Path) -> None:
     assert exit_code(stopped) == 0 and foreign.read_bytes() == b""
 
 
-DEEP = "[" * 100_000
+DEEP = pytest.param("[" * 100_000, id="deep")
 """Python's reader of JSON gives up."""
 
 
 @pytest.mark.parametrize(
     "text",
-    ['[{"version":', "", "[{}]", "{}", "[1]", pytest.param(DEEP, id="deep"), '[{"first_step": "x", "layout": {}}]'],
+    ['[{"version":', "", "[{}]", "{}", "[1]", DEEP, '[{"first_step": "x", "layout": {}}]'],
 )
 def test_a_broken_provenance_is_put_aside(stopped, text: str, tmp_path: Path) -> None:
     path = tmp_path / "run" / "provenance.json"
@@ -114,14 +114,12 @@ def test_broken_answers_are_given_again(stopped, text: str, tmp_path: Path) -> N
     assert exit_code(stopped) == 0
 
 
-@pytest.mark.parametrize(
-    "line", [b"{broken", b"[]", b'{"train/loss": 1}', b"\xff\xfe", b"null", pytest.param(DEEP.encode(), id="deep")]
-)
-def test_a_broken_line_of_metrics_is_named(stopped, line: bytes, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("line", [b"{broken", b"[]", b'{"train/loss": 1}', b"\xff\xfe", b"null", DEEP])
+def test_a_broken_line_of_metrics_is_named(stopped, line: bytes | str, tmp_path: Path, capsys) -> None:
     """Its place stands in the one line of the error; the run can be mended, nothing is thrown away."""
     path = tmp_path / "run" / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[2] = line + b"\n"
+    lines[2] = (line.encode() if isinstance(line, str) else line) + b"\n"
     path.write_bytes(b"".join(lines))
     with pytest.raises(RunError, match=r"metrics\.jsonl:3: not a line of metrics"):
         read_metrics(tmp_path / "run")
