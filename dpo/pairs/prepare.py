@@ -43,7 +43,7 @@ from dpo.sources.source import Source, open_source
 
 __all__ = ["DataReport", "PairSet", "PreferenceData", "prepare_data"]
 
-FORMAT = 3
+FORMAT = 4
 """The version of the cached pairs and their counts. A change of their contents or meaning must raise it."""
 TRAIN, EVAL, REPORT = "train", "eval", "report.json"
 
@@ -112,9 +112,10 @@ def prepare_data(config: Config, model_config: Any, fault_of: FindFault = find_f
     _check_losers(opened, config.loss)
     sources = _tokenize(opened, config, model_config, fault_of)
     train, evals = sources[: len(config.data.train)], sources[len(config.data.train) :]
-    folder = cache_path(f"pairs-{_content(train, evals, config)}")
-    keep_folder(folder, lambda draft: _number(draft, train, evals, config), fault_of)
-    prepared = _read(folder, train, evals)
+    content = _content(train, evals, config)
+    folder = cache_path(f"pairs-{content}")
+    keep_folder(folder, lambda draft: _number(draft / content, train, evals, config), fault_of)
+    prepared = _read(folder / content, train, evals)
     prepared = replace(prepared, report=_with_facts(prepared.report, sources, model_config))
     if config.data.on_bad_row == "stop":
         _raise_first_dropped(sources)
@@ -185,6 +186,7 @@ def _number(draft: Path, train: list[_Tokenized], evals: list[_Tokenized], confi
     """Writes the pair sets of training and evaluation, and the report. Raises UserError for the first broken row."""
     for entry in train + evals:
         raise_first_error(entry.rows, entry.source)
+    draft.mkdir()
     seed, part = config.train.seed, partial(Part, has_losers=config.loss.facts.compares)
     splits = split_sources([(entry.key, entry.rows, entry.config.holdout) for entry in train], seed)
     both = list(zip(train, splits, strict=True))

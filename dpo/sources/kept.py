@@ -1,7 +1,7 @@
 """Folders of the cache with the SHA-256 of their files, which are made again where a file is damaged.
 
-    tokens-HASH/SHA256SUMS               beside the token rows of a source, written with them
-    pairs-HASH/SHA256SUMS                beside the pairs of all sources
+    tokens-HASH/SHA256SUMS               beside the token rows of a source, HASH-00000.arrow, written with them
+    pairs-HASH/SHA256SUMS                beside the pairs of all sources, HASH/
     rows-HASH/.../0.0.0/SHA256SUMS       beside the raw rows that `datasets` keeps, written once they are there
 
 Each start checks them once a node: its first rank passes `find_fault`, the others `trust`, which removes nothing.
@@ -39,8 +39,9 @@ def keep_folder(folder: Path, fill: Callable[[Path], None], fault_of: FindFault)
     """Makes a folder of the cache where it does not exist, and again, with a message, where it is damaged.
 
     Args:
-        folder: the folder.
-        fill: writes its files into the empty folder that it is given.
+        folder: the folder, `KIND-HASH`.
+        fill: writes its files into the empty folder that it is given; their names begin with HASH, so that the files
+            of another folder, whole as they are, are not taken for them.
         fault_of: finds the fault of the folder, where it exists.
     """
 
@@ -49,7 +50,8 @@ def keep_folder(folder: Path, fill: Callable[[Path], None], fault_of: FindFault)
         _write_sums(draft)
 
     if folder.is_dir():
-        _remove(folder, _fault(folder, fault_of))
+        find = trust if fault_of is trust else lambda path: fault_of(path) or _foreign(path)
+        _remove(folder, _fault(folder, find))
     if not folder.is_dir():
         make_folder_atomically(folder, fill_and_sum)
 
@@ -80,6 +82,13 @@ def _names(folder: Path) -> list[str]:
 def _unlisted(folder: Path) -> str | None:
     """Returns that a file is not in SHA256SUMS, which was cut off then; None where all are."""
     return sums.find_unlisted(read_sums(folder) or {}, _names(folder))
+
+
+def _foreign(folder: Path) -> str | None:
+    """Returns that a file is of another folder, whose hash its name has; None where all are this folder's."""
+    own = folder.name.rpartition("-")[2]
+    others = [name for name in _names(folder) if not name.startswith(own)]
+    return f"{others[0]} is of another folder" if others else None
 
 
 def _fault(folder: Path, fault_of: FindFault) -> str | None:

@@ -70,7 +70,7 @@ def file_of(cache: Path, name: str) -> Path:
 def test_every_damaged_file_is_made_again(config, hf_cache, capsys, how):
     """The file is named in one line, all that a run reads is as before, and the next start finds nothing."""
     expected = columns_of(prepare_data(config, MODEL))
-    names = [f"pairs/{name}" for name in PAIR_FILES]
+    names = [f"pairs/*/{name}" for name in PAIR_FILES]
     names += ["tokens/*00000.arrow", "rows/**/*.arrow", "rows/**/dataset_info.json"]
     for name in names:
         path = file_of(hf_cache, name)
@@ -117,12 +117,28 @@ def test_every_file_of_token_rows_is_listed(config, hf_cache, capsys):
 def test_another_folders_files_are_not_taken(config, hf_cache, tmp_path, capsys):
     """`prompt_of_pair` makes the order of a run, and is in no other hash: that of a set of fewer pairs is found."""
     expected = columns_of(prepare_data(config, MODEL))
-    train, evaluation = (file_of(hf_cache, f"pairs/{part}/prompt_of_pair.npy") for part in ("train", "eval"))
+    train, evaluation = (file_of(hf_cache, f"pairs/*/{part}/prompt_of_pair.npy") for part in ("train", "eval"))
     content = train.read_bytes()
     train.write_bytes(evaluation.read_bytes())
     evaluation.write_bytes(content)
     assert columns_of(prepare_data(config, MODEL)) == expected
     assert "eval/prompt_of_pair.npy has changed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["tokens", "pairs"])
+def test_the_whole_folder_of_another_data_set_is_not_taken(config, hf_cache, tmp_path, capsys, kind):
+    """Each of its files is as it was written, but of another data set: two folders have changed places."""
+    expected = columns_of(prepare_data(config, MODEL))
+    first = file_of(hf_cache, f"{kind}/{SUMS}").parent
+    path = write_jsonl(tmp_path / "b.jsonl", [row | {"w": 2.0, "gap": 0.0} for row in ROWS[::-1]])
+    source = dataclasses.replace(config.data.train[0], path=path)
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, train=[source]))
+    assert columns_of(prepare_data(other, MODEL)) != expected
+    (second,) = {file.parent for file in hf_cache.glob(f"datasets/dpo/{kind}-*/{SUMS}")} - {first}
+    first.rename(tmp_path / "spare"), second.rename(first), (tmp_path / "spare").rename(second)
+    capsys.readouterr()
+    assert columns_of(prepare_data(config, MODEL)) == expected
+    assert re.search(f"cache: {first} is damaged and made again: [^ ]+ is of another folder", capsys.readouterr().err)
 
 
 def test_one_rank_of_a_node_checks(config, monkeypatch):
