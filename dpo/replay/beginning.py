@@ -13,8 +13,9 @@ from dpo.checkpoint.verify import first_usable
 from dpo.config import Config, load_config
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
+from dpo.replay.comparison import FAILED
 from dpo.run.folder import Start, read_starts
-from dpo.run_folder.files import CONFIG, METRICS, PROVENANCE, is_step, read_metrics
+from dpo.run_folder.files import CONFIG, METRICS, NONFINITE, PROVENANCE, is_step, read_metrics
 from dpo.terminal.console import say
 
 RUN, STEP = "command line: RUN", "command line: --step"
@@ -26,7 +27,7 @@ class Beginning:
 
     start: Start
     recorded: Mapping[int, Mapping[str, float]]
-    """Step -> its line in metrics.jsonl, without the step."""
+    """Step -> its line in metrics.jsonl, without the step; FAILED for a step that was not finite and ended the run."""
     weights: str | None
     """The hash of the weights after the last of the steps; None where no checkpoint tells it."""
     layouts: Sequence[Mapping[str, Any]]
@@ -69,8 +70,12 @@ def find_beginning(folder: Path, step: int, world: World) -> Beginning:
 
 
 def _lines_until(folder: Path, step: int) -> dict[int, Mapping[str, float]]:
-    """Returns the lines of metrics.jsonl of the steps to `step`. Raises UserError where that one is missing."""
-    lines = {int(line["step"]): line for line in read_metrics(folder) if is_step(line)}
+    """Returns the lines of metrics.jsonl of the steps to `step`, which may be the one that ended the run: its pairs are
+    in the folder, its line is not. Raises UserError where the line of `step` is missing otherwise.
+    """
+    lines: dict[int, Mapping[str, float]] = {int(line["step"]): line for line in read_metrics(folder) if is_step(line)}
+    if step > max(lines, default=0) and (folder / NONFINITE / f"step-{step:06d}.jsonl").is_file():
+        lines[step] = FAILED
     if step not in lines:
         valid = f"{min(lines)} to {max(lines)}" if lines else "a run with a step"
         raise UserError(STEP, f"{folder / METRICS} has no step {step}", valid)
@@ -92,6 +97,9 @@ def _beginning(folder: Path, step: int, start: Start, lines: Mapping[int, Mappin
     steps = range(start.step + 1, step + 1)
     recorded = {n: {name: value for name, value in lines[n].items() if name != "step"} for n in steps if n in lines}
     starts = read_starts(folder / PROVENANCE) or []
+    begun = starts[-1].get("first_step", 1) if starts else 1
+    if begun > start.step + 1:
+        say(f"steps before {begun} are of an earlier start; they are computed by the config of the last one, too")
     layouts = [layout for number in steps for layout in layouts_of(starts, number)]
     return Beginning(start, recorded, _weights_after(folder, step), layouts, starts[-1] if starts else {})
 

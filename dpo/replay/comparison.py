@@ -6,9 +6,13 @@ another one rounding differs, and grows with every step: there the losses must a
 
 from collections.abc import Mapping, Sequence
 
+from dpo.run_folder.files import SKIPPED
+
 Metrics = Mapping[str, float]
 """The metrics of a step by name; one that was not finite is absent."""
 LOSS, NORM = "train/loss", "train/grad_norm"
+FAILED: Metrics = {SKIPPED: 1.0}
+"""Takes the place of the line of a step that was not finite and ended its run, which wrote no line of it."""
 MEASURED = tuple(
     f"train/{name}" for name in ("step_seconds", "pairs_per_second", "tokens_per_second", "peak_memory_bytes", "mfu")
 )
@@ -30,6 +34,8 @@ def differences(recorded: Metrics | None, replayed: Metrics, is_same_layout: boo
     """
     if recorded is None:
         return ["no line"]
+    if recorded == FAILED:
+        return [] if SKIPPED in replayed else [SKIPPED]
     if not is_same_layout:
         return [] if _agree(recorded.get(LOSS), replayed.get(LOSS)) else [LOSS]
     names = [name for name in {**recorded, **replayed} if name not in MEASURED]
@@ -46,6 +52,8 @@ def describe(recorded: Metrics | None, replayed: Metrics, names: Sequence[str]) 
     """Returns how a step differs: the first of the metrics `names`, with both values, and how many more there are."""
     if recorded is None:
         return "metrics.jsonl has no line of it"
+    if recorded == FAILED:
+        return "it was not finite, which ended the run, and it is finite again"
     more = f", and {len(names) - 1} more" if len(names) > 1 else ""
     values = [_shown(metrics.get(names[0])) for metrics in (recorded, replayed)]
     return f"{names[0]} is {values[0]} in metrics.jsonl and {values[1]} again{more}"

@@ -25,7 +25,7 @@ from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World
 from dpo.replay.arguments import read_arguments
 from dpo.replay.beginning import RUN, Beginning, find_beginning, read_config, replay_config
-from dpo.replay.comparison import TOLERANCE, Metrics, describe, differences, table
+from dpo.replay.comparison import FAILED, TOLERANCE, Metrics, describe, differences, table
 from dpo.run.identity import check_identity, identity_of
 from dpo.run.inputs import read_inputs
 from dpo.run.layout import layout_here
@@ -148,4 +148,5 @@ def _compare(beginning: Beginning, replayed: dict[int, Metrics], is_same: bool, 
     else:
         told = f"the weights are those of {checkpoint}, {weights}"
     how = "to the last bit" if is_same else f"in their losses to {TOLERANCE:g}"
-    print(f"steps {first} to {last} are equal {how}; {told}")
+    again = f"; step {last}, which ended the run, is not finite again" if recorded.get(last) == FAILED else ""
+    print(f"steps {first} to {last} are equal {how}{again}; {told}")

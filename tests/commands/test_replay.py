@@ -100,7 +100,11 @@ def test_a_run_that_was_resumed(root: Path, tmp_path: Path, capsys: pytest.Captu
     run(config)
     starts = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert [start["first_step"] for start in starts] == [1, 3]
-    assert again(tmp_path / "run", 6, capsys)[0] == 0
+    code, _, err = again(tmp_path / "run", 6, capsys)
+    assert code == 0 and "of an earlier start" not in err
+    code, _, err = again(tmp_path / "run", 1, capsys)
+    told = "steps before 3 are of an earlier start; they are computed by the config of the last one, too"
+    assert code == 0 and told in err
 
 
 def test_the_hash_of_the_weights_is_that_of_any_layout(alone: Path, pair: Path, ranks: Ranks, root: Path) -> None:

@@ -28,6 +28,7 @@ from dpo.config import Config, SourceConfig
 from dpo.distributed.program import run_program
 from dpo.distributed.startup import open_world, start_devices
 from dpo.model.policy import announce_backward, completion_logps
+from dpo.replay import program as replay
 from dpo.report.metrics import cost, curve
 from dpo.report.one_run import key_numbers
 from dpo.report.record import read_record
@@ -48,6 +49,7 @@ from tests.support.runs import (
     changed,
     error_lines,
     exit_code,
+    exit_code_of,
     logged,
     make_config,
     run,
@@ -276,7 +278,7 @@ def broken_once(config: Config, rank: int, after: int | None = None) -> tuple[in
 
     def infinite(parameters: Any) -> Any:
         steps.append(1)
-        is_here = int(os.environ["RANK"]) == rank and len(steps) == 2
+        is_here = int(os.environ.get("RANK", "0")) == rank and len(steps) == 2
         return norm(parameters) * (float("inf") if is_here else 1)
 
     counted = patch.object(
@@ -336,6 +338,27 @@ def test_a_tokenizer_that_fails_ends_no_run(
     assert f"({folder}/nonfinite/step-000002.jsonl, without texts: {type(failure).__name__}: " in line
 
 
+def test_the_step_that_ended_a_run_is_computed_again(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its line is not in metrics.jsonl, its pairs are in the folder: it is not finite again, unless a GPU had erred."""
+    config = config_of(root, tmp_path / "run", train__on_nonfinite="stop")
+    assert exit_code(config) == 1
+    words = ("dpo.replay", str(tmp_path / "run"), "--step", "2")
+    capsys.readouterr()
+    assert exit_code_of(replay.main, *words) == 0
+    told = "steps 2 to 2 are equal to the last bit; step 2, which ended the run, is not finite again; the weights are"
+    assert told in capsys.readouterr().out
+    good = config_of(root, tmp_path / "good", train__on_nonfinite="stop", batch__pairs_per_step=3)
+    good = changed(good, data__train=[SourceConfig(str(root / "good.jsonl"))])
+    assert broken_once(good, 0)[0] == 1
+    assert exit_code_of(replay.main, "dpo.replay", str(tmp_path / "good"), "--step", "2") == 1
+    (line,) = error_lines(capsys.readouterr().err)
+    told = "step 2 is the first that differs: it was not finite, which ended the run, and it is finite again"
+    assert line == f"error: {told}"
+    assert exit_code_of(replay.main, "dpo.replay", str(tmp_path / "good"), "--step", "3") == 2
+
+
 # --- skipped ---------------------------------------------------------------------------------------------------------
 
 
@@ -359,11 +382,17 @@ def plain_loop(config: Config, left_out: Sequence[int]) -> dict[str, torch.Tenso
 
 
 @pytest.mark.parametrize(
-    ("size", "model", "optimizer"),
-    [(1, "nan", "sgd"), (2, "nan", "adamw"), (2, "huge", "rmsprop"), (3, "nan", "adamw")],
+    ("size", "model", "optimizer", "copies"),
+    [
+        (1, "nan", "sgd", 1),
+        (2, "nan", "adamw", 1),
+        (2, "huge", "rmsprop", 1),
+        (2, "huge", "adamw", 2),
+        (3, "nan", "adamw", 1),
+    ],
 )
 def test_a_skipped_step_is_as_if_it_had_never_been(
-    root: Path, ranks: Ranks, tmp_path: Path, size: int, model: str, optimizer: str
+    root: Path, ranks: Ranks, tmp_path: Path, size: int, model: str, optimizer: str, copies: int
 ) -> None:
     """To the last bit, also in the states of the optimizer, which later updates show; the learning rate goes on."""
     config = config_of(
@@ -372,6 +401,7 @@ def test_a_skipped_step_is_as_if_it_had_never_been(
         model,
         optim__name=optimizer,
         optim__max_grad_norm=None,
+        parallel__replicate=copies,
         parallel__activation_checkpointing="none",
         parallel__sync_gradients="every_micro_batch",
     )
