@@ -50,6 +50,8 @@ from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
 from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
+from dpo.model.weights import are_finite
+from dpo.terminal.console import warn
 
 VALID = "a folder RUN/checkpoints/step-000100"
 
@@ -87,6 +89,8 @@ class Shelf:
     """Of the checkpoints that this process wrote or verified: name -> marker; None: damaged."""
     check_lock: Callable[[], None] = do_nothing
     """Called on rank 0 before a draft is removed, which another start may be writing. Raises FolderLost."""
+    began_finite: bool = True
+    """Whether all weights were finite when this process began: some models have NaN in rows that nobody uses."""
 
 
 def open_shelf(
@@ -149,16 +153,19 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
                 remove_checkpoint(draft)
         raise
     hashed = replace(state, weights=fingerprint(tensors["model"], group))
+    is_lost = shelf.began_finite and not all(all_gather(are_finite(tensors["model"].values()), group))
 
     def commit() -> None:
         try:
             before_commit()
             _commit(draft, target, hashed, files)
-            shelf.known[target.name] = marker_of(target)
+            shelf.known[target.name] = None if is_lost else marker_of(target)
         except OSError as failure:  # names the path: this is reported many steps later
             raise RunError(describe_full(failure, target) or f"{target}: {line_of(failure)}") from failure
 
     on_main(world, commit, group)
+    if is_lost and world.is_main:
+        warn(f"checkpoint {target} does not count for checkpoint.keep: its weights are not finite")
     remove_older(target.parent, shelf.keep, shelf.known, world, group)
 
 

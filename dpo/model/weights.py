@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from dpo.base.errors import UserError
@@ -193,6 +194,12 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch
     with storage_errors(folder, 2 * sum(sizes.values())):  # shards, and the files that these are joined to
         dcp.save(cast, storage_writer=writer)
     on_main(world, lambda: _tidy(folder))
+
+
+def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Returns whether all elements of some tensors are finite; of a DTensor those of this rank's shard."""
+    shards = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return all(bool(torch.isfinite(shard).all()) for shard in shards)
 
 
 def _assign_files(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -148,5 +148,5 @@ def _compare(beginning: Beginning, replayed: dict[int, Metrics], is_same: bool, 
     else:
         told = f"the weights are those of {checkpoint}, {weights}"
     how = "to the last bit" if is_same else f"in their losses to {TOLERANCE:g}"
-    again = f"; step {last}, which ended the run, is not finite again" if recorded.get(last) == FAILED else ""
-    print(f"steps {first} to {last} are equal {how}{again}; {told}")
+    ending = f"; step {last}, which ended the run, is not finite again" if recorded.get(last) == FAILED else ""
+    print(f"steps {first} to {last} are equal {how}{ending}; {told}")

@@ -22,9 +22,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from dpo.batch.packer import Packer
 from dpo.batch.packing import PackedBatch
@@ -35,6 +33,7 @@ from dpo.distributed.beats import stand
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.preemption import StopRequest
 from dpo.model.policy import Policy, announce_backward, completion_logps
+from dpo.model.weights import are_finite
 from dpo.pairs.pair_set import Pair
 from dpo.step.evaluation import pair_ids
 from dpo.step.objective import pair_losses
@@ -160,8 +159,7 @@ def bad_alone(again: Again, pairs: Sequence[Pair]) -> tuple[list[Pair], str]:
 
 def weights_are_finite(policy: Policy) -> bool:
     """Returns whether the weights of all ranks are finite. Every rank must get here, or the rest hang."""
-    shards = (p.to_local() if isinstance(p, DTensor) else p for p in policy.model.parameters())
-    return all(all_gather(all(bool(torch.isfinite(shard).all()) for shard in shards)))
+    return all(all_gather(are_finite(policy.model.parameters())))
 
 
 def _own_pairs(packer: Packer, failed: FailedStep) -> list[StepPair]:

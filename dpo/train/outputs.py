@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +24,7 @@ from dpo.run.provenance import data_facts, provenance
 from dpo.run_folder.evaluations import write_evaluation
 from dpo.run_folder.files import FINAL, read_metrics
 from dpo.step.evaluation import Evaluation
+from dpo.step.nonfinite import weights_are_finite
 from dpo.terminal.console import warn
 from dpo.train.setup import Run
 
@@ -61,6 +63,7 @@ def open_checkpoints(run: Run) -> AbstractContextManager[Saver]:
     """
     keep, seconds = run.config.checkpoint.keep, run.config.parallel.timeout_seconds
     shelf = open_shelf(run.dir, keep, run.world, seconds, run.start.checkpoint, run.hooks.check_lock)
+    shelf = replace(shelf, began_finite=weights_are_finite(run.policy))
     return open_saver(shelf, run.policy.model, run.optimizer, seconds)
 
 

@@ -1,6 +1,9 @@
 """A checkpoint that cannot be written leaves nothing behind that harms the next one."""
 
 import errno
+import os
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from dpo.base.errors import FolderLost, RunError
 from dpo.checkpoint import export as exporting
 from dpo.checkpoint import folders
 from dpo.checkpoint.export import draft_of
-from dpo.checkpoint.folders import checkpoint_path
+from dpo.checkpoint.folders import checkpoint_path, step_of
 from dpo.checkpoint.plans import forget_plans
 from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
 from dpo.distributed.startup import open_world
@@ -124,6 +127,54 @@ def test_who_has_lost_the_folder_removes_no_draft_of_a_model(tmp_path: Path) -> 
     with pytest.raises(FolderLost):
         exporting._make_draft(draft, 0, lost)
     assert draft.is_dir()
+
+
+def killed_in_a_save(run_dir: Path, number: int) -> bool:
+    """Saves step 2 in a process that is killed before it changes the run folder for the `number`-th time; whether it
+    was. Python tells an audit hook each file that is opened, and each one that is made, renamed or removed.
+    """
+    pid, changes = os.fork(), []
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        is_change = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        is_change |= event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if is_change and (arguments[-1] != -1 or str(arguments[0]).startswith(str(run_dir))):
+            changes.append(event)
+            if len(changes) == number:
+                os._exit(9)
+
+    if pid == 0:
+        try:
+            with open_world(60) as world:
+                sys.addaudithook(hook)
+                os._exit(int(bool(save(run_dir, 2, world, keep=1))))
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+def test_killed_before_any_change_a_save_costs_no_checkpoint(tmp_path: Path) -> None:
+    """Step 1 is replaced by step 2, of which it is kept until that one is whole. The next save leaves itself alone."""
+    with open_world(60) as world:
+        assert save(tmp_path / "0", 1, world) == ""
+    forget_plans("failing")
+    number, found = 0, []
+    while not found or found[-1][1]:
+        number += 1
+        run_dir = Path(shutil.copytree(tmp_path / "0", tmp_path / str(number)))
+        is_killed = killed_in_a_save(run_dir, number)
+        newest = newest_checkpoint(run_dir)
+        assert newest is not None, number
+        found.append((step_of(newest), is_killed))
+    steps = [step for step, _ in found]
+    assert steps == sorted(steps) and {1, 2} == {*steps[:-1]} and number > 12
+    with open_world(60) as world:
+        for past in range(1, number + 1):
+            assert save(tmp_path / str(past), 3, world, keep=1) == ""
+            assert [path.name for path in (tmp_path / str(past) / "checkpoints").iterdir()] == ["step-000003"], past
+    forget_plans("failing")
 
 
 def test_files_that_nfs_cannot_remove_yet_harm_no_checkpoint(

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from dpo.checkpoint import folders, marker, verify
 from dpo.checkpoint.folders import checkpoint_path, checkpoints_of, step_of
 from dpo.checkpoint.marker import MARKER
 from dpo.checkpoint.plans import forget_plans
-from dpo.checkpoint.store import Shelf, open_shelf
+from dpo.checkpoint.store import RunState, Shelf, open_shelf, write_checkpoint
 from dpo.checkpoint.verify import find_fault
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
-from tests.support.checkpoints import flip, newest_checkpoint, save, shelf_of
+from tests.support.checkpoints import flip, newest_checkpoint, save, shelf_of, some_tensors
 
 
 @pytest.fixture
@@ -90,6 +91,23 @@ def test_the_last_good_one_stays(tmp_path: Path, world: World, how: str, capsys:
     save(shelf, 6)
     assert steps(tmp_path) == [4, 5, 6]
     assert "is damaged" not in capsys.readouterr().err  # told once, when step 4 was written
+
+
+@pytest.mark.parametrize("began_finite", [True, False])
+def test_weights_that_are_not_finite_take_no_good_ones_place(
+    tmp_path: Path, world: World, began_finite: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With keep 1: nothing can go on from step 2. It is told, unless the run has had such weights from the first."""
+    shelf = replace(shelf_of(tmp_path, 1, world), began_finite=began_finite)
+    save(shelf, 1)
+    tensors = some_tensors(2)
+    tensors["model"]["weight3"][1] = float("inf")
+    write_checkpoint(shelf, RunState(2, {}), tensors, lambda: None)
+    told = f"WARNING: checkpoint {checkpoint_path(tmp_path, 2)} does not count for checkpoint.keep: its weights are not"
+    assert (told in capsys.readouterr().err) is began_finite
+    assert steps(tmp_path) == ([1, 2] if began_finite else [2])
+    save(shelf, 3)
+    assert steps(tmp_path) == [3]
 
 
 def test_others_are_verified_before_an_older_one_goes(
