@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from dpo.base.errors import UserError
 from dpo.base.space import CAUSES, free_room
+from dpo.base.sums import is_plain_name
 from dpo.base.units import shown_bytes
 from dpo.config import SourceConfig
 from dpo.hub.snapshots import offline
@@ -34,6 +35,8 @@ JSON_FEATURES = datasets.Features(
     {"row": datasets.Value("string"), "line": datasets.Value("int64"), "columns": datasets.Value("string")}
 )
 PARQUET = b"PAR1"
+INDEX, SPLITS = "state.json", "dataset_dict.json"
+"""The files in which `save_to_disk` names the files of a data set, and the folders of its splits."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 """Errors of locks on a file system without them, such as an NFS whose server has no lock daemon."""
 
@@ -161,7 +164,7 @@ def _table_options(path: Path) -> dict[str, str]:
 
 def _open_folder(config: SourceConfig, path: Path, key: str, fault_of: FindFault) -> Source:
     """Opens a folder that `save_to_disk` wrote, or a folder of data files, which `load_dataset` reads."""
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    if (path / INDEX).exists() or (path / SPLITS).exists():
         rows = _open_saved(config, path, key)
         content = digest([*file_hashes(file["filename"] for file in rows.cache_files), str(rows.features)])
     else:
@@ -177,11 +180,14 @@ def _open_folder(config: SourceConfig, path: Path, key: str, fault_of: FindFault
 
 def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
     """Opens the data set of a folder that `save_to_disk` wrote, or one of its splits."""
+    if outside := _names_outside(path):
+        what = f"{config.path}: names the file {outside[0]!r}"
+        raise UserError(f"{key}.path", what, "names of files and splits in the same folder")
     try:
         saved = datasets.load_from_disk(str(path))
     except IndexError as error:  # `datasets` raises it where no file holds a row
         raise UserError(config.path, "empty, it has no rows", "at least one row") from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{key}.path", f"{config.path}: cannot be loaded: {first_line(error)}") from error
     if isinstance(saved, datasets.DatasetDict):
         if config.split not in saved:
@@ -190,6 +196,25 @@ def _open_saved(config: SourceConfig, path: Path, key: str) -> datasets.Dataset:
     if config.split not in ("train", str(saved.split)):
         raise UserError(f"{key}.split", f"{config.path} holds one set without splits", "no split")
     return saved
+
+
+def _names_outside(folder: Path) -> list[str]:
+    """Returns the names in the indices of a folder that `save_to_disk` wrote which are not those of files or splits in
+    it; none of a broken index, which `datasets` refuses.
+    """
+    try:
+        splits = json.loads((folder / SPLITS).read_bytes())["splits"] if (folder / SPLITS).exists() else []
+        if outside := [split for split in splits if not is_plain_name(split)]:
+            return outside
+        indices = [json.loads((folder / split / INDEX).read_bytes()) for split in splits or ["."]]
+        return [
+            file["filename"]
+            for index in indices
+            for file in index["_data_files"]
+            if not is_plain_name(file["filename"])
+        ]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
 
 
 def _open_hub(config: SourceConfig, key: str, fault_of: FindFault) -> Source:

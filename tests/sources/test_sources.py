@@ -53,6 +53,31 @@ def test_jsonl_keeps_lines_and_skips_blank_ones(tmp_path):
     assert open_source(SourceConfig(path=str(path)), "k").columns == {"a", "b"}
 
 
+@pytest.mark.parametrize("index", ["state.json", "dataset_dict.json"])
+@pytest.mark.parametrize("name", ["../other/data-00000-of-00001.arrow", "/data.arrow", "../other"])
+def test_a_saved_set_names_files_of_its_own_folder(tmp_path, index, name):
+    """Another data set beside it is not read in its place."""
+    for folder in ("other", "saved/train" if index == "dataset_dict.json" else "saved"):
+        datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / folder))
+    named = {"splits": [name]} if index == "dataset_dict.json" else {"_data_files": [{"filename": name}]}
+    path = tmp_path / "saved" / index
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | named))
+    valid = "names of files and splits in the same folder"
+    assert fault(tmp_path / "saved") == (
+        f"data.train[0].path: {tmp_path}/saved: names the file {name!r}; valid: {valid}"
+    )
+
+
+@pytest.mark.parametrize(
+    "content",
+    [pytest.param("[" * 100_000, id="deep"), "[]", "3", '{"_data_files": 3}', '{"_data_files": [3]}', "{}", ""],
+)
+def test_a_saved_set_with_a_broken_index_is_refused(tmp_path, content):
+    datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "state.json").write_text(content)
+    assert "saved: cannot be loaded: " in fault(tmp_path / "saved")
+
+
 def test_array_keeps_the_line_of_every_element(tmp_path):
     """Line 2 holds two elements, the third begins on line 3 and goes on to line 5, the fourth stands on line 6."""
     path = tmp_path / "a.json"
