@@ -88,7 +88,8 @@ def read_answer_rows(path: Path) -> list[dict[str, str]]:
 
 
 def drop_metrics_after(run_dir: Path, step: int) -> None:
-    """Replaces metrics.jsonl, atomically, by its lines up to `step`, each step once, before a run goes on from there.
+    """Replaces metrics.jsonl, atomically, by its lines up to `step`, each step once and in order, before a run goes on
+    from there.
 
     Of two lines of a step and kind (`train`, `eval`) the last stays: it was written by the later start, and the
     checkpoint is of that. Tells what stood twice, and which training steps are missing; it does not make them up. The
@@ -104,7 +105,10 @@ def drop_metrics_after(run_dir: Path, step: int) -> None:
     missing = set(range(_first_step(run_dir, present), step + 1)) - present
     if missing:
         say(f"{path}: {spans(missing)} {'is' if len(missing) == 1 else 'are'} missing; the run goes on without")
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept.values()).encode())
+    ordered = [kept[place] for place in sorted(kept, key=lambda place: place[0])]  # of a step as they stood
+    if ordered != [*kept.values()]:
+        say(f"{path}: its lines were not in the order of the steps, and are put in order")
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in ordered).encode())
 
 
 def _first_step(run_dir: Path, present: Collection[int]) -> int:

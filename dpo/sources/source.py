@@ -207,12 +207,8 @@ def _names_outside(folder: Path) -> list[str]:
         if outside := [split for split in splits if not is_plain_name(split)]:
             return outside
         indices = [json.loads((folder / split / INDEX).read_bytes()) for split in splits or ["."]]
-        return [
-            file["filename"]
-            for index in indices
-            for file in index["_data_files"]
-            if not is_plain_name(file["filename"])
-        ]
+        names = [file["filename"] for index in indices for file in index["_data_files"]]
+        return [name for name in names if not is_plain_name(name)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []
 

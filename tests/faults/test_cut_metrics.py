@@ -80,6 +80,17 @@ def test_lines_of_one_step_and_other_kinds_stay(tmp_path: Path, capsys: pytest.C
     assert read_metrics(tmp_path) == lines and capsys.readouterr().err == ""
 
 
+def test_lines_that_changed_places_are_put_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Curves, and the losses that a spike is measured by, go by the order of the file."""
+    lines = [{"step": 0, "eval/loss": 1.0}, {"step": 0, "a/b": 1.0}]
+    lines += [{"step": step, f"{kind}/loss": 1.0} for step in (1, 2, 3) for kind in ("train", "eval")]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(lines[i]) + "\n" for i in (4, 5, 0, 1, 6, 2, 3, 7)))
+    drop_metrics_after(tmp_path, 3)
+    assert read_metrics(tmp_path) == lines
+    told = f"{tmp_path}/metrics.jsonl: its lines were not in the order of the steps, and are put in order\n"
+    assert capsys.readouterr().err == told
+
+
 @pytest.mark.parametrize("content", [None, "", '{"step": 1, "tra'])
 def test_a_file_that_is_gone_empty_or_cut_off_is_told(tmp_path: Path, content: str | None, capsys) -> None:
     if content is not None:
