@@ -25,6 +25,7 @@ from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from tests.base.test_files import hold_a_file
 from tests.support.checkpoints import newest_checkpoint
+from tests.support.processes import start
 
 WRITER = ("prepare_local_plan", "prepare_global_plan", "write_data", "finish")
 """What a storage writer is asked for, in this order: each rank, rank 0, each rank, rank 0."""
@@ -129,51 +130,66 @@ def test_who_has_lost_the_folder_removes_no_draft_of_a_model(tmp_path: Path) -> 
     assert draft.is_dir()
 
 
-def killed_in_a_save(run_dir: Path, number: int) -> bool:
-    """Saves step 2 in a process that is killed before it changes the run folder for the `number`-th time; whether it
-    was. Python tells an audit hook each file that is opened, and each one that is made, renamed or removed.
+def save_until_killed(run_dir: Path, number: int) -> None:
+    """Saves step 2, and ends this process before it changes the run folder for the `number`-th time. Python tells an
+    audit hook each file that is opened, and each one that is made, renamed or removed.
     """
-    pid, changes = os.fork(), []
+    changes = []
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         is_change = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")
         is_change |= event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
-        if is_change and (arguments[-1] != -1 or str(arguments[0]).startswith(str(run_dir))):
+        if is_change and str(run_dir) in f"{arguments[0]} {folder_of(arguments[-1])}":
             changes.append(event)
             if len(changes) == number:
                 os._exit(9)
 
-    if pid == 0:
-        try:
-            with open_world(60) as world:
-                sys.addaudithook(hook)
-                os._exit(int(bool(save(run_dir, 2, world, keep=1))))
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, 9)
-    return code == 9
+    try:
+        with open_world(60) as world:
+            sys.addaudithook(hook)
+            os._exit(int(bool(save(run_dir, 2, world, keep=1))))
+    finally:
+        os._exit(1)
+
+
+def folder_of(descriptor: object) -> str:
+    """The folder by which shutil.rmtree calls unlink and rmdir, whose last argument is its descriptor, or -1."""
+    link = Path(f"/proc/self/fd/{descriptor}")
+    return str(link.readlink()) if link.is_symlink() else ""
+
+
+def save_again_and_again(root: Path) -> None:
+    """Saves step 2 in copies of the run folder `0`, killed at the first change in `1` and so on, to the first copy in
+    which it is not killed. In a process without threads, whose forks can be used.
+    """
+    number, code = 0, 9
+    while code == 9:
+        number += 1
+        run_dir = Path(shutil.copytree(root / "0", root / str(number)))
+        pid = os.fork()
+        if pid == 0:
+            save_until_killed(run_dir, number)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    sys.exit(code)
 
 
 def test_killed_before_any_change_a_save_costs_no_checkpoint(tmp_path: Path) -> None:
-    """Step 1 is replaced by step 2, of which it is kept until that one is whole. The next save leaves itself alone."""
+    """Step 1 is replaced by step 2, before which it is not removed. The next save leaves itself alone."""
     with open_world(60) as world:
         assert save(tmp_path / "0", 1, world) == ""
+    process = start(save_again_and_again, tmp_path)
+    process.join()
+    assert process.exitcode == 0
+    run_dirs = sorted(tmp_path.iterdir(), key=lambda path: int(path.name))[1:]
+    newest = [newest_checkpoint(run_dir) for run_dir in run_dirs]
+    assert None not in newest
+    steps = [step_of(path) for path in newest if path]
+    assert steps == sorted(steps) and steps.count(1) > 6 and steps.count(2) > 6
     forget_plans("failing")
-    number, found = 0, []
-    while not found or found[-1][1]:
-        number += 1
-        run_dir = Path(shutil.copytree(tmp_path / "0", tmp_path / str(number)))
-        is_killed = killed_in_a_save(run_dir, number)
-        newest = newest_checkpoint(run_dir)
-        assert newest is not None, number
-        found.append((step_of(newest), is_killed))
-    steps = [step for step, _ in found]
-    assert steps == sorted(steps) and {1, 2} == {*steps[:-1]} and number > 12
     with open_world(60) as world:
-        for past in range(1, number + 1):
-            assert save(tmp_path / str(past), 3, world, keep=1) == ""
-            assert [path.name for path in (tmp_path / str(past) / "checkpoints").iterdir()] == ["step-000003"], past
+        for run_dir in run_dirs:
+            assert save(run_dir, 3, world, keep=1) == ""
+            assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-000003"], run_dir.name
     forget_plans("failing")
 
 
