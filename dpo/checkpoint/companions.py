@@ -39,13 +39,32 @@ def write_companions(draft: Path, folder: Path, config: Config, model: PreTraine
         dtype: the dtype of the exported weights.
     """
     settings = _read(folder / CONFIG_FILE)
+    _copy(folder, companions_of_model(folder), draft)
     _write(draft / CONFIG_FILE, settings | changed_keys(settings, folder, model, dtype))
-    _copy(folder, model_companions(_names(folder, nested=bool(own_code(settings)))), draft)
     _write_tokenizer(draft, folder, config)
     written = [_read(draft / name) for name in (CONFIG_FILE, TOKENIZER_CONFIG)]
     elsewhere = {name.partition("--")[0] for one in written for name in _references(one) if "--" in name}
     if elsewhere:
         say(f"the exported model reads its code from {', '.join(sorted(elsewhere))}, as the model at its start does")
+
+
+def companions_of_model(folder: Path) -> list[str]:
+    """Returns the paths of the files that a model trained from this one gets: config, generation config, own code and
+    licence.
+    """
+    names = _names(folder, nested=bool(own_code(_read(folder / CONFIG_FILE))))
+    return [CONFIG_FILE, *model_companions(names)]
+
+
+def companions_of_tokenizer(folder: Path) -> list[str]:
+    """Returns the paths of a tokenizer's files, its own code included, which is copied with a model's or in `_join`."""
+    names = _names(folder, nested=False)
+    return [*tokenizer_companions(names), *filter(is_code, names)]
+
+
+def is_code(name: str) -> bool:
+    """Returns whether a file is code of a model or a tokenizer."""
+    return name.endswith(".py")
 
 
 def changed_keys(
@@ -79,8 +98,10 @@ def own_code(settings: Mapping[str, Any]) -> list[str]:
 
 def _references(settings: Mapping[str, Any]) -> list[str]:
     """Returns the classes that a config names in `auto_map`, in the folder or, after `org/name--`, elsewhere."""
-    values = dict(settings.get("auto_map") or {}).values()
-    return [name for value in values for name in (value if isinstance(value, list) else [value]) if name]
+    auto_map = settings.get("auto_map")
+    values = auto_map.values() if isinstance(auto_map, dict) else []
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    return [name for name in names if isinstance(name, str) and name]
 
 
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
@@ -104,7 +125,7 @@ def _join(draft: Path, source: Path, config: Config) -> None:
     """
     settings = _read(source / TOKENIZER_CONFIG)
     if own_code(settings):
-        code = [name for name in _names(source, nested=False) if name.endswith(".py")]
+        code = [name for name in companions_of_tokenizer(source) if is_code(name)]
         taken = [name for name in code if (draft / name).exists()]
         differing = [name for name in taken if (draft / name).read_bytes() != (source / name).read_bytes()]
         if differing:

@@ -26,6 +26,8 @@ from dpo.model.build import build_policy
 from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
 from dpo.run.card import model_card
+from dpo.run.identity import FILES
+from dpo.run.model_files import tell_changes
 from dpo.run.own_code import check_own_code
 from dpo.run_folder.files import CONFIG, FINAL
 from dpo.terminal.console import say
@@ -50,6 +52,7 @@ def main() -> None:
         mesh = make_mesh(world, replace(config.parallel, shard=None, replicate=1))
         policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
         load_model(checkpoint, policy.model)
+        on_main(world, lambda: tell_changes(state.identity.get(FILES, {}), config, folder))
         finish = Finish(partial(model_card, config, state.step, folder))
         export(policy, folder, args.out, config, world, finish)
         if world.is_main:

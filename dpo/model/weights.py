@@ -78,6 +78,9 @@ def tensor_files(folder: Path) -> dict[str, StoredTensor]:
                         raise UserError(str(folder), both, f"each tensor in one file, or an {INDEX} of the right files")
                     header = file.get_slice(name)
                     tensors[name] = StoredTensor(path, torch.Size(header.get_shape()), header.get_dtype())
+        except FileNotFoundError as failure:
+            cause = f"{folder / INDEX} lists it" if not path.is_symlink() else f"it is a link to {path.readlink()}"
+            raise UserError(str(path), f"there is no such file, but {cause}", "a folder with all files") from failure
         except (SafetensorError, OSError) as failure:
             raise UserError(str(path), f"not a readable safetensors file: {failure}") from failure
     return tensors

@@ -4,6 +4,7 @@ schedule.py     after which steps a run evaluates and saves
 folder.py       decides from a run folder how a run starts, and prepares the folder
 provenance.py   versions, git commit and data of a start
 agreement.py    checks that models and tokenizer agree on the ids of the data
+model_files.py  hashes the files beside the weights of a run's models
 inputs.py       finds, checks and hashes all input
 own_code.py     refuses code of a model's repository that only the config of a run folder asks for
 identity.py     the facts that must be the same at every start of a run

@@ -8,6 +8,8 @@ from dpo.base.errors import UserError
 from dpo.config import Config, LossConfig
 from dpo.run.folder import Start
 from dpo.run.inputs import Inputs
+from dpo.run.model_files import Digests, added_files, find_change
+from dpo.terminal.console import say
 
 
 def identity_of(config: Config, inputs: Inputs) -> dict[str, Any]:
@@ -19,9 +21,9 @@ def identity_of(config: Config, inputs: Inputs) -> dict[str, Any]:
         "batch.pairs_per_step": config.batch.pairs_per_step,
         "optim.name": config.optim.name,
     } | {f"loss.{name}": value for name, value in asdict(config.loss).items()}
-    # Last, since they change with others: a seed with the hold-out.
+    # Last, since they change with others: a seed with the hold-out, the pairs with a tokenizer's file.
     hashes = {"data.train": inputs.data.train.content_hash, "reference.path": inputs.reference.hash}
-    return plain | hashes | {SHARES: shares_of(config)}
+    return plain | {FILES: inputs.model_files} | hashes | {SHARES: shares_of(config)}
 
 
 PAIRS_DEPEND_ON = "data.train, its holdout and columns, data.max_length, data.max_prompt_length, model.tokenizer"
@@ -30,6 +32,8 @@ CONTENT_OF = {
     "reference.path": "the reference (of model.path where reference.path is null)",
 }
 """The content that a hash in the identity belongs to, by config key."""
+FILES = "model_files"
+"""The key of the digests of the files beside the weights in the identity (`dpo.run.model_files`). Files may be added."""
 SHARES = "shares"
 """The key of the shares of an epoch in the identity. They may change where the pairs do not, as from null to weight 1;
 an error about the pairs names them."""
@@ -47,27 +51,43 @@ def shares_of(config: Config) -> dict[str, float]:
 
 def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
     """Raises UserError, naming the key, where a resumed run would not be the same run. A key of `loss` that the
-    checkpoint does not record is newer than the checkpoint, and counts as its default.
+    checkpoint does not record is newer than the checkpoint, and counts as its default. Files beside the weights that it
+    does not record are not compared, which is told.
     """
     if start.state is None:
         return
-    recorded = loss_defaults() | {SHARES: {}} | start.state.identity
+    recorded = loss_defaults() | {FILES: {}, SHARES: {}} | start.state.identity
     for key in (key for key in identity if key != SHARES):
-        if recorded.get(key) != identity[key]:
-            key, what = _difference(key, recorded, identity)
+        found = _difference(key, recorded, identity)
+        if found:
+            key, what = found
             valid = "the same as before, or another train.run_dir"
             raise UserError(key, f"cannot resume from {start.checkpoint}: {what}", valid)
+    for line in _unrecorded(recorded[FILES], identity.get(FILES, {})):
+        say(f"{start.checkpoint}: {line}")
 
 
-def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str]:
+def _unrecorded(before: Digests, now: Digests) -> list[str]:
+    """Returns lines about the files beside the weights that were not recorded when the checkpoint was written."""
+    if now and not before:
+        return ["an older version wrote it, without the SHA-256 of the files beside the weights: they are not compared"]
+    return added_files(before, now)
+
+
+def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
     """Returns the key of the config at which two identities differ, and how: for other pairs the key of a share that
-    differs.
+    differs. None where they do not differ.
 
     Args:
-        key: a key whose values differ.
+        key: the key of the identity that is compared.
         before: the identity that the checkpoint records.
         now: the identity of this start.
     """
+    if before.get(key) == now[key]:
+        return None
+    if key == FILES:
+        found = find_change(before[FILES], now[FILES])
+        return found and (found[0], f"since the checkpoint was written, {found[1]}")
     old, new = before[SHARES], now[SHARES]
     shares = [share for share in {**old, **new} if old.get(share) != new.get(share)]
     if key == "data.train" and shares:

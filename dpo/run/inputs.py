@@ -24,6 +24,7 @@ from dpo.model.parallelize import compute_dtype
 from dpo.model.weights import hash_model
 from dpo.pairs.prepare import PreferenceData, prepare_data
 from dpo.run.agreement import NamedModel, check_agreement
+from dpo.run.model_files import Digests, hash_model_files
 from dpo.sources.kept import find_fault, trust
 from dpo.terminal.console import is_quiet, say, warn
 
@@ -43,6 +44,8 @@ class Inputs:
 
     model: SourceModel
     reference: SourceModel
+    model_files: Digests
+    """Of the files beside the weights of both, and of the tokenizer's."""
     data: PreferenceData
     order: PairOrder
     last_step: int
@@ -79,7 +82,8 @@ def read_inputs(config: Config, world: World) -> Inputs:
     on_main(world, lambda: check_agreement(config, policy, other, data))
     order, last_step, last_item = make_order(config, data)
     model, reference = hash_models(config, world, folders)
-    return Inputs(model, reference, data, order, last_step, last_item)
+    files = on_main(world, lambda: hash_model_files(config, *folders))
+    return Inputs(model, reference, files, data, order, last_step, last_item)
 
 
 def find_models(config: Config, world: World) -> tuple[Path, Path]:

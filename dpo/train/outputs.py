@@ -20,6 +20,7 @@ from dpo.run.answers import open_answers
 from dpo.run.card import model_card
 from dpo.run.folder import open_run_folder
 from dpo.run.layout import layout_here
+from dpo.run.model_files import tell_changes
 from dpo.run.provenance import data_facts, provenance
 from dpo.run_folder.evaluations import write_evaluation
 from dpo.run_folder.files import FINAL, read_metrics
@@ -68,8 +69,11 @@ def open_checkpoints(run: Run) -> AbstractContextManager[Saver]:
 
 
 def export_run(run: Run) -> None:
-    """Exports the trained model to `final/` in the run folder. Every rank must get here, or the rest hang."""
+    """Exports the trained model to `final/` in the run folder. Warns of files that it gets and that have changed since
+    the start. Every rank must get here, or the rest hang.
+    """
     base, step = run.inputs.model.folder, max(run.start.step, run.inputs.last_step)
+    on_main(run.world, lambda: tell_changes(run.inputs.model_files, run.config, base))
     finish = Finish(partial(model_card, run.config, step, base), run.hooks.check_lock)
     export(run.policy, base, run.dir / FINAL, run.config, run.world, finish)
 

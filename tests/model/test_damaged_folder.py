@@ -124,7 +124,17 @@ def test_a_tensor_that_only_the_index_has_is_missing(folder: Path, world: World)
 
 def test_a_file_that_only_the_index_has_is_named(folder: Path, world: World) -> None:
     change_index(folder, **{HEAD: "gone.safetensors"})
-    with pytest.raises(UserError, match=f"^{folder}/gone.safetensors: not a readable safetensors file: "):
+    what = f"there is no such file, but {folder / INDEX} lists it"
+    with pytest.raises(UserError, match=f"^{folder}/gone.safetensors: {what}; valid: a folder with all files"):
+        load(world, folder)
+
+
+def test_a_link_that_leads_nowhere_is_named(folder: Path, world: World) -> None:
+    """As in a snapshot of the hub whose blob is gone."""
+    file = max(folder.glob("*.safetensors"))
+    file.unlink()
+    file.symlink_to("../blobs/0123")
+    with pytest.raises(UserError, match=f"^{file}: there is no such file, but it is a link to ../blobs/0123; valid: "):
         load(world, folder)
 
 
