@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,17 @@ def write_companions(draft: Path, folder: Path, config: Config, model: PreTraine
         config: names the tokenizer.
         model: the trained model, for its class and config.
         dtype: the dtype of the exported weights.
+
+    Raises:
+        UserError: config.json is broken, which it was not at the start of the run.
     """
     settings = _read(folder / CONFIG_FILE)
     _copy(folder, companions_of_model(folder), draft)
     _write(draft / CONFIG_FILE, settings | changed_keys(settings, folder, model, dtype))
     _write_tokenizer(draft, folder, config)
-    written = [_read(draft / name) for name in (CONFIG_FILE, TOKENIZER_CONFIG)]
-    elsewhere = {name.partition("--")[0] for one in written for name in _references(one) if "--" in name}
+    elsewhere = repositories_of_code(draft)
     if elsewhere:
-        say(f"the exported model reads its code from {', '.join(sorted(elsewhere))}, as the model at its start does")
+        say(f"the exported model reads its code from {', '.join(elsewhere)}, as the model at its start does")
 
 
 def companions_of_model(folder: Path) -> list[str]:
@@ -94,6 +97,16 @@ def changed_keys(
 def own_code(settings: Mapping[str, Any]) -> list[str]:
     """Returns the classes, `module.Class`, of the folder's own code that a config names."""
     return [reference for reference in _references(settings) if "--" not in reference]
+
+
+def repositories_of_code(folder: Path) -> list[str]:
+    """Returns the other repositories of the hub whose code the configs of a model and of its tokenizer name, sorted. A
+    tokenizer's config may be broken: data of token ids is trained on without it.
+    """
+    named = _references(_read(folder / CONFIG_FILE))
+    with suppress(UserError):
+        named += _references(_read(folder / TOKENIZER_CONFIG))
+    return sorted({name.partition("--")[0] for name in named if "--" in name})
 
 
 def _references(settings: Mapping[str, Any]) -> list[str]:
@@ -166,7 +179,14 @@ def _copy(folder: Path, names: Sequence[str], draft: Path) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    """Returns the content of a JSON file, empty where there is no file. Raises UserError where it is broken."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as failure:
+        raise UserError(str(path), f"broken JSON: {failure}", "a JSON object") from failure
+    if not isinstance(content, dict):
+        raise UserError(str(path), "no JSON object", "a JSON object")
+    return content
 
 
 def _write(path: Path, settings: Mapping[str, Any]) -> None:

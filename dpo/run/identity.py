@@ -33,7 +33,7 @@ CONTENT_OF = {
 }
 """The content that a hash in the identity belongs to, by config key."""
 FILES = "model_files"
-"""The key of the digests of the files beside the weights in the identity (`dpo.run.model_files`). Files may be added."""
+"""The key of the digests of `dpo.run.model_files` in the identity. Files may be added."""
 SHARES = "shares"
 """The key of the shares of an epoch in the identity. They may change where the pairs do not, as from null to weight 1;
 an error about the pairs names them."""

@@ -6,26 +6,28 @@ must stay as they are from the first start of a run to its end. By config key, f
     model.path        config.json, generation_config.json, modeling_own.py, LICENSE
     model.tokenizer   tokenizer.json, tokenizer_config.json, chat_template.jinja
     reference.path    modeling_own.py (its config has a part in the reference's hash, with the weights)
+
+and, where it may be run, org/other/modeling.py of another repository of the hub, by model.trust_remote_code.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from dpo.base.sums import sha256_of
-from dpo.checkpoint.companions import companions_of_model, companions_of_tokenizer, is_code
+from dpo.checkpoint.companions import companions_of_model, companions_of_tokenizer, is_code, repositories_of_code
 from dpo.config import Config
 from dpo.encode.tokenizer import find_tokenizer_folder, tokenizer_is_here
+from dpo.hub.snapshots import cached_snapshot
 from dpo.terminal.console import warn
 
-MODEL, TOKENIZER, REFERENCE = "model.path", "model.tokenizer", "reference.path"
+MODEL, TOKENIZER, REFERENCE, CODE = "model.path", "model.tokenizer", "reference.path", "model.trust_remote_code"
 OWNER_OF = {
     MODEL: "the model",
     TOKENIZER: "the tokenizer (of model.path where model.tokenizer is null)",
     REFERENCE: "the reference (of model.path where reference.path is null)",
+    CODE: "the code that a config takes from another repository",
 }
 """Whose files they are, by config key."""
-COPIED = (MODEL, TOKENIZER)
-"""The keys whose files an exported model gets."""
 SHOWN = 3
 """The maximum number of files that a line names."""
 
@@ -45,19 +47,34 @@ def hash_model_files(config: Config, model: Path, reference: Path) -> dict[str, 
     digests = hash_copied_files(config, model)
     if config.loss.facts.uses_reference:
         digests[REFERENCE] = _hash(reference, filter(is_code, companions_of_model(reference)))
+    if config.model.trust_remote_code:
+        digests[CODE] = _hash_other_code([model, reference, _tokenizer_folder(config, model) or model])
     return digests
 
 
 def hash_copied_files(config: Config, model: Path) -> dict[str, dict[str, str]]:
-    """Returns the digests of the files that an exported model gets; see `hash_model_files`. A tokenizer need not be
-    there: data of token ids is trained on without one.
-    """
-    digests = {MODEL: _hash(model, companions_of_model(model)), TOKENIZER: {}}
-    tokenizer = config.model.tokenizer or str(model)
-    if tokenizer_is_here(tokenizer):
-        folder = find_tokenizer_folder(tokenizer)
-        digests[TOKENIZER] = _hash(folder, companions_of_tokenizer(folder))
-    return digests
+    """Returns the digests of the files that an exported model gets; see `hash_model_files`."""
+    tokenizer = _tokenizer_folder(config, model)
+    of_tokenizer = _hash(tokenizer, companions_of_tokenizer(tokenizer)) if tokenizer else {}
+    return {MODEL: _hash(model, companions_of_model(model)), TOKENIZER: of_tokenizer}
+
+
+def _tokenizer_folder(config: Config, model: Path) -> Path | None:
+    """Returns the folder of the tokenizer; None where it is not here, as may be for data of token ids."""
+    name = config.model.tokenizer or str(model)
+    return find_tokenizer_folder(name) if tokenizer_is_here(name) else None
+
+
+def _hash_other_code(folders: Iterable[Path]) -> dict[str, str]:
+    """Returns the digests of the code in other repositories that configs in these folders name: `org/name/FILE`."""
+    repositories = {name for folder in folders for name in repositories_of_code(folder)}
+    snapshots = {name: cached_snapshot(name) for name in sorted(repositories)}
+    return {
+        f"{repository}/{name}": digest
+        for repository, folder in snapshots.items()
+        if folder
+        for name, digest in _hash(folder, sorted(path.name for path in folder.glob("*.py"))).items()
+    }
 
 
 def _hash(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -72,17 +89,17 @@ def tell_changes(before: Digests, config: Config, model: Path) -> None:
         config: names the tokenizer.
         model: the folder of the model from which the policy started.
     """
-    found = find_change({key: before.get(key, {}) for key in COPIED}, hash_copied_files(config, model))
+    found = find_change(before, hash_copied_files(config, model))
     if found:
         warn(f"the exported model gets files that have changed: {found[0]}: {found[1]}")
 
 
 def find_change(before: Digests, now: Digests) -> tuple[str, str] | None:
     """Returns the config key of files that have changed or are gone, and a text that names them; None where all files
-    that were there before are as they were.
+    that were there before are as they were. Keys that are not in both are left out.
     """
-    for key, owner in OWNER_OF.items():
-        old, new = before.get(key, {}), now.get(key, {})
+    for key, owner in _in_both(before, now).items():
+        old, new = before[key], now[key]
         changed = [
             f"{name} has changed (SHA-256 {old[name][:8]}, now {new[name][:8]})"
             if name in new
@@ -99,8 +116,13 @@ def added_files(before: Digests, now: Digests) -> list[str]:
     """Returns a text for each config key with files that were not there before. They damage nothing: where they give
     other token ids, the pairs are others, which the identity has too.
     """
-    new = {key: sorted(now.get(key, {}).keys() - before.get(key, {}).keys()) for key in OWNER_OF}
-    return [f"new beside the weights of {OWNER_OF[key]}: {_listed(names)}" for key, names in new.items() if names]
+    new = {owner: sorted(now[key].keys() - before[key].keys()) for key, owner in _in_both(before, now).items()}
+    return [f"new files of {owner}: {_listed(names)}" for owner, names in new.items() if names]
+
+
+def _in_both(before: Digests, now: Digests) -> dict[str, str]:
+    """Returns the owners of the files that are compared, by config key."""
+    return {key: owner for key, owner in OWNER_OF.items() if key in before and key in now}
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -195,17 +195,29 @@ def test_no_tokenizer_and_no_generation_config(config: Config, tmp_path: Path) -
     ]
 
 
+@pytest.mark.parametrize("content", [b"{}", b"{", b"[]", b'{"auto_map": 1}', b"\xff"])
 def test_a_tokenizer_of_no_use_does_not_cost_the_model(
-    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: bytes, config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Data in `format: tokens` never looked at it; the end of a long run is no time to fail over it."""
-    (tmp_path / "model" / "tokenizer_config.json").write_text("{}")
+    broken = tmp_path / "model" / "tokenizer_config.json"
+    broken.write_bytes(content)
     assert exit_code(config) == 0
-    assert (tmp_path / "run" / "final" / "tokenizer_config.json").read_text() == "{}"
-    elsewhere = changed(config, model__tokenizer="./absent", train__run_dir=str(tmp_path / "other"))
+    assert (tmp_path / "run" / "final" / "tokenizer_config.json").read_bytes() == content
+    (tmp_path / "other").mkdir()
+    broken.rename(tmp_path / "other" / broken.name)
+    elsewhere = changed(config, model__tokenizer=str(tmp_path / "other"), train__run_dir=str(tmp_path / "second"))
     assert exit_code(elsewhere) == 0
+    assert (tmp_path / "second" / "final" / "model.safetensors").is_file()
+    assert "the exported model has no tokenizer: " in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_not_there_does_not_cost_the_model(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(changed(config, model__tokenizer="./absent")) == 0
     assert "the exported model has no tokenizer: model.tokenizer: ./absent: no such" in capsys.readouterr().err
-    assert (tmp_path / "other" / "final" / "model.safetensors").is_file()
+    assert (tmp_path / "run" / "final" / "model.safetensors").is_file()
 
 
 def test_a_large_model_is_several_files_with_an_index(

@@ -127,7 +127,7 @@ def test_a_new_file_is_told_and_recorded(dead: Config, capsys: pytest.CaptureFix
     path = Path(dead.model.path, "NOTICE")
     path.write_text("new")
     run_dir = run(dead)
-    line = f"{checkpoint_path(run_dir, 4)}: new beside the weights of the model: NOTICE"
+    line = f"{checkpoint_path(run_dir, 4)}: new files of the model: NOTICE"
     assert capsys.readouterr().err.splitlines().count(line) == 1
     path.unlink()
     assert "NOTICE is missing; " in refusal(dead, capsys)

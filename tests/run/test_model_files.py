@@ -4,6 +4,9 @@ import hashlib
 import json
 from pathlib import Path
 
+import pytest
+from huggingface_hub import constants
+
 from dpo.run.model_files import added_files, find_change, hash_copied_files, hash_model_files
 from tests.support.runs import changed, make_config
 
@@ -58,6 +61,24 @@ def test_code_and_a_tokenizer_elsewhere(tmp_path: Path) -> None:
     }
 
 
+def test_code_of_another_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the newest revision in the hub's cache, where it may be run; a repository that is not there has no files."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    revision = tmp_path / "models--org--code" / "snapshots" / ("1" * 40)
+    make(revision, "own.py", "words.py", "README.md")
+    (tmp_path / "models--org--code" / "refs").mkdir()
+    (tmp_path / "models--org--code" / "refs" / "main").write_text(revision.name)
+    model = make(tmp_path / "model", auto_map={"AutoModel": "org/code--own.Own", "AutoConfig": "org/not--a.B"})
+    code = {f"org/code/{name}": digest for name, digest in digests(revision, "own.py", "words.py").items()}
+    config = make_config(model, "", "", loss__name="sft")
+    assert hash_model_files(changed(config, model__trust_remote_code=True), model, model) == {
+        "model.path": digests(model, "config.json"),
+        "model.tokenizer": {},
+        "model.trust_remote_code": code,
+    }
+    assert "model.trust_remote_code" not in hash_model_files(config, model, model)
+
+
 def test_links_of_a_snapshot_are_followed(tmp_path: Path) -> None:
     """Also a link that leads nowhere, whose file is missing."""
     blobs, snapshot = make(tmp_path / "blobs", "tokenizer.json"), tmp_path / "snapshot"
@@ -86,6 +107,7 @@ def test_a_change_is_named() -> None:
     assert found() is None
     assert found(**{"1": B}) == ("model.tokenizer", f"{is_not} {changed_one}")
     assert found(**{"1": B, "2": ""}) == ("model.tokenizer", f"{is_not} {changed_one}, 2 is missing")
+    assert find_change(before, {"model.path": before["model.path"]}) is None  # the other key is not compared
     gone = found(**dict.fromkeys(before["model.tokenizer"], ""))
     assert gone == ("model.tokenizer", f"{is_not} 1 is missing, 2 is missing, 3 is missing, 2 more")
     whose = find_change(before, {"model.path": {"config.json": B}})
@@ -96,4 +118,4 @@ def test_files_that_were_added_are_named() -> None:
     before = {"model.path": {"config.json": A}, "model.tokenizer": {}}
     assert added_files(before, before) == []
     now = {"model.path": {"config.json": B}, "model.tokenizer": {"2": A, "1": B}}
-    assert added_files(before, now) == [f"new beside the weights of {TOKENIZER}: 1, 2"]
+    assert added_files(before, now) == [f"new files of {TOKENIZER}: 1, 2"]
