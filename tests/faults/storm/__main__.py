@@ -17,7 +17,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NU
 
 import torch
 
-from tests.faults.storm.damages import KINDS, draw
+from tests.faults.storm.damages import FOUND, KINDS, Damage, draw
 from tests.faults.storm.judging import GOOD, judge, read_result
 from tests.faults.storm.starts import config_of, make_runs, start
 from tests.support.runs import exit_code
@@ -38,7 +38,9 @@ def main() -> int:
 
 
 def storm(folder: Path, rng: random.Random, count: int, kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """Damages copies of a run and starts them; (kind, what became of it) of each."""
+    """Damages copies of a run and starts them; (kind, what became of it) of each. Those of FOUND come
+    first, beside the `count`.
+    """
     root, whole = folder / "work", folder / "whole"
     root.mkdir()
     make_runs(root)
@@ -49,10 +51,7 @@ def storm(folder: Path, rng: random.Random, count: int, kinds: Sequence[str]) ->
         usual[run] = start(root, lambda run=run: exit_code(config_of(root, run))), read_result(root / run)
         shutil.rmtree(root)
     outcomes = []
-    while len(outcomes) < count:
-        damage = draw(whole, rng)
-        if damage.kind not in kinds:
-            continue
+    for damage in [*(found for found in FOUND if found.kind in kinds), *drawn(whole, rng, count, kinds)]:
         shutil.copytree(whole, root)
         damage.apply(root)
         ended = start(root, lambda run=damage.run: exit_code(config_of(root, run)))
@@ -61,6 +60,15 @@ def storm(folder: Path, rng: random.Random, count: int, kinds: Sequence[str]) ->
         outcomes.append((damage.kind, outcome))
         shutil.rmtree(root)
     return outcomes
+
+
+def drawn(root: Path, rng: random.Random, count: int, kinds: Sequence[str]) -> list[Damage]:
+    """Returns random damages of files below `root`, of these kinds alone."""
+    found = list[Damage]()
+    while len(found) < count:
+        damage = draw(root, rng)
+        found += [damage] if damage.kind in kinds else []
+    return found
 
 
 def print_table(outcomes: list[tuple[str, str]]) -> None:
