@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo.base.files import write_file
 from dpo.command.exits import run_program
 from launch import stops
 from launch.node import NodeJob
@@ -87,7 +88,7 @@ def start_in_background(work: RunsHere, log: Path, python: str, setup: Sequence[
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     file = log.with_suffix(".pkl")
-    file.write_bytes(pickle.dumps(work))
+    write_file(file, pickle.dumps(work))
     script = "\n".join(["set -e", *setup, f"exec {shlex.quote(python)} -u -m launch.here {shlex.quote(str(file))}"])
     with log.open("ab") as stream:
         actions = [

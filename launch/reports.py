@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo.base.files import write_atomically
+from dpo.base.files import naming, write_atomically
 from dpo.command.blame import Failure
 from dpo.run_folder.files import JOBS
 
@@ -123,8 +123,9 @@ def add_to_history(folder: Path, outcome: Outcome) -> None:
     line = {"time": datetime.now().isoformat(timespec="seconds"), "state": outcome.state, "message": outcome.message}
     line["checkpoint"] = newest_checkpoint(folder.parents[1])
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "history.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    path, text = folder / "history.jsonl", json.dumps(line) + "\n"
+    with naming(path, len(text)), path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def history(folder: Path) -> list[State]:

@@ -3,6 +3,7 @@
 errors.py       the exceptions with which a program of this package ends early
 units.py        numbers with units, for people
 limits.py       the limit of open file descriptors
+full_disk.py    failures of writes for want of room
 files.py        atomic writes of files and folders; the default cache folder
 sums.py         the SHA-256 of the files of a folder, written and compared
 space.py        whether files of a size fit in a folder, quotas included

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import re
 import shutil
 import time
 import uuid
@@ -10,12 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from dpo.base.full_disk import full_code
 from dpo.base.units import shown_bytes
 
 
 @contextmanager
 def naming(path: Path, num_bytes: int | None = None) -> Iterator[None]:
-    """Adds the name `path` to an OSError of the with-block that names no file, as a write to a full disk raises.
+    """Adds the name `path` to an OSError of the with-block that names no file, as a write to a full disk raises; an
+    exception of a library that means a full disk becomes an OSError.
 
     Args:
         path: the file or folder that the block writes.
@@ -23,22 +24,41 @@ def naming(path: Path, num_bytes: int | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as failure:
-        code = errno.ENOSPC if _SHORT.fullmatch(str(failure)) else failure.errno
-        if code is None or failure.filename is not None:
+    except Exception as failure:
+        full = full_code(failure)
+        if full is not None and num_bytes is not None and not has_need(failure):
+            failure.add_note(f"{NEED}{_shown(num_bytes)}")
+        code = full if full is not None or not isinstance(failure, OSError) else failure.errno
+        if code is None or getattr(failure, "filename", None) is not None:
             raise
-        named = OSError(code, os.strerror(code), str(path))
-        if num_bytes is not None:
-            named.add_note(f"{NEED}{shown_bytes(num_bytes)}")
-        raise named from failure
+        raise _renamed(failure, code, path) from failure
 
 
 NEED = "to write: "
-"""The beginning of a note of an OSError that tells the size of what could not be written, such as `3.2 KiB`."""
+"""The beginning of a note of an error that tells the size of what could not be written, such as `3.2 KiB`."""
 
 
-_SHORT = re.compile(r"\d+ requested and \d+ written")
-"""The message of numpy's `tofile` for a file that takes no more bytes; it drops the system's error."""
+def _shown(num_bytes: int) -> str:
+    return f"{num_bytes} bytes" if num_bytes < 1024 else shown_bytes(num_bytes)
+
+
+def has_need(failure: BaseException) -> bool:
+    """Returns whether an error has a note of the size of what could not be written."""
+    return any(note.startswith(NEED) for note in getattr(failure, "__notes__", ()))
+
+
+def _renamed(failure: BaseException, code: int, path: Path) -> OSError:
+    """Returns an error of the system about `path`, with the notes of another one."""
+    renamed = OSError(code, os.strerror(code), str(path))
+    for note in getattr(failure, "__notes__", ()):
+        renamed.add_note(note)
+    return renamed
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file of which no reader looks for half. Raises OSError, with the name of the file."""
+    with naming(path, len(content)):
+        path.write_bytes(content)
 
 
 def write_atomically(target: Path, content: bytes | memoryview) -> None:
@@ -46,8 +66,9 @@ def write_atomically(target: Path, content: bytes | memoryview) -> None:
 
     Raises OSError with the name of the file: an error of a full disk has none, or that of a file that nobody knows.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     draft = target.with_name(f".{uuid.uuid4().hex}.draft")  # readers look for the target by its name
+    with naming(target, len(content)):
+        target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with draft.open("wb") as file:
             file.write(content)
@@ -57,9 +78,8 @@ def write_atomically(target: Path, content: bytes | memoryview) -> None:
     except OSError as failure:
         with suppress(OSError):
             draft.unlink()
-        named = OSError(failure.errno, failure.strerror, str(target))
-        named.add_note(f"{NEED}{shown_bytes(len(content))}")
-        raise named from failure
+        failure.add_note(f"{NEED}{_shown(len(content))}")
+        raise _renamed(failure, failure.errno or errno.EIO, target) from failure
 
 
 def make_folder_atomically(target: Path, fill: Callable[[Path], None]) -> None:
@@ -85,7 +105,8 @@ def make_folder_atomically(target: Path, fill: Callable[[Path], None]) -> None:
         sync(target.parent)
     except OSError as failure:
         written = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
-        failure.add_note(f"{NEED}more than {shown_bytes(written)}")
+        if written:
+            failure.add_note(f"{NEED}more than {_shown(written)}")
         if not target.is_dir():
             raise
     finally:

@@ -8,6 +8,7 @@ each block where the file system has no fallocate.
 import ctypes
 import errno
 import os
+import resource
 import shutil
 import tempfile
 from contextlib import ExitStack
@@ -15,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo.base.files import NEED, nearest_existing
+from dpo.base.full_disk import CAUSES, full_code
 from dpo.base.units import shown_bytes
 
-CAUSES = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "a quota is used up"}
-"""Errors of a full file system, and of a quota that is used up, in words."""
+REFUSALS = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of fallocate that tell that there is no room."""
 
 UNKNOWN = (errno.EOPNOTSUPP, errno.ENOSYS, errno.ENODEV, errno.EINVAL, errno.EPERM, errno.EFBIG)
 """Errors of fallocate that do not tell whether there is room: the file system or a sandbox has no fallocate, or files
@@ -71,41 +73,65 @@ def find_shortage(folder: Path, num_bytes: int) -> Shortage | None:
     try:
         _reserve(present, num_bytes)
     except OSError as failure:
-        if failure.errno not in (*CAUSES, *UNKNOWN):
+        if failure.errno not in (*REFUSALS, *UNKNOWN):
             raise
         refusal = failure.errno
     free = shutil.disk_usage(present).free
-    if refusal in CAUSES or (refusal is not None and num_bytes > free):
+    if refusal in REFUSALS or (refusal is not None and num_bytes > free):
         return Shortage(folder, num_bytes, free, refusal == errno.EDQUOT or free >= num_bytes)
     return None
 
 
-def describe_full(failure: OSError, path: Path | None = None) -> str | None:
-    """Returns a line for the error of a write to a full disk or over a quota; None for any other error.
+def describe_full(failure: BaseException, path: Path | None = None) -> str | None:
+    """Returns a line for a write that failed for want of room (`CAUSES`): the file, the bytes that were needed, those
+    that are free; None for any other failure. Where nobody knew the bytes, it was one at least.
 
     Args:
         failure: the error.
         path: the file or folder that could not be written; None: the one that the error names.
     """
-    if failure.errno not in CAUSES:
+    code = full_code(failure)
+    if code is None:
         return None
-    named = path or (Path(os.fsdecode(failure.filename)) if isinstance(failure.filename, str | bytes) else None)
-    place = f": cannot write {named}{_size(failure)}{free_room(named)}" if named else ""
-    return CAUSES[failure.errno] + place
+    named = path or _named(failure)
+    needs = [note.removeprefix(NEED) for note in getattr(failure, "__notes__", ()) if note.startswith(NEED)]
+    needed = needs[0] if needs else "at least 1 byte"
+    return f"{CAUSES[code]}: cannot write {named or 'a file'}, {needed}{free_room(named, code) if named else ''}"
 
 
-def _size(failure: OSError) -> str:
-    """Returns `, 3.2 KiB`, the size of what could not be written; nothing where no one knew it (see `files.naming`)."""
-    sizes = [note.removeprefix(NEED) for note in getattr(failure, "__notes__", ()) if note.startswith(NEED)]
-    return f", {sizes[0]}" if sizes else ""
+def _named(failure: BaseException) -> Path | None:
+    """Returns the file that an error names; of two, as of a copy, the second is written."""
+    names = [getattr(failure, name, None) for name in ("filename2", "filename")]
+    return next((Path(os.fsdecode(name)) for name in names if isinstance(name, str | bytes)), None)
 
 
-def free_room(path: Path) -> str:
-    """Returns `: 3.2 GiB are free there`; nothing where the file system does not answer."""
+def free_room(path: Path, code: int = errno.ENOSPC) -> str:
+    """Returns `: 3.2 GiB are free there`, with the limit that counts where it is not the free bytes; nothing where the
+    file system does not answer.
+
+    Args:
+        path: a file or folder, which may not exist.
+        code: the error of the write, a key of CAUSES.
+    """
     try:
-        return f": {shown_bytes(shutil.disk_usage(nearest_existing(path)).free)} are free there"
+        system = os.statvfs(nearest_existing(path))
+        free = f": {shown_bytes(shutil.disk_usage(nearest_existing(path)).free)} are free there"
     except OSError:
         return ""
+    if code == errno.EFBIG:
+        return f"{free}, and {_largest_file()}"
+    return f"{free}, and no further file may be made: the inodes are used up" if _lacks_inodes(system) else free
+
+
+def _lacks_inodes(system: os.statvfs_result) -> bool:
+    return system.f_files > 0 and system.f_favail == 0
+
+
+def _largest_file() -> str:
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit == resource.RLIM_INFINITY:
+        return "the file system has a limit on the size of a file"
+    return f"ulimit -f allows {shown_bytes(limit)} per file"
 
 
 def _reserve(folder: Path, num_bytes: int) -> None:

@@ -18,9 +18,10 @@ from tensorboard.plugins.histogram.metadata import create_summary_metadata as hi
 from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.util.tensor_util import make_tensor_proto
 
+from dpo.base.files import naming
 from dpo.board.bins import bins
 from dpo.board.charts import LAYOUT, Chart, has_chart, histogram_tag, text_tag
-from dpo.board.event_files import drop_points, event_files, open_events, put_aside_sub_runs, write_event
+from dpo.board.event_files import add_event, drop_points, event_files, open_events, put_aside_sub_runs
 from dpo.board.hparams import flat, write_entry
 from dpo.board.sink import Answer, Ending
 from dpo.config import Config
@@ -79,15 +80,15 @@ class Dashboard:
 
     def close(self, ending: Ending = "done") -> None:
         """Closes the event file, however the start ends."""
-        self.file.close()
+        with naming(Path(self.file.name)):
+            self.file.close()
 
     def _page(self, name: str, markdown: str, step: int) -> None:
         valid = markdown.encode(errors="replace").decode()  # a path may hold any byte
         self._write(text_pb(text_tag(name), valid), step)
 
     def _write(self, summary: Summary, step: int) -> None:
-        write_event(self.file, Event(step=step, summary=summary))
-        self.file.flush()
+        add_event(self.file, Event(step=step, summary=summary))
 
 
 def layout_summary(layout: Mapping[str, Sequence[Chart]]) -> Summary:

@@ -17,7 +17,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from dpo.base.files import write_atomically
+from dpo.base.files import naming, write_atomically
 from dpo.terminal.console import warn
 
 PREFIX = "events.out.tfevents"
@@ -36,11 +36,17 @@ def open_events(folder: Path, first_step: int) -> BinaryIO:
     taken = [int(path.name.split(".")[3]) for path in event_files(folder)]
     number = max([int(time.time()), *(last + 1 for last in taken)])
     file = (folder / f"{PREFIX}.{number:010d}.{socket.gethostname()}").open("xb")
-    write_event(file, Event(file_version="brain.Event:2"))
+    add_event(file, Event(file_version="brain.Event:2"))
     # At a START, an open TensorBoard discards the points that it has read and that `drop_points` removed.
-    write_event(file, Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
-    file.flush()
+    add_event(file, Event(step=first_step, session_log=SessionLog(status=SessionLog.START)))
     return file
+
+
+def add_event(file: BinaryIO, event: Event) -> None:
+    """Appends an event to an event file at once. Raises OSError, with the name of the file."""
+    with naming(Path(file.name), event.ByteSize()):
+        write_event(file, event)
+        file.flush()
 
 
 def write_event(file: BinaryIO, event: Event) -> None:

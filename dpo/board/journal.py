@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Mapping
 from pathlib import Path
 
-from dpo.base.files import write_atomically
+from dpo.base.files import naming, write_atomically
 
 
 class Journal:
@@ -42,7 +42,11 @@ class Journal:
 
     def close(self) -> None:
         """Closes the file."""
-        self.file.close()
+        with naming(Path(self.file.name)):
+            self.file.close()
 
     def _append(self, line: Mapping[str, int | str]) -> None:
-        print(json.dumps(line), file=self.file, flush=True)
+        text = json.dumps(line) + "\n"
+        with naming(Path(self.file.name), len(text)):
+            self.file.write(text)
+            self.file.flush()

@@ -12,11 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dpo.base.files import naming
 from dpo.board.bins import bins
 from dpo.board.charts import histogram_tag, text_tag
 from dpo.board.hparams import Value, flat
 from dpo.board.journal import Journal
 from dpo.board.sink import Answer, Ending
+from dpo.command.exits import line_of
 from dpo.config import Config
 from dpo.terminal.console import warn
 
@@ -75,6 +77,7 @@ class Tracker:
 
     def __init__(self, name: str, config: Config, first_step: int, connect: Callable[[Opening], Client]):
         self.name, self.first_step = name, first_step
+        self.folder = Path(str(config.train.run_dir)) / "trackers"
         self.client: Client | None = None
         self.journal: Journal | None = None
         self._attempt(lambda: self._open(config, connect))
@@ -111,11 +114,9 @@ class Tracker:
                 self._attempt(journal.close)
 
     def _open(self, config: Config, connect: Callable[[Opening], Client]) -> None:
-        run_dir = Path(str(config.train.run_dir))
-        folder = run_dir / "trackers"
-        self.journal = journal = Journal(folder / f"{self.name}.jsonl")
+        self.journal = journal = Journal(self.folder / f"{self.name}.jsonl")
         values = flat(asdict(config))
-        client = connect(Opening(run_dir.name, journal.id, folder, values, journal.num_rows))
+        client = connect(Opening(self.folder.parent.name, journal.id, self.folder, values, journal.num_rows))
         held = client.held()
         journal.last = journal.last if held is None else held
         self.client = client
@@ -134,9 +135,10 @@ class Tracker:
     def _attempt(self, action: Callable[[], None]) -> None:
         """Calls the library. After an error of any kind, warns and sends no more."""
         try:
-            action()
+            with naming(self.folder):
+                action()
         except Exception as failure:  # such as the network's: a run must not end with its tracker
             self.client = None
-            reason = " ".join(f"{type(failure).__name__}: {failure}".split())
+            reason = line_of(failure)
             later = "the run does not end with it, and its next start sends the metrics that are missing"
             warn(f"{self.name} failed, and is sent no more: {reason:.300}; {later}")

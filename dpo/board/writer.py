@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 
 from dpo.base.files import naming
+from dpo.base.full_disk import full_code
 from dpo.board.sink import Answer, Ending, Sink, ending_of
 from dpo.config import Config
 from dpo.terminal.stalls import telling_stalls
@@ -36,7 +37,11 @@ class MetricsWriter:
         return self
 
     def __exit__(self, kind: object, failure: BaseException | None, trace: object) -> None:
-        self.close(ending_of(failure))
+        try:
+            self.close(ending_of(failure))
+        except OSError:
+            if failure is None or full_code(failure) is None:
+                raise  # else the first write to a full disk says what was needed: a file keeps its line until it closes
 
     def write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Writes a line of metrics.jsonl, `{"step": step, name: metric, ...}`, and a point in the chart of each metric.
@@ -80,7 +85,12 @@ class MetricsWriter:
         with telling_stalls(self.run_dir), naming(self.run_dir), ExitStack() as stack:
             for sink in reversed(self.sinks):
                 stack.callback(sink.close, ending)
-            stack.callback(self.file.close)  # of a full disk it fails once more, for a line that is still to be written
+            stack.callback(self._close_file)
+
+    def _close_file(self) -> None:
+        """Closes metrics.jsonl; of a full disk it fails once more, for a line that is still to be written."""
+        with naming(self.path):
+            self.file.close()
 
     def _each(self, show: Callable[[Sink], None], num_bytes: int | None = None) -> None:
         """Calls each sink where the folder is still this start's."""

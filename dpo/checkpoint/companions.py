@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dpo.base.errors import InvalidValue, UserError
+from dpo.base.files import naming, write_file
 from dpo.config import Config
 from dpo.encode.tokenizer import find_tokenizer_folder, has_tokenizer, load_tokenizer
 from dpo.hub.files import CONFIG_FILE, model_companions, tokenizer_companions
@@ -175,7 +176,8 @@ def _copy(folder: Path, names: Sequence[str], draft: Path) -> None:
     """Copies files; a snapshot of the hub's cache holds links, which are followed."""
     for name in names:
         (draft / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, draft / name)
+        with naming(draft / name, (folder / name).stat().st_size):
+            shutil.copyfile(folder / name, draft / name)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -190,4 +192,4 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, settings: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(path, (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode())

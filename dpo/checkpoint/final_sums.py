@@ -7,6 +7,7 @@ import errno
 from collections.abc import Mapping
 from pathlib import Path
 
+from dpo.base.files import write_file
 from dpo.base.sums import NO_SUMS, SUMS, find_change, find_unlisted, read_sums, sha256_of, sums_text
 from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.world import World
@@ -25,7 +26,7 @@ def write_sums_together(folder: Path, world: World) -> None:
     parts = all_gather(together(lambda: {name: sha256_of(folder / name) for name in own}))
     sums = {name: digest for part in parts for name, digest in part.items()}
     text = sums_text(dict(sorted(sums.items())))
-    on_main(world, lambda: (folder / SUMS).write_text(text, encoding="utf-8"))
+    on_main(world, lambda: write_file(folder / SUMS, text.encode()))
 
 
 def find_fault_of_export(folder: Path, world: World) -> str | None:

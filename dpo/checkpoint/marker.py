@@ -18,7 +18,7 @@ import stat
 from pathlib import Path
 
 from dpo.base.errors import RunError
-from dpo.base.files import naming, sync
+from dpo.base.files import naming, sync, write_file
 from dpo.base.sums import is_plain_name, sha256_of
 
 MARKER, METADATA, STATE = "COMPLETE", ".metadata", "state.json"
@@ -34,7 +34,7 @@ _ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 def write_marker(folder: Path, files: Inventory) -> None:
     """Writes the marker of a checkpoint, given all other files."""
-    (folder / MARKER).write_text(json.dumps(dict(sorted(files.items())), indent=1), encoding="utf-8")
+    write_file(folder / MARKER, json.dumps(dict(sorted(files.items())), indent=1).encode())
 
 
 def own_files(names: list[str], rank: int, size: int) -> list[str]:

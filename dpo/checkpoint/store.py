@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from dpo.base.errors import RunError, UserError
-from dpo.base.files import replace_folder, sync, sync_tree
+from dpo.base.files import replace_folder, sync, sync_tree, write_file
 from dpo.base.space import describe_full, find_shortage
 from dpo.checkpoint.fingerprint import fingerprint
 from dpo.checkpoint.folders import (
@@ -261,7 +261,7 @@ def _make_draft(draft: Path, num_bytes: int, check_lock: Callable[[], None]) -> 
 
 def _commit(draft: Path, target: Path, state: RunState, files: Inventory) -> None:
     """Writes state and marker, and gives the checkpoint its name, which is then on the disk."""
-    (draft / STATE).write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+    write_file(draft / STATE, json.dumps(asdict(state), indent=1).encode())
     write_marker(draft, files | {STATE: measure(draft / STATE)})
     sync_tree(draft)
     replace_folder(draft, target, draft_name())

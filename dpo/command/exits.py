@@ -11,8 +11,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
+from pathlib import Path
 
 from dpo.base.errors import FolderLost, Preempted, RunError, UserError, one_line
+from dpo.base.files import naming
+from dpo.base.full_disk import full_code
 from dpo.base.space import describe_full
 from dpo.command.line import split_options
 from dpo.command.rank import is_main, is_rank
@@ -37,7 +40,7 @@ def line_of(failure: BaseException) -> str:
     """Returns the error line of an exception: its message, after the exception's name if it is not ours; of a full disk
     `the disk is full`, with the file.
     """
-    full = describe_full(failure) if isinstance(failure, OSError) else None
+    full = describe_full(failure)
     if full:
         return one_line(full)
     is_ours = isinstance(failure, (UserError, RunError, FolderLost))
@@ -72,12 +75,21 @@ def run_program(main: Callable[[], object], after_stop: str = "") -> int:
     except KeyboardInterrupt as stop:
         tell_stop(after_stop)
         return exit_code_of(stop)
-    except (UserError, RunError, OSError) as failure:
+    except Exception as failure:
         if is_reader_gone(failure):
             return READER_GONE
+        if not is_told(failure):
+            raise
         tell_error(line_of(failure))
         return exit_code_of(failure)
     return 0
+
+
+def is_told(failure: Exception) -> bool:
+    """Returns whether an exception ends a program by one line: that of the user's input, of a run, of the system, or of
+    a library to which the disk is full. Any other one is a bug.
+    """
+    return isinstance(failure, (UserError, RunError, OSError)) or full_code(failure) is not None
 
 
 def show_any_text() -> None:
@@ -98,7 +110,21 @@ def with_results_written(main: Callable[[], object]) -> None:
 
 def _write_results() -> None:
     if sys.stdout is not None:  # None: the process was started with a closed stdout
-        sys.stdout.flush()
+        try:
+            with naming(_stdout_file()):
+                sys.stdout.flush()
+        except OSError as failure:
+            if full_code(failure) is not None:
+                _discard_results()
+            raise
+
+
+def _stdout_file() -> Path:
+    """Returns the file to which stdout goes, or the name of a pipe or terminal."""
+    try:
+        return Path("/proc/self/fd/1").readlink()
+    except OSError:
+        return Path("stdout")
 
 
 READER_GONE = 128 + signal.SIGPIPE
@@ -115,8 +141,13 @@ def is_reader_gone(failure: BaseException) -> bool:
     pipe.register(sys.stdout.fileno(), 0)
     is_gone = any(event & select.POLLERR for _, event in pipe.poll(0))
     if is_gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_results()
     return is_gone
+
+
+def _discard_results() -> None:
+    """Discards what is left for stdout: Python would try once more as it ends, and fail with words of its own."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def check_words(read: Callable[[], object]) -> None:

@@ -31,6 +31,7 @@ from rich.text import Text
 from transformers.utils.logging import disable_progress_bar
 
 from dpo.base.errors import UserError
+from dpo.base.files import write_file
 from dpo.config import (
     BatchConfig,
     CheckpointConfig,
@@ -82,7 +83,7 @@ def start_afresh(out: Path) -> None:
             raise UserError("command line: --out", what, valid)
         shutil.rmtree(out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text("Made by python -m dpo.demo; the next demo in this folder removes all its files.\n")
+    write_file(out / MARKER, b"Made by python -m dpo.demo; the next demo in this folder removes all its files.\n")
 
 
 def write_world(out: Path) -> list[Question]:
@@ -140,7 +141,7 @@ def run_stage(config: Config, path: Path) -> None:
 
     Raises SystemExit with the exit code of the training where it fails and has printed its error.
     """
-    path.write_text(to_yaml(config), encoding="utf-8")
+    write_file(path, to_yaml(config).encode())
     arguments = ["--standalone", "--nproc-per-node", str(NUM_RANKS), "-m", "dpo.train", "--config", str(path)]
     print(in_one_line(f"$ {shlex.join(['torchrun', *arguments])}"), flush=True)
     command = [sys.executable, "-m", "torch.distributed.run", *arguments]

@@ -25,6 +25,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from dpo.base.files import naming, write_file
+
 NAMES = ("Ada", "Ben", "Cleo", "Dan", "Emma", "Finn", "Greta", "Hugo", "Ida", "Jon", "Kira", "Leo", "Mia", "Nora",
          "Otto", "Pia")  # fmt: skip
 SOUNDS = {"cow": "moo", "cat": "meow", "dog": "woof", "duck": "quack", "sheep": "baa", "pig": "oink", "frog": "croak",
@@ -141,7 +143,7 @@ def preference_row(question: Question, num_answers: int, rng: random.Random) -> 
 def save_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes the rows as JSONL."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -172,8 +174,10 @@ def save_model(folder: Path, rows: Iterable[dict[str, Any]], seed: int) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        model = LlamaForCausalLM(config)
+    with naming(folder, 4 * model.num_parameters()):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from dpo.base.errors import RunError, UserError
-from dpo.command.exits import line_of
+from dpo.command.exits import is_told, line_of
 from dpo.distributed.world import World
 
 T = TypeVar("T")
@@ -67,7 +67,9 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return work(), None
     except (UserError, RunError) as failure:
         return None, failure
-    except OSError as failure:
+    except Exception as failure:
+        if not is_told(failure):
+            raise
         return None, RunError(line_of(failure))
 
 

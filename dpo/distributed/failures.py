@@ -16,6 +16,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,9 @@ import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dpo.base.errors import RunError, UserError, one_line
-from dpo.base.space import CAUSES, free_room
+from dpo.base.files import nearest_existing
+from dpo.base.full_disk import CAUSES, full_code
+from dpo.base.space import free_room
 from dpo.base.units import shown_bytes
 from dpo.command.blame import is_lost_by_backend, write_error
 from dpo.command.exits import exit_code_of, line_of
@@ -62,17 +65,23 @@ def storage_errors(folder: Path, num_bytes: int | None = None) -> Iterator[None]
         yield
     except CheckpointException as failure:
         rank, (reason, _) = next(iter(failure.failures.items()))
-        cause, room = _full_cause(reason), free_room(folder.parent)
-        size = f", {shown_bytes(num_bytes)} in all" if num_bytes else ""
-        full = f"{cause}: rank {rank} cannot write {folder}{size}{room}"
-        raise RunError(full if cause else f"{folder}: rank {rank}: {line_of(reason)}{room}") from failure
+        code, size = _full_code(reason, folder, num_bytes), f", {shown_bytes(num_bytes)} in all" if num_bytes else ""
+        room = free_room(folder.parent, code or 0)
+        full = f"{CAUSES.get(code or 0)}: rank {rank} cannot write {folder}{size}{room}"
+        raise RunError(full if code else f"{folder}: rank {rank}: {line_of(reason)}{room}") from failure
 
 
-def _full_cause(failure: BaseException) -> str | None:
-    """Returns whether the disk or a quota was full where a write failed; None for another failure."""
-    if isinstance(failure, OSError):
-        return CAUSES.get(failure.errno or 0)
-    return " or ".join(CAUSES.values()) if _FULL.search(str(failure)) else None
+def _full_code(failure: BaseException, folder: Path, num_bytes: int | None) -> int | None:
+    """Returns the key of CAUSES for which a write failed; None for another failure. Where torch has dropped it, it is
+    seen from what `num_bytes` find: less room, a lower limit on the size of a file, or neither, as under a quota.
+    """
+    code = full_code(failure)
+    if code is not None or not _FULL.search(str(failure)):
+        return code
+    if shutil.disk_usage(nearest_existing(folder)).free < (num_bytes or 0):
+        return errno.ENOSPC
+    has_limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0] != resource.RLIM_INFINITY
+    return errno.EFBIG if has_limit else errno.EDQUOT
 
 
 _FULL = re.compile(r"inline_container\.cc.*(unexpected pos|file write failed)")
@@ -106,7 +115,7 @@ def met_alone(failure: Exception) -> str | None:
         peak = _device_peak() if kind == "GPU" else _host_peak()
         need = [note for note in getattr(failure, "__notes__", ()) if note.startswith(_NOTE)]
         return _named(f"out of {kind} memory: {_asked(cause)}; {'; '.join([peak, *need, _remedy()])}")
-    if isinstance(failure, OSError):
+    if isinstance(failure, OSError) or full_code(failure) is not None:
         lost = _noted_loss(failure)
         return _named(lost) if lost else line_of(failure)
     if has_lost_rank(failure):

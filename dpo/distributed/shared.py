@@ -19,6 +19,7 @@ from pathlib import Path
 
 from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing
+from dpo.base.space import describe_full
 from dpo.distributed.collectives import all_gather, on_main
 from dpo.distributed.world import World
 
@@ -107,7 +108,8 @@ def _write_probe(key: str, folder: Path, valid: str) -> Probe:
     try:
         probe.path(folder).touch()
     except OSError as failure:
-        raise UserError(key, f"cannot write to {folder}: {failure.strerror}", valid) from failure
+        what = describe_full(failure, folder) or f"cannot write to {folder}: {failure.strerror}"
+        raise UserError(key, what, valid) from failure
     return probe
 
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo.base.files import write_file
 from dpo.base.processes import find_process, own_pid_namespace
 
 IN, DONE, TOGETHER, FAILED, LOST = range(5)
@@ -108,7 +109,7 @@ class Slot:
         own = {"pid": os.getpid(), "started": _started(os.getpid()), "namespace": own_namespace()}
         text = json.dumps(own | dict(header)).encode()
         draft = folder / f".{header['rank']}"
-        draft.write_bytes(text.ljust(_LIFE_AT) + bytes(_SIZE - _LIFE_AT))  # all of it: no page may be missing later
+        write_file(draft, text.ljust(_LIFE_AT) + bytes(_SIZE - _LIFE_AT))  # all of it: no page may be missing later
         with draft.open("r+b") as file:
             self.memory = mmap.mmap(file.fileno(), _SIZE)
         self.count = 0

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dpo.base.errors import UserError
+from dpo.base.files import naming
 from dpo.command.exits import run_program
 from dpo.command.likeness import closest, meant
 from dpo.command.line import COMMAND_LINE, Parser, parse_arguments, with_quiet
@@ -63,7 +64,8 @@ def copy_config(name: str, out: Path) -> Path:
     file = out / source.name if out.is_dir() else out
     if file.exists():
         raise UserError(str(file), "is there already", "another OUT, or remove the file")
-    shutil.copyfile(source, file)
+    with naming(file, source.stat().st_size):
+        shutil.copyfile(source, file)
     return file
 
 

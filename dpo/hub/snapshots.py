@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from dpo.base.errors import InvalidValue, RunError, UserError
+from dpo.base.files import naming
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
 from dpo.hub.files import CONFIG_FILE, INDEX, MODEL, TOKENIZER, Need, config_files, files_that_prove, read_index
@@ -119,7 +120,8 @@ def download(repository: str, need: Need, revision: str | None = None, missing: 
         check_room(Path(constants.HF_HUB_CACHE), num_bytes, f"the download of {repository}", "HF_HOME")
         last = files_that_prove(wanted)
         for group in (sorted(set(wanted) - set(last)), last):
-            folder = Path(snapshot_download(repository, revision=info.sha, allow_patterns=group))
+            with naming(Path(constants.HF_HUB_CACHE), num_bytes):
+                folder = Path(snapshot_download(repository, revision=info.sha, allow_patterns=group))
         if cached_snapshot(repository) != folder:
             snapshot_download(repository, allow_patterns=wanted)  # notes in the cache which revision is the newest
     return Download(folder, num_bytes)

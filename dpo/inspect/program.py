@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import disable_progress_bars
 
+from dpo.base.files import write_file
 from dpo.config import Config
 from dpo.encode.tokenizer import has_tokenizer, load_tokenizer
 from dpo.inspect.arguments import read_arguments
@@ -52,6 +53,6 @@ def main() -> None:
         disable_progress_bars()
     inspection = inspect(arguments.config, arguments.examples)
     if arguments.html:
-        arguments.html.write_text(html_page(inspection), encoding="utf-8")
+        write_file(arguments.html, html_page(inspection).encode())
         say(f"the page is in {arguments.html}")
     print_inspection(inspection, make_console())

@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 
 from dpo.base.errors import UserError
+from dpo.base.files import write_file
 from dpo.base.sums import read_sums
 from dpo.config import Config, LossConfig, SourceConfig
 from dpo.encode.chat import check_arguments
@@ -199,7 +200,7 @@ def _number(draft: Path, train: list[_Tokenized], evals: list[_Tokenized], confi
     reports[: len(train)] = [_with_share(report, *each) for report, each in zip(reports, both, strict=False)]
     shared = len(np.intersect1d(train_set.prompts, eval_set.prompts))  # from sources of `data.eval`, not from hold-out
     report = DataReport(tuple(reports), train_set.num_pairs, eval_set.num_pairs, shared)
-    (draft / REPORT).write_text(to_json(report), encoding="utf-8")
+    write_file(draft / REPORT, to_json(report).encode())
 
 
 def _read(folder: Path, train: list[_Tokenized], evals: list[_Tokenized]) -> PreferenceData:

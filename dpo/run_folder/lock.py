@@ -241,8 +241,9 @@ def _link(draft: Path, target: Path, me: Holder) -> bool:
 def _write(path: Path, me: Holder) -> bool:
     """Writes a lock; returns whether there was none of this name. Raises OSError, with the path."""
     try:
-        with naming(path), path.open("xb") as file:
-            file.write(me.to_json())
+        content = me.to_json()
+        with naming(path, len(content)), path.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
     except FileExistsError:

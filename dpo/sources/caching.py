@@ -11,6 +11,8 @@ import datasets
 import huggingface_hub
 
 from dpo.base.errors import UserError
+from dpo.base.files import naming
+from dpo.base.full_disk import full_code
 from dpo.hub.snapshots import PREPARE
 
 FORMAT = 4
@@ -74,8 +76,19 @@ def one_error(path: str, key: str) -> Iterator[None]:
         with _silent(datasets.logging), _silent(huggingface_hub.logging):
             yield
     except Exception as error:  # the hub, its http client, fsspec and arrow raise classes without a common base
+        with naming(Path(datasets.config.HF_DATASETS_CACHE)):
+            _raise_full(error)
         valid = PREPARE if isinstance(error, ConnectionError) else ""
         raise UserError(f"{key}.path", f"{path}: cannot be loaded: {first_line(error)}", valid) from error
+
+
+def _raise_full(error: BaseException) -> None:
+    """Raises the error, or the first of its causes, to which the disk is full; returns where there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if full_code(cause) is not None:
+            raise cause
+        cause = cause.__cause__
 
 
 @contextmanager

@@ -17,7 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo.base.errors import UserError
-from dpo.base.space import CAUSES, free_room
+from dpo.base.files import NEED, has_need
+from dpo.base.full_disk import full_code
+from dpo.base.space import describe_full
 from dpo.base.sums import is_plain_name
 from dpo.base.units import shown_bytes
 from dpo.config import SourceConfig
@@ -258,10 +260,11 @@ def _cache_fault(failure: OSError, source: Path) -> UserError | None:
     if failure.errno in NO_LOCKS:
         what = f"{cache}: files cannot be locked there: {failure.strerror}"
         return UserError("HF_HOME", what, "a folder on a file system with locks, such as a local disk")
-    if failure.errno in CAUSES:  # arrow's error has no file name
-        size = f", about {shown_bytes(source.stat().st_size)}" if source.is_file() else ""
-        what = f"{CAUSES[failure.errno]}: cannot write to {cache}{size}{free_room(cache)}"
-        return UserError("HF_HOME", what, "a folder with more room, or free space there")
+    if full_code(failure) is not None:  # arrow's error has no file name
+        if source.is_file() and not has_need(failure):
+            failure.add_note(f"{NEED}about {shown_bytes(source.stat().st_size)}")
+        valid = "a folder with more room, or free space there"
+        return UserError("HF_HOME", str(describe_full(failure, cache)), "" if failure.errno == errno.EFBIG else valid)
     if place.is_relative_to(cache) or cache.is_relative_to(place):  # a file in the cache, or a parent to be made
         return UserError("HF_HOME", f"cannot write to {cache}: {failure.strerror}", "a folder to write in")
     return None

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+from dpo.base.files import naming
 from dpo.base.space import describe_full
 from dpo.terminal.stalls import telling_stalls
 
@@ -72,7 +73,7 @@ class LogFile(logging.Handler):
         assert self.file is not None, "only records of a run with a file are appended"
         path = Path(self.file.name)
         try:
-            with telling_stalls(path):
+            with telling_stalls(path), naming(path, len(line.encode(errors="replace"))):
                 self.file.write(line)
                 self.file.flush()
                 if self.file.tell() >= self.max_bytes:

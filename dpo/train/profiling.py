@@ -9,6 +9,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from dpo.base.files import naming
 from dpo.base.units import shown_seconds
 from dpo.terminal.console import say
 
@@ -91,10 +92,14 @@ class _Recorder:
         profiler.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"steps-{self.first}-{self.last}"
-        profiler.export_chrome_trace(str(self.folder / f"{name}.pt.trace.json.gz"))
+        trace = self.folder / f"{name}.pt.trace.json.gz"
+        with naming(trace):
+            profiler.export_chrome_trace(str(trace))
         say(f"the trace of steps {self.first} to {self.last} is in {self.folder}; most time on the {self.device.type}:")
         for line in kernel_lines(profiler, self.device):
             say(line)
         if self.on_cuda:
-            torch.cuda.memory._dump_snapshot(str(self.folder / f"{name}.memory.pickle"))
+            snapshot = self.folder / f"{name}.memory.pickle"
+            with naming(snapshot):
+                torch.cuda.memory._dump_snapshot(str(snapshot))
             torch.cuda.memory._record_memory_history(enabled=None)

@@ -161,11 +161,17 @@ def test_the_error_of_a_write_in_a_line(tmp_path: Path, monkeypatch: pytest.Monk
     """Of a full disk and of a quota, with the file that the error or the caller names; of nothing else."""
     monkeypatch.setattr(space.shutil, "disk_usage", lambda folder: Usage(100 * GIB, 90 * GIB, 2**20))
     file = tmp_path / "new" / "metrics.jsonl"
-    room = f"cannot write {file}: 1.0 MiB are free there"
+    room = f"cannot write {file}, at least 1 byte: 1.0 MiB are free there"
     full, quota = (OSError(code, os.strerror(code)) for code in (errno.ENOSPC, errno.EDQUOT))
     assert describe_full(OSError(errno.ENOSPC, "No space left on device", str(file))) == f"the disk is full: {room}"
     assert describe_full(full, file) == f"the disk is full: {room}"
     assert describe_full(quota, file) == f"a quota is used up: {room}"
-    assert describe_full(full) == "the disk is full"
+    assert describe_full(full) == "the disk is full: cannot write a file, at least 1 byte"
+    large, copied = (OSError(errno.EFBIG, "File too large", "here", None, str(file)) for _ in range(2))
+    assert (
+        describe_full(copied) == f"a file is too large: {room}, and the file system has a limit on the size of a file"
+    )
+    monkeypatch.setattr(space.resource, "getrlimit", lambda limit: (2**20, 2**30))
+    assert describe_full(large) == f"a file is too large: {room}, and ulimit -f allows 1.0 MiB per file"
     assert describe_full(OSError(errno.EIO, os.strerror(errno.EIO), str(file))) is None
     assert describe_full(OSError("2 requested and 1 written")) is None

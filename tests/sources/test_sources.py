@@ -331,6 +331,6 @@ def test_a_full_cache_is_one_line(tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(sources, "json_rows", full)
     said = fault(write_jsonl(tmp_path / "rows.jsonl", ROWS))
-    what = f"the disk is full: cannot write to {datasets.config.HF_DATASETS_CACHE}, about 0.4 KiB: "
+    what = f"the disk is full: cannot write {datasets.config.HF_DATASETS_CACHE}, about 0.4 KiB: "
     assert said.startswith(f"HF_HOME: {what}")
     assert said.endswith(" are free there; valid: a folder with more room, or free space there")

@@ -244,7 +244,7 @@ def test_a_full_disk_is_told_once_and_ends_no_run(capsys: pytest.CaptureFixture[
     say("one")
     say("two")
     lines = capsys.readouterr().err.splitlines()
-    said = "WARNING: the log lacks lines from here on: the disk is full: cannot write /runs/x/log.txt: "
+    said = "WARNING: the log lacks lines from here on: the disk is full: cannot write /runs/x/log.txt, 25 bytes: "
     assert [line for line in lines if not line.startswith(said)] == ["one", "two"] and len(lines) == 3
 
 
