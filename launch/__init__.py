@@ -6,6 +6,7 @@ dpo the launcher imports what reads configs and run folders only (a contract in 
 
     0  durations.py   SLURM's formats of a duration
     0  failures.py    collects the failures of a node's ranks
+    0  output.py      the output of torchrun and its ranks, which is bounded
     0  squeue.py      asks SLURM for the state of a job
     0  supervise.py   torchrun as a child process: signals, time limits
     0  stops.py       records the signals that stop a job

@@ -103,6 +103,7 @@ class NodeJob:
         """
         if place.node == 0:
             attempt.status.unlink(missing_ok=True)
+            attempt.remove_others()
             write_outcome(self.folder, Outcome("running"))
         logs, error_file = attempt.log_dir(place.node), attempt.torchrun_error(place.node)
         logs.mkdir(parents=True)
@@ -111,7 +112,7 @@ class NodeJob:
         env = torchrun.environment(self.program, files)
         self._tell_start(place, words)
         watch = Watch(attempt.failed.exists, ending=lambda: self._ending(read_json(attempt.status) or {}))
-        ended = supervise.run(words, env, noted, 0.75 * self.signal_delay, watch)
+        ended = supervise.run(words, env, noted, 0.75 * self.signal_delay, watch, attempt.later_output(place.node))
         first_rank = place.node * self.program.ranks_per_node
         failures: list[Failure] = []
         if ended.exit_code:

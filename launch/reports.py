@@ -7,11 +7,13 @@ RUN/jobs/2026-01-31_10.15.00_4f1a/   one submission; scripts, pickles and logs a
     status.json                      how the ranks ended: written by rank 0 (`dpo.command.status.write_status`)
     attempt-0/node-1.json            how a node's torchrun ended: written by that node
     attempt-0/failed                 exists once the torchrun of any node has failed
+    attempt-0/node-1.later.txt       output that was too much for the log (`launch.output`)
     attempt-0/node-1/                torchrun's log folder: the exception of each rank that raised
 """
 
 import json
 import secrets
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -21,6 +23,10 @@ from typing import Any, Literal
 from dpo.base.files import naming, write_atomically
 from dpo.command.blame import Failure
 from dpo.run_folder.files import JOBS
+from dpo.terminal.console import say
+
+ATTEMPTS = 10
+"""Starts of a job whose reports are kept: the first ones, with the first failure, and as many of the last."""
 
 State = Literal["running", "done", "failed", "stopped", "preempted", "crashed"]
 FINAL = ("done", "failed")
@@ -81,6 +87,22 @@ class Attempt:
     def log_dir(self, node: int) -> Path:
         """Returns torchrun's log folder on a node."""
         return self.folder / f"node-{node}"
+
+    def later_output(self, node: int) -> Path:
+        """Returns the file for a node's output that is too much for the log, see `launch.output`."""
+        return self.folder / f"node-{node}.later.txt"
+
+    def remove_others(self) -> None:
+        """Removes the folders of earlier starts but those of the first and the last ATTEMPTS, and says so: a job may be
+        preempted for weeks.
+        """
+        old = range(ATTEMPTS, self.number - ATTEMPTS)
+        found = [path for number in old if (path := self.submission / f"attempt-{number}").is_dir()]
+        for path in found:
+            shutil.rmtree(path, ignore_errors=True)
+        if found:
+            names = f"{found[0].name} to {found[-1].name}" if len(found) > 1 else found[0].name
+            say(f"removed {names} of {self.submission}, the reports of starts long ago")
 
     def torchrun_error(self, node: int) -> Path:
         """Returns torchrun's own error file on a node, with an exception of torchrun or a copy of its first rank's."""

@@ -21,7 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -30,6 +30,7 @@ from dpo.base.limits import raise_limit
 from dpo.base.processes import find_process
 from dpo.base.workers import end_with, signal_name
 from dpo.terminal.console import say
+from launch.output import Output
 from launch.stops import Signals
 
 _POLL_SECONDS = 0.2
@@ -73,7 +74,7 @@ class Watch:
     """Returns what a signal that ends the job means now."""
 
 
-def run(words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: float, watch: Watch) -> Ended:
+def run(words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: float, watch: Watch, later: Path) -> Ended:
     """Runs torchrun to its end.
 
     Args:
@@ -82,6 +83,7 @@ def run(words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: flo
         noted: the signals of this process.
         grace: seconds that the ranks have to exit after a signal that does not end the job; then they are killed.
         watch: what else is looked at.
+        later: the file for output that is too much for the log (`launch.output`).
     """
     # The ranks write to a terminal directly, for their progress bar; their lines are then not kept.
     stderr = None if sys.stderr.isatty() else subprocess.PIPE
@@ -95,14 +97,15 @@ def run(words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: flo
         process_group=0,
         preexec_fn=lambda: _prepare(parent),
     )
-    kept: deque[str] = deque(maxlen=_KEPT_LINES)
-    copier = threading.Thread(target=_copy, args=(process.stderr or nullcontext(()), kept), daemon=True)
+    kept, output = deque[str](maxlen=_KEPT_LINES), Output(later)
+    copier = threading.Thread(target=_copy, args=(process.stderr or nullcontext(()), kept, output), daemon=True)
     copier.start()
     try:
         _wait(process, noted, grace, watch)
     finally:
         _end(process, _TERM_SECONDS)  # does nothing unless an exception ended the wait
         copier.join(timeout=5)  # a process that a rank left behind may keep the pipe open
+        output.close()
     return Ended(process.returncode, "".join(kept))
 
 
@@ -116,14 +119,12 @@ def _prepare(parent: int) -> None:
     end_with(parent, signal.SIGTERM)
 
 
-def _copy(source: AbstractContextManager[Iterable[str]], kept: deque[str]) -> None:
+def _copy(source: AbstractContextManager[Iterable[str]], kept: deque[str], output: Output) -> None:
     """Prints and keeps all lines of torchrun. Must not stop reading, since the ranks block once the pipe is full."""
     with source as lines:
         for line in lines:
             kept.append(line)
-            with suppress(OSError):  # for example the disk of the log is full
-                sys.stderr.write(line)
-                sys.stderr.flush()
+            output.write(line)
 
 
 def _wait(process: subprocess.Popen[str], noted: Signals, grace: float, watch: Watch) -> None:

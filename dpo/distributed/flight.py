@@ -19,6 +19,10 @@ _ENTRIES = "2000"
 """Collectives that are kept of each rank: those of tens of micro-batches; torch's default from 2.10 on."""
 
 
+DUMPS = "dpo-flight-"
+"""The beginning of the names of the folders of files, in the temporary folder of a node."""
+
+
 @dataclass(frozen=True)
 class Flight:
     """The files of the Flight Recorder of the ranks of a node."""
@@ -61,4 +65,4 @@ class Flight:
 
 
 def _is_ours(prefix: str) -> bool:
-    return Path(prefix).match(f"{tempfile.gettempdir()}/dpo-flight-*/rank-")
+    return Path(prefix).match(f"{tempfile.gettempdir()}/{DUMPS}*/rank-")

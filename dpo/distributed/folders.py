@@ -15,13 +15,15 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from dpo.distributed.flight import Flight
+from dpo.distributed.flight import DUMPS, Flight
 from dpo.distributed.slots import look
+from dpo.terminal.console import say
 
 MEMORY = Path("/dev/shm")
 _PREFIX = "dpo-slots-"
 _BYTES_OF_A_SLOT = 4096
 _OLD_SECONDS = 3600.0
+_DUMPS_KEPT = 5
 
 
 def make_folder(count: int) -> Path | None:
@@ -52,13 +54,28 @@ def _has_room(folder: Path, num_bytes: int) -> bool:
 
 
 def remove_leftovers() -> None:
-    """Removes the folders of this user's runs of which no process is left."""
+    """Removes the folders of this user's runs of which no process is left, and old files of the Flight Recorder."""
     for place in _places():
         for folder in place.glob(f"{_PREFIX}*"):
             with suppress(OSError, ValueError, TypeError, KeyError, struct.error):  # not of this version: it stays
                 if _is_ours_and_old(folder) and all(rank.is_gone for rank in look(folder)):
                     Flight(folder).remove_if_empty()
                     shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        _remove_old_dumps()
+
+
+def _remove_old_dumps() -> None:
+    """Removes the files of the Flight Recorder of this user's runs on this node but the newest: each run that a timeout
+    ended leaves some.
+    """
+    there = Path(tempfile.gettempdir()).glob(f"{DUMPS}*")
+    found = [path for path in there if _is_ours_and_old(path) and any(path.iterdir())]  # an empty one may be in use
+    for folder in sorted(found, key=lambda path: path.lstat().st_mtime)[:-_DUMPS_KEPT]:
+        say(
+            f"removed {folder}, the collectives of a run that has ended; the newest {_DUMPS_KEPT} of this node are kept"
+        )
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _is_ours_and_old(folder: Path) -> bool:

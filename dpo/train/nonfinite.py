@@ -35,8 +35,10 @@ from dpo.run_folder.files import NONFINITE
 from dpo.step.evaluation import Evaluation
 from dpo.step.nonfinite import Again, FailedStep, Found, StepPair, bad_alone, find_pairs
 from dpo.step.update import StepResult
+from dpo.terminal.console import say
 from dpo.train.setup import Run
 
+FILES_KEPT = 100
 MOST_SHOWN = 3
 """Pairs that the line names; the file has all."""
 TEXTS = ("prompt", "chosen", "rejected")
@@ -131,9 +133,18 @@ def _write(rows: Rows, path: Path, ids: Sequence[int], values: Sequence[Mapping[
     lines = [json.dumps(each | of_each) + "\n" for each, of_each in zip(objects, texts, strict=True)]
     try:
         write_atomically(path, "".join(lines).encode())
+        _drop_others(path.parent)
     except OSError as failure:
         return [each["place"] for each in objects], f"their texts are not kept: {line_of(failure)}"
     return [each["place"] for each in objects], f"{path}{note}"
+
+
+def _drop_others(folder: Path) -> None:
+    """Removes files of reports but the first and the last FILES_KEPT, and says so: a run may skip steps for weeks."""
+    reports = sorted(folder.glob("*-*.jsonl"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    for path in reports[FILES_KEPT:-FILES_KEPT]:
+        say(f"removed {path}: of such reports the first {FILES_KEPT} and the last {FILES_KEPT} are kept")
+        path.unlink()
 
 
 def _object(rows: Rows, number: int, values: Mapping[str, Any]) -> dict[str, Any]:

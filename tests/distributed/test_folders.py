@@ -79,3 +79,23 @@ def test_only_what_no_run_uses_any_more_is_removed(places: tuple[Path, Path]) ->
     remove_leftovers()
     assert [name for name in paths if paths[name].exists()] == ["alive", "just dead", "starting", "foreign"]
     assert not flight.exists()
+
+
+def test_the_newest_dumps_are_kept(places: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """Of eight runs that a timeout ended, the oldest is three days old, one is of the last hour. The folder
+    of a run that goes on is empty, however old it is.
+    """
+    for number in range(8):
+        folder = places[1] / f"dpo-flight-{number}"
+        folder.mkdir()
+        (folder / "rank-0").write_text("collectives")
+        age(folder, 3 * 86_400 - number * 36_000 if number < 7 else 60)
+    running = places[1] / "dpo-flight-running"
+    running.mkdir()
+    age(running, 10 * 86_400)
+    remove_leftovers()
+    assert sorted(path.name for path in places[1].iterdir()) == [
+        *(f"dpo-flight-{number}" for number in range(2, 8)),
+        "dpo-flight-running",
+    ]
+    assert capsys.readouterr().err.count("the newest 5 of this node are kept") == 2

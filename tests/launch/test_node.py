@@ -209,7 +209,9 @@ def test_what_a_signal_means_to_each_program(
     attempt = Attempt(tmp_path, 0)
     endings: list[Ending] = []
 
-    def torchrun(words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: float, watch: Watch) -> Ended:
+    def torchrun(
+        words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: float, watch: Watch, _: Path
+    ) -> Ended:
         if state:
             attempt.status.write_text(json.dumps({"state": state, "step": 1, "saved": True}))
         endings.append(watch.ending())

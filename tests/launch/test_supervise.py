@@ -95,7 +95,8 @@ def supervised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[...,
             return goes_on
 
         with signals(answer, lambda: end_seconds) as noted:
-            ended = run(words, os.environ, noted, grace, Watch(peer_failed, lambda: ending))
+            watch = Watch(peer_failed, lambda: ending)
+            ended = run(words, os.environ, noted, grace, watch, tmp_path / "later.txt")
             over.set()
         return ended
 
@@ -212,11 +213,11 @@ def test_a_second_signal_ends_all_at_once(
 
 
 LAUNCHER = """
-import os, sys
+import os, pathlib, sys
 from launch.stops import signals
 from launch.supervise import Watch, run
 with signals(None) as noted:
-    run(sys.argv[1:], os.environ, noted, 600, Watch(bool, lambda: None))
+    run(sys.argv[1:], os.environ, noted, 600, Watch(bool, lambda: None), pathlib.Path("/dev/null"))
 """
 FALLS = """
 import signal, subprocess, sys
@@ -394,7 +395,8 @@ def test_torchrun_may_open_as_many_files_as_the_hard_limit(tmp_path: Path) -> No
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
     try:
         with signals(lambda: None) as noted:
-            run([sys.executable, "-c", code], os.environ, noted, 60, Watch(bool, lambda: SAVING))
+            words, watch = [sys.executable, "-c", code], Watch(bool, lambda: SAVING)
+            run(words, os.environ, noted, 60, watch, tmp_path / "later.txt")
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(soft, hard - 1), hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
