@@ -31,6 +31,8 @@ class Sizes:
     """Checkpoints that the run writes; None where it depends on the number of pairs."""
     evaluations: int = 0
     """Bytes of the files of evaluations, see `dpo.run_folder.evaluations`."""
+    records: int = 0
+    """Bytes of metrics, charts and log."""
 
     @property
     def export(self) -> int:
@@ -54,29 +56,64 @@ class Sizes:
     def disk_bytes(self, present: int) -> int:
         """Returns the bytes that the run still needs on disk where `present` checkpoints exist already.
 
-        They are the checkpoints that will be kept, the files of evaluations and, besides, the larger of the exported
-        model, as it is written, and the checkpoint that is written before the oldest is removed.
+        They are the checkpoints that will be kept, the files of evaluations, the metrics and, besides, the larger of
+        the exported model, as it is written, and the checkpoint that is written before the oldest is removed.
         """
         last = max(self.checkpoint, self.export) if self.is_replaced else self.export
-        return self.num_new(present) * self.checkpoint + self.evaluations + last
+        return self.num_new(present) * self.checkpoint + self.evaluations + self.records + last
+
+    def checkpoint_bytes(self, present: int) -> int:
+        """Returns the bytes of `disk_bytes` in the folder of the checkpoints, where that is on a disk of its own."""
+        return (self.num_new(present) + self.is_replaced) * self.checkpoint
+
+    @property
+    def other_bytes(self) -> int:
+        """Returns the bytes of `disk_bytes` on the disk of the run folder, where the checkpoints are on another one."""
+        return self.evaluations + self.records + self.export
 
     def least_bytes(self, present: int) -> int:
         """Returns the bytes without which the run cannot save a checkpoint and export the model."""
         return min(self.disk_bytes(present), self.checkpoint + self.export)
 
 
+BYTES_PER_STEP = 2048
+"""Bytes that a step adds to metrics.jsonl, TensorBoard's files and the log: 800, 600 and 13 in a run of 3,000 steps."""
+
+
 def disk_words(sizes: Sizes, present: int) -> str:
     """Returns the parts of `Sizes.disk_bytes` in words, with the key from which their number follows."""
+    last = _export_words(sizes)
+    if sizes.is_replaced and sizes.checkpoint >= sizes.export:
+        last = f"{shown_bytes(sizes.checkpoint)} for a further one, written before the oldest is removed"
+    records = f", {_records_words(sizes)}" if sizes.evaluations + sizes.records else ""
+    return f"{_kept_words(sizes, present)}{records} and {last}"
+
+
+def checkpoint_words(sizes: Sizes, present: int) -> str:
+    """Returns the parts of `Sizes.checkpoint_bytes` in words."""
+    further = " and a further one, written before the oldest is removed" if sizes.is_replaced else ""
+    return f"{_kept_words(sizes, present)}{further}"
+
+
+def other_words(sizes: Sizes) -> str:
+    """Returns the parts of `Sizes.other_bytes` in words."""
+    return f"{_records_words(sizes)} and {_export_words(sizes)}"
+
+
+def _export_words(sizes: Sizes) -> str:
+    return f"{shown_bytes(sizes.export)} for the export, twice the exported model"
+
+
+def _records_words(sizes: Sizes) -> str:
+    return f"{shown_bytes(sizes.evaluations + sizes.records)} for metrics and the values of evaluated pairs"
+
+
+def _kept_words(sizes: Sizes, present: int) -> str:
     keep = "null, which keeps all" if sizes.keep is None else sizes.keep
     there = f"; {present} there already" if present else ""
     number = sizes.num_new(present)
     each = shown_bytes(sizes.checkpoint)
-    kept = f"{number} {'checkpoint' if number == 1 else 'checkpoints'} of {each} (checkpoint.keep {keep}{there})"
-    evaluations = f", {shown_bytes(sizes.evaluations)} for the values of evaluated pairs" if sizes.evaluations else ""
-    last = f"{shown_bytes(sizes.export)} for the export, twice the exported model"
-    if sizes.is_replaced and sizes.checkpoint >= sizes.export:
-        last = f"{each} for a further one, written before the oldest is removed"
-    return f"{kept}{evaluations} and {last}"
+    return f"{number} {'checkpoint' if number == 1 else 'checkpoints'} of {each} (checkpoint.keep {keep}{there})"
 
 
 def sizes_of(config: Config, model_config: PretrainedConfig, last_step: int | None = None) -> Sizes:

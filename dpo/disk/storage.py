@@ -7,7 +7,7 @@ check_space     when the steps are known   checkpoints and exported model fit in
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import datasets
@@ -17,10 +17,19 @@ from dpo.base.files import nearest_existing
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
 from dpo.checkpoint.export import draft_of
-from dpo.checkpoint.folders import checkpoints_until, drafts_of
+from dpo.checkpoint.folders import CHECKPOINTS, checkpoints_until, drafts_of
 from dpo.config import Config
 from dpo.disk.home import caches_of_run, describe_small_home
-from dpo.disk.sizes import Sizes, disk_words, evaluations_after, saves_after, sizes_of
+from dpo.disk.sizes import (
+    BYTES_PER_STEP,
+    Sizes,
+    checkpoint_words,
+    disk_words,
+    evaluations_after,
+    other_words,
+    saves_after,
+    sizes_of,
+)
 from dpo.distributed.collectives import on_main
 from dpo.distributed.shared import find_unseen
 from dpo.distributed.world import World
@@ -103,41 +112,75 @@ def check_space(config: Config, start: Start, inputs: Inputs, world: World) -> N
 
 
 def _check_space(config: Config, start: Start, inputs: Inputs) -> None:
-    run_dir = Path(str(config.train.run_dir))
-    present = len(checkpoints_until(run_dir, start.step))
-    sizes = sizes_of(config, inputs.model.config, inputs.last_step)
-    saves = present + saves_after(config, start.step, inputs.last_step)
-    evaluations = evaluations_after(config, start.step, inputs.last_step) * len(inputs.data.eval) * BYTES_PER_PAIR
-    sizes = replace(sizes, num_saves=saves, evaluations=evaluations)
-    removed = _bytes_of([*drafts_of(run_dir), draft_of(run_dir / FINAL)])
-    shortage = _check_room(run_dir, sizes, present, removed)
-    if shortage:
-        warn(shortage)
+    sizes, places = _needs_of(config, start, inputs)
+    for place in places:
+        shortage = _check_room(place)
+        if shortage:
+            warn(shortage)
     small_home = describe_small_home(caches_of_run(), sizes.num_parameters)
     if small_home:
         say(small_home)
 
 
-def _check_room(run_dir: Path, sizes: Sizes, present: int, removed: int) -> str | None:
-    """Returns a warning where not all files of the run fit in its folder; None where they do.
+def least_beside(folder: Path, config: Config, start: Start, inputs: Inputs) -> int:
+    """Returns the bytes that the run cannot do without on the file system of `folder`, for files of its run folder."""
+    device = _device_of(folder)
+    return sum(place.least for place in _needs_of(config, start, inputs)[1] if _device_of(place.folder) == device)
 
-    Args:
-        run_dir: the run folder.
-        sizes: the sizes of the run's files.
-        present: checkpoints that are there.
-        removed: bytes of files that the run will remove before it writes.
+
+@dataclass(frozen=True)
+class _Place:
+    """A folder of the run, and the bytes that the run still writes there."""
+
+    folder: Path
+    needed: int
+    words: str
+    """The parts of `needed`."""
+    least: int
+    """Bytes without which the run cannot save a checkpoint or export the model."""
+    least_words: str
+
+
+def _needs_of(config: Config, start: Start, inputs: Inputs) -> tuple[Sizes, list[_Place]]:
+    """Returns the sizes of the run's files, and the folders where they go: the checkpoints may be on another disk."""
+    run_dir = Path(str(config.train.run_dir))
+    checkpoints, present = run_dir / CHECKPOINTS, len(checkpoints_until(run_dir, start.step))
+    saves = present + saves_after(config, start.step, inputs.last_step)
+    evaluations = evaluations_after(config, start.step, inputs.last_step) * len(inputs.data.eval) * BYTES_PER_PAIR
+    records = max(inputs.last_step - start.step, 0) * BYTES_PER_STEP
+    sizes = sizes_of(config, inputs.model.config, inputs.last_step)
+    sizes = replace(sizes, num_saves=saves, evaluations=evaluations, records=records)
+    drafts, draft = _bytes_of(drafts_of(run_dir)), _bytes_of([draft_of(run_dir / FINAL)])
+    if _device_of(checkpoints) == _device_of(run_dir):
+        needed, least, removed = sizes.disk_bytes(present), sizes.least_bytes(present), drafts + draft
+        alone = f"one checkpoint and the export, twice the exported model, take {shown_bytes(least)}"
+        words = f"{shown_bytes(needed)} in {run_dir}, {disk_words(sizes, present)}"
+        return sizes, [_Place(run_dir, needed - removed, words, least - removed, alone)]
+    needed, least = sizes.checkpoint_bytes(present), min(sizes.checkpoint_bytes(present), sizes.checkpoint)
+    words = f"{shown_bytes(needed)} in {checkpoints}, {checkpoint_words(sizes, present)}"
+    one = _Place(checkpoints, needed - drafts, words, least - drafts, f"one checkpoint takes {shown_bytes(least)}")
+    words, alone = f"{shown_bytes(sizes.other_bytes)} in {run_dir}, {other_words(sizes)}", "the export alone takes "
+    least = sizes.export
+    other = _Place(run_dir, sizes.other_bytes - draft, words, least - draft, f"{alone}{shown_bytes(least)}")
+    return sizes, [one, other]
+
+
+def _device_of(folder: Path) -> int:
+    return nearest_existing(folder).stat().st_dev
+
+
+def _check_room(place: _Place) -> str | None:
+    """Returns a warning where not all files of the run fit in a folder; None where they do.
 
     Raises:
-        UserError: a checkpoint and the export do not fit.
+        UserError: the least does not fit.
     """
-    needed, least = sizes.disk_bytes(present), sizes.least_bytes(present)
-    shortage = find_shortage(run_dir, needed - removed)
+    shortage = find_shortage(place.folder, place.needed)
     if shortage is None:
         return None
-    what = f"the run needs {shown_bytes(needed)} in {run_dir}, {disk_words(sizes, present)}; {shortage.room}"
-    if find_shortage(run_dir, least - removed):
-        alone = f"one checkpoint and the export, twice the exported model, take {shown_bytes(least)}"
-        raise UserError(RUN_DIR, f"{shortage.cause}: {what}, and {alone}", "a folder with more room")
+    what = f"the run needs {place.words}; {shortage.room}"
+    if find_shortage(place.folder, place.least):
+        raise UserError(RUN_DIR, f"{shortage.cause}: {what}, and {place.least_words}", "a folder with more room")
     end = "the quota will be used up" if shortage.is_quota else "the disk will be full"
     return f"{RUN_DIR}: {what}: {end} before the run ends; free some, or lower checkpoint.keep"
 

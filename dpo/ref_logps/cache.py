@@ -9,7 +9,7 @@ on nothing else. The first two name the folder:
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,18 @@ import torch
 from dpo.base.errors import UserError
 from dpo.base.files import default_cache_dir, write_atomically
 from dpo.base.space import find_shortage
+from dpo.base.units import shown_bytes
 from dpo.config import Config
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.world import World
 from dpo.model.parallelize import compute_dtype, is_compiled
 from dpo.ref_logps.blocks import ROW, Circumstances, reference_key
 from dpo.ref_logps.circumstances import circumstances_here, joined_circumstances, numerics
+
+
+def _nothing() -> int:
+    """Returns the bytes of no other files."""
+    return 0
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,8 @@ class RefCache:
     """The reference's hash by content, and the numerics (see `circumstances.numerics`)."""
     circumstances: Circumstances
     """How this run computes rows; not part of their key."""
+    beside: Callable[[], int] = _nothing
+    """Returns the bytes that the run writes later, and cannot do without, on the file system of the cache."""
 
     @property
     def folder(self) -> Path:
@@ -43,12 +51,14 @@ class RefCache:
         return self.root / reference_key(self.facts)
 
     def begin(self, num_rows: int) -> None:
-        """Writes the facts beside the rows, for people. Raises UserError where `num_rows` more rows do not fit on the
-        disk.
+        """Writes the facts beside the rows, for people. Raises UserError where `num_rows` more rows, and what the run
+        writes later, do not fit on the disk.
         """
-        shortage = find_shortage(self.folder, num_rows * ROW.itemsize)
+        beside = self.beside()
+        shortage = find_shortage(self.folder, num_rows * ROW.itemsize + beside)
         if shortage:
-            what = shortage.message(f"a cache of {num_rows:,} rows")
+            later = f", with {shown_bytes(beside)} that the run needs on this disk," if beside else ""
+            what = shortage.message(f"a cache of {num_rows:,} rows{later}")
             raise UserError(
                 "reference.cache_dir", what, "a folder with room (DPO_CACHE names it where the key is null)"
             )

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dpo.batch.trees import Tree, grow_trees
 from dpo.board.sink import Answer
 from dpo.checkpoint.store import load_checkpoint
 from dpo.config import Config
+from dpo.disk.storage import least_beside
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.preemption import StopRequest, never
 from dpo.distributed.world import World
@@ -25,9 +27,8 @@ from dpo.machine.peaks import peak_flops
 from dpo.model.parallelize import compute_dtype
 from dpo.model.policy import Policy, free_memory, reshard
 from dpo.model.warm_up import load_and_warm
-from dpo.ref_logps.cache import open_cache
+from dpo.ref_logps.cache import RefCache, open_cache
 from dpo.ref_logps.fill import ReferencePass, fill, lookup
-from dpo.ref_logps.table import RefTable
 from dpo.run.answers import AnswerBook, answer, keep_answers, prepare_answers
 from dpo.run.folder import Start
 from dpo.run.identity import identity_of
@@ -147,7 +148,9 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, hooks:
     reference = _reference_loader(config, world, inputs, policy, packer)
     if config.loss.facts.uses_reference:
         try:
-            rows, reference_pass = _fill(config, inputs, reference, packer, world, hooks.stop_requested)
+            cache = _cache(config, inputs, start, world)
+            sets = [inputs.data.train, inputs.data.eval]
+            rows, reference_pass = fill(cache, sets, reference, packer, world, hooks.stop_requested)
         except Preempted:
             raise Preempted(start.step, is_saved=False) from None
         packer = replace(packer, ref_logps=lookup(rows))
@@ -215,16 +218,13 @@ def _reference_loader(config: Config, world: World, inputs: Inputs, policy: Poli
     return load
 
 
-def _fill(
-    config: Config,
-    inputs: Inputs,
-    reference: Callable[[], Policy],
-    packer: Packer,
-    world: World,
-    stop_requested: StopRequest,
-) -> tuple[RefTable, ReferencePass]:
+def _cache(config: Config, inputs: Inputs, start: Start, world: World) -> RefCache:
+    """Returns the cache of the reference, which is filled only where there is room for the run's files too.
+
+    Every rank must get here, or the rest hang.
+    """
     cache = open_cache(config, inputs.reference.hash, world)
-    return fill(cache, [inputs.data.train, inputs.data.eval], reference, packer, world, stop_requested)
+    return replace(cache, beside=partial(least_beside, cache.root, config, start, inputs))
 
 
 def _peak_flops(config: Config, policy: Policy, world: World) -> float | None:

@@ -83,9 +83,9 @@ def test_the_bytes_in_words() -> None:
         "3 checkpoints of 60.0 GiB (checkpoint.keep null, which keeps all) and 30.0 GiB for the export, "
         "twice the exported model"
     )
-    assert disk_words(replace(SIZES, **gib, evaluations=3 * 2**20, num_saves=1), 0) == (
-        "1 checkpoint of 60.0 GiB (checkpoint.keep 2), 3.0 MiB for the values of evaluated pairs and 30.0 GiB for the "
-        "export, twice the exported model"
+    assert disk_words(replace(SIZES, **gib, evaluations=3 * 2**20, records=2**20, num_saves=1), 0) == (
+        "1 checkpoint of 60.0 GiB (checkpoint.keep 2), 4.0 MiB for metrics and the values of evaluated pairs and 30.0 "
+        "GiB for the export, twice the exported model"
     )
 
 

@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.base import space
 from dpo.base.errors import RunError
+from dpo.base.space import Shortage
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint import export as exporting
 from dpo.checkpoint import saver as saving
@@ -31,8 +32,10 @@ from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
 from dpo.command.exits import line_of
 from dpo.config import Config, to_yaml
 from dpo.disk import storage
+from dpo.disk.sizes import BYTES_PER_STEP
 from dpo.distributed.program import run_program
 from dpo.distributed.startup import open_world
+from dpo.ref_logps import cache
 from dpo.run_folder import evaluations
 from dpo.train import loop
 from dpo.train import program as train
@@ -105,10 +108,10 @@ def test_a_run_that_will_not_fit_is_one_line_before_step_1(root: Path, disk: Pat
     assert done.returncode == 2
     (error,) = error_lines(done.stderr)
     parts = {
-        2: "48.7 MiB in {}, 2 checkpoints of 16.2 MiB (checkpoint.keep 2), 0.1 KiB for the values of evaluated pairs "
-        "and 16.2 MiB for a further one, written before the oldest is removed",
-        None: "64.9 MiB in {}, 3 checkpoints of 16.2 MiB (checkpoint.keep null, which keeps all), 0.1 KiB for the "
-        "values of evaluated pairs and 16.2 MiB for the export, twice the exported model",
+        2: "48.7 MiB in {}, 2 checkpoints of 16.2 MiB (checkpoint.keep 2), 12.1 KiB for metrics and the values of "
+        "evaluated pairs and 16.2 MiB for a further one, written before the oldest is removed",
+        None: "64.9 MiB in {}, 3 checkpoints of 16.2 MiB (checkpoint.keep null, which keeps all), 12.1 KiB for "
+        "metrics and the values of evaluated pairs and 16.2 MiB for the export, twice the exported model",
     }
     needed = f"the run needs {parts[keep].format(disk / 'run')}; 30.0 MiB are free there, and "
     assert f"train.run_dir: the disk is full: {needed}" in error
@@ -201,14 +204,53 @@ def test_a_start_asks_for_what_is_left_to_write(root: Path, disk: Path) -> None:
     draft that a killed run left, and that will be removed, counts as free.
     """
     config = make(root, disk, train__steps=4)
-    assert needed_bytes(config) == 2 * CHECKPOINT + 2 * EVALUATION
+    assert needed_bytes(config) == 2 * CHECKPOINT + 2 * EVALUATION + 4 * BYTES_PER_STEP
     more = changed(config, train__steps=6)
     draft = disk / "run" / "checkpoints" / "step-000006.tmp"
     draft.mkdir()
     (draft / "__0_0.distcp").write_bytes(bytes(MIB))
-    assert needed_bytes(more) == CHECKPOINT + EVALUATION - MIB
+    assert needed_bytes(more) == CHECKPOINT + EVALUATION + 2 * BYTES_PER_STEP - MIB
     (disk / "run" / "final").rename(disk / "run" / "elsewhere")
     assert needed_bytes(more) == CHECKPOINT  # half a checkpoint, and as much again for the shards
+
+
+@pytest.mark.parametrize(("room", "code"), [(10, 2), (20, 0), (50, 0)])
+def test_checkpoints_on_a_disk_of_their_own(
+    root: Path, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], room: int, code: int
+) -> None:
+    """`checkpoints/` is a link to it; one of them is kept, and another one there while it is replaced: 32.4 MiB. The
+    last of three then does not fit on 20 MiB, which is told before the first.
+    """
+    (tmp_path / "run").mkdir()
+    (disk / "saved").mkdir()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.symlink_to(disk / "saved")
+    take(disk, free(disk) - room * MIB)
+    assert exit_code(make(root, tmp_path)) == (1 if room == 20 else code)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "the run needs" in line]
+    if room == 50:
+        assert lines == []
+        return
+    (line,) = lines
+    assert (
+        f"the run needs 32.4 MiB in {checkpoints}, 1 checkpoint of 16.2 MiB (checkpoint.keep 1) and a further " in line
+    )
+    assert ("and one checkpoint takes 16.2 MiB; valid: " in line) == (room == 10)
+    assert line.startswith("error: " if room == 10 else "WARNING: ")
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_the_cache_leaves_room_for_the_run(
+    root: Path, disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    is_same: bool,
+) -> None:  # fmt: skip
+    """40 rows of 24 bytes; on the disk of the run folder a checkpoint and the export must fit beside them."""
+    monkeypatch.setattr(cache, "find_shortage", lambda folder, num: Shortage(folder, num, 1000, is_quota=False))
+    folder = disk / "cache" if is_same else tmp_path / "cache"
+    assert exit_code(make(root, disk, reference__cache_dir=str(folder))) == 2
+    (error,) = error_lines(capsys.readouterr().err)
+    both = "40 rows, with 32.4 MiB that the run needs on this disk, of 32.4 MiB does not fit in "
+    assert f"a cache of {both if is_same else '40 rows of 0.9 KiB does not fit in '}{folder}/" in error
 
 
 # --- later -----------------------------------------------------------------------------------------------------------
