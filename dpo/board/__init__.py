@@ -5,6 +5,7 @@ sinks.py        opens the sinks that `train.report_to` names
 words.py        words for metrics
 charts.py       the tags of metrics, histograms and texts; the page of charts
 bins.py         the buckets of a histogram
+values.py       a config as plain values by name
 event_files.py  TensorBoard's event files: opens, appends, removes points
 hparams.py      the run's entry in the HParams tab
 dashboard.py    TensorBoard's charts, histograms, texts and answers of a run

@@ -22,8 +22,9 @@ from dpo.base.files import naming
 from dpo.board.bins import bins
 from dpo.board.charts import LAYOUT, Chart, has_chart, histogram_tag, text_tag
 from dpo.board.event_files import add_event, drop_points, event_files, open_events, put_aside_sub_runs
-from dpo.board.hparams import flat, write_entry
+from dpo.board.hparams import write_entry
 from dpo.board.sink import Answer, Ending
+from dpo.board.values import flat
 from dpo.config import Config
 from dpo.terminal.console import harmless
 

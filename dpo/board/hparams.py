@@ -6,11 +6,9 @@ metrics of running and of interrupted runs too. TensorBoard takes the list of co
 finds.
 """
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -27,6 +25,7 @@ from tensorboard.plugins.hparams.api_pb2 import (
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionStartInfo
 
 from dpo.board.event_files import PREFIX, write_events_atomically
+from dpo.board.values import Value
 from dpo.board.words import PAIR_METRICS
 from dpo.config.effects import CHANGING
 
@@ -40,18 +39,6 @@ NUM_SHOWN = 5
 METRICS = ("loss", "rewards/accuracies", "rewards/margins", "loss_sft")
 """The columns of metrics: their names after eval/ or train/."""
 
-Value = bool | int | float | str
-
-
-def flat(tree: Mapping[str, Any]) -> dict[str, Value]:
-    """Returns SECTION.KEY -> value of a config, as in its YAML; lists as JSON text, keys that are null left out."""
-    items = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
-    return {
-        key: value if isinstance(value, Value) else json.dumps(value)
-        for key, value in items.items()
-        if value is not None
-    }
-
 
 def write_entry(folder: Path, part: str, values: Mapping[str, Value], columns: Sequence[str] = CHANGING) -> None:
     """Writes the run's entry, replacing an earlier entry. Raises OSError.
@@ -59,7 +46,7 @@ def write_entry(folder: Path, part: str, values: Mapping[str, Value], columns: S
     Args:
         folder: RUN/tensorboard.
         part: the metrics that are shown, eval or train.
-        values: the values of all keys, as `flat` returns them.
+        values: the values of all keys, as `values.flat` returns them.
         columns: the keys that the tab can show, the most important first.
     """
     experiment = Experiment(hparam_infos=_key_columns(columns, values), metric_infos=_metric_columns(part))

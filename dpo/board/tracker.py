@@ -15,9 +15,9 @@ import numpy as np
 from dpo.base.files import naming
 from dpo.board.bins import bins
 from dpo.board.charts import histogram_tag, text_tag
-from dpo.board.hparams import Value, flat
 from dpo.board.journal import Journal
 from dpo.board.sink import Answer, Ending
+from dpo.board.values import Value, flat
 from dpo.command.exits import line_of
 from dpo.config import Config
 from dpo.terminal.console import warn

@@ -36,7 +36,6 @@ from dpo.batch.trees import Tree
 from dpo.config import Config
 from dpo.distributed.world import World, make_mesh
 from dpo.estimate.compiled import compiled_backend
-from dpo.estimate.stand_in import flex_attention_stood_in_for
 from dpo.estimate.timeline import HEAD, Bytes, Moment, Timeline
 from dpo.estimate.traffic import Groups, parameter_groups
 from dpo.model.build import build_policy
@@ -86,6 +85,9 @@ def rehearse(
         policy = build_policy(model_config, parallel, config.model.dtype, mesh, config.model.trust_remote_code)
         timeline.watch(policy.model)
         if on_cuda:
+            # Only here: it registers operations with torch, which takes as long as all else of this room.
+            from dpo.estimate.stand_in import flex_attention_stood_in_for
+
             stack.enter_context(flex_attention_stood_in_for())
             if with_compile:
                 stack.enter_context(_NO_LIMIT())
