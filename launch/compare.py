@@ -20,7 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo.base.errors import UserError
-from dpo.board.hparams import Value, flat, write_entry
+from dpo.board.hparams import write_entry
+from dpo.board.values import Value, flat
 from dpo.board.words import PAIR_METRICS, words_of
 from dpo.command.exits import run_program
 from dpo.command.line import Parser, parse_arguments, with_quiet

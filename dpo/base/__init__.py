@@ -8,6 +8,7 @@ files.py        atomic writes of files and folders; the default cache folder
 sums.py         the SHA-256 of the files of a folder, written and compared
 space.py        whether files of a size fit in a folder, quotas included
 arrays.py       .npy files that are read in parts, without memory mapping
+arrow_files.py  files of rows in Arrow's format, mapped into memory
 pages.py        HTML pages: their style sheet (page.css) and their template
 prefetch.py     a thread builds the next item while the caller uses the current one
 processes.py    facts of processes, as /proc shows them

@@ -159,6 +159,16 @@ def check_words(read: Callable[[], object]) -> None:
 
 
 @contextmanager
+def late_imports() -> Iterator[None]:
+    """Imports libraries in a with-block of a program that runs; Ctrl-C comes after it, see `slow_imports`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
 def slow_imports() -> Iterator[None]:
     """Imports libraries in a with-block, which takes seconds; after it ends this process where Ctrl-C came meanwhile.
 

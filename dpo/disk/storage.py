@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import datasets
-
 from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing
 from dpo.base.space import find_shortage
@@ -38,6 +36,7 @@ from dpo.run.folder import Start
 from dpo.run.inputs import Inputs
 from dpo.run_folder.evaluations import BYTES_PER_PAIR
 from dpo.run_folder.files import FINAL
+from dpo.sources.caching import datasets_cache
 from dpo.terminal.console import say, warn
 
 # --- shared ----------------------------------------------------------------------------------------------------------
@@ -78,7 +77,7 @@ def _check(folders: Mapping[str, Path], world: World) -> None:
     """Raises UserError for a folder that is not shared. On several nodes, rank 0 also says where the cache of data sets
     is not shared: each node then needs its own.
     """
-    data_cache, is_one_node = Path(datasets.config.HF_DATASETS_CACHE), world.local_size == world.size
+    data_cache, is_one_node = datasets_cache(), world.local_size == world.size
     # Rank 0 decides which folders get a probe; it may lack the right to write to a cache that is complete.
     has_probe = not is_one_node and (not world.is_main or os.access(nearest_existing(data_cache), os.W_OK))
     unseen = find_unseen({**folders, **({DATA_CACHE: data_cache} if has_probe else {})}, VALID, world)

@@ -119,7 +119,7 @@ def _cuts(pairs: PairSet, row: int, eos_ids: Sequence[int]) -> tuple[bool, set[t
     The row stores only their number. They are its longest completions; among completions of equal length, those without
     EOS come first.
     """
-    fields = pairs.rows[row]
+    fields = pairs.row(row)
     used = [tuple(fields["completion_ids"][i]) for i in sorted({i for pair in fields["pairs"] for i in pair})]
     used.sort(key=lambda ids: (-len(ids), ids[-1] in eos_ids))
     return fields["prompt_truncated"], set(used[: fields["completions_truncated"]])

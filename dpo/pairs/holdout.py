@@ -3,8 +3,8 @@
 import hashlib
 from dataclasses import dataclass
 
-import datasets
 import numpy as np
+import pyarrow as pa
 
 from dpo.base.errors import UserError
 from dpo.pairs.token_rows import blocks, column_keys, pairs_of
@@ -35,7 +35,7 @@ class Split:
         return removed
 
 
-def split_sources(sources: list[tuple[str, datasets.Dataset, int | float | None]], seed: int) -> list[Split]:
+def split_sources(sources: list[tuple[str, pa.Table, int | float | None]], seed: int) -> list[Split]:
     """Divides all training sources so that no prompt is both trained on and evaluated.
 
     A prompt is chosen by its ids before truncation, so that other length limits hold out the same prompts. A row that
@@ -91,6 +91,6 @@ def choose_prompts(keys: np.ndarray, holdout: int | float | None, seed: int, whe
     return unique[np.argsort(np.array(hashes, "S16"), kind="stable")[:num]]
 
 
-def _pair_counts(rows: datasets.Dataset) -> np.ndarray:
+def _pair_counts(rows: pa.Table) -> np.ndarray:
     """Returns the number of kept pairs of each row, (rows,)."""
     return np.concatenate([np.diff(pairs_of(table)[0]) for _, table in blocks(rows, ["pairs"])])

@@ -24,11 +24,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import datasets
 import numpy as np
+import pyarrow as pa
 
 from dpo.base.arrays import DiskArray, HeldFile, hold_file, open_array, read_into
+from dpo.base.arrow_files import open_rows
 from dpo.pairs.pair_values import NEUTRAL
 
 Column = DiskArray | np.ndarray
@@ -105,9 +107,14 @@ class PairSet:
         return content.hexdigest()
 
     @property
-    def rows(self) -> datasets.Dataset:
-        """Returns the token rows (`token_rows.FEATURES`) of `token_files`, mapped into memory."""
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(file.name) for file in self.token_files])
+    def rows(self) -> pa.Table:
+        """Returns the token rows (`token_rows.COLUMNS`) of `token_files`, mapped into memory."""
+        return open_rows([file.name for file in self.token_files])
+
+    def row(self, number: int) -> dict[str, Any]:
+        """Returns a row of `rows`."""
+        fields: dict[str, Any] = self.rows.slice(number, 1).to_pylist()[0]
+        return fields
 
     def pairs(self, ids: np.ndarray) -> list[Pair]:
         """Returns the pairs with these ids (0 to N - 1), in the order of `ids`; reads their token ids from disk."""

@@ -1,13 +1,12 @@
 """The weight and the margin of the pairs of a row, which are read only where the source's `columns` name them.
 
-They hold for all pairs of the row. Token rows have them as columns beside `token_rows.FEATURES`.
+They hold for all pairs of the row. Token rows have them as columns beside `token_rows.COLUMNS`.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import datasets
 import numpy as np
 
 from dpo.base.errors import InvalidValue
@@ -24,11 +23,6 @@ LARGEST = float(np.finfo(np.float32).max)
 def named_values(columns: Mapping[str, str]) -> dict[str, str]:
     """Returns the source's own names of weight and margin, of those that `columns` of the config names."""
     return {name: columns[name] for name in NEUTRAL if name in columns}
-
-
-def value_features(named: Mapping[str, str]) -> dict[str, datasets.Value]:
-    """Returns the columns of token rows that hold the values of `named_values`."""
-    return {name: datasets.Value("float64") for name in named}
 
 
 def valued_row(

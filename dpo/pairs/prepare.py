@@ -12,13 +12,14 @@ folder holds is compared with its SHA256SUMS before it is used (`dpo.sources.kep
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
+import pyarrow as pa
 
+from dpo.base.arrow_files import open_rows
 from dpo.base.errors import UserError
 from dpo.base.files import write_file
 from dpo.base.sums import read_sums
@@ -88,13 +89,14 @@ class _Opened:
 class _Tokenized(_Opened):
     """A source and its token rows."""
 
-    rows: datasets.Dataset
+    files: list[str]
+    """The files of the token rows, in order."""
     encoder: Encoder
 
-    @property
-    def files(self) -> list[str]:
-        """Returns the files of the token rows, in order."""
-        return [str(file["filename"]) for file in self.rows.cache_files]
+    @cached_property
+    def rows(self) -> pa.Table:
+        """Returns the token rows, mapped into memory."""
+        return open_rows(self.files)
 
 
 def prepare_data(config: Config, model_config: Any, fault_of: FindFault = find_fault) -> PreferenceData:
@@ -154,8 +156,8 @@ def _tokenize(opened: list[_Opened], config: Config, model_config: Any, fault_of
     tokenized = []
     for entry in opened:
         encoder = encoders[holds_ids(entry.reading.format)]
-        rows = tokenize_source(entry.source, entry.reading, encoder, limits, config.data.num_proc, fault_of)
-        tokenized.append(_Tokenized(**vars(entry), rows=rows, encoder=encoder))
+        files = tokenize_source(entry.source, entry.reading, encoder, limits, config.data.num_proc, fault_of)
+        tokenized.append(_Tokenized(**vars(entry), files=files, encoder=encoder))
     return tokenized
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import datasets
 import numpy as np
+import pyarrow as pa
 
 from dpo.base.errors import UserError
 from dpo.pairs.token_rows import blocks, lists, pairs_of
@@ -246,7 +246,7 @@ def _source_of(fields: dict[str, Any], path: str) -> SourceReport:
     return SourceReport(**fields | tuples | {"path": path})
 
 
-def report_source(key: str, source: Source, reading: Reading, rows: datasets.Dataset) -> SourceReport:
+def report_source(key: str, source: Source, reading: Reading, rows: pa.Table) -> SourceReport:
     """Returns the counts of a source, from its token rows; hold-out is not counted yet.
 
     Args:
@@ -284,7 +284,7 @@ def report_source(key: str, source: Source, reading: Reading, rows: datasets.Dat
     )
 
 
-def dropped_pairs(rows: datasets.Dataset) -> Iterator[tuple[str, int]]:
+def dropped_pairs(rows: pa.Table) -> Iterator[tuple[str, int]]:
     """Yields (reason, line or row number) of every dropped pair, in file order."""
     for _, table in blocks(rows, ["dropped", "where"]):
         begins, reasons = lists(table, "dropped")

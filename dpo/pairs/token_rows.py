@@ -1,6 +1,6 @@
-"""The raw rows of a source become a cached, memory-mapped set of token rows: `Dataset.map` over `tokenize`.
+"""The raw rows of a source become cached files of token rows: `Dataset.map` over `tokenize`.
 
-    rows of the source ── num_proc processes ──> tokens-HASH/HASH-00000.arrow, HASH-00001.arrow, ... ──> one `Dataset`
+    rows of the source ── num_proc processes ──> tokens-HASH/HASH-00000.arrow, HASH-00001.arrow, ...
 
 A process that tokenizes does not raise the error of a row. It writes it to the row's `error` column, and the
 first in file order is raised by `raise_first_error`. HASH is of the content of the source, of the tokenizer, the limits
@@ -10,62 +10,64 @@ and `caching.FORMAT`, so a second start, with any number of processes, tokenizes
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 
 from dpo.base.errors import InvalidValue, UserError
 from dpo.base.workers import Report
 from dpo.encode.encoder import Encoder, encoder_content
-from dpo.pairs.pair_values import named_values, value_features, valued_row
+from dpo.pairs.pair_values import named_values, valued_row
 from dpo.pairs.tokens import Limits, TokenizedExample, completion_key, prompt_key, tokenize
 from dpo.pairs.workers import tokenize_in_workers
-from dpo.sources.caching import cache_path, digest, quiet_progress
+from dpo.sources.caching import cache_path, digest, import_datasets, quiet_progress
 from dpo.sources.formats.reading import Reading, read_row
 from dpo.sources.formats.row_fields import Row
 from dpo.sources.kept import FindFault, find_fault, keep_folder
 from dpo.sources.source import Source, decode_row
 from dpo.terminal.console import progress
 
+if TYPE_CHECKING:
+    import datasets
+
 MAX_NUM_PROC, SMALL_SET = 8, 4000  # with fewer rows, processes cost more than they save
 ROWS_PER_REPORT = 1000  # rows per progress report
 BLOCK = 8192  # rows per block (`blocks`)
 
 Tokenize = Callable[[Row, int], dict[str, Any]]
-"""A record of `Source.rows` and its number -> a row of FEATURES."""
+"""A record of `Source.rows` and its number -> a row of COLUMNS."""
 
-_INT, _IDS = datasets.Value("int32"), datasets.List(datasets.Value("int32"))
-FEATURES = datasets.Features(
+_INT, _IDS = pa.int32(), pa.list_(pa.int32())
+COLUMNS = pa.schema(
     {
         "prompt_ids": _IDS,
-        "completion_ids": datasets.List(_IDS),
-        "pairs": datasets.List(_IDS),  # the kept ones, [winner, loser]
-        "dropped": datasets.List(datasets.Value("string")),  # one reason per dropped pair
-        "prompt_key": datasets.Value("binary"),  # 16 bytes, of prompt_ids
-        "full_prompt_key": datasets.Value("binary"),  # 16 bytes, of the prompt before truncation
-        "completion_keys": datasets.List(datasets.Value("binary")),
-        "where": datasets.Value("int64"),  # line or row number
-        "error": datasets.Value("string"),  # of a broken row, else null
-        "valid": datasets.Value("string"),  # the valid values, where `error` does not say
-        "prompt_truncated": datasets.Value("bool"),
+        "completion_ids": pa.list_(_IDS),
+        "pairs": pa.list_(_IDS),  # the kept ones, [winner, loser]
+        "dropped": pa.list_(pa.string()),  # one reason per dropped pair
+        "prompt_key": pa.binary(),  # 16 bytes, of prompt_ids
+        "full_prompt_key": pa.binary(),  # 16 bytes, of the prompt before truncation
+        "completion_keys": pa.list_(pa.binary()),
+        "where": pa.int64(),  # line or row number
+        "error": pa.string(),  # of a broken row, else null
+        "valid": pa.string(),  # the valid values, where `error` does not say
+        "prompt_truncated": pa.bool_(),
         "completions_truncated": _INT,
         "over_positions": _INT,
         "repeated_pairs": _INT,  # the same [winner, loser] again
         "contradicting_pairs": _INT,  # [a, b] whose reverse is listed too
         "boundary_merges": _INT,
-        "chats": datasets.Value("bool"),  # by the chat template
-        "texts": datasets.Value("bool"),  # no chat: as they are
-        "rendered_chats": datasets.Value("bool"),  # texts with control tokens in their prompt
-        "control_texts": datasets.Value("bool"),  # a control token in a text stays text
-        "written_bos": datasets.Value("bool"),  # the text brings its BOS
-        "two_bos": datasets.Value("bool"),
-        "trimmed_ends": datasets.Value("bool"),  # a text goes on after its stop token
-        "unwritten": datasets.Value("bool"),  # the chat template leaves out a content or a tool call
+        "chats": pa.bool_(),  # by the chat template
+        "texts": pa.bool_(),  # no chat: as they are
+        "rendered_chats": pa.bool_(),  # texts with control tokens in their prompt
+        "control_texts": pa.bool_(),  # a control token in a text stays text
+        "written_bos": pa.bool_(),  # the text brings its BOS
+        "two_bos": pa.bool_(),
+        "trimmed_ends": pa.bool_(),  # a text goes on after its stop token
+        "unwritten": pa.bool_(),  # the chat template leaves out a content or a tool call
     }
 )
 
@@ -77,9 +79,9 @@ def tokenize_source(
     limits: Limits,
     num_proc: int | None,
     fault_of: FindFault = find_fault,
-) -> datasets.Dataset:
-    """Returns the token rows of a source (FEATURES and `value_features`), in its order; makes them where they are not
-    in the cache, or are damaged there.
+) -> list[str]:
+    """Returns the files of the token rows of a source (COLUMNS, and `named_values`), in its order; makes them where
+    they are not in the cache, or are damaged there.
 
     Args:
         source: the raw rows.
@@ -98,10 +100,9 @@ def tokenize_source(
     row = functools.partial(tokenize_row, reading=reading, has_lines=source.has_lines, encoder=encoder, limits=limits)
     if named:
         row = functools.partial(valued_row, named=named, has_lines=source.has_lines, tokenize_row=row)
-    num = processes(num_proc, len(source.rows))
+    num = processes(num_proc, source.num_rows)
     keep_folder(folder, lambda draft: _write(draft / fingerprint, source, reading, row, num), fault_of)
-    files = sorted(folder.glob("*.arrow"))
-    return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path in files])
+    return sorted(str(path) for path in folder.glob("*.arrow"))
 
 
 def processes(num_proc: int | None, num_rows: int) -> int:
@@ -115,12 +116,15 @@ def _write(path: Path, source: Source, reading: Reading, row: Tokenize, num: int
     """Writes the token rows of a source to `num` files of about equal length, `path`-00000.arrow and so on, each in a
     process of its own.
     """
+    import_datasets()
+    import datasets
+
     rows = source.rows.with_format(None)
     if not source.has_lines:
         rows = rows.select_columns([name for name in rows.column_names if name in reading.own_columns])
     bounds = [len(rows) * i // num for i in range(num + 1)]
     parts = [range(begin, end) for begin, end in itertools.pairwise(bounds)]
-    features = datasets.Features(FEATURES | value_features(named_values(reading.names)))
+    features = _features(named_values(reading.names))
     write = functools.partial(_write_part, rows, row, features)
     works = [functools.partial(write, f"{path}-{i:05d}.arrow", part) for i, part in enumerate(parts)]
     label, is_shown = f"tokenizing {Path(source.path).name}", datasets.utils.is_progress_bar_enabled()
@@ -131,8 +135,16 @@ def _write(path: Path, source: Source, reading: Reading, row: Tokenize, num: int
             tokenize_in_workers(works, bar.advance)
 
 
+def _features(named: Iterable[str]) -> "datasets.Features":
+    """Returns the columns of token rows for `datasets`; `named` are those of weight and margin."""
+    import datasets
+
+    values = [pa.field(name, pa.float64()) for name in named]
+    return datasets.Features.from_arrow_schema(pa.schema([*COLUMNS, *values]))
+
+
 def _write_part(
-    rows: datasets.Dataset, row: Tokenize, features: datasets.Features, path: str, part: range, report: Report
+    rows: "datasets.Dataset", row: Tokenize, features: "datasets.Features", path: str, part: range, report: Report
 ) -> None:
     """Writes the token rows of a part of the raw rows."""
 
@@ -157,7 +169,7 @@ def _write_part(
 def tokenize_row(
     record: Row, index: int, reading: Reading, has_lines: bool, encoder: Encoder, limits: Limits
 ) -> dict[str, Any]:
-    """Returns one record of `Source.rows` as a row of FEATURES; a broken record has `error` set, and no tokens.
+    """Returns one record of `Source.rows` as a row of COLUMNS; a broken record has `error` set, and no tokens.
 
     Args:
         record: a row of `Source.rows`.
@@ -168,7 +180,7 @@ def tokenize_row(
         limits: the limits on lengths and ids.
 
     Returns:
-        The value of each column of FEATURES; arrays of ids are 1-D int32.
+        The value of each column of COLUMNS; arrays of ids are 1-D int32.
     """
     row, where = decode_row(record, index, has_lines)
     try:
@@ -204,7 +216,7 @@ def _columns(tokenized: TokenizedExample) -> dict[str, Any]:
     }
 
 
-def raise_first_error(rows: datasets.Dataset, source: Source) -> None:
+def raise_first_error(rows: pa.Table, source: Source) -> None:
     """Raises UserError at `file:line` for the first broken row of the token rows of a source."""
     for _, table in blocks(rows, ["error", "valid", "where"]):
         errors = table.column("error")
@@ -217,7 +229,7 @@ def raise_first_error(rows: datasets.Dataset, source: Source) -> None:
 # --- columns as numpy, a block of rows at a time, so that a large set stays on disk ---------------------------------
 
 
-def blocks(rows: datasets.Dataset, columns: list[str], size: int = BLOCK) -> Iterator[tuple[int, pa.Table]]:
+def blocks(rows: pa.Table, columns: list[str], size: int = BLOCK) -> Iterator[tuple[int, pa.Table]]:
     """Yields some columns, block by block: (number of the block's first row, its table).
 
     Args:
@@ -225,9 +237,9 @@ def blocks(rows: datasets.Dataset, columns: list[str], size: int = BLOCK) -> Ite
         columns: names of columns of `rows`.
         size: rows per block; the last block may be shorter.
     """
-    view = rows.select_columns(columns).with_format("arrow")
+    view = rows.select(columns)
     for first in range(0, len(rows), size):
-        yield first, view[first : first + size]
+        yield first, view.slice(first, size)
 
 
 def lists(table: pa.Table | pa.RecordBatch, column: str) -> tuple[np.ndarray, pa.Array]:
@@ -259,7 +271,7 @@ def keys16(array: pa.Array) -> np.ndarray:
     return np.frombuffer(buffers[2], "S16", len(array), start) if len(array) else np.empty(0, "S16")
 
 
-def column_keys(rows: datasets.Dataset, column: str) -> np.ndarray:
+def column_keys(rows: pa.Table, column: str) -> np.ndarray:
     """Returns a column of keys as (rows,) of dtype S16."""
     parts = [keys16(table.column(column).combine_chunks()) for _, table in blocks(rows, [column])]
     return np.concatenate(parts) if parts else np.empty(0, "S16")

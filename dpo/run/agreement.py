@@ -84,7 +84,7 @@ def _first_beyond(pairs: PairSet, size: int) -> tuple[int, int] | None:
     """
     if not len(pairs):
         return None
-    rows, row_of_pair = pairs.rows, np.asarray(pairs.row_of_pair)
+    row_of_pair = np.asarray(pairs.row_of_pair)
     for first, ids in _blocks_of_ids(pairs):
         if ids.max(initial=-1) < size:
             continue
@@ -92,7 +92,7 @@ def _first_beyond(pairs: PairSet, size: int) -> tuple[int, int] | None:
         for number, pair in zip(range(begin, end), pairs.pairs(np.arange(begin, end)), strict=True):
             used = np.concatenate([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids])
             if used.max() >= size:
-                return int(used[used >= size][0]), int(rows[int(row_of_pair[number])]["where"])
+                return int(used[used >= size][0]), int(pairs.row(int(row_of_pair[number]))["where"])
     return None
 
 

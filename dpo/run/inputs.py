@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
 import torch
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented
 from transformers import PretrainedConfig
@@ -62,8 +61,7 @@ def read_inputs(config: Config, world: World) -> Inputs:
     """
     check_mesh(world, config.parallel)
     if is_quiet() or not (world.is_main and sys.stderr.isatty()):
-        datasets.disable_progress_bars()
-        disable_progress_bars()
+        disable_progress_bars()  # those of `datasets` too, once it is imported
     facts = examine_machine(world)
     folders = find_models(config, world)
     model_config = read_config(config, world, folders[0])

@@ -1,19 +1,29 @@
-"""The cache of rows: its folder, the names of its files by content; calls of `datasets` that fail in one line."""
+"""The cache of rows: its folder, the names of its files by content; calls of `datasets` that fail in one line.
 
+`datasets` is imported where it is called, which takes a third of a second: a start whose rows are in the cache reads
+them without it (`arrow_files.py`), and finds their folder without it.
+"""
+
+import functools
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import huggingface_hub
 
 from dpo.base.errors import UserError
 from dpo.base.files import naming
 from dpo.base.full_disk import full_code
+from dpo.command.exits import late_imports
 from dpo.hub.snapshots import PREPARE
+
+if TYPE_CHECKING:
+    import datasets
 
 FORMAT = 4
 """The version of the cached rows and token rows of a source. A change of their contents or meaning must raise it."""
@@ -23,7 +33,12 @@ def digest(parts: Iterable[str]) -> str:
     """Returns a hash of the parts, of FORMAT and of the version of `datasets`: 32 hex digits, as a fingerprint of
     `datasets` has.
     """
-    return hashlib.sha256("\0".join([str(FORMAT), datasets.__version__, *parts]).encode()).hexdigest()[:32]
+    return hashlib.sha256("\0".join([str(FORMAT), _version(), *parts]).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _version() -> str:
+    return version("datasets")
 
 
 def file_hashes(paths: Iterable[Path | str]) -> Iterator[str]:
@@ -35,14 +50,31 @@ def file_hashes(paths: Iterable[Path | str]) -> Iterator[str]:
 
 def cache_path(name: str) -> Path:
     """Returns the path of `name` in the cache of `datasets` (HF_DATASETS_CACHE, by default under HF_HOME)."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dpo"
+    folder = datasets_cache() / "dpo"
     folder.mkdir(parents=True, exist_ok=True)
     return folder / name
+
+
+def datasets_cache() -> Path:
+    """Returns the folder in which `datasets` keeps rows, by the environment, as `datasets.config` finds it."""
+    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    home = Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser()
+    return Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+
+
+def import_datasets() -> None:
+    """Imports `datasets`, without its progress bars where those of the hub are hidden; holds Ctrl-C back until then."""
+    with late_imports():
+        import datasets
+    if huggingface_hub.utils.are_progress_bars_disabled():  # type: ignore[attr-defined]  # documented
+        datasets.disable_progress_bars()
 
 
 @contextmanager
 def quiet_progress() -> Iterator[None]:
     """Hides the progress bars of `datasets`, which flicker for short work."""
+    import datasets
+
     was_enabled = datasets.utils.is_progress_bar_enabled()
     datasets.utils.disable_progress_bars()
     try:
@@ -56,13 +88,17 @@ def first_line(error: BaseException) -> str:
     """Returns the first line of an error's message, or its class where the message is empty; of its cause where the
     error only says that generating failed.
     """
+    import datasets
+
     if isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__ is not None:
         return first_line(error.__cause__)
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def load(path: str, key: str, *args: Any, **options: Any) -> datasets.Dataset:
+def load(path: str, key: str, *args: Any, **options: Any) -> "datasets.Dataset":
     """Calls `load_dataset`. Raises one UserError for all of its failures (network, hub, split, files)."""
+    import datasets
+
     with one_error(path, key):
         return datasets.load_dataset(*args, **options)
 
@@ -72,6 +108,8 @@ def one_error(path: str, key: str) -> Iterator[None]:
     """Raises one UserError for all failures of `datasets` in the block, which then logs nothing, nor does the client of
     the hub: they log some errors that they raise as well, and each of their attempts to reach the hub.
     """
+    import datasets
+
     try:
         with _silent(datasets.logging), _silent(huggingface_hub.logging):
             yield

@@ -5,9 +5,8 @@ the folder in which `datasets` keeps the rows.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
-from datasets.packaged_modules.cache.cache import Cache
 from huggingface_hub import HfApi, constants
 
 from dpo.base.errors import UserError
@@ -16,8 +15,11 @@ from dpo.base.sums import lies_within
 from dpo.config import SourceConfig
 from dpo.hub.ids import is_hub_id
 from dpo.hub.snapshots import check_room
-from dpo.sources.caching import cache_path, digest, load, one_error
+from dpo.sources.caching import cache_path, datasets_cache, digest, load, one_error
 from dpo.sources.hub_sums import forget_digests
+
+if TYPE_CHECKING:
+    import datasets
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".gz", ".parquet", ".arrow", ".csv", ".tsv", ".txt", ".zst", ".zip")
 
@@ -40,7 +42,7 @@ def is_here(config: SourceConfig) -> bool:
     )
 
 
-def download(config: SourceConfig, key: str) -> datasets.Dataset:
+def download(config: SourceConfig, key: str) -> "datasets.Dataset":
     """Asks the hub for the newest revision of a data set, downloads what the cache lacks of it, and returns the rows.
 
     Notes in the cache the folder in which `datasets` keeps the rows of all splits: `prepared_folder` finds it.
@@ -51,7 +53,7 @@ def download(config: SourceConfig, key: str) -> datasets.Dataset:
     rows = load(config.path, key, config.path, config.name, split=config.split)
     for file in rows.cache_files[:1]:
         folder = Path(file["filename"]).parent
-        write_atomically(_note(config), str(folder.relative_to(datasets.config.HF_DATASETS_CACHE)).encode())
+        write_atomically(_note(config), str(folder.relative_to(datasets_cache())).encode())
         if before is None:
             forget_digests(folder)
     return rows
@@ -65,7 +67,7 @@ def prepared_folder(config: SourceConfig) -> Path | None:
         place = _note(config).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None
-    folder = Path(datasets.config.HF_DATASETS_CACHE, place)
+    folder = datasets_cache() / place
     return folder if lies_within(place) and folder.is_dir() else None
 
 
@@ -74,8 +76,10 @@ def _note(config: SourceConfig) -> Path:
     return cache_path(f"hub-{digest([config.path, str(config.name)])}")
 
 
-def read_prepared(folder: Path, config: SourceConfig, key: str) -> datasets.Dataset:
+def read_prepared(folder: Path, config: SourceConfig, key: str) -> "datasets.Dataset":
     """Returns the rows of a split in a folder of `datasets`, as `load_dataset` would, which asks the hub first."""
+    from datasets.packaged_modules.cache.cache import Cache
+
     name, version, revision = folder.parts[-3:]
     options = {"config_name": name, "version": version, "hash": revision}
     with one_error(config.path, key):
@@ -89,6 +93,8 @@ def check_room_for(config: SourceConfig, key: str) -> None:
 
     Asks the hub. Raises UserError where it cannot be reached, or has no such data set.
     """
+    import datasets
+
     with one_error(config.path, key):
         builder = datasets.load_dataset_builder(config.path, config.name)
         if Path(builder.cache_dir).is_dir():

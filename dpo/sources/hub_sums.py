@@ -11,17 +11,19 @@ import json
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
-
-import datasets
+from typing import TYPE_CHECKING
 
 from dpo.base.errors import UserError
 from dpo.base.files import write_atomically
 from dpo.base.sums import find_change, is_plain_name, sha256_of
 from dpo.config import SourceConfig
 from dpo.hub.snapshots import PREPARE
-from dpo.sources.caching import cache_path, digest
+from dpo.sources.caching import cache_path, datasets_cache, digest
 from dpo.sources.kept import FindFault, timed, trust
 from dpo.terminal.console import say
+
+if TYPE_CHECKING:
+    import datasets
 
 
 def check_files(folder: Path, config: SourceConfig, key: str, fault_of: FindFault) -> None:
@@ -38,8 +40,10 @@ def check_files(folder: Path, config: SourceConfig, key: str, fault_of: FindFaul
         raise UserError(f"{key}.path", what, f"that folder removed, then {PREPARE}")
 
 
-def keep_digests(rows: datasets.Dataset, split: str) -> None:
+def keep_digests(rows: "datasets.Dataset", split: str) -> None:
     """Writes the digests of the files of a split, where there are none, or not of all."""
+    import datasets
+
     paths = [Path(file["filename"]) for file in rows.cache_files]
     if not paths:
         return
@@ -61,7 +65,7 @@ def forget_digests(folder: Path) -> None:
 
 def _file(folder: Path, split: str) -> Path:
     """Returns the file of the digests of a split."""
-    place = folder.relative_to(datasets.config.HF_DATASETS_CACHE).as_posix()
+    place = folder.relative_to(datasets_cache()).as_posix()
     return cache_path(f"hub-sums-{digest([place])}-{digest([split])}")
 
 

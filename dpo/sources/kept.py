@@ -11,14 +11,16 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import datasets
+from typing import TYPE_CHECKING
 
 from dpo.base import sums
 from dpo.base.files import make_folder_atomically, remove_folder, write_atomically
 from dpo.base.sums import SUMS, read_sums, sha256_of, sums_text
 from dpo.base.units import shown_bytes
 from dpo.terminal.console import say
+
+if TYPE_CHECKING:
+    import datasets
 
 FindFault = Callable[[Path], str | None]
 """A folder -> why its content cannot be trusted, or None."""
@@ -62,11 +64,19 @@ def remove_damaged(folder: Path, fault_of: FindFault) -> None:
         _remove(file.parent, _fault(file.parent, fault_of))
 
 
-def keep_sums(rows: datasets.Dataset) -> None:
+def keep_sums(rows: "datasets.Dataset") -> None:
     """Writes SHA256SUMS beside the files of rows in a folder of `datasets`, where there is none yet."""
     for folder in {Path(file["filename"]).parent for file in rows.cache_files}:
         if not (folder / SUMS).exists():
             _write_sums(folder)
+
+
+def arrow_files(folder: Path) -> list[Path]:
+    """Returns the files of the rows that `datasets` keeps at or below `folder`, in their order; none where it has not
+    ended to write them, or keeps several sets of rows there.
+    """
+    complete = [file.parent for file in folder.rglob(SUMS)]
+    return sorted(complete[0].glob("*.arrow")) if len(complete) == 1 else []
 
 
 def _write_sums(folder: Path) -> None:

@@ -152,7 +152,7 @@ def _object(rows: Rows, number: int, values: Mapping[str, Any]) -> dict[str, Any
     (pair,) = rows.pairs.pairs(np.array([number]))
     row = int(rows.pairs.row_of_pair[number])
     source = rows.sources[int(np.searchsorted(np.cumsum([each.rows for each in rows.sources]), row, side="right"))]
-    where = rows.pairs.rows[row]["where"]
+    where = rows.pairs.row(row)["where"]
     return {
         **{name: _json_number(value) for name, value in values.items()},
         "source": source.key,

@@ -27,6 +27,7 @@ from dpo.base.errors import RunError
 from dpo.config import Config, DataConfig, ModelConfig, SourceConfig
 from dpo.pairs import token_rows
 from dpo.pairs.prepare import prepare_data
+from tests.support.caches import cache_of_datasets
 from tests.support.garbage import collect_and_tokenize, leave_group
 from tests.support.models import family_config
 
@@ -97,7 +98,7 @@ def main() -> None:
     print(f"{BARE} bare forks: {bare['dead']} dead, {bare['stuck']} stuck, {bare['well']} well", flush=True)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as name, patch.object(token_rows, "tokenize_row", collect_and_tokenize):
-        with patch.object(datasets.config, "HF_DATASETS_CACHE", Path(name)):
+        with cache_of_datasets(name):
             ends = Counter(tokenize(Path(name), number) for number in range(num_maps))
     assert group() is not None, "the garbage was collected meanwhile"
     figures = ", ".join(f"{ends[end]} {end}" for end in ("dead", "stuck", "wrong", "well"))

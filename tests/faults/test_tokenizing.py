@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import datasets
 import pytest
 
 from dpo.config import Config, to_yaml
@@ -20,6 +19,7 @@ from dpo.pairs import token_rows
 from dpo.pairs.prepare import prepare_data
 from dpo.run_folder.advice import AFTER_TRAINING
 from dpo.train import program as train
+from tests.support.caches import cache_of_datasets
 from tests.support.garbage import collect_and_tokenize, leave_group
 from tests.support.models import family_config, save_model, save_pairs
 from tests.support.processes import start_program
@@ -144,7 +144,7 @@ def train_as_rank(config: Config, rank: int, cache: str) -> tuple[int, list[str]
     mine = int(os.environ["RANK"])
     stderr = io.StringIO()
     fault = patch.object(token_rows, "tokenize_row", killed) if mine == rank else contextlib.nullcontext()
-    own_cache = patch.object(datasets.config, "HF_DATASETS_CACHE", Path(f"{cache}-{mine}"))
+    own_cache = cache_of_datasets(f"{cache}-{mine}")
     with own_cache, fault, contextlib.redirect_stderr(stderr):
         code = run_program(lambda: train.run_training(config))
     return code, stderr.getvalue().splitlines()

@@ -4,9 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
-import datasets
 import numpy as np
 import pytest
 
@@ -14,6 +12,7 @@ from dpo.config import Config, SourceConfig
 from dpo.distributed.startup import open_world
 from dpo.run.inputs import read_inputs
 from dpo.train.program import run_training
+from tests.support.caches import cache_of_datasets
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import make_config, run_until, train_lines, without_clock, worst_relative
@@ -66,7 +65,7 @@ def pairs_of_steps(config: Config, folder: Path) -> list[list[tuple[Ids, float, 
     """
     with open_world(70) as world:
         cache = folder / f"rank {world.rank} of {world.size}"
-        with patch.object(datasets.config, "HF_DATASETS_CACHE", cache):
+        with cache_of_datasets(cache):
             inputs = read_inputs(config, world)
         assert cache.is_dir()
         steps = []

@@ -8,7 +8,6 @@ import socket
 from pathlib import Path
 from unittest.mock import patch
 
-import datasets
 import pytest
 
 from dpo.checkpoint.marker import MARKER
@@ -19,6 +18,7 @@ from dpo.distributed.program import run_program
 from dpo.distributed.shared import Unseen, _sees
 from dpo.distributed.startup import open_world
 from dpo.train.program import run_training
+from tests.support.caches import cache_of_datasets
 from tests.support.checkpoints import remark, save, shelf_of
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
@@ -64,7 +64,7 @@ def train_where_nodes_differ(config: Config, places: dict[str, str], work_dirs: 
     os.environ.update({name: place.format(rank=rank) for name, place in places.items()})
     os.chdir(work_dirs.format(rank=rank))
     names, errors = patch.object(socket, "gethostname", lambda: f"node{rank}"), contextlib.redirect_stderr(stderr)
-    data_cache = patch.object(datasets.config, "HF_DATASETS_CACHE", os.environ.get("HF_DATASETS_CACHE", "/nowhere"))
+    data_cache = cache_of_datasets(os.environ.get("HF_DATASETS_CACHE", "/nowhere"))
     try:
         with names, errors, data_cache if "HF_DATASETS_CACHE" in places else contextlib.nullcontext():
             return run_program(lambda: run_training(config)), stderr.getvalue()

@@ -6,6 +6,7 @@ import signal
 import socket
 
 import datasets
+import huggingface_hub
 import pytest
 
 from dpo.base.errors import RunError
@@ -92,6 +93,7 @@ def test_one_bar_counts_the_rows_of_all_processes(tmp_path, tokenizer_folder, mo
     monkeypatch.setattr(token_rows, "ROWS_PER_REPORT", 2)  # processes of 3, 3 and 4 rows
     config = make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder, num_proc=num_proc)
     datasets.utils.enable_progress_bars()
+    monkeypatch.setattr(huggingface_hub.utils, "are_progress_bars_disabled", lambda: False)
     prepare_data(config, MODEL)
     shown = capfd.readouterr().err
     assert "tokenizing a.jsonl: 10/10 rows" in shown
@@ -159,7 +161,7 @@ def test_number_of_processes(monkeypatch):
 
 def test_rows_stay_on_disk(tmp_path, tokenizer_folder):
     prepared = prepare_data(make_config(write_jsonl(tmp_path / "a.jsonl", ROWS), tokenizer=tokenizer_folder), MODEL)
-    files = {file["filename"] for file in prepared.train.rows.cache_files}
+    files = {file.name for file in prepared.train.token_files}
     assert files and all(str(tmp_path) in name and "tokens-" in name for name in files)
 
 
@@ -170,7 +172,7 @@ def test_what_is_cached_is_of_its_formats(tmp_path, tokenizer_folder):
     path = write_jsonl(tmp_path / "a.jsonl", ROWS)
     held_out = SourceConfig(path=path, holdout=0.5)
     prepared = prepare_data(make_config(held_out, tokenizer=tokenizer_folder, max_length=6, max_prompt_length=3), MODEL)
-    rows = hashlib.sha256(repr(prepared.train.rows.to_list()).encode()).hexdigest()[:16]
+    rows = hashlib.sha256(repr(prepared.train.rows.to_pylist()).encode()).hexdigest()[:16]
     pairs = hashlib.sha256()
     for pair_set in (prepared.train, prepared.eval):
         for name in ("row_of_pair", "pair_in_row", "prompt_of_pair", "sizes", "keys"):  # places are of Arrow's layout

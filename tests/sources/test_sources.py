@@ -18,6 +18,7 @@ from dpo.sources import caching
 from dpo.sources import source as sources
 from dpo.sources.formats.json_rows import json_rows
 from dpo.sources.source import decode_row, open_source
+from tests.support.caches import cache_of_datasets
 from tests.support.data_fixtures import write_gzip, write_jsonl
 
 ROWS = [{"prompt": "pé", "chosen": "a\n", "rejected": "\U0001f600", "n": i} for i in range(5)]
@@ -317,8 +318,8 @@ def test_a_cache_without_locks_is_one_line(tmp_path, monkeypatch, code) -> None:
 
 def test_a_cache_that_cannot_be_made_is_not_told_as_the_data(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "file" / "cache"))
-    said = fault(write_jsonl(tmp_path / "rows.jsonl", ROWS))
+    with cache_of_datasets(tmp_path / "file" / "cache"):
+        said = fault(write_jsonl(tmp_path / "rows.jsonl", ROWS))
     assert said == f"HF_HOME: cannot write to {tmp_path}/file/cache: Not a directory; valid: a folder to write in"
 
 

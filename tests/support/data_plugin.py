@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from tests.support.caches import cache_of_datasets
 from tests.support.data_fixtures import make_tokenizer
 
 
@@ -13,9 +14,9 @@ from tests.support.data_fixtures import make_tokenizer
 def hf_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache of `datasets` that is empty and this test's alone."""
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
     datasets.utils.disable_progress_bars()
-    yield tmp_path / "hf"
+    with cache_of_datasets(tmp_path / "hf" / "datasets"):
+        yield tmp_path / "hf"
     datasets.utils.enable_progress_bars()
 
 

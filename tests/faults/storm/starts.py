@@ -99,6 +99,7 @@ def _fork(root: Path, work: Callable[[], int], rank: int, port: int, log: Path) 
         os.environ.update({name: str(fact) for name, fact in facts.items()})
         os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
         datasets.config.HF_DATASETS_CACHE = root / "hf" / "datasets"
+        os.environ["HF_DATASETS_CACHE"] = str(root / "hf" / "datasets")
         code = work()
     except BaseException:  # whatever it is, it is judged
         traceback.print_exc()
