@@ -56,6 +56,26 @@ def test_one_rank_alone_says_that_ctrl_c_came(rank: str, told: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", told)
 
 
+LATE = """
+import os, signal, sys
+from dpo.command.exits import late_imports
+try:
+    with late_imports():
+        os.kill(os.getpid(), signal.SIGINT)
+        try:
+            import decimal
+        except BaseException:
+            pass  # as libraries do while they are imported
+        print("imported")
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+def test_ctrl_c_while_a_running_program_imports_a_library_comes_after_it() -> None:
+    assert run_python(LATE).stdout.split() == ["imported", "stopped"]
+
+
 BEFORE_ALL = """
 import os, signal, sys
 class Finder:

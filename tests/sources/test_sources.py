@@ -12,11 +12,13 @@ import datasets
 import pytest
 
 from dpo.base.errors import UserError
+from dpo.base.sums import SUMS
 from dpo.config import SourceConfig
 from dpo.hub.snapshots import PREPARE
 from dpo.sources import caching
 from dpo.sources import source as sources
 from dpo.sources.formats.json_rows import json_rows
+from dpo.sources.kept import arrow_files
 from dpo.sources.source import decode_row, open_source
 from tests.support.caches import cache_of_datasets
 from tests.support.data_fixtures import write_gzip, write_jsonl
@@ -335,3 +337,32 @@ def test_a_full_cache_is_one_line(tmp_path, monkeypatch) -> None:
     what = f"the disk is full: cannot write {datasets.config.HF_DATASETS_CACHE}, about 0.4 KiB: "
     assert said.startswith(f"HF_HOME: {what}")
     assert said.endswith(" are free there; valid: a folder with more room, or free space there")
+
+
+# --- rows in the cache ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.csv"])
+def test_a_text_in_the_cache_is_the_same_without_datasets(tmp_path, monkeypatch, hf_cache, name) -> None:
+    """Until its rows are asked for, as where they are tokenized."""
+    path = tmp_path / name
+    text = "prompt,chosen\na,b\nc,d\n" if name.endswith(".csv") else '{"prompt": "a", "x": ""}\n\n{"prompt": "b"}\n'
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    first = open_source(SourceConfig(str(path)), "k")
+    monkeypatch.setattr(sources, "_write_text", None)
+    again = open_source(SourceConfig(str(path)), "k")
+    for name in ("num_rows", "columns", "content", "has_lines", "first_record"):
+        assert getattr(again, name) == getattr(first, name)
+    assert again.first_row() == first.first_row() and again.first_row()["prompt"] == "a"
+    assert again.num_rows == len(again.rows) == 2 and again.rows.to_list() == first.rows.to_list()
+    assert again.rows[0] == again.first_record
+
+
+def test_rows_that_were_not_written_to_their_end_are_written_again(tmp_path, hf_cache) -> None:
+    """SHA256SUMS is written last."""
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    assert len(opened(path).rows) == len(ROWS)
+    (sums,) = (hf_cache / "datasets" / "dpo").rglob(SUMS)
+    sums.unlink()
+    assert arrow_files(hf_cache / "datasets" / "dpo") == []
+    assert len(opened(path).rows) == len(ROWS) and sums.exists()
