@@ -2,7 +2,10 @@
 
 Prints, as medians over `--starts` starts of two ranks of a tiny model, the wall seconds of each phase and the seconds
 of the processor that rank 0 took in it, and the same of importing the trainer alone: plainly, and as a rank does.
-The processor's seconds depend less on what else runs on the machine.
+The processor's seconds depend less on what else runs on the machine. Then the floor: the same of the least program
+that trains with the same libraries on one rank (`least.py`). What is above it is the trainer's own.
+
+Python keeps what it has compiled, as it does for installed packages, also where PYTHONDONTWRITEBYTECODE is set.
 """
 
 import argparse
@@ -22,6 +25,7 @@ IMPORTS = {
     "plainly": "import dpo.train.program",
     "as a rank": "from dpo.command.exits import slow_imports\nwith slow_imports(): import dpo.train.program",
 }
+LEAST = [sys.executable, "-m", "tests.bench.least"]
 TELL = "\nimport time; print(time.process_time())"
 
 
@@ -40,6 +44,14 @@ def measured_start(config: Path, told: Path) -> dict[str, tuple[float, float]]:
     facts = json.loads(told.read_text(encoding="utf-8"))
     told.unlink()
     return {"torchrun": (facts["begun"] - started, 0.0), **facts["phases"]}
+
+
+def measured_floor(model: Path, checkpoint: Path) -> dict[str, tuple[float, float]]:
+    """Phase -> (0, processor's seconds) of the least program."""
+    words = [*LEAST, str(model), str(checkpoint)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, check=True, capture_output=True, text=True, cwd=ROOT, env=environment)
+    return {name: (0.0, seconds) for name, seconds in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
 def train_as_rank(told: Path) -> None:
@@ -89,6 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=5)
     starts = parser.parse_args().starts
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     for how, code in IMPORTS.items():
         seconds = statistics.median(cpu_seconds_of_imports(code) for _ in range(starts))
         print(f"importing the trainer {how}: {seconds:.2f} s of the processor")
@@ -99,7 +112,15 @@ def main() -> None:
         config = six_steps(root, root / "run", train__steps=1000, checkpoint__save_every=2, optim__name="adamw")
         run_until(config, 3)
         (root / "run.yaml").write_text(to_yaml(config), encoding="utf-8")
-        show([measured_start(root / "run.yaml", root / "told.json") for _ in range(starts)])
+        subprocess.run([*LEAST, str(root / "model"), str(root / "least"), "save"], check=True, cwd=ROOT)
+        pairs = [
+            (measured_start(root / "run.yaml", root / "told.json"), measured_floor(root / "model", root / "least"))
+            for _ in range(starts)
+        ]
+        print("the trainer")
+        show([start for start, _ in pairs])
+        print("the least program")
+        show([floor for _, floor in pairs])
 
 
 if __name__ == "__main__":
