@@ -74,8 +74,8 @@ def storm(root: Path, seed: int, count: int) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1, help="of the ranks and moments (%(default)s)")
+    parser.add_argument("--count", type=int, default=20, help="of the kills (%(default)s)")
     words = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dpo-kills-") as folder:

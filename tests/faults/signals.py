@@ -1,9 +1,10 @@
 """Signals in every phase of a run: `python -m tests.faults.signals`.
 
 Bare ranks, as under torchrun: SIGTERM, SIGINT and SIGUSR2 to both of two ranks, within each of PHASES. Then the command
-`dpo train` with SIGTERM and Ctrl-C to its processes, in each of COMMAND_PHASES: it must save where a step was made, end
-with the code of dpo/README.md, tell it in its last line, and leave no process. After each the same run is started
-again, and must end as one that nobody disturbed, to the last bit. Ends with 1 where something is otherwise.
+`dpo train` with SIGTERM and Ctrl-C to its processes, while it imports torch and in each of COMMAND_PHASES: it must
+save where a step was made, end with the code of dpo/README.md, tell it in its last line, and leave no process. After
+each the same run is started again, and must end as one that nobody disturbed, to the last bit. Ends with 1 where
+something is otherwise.
 """
 
 import argparse
@@ -192,8 +193,9 @@ def wrong_end(code: int, said: str, number: signal.Signals, steps: int, last: in
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("ranks", "command"))
+    parser.add_argument("--only", choices=("ranks", "command"), help="one of the two parts; by default both")
     only = parser.parse_args().only
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's `&` ignores, and children inherit that
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="dpo-signals-") as folder:
         root = Path(folder)
