@@ -111,7 +111,7 @@ def _siblings() -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the other processes that the parent of this one has started, and their environment variables."""
     for path in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has just ended, or is another user's
-            parent = (path / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
-            if int(parent) == os.getppid() and int(path.name) != os.getpid():
+            found = find_process(int(path.name))
+            if found and found.parent == os.getppid() and int(path.name) != os.getpid():
                 pairs = (path / "environ").read_bytes().decode(errors="replace").split("\0")
                 yield int(path.name), dict(pair.split("=", 1) for pair in pairs if "=" in pair)
