@@ -38,7 +38,7 @@ from dpo.distributed.slots import ELSEWHERE, END_FILE, IN, LOST, Seen, condemn, 
 
 GRACE_SECONDS = 5.0
 PAUSE_SECONDS = 10.0
-"""Between two looks, which are a quarter of a second apart, or six seconds where a disk does not answer: a pause."""
+"""Between two looks, which are a quarter of a second apart, or eight seconds where a disk does not answer: a pause."""
 _POLL_SECONDS = 0.25
 _AGAIN_SECONDS = 1.0
 _WRITE_SECONDS = 2.0
