@@ -337,6 +337,12 @@ PRIVATE_PARTS = (
         "sources/test_sources.py::test_hub",
     ),
     PrivatePart(
+        "datasets.Dataset.save_to_disk._data_files",
+        ("dpo/sources/source.py",),
+        "the names of the files of a saved data set, in its state.json: none may lead out of the folder",
+        "sources/test_sources.py::test_a_saved_set_names_files_of_its_own_folder",
+    ),
+    PrivatePart(
         "datasets.packaged_modules.cache.cache.Cache",
         ("dpo/sources/hub_sets.py",),
         "reads a hub's dataset from the cache; load_dataset asks the hub first, and waits where packets are dropped",

@@ -241,6 +241,28 @@ def test_bad_weights_are_not_searched(root: Path, ranks: Ranks, tmp_path: Path, 
     assert len(pairs) == (1 if tokens == 8 else 2) and 5 in [pair["pair"] for pair in pairs]
 
 
+def finite_alone(config: Config) -> tuple[int, str, int]:
+    """As where it takes the others of the micro-batch: each tree alone is finite."""
+    compute = nonfinite.Again._is_finite_here
+
+    def call(again: Any, rank: int, trees: Sequence[Any]) -> bool:
+        return compute(again, rank, trees) or len(trees) == 1
+
+    with patch.object(nonfinite.Again, "_is_finite_here", call):
+        return searching(config, True)
+
+
+@pytest.mark.parametrize("model", ["nan", "huge"])
+def test_where_each_prompt_is_finite_alone_all_of_the_micro_batch_are_named(
+    root: Path, ranks: Ranks, tmp_path: Path, model: str
+) -> None:
+    config = config_of(root, tmp_path / "run", model, batch__tokens_per_micro_batch=1000, train__on_nonfinite="stop")
+    (code, said, _), _ = ranks(2, finite_alone, config)
+    assert code == 1 and "micro-batch 1: pairs " in error_lines(said)[0]
+    pairs = report_of(config, "step-000002.jsonl")
+    assert len(pairs) == 2 and 5 in [pair["pair"] for pair in pairs] and len({pair["rank"] for pair in pairs}) == 1
+
+
 def test_few_prompts_are_computed_alone(root: Path, ranks: Ranks, tmp_path: Path) -> None:
     """Of four in the micro-batch only two, after one pass of the micro-batch: the others may be bad, and are named."""
     config = config_of(root, tmp_path / "run", "huge", batch__tokens_per_micro_batch=1000, train__on_nonfinite="stop")
