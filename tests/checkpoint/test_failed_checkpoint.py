@@ -16,15 +16,16 @@ from torch.distributed.checkpoint.planner import SavePlanner
 
 from dpo.base.errors import FolderLost, RunError
 from dpo.checkpoint import export as exporting
-from dpo.checkpoint import folders
+from dpo.checkpoint import folders, saver
 from dpo.checkpoint.export import draft_of
+from dpo.checkpoint.final_sums import find_fault_of_export, write_sums_together
 from dpo.checkpoint.folders import checkpoint_path, step_of
 from dpo.checkpoint.plans import forget_plans
 from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from tests.base.test_files import hold_a_file
-from tests.support.checkpoints import newest_checkpoint
+from tests.support.checkpoints import newest_checkpoint, shelf_of
 from tests.support.processes import start
 
 WRITER = ("prepare_local_plan", "prepare_global_plan", "write_data", "finish")
@@ -81,6 +82,24 @@ def test_one_failure_leaves_the_next_checkpoints_whole(
     assert "failing" in SavePlanner._cached_all_plans
 
 
+def test_failures_with_a_success_between_them_end_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    """Saves 1, 3, 5 and 6 fail. Of 5 and 6, two in succession, the next call tells."""
+    monkeypatch.setattr(saver, "state_tensors", lambda *_: {})
+
+    def write(shelf: Shelf, state: RunState, *others: Any) -> None:
+        if state.step in (1, 3, 5, 6):
+            raise RunError(f"save {state.step}")
+
+    monkeypatch.setattr(saver, "write_checkpoint", write)
+    saving = saver.Saver(shelf_of(tmp_path, None, world), torch.nn.Linear(1, 1), None)  # type: ignore[arg-type]
+    for step in range(1, 7):
+        saving.save(RunState(step, {}), lambda: None)
+    with pytest.raises(RunError, match="save 6"):
+        saving.save(RunState(7, {}), lambda: None)
+
+
 def test_a_draft_that_cannot_be_removed_hides_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
@@ -116,6 +135,18 @@ def test_who_has_lost_the_folder_removes_no_draft(
     with pytest.raises(RunError, match="not this run's any more" if lost == 1 else "the disk is full"):
         write_checkpoint(shelf, RunState(1, {}), tensors(1), lambda: None)
     assert draft.is_dir() and len(checks) == lost
+
+
+def test_the_files_below_an_exported_model_are_listed_too(tmp_path: Path, world: World) -> None:
+    """Further chat templates and nested code: one that has changed is found."""
+    below = tmp_path / "additional_chat_templates" / "tool.jinja"
+    below.parent.mkdir()
+    for path in (below, tmp_path / "config.json", tmp_path / "README.md"):
+        path.write_text("{}")
+    write_sums_together(tmp_path, world)
+    assert find_fault_of_export(tmp_path, world) is None
+    below.write_text("[]")
+    assert find_fault_of_export(tmp_path, world) == "additional_chat_templates/tool.jinja has changed"
 
 
 def test_who_has_lost_the_folder_removes_no_draft_of_a_model(tmp_path: Path) -> None:

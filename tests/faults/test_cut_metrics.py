@@ -5,8 +5,10 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from dpo.run_folder.evaluations import drop_evaluations_after, evaluation_steps, write_evaluation
 from dpo.run_folder.files import drop_metrics_after, read_metrics, spans
 from tests.support.runs import changed, logged, run, six_steps, train_lines, without_clock
 
@@ -78,6 +80,14 @@ def test_lines_of_one_step_and_other_kinds_stay(tmp_path: Path, capsys: pytest.C
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     drop_metrics_after(tmp_path, 1)
     assert read_metrics(tmp_path) == lines and capsys.readouterr().err == ""
+
+
+def test_the_evaluation_of_the_checkpoint_stays(tmp_path: Path) -> None:
+    """A run goes on from step 2 and does not evaluate it again; what came later goes."""
+    for step in (0, 2, 3, 4):
+        write_evaluation(tmp_path, step, {"logps_chosen": np.zeros(1)})
+    drop_evaluations_after(tmp_path, 2)
+    assert evaluation_steps(tmp_path) == [0, 2]
 
 
 def test_lines_that_changed_places_are_put_in_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
