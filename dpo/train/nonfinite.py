@@ -15,6 +15,7 @@ Each line of a file is an object for one pair:
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from dpo.terminal.console import say
 from dpo.train.setup import Run
 
 FILES_KEPT = 100
+"""Files of reports that are kept, the first and as many of the last."""
 MOST_SHOWN = 3
 """Pairs that the line names; the file has all."""
 TEXTS = ("prompt", "chosen", "rejected")
@@ -133,9 +135,10 @@ def _write(rows: Rows, path: Path, ids: Sequence[int], values: Sequence[Mapping[
     lines = [json.dumps(each | of_each) + "\n" for each, of_each in zip(objects, texts, strict=True)]
     try:
         write_atomically(path, "".join(lines).encode())
-        _drop_others(path.parent)
     except OSError as failure:
         return [each["place"] for each in objects], f"their texts are not kept: {line_of(failure)}"
+    with suppress(OSError):  # a folder from which nothing can be removed
+        _drop_others(path.parent)
     return [each["place"] for each in objects], f"{path}{note}"
 
 
@@ -143,8 +146,8 @@ def _drop_others(folder: Path) -> None:
     """Removes files of reports but the first and the last FILES_KEPT, and says so: a run may skip steps for weeks."""
     reports = sorted(folder.glob("*-*.jsonl"), key=lambda path: (path.stat().st_mtime_ns, path.name))
     for path in reports[FILES_KEPT:-FILES_KEPT]:
-        say(f"removed {path}: of such reports the first {FILES_KEPT} and the last {FILES_KEPT} are kept")
         path.unlink()
+        say(f"removed {path}: of such reports the first {FILES_KEPT} and the last {FILES_KEPT} are kept")
 
 
 def _object(rows: Rows, number: int, values: Mapping[str, Any]) -> dict[str, Any]:

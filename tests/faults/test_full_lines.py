@@ -251,3 +251,13 @@ def test_results_that_do_not_fit(disk: Path) -> None:
     assert done.stderr.splitlines()[0] == (
         f"error: the disk is full: cannot write {disk / 'results'}, at least 1 byte: 0.0 KiB are free there"
     )
+
+
+def test_the_write_that_failed_is_told_and_not_the_close(disk: Path) -> None:
+    """A file keeps a line that did not fit, and fails once more when it is closed."""
+    leave(disk, 0)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        metrics(disk)
+    size = len('{"step": 1, "train/loss": 0.5}\n')
+    told = f"cannot write {disk / 'metrics.jsonl'}, {size} bytes: 0.0 KiB are free there"
+    assert line_of(raised.value) == f"the disk is full: {told}"

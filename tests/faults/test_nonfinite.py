@@ -39,6 +39,7 @@ from dpo.step import nonfinite, update
 from dpo.step.nonfinite import BAD_WEIGHTS
 from dpo.step.objective import pair_losses
 from dpo.step.optim import lr_at
+from dpo.train import nonfinite as reports
 from dpo.train import program as train
 from dpo.train.setup import Hooks, build_run
 from launch.compare import read_run
@@ -536,3 +537,17 @@ def test_readers_of_the_metrics_pass_a_skipped_step_over(root: Path, tmp_path: P
     points = {tag: [step for step, _ in values] for tag, values in points_of(folder / "tensorboard").items()}
     assert points["train/loss"] == [1, 3] and points["train/lr"] == [1, 2, 3, 4] and points["train/skipped"] == [2, 4]
     assert (folder / "report.html").is_file() and "4 of 4" not in (folder / "final" / "README.md").read_text()
+
+
+def test_the_first_and_the_last_reports_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that skips steps for weeks writes a file for each; those are removed that lie between."""
+    monkeypatch.setattr(reports, "FILES_KEPT", 2)
+    for step in (1, 30, 200, 1000, 1001, 1002):
+        path = tmp_path / f"step-{step:06d}.jsonl"
+        path.write_text("{}")
+        os.utime(path, (step, step))
+        reports._drop_others(tmp_path)
+    assert [int(path.stem[5:]) for path in sorted(tmp_path.iterdir())] == [1, 30, 1001, 1002]
+    assert capsys.readouterr().err.count("of such reports the first 2 and the last 2 are kept") == 2
