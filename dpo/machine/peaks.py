@@ -7,7 +7,6 @@ import torch
 
 from dpo.machine.data_sheets import find_sheet
 
-
 QUICK_REPEATS = 4
 """Products that measure a CPU at each start, which waits for them; dpo.doctor takes more."""
 
