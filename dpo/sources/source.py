@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo.base.arrow_files import open_rows
@@ -39,7 +38,8 @@ from dpo.sources.caching import (
     load,
     quiet_progress,
 )
-from dpo.sources.formats.json_rows import BEGINS, EMPTY_TEXTS, json_rows
+from dpo.sources.filled import filled_columns
+from dpo.sources.formats.json_rows import BEGINS, json_rows
 from dpo.sources.formats.row_fields import Row
 from dpo.sources.formats.table_rows import DELIMITERS, table_rows
 from dpo.sources.formats.text_lines import first_character
@@ -282,26 +282,6 @@ def _of_columns(config: SourceConfig, rows: "datasets.Dataset", content: str) ->
     """Returns the source of rows that have columns of their own."""
     first = rows[0] if len(rows) else {}
     return Source(config.path, len(rows), first, lambda: rows, filled_columns(rows), content, has_lines=False)
-
-
-# --- columns ----------------------------------------------------------------------------------------------------------
-
-
-def filled_columns(rows: "datasets.Dataset") -> set[str]:
-    """Returns the columns with a value that is not EMPTY in some row. Reads on in a column only until the
-    first such value.
-    """
-    return {name for name in rows.column_names if any(map(_is_filled, rows.data.column(name).chunks))}
-
-
-def _is_filled(values: pa.Array) -> bool:
-    """Returns whether some value is not null, and neither one of EMPTY_TEXTS, an empty list nor an empty object."""
-    kind = values.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        return bool(pc.any(pc.invert(pc.is_in(values, pa.array([*EMPTY_TEXTS, None], kind)))).as_py())
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return bool((pc.max(pc.list_value_length(values)).as_py() or 0) > 0)
-    return bool(values.null_count < len(values) and not (pa.types.is_struct(kind) and kind.num_fields == 0))
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

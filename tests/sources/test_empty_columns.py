@@ -8,8 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dpo.config import SourceConfig
-from dpo.sources import source as sources
-from dpo.sources.source import filled_columns, open_source
+from dpo.sources import filled
+from dpo.sources.filled import filled_columns
+from dpo.sources.source import open_source
 from tests.support.data_fixtures import write_jsonl
 
 pytest_plugins = ["tests.support.data_plugin"]
@@ -72,8 +73,8 @@ def test_objects_in_arrow():
 def test_reading_ends_at_the_first_value(monkeypatch):
     """A column of many chunks costs one of them where the first holds a value."""
     seen = []
-    is_filled = sources._is_filled
-    monkeypatch.setattr(sources, "_is_filled", lambda values: seen.append(len(values)) or is_filled(values))
+    is_filled = filled._is_filled
+    monkeypatch.setattr(filled, "_is_filled", lambda values: seen.append(len(values)) or is_filled(values))
     chunks = [pa.array(["x"] * 10)] * 1000
     rows = datasets.Dataset(
         pa.table({"a": pa.chunked_array(chunks), "b": pa.chunked_array([pa.array([""] * 10)] * 1000)})
