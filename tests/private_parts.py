@@ -338,7 +338,7 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         "datasets.Dataset.save_to_disk._data_files",
-        ("dpo/sources/source.py",),
+        ("dpo/sources/saved.py",),
         "the names of the files of a saved data set, in its state.json: none may lead out of the folder",
         "sources/test_sources.py::test_a_saved_set_names_files_of_its_own_folder",
     ),

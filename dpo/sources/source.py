@@ -24,7 +24,6 @@ from dpo.base.errors import UserError
 from dpo.base.files import NEED, has_need
 from dpo.base.full_disk import full_code
 from dpo.base.space import describe_full
-from dpo.base.sums import is_plain_name
 from dpo.base.units import shown_bytes
 from dpo.config import SourceConfig
 from dpo.hub.snapshots import offline
@@ -33,7 +32,6 @@ from dpo.sources.caching import (
     datasets_cache,
     digest,
     file_hashes,
-    first_line,
     import_datasets,
     load,
     quiet_progress,
@@ -46,6 +44,7 @@ from dpo.sources.formats.text_lines import first_character
 from dpo.sources.hub_sets import check_path, download, prepared_folder, read_prepared
 from dpo.sources.hub_sums import check_files, keep_digests
 from dpo.sources.kept import FindFault, arrow_files, find_fault, keep_sums, remove_damaged
+from dpo.sources.saved import is_saved, open_saved
 
 if TYPE_CHECKING:
     import datasets
@@ -53,8 +52,6 @@ if TYPE_CHECKING:
 JSON_COLUMNS: Mapping[str, str] = {"row": "string", "line": "int64", "columns": "string"}
 """The columns of the rows of a text, and their types."""
 PARQUET = b"PAR1"
-INDEX, SPLITS = "state.json", "dataset_dict.json"
-"""The files in which `save_to_disk` names the files of a data set, and the folders of its splits."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP)
 """Errors of locks on a file system without them, such as an NFS whose server has no lock daemon."""
 
@@ -212,8 +209,8 @@ def _table_options(path: Path) -> dict[str, str]:
 def _open_folder(config: SourceConfig, path: Path, key: str, fault_of: FindFault) -> Source:
     """Opens a folder that `save_to_disk` wrote, or a folder of data files, which `load_dataset` reads."""
     import_datasets()
-    if (path / INDEX).exists() or (path / SPLITS).exists():
-        rows = _open_saved(config, path, key)
+    if is_saved(path):
+        rows = open_saved(config, path, key)
         content = digest([*file_hashes(file["filename"] for file in rows.cache_files), str(rows.features)])
     else:
         files = digest(file_hashes(file for file in sorted(path.rglob("*")) if file.is_file()))
@@ -224,43 +221,6 @@ def _open_folder(config: SourceConfig, path: Path, key: str, fault_of: FindFault
         rows = _kept(files, read, fault_of)
         content = digest([files, str(config.name), config.split])
     return _of_columns(config, rows, content)
-
-
-def _open_saved(config: SourceConfig, path: Path, key: str) -> "datasets.Dataset":
-    """Opens the data set of a folder that `save_to_disk` wrote, or one of its splits."""
-    import datasets
-
-    if outside := _names_outside(path):
-        what = f"{config.path}: names the file {outside[0]!r}"
-        raise UserError(f"{key}.path", what, "names of files and splits in the same folder")
-    try:
-        saved = datasets.load_from_disk(str(path))
-    except IndexError as error:  # `datasets` raises it where no file holds a row
-        raise UserError(config.path, "empty, it has no rows", "at least one row") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{key}.path", f"{config.path}: cannot be loaded: {first_line(error)}") from error
-    if isinstance(saved, datasets.DatasetDict):
-        if config.split not in saved:
-            raise UserError(f"{key}.split", f"{config.path} has no split {config.split}", ", ".join(saved))
-        return saved[config.split]
-    if config.split not in ("train", str(saved.split)):
-        raise UserError(f"{key}.split", f"{config.path} holds one set without splits", "no split")
-    return saved
-
-
-def _names_outside(folder: Path) -> list[str]:
-    """Returns the names in the indices of a folder that `save_to_disk` wrote which are not those of files or splits in
-    it; none of a broken index, which `datasets` refuses.
-    """
-    try:
-        splits = json.loads((folder / SPLITS).read_bytes())["splits"] if (folder / SPLITS).exists() else []
-        if outside := [split for split in splits if not is_plain_name(split)]:
-            return outside
-        indices = [json.loads((folder / split / INDEX).read_bytes()) for split in splits or ["."]]
-        names = [file["filename"] for index in indices for file in index["_data_files"]]
-        return [name for name in names if not is_plain_name(name)]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
 
 
 def _open_hub(config: SourceConfig, key: str, fault_of: FindFault) -> Source:
