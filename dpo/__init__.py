@@ -8,9 +8,9 @@ lower floors only, and rooms of one floor do not know each other (`make check` h
 pyproject.toml). Each room's `__init__.py` has a line for each of its files.
 
     floor  room
-    15     front/          dpo NAME: the programs below by their names, ranks that it starts itself; Python's way in
-    14     replay/         python -m dpo.replay: steps of a run computed again, compared to the last bit
-    13     train/          python -m dpo.train: checks the input, builds the run, trains, exports; the loop
+    16     front/          dpo NAME: the programs below by their names, ranks that it starts itself; Python's way in
+    15     replay/         python -m dpo.replay: steps of a run computed again, compared to the last bit
+    14     train/          python -m dpo.train: checks the input, builds the run, trains, exports; the loop
            prepare/        python -m dpo.prepare: downloads and tokenizes all that a run reads, without GPUs
            reference/      python -m dpo.reference: fills the cache of reference log-probabilities
            score/          python -m dpo.score: margins and accuracy of any model on any pairs
@@ -19,22 +19,23 @@ pyproject.toml). Each room's `__init__.py` has a line for each of its files.
            push/           python -m dpo.push: a trained model -> the Hugging Face hub
            doctor/         python -m dpo.doctor: will it run here, and how fast
            demo/           python -m dpo.demo: a small policy learns a preference on two processes
-    12     inspect/        python -m dpo.inspect: the data as the trainer will see it
+    13     inspect/        python -m dpo.inspect: the data as the trainer will see it
            estimate/       python -m dpo.estimate: the memory and time of a step on devices that are not here
            report/         python -m dpo.report: a run, or several side by side, as one HTML page; without torch
-    11     disk/           the disk that a run needs, and whether its folders have it
-    10     run/            a run, apart from its steps: its inputs, folder, identity, answers, model card
-    9      step/           one update: log-probabilities -> losses -> gradient -> weights; evaluation without gradient
+    12     disk/           the disk that a run needs, and whether its folders have it
+    11     run/            a run, apart from its steps: its inputs, folder, identity, answers, model card
+    10     step/           one update: log-probabilities -> losses -> gradient -> weights; evaluation without gradient
            ref_logps/      the reference's log-probabilities: computed once, cached by content
            checkpoint/     weights and optimizer on disk: saved by a thread, verified, loaded on any ranks, exported
-    8      model/          PackedBatch -> log-probabilities: built, sharded, loaded, run; generation
-    7      batch/          (seed, step) -> pairs -> trees -> StepPlan -> PackedBatch
-    6      pairs/          `Example`, encoded -> the numbered pairs of an epoch
-    5      encode/         `Example` -> token ids
-    4      sources/        a source of the config -> rows of its files -> `Example`
-           distributed/    the processes: process group and mesh, collectives, how programs stop and end
+    9      model/          PackedBatch -> log-probabilities: built, sharded, loaded, run; generation
+    8      batch/          (seed, step) -> pairs -> trees -> StepPlan -> PackedBatch
+    7      pairs/          `Example`, encoded -> the numbered pairs of an epoch
+    6      encode/         `Example` -> token ids
+    5      sources/        a source of the config -> rows of its files -> `Example`
+           distributed/    the processes: process group and mesh, collectives, how programs end
            board/          a run in TensorBoard and in trackers; without torch
            run_folder/     what launch and the report know of a run: its files, and words; without torch
+    4      watch/          which rank failed or stopped, and why; a process per node that ends ranks that hang
     3      config/         every key, its bounds, YAML and command line; without torch
            machine/        a rank's machine: memory, driver, compiler, GPU
     2      command/        how a program begins and ends: command line, exit code, last line; without torch

@@ -427,7 +427,7 @@ class ForeignText:
     """As in `PrivatePart`: it gets the text from the library itself, where this machine can make it write one."""
 
 
-LAUNCH_FAILURES, RANK_FAILURES = "launch/failures.py", "dpo/distributed/failures.py"
+LAUNCH_FAILURES, RANK_FAILURES = "launch/failures.py", "dpo/watch/failures.py"
 BLAME = "dpo/command/blame.py"
 KILLED_RANK = "launch/test_node.py::test_a_killed_rank_is_named_and_does_not_restart_the_job_for_ever"
 OTHER_NODE = "launch/test_node.py::test_the_true_exception_of_another_node_is_shown"

@@ -43,6 +43,7 @@ FOLDERS = (
     "step",
     "terminal",
     "train",
+    "watch",
 )
 """Names of the folders whose tests are quick unless they are listed below."""
 
@@ -73,7 +74,6 @@ SLOW: Sequence[str] = (
     "config/test_bad_inputs.py",
     "config/test_config.py",
     "disk/test_sizes.py",
-    "distributed/test_signs.py",
     "estimate/test_choice.py::test_a_model_that",
     "estimate/test_choice.py::test_a_resumed",
     "estimate/test_choice.py::test_a_run",
@@ -122,6 +122,7 @@ SLOW: Sequence[str] = (
     "train/test_sft.py",
     "train/test_spikes.py::test_a_run",
     "train/test_summary.py",
+    "watch/test_signs.py",
 )
 """Starts of the names of tests that start processes, run a training (it asks git for the commit) or wait."""
 

@@ -48,10 +48,10 @@ from dpo.checkpoint.verify import find_fault
 from dpo.command.exits import line_of
 from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
-from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
 from dpo.model.weights import are_finite
 from dpo.terminal.console import warn
+from dpo.watch.failures import storage_errors
 
 VALID = "a folder RUN/checkpoints/step-000100"
 

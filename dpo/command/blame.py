@@ -171,7 +171,7 @@ def place_of_killed(error_file: Path) -> str:
 
 
 def read_error(path: Path, host: str, rank: int | None) -> Failure:
-    """Reads a rank's error file. Its time is the `seconds` that `dpo.distributed.failures` writes, with fractions; in
+    """Reads a rank's error file. Its time is the `seconds` that `dpo.watch.failures` writes, with fractions; in
     files of torchelastic, which writes whole seconds, the modification time of the file.
     """
     at = path.stat().st_mtime

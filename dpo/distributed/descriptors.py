@@ -11,7 +11,7 @@ With parallel.replicate 64 a rank is in two groups more: of the 64 ranks with th
 copy. NCCL opens sockets of its own, and on the rank that starts it raises the soft limit likewise (`setFilesLimit`,
 https://github.com/NVIDIA/nccl/blob/master/src/bootstrap.cc). The torchrun of the first node serves the store: it holds
 a connection to each rank and to the torchrun of each other node, and of several nodes each publishes what is seen of
-its ranks over one more (`dpo.distributed.elsewhere`). `python -m tests.bench.many_ranks` counts them.
+its ranks over one more (`dpo.watch.elsewhere`). `python -m tests.bench.many_ranks` counts them.
 """
 
 import os

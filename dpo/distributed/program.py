@@ -26,13 +26,13 @@ from dpo.command.exits import (
 from dpo.command.rank import is_main
 from dpo.command.status import tell_end
 from dpo.config import with_place
-from dpo.distributed.arrival import SaidByAnother
 from dpo.distributed.collectives import all_gather
-from dpo.distributed.failures import has_lost_rank, met_alone, record_failure
 from dpo.distributed.startup import meet
 from dpo.distributed.timeouts import leave_seconds
 from dpo.machine.versions import untested_versions
 from dpo.terminal.console import log_alone, say, warn
+from dpo.watch.arrival import SaidByAnother
+from dpo.watch.failures import has_lost_rank, met_alone, record_failure
 
 
 def exit_program(main: Callable[[], None], after_stop: str = "") -> NoReturn:

@@ -24,15 +24,15 @@ import torch.distributed as dist
 
 from dpo.base.workers import end_with
 from dpo.command.rank import is_rank
-from dpo.distributed.arrival import ALL_HERE, arrive, await_start
-from dpo.distributed.beats import beating, set_limit
 from dpo.distributed.descriptors import check_shortage, publish_shortage, raise_limits, tell_raised
-from dpo.distributed.failures import NotConnected
-from dpo.distributed.flight import Flight
 from dpo.distributed.network import VARIABLE, gloo_interface
 from dpo.distributed.timeouts import arrival_seconds
 from dpo.distributed.world import World
 from dpo.machine.job import check_tasks
+from dpo.watch.arrival import ALL_HERE, arrive, await_start
+from dpo.watch.beats import beating, set_limit
+from dpo.watch.failures import NotConnected
+from dpo.watch.flight import Flight
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from dpo.base.errors import UserError
 from dpo.config import ParallelConfig
-from dpo.distributed.flight import Flight
+from dpo.watch.flight import Flight
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import torch
 
 from dpo.base.units import shown_bytes
 from dpo.distributed.collectives import all_gather, on_main
-from dpo.distributed.failures import estimate_command
 from dpo.distributed.world import World
 from dpo.doctor.parts import Failure, Finding, Part, Subject, agreed, attempt, with_remedy
 from dpo.estimate.at_start import choice_here
@@ -17,6 +16,7 @@ from dpo.estimate.choice import Choice
 from dpo.estimate.lengths import find_lengths
 from dpo.estimate.words import gib, shown_count
 from dpo.machine.facts import host_memory
+from dpo.watch.failures import estimate_command
 
 
 @dataclass(frozen=True)

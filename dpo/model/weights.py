@@ -19,10 +19,10 @@ from transformers import PretrainedConfig
 from dpo.base.errors import UserError
 from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
-from dpo.distributed.failures import storage_errors
 from dpo.distributed.world import World
 from dpo.hub.files import INDEX, read_weight_map, stored_weights
 from dpo.model.matching import Names, StoredTensor, match
+from dpo.watch.failures import storage_errors
 
 CONFIG_NOISE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
 """Keys of a model's config that do not change the model's results in our dtypes."""

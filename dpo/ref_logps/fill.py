@@ -21,7 +21,6 @@ from dpo.base.prefetch import prefetch
 from dpo.batch.packer import Packer
 from dpo.batch.packing import PackedBatch
 from dpo.batch.trees import Tree
-from dpo.distributed.beats import stand
 from dpo.distributed.collectives import all_gather, gather_lanes, on_main, together
 from dpo.distributed.preemption import StopRequest
 from dpo.distributed.world import World, use_device
@@ -33,6 +32,7 @@ from dpo.ref_logps.cache import RefCache
 from dpo.ref_logps.circumstances import difference
 from dpo.ref_logps.table import RefTable, find_table, open_table, table_circumstances, table_name, write_table
 from dpo.terminal.console import progress, say
+from dpo.watch.beats import stand
 
 SECONDS_BETWEEN_BLOCKS = 30.0
 """A killed job loses at most about this many seconds of work."""

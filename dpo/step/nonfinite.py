@@ -29,7 +29,6 @@ from dpo.batch.packing import PackedBatch
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree, grow_trees
 from dpo.config import LossConfig
-from dpo.distributed.beats import stand
 from dpo.distributed.collectives import all_gather
 from dpo.distributed.preemption import StopRequest
 from dpo.model.policy import Policy, announce_backward, completion_logps
@@ -40,6 +39,7 @@ from dpo.step.objective import pair_losses
 from dpo.step.optim import square_norm
 from dpo.step.update import BatchValues
 from dpo.terminal.console import say
+from dpo.watch.beats import stand
 
 BAD_WEIGHTS = "the weights are not finite either"
 Place = tuple[int, int]

@@ -13,12 +13,12 @@ from torch import Tensor
 from dpo.base.errors import RunError
 from dpo.batch.packing import PackedBatch
 from dpo.config import Config
-from dpo.distributed.beats import stand
 from dpo.distributed.preemption import StopRequest
 from dpo.model.policy import Policy, announce_backward, completion_logps
 from dpo.step.metrics import SUMS, StepMetrics
 from dpo.step.objective import pair_losses
 from dpo.step.optim import clip_gradient, set_lr, square_norm
+from dpo.watch.beats import stand
 
 
 @dataclass(frozen=True)

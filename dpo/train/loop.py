@@ -14,7 +14,6 @@ from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.saver import Saver
 from dpo.checkpoint.store import RunState
 from dpo.command.status import write_status
-from dpo.distributed.beats import stand
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import use_device
 from dpo.run.folder import lacks_evaluation
@@ -31,6 +30,7 @@ from dpo.train.setup import Run
 from dpo.train.spikes import WINDOW, find_spike, losses_of
 from dpo.train.summary import show_evaluation, step_line, tell_resumed
 from dpo.train.watch import profiled_steps, step_bar, telling_new_graphs
+from dpo.watch.beats import stand
 
 
 @dataclass(frozen=True)

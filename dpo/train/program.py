@@ -10,8 +10,6 @@ from pathlib import Path
 from dpo.command.status import telling_end
 from dpo.config import Config
 from dpo.disk.storage import check_space
-from dpo.distributed.beats import stand
-from dpo.distributed.failures import remembered_need
 from dpo.distributed.preemption import listen_for_stop
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World
@@ -29,6 +27,8 @@ from dpo.train.setup import Hooks, Run, build_run
 from dpo.train.start import check_first_step, check_outputs, find_start_together, is_done, lacks_report
 from dpo.train.summary import introduce
 from dpo.train.words import read_arguments
+from dpo.watch.beats import stand
+from dpo.watch.failures import remembered_need
 
 
 def run_training(config: Config, begun: float | None = None) -> None:

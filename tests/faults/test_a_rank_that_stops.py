@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from dpo.config import Config, to_yaml
-from dpo.distributed.folders import MEMORY
 from dpo.distributed.program import exit_program
 from dpo.train.program import run_training
+from dpo.watch.folders import MEMORY
 from tests.front.test_stops import is_alive
 from tests.front.test_train import MAIN as DPO
 from tests.support import faulty_rank

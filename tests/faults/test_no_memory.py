@@ -14,10 +14,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dpo.config import SourceConfig, to_yaml
-from dpo.distributed.failures import remembered_need
 from dpo.distributed.program import run_program
 from dpo.estimate import program as estimate
 from dpo.estimate.program import read_arguments
+from dpo.watch.failures import remembered_need
 from tests.support.models import save_pairs
 from tests.support.runs import exit_code_of, make_config
 
@@ -127,7 +127,7 @@ def test_a_gpu_that_is_not_in_the_table_is_a_name_to_fill_in(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", "run.yaml"])
-    monkeypatch.setattr("dpo.distributed.failures._this_device", lambda: None)
+    monkeypatch.setattr("dpo.watch.failures._this_device", lambda: None)
     (line,) = failing(MemoryError(), capsys)
     assert line.endswith(" --device NAME (NAME: the nearest of python -m dpo.estimate --help)")
 

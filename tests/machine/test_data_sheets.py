@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo.distributed.failures import estimate_name
 from dpo.estimate.devices import DEVICES, device_like
 from dpo.estimate.program import read_arguments
 from dpo.machine.data_sheets import GIB, SHEETS, find_sheet, nearest_sheet
 from dpo.machine.peaks import device_peak
+from dpo.watch.failures import estimate_name
 from tests.support.models import save_model, save_pairs
 
 NAMES = (

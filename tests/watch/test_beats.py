@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from dpo.distributed import beats
-from dpo.distributed.beats import beating, stand
-from dpo.distributed.slots import look
+from dpo.watch import beats
+from dpo.watch.beats import beating, stand
+from dpo.watch.slots import look
 
 
 def numbers(rank: int) -> dict[str, int]:

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from dpo.distributed.flight import DUMPS, Flight
-from dpo.distributed.slots import look
 from dpo.terminal.console import say
+from dpo.watch.flight import DUMPS, Flight
+from dpo.watch.slots import look
 
 MEMORY = Path("/dev/shm")
 _PREFIX = "dpo-slots-"

@@ -7,7 +7,7 @@ lock is held.
     all ranks have left the run                          the watcher ends, and removes the files of the node
 
 torchrun would ask the other ranks by SIGTERM, which a stopped rank does not take, and wait for 30 seconds. The first
-rank of the node starts the watcher (`dpo.distributed.beats`); it is in a session of its own, so that signals for the
+rank of the node starts the watcher (`dpo.watch.beats`); it is in a session of its own, so that signals for the
 ranks do not reach it, and holds none of their descriptors. It imports no torch and is there in 0.1 s.
 
 A node that was paused (`scontrol suspend`, a frozen cgroup, a virtual machine that was moved) goes on with ranks that
@@ -32,9 +32,9 @@ from math import inf
 from pathlib import Path
 
 from dpo.command.blame import PLACE_FILE, write_error
-from dpo.distributed.causes import Cause, failed, held_up, silent, told, vanished
-from dpo.distributed.flight import Flight
-from dpo.distributed.slots import ELSEWHERE, END_FILE, IN, LOST, Seen, condemn, look, still_in
+from dpo.watch.causes import Cause, failed, held_up, silent, told, vanished
+from dpo.watch.flight import Flight
+from dpo.watch.slots import ELSEWHERE, END_FILE, IN, LOST, Seen, condemn, look, still_in
 
 GRACE_SECONDS = 5.0
 PAUSE_SECONDS = 10.0

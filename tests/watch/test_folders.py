@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo.distributed import folders
-from dpo.distributed.folders import make_folder, remove_leftovers
-from dpo.distributed.slots import Slot, look
+from dpo.watch import folders
+from dpo.watch.folders import make_folder, remove_leftovers
+from dpo.watch.slots import Slot, look
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,7 @@ import multiprocessing
 import time
 from pathlib import Path
 
-from dpo.distributed.slots import IN, Slot, look
+from dpo.watch.slots import IN, Slot, look
 
 LIMIT, LOOKS = 60.0, 4_000
 

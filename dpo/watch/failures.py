@@ -5,7 +5,7 @@ Rank 1 of 2 runs out of memory in a backward pass, while rank 0 waits for it in 
     rank 1      error: rank 1: out of GPU memory: 2.50 GiB were asked for; the peak was 76.90 GiB of tensors, 78.08 GiB
                 reserved, of 79.11 GiB; by the estimate a step needs 77.41 GiB; what helps: ...
     rank 0      over gloo, error: rank 0: lost rank 1 on node1: out of GPU memory: ...; over NCCL nothing, since it
-                waits until torchrun or the watcher of its node (`dpo.distributed.watcher`) ends it
+                waits until torchrun or the watcher of its node (`dpo.watch.watcher`) ends it
     torchrun    sees a rank end, ends the others, and prints the line of each rank that has one
 
 A rank that prints a line also writes it to the file from which torchrun takes it, and ends with exit code 1.
@@ -34,8 +34,8 @@ from dpo.base.units import shown_bytes
 from dpo.command.blame import is_lost_by_backend, write_error
 from dpo.command.exits import exit_code_of, line_of
 from dpo.command.line import split_options, words_of
-from dpo.distributed.arrival import SaidByAnother
 from dpo.machine.data_sheets import GIB, find_sheet
+from dpo.watch.arrival import SaidByAnother
 
 
 class NotConnected(ConnectionError):

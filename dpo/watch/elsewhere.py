@@ -20,7 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dpo.base.files import write_atomically
-from dpo.distributed.slots import END_FILE, IN, NOT_HEARD, Seen, look, still_in
+from dpo.watch.slots import END_FILE, IN, NOT_HEARD, Seen, look, still_in
 
 PUBLISH_SECONDS = 2.0
 _PATIENCE_SECONDS = 8.0

@@ -25,14 +25,14 @@ import torch.distributed as dist
 from dpo.base.errors import Preempted, RunError, UserError, one_line
 from dpo.command.blame import PLACE_FILE
 from dpo.command.exits import line_of
-from dpo.distributed.causes import Cause, find_cause
-from dpo.distributed.elsewhere import blame, publish, seen_elsewhere, why_unreachable
-from dpo.distributed.failures import has_lost_rank, is_timeout, met_alone, name_lost
-from dpo.distributed.flight import Flight
-from dpo.distributed.folders import make_folder, remove_leftovers
-from dpo.distributed.slots import DONE, FAILED, LOST, TOGETHER, Slot, look, still_in
-from dpo.distributed.watcher import clear, record, unless_stalled, write_places
 from dpo.terminal.console import warn
+from dpo.watch.causes import Cause, find_cause
+from dpo.watch.elsewhere import blame, publish, seen_elsewhere, why_unreachable
+from dpo.watch.failures import has_lost_rank, is_timeout, met_alone, name_lost
+from dpo.watch.flight import Flight
+from dpo.watch.folders import make_folder, remove_leftovers
+from dpo.watch.slots import DONE, FAILED, LOST, TOGETHER, Slot, look, still_in
+from dpo.watch.watcher import clear, record, unless_stalled, write_places
 
 _BEAT_SECONDS = 0.5
 _STILL_SECONDS = 3.0
@@ -261,7 +261,7 @@ def _start_watcher(node: Node, stopped: threading.Event) -> subprocess.Popen[byt
     """Starts the watcher of this node, in a session of its own and without descriptors of this process: one that held
     its sockets would keep the other ranks from seeing that this rank is gone. None where no process can be started.
     """
-    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dpo.distributed.watcher import main; main()"
+    code = "import sys; sys.path.insert(0, sys.argv.pop(1)); from dpo.watch.watcher import main; main()"
     words = [sys.executable, "-I", "-S", "-c", code, str(_ROOT), str(node.folder)]
     nothing = subprocess.DEVNULL
     try:

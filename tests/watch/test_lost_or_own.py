@@ -6,7 +6,7 @@ import pytest
 from torch.distributed import DistBackendError
 
 from dpo.command.blame import Failure, first_cause, read_error
-from dpo.distributed.failures import NotConnected, has_lost_rank, met_alone, name_lost, record_failure
+from dpo.watch.failures import NotConnected, has_lost_rank, met_alone, name_lost, record_failure
 
 HEAD = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, "
 SYSTEM = (

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from dpo.distributed.causes import Cause, find_cause, held_up, silent
-from dpo.distributed.slots import DONE, ELSEWHERE, FAILED, IN, LOST, NOT_HEARD, TOGETHER, Seen
-from dpo.distributed.watcher import trouble
+from dpo.watch.causes import Cause, find_cause, held_up, silent
+from dpo.watch.slots import DONE, ELSEWHERE, FAILED, IN, LOST, NOT_HEARD, TOGETHER, Seen
+from dpo.watch.watcher import trouble
 
 WAITS = "torch/distributed/fsdp/x.py:1 in wait"
 

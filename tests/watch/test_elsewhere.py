@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dpo.distributed import elsewhere
-from dpo.distributed.causes import find_cause
-from dpo.distributed.slots import END_FILE, Slot, look
+from dpo.watch import elsewhere
+from dpo.watch.causes import find_cause
+from dpo.watch.slots import END_FILE, Slot, look
 
 KEY = "seen on the node of rank 0"
 

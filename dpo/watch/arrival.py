@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dpo.base.processes import find_process
 from dpo.command.blame import write_error
-from dpo.distributed.causes import STATES
+from dpo.watch.causes import STATES
 
 _TELLING_SECONDS = 10
 _SHOWN = 8

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from dpo.command.blame import Failure, first_cause, place_of_killed, read_error
-from dpo.distributed import watcher
-from dpo.distributed.beats import frame_in_words
-from dpo.distributed.causes import Cause, silent
-from dpo.distributed.slots import DONE, ELSEWHERE, FAILED, IN, LOST, Slot, condemn, look, still_in
-from dpo.distributed.watcher import record, record_end, write_place
+from dpo.watch import watcher
+from dpo.watch.beats import frame_in_words
+from dpo.watch.causes import Cause, silent
+from dpo.watch.slots import DONE, ELSEWHERE, FAILED, IN, LOST, Slot, condemn, look, still_in
+from dpo.watch.watcher import record, record_end, write_place
 
 
 def slot(folder: Path, rank: int = 1, limit: float = 20.0) -> Slot:

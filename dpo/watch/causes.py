@@ -1,4 +1,4 @@
-"""Which rank the others wait for, and why: pure functions of what is seen of the ranks (`dpo.distributed.slots`).
+"""Which rank the others wait for, and why: pure functions of what is seen of the ranks (`dpo.watch.slots`).
 
     a rank                                                       blamed
     has left with a failure of its own                           always, the first one
@@ -12,7 +12,7 @@ Without torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo.distributed.slots import ELSEWHERE, FAILED, IN, LOST, NOT_HEARD, Seen, still_in
+from dpo.watch.slots import ELSEWHERE, FAILED, IN, LOST, NOT_HEARD, Seen, still_in
 
 QUIET_SECONDS = 5.0
 """Silence of a rank that says something where others have waited for it in vain: it gives a sign twice a second."""

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from dpo.distributed.arrival import SaidByAnother, await_start
+from dpo.watch.arrival import SaidByAnother, await_start
 
 
 class Late:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo.distributed.flight import Flight
+from dpo.watch.flight import Flight
 
 
 @pytest.fixture
