@@ -33,9 +33,9 @@ _WORDS: Mapping[str, int] = {
 
 def full_code(failure: BaseException) -> int | None:
     """Returns the key of CAUSES that made a write fail; None where it failed for another reason, and for an error that
-    has its words for the user already.
+    has its words for the user already, as NCCL's of /dev/shm, which is memory.
     """
-    if isinstance(failure, (UserError, RunError)):
+    if isinstance(failure, (UserError, RunError)) or str(failure).startswith("NCCL error"):
         return None
     if isinstance(failure, OSError) and failure.errno is not None:
         return failure.errno if failure.errno in CAUSES else None

@@ -42,6 +42,7 @@ from dpo.sources.caching import one_error
 from dpo.train import program
 from dpo.train.profiling import profiled
 from launch import here, reports
+from tests.support.caches import cache_of_datasets
 from tests.support.disks import small_disk
 from tests.support.runs import exit_code, exit_code_of, save_six_steps, six_steps
 
@@ -118,7 +119,7 @@ def test_a_run_tells_the_disk_that_fills(
     leave(disk, num_bytes)
     run_dir, hf = (disk / "run", tmp_path / "hf") if which == RUN else (tmp_path / "run", tmp_path / "hf")
     changes = {"reference__cache_dir": str((disk if which == CACHE else tmp_path) / "cache"), "train__eval_every": 2}
-    with unchecked(), patch.object(datasets.config, "HF_DATASETS_CACHE", disk / "hf" if which == DATA else hf):
+    with unchecked(), cache_of_datasets(disk / "hf" if which == DATA else hf):
         code = exit_code(six_steps(root, run_dir, **changes))
     stderr = capsys.readouterr().err
     lines = lines_of_full(stderr)
@@ -135,7 +136,7 @@ def test_a_run_tells_a_limit_on_the_size_of_files(
     """The first file that is too large is one of the data's rows, tokens or pairs, of the board or a checkpoint."""
     file = tmp_path / "run.yaml"
     file.write_text(to_yaml(six_steps(root, tmp_path / "run", reference__cache_dir=str(tmp_path / "cache"))))
-    with patch.object(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf"), limit(num_bytes):
+    with cache_of_datasets(tmp_path / "hf"), limit(num_bytes):
         code = exit_code_of(program.main, "dpo.train", "--config", str(file))
     stderr = capsys.readouterr().err
     lines = lines_of_full(stderr)
@@ -167,7 +168,7 @@ def trace(folder: Path) -> None:
 
 
 def data_set(folder: Path) -> None:
-    with patch.object(datasets.config, "HF_DATASETS_CACHE", folder), one_error("hub/set", "data.train[0]"):
+    with cache_of_datasets(folder), one_error("hub/set", "data.train[0]"):
         raise datasets.exceptions.DatasetGenerationError("generating") from OSError(errno.ENOSPC, "arrow's words")
 
 

@@ -88,7 +88,7 @@ def test_where_a_killed_rank_was(tmp_path: Path) -> None:
 def test_what_a_thread_does_in_words() -> None:
     """The innermost frame; here none of the package has called it, so nothing else."""
     words = frame_in_words(sys._getframe())
-    assert words.startswith("tests/distributed/test_slots.py:") and words.split(", called from ")[0].endswith(
+    assert words.startswith("tests/watch/test_slots.py:") and words.split(", called from ")[0].endswith(
         "in test_what_a_thread_does_in_words"
     )
 
