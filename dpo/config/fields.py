@@ -261,7 +261,8 @@ class CheckpointConfig:
     """Number of checkpoints to keep, the newest, at least 1; null: all."""
     resume: str = "auto"
     """auto: resume from the newest checkpoint in train.run_dir that is not damaged, or start if there are none; never:
-    raise an error if train.run_dir has been used; else the folder of the checkpoint to resume from."""
+    raise an error if train.run_dir has been used; else the folder of the checkpoint to resume from, and when that is
+    done, from the newest in train.run_dir."""
     export_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Data type of the parameters in the exported Hugging Face folder; auto: that of model.path (float16: float32)."""
 

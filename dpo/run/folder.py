@@ -6,6 +6,7 @@ again:
     checkpoint.resume             resumes from   and `open_run_folder`
     auto                          step 30        drops the lines of metrics.jsonl after step 30
     RUN/checkpoints/step-000020   step 20        drops the lines after step 20, renames checkpoints/step-000030 to .old
+    the same once more            the newest     goes on, as a job that is queued again must
     never                         UserError: the folder is not empty
 
 Every function here is for rank 0 alone, which sends its decision to the others (`collectives.on_main`). All ranks
@@ -144,8 +145,8 @@ def seems_finished(config: Config, start: Start, last_step: int) -> bool:
 def _named_checkpoints(folder: Path, run_dir: Path, own: list[Path]) -> list[Path]:
     """Returns the checkpoint `folder`, or the checkpoints of the run folder `folder`, newest first.
 
-    If they belong to another run, the run in `run_dir` begins there. Once `run_dir` has its own checkpoints, it resumes
-    from the newest of those, so that the same command works again after an interruption.
+    If they belong to another run, the run in `run_dir` begins there; if to its own, it goes back to them. Once that is
+    done, the run resumes from its newest, so that the same command works again after an interruption.
     """
     if not folder.is_dir():
         raise UserError(KEY, f"no such folder: {folder}", "auto, never, a run folder or RUN/checkpoints/step-000100")
@@ -153,7 +154,19 @@ def _named_checkpoints(folder: Path, run_dir: Path, own: list[Path]) -> list[Pat
     if own and not _lies_in(named[0], run_dir):
         say(f"{KEY}: {run_dir} has checkpoints of its own: resumes from the newest of those, not from {named[0]}")
         return own
+    if own and own[0] != named[0] and _went_back_to(folder, run_dir):
+        done = f"{KEY}: the last start of {run_dir} has gone back to {named[0]}: resumes from the newest checkpoint"
+        say(f"{done}; to go back once more, move the newer ones away")
+        return own
     return named
+
+
+def _went_back_to(folder: Path, run_dir: Path) -> bool:
+    """Returns whether the last start that wrote to a run folder was asked to resume from `folder`, a checkpoint of the
+    run itself: those that are newer were written after it.
+    """
+    last = _config_of(run_dir / CONFIG)
+    return last is not None and Path(last.checkpoint.resume) == folder
 
 
 def _lies_in(path: Path, folder: Path) -> bool:
@@ -220,14 +233,19 @@ def read_starts(path: Path) -> list[dict[str, Any]] | None:
 
 
 def _log_changes(path: Path, config: Config) -> None:
-    try:
-        before = load_config(["--config", str(path)], "dpo.train")
-    except (OSError, UserError):  # perhaps of an older version; the run does not need it
-        return
-    old, new = _by_key(before), _by_key(config)
+    before = _config_of(path)
+    old, new = _by_key(before or config), _by_key(config)
     for key in new:
         if old[key] != new[key]:
             say(f"changed since the checkpoint: {key}: {old[key]} -> {new[key]}")
+
+
+def _config_of(path: Path) -> Config | None:
+    """Returns the config of a start; None where there is none, or none of this version, which the run does not need."""
+    try:
+        return load_config(["--config", str(path)], "dpo.train")
+    except (OSError, UserError):
+        return None
 
 
 def _by_key(config: Config) -> dict[str, Any]:

@@ -191,7 +191,7 @@ def test_metrics_that_cannot_be_written_end_the_run(
         patch.setattr(MetricsWriter, "write", full)
         assert exit_code(dead) == 1
     (error,) = error_lines(capsys.readouterr().err)
-    assert error.startswith("error: the disk is full: cannot write metrics.jsonl: ")
+    assert error.startswith("error: the disk is full: cannot write metrics.jsonl, at least 1 byte: ")
     assert steps(run(dead)) == [1, 2, 3, 4, 5, 6]
 
 
@@ -442,6 +442,21 @@ def test_back_to_an_earlier_checkpoint_of_the_same_run(
     run(done)
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
     assert same_weights(folders / "done" / "final", tmp_path / "run" / "final")
+
+
+def test_a_job_that_goes_back_and_is_queued_again_goes_on(done: Config, folders: Path, tmp_path: Path) -> None:
+    """The same command once more does not go back again: each start would lose what the one before has made. A start
+    without it in between, or newer checkpoints moved away, and it goes back.
+    """
+    back = changed(done, checkpoint__resume=str(checkpoint_path(tmp_path / "run", 2)), checkpoint__save_every=1)
+    run_until(back, 4)
+    assert find_start(back).step == 3
+    run(back)
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
+    assert same_weights(folders / "done" / "final", tmp_path / "run" / "final")
+    assert find_start(back).step == 6
+    run(changed(done, train__steps=7))
+    assert find_start(back).step == 2
 
 
 @pytest.mark.parametrize("whole_run", [False, True])
