@@ -7,10 +7,14 @@
 Each start checks them once a node: its first rank passes `find_fault`, the others `trust`, which removes nothing.
 """
 
+import re
+import shutil
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING
 
 from dpo.base import sums
@@ -26,6 +30,9 @@ FindFault = Callable[[Path], str | None]
 """A folder -> why its content cannot be trusted, or None."""
 LONG_SECONDS = 1.0
 """A check that takes longer is told."""
+LEFT_SECONDS = 24 * 3600.0
+"""Seconds after its last change until a folder that is being written, or removed, counts as left by a killed start."""
+_LEFT = re.compile(r"\.[0-9a-f]{32}\.(draft|damaged)")
 
 
 def trust(folder: Path) -> None:
@@ -55,6 +62,7 @@ def keep_folder(folder: Path, fill: Callable[[Path], None], fault_of: FindFault)
         find = trust if fault_of is trust else lambda path: fault_of(path) or _foreign(path)
         _remove(folder, _fault(folder, find))
     if not folder.is_dir():
+        _remove_left(folder.parent)
         make_folder_atomically(folder, fill_and_sum)
 
 
@@ -123,3 +131,19 @@ def _remove(folder: Path, fault: str | None) -> None:
     if fault:
         say(f"cache: {folder} is damaged and made again: {fault}")
         remove_folder(folder, f".{uuid.uuid4().hex}.damaged")
+
+
+def _remove_left(cache: Path) -> None:
+    """Removes the folders that killed starts have left half-written in the cache, and tells their size."""
+    for folder in cache.glob(".*"):
+        if _LEFT.fullmatch(folder.name) and folder.is_dir() and not folder.is_symlink():
+            with suppress(FileNotFoundError):  # another start ends to write it, or removes it, at this moment
+                _remove_if_old(folder)
+
+
+def _remove_if_old(folder: Path) -> None:
+    found = [path.lstat() for path in (folder, *folder.rglob("*"))]
+    if time.time() - max(stat.st_mtime for stat in found) > LEFT_SECONDS:
+        shutil.rmtree(folder, ignore_errors=True)
+        size = sum(stat.st_size for stat in found if S_ISREG(stat.st_mode))
+        say(f"cache: removed {folder}, {shown_bytes(size)}, which a killed start has left")

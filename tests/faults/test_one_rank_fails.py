@@ -83,7 +83,7 @@ CASES = [
     ("full_cache", 0, "error: the disk is full", 0),
     ("full_checkpoints", 0, "full: rank 0 cannot write RUN/checkpoints/step-000004.tmp, 169.8 KiB in all: ", 4),
     ("full_checkpoints", 1, "full: rank 1 cannot write RUN/checkpoints/step-000004.tmp, 169.8 KiB in all: ", 4),
-    ("full_run_folder", 0, "the disk is full: cannot write RUN/checkpoints/step-000004: ", 4),
+    ("full_run_folder", 0, "the disk is full: cannot write RUN/checkpoints/step-000004, at least 1 byte: ", 4),
 ]
 
 
