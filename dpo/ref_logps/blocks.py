@@ -1,6 +1,6 @@
 """The files of the reference cache: immutable blocks of rows (key of prompt and completion -> log-probability).
 
-    CACHE/<reference key>/about.json            the facts behind the reference key, for people
+    CACHE/<reference key>/about.json            the facts behind the reference key
                           rows-<sha256>.bin     a block; its name is the hash of its bytes
                           made-<sha256>.json    how the block of that name was computed (`Circumstances`)
                           index-…, table-…      the rows of one data set, collected from the blocks (`table.py`)

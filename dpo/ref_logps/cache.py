@@ -26,6 +26,8 @@ from dpo.model.parallelize import compute_dtype, is_compiled
 from dpo.ref_logps.blocks import ROW, Circumstances, reference_key
 from dpo.ref_logps.circumstances import circumstances_here, joined_circumstances, numerics
 
+ABOUT = "about.json"
+
 
 def _nothing() -> int:
     """Returns the bytes of no other files."""
@@ -50,8 +52,20 @@ class RefCache:
         """Returns the folder of the rows."""
         return self.root / reference_key(self.facts)
 
+    def check_own(self) -> None:
+        """Raises UserError where the folder is that of another reference, by its facts: it was renamed or copied. Facts
+        that are missing or damaged are passed over.
+        """
+        try:
+            facts = json.loads((self.folder / ABOUT).read_bytes())
+        except (FileNotFoundError, ValueError, RecursionError):
+            return
+        if isinstance(facts, dict) and reference_key(facts) != self.folder.name:
+            what = f"{self.folder} holds log-probabilities of another reference, {reference_key(facts)} by its {ABOUT}"
+            raise UserError("reference.cache_dir", what, "the folder under its own name; without it they are computed")
+
     def begin(self, num_rows: int) -> None:
-        """Writes the facts beside the rows, for people. Raises UserError where `num_rows` more rows, and what the run
+        """Writes the facts beside the rows. Raises UserError where `num_rows` more rows, and what the run
         writes later, do not fit on the disk.
         """
         beside = self.beside()
@@ -62,7 +76,7 @@ class RefCache:
             raise UserError(
                 "reference.cache_dir", what, "a folder with room (DPO_CACHE names it where the key is null)"
             )
-        write_atomically(self.folder / "about.json", json.dumps(self.facts, indent=1).encode())
+        write_atomically(self.folder / ABOUT, json.dumps(self.facts, indent=1).encode())
 
 
 def open_cache(config: Config, reference_hash: str, world: World) -> RefCache:

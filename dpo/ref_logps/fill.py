@@ -112,10 +112,12 @@ def fill(
         Preempted: on every rank, where any rank was asked to stop; all rows so far are in the cache.
         RunError: on every rank, where a log-probability is not finite, or cached rows were removed meanwhile.
         OSError: on every rank, where a block cannot be written.
-        UserError: on every rank, where the rows do not fit on the disk of `reference.cache_dir`.
+        UserError: on every rank, where the rows do not fit on the disk of `reference.cache_dir`, or its folder for this
+            reference is that of another one.
     """
     started = time.monotonic()
     name = table_name([pairs.content_hash for pairs in sets])
+    on_main(world, cache.check_own)
     table = on_main(world, lambda: find_table(cache.folder, name))
     num_missing = 0
     if table is None:

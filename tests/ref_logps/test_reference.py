@@ -32,6 +32,7 @@ from tests.support.runs import (
     afresh,
     cache_folders,
     changed,
+    error_lines,
     exit_code,
     has_log_alone,
     make_config,
@@ -230,6 +231,27 @@ def test_one_byte_of_one_weight_makes_all_rows_new(filled: Config, folders: Path
     edit_weights(folders / "model", tmp_path / "changed", name, after)
     assert reference_line(run(afresh(filled, model__path=str(tmp_path / "changed")))) == (ALL, 0)
     assert len(cache_folders(tmp_path)) == 2
+
+
+def test_the_rows_of_another_reference_under_the_name_of_this_one(
+    filled: Config, folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of one model was renamed to that of another: refused by both names. Damaged facts do not matter."""
+    (own,) = cache_folders(tmp_path)
+    edit_weights(folders / "model", tmp_path / "changed", "model.norm.weight", 2.0)
+    other = afresh(filled, model__path=str(tmp_path / "changed"))
+    run(other)
+    (theirs,) = (folder for folder in cache_folders(tmp_path) if folder != own)
+    shutil.rmtree(theirs)
+    own.rename(theirs)
+    capsys.readouterr()
+    assert exit_code(afresh(other)) == 2
+    (line,) = error_lines(capsys.readouterr().err)
+    assert f"reference.cache_dir: {theirs} holds log-probabilities of another reference, {own.name} by " in line
+    theirs.rename(own)
+    for facts in ("", "[]", "{"):
+        (own / "about.json").write_text(facts)
+        assert reference_line(run(afresh(filled))) == (0, ALL)
 
 
 @pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
