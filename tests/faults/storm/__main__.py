@@ -25,9 +25,9 @@ from tests.support.runs import exit_code
 
 def main() -> int:
     """Runs the storm; the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--count", type=int, default=200)
+    parser = argparse.ArgumentParser("python -m tests.faults.storm", description=__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="of the damages (%(default)s)")
+    parser.add_argument("--count", type=int, default=200, help="of the damages (%(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="damages of these kinds alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
