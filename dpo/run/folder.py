@@ -148,24 +148,25 @@ def _named_checkpoints(folder: Path, run_dir: Path, own: list[Path]) -> list[Pat
     If they belong to another run, the run in `run_dir` begins there; if to its own, it goes back to them. Once that is
     done, the run resumes from its newest, so that the same command works again after an interruption.
     """
+    if own and _went_back_to(folder, run_dir):
+        if own[0].name != folder.name and folder.resolve() != run_dir.resolve():
+            done = f"{KEY}: the last start of {run_dir} has gone back to {folder}: resumes from the newest checkpoint"
+            say(f"{done}; to go back once more, move the newer ones away")
+        return own
     if not folder.is_dir():
         raise UserError(KEY, f"no such folder: {folder}", "auto, never, a run folder or RUN/checkpoints/step-000100")
     named = list(reversed(checkpoints_of(folder))) or [folder]
     if own and not _lies_in(named[0], run_dir):
         say(f"{KEY}: {run_dir} has checkpoints of its own: resumes from the newest of those, not from {named[0]}")
         return own
-    if own and own[0] != named[0] and _went_back_to(folder, run_dir):
-        done = f"{KEY}: the last start of {run_dir} has gone back to {named[0]}: resumes from the newest checkpoint"
-        say(f"{done}; to go back once more, move the newer ones away")
-        return own
     return named
 
 
 def _went_back_to(folder: Path, run_dir: Path) -> bool:
     """Returns whether the last start that wrote to a run folder was asked to resume from `folder`, a checkpoint of the
-    run itself: those that are newer were written after it.
+    run itself, which `checkpoint.keep` may have removed since: those that are newer were written after it.
     """
-    last = _config_of(run_dir / CONFIG)
+    last = _config_of(run_dir / CONFIG) if _lies_in(folder, run_dir) else None
     return last is not None and Path(last.checkpoint.resume) == folder
 
 
@@ -194,7 +195,6 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
     if start.checkpoint:
         say(f"resumes from {start.checkpoint}")
         _log_changes(start.checkpoint.parent.parent / "config.yaml", config)
-    write_atomically(run_dir / CONFIG, to_yaml(config).encode())
     goes_on = start.checkpoint is not None and _lies_in(start.checkpoint, run_dir)
     _add_origin(run_dir / PROVENANCE, {**origin, "goes_on": goes_on})
     for name in (FINAL, REPORT) if (run_dir / FINAL).exists() else ():
@@ -208,6 +208,7 @@ def open_run_folder(config: Config, start: Start, origin: Mapping[str, Any]) -> 
     else:
         for name in (METRICS, TENSORBOARD, TRACKERS, ANSWERS, EVALUATIONS, NONFINITE, REPORT):
             _put_aside(run_dir / name)
+    write_atomically(run_dir / CONFIG, to_yaml(config).encode())  # last: `_went_back_to` believes it
     return run_dir
 
 

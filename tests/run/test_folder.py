@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
+from dpo.base.errors import RunError, UserError
 from dpo.base.sums import sha256_of
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.folders import checkpoint_path
@@ -448,14 +449,29 @@ def test_a_job_that_goes_back_and_is_queued_again_goes_on(done: Config, folders:
     """The same command once more does not go back again: each start would lose what the one before has made. A start
     without it in between, or newer checkpoints moved away, and it goes back.
     """
-    back = changed(done, checkpoint__resume=str(checkpoint_path(tmp_path / "run", 2)), checkpoint__save_every=1)
+    two = checkpoint_path(tmp_path / "run", 2)
+    back = changed(done, checkpoint__resume=str(two), checkpoint__save_every=1, checkpoint__keep=1)
     run_until(back, 4)
-    assert find_start(back).step == 3
+    assert find_start(back).step == 3 and not two.exists()
     run(back)
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5, 6]
     assert same_weights(folders / "done" / "final", tmp_path / "run" / "final")
     assert find_start(back).step == 6
     run(changed(done, train__steps=7))
+    with pytest.raises(UserError, match="no such folder"):
+        find_candidates(back)
+
+
+def test_a_start_that_is_killed_while_it_goes_back_goes_back_again(
+    done: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The newer checkpoint is still there: it is of the steps that are to be made again."""
+    back = changed(done, checkpoint__resume=str(checkpoint_path(tmp_path / "run", 2)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(RunError("the power is gone")))
+        with pytest.raises(RunError):
+            run(back)
+    assert checkpoint_path(tmp_path / "run", 6).is_dir()
     assert find_start(back).step == 2
 
 
