@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -160,12 +161,21 @@ def check_words(read: Callable[[], object]) -> None:
 
 @contextmanager
 def late_imports() -> Iterator[None]:
-    """Imports libraries in a with-block of a program that runs; Ctrl-C comes after it, see `slow_imports`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Imports libraries in a with-block of a program that runs; Ctrl-C comes after it, see `slow_imports`. The kernel
+    may give the signal to any thread, so that it cannot be blocked here; Python handles it in the main thread alone.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or handler is None:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
