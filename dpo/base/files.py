@@ -29,10 +29,16 @@ def naming(path: Path, num_bytes: int | None = None) -> Iterator[None]:
         if full is not None and num_bytes is not None and not has_need(failure):
             failure.add_note(f"{NEED}{_shown(num_bytes)}")
         code = full if full is not None or not isinstance(failure, OSError) else failure.errno
-        if code is None or getattr(failure, "filename", None) is not None:
+        if code is None or code < 0 or code in _OF_NETWORK or getattr(failure, "filename", None) is not None:
             raise
         raise _renamed(failure, code, path) from failure
 
+
+_OF_NETWORK = (
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ETIMEDOUT),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+)
+"""Errors of a connection, which has no file; those of looking a name up are negative."""
 
 NEED = "to write: "
 """The beginning of a note of an error that tells the size of what could not be written, such as `3.2 KiB`."""

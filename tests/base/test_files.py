@@ -126,3 +126,11 @@ def test_other_errors_keep_their_words(failure: OSError) -> None:
     with pytest.raises(OSError) as raised, naming(Path("rows.npy")):
         raise failure
     assert raised.value is failure
+
+
+@pytest.mark.parametrize("number", [errno.ECONNREFUSED, errno.ENETUNREACH, -2])
+def test_an_error_of_a_connection_gets_no_file(tmp_path: Path, number: int) -> None:
+    """-2: the name of a host is unknown."""
+    with pytest.raises(OSError) as raised, naming(tmp_path):
+        raise OSError(number, "no connection")
+    assert raised.value.filename is None
