@@ -58,8 +58,8 @@ def cache_path(name: str) -> Path:
 def datasets_cache() -> Path:
     """Returns the folder in which `datasets` keeps rows, by the environment, as `datasets.config` finds it."""
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    home = Path(os.environ.get("HF_HOME", f"{cache}/huggingface")).expanduser()
-    return Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    home = os.path.expanduser(os.environ.get("HF_HOME", f"{cache}/huggingface"))  # noqa: PTH111  # that one may raise
+    return Path(os.environ.get("HF_DATASETS_CACHE", f"{home}/datasets"))
 
 
 def import_datasets() -> None:

@@ -145,5 +145,7 @@ def _remove_if_old(folder: Path) -> None:
     found = [path.lstat() for path in (folder, *folder.rglob("*"))]
     if time.time() - max(stat.st_mtime for stat in found) > LEFT_SECONDS:
         shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():  # another user's
+            return
         size = sum(stat.st_size for stat in found if S_ISREG(stat.st_mode))
         say(f"cache: removed {folder}, {shown_bytes(size)}, which a killed start has left")

@@ -5,6 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
+from dpo.sources import caching
+
 ENVIRONMENTS: Sequence[dict[str, str]] = (
     {},
     {"HF_HOME": "~/there"},
@@ -29,3 +33,12 @@ for environment in {ENVIRONMENTS}:
 assert caching._version() == datasets.__version__
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_the_cache_of_a_user_without_an_entry_in_passwd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in some containers: `Path.expanduser` raises there, `datasets` leaves the text as it is."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 123456789)
+    monkeypatch.setenv("HF_DATASETS_CACHE", "/rows")
+    assert caching.datasets_cache() == Path("/rows")
