@@ -4,6 +4,7 @@ marker.py        the size and hash of every file of a checkpoint, and files that
 metadata.py      reads the list of a checkpoint's tensors, a pickle, without calling what it names
 verify.py        compares a checkpoint with its hashes, by all ranks together
 folders.py       lists the checkpoints of a run, and removes those that are not kept
+state.py         reads the state of a run apart from its tensors
 plans.py         caches torch's plans from one checkpoint to the next
 fingerprint.py   hashes sharded weights, whatever the layout
 store.py         writes, commits and loads checkpoints

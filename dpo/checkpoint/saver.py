@@ -31,7 +31,8 @@ from dpo.base.errors import Preempted, RunError
 from dpo.checkpoint.folders import checkpoint_path
 from dpo.checkpoint.host_copies import HostCopies
 from dpo.checkpoint.plans import forget_plans
-from dpo.checkpoint.store import RunState, Shelf, state_tensors, write_checkpoint
+from dpo.checkpoint.state import RunState
+from dpo.checkpoint.store import Shelf, state_tensors, write_checkpoint
 from dpo.distributed.world import use_device
 from dpo.terminal.console import warn
 from dpo.terminal.stalls import telling_stalls

@@ -11,9 +11,9 @@ before an older one is removed.
 
 import json
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -25,13 +25,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from dpo.base.errors import RunError, UserError
+from dpo.base.errors import RunError
 from dpo.base.files import replace_folder, sync, sync_tree, write_file
 from dpo.base.space import describe_full, find_shortage
 from dpo.checkpoint.fingerprint import fingerprint
 from dpo.checkpoint.folders import (
     DRAFT,
-    bears_step,
     checkpoint_path,
     draft_name,
     drafts_of,
@@ -39,12 +38,11 @@ from dpo.checkpoint.folders import (
     own_checkpoint,
     remove_checkpoint,
     remove_older,
-    step_of,
 )
 from dpo.checkpoint.marker import METADATA, STATE, Inventory, measure, own_files, write_marker
 from dpo.checkpoint.metadata import open_reader
 from dpo.checkpoint.plans import forget_plans, save_planner
-from dpo.checkpoint.verify import find_fault
+from dpo.checkpoint.state import RunState
 from dpo.command.exits import line_of
 from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
@@ -53,24 +51,9 @@ from dpo.model.weights import are_finite
 from dpo.terminal.console import warn
 from dpo.watch.failures import storage_errors
 
-VALID = "a folder RUN/checkpoints/step-000100"
-
 
 def do_nothing() -> None:
     """Takes the place of a check of the lock where no lock is held."""
-
-
-@dataclass(frozen=True)
-class RunState:
-    """The state of a run apart from its tensors: the number of updates, and the identity that a resume must match."""
-
-    step: int
-    identity: dict[str, Any]
-    skipped: int = 0
-    """The number of steps before `step`, this one included, that were skipped one after another."""
-    weights: str | None = None
-    """The hash of the weights, see `fingerprint`; None until the checkpoint is written, and in one of an older version.
-    """
 
 
 @dataclass(frozen=True)
@@ -266,32 +249,3 @@ def _commit(draft: Path, target: Path, state: RunState, files: Inventory) -> Non
     sync_tree(draft)
     replace_folder(draft, target, draft_name())
     sync(target.parent.parent)
-
-
-def read_state(folder: Path, key: str) -> RunState:
-    """Returns the step and identity of a checkpoint, all of whose files are compared with their hashes.
-
-    Raises UserError, with the place `key`, where the folder is not a complete checkpoint.
-    """
-    fault = find_fault(folder)
-    if fault is not None:
-        raise UserError(key, f"{folder}: {fault}", VALID)
-    return read_verified_state(folder, key)
-
-
-def read_verified_state(folder: Path, key: str) -> RunState:
-    """Does the same as `read_state` for a checkpoint in which `verify` has found no fault. A field that is newer than
-    this version is left out. A folder with the name of a step must be of that step: its place among the checkpoints of
-    a run goes by its name.
-    """
-    try:
-        content = json.loads((folder / STATE).read_text(encoding="utf-8"))
-        state = RunState(**{known.name: content[known.name] for known in fields(RunState) if known.name in content})
-    except (ValueError, TypeError, RecursionError) as failure:
-        raise UserError(key, f"{folder / STATE}: not the state of a run", VALID) from failure
-    is_whole = type(state.step) is type(state.skipped) is int and isinstance(state.identity, Mapping)
-    if not is_whole or not isinstance(state.weights, str | None):
-        raise UserError(key, f"{folder / STATE}: not the state of a run", VALID)
-    if bears_step(folder) and state.step != step_of(folder):
-        raise UserError(key, f"{folder} is a checkpoint of step {state.step}", "each under the name of its own step")
-    return state

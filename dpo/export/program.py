@@ -14,7 +14,8 @@ from pathlib import Path
 from dpo.base.errors import UserError
 from dpo.checkpoint.export import Finish, export
 from dpo.checkpoint.folders import CHECKPOINTS, checkpoints_of
-from dpo.checkpoint.store import VALID, RunState, load_model, read_verified_state
+from dpo.checkpoint.state import VALID, RunState, read_verified_state
+from dpo.checkpoint.store import load_model
 from dpo.checkpoint.verify import first_usable
 from dpo.config import Config, load_config
 from dpo.distributed.collectives import on_main, together

@@ -8,7 +8,7 @@ from typing import Any
 from dpo.base.errors import UserError
 from dpo.checkpoint.folders import checkpoint_path, checkpoints_until
 from dpo.checkpoint.marker import STATE, find_change, list_files
-from dpo.checkpoint.store import read_verified_state
+from dpo.checkpoint.state import read_verified_state
 from dpo.checkpoint.verify import first_usable
 from dpo.config import Config, load_config
 from dpo.distributed.collectives import on_main

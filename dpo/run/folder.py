@@ -24,7 +24,7 @@ from dpo.base.errors import UserError
 from dpo.base.files import nearest_existing, write_atomically
 from dpo.base.units import shown_bytes
 from dpo.checkpoint.folders import CHECKPOINTS, checkpoints_of, newer_checkpoints, own_checkpoint
-from dpo.checkpoint.store import VALID, RunState, read_verified_state
+from dpo.checkpoint.state import VALID, RunState, read_verified_state
 from dpo.config import Config, load_config, to_yaml
 from dpo.run_folder.evaluations import drop_evaluations_after
 from dpo.run_folder.files import (

@@ -12,7 +12,7 @@ from dpo.base.prefetch import prefetch
 from dpo.batch.packing import PackedBatch
 from dpo.board.writer import MetricsWriter
 from dpo.checkpoint.saver import Saver
-from dpo.checkpoint.store import RunState
+from dpo.checkpoint.state import RunState
 from dpo.command.status import write_status
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import use_device

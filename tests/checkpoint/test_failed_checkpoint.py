@@ -21,7 +21,8 @@ from dpo.checkpoint.export import draft_of
 from dpo.checkpoint.final_sums import find_fault_of_export, write_sums_together
 from dpo.checkpoint.folders import checkpoint_path, step_of
 from dpo.checkpoint.plans import forget_plans
-from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
+from dpo.checkpoint.state import RunState
+from dpo.checkpoint.store import Shelf, write_checkpoint
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from tests.base.test_files import hold_a_file

@@ -17,7 +17,8 @@ from dpo.checkpoint import folders, marker, verify
 from dpo.checkpoint.folders import checkpoint_path, checkpoints_of, step_of
 from dpo.checkpoint.marker import MARKER
 from dpo.checkpoint.plans import forget_plans
-from dpo.checkpoint.store import RunState, Shelf, open_shelf, write_checkpoint
+from dpo.checkpoint.state import RunState
+from dpo.checkpoint.store import Shelf, open_shelf, write_checkpoint
 from dpo.checkpoint.verify import find_fault
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World

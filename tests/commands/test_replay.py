@@ -13,7 +13,7 @@ import torch
 from dpo.base.sums import sha256_of
 from dpo.checkpoint import marker
 from dpo.checkpoint.folders import checkpoint_path
-from dpo.checkpoint.store import read_state
+from dpo.checkpoint.state import read_state
 from dpo.config import Config, load_config, to_yaml
 from dpo.replay import program as replay
 from dpo.replay.beginning import layouts_of

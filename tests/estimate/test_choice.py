@@ -12,7 +12,7 @@ import pytest
 from dpo.base import spawned
 from dpo.base.errors import UserError
 from dpo.checkpoint.folders import checkpoint_path
-from dpo.checkpoint.store import RunState
+from dpo.checkpoint.state import RunState
 from dpo.config import Config, load_config
 from dpo.config.rules import decided
 from dpo.estimate import at_start, choice

@@ -14,7 +14,7 @@ from dpo.base.errors import UserError
 from dpo.checkpoint import marker, verify
 from dpo.checkpoint.folders import checkpoint_path, newer_checkpoints
 from dpo.checkpoint.plans import forget_plans
-from dpo.checkpoint.store import read_state
+from dpo.checkpoint.state import read_state
 from dpo.checkpoint.verify import find_fault, find_fault_together, first_usable
 from dpo.config import Config
 from dpo.distributed.startup import open_world

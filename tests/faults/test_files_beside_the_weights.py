@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo.checkpoint.folders import checkpoint_path
-from dpo.checkpoint.store import read_state
+from dpo.checkpoint.state import read_state
 from dpo.config import Config, to_yaml
 from dpo.export import program as export
 from dpo.train import loop

@@ -28,7 +28,8 @@ from dpo.checkpoint import export as exporting
 from dpo.checkpoint import saver as saving
 from dpo.checkpoint import store
 from dpo.checkpoint.plans import forget_plans
-from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
+from dpo.checkpoint.state import RunState
+from dpo.checkpoint.store import Shelf, write_checkpoint
 from dpo.command.exits import line_of
 from dpo.config import Config, to_yaml
 from dpo.disk import storage

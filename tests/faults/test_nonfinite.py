@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from dpo.checkpoint.folders import checkpoint_path
-from dpo.checkpoint.store import read_state
+from dpo.checkpoint.state import read_state
 from dpo.config import Config, SourceConfig
 from dpo.distributed.program import run_program
 from dpo.distributed.startup import open_world, start_devices

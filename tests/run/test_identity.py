@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpo.base.errors import UserError
-from dpo.checkpoint.store import RunState
+from dpo.checkpoint.state import RunState
 from dpo.config import SourceConfig
 from dpo.run.folder import Start
 from dpo.run.identity import SHARES, check_identity, shares_of

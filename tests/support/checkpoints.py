@@ -12,7 +12,8 @@ import torch.distributed.checkpoint as dcp
 
 from dpo.checkpoint.folders import checkpoint_path, checkpoints_of
 from dpo.checkpoint.marker import MARKER, measure, write_marker
-from dpo.checkpoint.store import RunState, Shelf, write_checkpoint
+from dpo.checkpoint.state import RunState
+from dpo.checkpoint.store import Shelf, write_checkpoint
 from dpo.checkpoint.verify import find_fault
 from dpo.distributed.world import World
 
