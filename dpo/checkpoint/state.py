@@ -1,7 +1,7 @@
 """The state of a run in a checkpoint, apart from its tensors: state.json."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,11 @@ from dpo.checkpoint.marker import STATE
 from dpo.checkpoint.verify import find_fault
 
 VALID = "a folder RUN/checkpoints/step-000100"
+FILES = "model_files"
+"""The key of the digests of `dpo.run.model_files` in the identity. Files may be added."""
+SHARES = "shares"
+"""The key of the shares of an epoch in the identity. They may change where the pairs do not, as from null to weight 1;
+an error about the pairs names them."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,28 @@ def read_verified_state(folder: Path, key: str) -> RunState:
         state = RunState(**{known.name: content[known.name] for known in fields(RunState) if known.name in content})
     except (ValueError, TypeError, RecursionError) as failure:
         raise UserError(key, f"{folder / STATE}: not the state of a run", VALID) from failure
-    is_whole = type(state.step) is type(state.skipped) is int and isinstance(state.identity, Mapping)
-    if not is_whole or not isinstance(state.weights, str | None):
+    if not _is_whole(state):
         raise UserError(key, f"{folder / STATE}: not the state of a run", VALID)
     if bears_step(folder) and state.step != step_of(folder):
         raise UserError(key, f"{folder} is a checkpoint of step {state.step}", "each under the name of its own step")
     return state
+
+
+def _is_whole(state: RunState) -> bool:
+    """Returns whether the fields of a state have the forms that a run writes."""
+    if type(state.step) is not int or type(state.skipped) is not int or not isinstance(state.weights, str | None):
+        return False
+    return isinstance(state.identity, Mapping) and _are_whole_parts(state.identity)
+
+
+def _are_whole_parts(identity: Mapping[str, Any]) -> bool:
+    """Returns whether the parts of an identity that are dicts have their forms; older versions wrote neither."""
+    files, shares = identity.get(FILES, {}), identity.get(SHARES, {})
+    if not isinstance(files, Mapping) or not isinstance(shares, Mapping):
+        return False
+    are_digests = all(isinstance(part, Mapping) and _are_texts(part.values()) for part in files.values())
+    return are_digests and all(type(share) in (int, float) for share in shares.values())
+
+
+def _are_texts(values: Iterable[object]) -> bool:
+    return all(isinstance(value, str) for value in values)

@@ -14,7 +14,7 @@ from pathlib import Path
 from dpo.base.errors import UserError
 from dpo.checkpoint.export import Finish, export
 from dpo.checkpoint.folders import CHECKPOINTS, checkpoints_of
-from dpo.checkpoint.state import VALID, RunState, read_verified_state
+from dpo.checkpoint.state import FILES, VALID, RunState, read_verified_state
 from dpo.checkpoint.store import load_model
 from dpo.checkpoint.verify import first_usable
 from dpo.config import Config, load_config
@@ -27,7 +27,6 @@ from dpo.model.build import build_policy
 from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
 from dpo.run.card import model_card
-from dpo.run.identity import FILES
 from dpo.run.model_files import tell_changes
 from dpo.run.own_code import check_own_code
 from dpo.run_folder.files import CONFIG, FINAL

@@ -5,6 +5,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from dpo.base.errors import UserError
+from dpo.checkpoint.state import FILES, SHARES
 from dpo.config import Config, LossConfig
 from dpo.run.folder import Start
 from dpo.run.inputs import Inputs
@@ -32,11 +33,6 @@ CONTENT_OF = {
     "reference.path": "the reference (of model.path where reference.path is null)",
 }
 """The content that a hash in the identity belongs to, by config key."""
-FILES = "model_files"
-"""The key of the digests of `dpo.run.model_files` in the identity. Files may be added."""
-SHARES = "shares"
-"""The key of the shares of an epoch in the identity. They may change where the pairs do not, as from null to weight 1;
-an error about the pairs names them."""
 
 
 def shares_of(config: Config) -> dict[str, float]:

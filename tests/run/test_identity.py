@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from dpo.base.errors import UserError
-from dpo.checkpoint.state import RunState
+from dpo.checkpoint.state import SHARES, RunState
 from dpo.config import SourceConfig
 from dpo.run.folder import Start
-from dpo.run.identity import SHARES, check_identity, shares_of
+from dpo.run.identity import check_identity, shares_of
 from tests.support.runs import make_config
 
 
