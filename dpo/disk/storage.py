@@ -122,9 +122,11 @@ def _check_space(config: Config, start: Start, inputs: Inputs) -> None:
 
 
 def least_beside(folder: Path, config: Config, start: Start, inputs: Inputs) -> int:
-    """Returns the bytes that the run cannot do without on the file system of `folder`, for files of its run folder."""
+    """Returns the bytes that the run cannot do without on the file system of `folder`, for files of its run folder. Not
+    less than 0: drafts that the run will remove make no room for files that are written before.
+    """
     device = _device_of(folder)
-    return sum(place.least for place in _needs_of(config, start, inputs)[1] if _device_of(place.folder) == device)
+    return sum(max(place.least, 0) for place in _needs_of(config, start, inputs)[1] if _device_of(place.folder) == device)
 
 
 @dataclass(frozen=True)

@@ -254,6 +254,20 @@ def test_the_cache_leaves_room_for_the_run(
     assert f"a cache of {both if is_same else '40 rows of 0.9 KiB does not fit in '}{folder}/" in error
 
 
+def test_a_draft_that_will_be_removed_makes_no_room_for_the_cache(
+    root: Path, disk: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows are written before it goes, however large it is: 40 MiB, of which the run needs 32.4 MiB again."""
+    monkeypatch.setattr(cache, "find_shortage", lambda folder, num: Shortage(folder, num, 1000, is_quota=False))
+    draft = disk / "run" / "checkpoints" / "step-000002.tmp"
+    draft.mkdir(parents=True)
+    with (draft / "__0_0.distcp").open("wb") as file:
+        file.truncate(40 * MIB)
+    assert exit_code(make(root, disk, reference__cache_dir=str(disk / "cache"))) == 2
+    (error,) = error_lines(capsys.readouterr().err)
+    assert "a cache of 40 rows of 0.9 KiB does not fit in " in error
+
+
 # --- later -----------------------------------------------------------------------------------------------------------
 
 
