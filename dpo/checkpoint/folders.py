@@ -19,7 +19,7 @@ import torch.distributed as dist
 from dpo.base.errors import RunError
 from dpo.base.files import remove_folder
 from dpo.checkpoint.marker import MARKER, list_files
-from dpo.checkpoint.verify import find_change_together
+from dpo.checkpoint.verify import NOT_FINITE, find_change_together
 from dpo.command.exits import line_of
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
@@ -104,7 +104,8 @@ def marker_of(folder: Path) -> bytes:
 def remove_older(
     folder: Path, keep: int | None, known: dict[str, bytes | None], world: World, group: dist.ProcessGroup
 ) -> None:
-    """Removes the checkpoints that are older than the newest `keep` good ones; damaged ones do not count.
+    """Removes the checkpoints that are older than the newest `keep` good ones; damaged ones do not count, nor do those
+    whose weights are not finite.
 
     Of those that this process has written or verified, marker and sizes must be as they were. The others are compared
     with their hashes, once each, where an older one would be removed. What cannot be removed is told, and nothing is
@@ -113,7 +114,7 @@ def remove_older(
     Args:
         folder: RUN/checkpoints.
         keep: how many to keep; None: all.
-        known: on rank 0: name -> marker; None: damaged. It is extended.
+        known: on rank 0: name -> marker; None: damaged, or not finite. It is extended.
         world: all ranks.
         group: a process group of all ranks.
     """
@@ -128,10 +129,11 @@ def remove_older(
 
 
 def _note(path: Path, fault: str | None, known: dict[str, bytes | None]) -> None:
-    """Adds a checkpoint to those that are known, and tells where it is damaged."""
+    """Adds a checkpoint to those that are known, and tells where it does not count."""
     known[path.name] = None if fault else marker_of(path)
     if fault:
-        warn(f"checkpoint {path} is damaged, and does not count for checkpoint.keep: {fault}")
+        damaged = "" if fault == NOT_FINITE else "is damaged, and "
+        warn(f"checkpoint {path} {damaged}does not count for checkpoint.keep: {fault}")
 
 
 def _first_unknown(folder: Path, keep: int | None, known: dict[str, bytes | None]) -> Path | None:

@@ -30,6 +30,10 @@ class RunState:
     weights: str | None = None
     """The hash of the weights, see `fingerprint`; None until the checkpoint is written, and in one of an older version.
     """
+    finite: bool = True
+    """False: weights are NaN or infinite. True also where some were when the process that wrote the checkpoint began,
+    and in one of an older version.
+    """
 
 
 def read_state(folder: Path, key: str) -> RunState:
@@ -62,7 +66,9 @@ def read_verified_state(folder: Path, key: str) -> RunState:
 
 def _is_whole(state: RunState) -> bool:
     """Returns whether the fields of a state have the forms that a run writes."""
-    if type(state.step) is not int or type(state.skipped) is not int or not isinstance(state.weights, str | None):
+    if type(state.step) is not int or type(state.skipped) is not int or type(state.finite) is not bool:
+        return False
+    if not isinstance(state.weights, str | None):
         return False
     return isinstance(state.identity, Mapping) and _are_whole_parts(state.identity)
 

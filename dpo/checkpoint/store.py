@@ -2,6 +2,7 @@
 
 checkpoints/step-000100/             torch's distributed checkpoint: master weights and optimizer state, sharded
                         state.json   the step, the run's identity (see `dpo.run.identity`), the weights' hash
+                                     and whether they are finite
                         COMPLETE     written last: the size and the hash of every file
 
 Until the rename the folder is called step-000100.tmp. So a folder with the final name is complete, and a crash at any
@@ -43,6 +44,7 @@ from dpo.checkpoint.marker import METADATA, STATE, Inventory, measure, own_files
 from dpo.checkpoint.metadata import open_reader
 from dpo.checkpoint.plans import forget_plans, save_planner
 from dpo.checkpoint.state import RunState
+from dpo.checkpoint.verify import NOT_FINITE
 from dpo.command.exits import line_of
 from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
@@ -69,7 +71,7 @@ class Shelf:
     group: dist.ProcessGroup
     """The process group of all collectives here, so that a thread may write while other threads use other groups."""
     known: dict[str, bytes | None] = field(default_factory=dict)
-    """Of the checkpoints that this process wrote or verified: name -> marker; None: damaged."""
+    """Of the checkpoints that this process wrote or verified: name -> marker; None: damaged, or not finite."""
     check_lock: Callable[[], None] = do_nothing
     """Called on rank 0 before a draft is removed, which another start may be writing. Raises FolderLost."""
     began_finite: bool = True
@@ -135,20 +137,20 @@ def write_checkpoint(shelf: Shelf, state: RunState, tensors: dict[str, Any], bef
                 shelf.check_lock()
                 remove_checkpoint(draft)
         raise
-    hashed = replace(state, weights=fingerprint(tensors["model"], group))
     is_lost = shelf.began_finite and not all(all_gather(are_finite(tensors["model"].values()), group))
+    written = replace(state, weights=fingerprint(tensors["model"], group), finite=not is_lost)
 
     def commit() -> None:
         try:
             before_commit()
-            _commit(draft, target, hashed, files)
+            _commit(draft, target, written, files)
             shelf.known[target.name] = None if is_lost else marker_of(target)
         except OSError as failure:  # names the path: this is reported many steps later
             raise RunError(describe_full(failure, target) or f"{target}: {line_of(failure)}") from failure
 
     on_main(world, commit, group)
     if is_lost and world.is_main:
-        warn(f"checkpoint {target} does not count for checkpoint.keep: its weights are not finite")
+        warn(f"checkpoint {target} does not count for checkpoint.keep: {NOT_FINITE}")
     remove_older(target.parent, shelf.keep, shelf.known, world, group)
 
 

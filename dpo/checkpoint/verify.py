@@ -1,15 +1,18 @@
-"""Finds checkpoints whose files are not as they were written, before any of them is used.
+"""Finds checkpoints that cannot be used, before any of them is: whose files are not as they were written, or whose
+weights are NaN or infinite and were finite when the run began, which state.json tells.
 
 Of a run with checkpoints of steps 20 and 30 on two ranks:
 
     rank 0         reads COMPLETE of step 30, compares names and sizes, tells the other rank what it lists
     ranks 0 and 1  hash the files, each its part; one finds that __1_0.distcp has changed
     ranks 0 and 1  do the same for step 20, which is whole
+    rank 0         reads state.json of step 20: its weights are finite
     rank 0         reads .metadata of step 20: it names tensors and listed files alone
 
 The files are read once for that; the ranks read the tensors afterwards, from memory where there is room.
 """
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +24,7 @@ from dpo.base.units import shown_bytes, shown_seconds
 from dpo.checkpoint.marker import (
     MARKER,
     METADATA,
+    STATE,
     Inventory,
     damage_of,
     find_change,
@@ -36,16 +40,19 @@ from dpo.terminal.console import say
 
 TOLD_SECONDS = 1.0
 """A check that takes longer is told."""
+NOT_FINITE = "its weights are NaN or infinite"
+"""The fault of a checkpoint from which no step can be made."""
 
 
 def find_fault(folder: Path) -> str | None:
-    """Returns why a checkpoint cannot be used; None where it is complete and its files are as they were written.
+    """Returns why a checkpoint cannot be used; None where it is complete, its files are as they were written, and its
+    weights are finite.
 
     Reads all of its files, in this process alone; ranks share the work by `find_fault_together`. Raises RunError where
     a file cannot be read for a reason that does not lie in the checkpoint (`marker.damage_of`).
     """
     files, fault = list_files(folder)
-    return fault or find_change(folder, files) or _find_foreign(folder, files)
+    return fault or find_change(folder, files) or _find_lost(folder) or _find_foreign(folder, files)
 
 
 def find_fault_together(folder: Path, world: World, group: dist.ProcessGroup | None = None) -> str | None:
@@ -75,7 +82,8 @@ def find_change_together(folder: Path, world: World, group: dist.ProcessGroup | 
     found = all_gather(together(lambda: find_change(folder, own), group), group)
     if world.is_main:
         _tell(folder, files, time.monotonic() - started)
-    return next((fault for fault in found if fault), None)
+    fault = next((fault for fault in found if fault), None)
+    return fault or on_main(world, lambda: _find_lost(folder), group)
 
 
 def first_usable(candidates: Sequence[Path], world: World) -> tuple[Path | None, Mapping[Path, str]]:
@@ -91,6 +99,19 @@ def first_usable(candidates: Sequence[Path], world: World) -> tuple[Path | None,
         if world.is_main and len(candidates) > 1:
             say(f"checkpoint {folder} is skipped: {fault}")
     return None, faults
+
+
+def _find_lost(folder: Path) -> str | None:
+    """Returns NOT_FINITE where the state of a checkpoint says so. One of another form is refused where it is read whole
+    (`state.read_verified_state`).
+    """
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    except OSError as failure:
+        return damage_of(failure, STATE)
+    return NOT_FINITE if isinstance(state, dict) and state.get("finite") is False else None
 
 
 def _find_foreign(folder: Path, files: Inventory) -> str | None:

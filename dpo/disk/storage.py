@@ -126,7 +126,9 @@ def least_beside(folder: Path, config: Config, start: Start, inputs: Inputs) -> 
     less than 0: drafts that the run will remove make no room for files that are written before.
     """
     device = _device_of(folder)
-    return sum(max(place.least, 0) for place in _needs_of(config, start, inputs)[1] if _device_of(place.folder) == device)
+    return sum(
+        max(place.least, 0) for place in _needs_of(config, start, inputs)[1] if _device_of(place.folder) == device
+    )
 
 
 @dataclass(frozen=True)

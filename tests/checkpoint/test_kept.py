@@ -24,6 +24,8 @@ from dpo.distributed.startup import open_world
 from dpo.distributed.world import World
 from tests.support.checkpoints import flip, newest_checkpoint, save, shelf_of, some_tensors
 
+NOT_FINITE = "its weights are NaN or infinite"
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> Iterator[World]:
@@ -46,6 +48,13 @@ def damage(path: Path, how: str) -> None:
         (path / MARKER).unlink()
     else:
         flip(shard)
+
+
+def save_infinite(shelf: Shelf, step: int) -> None:
+    """Writes a checkpoint in which one weight is infinite."""
+    tensors = some_tensors(step)
+    tensors["model"]["weight3"][1] = float("inf")
+    write_checkpoint(shelf, RunState(step, {}), tensors, lambda: None)
 
 
 def later(shelf: Shelf, verified: Path | None = None) -> Shelf:
@@ -101,14 +110,33 @@ def test_weights_that_are_not_finite_take_no_good_ones_place(
     """With keep 1: nothing can go on from step 2. It is told, unless the run has had such weights from the first."""
     shelf = replace(shelf_of(tmp_path, 1, world), began_finite=began_finite)
     save(shelf, 1)
-    tensors = some_tensors(2)
-    tensors["model"]["weight3"][1] = float("inf")
-    write_checkpoint(shelf, RunState(2, {}), tensors, lambda: None)
-    told = f"WARNING: checkpoint {checkpoint_path(tmp_path, 2)} does not count for checkpoint.keep: its weights are not"
+    save_infinite(shelf, 2)
+    told = f"WARNING: checkpoint {checkpoint_path(tmp_path, 2)} does not count for checkpoint.keep: {NOT_FINITE}\n"
     assert (told in capsys.readouterr().err) is began_finite
     assert steps(tmp_path) == ([1, 2] if began_finite else [2])
+    assert find_fault(checkpoint_path(tmp_path, 2)) == (NOT_FINITE if began_finite else None)
     save(shelf, 3)
     assert steps(tmp_path) == [3]
+
+
+@pytest.mark.parametrize("began_finite", [True, False])
+def test_a_later_start_knows_whose_weights_are_not_finite(
+    tmp_path: Path, world: World, began_finite: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With keep 2: of an earlier start, the finite step 1 and step 2; where step 2 counts, step 1 goes."""
+    shelf = replace(shelf_of(tmp_path, 2, world), began_finite=began_finite)
+    save(shelf, 1)
+    save_infinite(shelf, 2)
+    capsys.readouterr()
+    shelf = later(shelf)
+    save(shelf, 3)
+    assert steps(tmp_path) == ([1, 2, 3] if began_finite else [2, 3])
+    told = f"WARNING: checkpoint {checkpoint_path(tmp_path, 2)} does not count for checkpoint.keep: {NOT_FINITE}\n"
+    assert (told in capsys.readouterr().err) is began_finite
+    save_infinite(shelf, 4)
+    assert steps(tmp_path) == ([1, 2, 3, 4] if began_finite else [2, 3, 4])
+    save(shelf, 5)
+    assert steps(tmp_path) == [3, 4, 5]
 
 
 def test_others_are_verified_before_an_older_one_goes(

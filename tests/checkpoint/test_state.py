@@ -32,6 +32,7 @@ def rewrite(folder: Path, **changed: object) -> None:
     "changed",
     [
         {"step": "1"},
+        {"finite": 1},
         {"identity": {"model_files": None}},
         {"identity": {"model_files": 3}},
         {"identity": {"model_files": ["model.path"]}},

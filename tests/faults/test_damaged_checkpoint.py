@@ -8,18 +8,20 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from dpo.base.errors import UserError
 from dpo.checkpoint import marker, verify
 from dpo.checkpoint.folders import checkpoint_path, newer_checkpoints
 from dpo.checkpoint.plans import forget_plans
-from dpo.checkpoint.state import read_state
+from dpo.checkpoint.state import RunState, read_state
+from dpo.checkpoint.store import write_checkpoint
 from dpo.checkpoint.verify import find_fault, find_fault_together, first_usable
 from dpo.config import Config
 from dpo.distributed.startup import open_world
 from dpo.replay import program as replay
-from tests.support.checkpoints import flip, newest_checkpoint, save, shelf_of
+from tests.support.checkpoints import flip, newest_checkpoint, remark, save, shelf_of
 from tests.support.ranks import Ranks
 from tests.support.runs import (
     changed,
@@ -32,6 +34,8 @@ from tests.support.runs import (
     six_steps,
     snapshot,
 )
+
+NOT_FINITE = "its weights are NaN or infinite"
 
 
 @pytest.fixture
@@ -133,7 +137,8 @@ def test_the_newest_is_the_greatest_number(dead_run: Path, tmp_path: Path) -> No
 def test_what_a_state_file_holds(dead_run: Path) -> None:
     state = read_state(checkpoint_path(dead_run, 4), "checkpoint.resume")
     assert state.step == 4
-    assert dataclasses.asdict(state).keys() == {"step", "identity", "skipped", "weights"}
+    assert dataclasses.asdict(state).keys() == {"step", "identity", "skipped", "weights", "finite"}
+    assert state.finite is True
     assert state.identity["loss.beta"] == 0.1
 
 
@@ -223,6 +228,62 @@ def test_a_damaged_newer_one_is_put_aside_and_not_overwritten(
     assert (four.with_name("step-000004.old") / "__0_0.distcp").read_bytes() == shard
     assert newest_checkpoint(tmp_path / "run") == checkpoint_path(tmp_path / "run", 6)
     assert same_weights(tmp_path / "run" / "final", run(six_steps(dead_root, tmp_path / "whole")) / "final")
+
+
+# --- whose weights are not finite ------------------------------------------------------------------------------------
+
+
+def record(folder: Path, **facts: object) -> None:
+    """Writes facts into the state of a checkpoint, and the marker that matches."""
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | facts))
+    remark(folder)
+
+
+def test_bad_weights_are_passed_over_like_a_damaged_checkpoint(
+    dead: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In each start; where it is asked for by name, or no other is left, it is a user's error."""
+    two, four = (checkpoint_path(tmp_path / "run", step) for step in (2, 4))
+    record(four, finite=False)
+    assert find_start(dead).checkpoint == two
+    assert f"checkpoint {four} is skipped: {NOT_FINITE}\n" in capsys.readouterr().err
+    named = changed(dead, train__run_dir=str(tmp_path / "new"), checkpoint__resume=str(four))
+    assert exit_code(named) == 2
+    assert f"checkpoint.resume: {four}: {NOT_FINITE}; valid: " in error_lines(capsys.readouterr().err)[0]
+    record(two, finite=False)
+    assert exit_code(dead) == 2
+    (error,) = error_lines(capsys.readouterr().err)
+    assert f"can be used: step-000004: {NOT_FINITE}; step-000002: {NOT_FINITE}; valid: " in error
+
+
+def test_a_checkpoint_that_does_not_tell_counts_as_finite(dead: Config, tmp_path: Path) -> None:
+    """Older versions did not record it."""
+    four = checkpoint_path(tmp_path / "run", 4)
+    state = json.loads((four / "state.json").read_text())
+    state.pop("finite", None)
+    (four / "state.json").write_text(json.dumps(state))
+    remark(four)
+    assert find_start(dead).checkpoint == four
+
+
+def save_and_look(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """On each rank: the first that can be used of two checkpoints, and why others cannot. In the newer one a weight of
+    rank 1 alone is NaN.
+    """
+    with open_world(60) as world:
+        shelf = shelf_of(run_dir, None, world)
+        older = save(shelf, 1)
+        tensors = {"model": {f"weight{world.rank}": torch.full((3,), float("nan") if world.rank else 1.0)}}
+        write_checkpoint(shelf, RunState(2, {}), tensors, lambda: None)
+        found, faults = first_usable([checkpoint_path(run_dir, 2), older], world)
+        forget_plans(shelf.plans)
+    return found, list(faults.values())
+
+
+@pytest.mark.xdist_group("ranks")
+def test_all_ranks_pass_bad_weights_over(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(2, save_and_look, tmp_path) == [(checkpoint_path(tmp_path, 1), [NOT_FINITE])] * 2
 
 
 # --- checked by all ranks --------------------------------------------------------------------------------------------
