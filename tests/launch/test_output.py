@@ -1,5 +1,7 @@
 """The log of a job is bounded: what a person needs, the first lines and the newest, is kept."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -41,13 +43,58 @@ def test_a_log_that_is_short_has_no_other_file(tmp_path: Path, capsys: pytest.Ca
     assert list(tmp_path.iterdir()) == []
 
 
-def test_where_no_file_can_be_made_the_lines_stay_in_the_log(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = Output(tmp_path / "none" / "later.txt", max_bytes=10)
-    for _ in range(3):
+def test_where_no_file_can_be_made_the_lines_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That is said once, so that the log grows no faster, and their number at the end."""
+    later = tmp_path / "none" / "later.txt"
+    output = Output(later, max_bytes=10)
+    for _ in range(4):
         output.write(LINE)
-    assert capsys.readouterr().err.count(LINE) == 3
+    output.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "x" * 9,
+        f"the log has 0.0 KiB of this start: the output that follows is left out, since {later} cannot be made: No "
+        "such file or directory",
+        "3 lines of the output of the ranks are left out",
+    ]
+
+
+@pytest.mark.parametrize("fails", ["close", "replace"])
+def test_a_full_disk_at_a_new_file_does_not_end_the_output(
+    tmp_path: Path, fails: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 40 bytes of a start, with 10 for each file, the newest are in the newest file."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    output = Output(tmp_path / "node-0.later.txt", max_bytes=10)
+    output.write(LINE)
+    output.write(LINE)
+    assert output.file
+    if fails == "close":  # closed, and its last bytes do not fit on the disk
+        output.file.close()
+        monkeypatch.setattr(output.file, "close", fail)
+    else:
+        monkeypatch.setattr(Path, "replace", fail)
+    output.write(LINE)
+    output.write("newest...\n")
+    output.close()
+    assert (tmp_path / "node-0.later.txt").read_text() == "newest...\n"
+    assert "left out" not in capsys.readouterr().err
+
+
+def test_lines_after_the_end_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A process that a rank left behind keeps the pipe open: the thread that reads it must not raise."""
+    output = Output(tmp_path / "later.txt", max_bytes=10)
+    output.write(LINE)
+    output.write(LINE)
+    file = output.file
+    output.close()
+    output.write(LINE)
+    assert (tmp_path / "later.txt").read_text() == LINE
+    output.file, output.size = file, 0  # as it is for the thread where `close` comes in the middle of `write`
+    output.write(LINE)
+    assert capsys.readouterr().err.count(LINE) == 1
 
 
 def test_reports_of_the_first_and_the_last_starts_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
