@@ -1,4 +1,4 @@
-"""Runs torchrun as a child process: passes signals to its ranks, ends it in time, and keeps the end of its stderr.
+"""Runs torchrun as a child process: passes signals to its ranks, ends it in time, and keeps the end of its output.
 
 | signal of this process                              | the ranks                                                   |
 |-----------------------------------------------------|-------------------------------------------------------------|
@@ -51,7 +51,9 @@ class Ended:
 
     exit_code: int
     stderr: str
-    """The last lines of torchrun and its ranks; empty if stderr is a terminal."""
+    """The last lines of torchrun and its ranks, with their stdout where the log of a job has both; empty if stderr is a
+    terminal.
+    """
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,12 @@ def run(words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: flo
         watch: what else is looked at.
         later: the file for output that is too much for the log (`launch.output`).
     """
-    # The ranks write to a terminal directly, for their progress bar; their lines are then not kept.
-    stderr = None if sys.stderr.isatty() else subprocess.PIPE
+    stdout, stderr = _streams()
     parent = os.getpid()
     process = subprocess.Popen(
         words,
         env=dict(env),
+        stdout=stdout,
         stderr=stderr,
         text=True,
         errors="replace",
@@ -98,7 +100,8 @@ def run(words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: flo
         preexec_fn=lambda: _prepare(parent),
     )
     kept, output = deque[str](maxlen=_KEPT_LINES), Output(later)
-    copier = threading.Thread(target=_copy, args=(process.stderr or nullcontext(()), kept, output), daemon=True)
+    source = process.stdout or process.stderr or nullcontext(())
+    copier = threading.Thread(target=_copy, args=(source, kept, output), daemon=True)
     copier.start()
     try:
         _wait(process, noted, grace, watch)
@@ -107,6 +110,18 @@ def run(words: Sequence[str], env: Mapping[str, str], noted: Signals, grace: flo
         copier.join(timeout=5)  # a process that a rank left behind may keep the pipe open
         output.close()
     return Ended(process.returncode, "".join(kept))
+
+
+def _streams() -> tuple[int | None, int | None]:
+    """Returns where stdout and stderr of torchrun and its ranks go; None: where this process's go.
+
+    The ranks write to a terminal directly, for their progress bar; their lines are then not kept. Else stderr goes
+    through a pipe, and stdout too where both are one file, the log of a job, which is bounded.
+    """
+    if sys.stderr.isatty():
+        return None, None
+    is_one_log = os.path.sameopenfile(1, 2)
+    return (subprocess.PIPE, subprocess.STDOUT) if is_one_log else (None, subprocess.PIPE)
 
 
 def _prepare(parent: int) -> None:

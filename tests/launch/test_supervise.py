@@ -287,6 +287,32 @@ def test_a_full_disk_does_not_stop_the_ranks(supervised: Callable[..., Ended], m
     assert ended.exit_code == 0 and ended.stderr.endswith("a line\n")
 
 
+BOUNDED = """
+import functools, os, pathlib, sys
+from launch import supervise
+from launch.stops import signals
+supervise.Output = functools.partial(supervise.Output, max_bytes=100)
+with signals(None) as noted:
+    later = pathlib.Path(sys.argv.pop(1))
+    print(supervise.run(sys.argv[1:], os.environ, noted, 600, supervise.Watch(bool, lambda: None), later).exit_code)
+"""
+
+
+@pytest.mark.parametrize("is_one_log", [True, False])
+def test_what_the_ranks_print_counts_in_the_log_of_a_job(tmp_path: Path, is_one_log: bool) -> None:
+    """100 lines of 10 bytes on stdout, as of NCCL_DEBUG=INFO; a user may have led stdout to a file of its own."""
+    log, other, later = (tmp_path / name for name in ("log", "other", "later.txt"))
+    words = [sys.executable, "-c", BOUNDED, later, sys.executable, "-c", "for i in range(100): print(f'line {i:4}')"]
+    with log.open("wb") as stderr, other.open("wb") as stdout:
+        subprocess.run(words, stdout=stderr if is_one_log else stdout, stderr=stderr, check=True)
+    numbers = [sum(line.startswith("line ") for line in _lines(path)) for path in (log, other, later)]
+    assert numbers == ([10, 0, 10] if is_one_log else [0, 100, 0])
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def test_a_late_sigusr2_is_ignored() -> None:
     """submitit's handler would start a job again that is done."""
     before = signal.getsignal(signal.SIGTERM)
