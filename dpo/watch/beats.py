@@ -165,7 +165,7 @@ def _join(environment: dict[str, int], store: dist.Store) -> Node | None:
         return Node(rank, environment["WORLD_SIZE"], first, local_size, store, folder)
     what = f"{folder} is not there" if folder != _NOWHERE else "neither /dev/shm nor the temporary folder has room"
     if rank == first or folder != _NOWHERE:
-        _warn_unwatched(rank, what)
+        _warn_unwatched(rank, rank == first, what)
     return None
 
 
@@ -174,17 +174,21 @@ def _open_slot(node: Node, limit: float) -> Slot | None:
     first rank of the node has ended just now, and its watcher has removed the folder.
     """
     header = {"rank": node.rank, "host": socket.gethostname(), "error_file": _error_file()}
-    try:
-        if _error_file():
+    if _error_file():
+        with suppress(OSError):  # a full disk of torchrun's logs
             Path(_error_file()).with_name(PLACE_FILE).touch()
+    try:
         return Slot(node.folder, header, limit)
     except OSError as failure:
-        _warn_unwatched(node.rank, line_of(failure))
+        _warn_unwatched(node.rank, node.is_first, line_of(failure))
         return None
 
 
-def _warn_unwatched(rank: int, why: str) -> None:
-    warn(f"rank {rank} runs without the watcher of its node ({why}): where it stops, that is found late")
+def _warn_unwatched(rank: int, is_first: bool, why: str) -> None:
+    """Warns that a rank is not watched; the first one of a node, which starts the watcher, that none of the node is."""
+    node = f"all ranks of the node of rank {rank} run without its watcher"
+    who = node if is_first else f"rank {rank} runs without the watcher of its node"
+    warn(f"{who} ({why}): where one stops, that is found late")
 
 
 def _beat(slot: Slot, main: int, stopped: threading.Event) -> None:
@@ -267,7 +271,7 @@ def _start_watcher(node: Node, stopped: threading.Event) -> subprocess.Popen[byt
     try:
         process = subprocess.Popen(words, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
     except OSError as failure:
-        _warn_unwatched(node.rank, line_of(failure))
+        _warn_unwatched(node.rank, node.is_first, line_of(failure))
         return None
 
     def wait() -> None:
