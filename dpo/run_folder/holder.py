@@ -15,8 +15,8 @@ from dpo.machine.job import launch_of, requeued_job
 SILENT_SECONDS = 600.0
 """Seconds after which a holder that has not touched its lock counts as gone, wherever it is."""
 EARLIER_SECONDS = 50.0
-"""The same, of one that may be this run before torchrun started it again on another host: a run that lives touches its
-lock twice in this time.
+"""The same, of one that may be this run before torchrun started it again on another host, where the start that asks has
+itself watched the lock for so long: a run that lives touches it twice in this time.
 """
 
 
@@ -45,6 +45,12 @@ class Holder:
         """Returns the holder in words."""
         job = f", job {self.job}" if self.job else ""
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
+
+    @property
+    def bounds(self) -> str:
+        """Returns after how long a silence another start may take the folder from this holder that runs, in words."""
+        earlier = f", or for {EARLIER_SECONDS:.0f} s where the other start has the same --rdzv-id"
+        return f"{SILENT_SECONDS / 60:.0f} minutes{earlier if self.launch is not None else ''}"
 
     def to_json(self) -> bytes:
         """Returns the content of a lock."""
@@ -80,19 +86,20 @@ def this_process(environment: Mapping[str, str]) -> Holder:
     )
 
 
-def why_over(holder: Holder | None, me: Holder, age: float) -> str | None:
+def why_over(holder: Holder | None, me: Holder, age: float, watched: float = 0.0) -> str | None:
     """Returns why `me` may take a folder from its holder; None where it may not.
 
     Args:
         holder: of the lock; None where its file is damaged and does not tell.
         me: the process that asks.
         age: seconds since the holder last touched the lock.
+        watched: seconds in which `me` has read the lock again and again, and the holder has not touched it.
     """
     if holder is not None and _same_host(holder, me) and not is_running(holder.pid, holder.started):
         return "that process has ended"
     if holder is not None and holder.job is not None and holder.job == me.job and holder.restarts < me.restarts:
         return f"that was this job before SLURM restarted it ({holder.restarts} restarts then, {me.restarts} now)"
-    if may_be_earlier(holder, me) and age > EARLIER_SECONDS:
+    if may_be_earlier(holder, me) and watched >= EARLIER_SECONDS:
         return f"that was this run before torchrun started it again, and nothing was heard of it for {age:.0f} s"
     return f"nothing was heard of it for {age / 60:.0f} minutes" if age > SILENT_SECONDS else None
 

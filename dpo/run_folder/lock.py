@@ -98,9 +98,8 @@ class Lock:
         """Raises FolderLost where another start has taken the folder."""
         if not self.is_own():
             now = f": now it is held by {entries[-1]}" if (entries := entries_of(self.run_dir)) else ""
-            what = f"{KEY}: {self.run_dir} is not this run's any more{now}"
-            why = f"this process was silent for {SILENT_SECONDS / 60:.0f} minutes, or {self.path} was removed"
-            raise FolderLost(f"{what}; {why}")
+            why = f"this process was silent for {self.holder.bounds}, or {self.path} was removed"
+            raise FolderLost(f"{KEY}: {self.run_dir} is not this run's any more{now}; {why}")
 
     def is_own(self) -> bool:
         """Returns whether the file is there, and this process's."""
@@ -162,12 +161,12 @@ def _beating(lock: Lock, seconds: float) -> Iterator[None]:
 
 def refuse_if_held(run_dir: Path, me: Holder) -> None:
     """Raises UserError where another start holds the folder, or has left a lock and it cannot be written to. Leaves no
-    file.
+    file. A holder that may be this run before torchrun started it again is left to `take`, which watches its lock.
     """
     if entries_of(run_dir):
         with _writing(run_dir), _drafted(run_dir, me) as draft:
-            _await_earlier(run_dir, me, draft)
-            _reasons(run_dir, entries_of(run_dir), me, _now(draft))
+            others = [entry for entry in entries_of(run_dir) if not may_be_earlier(entry.holder, me)]
+            _reasons(others, [], me, _now(draft))
 
 
 def take(run_dir: Path, me: Holder) -> Lock:
@@ -175,28 +174,33 @@ def take(run_dir: Path, me: Holder) -> Lock:
     cannot be written to.
     """
     with _writing(run_dir), _drafted(run_dir, me) as draft:
-        _await_earlier(run_dir, me, draft)
-        lock = None
-        while lock is None:
-            lock = _try_to_take(run_dir, me, draft)
+        silent = _watch_earlier(run_dir, me, draft)
+        while not (lock := _try_to_take(run_dir, me, draft, silent)):
+            continue
         return lock
 
 
-def _await_earlier(run_dir: Path, me: Holder, draft: Path) -> None:
-    """Waits while the holder may be this run before torchrun started it again on another host, until that is known: it
-    touches its lock, or has been silent for EARLIER_SECONDS.
+def _watch_earlier(run_dir: Path, me: Holder, draft: Path) -> list[Entry]:
+    """Watches each lock of a holder that may be this run before torchrun started it again on another host, until it is
+    touched or the holder is over. Returns those not touched for EARLIER_SECONDS, of which only the time between reads
+    counts: after a stall of NFS's server a read may come before the touch of a holder that lives.
     """
-    earlier = [entry for entry in entries_of(run_dir) if may_be_earlier(entry.holder, me)]
-    for entry in earlier:
+    silent = []
+    for entry in (entry for entry in entries_of(run_dir) if may_be_earlier(entry.holder, me)):
         say(f"{run_dir} is held by {entry}, maybe this run before torchrun started it again: waiting for its next sign")
-        while entry in entries_of(run_dir) and (left := EARLIER_SECONDS - (_now(draft) - entry.changed)) >= 0:
-            time.sleep(min(1.0, left + 0.01))
+        watched = 0.0
+        while entry in entries_of(run_dir) and not why_over(entry.holder, me, _now(draft) - entry.changed, watched):
+            time.sleep(1.0)
+            watched += 1.0
+        if watched >= EARLIER_SECONDS:
+            silent.append(entry)
+    return silent
 
 
-def _try_to_take(run_dir: Path, me: Holder, draft: Path) -> Lock | None:
+def _try_to_take(run_dir: Path, me: Holder, draft: Path, silent: Sequence[Entry]) -> Lock | None:
     """Returns the lock; None where another start came in between, of which this one does not know yet."""
     over = entries_of(run_dir)
-    reasons = _reasons(run_dir, over, me, _now(draft))
+    reasons = _reasons(over, silent, me, _now(draft))
     target = run_dir / LOCK / f"{max(map(_number, _paths(run_dir)), default=0) + 1:06d}.json"
     if not _link(draft, target, me):
         return None
@@ -209,14 +213,14 @@ def _try_to_take(run_dir: Path, me: Holder, draft: Path) -> Lock | None:
     return Lock(run_dir, target, me)
 
 
-def _reasons(run_dir: Path, entries: Sequence[Entry], me: Holder, now: float) -> list[str]:
-    """Returns why each holder is over at the time `now`. Raises UserError for one that is not."""
+def _reasons(entries: Sequence[Entry], silent: Sequence[Entry], me: Holder, now: float) -> list[str]:
+    """Returns why each holder is over; those of `silent` were watched. Raises UserError for one that is not."""
     reasons = []
     for entry in entries:
         age = now - entry.changed
-        reason = why_over(entry.holder, me, age)
+        reason = why_over(entry.holder, me, age, EARLIER_SECONDS if entry in silent else 0.0)
         if reason is None:
-            what = f"{run_dir} is in use by {entry}, last heard of {max(age, 0):.0f} s ago"
+            what = f"{entry.path.parents[1]} is in use by {entry}, last heard of {max(age, 0):.0f} s ago"
             after = f"the same command when that has ended, or {SILENT_SECONDS / 60:.0f} minutes after its last sign"
             raise UserError(KEY, what, f"another folder, or {after}")
         reasons.append(reason)

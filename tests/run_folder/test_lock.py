@@ -227,28 +227,75 @@ def test_a_holder_that_has_lost_writes_no_line(run_dir: Path, here: Holder) -> N
     assert (run_dir / "metrics.jsonl").read_text() == '{"step": 1, "train/loss": 0.5}\n'
 
 
-@pytest.mark.parametrize("begin", [refuse_if_held, take])
+@pytest.mark.parametrize("age", [0, 300, 560])
 def test_a_run_that_torchrun_started_again_on_another_host_waits_for_the_last_sign(
-    run_dir: Path, here: Holder, begin: Callable[[Path, Holder], object], monkeypatch: pytest.MonkeyPatch
+    run_dir: Path, here: Holder, age: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here the clock of the file system goes on by as much as is slept."""
-    path = of_another_host(run_dir, 0, launch="big")
+    """Here the clock of the file system goes on by as much as is slept. Of a lock that was old already 50 seconds are
+    watched too, but for one that gets 10 minutes old in this time.
+    """
+    path = of_another_host(run_dir, age, launch="big")
     slept = [0.0]
-    monkeypatch.setattr(locks, "_now", lambda _: path.stat().st_mtime + sum(slept) if path.exists() else 0.0)
+    monkeypatch.setattr(locks, "_now", lambda _: path.stat().st_mtime + age + sum(slept) if path.exists() else 0.0)
     monkeypatch.setattr(locks.time, "sleep", slept.append)
-    begin(run_dir, replace(here, launch="big"))
-    assert 50 < sum(slept) < 51 and path.exists() == (begin is refuse_if_held)
+    take(run_dir, replace(here, launch="big"))
+    assert sum(slept) == {0: 50, 300: 50, 560: 41}[age] and not path.exists()
 
 
-@pytest.mark.parametrize("begin", [refuse_if_held, take])
-def test_another_run_with_the_id_of_this_launch_is_respected_once_it_gives_a_sign(
-    run_dir: Path, here: Holder, begin: Callable[[Path, Holder], object], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("after", [1, 49])
+def test_a_run_that_lives_keeps_its_folder_where_the_server_stalled(
+    run_dir: Path, here: Holder, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = of_another_host(run_dir, 30, launch="100")
-    monkeypatch.setattr(locks.time, "sleep", lambda _: os.utime(path))
+    """For 5 minutes, for both starts: the second one reads the lock before the touch of the holder lands."""
+    path, slept = of_another_host(run_dir, 300, launch="100"), list[float]()
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if sum(slept) == after:
+            os.utime(path)
+
+    monkeypatch.setattr(locks.time, "sleep", sleep)
     with pytest.raises(UserError, match="is in use by process 4321 on node7"):
-        begin(run_dir, replace(here, launch="100"))
+        take(run_dir, replace(here, launch="100"))
+    assert names(run_dir) == ["000001.json"] and sum(slept) == after
+
+
+def test_a_sign_after_the_wait_counts(run_dir: Path, here: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes when the lock has been watched, before the folder is taken."""
+    path, link = of_another_host(run_dir, 300, launch="100"), locks._link
+
+    def awake(*args: Any) -> bool:
+        os.utime(path, (path.stat().st_mtime + 290,) * 2)
+        return link(*args)
+
+    monkeypatch.setattr(locks, "_link", awake)
+    monkeypatch.setattr(locks.time, "sleep", lambda _: None)
+    with pytest.raises(UserError, match="is in use by process 4321 on node7"):
+        take(run_dir, replace(here, launch="100"))
     assert names(run_dir) == ["000001.json"]
+
+
+def test_who_may_be_the_same_run_is_not_judged_before_the_input_is_read(run_dir: Path, here: Holder) -> None:
+    """`take` waits for its sign, once."""
+    of_another_host(run_dir, 30, launch="big")
+    refuse_if_held(run_dir, replace(here, launch="big"))
+    with pytest.raises(UserError):
+        refuse_if_held(run_dir, replace(here, launch="other"))
+    assert names(run_dir) == ["000001.json"]
+
+
+def test_a_run_that_lost_its_folder_to_the_same_id_names_both_bounds(
+    run_dir: Path, here: Holder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks.time, "sleep", lambda _: None)
+    first = take(run_dir, replace(here, launch="big"))
+    take(run_dir, replace(this_process({}), host="node7", launch="big"))
+    with pytest.raises(FolderLost) as raised:
+        first.check()
+    assert str(raised.value).endswith(
+        f"; this process was silent for 10 minutes, or for 50 s where the other start has the same --rdzv-id, or "
+        f"{first.path} was removed"
+    )
 
 
 # --- file systems ----------------------------------------------------------------------------------------------------
