@@ -35,10 +35,10 @@ def naming(path: Path, num_bytes: int | None = None) -> Iterator[None]:
 
 
 _OF_NETWORK = (
-    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN, errno.ETIMEDOUT),
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.ENOTCONN),
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
 )
-"""Errors of a connection, which has no file; those of looking a name up are negative."""
+"""Errors of a connection, which has no file; those of looking a name up are negative. A timeout may also be NFS's."""
 
 NEED = "to write: "
 """The beginning of a note of an error that tells the size of what could not be written, such as `3.2 KiB`."""
