@@ -103,6 +103,11 @@ def test_the_last_good_one_stays(tmp_path: Path, world: World, how: str, capsys:
     assert "is damaged" not in capsys.readouterr().err  # told once, when step 4 was written
 
 
+def not_counted(run_dir: Path, step: int) -> str:
+    """The warning of a checkpoint whose weights are not finite."""
+    return f"WARNING: checkpoint {checkpoint_path(run_dir, step)} does not count for checkpoint.keep: {NOT_FINITE}\n"
+
+
 @pytest.mark.parametrize("began_finite", [True, False])
 def test_weights_that_are_not_finite_take_no_good_ones_place(
     tmp_path: Path, world: World, began_finite: bool, capsys: pytest.CaptureFixture[str]
@@ -111,8 +116,7 @@ def test_weights_that_are_not_finite_take_no_good_ones_place(
     shelf = replace(shelf_of(tmp_path, 1, world), began_finite=began_finite)
     save(shelf, 1)
     save_infinite(shelf, 2)
-    told = f"WARNING: checkpoint {checkpoint_path(tmp_path, 2)} does not count for checkpoint.keep: {NOT_FINITE}\n"
-    assert (told in capsys.readouterr().err) is began_finite
+    assert (not_counted(tmp_path, 2) in capsys.readouterr().err) is began_finite
     assert steps(tmp_path) == ([1, 2] if began_finite else [2])
     assert find_fault(checkpoint_path(tmp_path, 2)) == (NOT_FINITE if began_finite else None)
     save(shelf, 3)
@@ -131,8 +135,7 @@ def test_a_later_start_knows_whose_weights_are_not_finite(
     shelf = later(shelf)
     save(shelf, 3)
     assert steps(tmp_path) == ([1, 2, 3] if began_finite else [2, 3])
-    told = f"WARNING: checkpoint {checkpoint_path(tmp_path, 2)} does not count for checkpoint.keep: {NOT_FINITE}\n"
-    assert (told in capsys.readouterr().err) is began_finite
+    assert (not_counted(tmp_path, 2) in capsys.readouterr().err) is began_finite
     save_infinite(shelf, 4)
     assert steps(tmp_path) == ([1, 2, 3, 4] if began_finite else [2, 3, 4])
     save(shelf, 5)
