@@ -12,6 +12,7 @@ host_copies.py   copies a sharded state to host memory
 saver.py         writes checkpoints in a thread while training continues
 export_dtype.py  decides the dtype of an exported model
 companions.py    writes the files of an exported model beside its weights
+export_adapters.py  writes trained adapters in peft's form
 final_sums.py    the hashes of an exported model's files
 export.py        writes a trained policy as a model folder that transformers loads
 """

@@ -20,7 +20,7 @@ from dpo.base.errors import InvalidValue, UserError
 from dpo.base.files import naming, write_file
 from dpo.config import Config
 from dpo.encode.tokenizer import find_tokenizer_folder, has_tokenizer, load_tokenizer
-from dpo.hub.files import CONFIG_FILE, model_companions, tokenizer_companions
+from dpo.hub.files import CONFIG_FILE, licence_files, model_companions, tokenizer_companions
 from dpo.model.model_config import is_untied
 from dpo.terminal.console import say, warn
 
@@ -46,10 +46,22 @@ def write_companions(draft: Path, folder: Path, config: Config, model: PreTraine
     settings = _read(folder / CONFIG_FILE)
     _copy(folder, companions_of_model(folder), draft)
     _write(draft / CONFIG_FILE, settings | changed_keys(settings, folder, model, dtype))
-    _write_tokenizer(draft, folder, config)
+    _write_tokenizer(draft, folder, config, names_class=False)
     elsewhere = repositories_of_code(draft)
     if elsewhere:
         say(f"the exported model reads its code from {', '.join(elsewhere)}, as the model at its start does")
+
+
+def write_companions_of_adapters(draft: Path, folder: Path, config: Config) -> None:
+    """Writes tokenizer and licence of exported adapters; the base, which they need, has all other files.
+
+    Args:
+        draft: the folder of the adapters.
+        folder: the folder of the base.
+        config: names the tokenizer.
+    """
+    _copy(folder, licence_files(_names(folder, nested=False)), draft)
+    _write_tokenizer(draft, folder, config, names_class=True)
 
 
 def companions_of_model(folder: Path) -> list[str]:
@@ -121,13 +133,20 @@ def _references(settings: Mapping[str, Any]) -> list[str]:
 # --- the tokenizer ---------------------------------------------------------------------------------------------------
 
 
-def _write_tokenizer(draft: Path, folder: Path, config: Config) -> None:
-    """Copies the tokenizer, unless a local folder has none: data in `format: tokens` does not need it."""
+def _write_tokenizer(draft: Path, folder: Path, config: Config, names_class: bool) -> None:
+    """Copies the tokenizer, unless a local folder has none: data in `format: tokens` does not need it.
+
+    Args:
+        draft: the folder of the exported model.
+        folder: the folder of the model from which the policy started.
+        config: names the tokenizer.
+        names_class: whether its class is named even where it comes from `folder`: beside no config.json.
+    """
     try:
         source = find_tokenizer_folder(config.model.tokenizer or str(folder))
         if has_tokenizer(source):
             _copy(source, tokenizer_companions(_names(source, nested=False)), draft)
-            if not source.samefile(folder):
+            if names_class or not source.samefile(folder):
                 _join(draft, source, config)
     except (UserError, InvalidValue) as failure:  # the run used token ids; its model is exported without a tokenizer
         say(f"the exported model has no tokenizer: {failure}")

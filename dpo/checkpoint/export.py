@@ -11,14 +11,15 @@ from torch import Tensor
 from dpo.base.errors import RunError
 from dpo.base.files import naming, remove_folder, replace_folder, sync_tree, write_atomically
 from dpo.base.space import find_shortage
-from dpo.checkpoint.companions import write_companions
+from dpo.checkpoint.companions import write_companions, write_companions_of_adapters
+from dpo.checkpoint.export_adapters import num_bytes, save_adapters, write_adapter_config
 from dpo.checkpoint.export_dtype import export_dtype
 from dpo.checkpoint.final_sums import README, write_sums_together
 from dpo.command.exits import line_of
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
-from dpo.model.build import stored_tensors
+from dpo.model.build import merged_tensors, stored_tensors
 from dpo.model.policy import Policy
 from dpo.model.weights import save_tensors
 from dpo.terminal.console import warn
@@ -38,9 +39,21 @@ class Finish:
     """
 
 
+@dataclass(frozen=True)
+class Content:
+    """The files of an exported model but for its card and SHA256SUMS."""
+
+    num_bytes: int
+    """The bytes that `save` has on disk at its peak."""
+    save: Callable[[Path], None]
+    """Writes the tensors to a folder; called on every rank."""
+    complete: Callable[[Path], None]
+    """Writes all other files; called on rank 0."""
+
+
 def export(policy: Policy, model_folder: Path, out: Path, config: Config, world: World, finish: Finish) -> None:
-    """Writes weights, config, tokenizer, chat template, generation config, own code, licence and a model card to the
-    folder `out`.
+    """Writes a trained policy to the folder `out`: weights, config, tokenizer, chat template, generation config, own
+    code, licence and a model card; of a policy with adapters these alone, in peft's form, with the tokenizer.
 
     The folder gets its name when it is complete and on the disk; SHA256SUMS in it lists its files. Every rank must get
     here, or the rest hang.
@@ -57,16 +70,49 @@ def export(policy: Policy, model_folder: Path, out: Path, config: Config, world:
         RunError: on every rank, where the model does not fit on the disk, a rank cannot write, or another start has
             taken the run folder.
     """
-    dtype = on_main(world, lambda: export_dtype(config.checkpoint, model_folder))
+    if policy.adapters:
+        content = _adapters(policy, model_folder, config, world)
+    else:
+        content = _model(policy, stored_tensors(policy), model_folder, config, world)
+    _write(content, out, world, finish)
+
+
+def export_merged(policy: Policy, model_folder: Path, out: Path, config: Config, world: World, finish: Finish) -> None:
+    """Writes a policy whose adapters are added to the weights that they adapt, as a whole model; see `export`. Every
+    rank must get here, or the rest hang.
+    """
+    _write(_model(policy, merged_tensors(policy), model_folder, config, world), out, world, finish)
+
+
+def _model(policy: Policy, tensors: Mapping[str, Tensor], folder: Path, config: Config, world: World) -> Content:
+    """Returns the content of the folder of a whole model. Every rank must get here, or the rest hang."""
+    dtype = on_main(world, lambda: export_dtype(config.checkpoint, folder))
+    return Content(
+        _written_bytes(tensors, dtype),
+        save=lambda draft: save_tensors(draft, tensors, dtype, world),
+        complete=lambda draft: write_companions(draft, folder, config, policy.model, dtype),
+    )
+
+
+def _adapters(policy: Policy, folder: Path, config: Config, world: World) -> Content:
+    """Returns the content of a folder of adapters."""
+
+    def complete(draft: Path) -> None:
+        write_adapter_config(draft, policy, config.model.path)
+        write_companions_of_adapters(draft, folder, config)
+
+    return Content(num_bytes(policy.model), lambda draft: save_adapters(draft, policy, world), complete)
+
+
+def _write(content: Content, out: Path, world: World, finish: Finish) -> None:
+    """Writes an exported model to `out`. Every rank must get here, or the rest hang."""
     draft = draft_of(out)
-    tensors = stored_tensors(policy)
-    num_bytes = _written_bytes(tensors, dtype)
-    on_main(world, lambda: _make_draft(draft, num_bytes, finish.check_lock))
-    save_tensors(draft, tensors, dtype, world)
+    on_main(world, lambda: _make_draft(draft, content.num_bytes, finish.check_lock))
+    content.save(draft)
 
     def complete() -> None:
-        with naming(out, num_bytes):
-            write_companions(draft, model_folder, config, policy.model, dtype)
+        with naming(out, content.num_bytes):
+            content.complete(draft)
         _write_card(draft, finish.card)
 
     on_main(world, complete)

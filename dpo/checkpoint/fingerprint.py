@@ -26,7 +26,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
+
+from dpo.distributed.shards import own_rows
 
 _GAMMA = 0x9E3779B97F4A7C15
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -66,20 +68,10 @@ def share_of_sum(tensor: Tensor) -> int:
     """Returns this rank's share of the sum of a tensor; 0 on a rank that holds a copy of another rank's elements."""
     if not isinstance(tensor, DTensor):
         return sum_of(tensor, 0) if dist.get_rank() == 0 else 0
-    local, first = tensor.to_local(), 0
-    for dim, placement in enumerate(tensor.placements):
-        rank, size = tensor.device_mesh.get_local_rank(dim), tensor.device_mesh.size(dim)
-        if isinstance(placement, Replicate):
-            if rank > 0:
-                return 0
-            continue
-        # As fully_shard lays out parameters: torch.chunk of the rows, over one dimension of the mesh.
-        assert isinstance(placement, Shard) and placement.dim == 0 and first == 0, tensor.placements
-        rows = tensor.shape[0]
-        begin = min(rank * math.ceil(rows / size), rows)
-        assert len(local) == min(math.ceil(rows / size), rows - begin), (local.shape, tensor.shape, rank, size)
-        first = begin * math.prod(tensor.shape[1:])
-    return sum_of(local, first)
+    meshes = zip(tensor.placements, range(tensor.device_mesh.ndim), strict=True)
+    if any(placement.is_replicate() and tensor.device_mesh.get_local_rank(dim) > 0 for placement, dim in meshes):
+        return 0
+    return sum_of(tensor.to_local(), own_rows(tensor).start * math.prod(tensor.shape[1:]))
 
 
 def sum_of(tensor: Tensor, first: int) -> int:

@@ -24,7 +24,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from dpo.base.errors import RunError
 from dpo.base.files import replace_folder, sync, sync_tree, write_file
@@ -186,8 +192,8 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     reader = together(lambda: open_reader(folder))
     load = partial(dcp.load, tensors, storage_reader=reader)
     fill_copies(_tensors_of(tensors), lambda group: storage_errors(folder)(load)(process_group=group))
-    state = tensors["optimizer"] | settings
-    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=state)
+    state, options = tensors["optimizer"] | settings, StateDictOptions(strict=not has_frozen(model))
+    set_state_dict(model, optimizer, model_state_dict=tensors["model"], optim_state_dict=state, options=options)
 
 
 def _tensors_of(state: Any) -> list[torch.Tensor]:
@@ -199,11 +205,11 @@ def _tensors_of(state: Any) -> list[torch.Tensor]:
 
 def load_model(folder: Path, model: nn.Module) -> None:
     """Loads the weights of a checkpoint, without optimizer state. Every rank must get here, or the rest hang."""
-    state = {"model": model.state_dict()}
+    state = {"model": _trained_part(model, get_model_state_dict(model))}
     reader = together(lambda: open_reader(folder))
     with storage_errors(folder):
         dcp.load(state, storage_reader=reader)
-    model.load_state_dict(state["model"])
+    set_model_state_dict(model, state["model"], options=StateDictOptions(strict=not has_frozen(model)))
 
 
 def state_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -219,7 +225,22 @@ def _split_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
     """Returns the tensors of a checkpoint, and the settings of the optimizer, {"param_groups": [...]}."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     settings = {"param_groups": optimizer_state.pop("param_groups")}
-    return {"model": model_state, "optimizer": optimizer_state}, settings
+    return {"model": _trained_part(model, model_state), "optimizer": optimizer_state}, settings
+
+
+def has_frozen(model: nn.Module) -> bool:
+    """Returns whether some parameters of a model are not trained, as those of the base of adapters."""
+    return not all(parameter.requires_grad for parameter in model.parameters())
+
+
+def _trained_part(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns the part of a model's state that a checkpoint holds: of a model with adapters what is trained, since each
+    start reads the rest from the folder of the model.
+    """
+    if not has_frozen(model):
+        return state
+    trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    return {name: tensor for name, tensor in state.items() if name in trained}
 
 
 def num_bytes(tree: Any) -> int:

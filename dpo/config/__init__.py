@@ -1,6 +1,7 @@
 """The keys of a run: their defaults, help texts and bounds, and the places where they were set. Without torch.
 
 fields.py       the keys, by section, as dataclasses
+lora_fields.py  the keys of `lora`
 loss_facts.py   the inputs of each loss, and the keys of `loss` that it takes
 keys.py         the keys as a table: types, defaults, docstrings
 effects.py      the keys that change a run's result, and the keys that do not
@@ -30,6 +31,7 @@ from dpo.config.fields import (
     TrainConfig,
 )
 from dpo.config.load import load_config, to_yaml, with_place
+from dpo.config.lora_fields import LoraConfig
 
 __all__ = [
     "BatchConfig",
@@ -37,6 +39,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvalConfig",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "OptimConfig",

@@ -4,10 +4,13 @@ Runs are compared by the first: the columns of a sweep, of `launch.compare` and 
 """
 
 CHANGING = (
-    "loss.name", "loss.beta", "optim.lr", "optim.warmup_steps", "train.seed", "model.path", "loss.label_smoothing",
-    "loss.length_normalized", "loss.sft_weight", "loss.gamma", "loss.dpop_lambda", "optim.name", "optim.schedule",
+    "loss.name", "loss.beta", "optim.lr", "lora.rank", "lora.alpha", "optim.warmup_steps", "train.seed", "model.path",
+    "loss.label_smoothing", "loss.length_normalized", "loss.sft_weight", "loss.gamma", "loss.dpop_lambda",
+    "optim.name", "optim.schedule",
     "optim.min_lr_ratio", "optim.weight_decay", "optim.max_grad_norm", "batch.pairs_per_step", "data.max_length",
     "train.steps", "train.epochs", "data.train", "data.eval", "data.max_prompt_length", "data.order", "reference.path",
+    "lora.path", "lora.target_modules", "lora.target_parameters", "lora.exclude_modules", "lora.rslora", "lora.dora",
+    "lora.train_embeddings", "reference.adapter",
     "model.tokenizer", "batch.group_by_prompt", "optim.alpha", "optim.momentum", "optim.betas", "optim.eps",
     "parallel.compute_dtype", "parallel.tf32", "parallel.reduce_dtype", "model.dtype",
 )  # fmt: skip

@@ -6,6 +6,7 @@ The docstring under a field is the text that --help-config prints. `rules` check
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dpo.config.lora_fields import LoraConfig
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts, LossName
 
 
@@ -30,6 +31,9 @@ class ReferenceConfig:
 
     path: str | None = None
     """Folder or hub id of the reference; null: model.path, from which the policy starts."""
+    adapter: Literal["start", "base"] = "start"
+    """With lora.path and no reference.path: the reference is the model with the adapters of lora.path, from which the
+    policy starts, or base, the model without them."""
     cache_dir: str | None = None
     """Folder of the cached log-probabilities, shared by jobs and nodes; null: $DPO_CACHE, else ~/.cache/dpo."""
     first_step_check: Literal["stop", "warn"] = "stop"
@@ -273,6 +277,8 @@ class Config:
 
     model: ModelConfig
     """The policy."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters in place of the model's weights."""
     reference: ReferenceConfig = ReferenceConfig()
     """The reference and its cache."""
     data: DataConfig

@@ -118,7 +118,10 @@ def _value_of_text(text: str, hint: Any, key: str) -> Any:
     if text == "null" and type(None) in kinds:
         return None
     names = any(get_origin(kind) is Literal for kind in kinds)
-    if str in kinds or (names and bool not in kinds):  # of `bool | Literal["auto"]`, true is not a name
+    takes_list = any(get_origin(kind) is list for kind in kinds)
+    if str in kinds and not (takes_list and text.startswith("[")):
+        return text
+    if names and bool not in kinds:  # of `bool | Literal["auto"]`, true is not a name
         return text
     return parse_yaml(text, lambda line: f"{COMMAND_LINE}: {key}", valid=describe(hint))
 
@@ -143,6 +146,8 @@ def fit(value: Any, hint: Any, place: str, key: str) -> Any:
     if origin is list and isinstance(value, list):
         return [fit(item, get_args(hint)[0], place, f"{key}[{i}]") for i, item in enumerate(value)]
     kinds = _alternatives(hint)
+    for kind in (kind for kind in kinds if get_origin(kind) is list and isinstance(value, list)):
+        return fit(value, kind, place, key)
     for kinds_of_items in (get_args(kind) for kind in kinds if get_origin(kind) is tuple):
         if isinstance(value, list) and len(value) == len(kinds_of_items):
             return tuple(fit(item, kinds_of_items[i], place, f"{key}[{i}]") for i, item in enumerate(value))
@@ -208,7 +213,8 @@ def describe(hint: Any) -> str:
     if origin is list:
         if is_dataclass(args[0]):
             return f"a list of {{{', '.join(get_type_hints(args[0]))}}}"
-        return f"a list of {describe(args[0])}, as in [{', '.join(get_args(args[0])[:2])}]"
+        few = get_args(args[0])[:2]
+        return f"a list of {describe(args[0])}, as in [{', '.join(few)}]" if few else "a list of texts"
     if origin is dict:
         return "a mapping {NAME: VALUE, ...}"
     if origin is tuple:

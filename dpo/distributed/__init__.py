@@ -6,6 +6,7 @@ descriptors.py  the file descriptors that a rank needs, and its limit
 timeouts.py     how long ranks wait for each other, by their number
 startup.py      the process group: gloo while the input is read, then NCCL and gloo
 collectives.py  rank 0 decides and all ranks follow; exchanges of Python objects
+shards.py       the rows of a sharded tensor that this rank holds
 shared.py       the nodes that do not see a folder
 copies.py       one copy of a model reads its tensors, and broadcasts them to the other copies
 preemption.py   SIGUSR2 asks a run to save and exit

@@ -1,7 +1,7 @@
 """A model folder -> a sharded policy: built on the meta device, checked, sharded, loaded."""
 
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import revert_weight_conversion
 
+from dpo.adapters.inject import inject
+from dpo.adapters.merge import merged_weights
+from dpo.adapters.spec import AdapterSpec
+from dpo.adapters.start import read_adapters, start_adapters
 from dpo.base.errors import UserError
 from dpo.batch.layout import attention_windows
 from dpo.config import Config, ParallelConfig
@@ -20,16 +24,21 @@ from dpo.config.rules import decided
 from dpo.distributed.world import World, make_mesh
 from dpo.model.attention import ATTENTION, register_attention
 from dpo.model.kernels import keep_kernels
-from dpo.model.matching import Names, names_of
+from dpo.model.matching import Names, base_state, names_of
 from dpo.model.model_config import is_untied, meta_model
 from dpo.model.parallelize import compute_dtype, is_compiled, parallelize
-from dpo.model.policy import Policy, _forward_logps
+from dpo.model.policy import Policy, _forward_logps, reshard
 from dpo.model.weights import index_findings, load_tensors
 from dpo.terminal.console import warn
 
 
 def build_policy(
-    config: PretrainedConfig, parallel: ParallelConfig, dtype: str, mesh: DeviceMesh, trust_remote_code: bool = False
+    config: PretrainedConfig,
+    parallel: ParallelConfig,
+    dtype: str,
+    mesh: DeviceMesh,
+    trust_remote_code: bool = False,
+    adapters: AdapterSpec | None = None,
 ) -> Policy:
     """Returns a policy sharded over the mesh, whose weights are not yet read (see `load_weights`).
 
@@ -42,6 +51,7 @@ def build_policy(
         dtype: the dtype of the master weights, float32 or float64.
         mesh: the ranks over which parameters are sharded.
         trust_remote_code: whether a model's own code may run.
+        adapters: what is trained in place of the model's weights; None: all weights are.
 
     Raises:
         UserError: the model cannot be trained exactly.
@@ -54,11 +64,13 @@ def build_policy(
         torch.set_float32_matmul_precision("high" if parallel.tf32 else "highest")  # for the whole process
     if on_cuda or is_compiled(parallel, device):
         keep_kernels()
-    model = build_on_meta(config, master, trust_remote_code)
-    graphs = parallelize(model, mesh, parallel, compute_dtype(parallel, master, device))
+    model, compute = build_on_meta(config, master, trust_remote_code), compute_dtype(parallel, master, device)
+    if adapters:
+        inject(model, adapters, master, compute)
+    graphs = parallelize(model, mesh, parallel, compute)
     _materialize(model, torch.device("cpu") if parallel.cpu_offload else device, device)
     head_bytes = parallel.head_memory_mib * 2**20
-    return Policy(model, attention_windows(config), device, master, parallel, head_bytes, graphs)
+    return Policy(model, attention_windows(config), device, master, parallel, head_bytes, graphs, adapters)
 
 
 def build_on_meta(config: PretrainedConfig, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -129,14 +141,22 @@ def _materialize(model: PreTrainedModel, device: torch.device, compute_device: t
             setattr(module, name, buffer.to(compute_device))
 
 
-def load_policy(config: Config, world: World, model_config: PretrainedConfig, folder: Path) -> Policy:
-    """Returns a sharded policy with the weights of a folder. Every rank must get here, or the rest hang.
+def load_policy(
+    config: Config,
+    world: World,
+    model_config: PretrainedConfig,
+    folder: Path,
+    adapters: AdapterSpec | None = None,
+) -> Policy:
+    """Returns a sharded policy with the weights of a folder, whose adapters, if any, change nothing yet (see
+    `read_start`). Every rank must get here, or the rest hang.
 
     Args:
         config: gives the dtype of the master weights and how the model is sharded.
         world: the ranks, after `start_devices`.
         model_config: the transformers config of the model.
         folder: a Hugging Face folder with the weights of this model.
+        adapters: what is trained in place of the model's weights; None: all weights are.
 
     Returns:
         The policy, sharded; each rank has read its own shards.
@@ -145,9 +165,21 @@ def load_policy(config: Config, world: World, model_config: PretrainedConfig, fo
         UserError: the model cannot be trained exactly, or the folder lacks weights of it.
     """
     mesh = make_mesh(world, config.parallel)
-    policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
+    trust = config.model.trust_remote_code
+    policy = build_policy(model_config, config.parallel, config.model.dtype, mesh, trust, adapters)
     load_weights(policy, folder)
+    if adapters:
+        start_adapters(policy.model, config.train.seed)
     return policy
+
+
+def read_start(policy: Policy) -> None:
+    """Reads the adapters with which a policy starts, where they have a folder. Every rank must get here, or the rest
+    hang.
+    """
+    if policy.adapters and policy.adapters.folder:
+        reshard(policy)  # a forward pass before leaves parameters unsharded, which are not those that are kept
+        read_adapters(policy.model, policy.adapters.folder)
 
 
 def load_weights(policy: Policy, folder: Path) -> None:
@@ -159,7 +191,7 @@ def load_weights(policy: Policy, folder: Path) -> None:
     if dist.get_rank() == 0:
         for line in _findings(folder, policy.model.config, names, unused):
             warn(line)
-    wrong = [name for name, p in policy.model.named_parameters() if p.dtype != policy.dtype]
+    wrong = [name for name, p in policy.model.named_parameters() if p.requires_grad and p.dtype != policy.dtype]
     assert not wrong, f"master weights must be {policy.dtype}: {wrong[:3]}"
 
 
@@ -184,8 +216,17 @@ def _findings(folder: Path, config: PretrainedConfig, names: Names, unused: Sequ
 
 
 def stored_tensors(policy: Policy) -> dict[str, Tensor]:
-    """Returns the model's tensors by their names in its Hugging Face folder; tied tensors appear once."""
+    """Returns the model's tensors, without adapters, by their names in its Hugging Face folder; tied tensors once."""
+    return _by_stored_names(policy, base_state(policy.model))
+
+
+def merged_tensors(policy: Policy) -> dict[str, Tensor]:
+    """Returns the same with adapters added to the weights that they adapt. Every rank must get here."""
+    return _by_stored_names(policy, base_state(policy.model) | merged_weights(policy.model, policy.dtype))
+
+
+def _by_stored_names(policy: Policy, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tied = set(policy.model.all_tied_weights_keys)
-    state = {name: tensor for name, tensor in policy.model.state_dict().items() if name not in tied}
-    stored: dict[str, Tensor] = revert_weight_conversion(policy.model, state)
+    kept = {name: tensor for name, tensor in state.items() if name not in tied}
+    stored: dict[str, Tensor] = revert_weight_conversion(policy.model, kept)
     return stored

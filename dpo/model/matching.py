@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from dpo.adapters.names import base_name, is_of_adapter
 from dpo.base.errors import UserError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -61,7 +62,7 @@ class Match:
 
 def names_of(model: PreTrainedModel) -> Names:
     """Returns the names of a model's tensors in its Hugging Face folder."""
-    own = {name: name for name in model.state_dict()}
+    own = base_state(model)
     by_class = model._tied_weights_keys or {}
     tied = model.all_tied_weights_keys
     tieable = {one: other for one, other in by_class.items() if one in own and other in own and not tied}
@@ -74,9 +75,14 @@ def names_of(model: PreTrainedModel) -> Names:
     )
 
 
+def base_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Returns a model's tensors without its adapters, by their names in the same model without adapters."""
+    return {base_name(name): tensor for name, tensor in model.state_dict().items() if not is_of_adapter(name)}
+
+
 def _stored(model: PreTrainedModel, pairs: Mapping[str, str]) -> dict[str, str]:
     """Returns pairs of names as they are in the model's folder."""
-    state = model.state_dict()
+    state = base_state(model)
 
     def stored(name: str) -> str:
         return str(next(iter(revert_weight_conversion(model, {name: state[name]}))))

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
+from dpo.adapters.spec import AdapterSpec
 from dpo.batch.block_mask import Window
 from dpo.batch.packing import PackedBatch, RowFormat, padded_length
 from dpo.config import ParallelConfig
@@ -47,6 +48,8 @@ class Policy:
     """The maximum bytes of all tensors as wide as the vocabulary at a time."""
     graphs: Graphs
     """The graphs compiled for its layers so far; empty where layers are not compiled."""
+    adapters: AdapterSpec | None = None
+    """What is trained in place of the model's weights; None: all weights are."""
 
     @property
     def config(self) -> PretrainedConfig:

@@ -4,12 +4,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig
 
 from dpo.batch.block_mask import BLOCK
 from dpo.batch.packer import Packer
@@ -21,6 +19,7 @@ from dpo.model.build import load_policy
 from dpo.model.kernels import describe_graphs, kernel_folder, num_graphs
 from dpo.model.parallelize import is_compiled
 from dpo.model.policy import Policy, announce_backward, completion_logps, reshard
+from dpo.model.source import SourceModel
 from dpo.terminal.console import say
 
 LENGTHS = (17 * BLOCK, 6 * BLOCK)
@@ -63,23 +62,22 @@ def warm_up(policy: Policy, packer: Packer, world: World, passes: tuple[bool, ..
 
 
 def load_and_warm(
-    config: Config, world: World, model_config: PretrainedConfig, folder: Path, packer: Packer, passes: tuple[bool, ...]
+    config: Config, world: World, source: SourceModel, packer: Packer, passes: tuple[bool, ...]
 ) -> Policy:
-    """Returns a sharded policy with the weights of a folder, after `warm_up` has compiled `passes`. Every rank must get
-    here, or the rest hang.
+    """Returns a sharded policy with the weights of a folder, after `warm_up` has compiled `passes`; its adapters, if
+    any, change nothing yet (see `build.read_start`). Every rank must get here, or the rest hang.
 
     Args:
         config: gives the dtype of the master weights and how the model is sharded.
         world: the ranks, after `start_devices`.
-        model_config: the transformers config of the model.
-        folder: a Hugging Face folder with the weights of this model.
+        source: the model.
         packer: the packer of the run.
         passes: the passes to compile: True is a pass with gradients, False a pass without; the same on every rank.
 
     Raises:
         UserError: the model cannot be trained exactly, or the folder lacks weights of it.
     """
-    policy = load_policy(config, world, model_config, folder)
+    policy = load_policy(config, world, source.config, source.folder, source.adapters)
     warm_up(policy, packer, world, passes)
     return policy
 

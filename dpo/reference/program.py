@@ -12,6 +12,7 @@ from dpo.config.loss_facts import losses_that
 from dpo.disk.storage import check_cache
 from dpo.distributed.preemption import listen_for_stop
 from dpo.distributed.startup import open_world, start_devices
+from dpo.model.build import read_start
 from dpo.model.policy import Policy
 from dpo.model.warm_up import load_and_warm
 from dpo.ref_logps.cache import open_cache
@@ -40,7 +41,9 @@ def fill_alone(config: Config) -> None:
         packer = make_packer(config, world, source.config)
 
         def reference() -> Policy:
-            return load_and_warm(config, world, source.config, source.folder, packer, (False,))
+            policy = load_and_warm(config, world, source, packer, (False,))
+            read_start(policy)
+            return policy
 
         sets = [inputs.data.train, inputs.data.eval]
         fill(open_cache(config, source.hash, world), sets, reference, packer, world, stop_requested)

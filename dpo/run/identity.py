@@ -24,12 +24,26 @@ def identity_of(config: Config, inputs: Inputs) -> dict[str, Any]:
     } | {f"loss.{name}": value for name, value in asdict(config.loss).items()}
     # Last, since they change with others: a seed with the hold-out, the pairs with a tokenizer's file.
     hashes = {"data.train": inputs.data.train.content_hash, "reference.path": inputs.reference.hash}
-    return plain | {FILES: inputs.model_files} | hashes | {SHARES: shares_of(config)}
+    adapters = adapter_facts(inputs)
+    return plain | adapters | {FILES: inputs.model_files} | hashes | {SHARES: shares_of(config)}
 
 
+def adapter_facts(inputs: Inputs) -> dict[str, Any]:
+    """Returns the facts of a run's adapters, by config key, and the content of their base; without adapters only that
+    there are none.
+    """
+    adapters = inputs.model.adapters
+    if adapters is None:
+        return NO_ADAPTERS
+    keys = {f"lora.{name}": value for name, value in adapters.facts.items()}
+    return keys | {"model.path": inputs.model.base_hash}
+
+
+NO_ADAPTERS = {"lora.rank": None}
 PAIRS_DEPEND_ON = "data.train, its holdout and columns, data.max_length, data.max_prompt_length, model.tokenizer"
 CONTENT_OF = {
     "data.train": f"the pairs (of {PAIRS_DEPEND_ON})",
+    "model.path": "the model that the adapters are for",
     "reference.path": "the reference (of model.path where reference.path is null)",
 }
 """The content that a hash in the identity belongs to, by config key."""
@@ -52,7 +66,7 @@ def check_identity(start: Start, identity: Mapping[str, Any]) -> None:
     """
     if start.state is None:
         return
-    recorded = loss_defaults() | {FILES: {}, SHARES: {}} | start.state.identity
+    recorded = loss_defaults() | NO_ADAPTERS | {FILES: {}, SHARES: {}} | start.state.identity
     for key in (key for key in identity if key != SHARES):
         found = _difference(key, recorded, identity)
         if found:

@@ -2,13 +2,16 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]  # documented
 from transformers import PretrainedConfig
 
+from dpo.adapters.choice import find_adapters
+from dpo.adapters.spec import AdapterSpec
+from dpo.adapters.start import start_hash
 from dpo.base.errors import UserError
 from dpo.batch.order import PairOrder, make_order
 from dpo.config import Config, ParallelConfig
@@ -20,21 +23,13 @@ from dpo.machine.toolchain import check_toolchain, find_warnings, needs_of
 from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
 from dpo.model.parallelize import compute_dtype
+from dpo.model.source import SourceModel
 from dpo.model.weights import hash_model
 from dpo.pairs.prepare import PreferenceData, prepare_data
 from dpo.run.agreement import NamedModel, check_agreement
 from dpo.run.model_files import Digests, hash_model_files
 from dpo.sources.kept import find_fault, trust
 from dpo.terminal.console import is_quiet, say, warn
-
-
-@dataclass(frozen=True)
-class SourceModel:
-    """A model folder, its config, and its hash by content ("" where the loss has no reference)."""
-
-    folder: Path
-    config: PretrainedConfig
-    hash: str
 
 
 @dataclass(frozen=True)
@@ -166,21 +161,34 @@ def check_same_data(data: PreferenceData, world: World) -> None:
 
 def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tuple[SourceModel, SourceModel]:
     """Returns the model from which the policy starts, and the reference, with their hashes by content. Hashes nothing
-    where the loss has no reference. Every rank must get here, or the rest hang.
+    where the loss has no reference and the whole model is trained. Every rank must get here, or the rest hang.
 
     Args:
-        config: gives the loss.
+        config: gives the loss and the adapters.
         world: the ranks, each of which hashes a part of the tensors.
         folders: of the model and of the reference, from `find_models`; equal folders are read once.
     """
 
+    uses_reference = config.loss.facts.uses_reference
+    adapters = together(lambda: find_adapters(config))
+
     def read(folder: Path) -> SourceModel:
         model_config = read_config(config, world, folder)
-        if not config.loss.facts.uses_reference:
+        if not uses_reference and not adapters:
             return SourceModel(folder, model_config, "")
         if world.is_main:
             say(f"weights: hashing {folder}")
-        return SourceModel(folder, model_config, hash_model(folder, model_config, world))
+        content = hash_model(folder, model_config, world)
+        return SourceModel(folder, model_config, content if uses_reference else "", base_hash=content)
 
-    model = read(folders[0])
-    return model, model if folders[1] == folders[0] else read(folders[1])
+    base = read(folders[0])
+    model = _with_adapters(base, adapters, world) if adapters else base
+    if folders[1] != folders[0]:
+        return model, read(folders[1])
+    return model, base if config.reference.adapter == "base" or model.hash == base.hash else model
+
+
+def _with_adapters(base: SourceModel, adapters: AdapterSpec, world: World) -> SourceModel:
+    """Returns a model with adapters, and with their content in its hash. Every rank must get here, or the rest hang."""
+    content = on_main(world, lambda: start_hash(base.base_hash, adapters)) if base.hash else ""
+    return replace(base, adapters=adapters, hash=content)

@@ -23,6 +23,7 @@ from dpo.disk.storage import check_cache
 from dpo.distributed.preemption import never
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World
+from dpo.model.build import read_start
 from dpo.model.policy import Policy
 from dpo.model.warm_up import load_and_warm
 from dpo.pairs.pair_set import PairSet
@@ -77,7 +78,8 @@ def score_model(config: Config, by_source: bool, world: World) -> Scores:
         say(f"scores {config.model.path} on the {len(pairs):,} {pairs_of} pairs")
     start_devices(world, config.parallel.timeout_seconds)
     packer = _packer(config, world, inputs, pairs)
-    policy = load_and_warm(config, world, inputs.model.config, inputs.model.folder, packer, (False,))
+    policy = load_and_warm(config, world, inputs.model, packer, (False,))
+    read_start(policy)
     parts = split_by_source(inputs.data, pairs, len(config.data.train), is_eval) if by_source else {}
     metrics = score_pairs(policy, pairs, packer, config, world)
     sources = {key: score_pairs(policy, part, packer, config, world) for key, part in parts.items()}
@@ -92,7 +94,9 @@ def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Pac
         return packer
 
     def reference() -> Policy:
-        return load_and_warm(config, world, inputs.reference.config, inputs.reference.folder, packer, (False,))
+        reference = load_and_warm(config, world, inputs.reference, packer, (False,))
+        read_start(reference)
+        return reference
 
     cache = open_cache(config, inputs.reference.hash, world)
     rows, _ = fill(cache, [pairs], reference, packer, world, never)

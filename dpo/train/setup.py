@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from dpo.adapters.inject import trained
+from dpo.adapters.switch import adapters_off
 from dpo.base.errors import Preempted, UserError
 from dpo.batch.costs import MODEL_UNITS
 from dpo.batch.packer import Packer, make_packer
@@ -24,8 +26,10 @@ from dpo.distributed.collectives import all_gather
 from dpo.distributed.preemption import StopRequest, never
 from dpo.distributed.world import World
 from dpo.machine.peaks import peak_flops
+from dpo.model.build import read_start
 from dpo.model.parallelize import compute_dtype
 from dpo.model.policy import Policy, free_memory, reshard
+from dpo.model.source import SourceModel
 from dpo.model.warm_up import load_and_warm
 from dpo.ref_logps.cache import RefCache, open_cache
 from dpo.ref_logps.fill import ReferencePass, fill, lookup
@@ -142,24 +146,25 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, hooks:
     packer, reference_pass = make_packer(config, world, inputs.model.config), None
     passes = _passes(config, inputs, start)
     with log_of_failure(config, world):
-        policy = load_and_warm(config, world, inputs.model.config, inputs.model.folder, packer, passes)
+        policy = load_and_warm(config, world, inputs.model, packer, passes)
     write_log(config, world)
     hooks.phases.end("model")
     reference = _reference_loader(config, world, inputs, policy, packer)
-    if config.loss.facts.uses_reference:
-        try:
-            cache = _cache(config, inputs, start, world)
-            sets = [inputs.data.train, inputs.data.eval]
-            rows, reference_pass = fill(cache, sets, reference, packer, world, hooks.stop_requested)
-        except Preempted:
-            raise Preempted(start.step, is_saved=False) from None
-        packer = replace(packer, ref_logps=lookup(rows))
-    answers = prepare_answers(config, world, inputs, reference)
+    with _as_reference(policy, inputs.reference):
+        if config.loss.facts.uses_reference:
+            try:
+                cache = _cache(config, inputs, start, world)
+                sets = [inputs.data.train, inputs.data.eval]
+                rows, reference_pass = fill(cache, sets, reference, packer, world, hooks.stop_requested)
+            except Preempted:
+                raise Preempted(start.step, is_saved=False) from None
+            packer = replace(packer, ref_logps=lookup(rows))
+        answers = prepare_answers(config, world, inputs, reference)
     reference.cache_clear()
     hooks.phases.end("reference")
     free_memory()
     reshard(policy)
-    optimizer = make_optimizer(policy.model.parameters(), config.optim)
+    optimizer = make_optimizer(trained(policy.model.parameters()), config.optim)
     if start.checkpoint:
         load_checkpoint(start.checkpoint, policy.model, optimizer)
         hooks.phases.end("checkpoint")
@@ -205,17 +210,32 @@ def _passes(config: Config, inputs: Inputs, start: Start) -> tuple[bool, ...]:
 def _reference_loader(config: Config, world: World, inputs: Inputs, policy: Policy, packer: Packer) -> Any:
     """Returns a function that loads the reference at its first call, and returns the same model at later calls.
 
-    Where policy and reference have the same weights, it returns the policy, which must not have been updated yet.
+    Where policy and reference have the same weights, adapters aside, it returns the policy, which must not have been
+    updated yet.
     """
     source = inputs.reference
 
     @functools.cache
     def load() -> Policy:
-        if source.hash == inputs.model.hash:
+        if source.base_hash == inputs.model.base_hash:
             return policy
-        return load_and_warm(config, world, source.config, source.folder, packer, (False,))
+        return load_and_warm(config, world, source, packer, (False,))
 
     return load
+
+
+@contextmanager
+def _as_reference(policy: Policy, reference: SourceModel) -> Iterator[None]:
+    """Has a policy that was just loaded compute as its reference inside, where both have the same base; after that it
+    is at its start. Every rank must get here, or the rest hang.
+    """
+    if reference.adapters is not None:
+        read_start(policy)
+        yield
+        return
+    with adapters_off(policy.model) if policy.adapters else nullcontext():
+        yield
+    read_start(policy)
 
 
 def _cache(config: Config, inputs: Inputs, start: Start, world: World) -> RefCache:

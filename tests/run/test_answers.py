@@ -297,9 +297,9 @@ def test_another_reference_is_loaded_once_and_only_where_it_is_needed(
     """
     loaded: list[str] = []
 
-    def count(config: Config, world: World, model_config: Any, folder: Path) -> Policy:
+    def count(config: Config, world: World, model_config: Any, folder: Path, adapters: Any) -> Policy:
         loaded.append(folder.name)
-        return load_policy(config, world, model_config, folder)
+        return load_policy(config, world, model_config, folder, adapters)
 
     monkeypatch.setattr("dpo.model.warm_up.load_policy", count)
     short = changed(short, reference__path=str(folders / "other"), train__steps=2)

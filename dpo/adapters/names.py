@@ -1,0 +1,35 @@
+"""The names of a model's tensors without adapters, and the names of adapters in their file. For example, in a Llama:
+
+in the model                                          in its folder, or in adapter_model.safetensors
+model.layers.0.self_attn.q_proj.base_layer.weight     model.layers.0.self_attn.q_proj.weight
+model.layers.0.self_attn.q_proj.lora_A.default.weight base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight
+                                                      base_model.model.…q_proj.lora_magnitude_vector
+model.embed_tokens.weight, where it is trained whole  base_model.model.model.embed_tokens.weight
+"""
+
+import re
+
+from dpo.adapters.spec import ADAPTER
+
+_BASE = re.compile(r"\.base_layer(?=\.)")
+_OF_ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector\.weight$")
+PREFIX = "base_model.model."
+"""Before the name of every tensor in a file of adapters, in peft's form."""
+
+
+def is_of_adapter(name: str) -> bool:
+    """Returns whether a tensor of a model belongs to an adapter, by its name in the model."""
+    return _OF_ADAPTER.search(name) is not None
+
+
+def base_name(name: str) -> str:
+    """Returns the name of a tensor as it is in the same model without adapters."""
+    return _BASE.sub("", name)
+
+
+def file_name(name: str) -> str:
+    """Returns the name of a trained tensor in a file of adapters."""
+    plain = name.replace(f".{ADAPTER}.", ".") if is_of_adapter(name) else base_name(name)
+    return PREFIX + _MAGNITUDE.sub(".lora_magnitude_vector", plain)

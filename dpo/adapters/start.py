@@ -1,0 +1,157 @@
+"""The values with which adapters start: at random without effect, or from a file; the same on any layout of ranks.
+
+A of an adapter is uniform in [-1/sqrt(n), 1/sqrt(n)], n its inputs, as peft starts it; its numbers are a function of
+(seed, name). B is 0, so that the product is. A DoRA magnitude is the norm of the weights of an output.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from dpo.adapters.names import file_name, is_of_adapter
+from dpo.adapters.spec import AdapterSpec
+from dpo.base.errors import UserError
+from dpo.distributed.collectives import together
+from dpo.distributed.shards import own_rows
+
+TENSORS = "adapter_model.safetensors"
+"""The file of adapters in a folder in peft's form."""
+
+
+def start_adapters(model: nn.Module, seed: int) -> None:
+    """Fills all adapters of a model whose other weights are loaded, so that they change nothing: A at random, B with 0,
+    magnitudes with norms. Every rank must get here, or the rest hang.
+
+    Args:
+        model: the sharded model.
+        seed: of the random numbers.
+    """
+    modules = dict(model.named_modules())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not is_of_adapter(name):
+                continue
+            if ".lora_A." in name:
+                _fill(parameter, uniform(file_name(name), parameter.shape, seed))
+            elif ".lora_B." in name:
+                _local(parameter).zero_()
+            else:
+                _start_magnitude(parameter, modules[name.partition(".lora_magnitude_vector.")[0]])
+
+
+def uniform(name: str, shape: torch.Size, seed: int) -> Tensor:
+    """Returns the start of A, float64, a function of (seed, name): uniform in [-1/sqrt(n), 1/sqrt(n)], n = shape[1]."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape, dtype=torch.float64).uniform_(-bound, bound, generator=generator)
+
+
+def _start_magnitude(magnitude: Tensor, layer: Any) -> None:
+    """Fills the magnitudes, (outputs,), of an adapted layer with the L2 norms of the weights of each output. Every rank
+    must get here, or the rest hang.
+    """
+    weight = layer.get_base_layer().weight.detach()
+    if layer.fan_in_fan_out:  # a Conv1D's weight is (inputs, outputs): each rank holds some inputs of every output
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        _fill(magnitude, _norms(whole.T))
+    else:
+        _local(magnitude).copy_(_norms(_local(weight)))
+
+
+def _norms(weight: Tensor) -> Tensor:
+    """Returns the L2 norms of rows, in float32 at least."""
+    norms: Tensor = torch.linalg.norm(weight.to(torch.promote_types(weight.dtype, torch.float32)), dim=1)
+    return norms
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """Returns this rank's rows."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _fill(parameter: Tensor, whole: Tensor) -> None:
+    """Copies this rank's rows of a whole tensor."""
+    _local(parameter).copy_(whole[own_rows(parameter)])
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the trained parameters of a model by their names in a file of adapters."""
+    return {file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def read_adapters(model: nn.Module, folder: Path) -> None:
+    """Fills the trained parameters of a model from a folder of adapters; each rank reads its own rows. Every rank must
+    get here, or the rest hang.
+
+    Raises:
+        UserError: on every rank, where the file lacks a tensor, has one too many, or one of another shape.
+    """
+    tensors = trained_tensors(model)
+    together(lambda: _read(folder / TENSORS, tensors))
+
+
+def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            stored = {name: file.get_slice(name) for name in file.keys()}
+            _check(path, {name: tuple(part.get_shape()) for name, part in stored.items()}, tensors)
+            for name, tensor in tensors.items():
+                _local(tensor).copy_(stored[name][own_rows(tensor)])
+    except (SafetensorError, OSError) as failure:
+        raise UserError(str(path), f"not a readable safetensors file: {failure}") from failure
+
+
+def _check(path: Path, stored: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError where the tensors of a file are not those of a model's adapters."""
+    missing, extra = sorted(set(tensors) - set(stored)), sorted(set(stored) - set(tensors))
+    if missing:
+        raise UserError(str(path), f"{len(missing)} tensors of the adapters are missing, the first is {missing[0]}")
+    if extra:
+        raise UserError(str(path), f"{len(extra)} tensors fit no adapter of the model, the first is {extra[0]}")
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != stored[name]:
+            raise UserError(str(path), f"{name} has shape {stored[name]} where the model wants {tuple(tensor.shape)}")
+
+
+# --- content ---------------------------------------------------------------------------------------------------------
+
+
+def start_hash(base_hash: str, spec: AdapterSpec) -> str:
+    """Returns the hash of a model with the adapters of a folder; that of its base where they do not change it: where
+    there is no folder, or every B is 0, without magnitudes and modules that are trained whole.
+
+    Args:
+        base_hash: the hash of the model without adapters.
+        spec: the adapters.
+
+    Raises:
+        UserError: the file of the adapters cannot be read.
+    """
+    if spec.folder is None:
+        return base_hash
+    tensors = _load(spec.folder / TENSORS)
+    if not spec.dora and all(".lora_" in name and (".lora_A" in name or not t.any()) for name, t in tensors.items()):
+        return base_hash
+    content = hashlib.sha256(f"{base_hash} {json.dumps(spec.facts, sort_keys=True)}".encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        content.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as failure:
+        raise UserError(str(path), f"not a readable safetensors file: {failure}") from failure

@@ -1,0 +1,31 @@
+"""The keys of `lora`, and those of `reference` that belong to it; see `fields`."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """lora: adapters, which are trained in place of the model's weights; these are stored once, in
+    parallel.compute_dtype, sharded, without gradients and without optimizer state."""
+
+    rank: int | None = None
+    """Rank of the adapters; null: no adapters, or those of lora.path."""
+    alpha: float | None = None
+    """An adapter's product is multiplied by alpha / rank; null: 2 x rank, which makes it 2."""
+    target_modules: str | list[str] | None = None
+    """Linear layers that get an adapter: a name or a list of names, as they end ([q_proj, v_proj]); a text with other
+    characters is a pattern of whole names ('.*\\.[0-3]\\.mlp\\..*'); null or all-linear: the linear layers of attention
+    and dense MLPs, without routers and the head."""
+    target_parameters: list[str] | None = None
+    """Parameters that get an adapter of their own, as they end: the weights of experts, [experts.gate_up_proj]."""
+    exclude_modules: str | list[str] | None = None
+    """Linear layers that get none, in the forms of target_modules."""
+    rslora: bool | None = None
+    """Multiply an adapter's product by alpha / sqrt(rank) (rsLoRA); null: false."""
+    dora: bool | None = None
+    """Train the norm of each row of an adapted weight too (DoRA); slower. null: false."""
+    path: str | None = None
+    """Folder or hub id of adapters to start from, such as those of an SFT run, in peft's form; its adapter_config.json
+    gives rank, alpha, targets, rslora, dora. null: the adapters start at random, and change nothing."""
+    train_embeddings: bool | None = None
+    """Train the embeddings and the head too, whole, in model.dtype; null: false."""

@@ -1,0 +1,23 @@
+"""A model from which a policy starts, or a reference: its folder and config, its adapters, its hash by content."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from dpo.adapters.spec import AdapterSpec
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A model by its content."""
+
+    folder: Path
+    """A Hugging Face folder; of a model with adapters that of its base."""
+    config: PretrainedConfig
+    hash: str
+    """Of the weights and the config, with those adapters that change the model; "" where the loss has no reference."""
+    adapters: AdapterSpec | None = None
+    """None: no adapters."""
+    base_hash: str = ""
+    """The same as `hash` without adapters; "" where neither the loss nor adapters need it."""
