@@ -6,6 +6,9 @@ loss_facts.py   the inputs of each loss, and the keys of `loss` that it takes
 keys.py         the keys as a table: types, defaults, docstrings
 effects.py      the keys that change a run's result, and the keys that do not
 rules.py        bounds of single keys, and rules between keys
+lora_rules.py   rules between the keys of `lora`, and reference.adapter
+problem.py      a wrong value, in words
+peft_folder.py  a model.path that is a folder of adapters: its base and the adapters
 trl_names.py    TRL's names and their counterparts here
 hints.py        errors about names that do not exist, with the one that was probably meant
 reading.py      checks YAML and command line against the types of the fields

@@ -53,10 +53,15 @@ def unknown_flag(name: str, own: Collection[str], valid: str = "") -> UserError:
         return UserError(place, "takes no value", f"--{name}")
     listed = f"{', '.join(f'--{flag}' for flag in flags)}, and SECTION.KEY=VALUE of {', '.join(SECTIONS)}"
     ours = [flag for flag in OF_LAUNCHERS.get(name.replace("_", "-"), ()) if flag in own]
+    found = None if ours else _from_trl(place, name)
     flag = ours[0] if ours else closest(name, flags, 0.75)
-    guess = f"--{flag}" if flag else _own_name(name) or closest(name, SECTIONS, 0.75) or _close_key(name, [])
-    found = None if flag else _from_trl(place, name)
+    guess = f"--{flag}" if flag else None if name in OF_LAUNCHERS else _near_setting(name)
     return found or UserError(place, "unknown flag" + meant(guess), valid or listed)
+
+
+def _near_setting(name: str) -> str | None:
+    """Returns the key or section that was probably meant by a flag; None where none is like it."""
+    return _own_name(name) or closest(name, SECTIONS, 0.75) or _close_key(name, [])
 
 
 def check_setting(option: Option) -> None:

@@ -14,6 +14,7 @@ from dpo.command.line import COMMAND_LINE, own_flags, split_options
 from dpo.config.fields import Config
 from dpo.config.help import print_about_config
 from dpo.config.keys import KEYS, SECTIONS
+from dpo.config.peft_folder import resolve_adapters
 from dpo.config.reading import (
     Given,
     describe,
@@ -27,7 +28,8 @@ from dpo.config.strict_yaml import dump_yaml
 
 
 def load_config(argv: Sequence[str] | None, prog: str, own: Collection[str] = ()) -> Config:
-    """Reads and checks the config that a command line gives, and fills in train.run_dir.
+    """Reads and checks the config that a command line gives, and fills in train.run_dir. A model.path that is a folder of
+    adapters becomes lora.path, and its base model.path.
 
     Args:
         argv: the words of the command line; None: sys.argv[1:].
@@ -45,7 +47,7 @@ def load_config(argv: Sequence[str] | None, prog: str, own: Collection[str] = ()
     print_about_config(line.switches)
     given = {} if line.config is None else options_of_file(line.config, SECTIONS)
     given |= options_of_texts(line.texts, SECTIONS)
-    config = _build(given, line.config or COMMAND_LINE)
+    config = resolve_adapters(_build(given, line.config or COMMAND_LINE))
     validate(config, {key: g.place for key, g in given.items()}, line.config or COMMAND_LINE)
     config = _with_run_dir(config, line.config)
     if "print_config" in line.switches:

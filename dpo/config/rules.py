@@ -5,17 +5,9 @@ from dataclasses import dataclass, replace
 
 from dpo.base.errors import UserError
 from dpo.config.fields import Config, DataConfig, LossConfig, OptimConfig, ParallelConfig, SourceConfig
+from dpo.config.lora_rules import lora_problems
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts, losses_that
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A wrong value, described for the user in one line."""
-
-    keys: tuple[str, ...]
-    """The wrong key, then the keys whose values it conflicts with."""
-    what: str
-    valid: str
+from dpo.config.problem import Problem
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ def _shown(limit: float) -> str:
 _SEEDS = 2**63
 """Number of seeds."""
 _COUNTS = ("batch.pairs_per_step", "batch.tokens_per_micro_batch", "parallel.replicate", "parallel.head_memory_mib")
-_OPTIONAL_COUNTS = ("data.num_proc", "data.max_prompt_length", "parallel.shard", "train.steps", "train.epochs")
+_OPTIONAL_COUNTS = ("data.num_proc", "data.max_prompt_length", "parallel.shard", "train.steps", "train.epochs", "lora.rank")
 _CADENCES = ("train.eval_every", "checkpoint.save_every", "checkpoint.keep")
 _OTHER_COUNTS = ("parallel.setup_timeout_seconds", "parallel.timeout_seconds", "train.log_every", "train.max_skipped")
 _WEIGHTS = ("loss.sft_weight", "loss.gamma", "loss.dpop_lambda", "optim.weight_decay", "eval.temperature")
@@ -73,7 +65,7 @@ _BOUNDS = (
     Bound("an integer", ("eval.samples",), least=0),
     Bound("an integer", ("train.seed",), least=0, below=_SEEDS),
     Bound("a number", ("loss.beta", "optim.lr", "optim.eps"), above=0),
-    Bound("null or a number", ("optim.max_grad_norm",), above=0),
+    Bound("null or a number", ("optim.max_grad_norm", "lora.alpha"), above=0),
     Bound("a number", _WEIGHTS, least=0),
     Bound("a number", ("loss.label_smoothing",), least=0, below=0.5),
     Bound("a number", ("optim.alpha", "optim.momentum", "optim.min_lr_ratio"), least=0, below=1),
@@ -124,6 +116,7 @@ def _problems(config: Config) -> Iterator[Problem]:
     yield from _margin_problems(config.data, config.loss)
     yield from _optim_problems(config.optim)
     yield from _dtype_problems(config)
+    yield from lora_problems(config)
     if config.train.steps is not None and config.train.epochs is not None:
         yield Problem(("train.epochs", "train.steps"), "train.steps is given too", "one of the two, the other null")
     if config.train.profile_steps is not None and config.train.profile_steps[0] > config.train.profile_steps[1]:

@@ -15,7 +15,8 @@ class Counterpart:
 
 
 _PAIRS = "a step has batch.pairs_per_step pairs (64) on any number of ranks"
-_FULL = "every parameter is trained, there are no adapters and no quantized weights"
+_UNQUANTIZED = "no weights are quantized: the frozen ones are stored once, sharded, in parallel.compute_dtype"
+_EXACT = "adapters have no dropout, since the tokens of a shared prompt belong to no one pair"
 _SHARDED = "FSDP2 shards the model over all ranks by itself"
 
 TRL_NAMES: Mapping[str, Counterpart] = {
@@ -24,9 +25,26 @@ TRL_NAMES: Mapping[str, Counterpart] = {
     "ref_model": Counterpart("reference.path", "null takes model.path"),
     "trust_remote_code": Counterpart("model.trust_remote_code"),
     "attn_implementation": Counterpart(None, "packed rows have an attention of their own"),
-    "use_peft": Counterpart(None, _FULL),
-    "load_in_4bit": Counterpart(None, _FULL),
-    "load_in_8bit": Counterpart(None, _FULL),
+    "load_in_4bit": Counterpart(None, _UNQUANTIZED),
+    "load_in_8bit": Counterpart(None, _UNQUANTIZED),
+    "quantization_config": Counterpart(None, _UNQUANTIZED),
+    # adapters: TRL's names, and those of a LoraConfig
+    "use_peft": Counterpart("lora.rank", "a rank, 16 in TRL; null: no adapters"),
+    "peft_config": Counterpart("lora.rank", "and other keys of lora"),
+    "lora_r": Counterpart("lora.rank"),
+    "r": Counterpart("lora.rank"),
+    "lora_alpha": Counterpart("lora.alpha", "null: 2 x rank"),
+    "lora_dropout": Counterpart(None, _EXACT),
+    "lora_target_modules": Counterpart("lora.target_modules"),
+    "lora_target_parameters": Counterpart("lora.target_parameters"),
+    "lora_modules_to_save": Counterpart("lora.train_embeddings", "true: the embeddings and the head"),
+    "modules_to_save": Counterpart("lora.train_embeddings", "true: the embeddings and the head"),
+    "use_rslora": Counterpart("lora.rslora"),
+    "use_dora": Counterpart("lora.dora"),
+    "init_lora_weights": Counterpart("lora.path", "adapters start without effect, or as those of a folder"),
+    "model_adapter_name": Counterpart("lora.path", "null: the adapters start at random, and change nothing"),
+    "ref_adapter_name": Counterpart("reference.adapter", "start or base"),
+    "force_use_ref_model": Counterpart("reference.path", "null: the model before training"),
     # data
     "dataset_name": Counterpart("data.train", "[{path: NAME}]"),
     "dataset_config": Counterpart("data.train", "[{path: NAME, name: CONFIG}]"),

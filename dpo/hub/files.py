@@ -10,6 +10,8 @@ from dpo.base.errors import UserError, one_line
 from dpo.base.sums import is_plain_name
 
 CONFIG_FILE, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+"""The files of a folder of adapters in peft's form."""
 
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _OTHER_WEIGHTS = re.compile(r"(consolidated|adapter_model|optimizer).*|.*\.(fp16|bf16|fp32|8bit|int8|int4)[.-].*")
@@ -46,6 +48,14 @@ def config_files(names: Sequence[str], index_names: Sequence[str] | None) -> lis
     return [name for name in names if _CONFIG.fullmatch(name)]
 
 
+def config_or_adapters(names: Sequence[str], index_names: Sequence[str] | None) -> list[str]:
+    """Returns the files that a model's config is read from; of a repository of adapters their config, which names the
+    model that they are for. See `weight_files`.
+    """
+    is_whole = CONFIG_FILE in names or ADAPTER_CONFIG not in names
+    return config_files(names, index_names) if is_whole else [ADAPTER_CONFIG]
+
+
 def tokenizer_files(names: Sequence[str], index_names: Sequence[str] | None) -> list[str]:
     """Returns the files that a tokenizer is read from, with the model's config and code; see `weight_files`."""
     return [name for name in names if any(form.fullmatch(name) for form in (_CONFIG, _TOKENIZER, _VOCABULARY))]
@@ -62,6 +72,17 @@ def model_companions(names: Sequence[str]) -> list[str]:
 def licence_files(names: Sequence[str]) -> list[str]:
     """Returns the files that hold a licence or its notices."""
     return [name for name in names if _LICENCE.fullmatch(name)]
+
+
+def adapter_files(names: Sequence[str], index_names: Sequence[str] | None = None) -> list[str]:
+    """Returns the files of a repository of adapters: config and tensors, tokenizer, licence; see `weight_files`."""
+    own = [name for name in names if name in (ADAPTER_CONFIG, ADAPTER_TENSORS)]
+    return sorted({*own, *tokenizer_companions(names), *licence_files(names)})
+
+
+def is_of_adapters(folder: Path) -> bool:
+    """Returns whether a folder holds adapters in peft's form, and no model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / CONFIG_FILE).is_file()
 
 
 def tokenizer_companions(names: Sequence[str]) -> list[str]:
@@ -90,7 +111,8 @@ def files_to_download(names: Sequence[str], index_names: Sequence[str] | None) -
         The paths, sorted, each once.
     """
     index = [INDEX] if INDEX in names else []
-    return sorted({*tokenizer_files(names, None), *model_companions(names), *index, *weight_files(names, index_names)})
+    beside = {*config_or_adapters(names, None), *tokenizer_files(names, None), *model_companions(names)}
+    return sorted({*beside, *index, *weight_files(names, index_names)})
 
 
 # --- what a folder lacks ---------------------------------------------------------------------------------------------
@@ -104,6 +126,8 @@ class Need:
     """Returns the files to download, from the names of all files and the files of the index."""
     missing: Callable[[Path], list[str]]
     """Returns the files that a local folder lacks, as far as the folder tells."""
+    first: str = CONFIG_FILE
+    """The file that errors name where there is no folder."""
 
 
 def read_weight_map(path: Path) -> dict[str, str] | None:
@@ -151,9 +175,14 @@ def _missing_weights(folder: Path) -> list[str]:
     return _missing_config(folder) + sorted({name for name in names if not (folder / name).is_file()})
 
 
-CONFIG = Need(config_files, _missing_config)
-TOKENIZER = Need(tokenizer_files, _missing_vocabulary)
+def _missing_adapters(folder: Path) -> list[str]:
+    return [name for name in (ADAPTER_CONFIG, ADAPTER_TENSORS) if not (folder / name).is_file()]
+
+
+CONFIG = Need(config_or_adapters, _missing_config)
+TOKENIZER = Need(tokenizer_files, _missing_vocabulary, "tokenizer.json")
 MODEL = Need(files_to_download, _missing_weights)
+ADAPTERS = Need(adapter_files, _missing_adapters, ADAPTER_CONFIG)
 
 
 def files_that_prove(names: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from dpo.base.errors import InvalidValue, RunError, UserError
 from dpo.base.files import naming
 from dpo.base.space import find_shortage
 from dpo.base.units import shown_bytes
-from dpo.hub.files import CONFIG_FILE, INDEX, MODEL, TOKENIZER, Need, config_files, files_that_prove, read_index
+from dpo.hub.files import CONFIG_FILE, INDEX, MODEL, Need, config_files, files_that_prove, read_index
 from dpo.hub.reasons import has_answered, reason_of
 
 PREPARE = "dpo prepare FILE.yaml on a machine with internet and the same HF_HOME"
@@ -53,7 +53,7 @@ def find_snapshot(repository: str, need: Need) -> Path:
         RunError: the disk has no room for the download.
     """
     folder = cached_snapshot(repository)
-    missing = need.missing(folder) if folder else [CONFIG_FILE if need is not TOKENIZER else "tokenizer.json"]
+    missing = need.missing(folder) if folder else [need.first]
     if folder and not missing:
         return folder
     return download(repository, need, folder.name if folder else None, missing).folder

@@ -6,9 +6,10 @@ from transformers import PretrainedConfig
 
 from dpo.base.errors import InvalidValue, UserError
 from dpo.config import Config
+from dpo.config.peft_folder import base_of
 from dpo.distributed.collectives import first_on_each_node
 from dpo.distributed.world import World
-from dpo.hub.files import CONFIG, MODEL, Need
+from dpo.hub.files import CONFIG, CONFIG_FILE, MODEL, Need, is_of_adapters
 from dpo.hub.ids import is_hub_id
 from dpo.hub.snapshots import find_snapshot
 from dpo.model.model_config import read_model_config
@@ -46,11 +47,21 @@ def checked_model(folder: Path, path: str, key: str) -> Path:
         path: the name that the user gave it, a folder or hub id.
         key: the config key that gave `path`.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(key, f"{path} has no config.json", VALID)
+    _check_config(folder, path, key)
     if not tensor_paths(folder):
         raise UserError(key, *_without_safetensors(folder, path))
     return folder
+
+
+def _check_config(folder: Path, path: str, key: str) -> None:
+    """Raises UserError where a folder has no config of a model, such as one of adapters; see `checked_model`."""
+    if is_of_adapters(folder):
+        base = base_of(folder)
+        other = "a whole model; `dpo export --merge` writes one from the checkpoint of a run with adapters"
+        both = f"model.path {base or 'BASE'} and lora.path {path}"
+        raise UserError(key, f"{path} holds adapters, not a model", both if key == "model.path" else other)
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(key, f"{path} has no config.json", VALID)
 
 
 def _without_safetensors(folder: Path, path: str) -> tuple[str, str]:
@@ -98,6 +109,5 @@ def read_named_config(name: str, key: str, trust_remote_code: bool) -> Pretraine
         UserError: there is no such model, its config cannot be read, or this trainer cannot be exact for it.
     """
     folder = Path(name) if Path(name).exists() else _snapshot(name, key, CONFIG)
-    if not (folder / "config.json").is_file():
-        raise UserError(key, f"{name} has no config.json", VALID)
+    _check_config(folder, name, key)
     return read_model_config(folder, trust_remote_code)

@@ -18,6 +18,7 @@ from dpo.base.errors import UserError
 from dpo.config import (
     Config,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -28,6 +29,7 @@ from dpo.config import (
     with_place,
 )
 from dpo.config import fields as config_fields
+from dpo.config import lora_fields
 from dpo.config.rules import validate
 from dpo.config.strict_yaml import dump_yaml, parse_yaml
 from dpo.reference.arguments import read_arguments
@@ -160,6 +162,47 @@ def test_bare_words_are_the_config_and_its_keys(tmp_path: Path) -> None:
     assert (bare.loss.beta, bare.data.train, bare.train.run_dir) == (0.5, [SourceConfig("b=c")], "runs/mine")
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("q_proj", "q_proj"),
+        ("all-linear", "all-linear"),
+        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("null", None),
+        (r".*\.[0-3]\.mlp\..*", r".*\.[0-3]\.mlp\..*"),
+        ("123", "123"),
+    ],
+)
+def test_targets_are_one_text_or_a_list(text: str, value: object, tmp_path: Path) -> None:
+    """Alike on the command line and in a file, where a text is quoted; a bracket begins a list."""
+    line = load(*REQUIRED, "--lora.rank", "4", "--lora.target_modules", text, "--lora.exclude_modules", text)
+    assert line.lora == LoraConfig(rank=4, target_modules=value, exclude_modules=value)  # type: ignore[arg-type]
+    assert reload(line, tmp_path) == line
+    file = tmp_path / "mine.yaml"
+    quoted = text if value is None or isinstance(value, list) else f"'{text}'"
+    file.write_text(
+        f"model: {{path: m}}\ndata: {{train: [{{path: a.jsonl}}]}}\n"
+        f"lora:\n  rank: 4\n  target_modules: {quoted}\n  exclude_modules: {quoted}\n"
+    )
+    assert load(str(file)).lora == line.lora
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["lora.rank=8", "lora.alpha=0.5", "lora.train_embeddings=true", "lora.target_parameters=[experts.down_proj]"],
+        ["lora.path=sft", "reference.adapter=base"],
+        ["lora.path=sft", "lora.alpha=16", "lora.dora=false"],
+        ["lora.rslora=false", "lora.dora=false"],
+        ["lora.rank=8", "reference.path=other"],
+    ],
+)
+def test_right_keys_of_adapters(words: list[str], tmp_path: Path) -> None:
+    """Switches that are off say nothing that is wrong where there are no adapters."""
+    config = load(*REQUIRED, *words)
+    assert reload(config, tmp_path) == config
+
+
 def test_run_dir_without_a_file() -> None:
     assert load(*REQUIRED).train.run_dir == "runs/train"
 
@@ -175,6 +218,8 @@ tricky = st.sampled_from(
     ["null", "~", "1e-6", "010", "yes", "1", "true", "12:30", "=", "<<", "2024-01-01", " a ", "a: b", "#"]
 )
 holdouts = st.none() | st.integers(1, 10**6) | st.floats(1e-9, 0.999)
+names = tricky.filter(lambda text: text != " a ") | texts.filter(str.isalnum)
+"""Those that are valid as a regular expression."""
 positive = st.floats(1e-300, 1e300)
 
 
@@ -183,6 +228,7 @@ positive = st.floats(1e-300, 1e300)
     path=texts | tricky,
     sources=st.lists(st.builds(SourceConfig, path=texts | tricky, name=texts | tricky, holdout=holdouts), min_size=1),
     optim=st.builds(OptimConfig, lr=positive, betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)), eps=positive),
+    lora=st.builds(LoraConfig, rank=st.integers(1, 64), target_modules=st.none() | names | st.lists(names, min_size=1)),
     train=st.builds(
         TrainConfig, steps=st.none() | st.integers(1), seed=st.integers(0, 2**63 - 1), run_dir=texts | tricky
     ),
@@ -192,9 +238,10 @@ def test_to_yaml_round_trips(
     path: str,
     sources: list[SourceConfig],
     optim: OptimConfig,
+    lora: LoraConfig,
     train: TrainConfig,
 ) -> None:
-    config = Config(model=ModelConfig(path), data=DataConfig(sources), optim=optim, train=train)
+    config = Config(model=ModelConfig(path), lora=lora, data=DataConfig(sources), optim=optim, train=train)
     assert reload(config, tmp_path_factory.getbasetemp()) == config
 
 
@@ -221,7 +268,7 @@ def _text_of(statement: ast.stmt | None) -> str:
 def field_docs() -> list[tuple[str, str, str]]:
     """(class, field, docstring) as they stand in the source, read with ast and not with what prints the help."""
     docs = []
-    for cls in ast.parse(inspect.getsource(config_fields)).body:
+    for cls in (cls for module in (config_fields, lora_fields) for cls in ast.parse(inspect.getsource(module)).body):
         if not isinstance(cls, ast.ClassDef) or cls.name == "Config":
             continue
         for target, doc in zip(cls.body, [*cls.body[1:], None], strict=True):
@@ -262,6 +309,11 @@ def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         "parallel.compile: true or false or auto (default: auto)",
         "data.train[i].columns: a mapping {NAME: VALUE, ...} (default: {})",
         "train.eval_every: null or an integer >= 1 (default: 100)",
+        "lora.rank: null or an integer >= 1 (default: null)",
+        "lora.alpha: null or a number > 0 (default: null)",
+        "lora.target_modules: text (not empty) or a list of texts or null (default: null)",
+        "lora.target_parameters: a list of texts or null (default: null)",
+        "reference.adapter: start, base (default: start)",
     ],
 )
 def test_help_shows_types_bounds_and_defaults(line: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ NAMES = (
     "warmup_ratio lr_scheduler_type output_dir logging_steps save_steps eval_steps max_prompt_length "
     "max_completion_length rpo_alpha label_smoothing ref_model precompute_ref_log_probs bf16 gradient_checkpointing "
     "deepspeed beta model_name_or_path dataset_name seed optim weight_decay max_grad_norm report_to "
-    "push_to_hub use_peft"
+    "push_to_hub use_peft peft_config lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save "
+    "use_rslora use_dora load_in_4bit"
 ).split()
 """The arguments that most scripts of TRL set."""
 
@@ -58,8 +59,15 @@ def test_a_programs_own_flags_come_first() -> None:
 
 @pytest.mark.parametrize(("name", "end"), [("ranks", "unknown flag"), ("lossx", "unknown flag; did you mean loss?")])
 def test_a_section_is_no_wild_guess(name: str, end: str) -> None:
-    """--ranks is a flag of other programs, and not much like train, which is a section."""
+    """--ranks is a flag of other programs: neither lora.rank nor a section is meant."""
     assert unknown_flag(name, ["html"]).what == end
+
+
+@pytest.mark.parametrize("name", ["r", "modules_to_save", "target_modules", "quantization_config"])
+def test_names_of_a_lora_config_are_answered(name: str) -> None:
+    """Those of peft's LoraConfig, where they are no keys here, and are in no list above."""
+    error = unknown_key("f.yaml", f"lora_config.{name}", ["x"])
+    assert "lora." in error.what or "no weights are quantized" in error.what
 
 
 @pytest.mark.parametrize(("word", "name"), [("partitoin", "partition"), ("xyz", None), ("", None)])

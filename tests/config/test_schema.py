@@ -20,7 +20,9 @@ BETWEEN_KEYS = """
     float32_model_computing_in_float64 float32_model_reducing_in_float64 float64_model_computing_in_float32
     float64_model_reducing_in_float32 floor_of_constant gamma_of_dpo holdout_in_eval holdout_of_all holdout_of_zero
     no_training_source prompt_as_long_as_all sft_length_normalized sft_with_sft_weight smoothing_of_ipo steps_and_epochs
-    negative_warmup warmup_above_one warmup_of_nought warmup_of_one tf32_of_bfloat16
+    negative_warmup warmup_above_one warmup_of_nought warmup_of_one tf32_of_bfloat16 alpha_without_rank
+    targets_without_rank dora_without_rank no_targets no_exclusions no_target_parameters broken_pattern
+    base_without_adapters base_beside_reference
 """.split()
 """Files that break a rule between keys, or one that is no limit of a number: a schema has no words for them."""
 MISSING = "missing_model_path missing_train empty_file".split()
@@ -103,10 +105,18 @@ def test_what_a_schema_cannot_say(name: str) -> None:
         ("data: {train: [{split: x}]}", ".data.train[0].path"),
         ("data: {train: [{path: x, formats: hh}]}", ".data.train[0].formats"),
         ("train: {seed: -1}", ".train.seed"),
+        ("lora: {target_modules: [q_proj, 3]}", ".lora.target_modules"),
+        ("lora: {target_modules: 3}", ".lora.target_modules"),
+        ("lora: {alpha: 0}", ".lora.alpha"),
     ],
 )
 def test_a_mistake_is_found_at_its_place(text: str, place: str) -> None:
     assert faults(parse_yaml(text, str, ""), SCHEMA) == [place]
+
+
+@pytest.mark.parametrize("value", ["q_proj", "[q_proj, v_proj]", "null", "all-linear"])
+def test_a_text_or_a_list_of_them_is_valid(value: str) -> None:
+    assert faults(parse_yaml(f"lora: {{rank: 4, target_modules: {value}}}", str, ""), SCHEMA) == []
 
 
 def test_every_key_has_its_text_and_default() -> None:
