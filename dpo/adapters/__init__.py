@@ -1,7 +1,8 @@
 """LoRA: which adapters a model gets, in which layers, how they start and what they are called. By peft's modules.
 
 spec.py     AdapterSpec: all that decides which adapters a model gets
-reading.py  reads a folder of adapters in peft's form: adapter_config.json and the tensors' names
+reading.py  reads a folder of adapters in peft's form: adapter_config.json
+kinds.py    the kinds of adapters that are refused, by the keys of adapter_config.json
 choice.py   the adapters that a config asks for
 targets.py  the layers of a model that get adapters
 inject.py   puts adapters into a model on the meta device, and freezes its other weights

@@ -18,6 +18,9 @@ _MAGNITUDE = re.compile(r"\.lora_magnitude_vector\.weight$")
 PREFIX = "base_model.model."
 """Before the name of every tensor in a file of adapters, in peft's form."""
 
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "lm_head", "embed_out", "output_layer")
+"""The last parts of the names of embeddings and heads, for errors about a model that is not built yet."""
+
 
 def is_of_adapter(name: str) -> bool:
     """Returns whether a tensor of a model belongs to an adapter, by its name in the model."""

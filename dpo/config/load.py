@@ -28,8 +28,8 @@ from dpo.config.strict_yaml import dump_yaml
 
 
 def load_config(argv: Sequence[str] | None, prog: str, own: Collection[str] = ()) -> Config:
-    """Reads and checks the config that a command line gives, and fills in train.run_dir. A model.path that is a folder of
-    adapters becomes lora.path, and its base model.path.
+    """Reads and checks the config that a command line gives, and fills in train.run_dir. Where model.path is a folder
+    of adapters, that is taken as lora.path, and its base as model.path.
 
     Args:
         argv: the words of the command line; None: sys.argv[1:].

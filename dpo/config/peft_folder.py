@@ -1,4 +1,4 @@
-"""A `model.path` that is a folder of adapters in peft's form: its base becomes `model.path`, and the folder `lora.path`.
+"""A `model.path` that is a folder of adapters in peft's form: it is taken as `lora.path`, and its base as `model.path`.
 
 The folder of an SFT run with adapters is named as that of any model would be. Only local folders are looked into, since
 a config is read without requests; of a repository of the hub `dpo.model.download` tells what to write.

@@ -196,6 +196,10 @@ def _mapping(value: Any, place: str, key: str, names: list[str]) -> dict[str, An
     return value
 
 
+_MANY = {str: "texts", int: "integers"}
+"""Type of the items of a list -> their name."""
+
+
 def describe(hint: Any) -> str:
     """Returns the valid values of a type in words, for an error."""
     words = {
@@ -214,7 +218,7 @@ def describe(hint: Any) -> str:
         if is_dataclass(args[0]):
             return f"a list of {{{', '.join(get_type_hints(args[0]))}}}"
         few = get_args(args[0])[:2]
-        return f"a list of {describe(args[0])}, as in [{', '.join(few)}]" if few else "a list of texts"
+        return f"a list of {describe(args[0])}, as in [{', '.join(few)}]" if few else f"a list of {_MANY[args[0]]}"
     if origin is dict:
         return "a mapping {NAME: VALUE, ...}"
     if origin is tuple:

@@ -10,6 +10,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 from transformers import PretrainedConfig
 
 from dpo.adapters.choice import find_adapters
+from dpo.adapters.choice import find_warnings as find_adapter_warnings
 from dpo.adapters.spec import AdapterSpec
 from dpo.adapters.start import start_hash
 from dpo.base.errors import UserError
@@ -170,7 +171,10 @@ def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tup
     """
 
     uses_reference = config.loss.facts.uses_reference
-    adapters = together(lambda: find_adapters(config))
+    adapters = first_on_each_node(world, lambda: find_adapters(config))
+    if world.is_main:
+        for line in find_adapter_warnings(config):
+            warn(line)
 
     def read(folder: Path) -> SourceModel:
         model_config = read_config(config, world, folder)

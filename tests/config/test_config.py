@@ -25,11 +25,11 @@ from dpo.config import (
     SourceConfig,
     TrainConfig,
     load_config,
+    lora_fields,
     to_yaml,
     with_place,
 )
 from dpo.config import fields as config_fields
-from dpo.config import lora_fields
 from dpo.config.rules import validate
 from dpo.config.strict_yaml import dump_yaml, parse_yaml
 from dpo.reference.arguments import read_arguments
