@@ -18,6 +18,7 @@ import pytest
 
 FOLDERS = (
     "tests",
+    "adapters",
     "base",
     "batch",
     "board",
@@ -51,6 +52,9 @@ FIXTURES = ("ranks", "another_python")
 """Fixtures that start processes."""
 
 SLOW: Sequence[str] = (
+    "adapters/test_model_paths.py::test_a_repository",
+    "adapters/test_model_paths.py::test_adapters_of_the_hub",
+    "adapters/test_reading.py::test_pickled",
     "base/test_arrays.py",
     "base/test_processes.py",
     "base/test_spawned.py",

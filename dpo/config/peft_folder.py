@@ -18,9 +18,13 @@ from dpo.hub.ids import is_hub_id
 from dpo.terminal.console import say
 
 
-def resolve_adapters(config: Config) -> Config:
+def resolve_adapters(config: Config, place: str) -> Config:
     """Returns the config with base and adapters apart where `model.path` is a local folder of adapters, and says so in
     a line; else the config itself.
+
+    Args:
+        config: the config, before it is checked.
+        place: the file, or `command line`, that gave `model.path`, for errors.
 
     Raises:
         UserError: the folder names no base, or one that is not there; or `lora.path` names other adapters.
@@ -31,8 +35,8 @@ def resolve_adapters(config: Config) -> Config:
         return config
     if config.lora.path is not None and Path(config.lora.path).resolve() != folder.resolve():
         what = f"{path} holds adapters, and lora.path names others, {config.lora.path}"
-        raise UserError("model.path", what, "the base as model.path, or one of the two folders")
-    base = _checked_base(path, base_of(folder))
+        raise UserError(f"{place}: model.path", what, "the base as model.path, or one of the two folders")
+    base = _checked_base(path, place)
     has_tokenizer = config.model.tokenizer is None and not TOKENIZER.missing(folder)
     tokenizer = path if has_tokenizer else config.model.tokenizer
     if is_main(os.environ):
@@ -60,15 +64,16 @@ def base_of(folder: Path) -> str | None:
     return base if isinstance(base, str) and base else None
 
 
-def _checked_base(path: str, base: str | None) -> str:
-    """Returns the base of the folder of adapters `path`. Raises UserError where it is not there."""
+def _checked_base(path: str, place: str) -> str:
+    """Returns the base of the folder of adapters `path`; see `resolve_adapters`."""
+    base, key = base_of(Path(path)), f"{place}: model.path"
     remedy = f"the base as model.path, and lora.path {path}"
     if base is None:
         what = f"{path} holds adapters, and its {ADAPTER_CONFIG} has no base_model_name_or_path"
-        raise UserError("model.path", what, remedy)
+        raise UserError(key, what, remedy)
     if is_of_adapters(Path(base)):
-        raise UserError("model.path", f"{path} holds adapters for {base}, which holds adapters too", remedy)
+        raise UserError(key, f"{path} holds adapters for {base}, which holds adapters too", remedy)
     if not Path(base).is_dir() and not is_hub_id(base):
         what = f"{path} holds adapters for the model {base}, and there is no such folder"
-        raise UserError("model.path", what, remedy)
+        raise UserError(key, what, remedy)
     return base

@@ -10,17 +10,19 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BloomConfig, MixtralConfig, PreTrainedTokenizerFast
 
 from dpo.distributed.program import run_program
 from dpo.train.program import main
-from tests.support.models import VOCAB, save_model, save_pairs
+from tests.support.models import VOCAB, plain_model, save_model, save_pairs
 from tests.support.ranks import Ranks
 
 
@@ -139,6 +141,74 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert line in errors[0]
     assert not (tmp_path / "runs" / "c").is_dir()
     assert not list(tmp_path.rglob("final"))
+
+
+def save_adapters(folder: Path, **changes: object) -> Path:
+    """Adapters for `good`, without effect, as peft writes them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(plain_model(folder / "model"), LoraConfig(target_modules=["q_proj"], r=4, lora_alpha=8))
+    model.save_pretrained(str(folder / "sft"))
+    path = folder / "sft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "./model"} | changes))
+    return folder / "sft"
+
+
+BAD_ADAPTERS: list[tuple[dict[str, object], list[str], str]] = [
+    ({"r": 0}, ["lora.path=sft"], "sft/adapter_config.json: r: must be >= 1, got 0; valid: an integer >= 1"),
+    ({"peft_type": "IA3"}, ["lora.path=sft"], "peft_type: adapters of the kind IA3 are not supported; valid: LORA"),
+    ({"lora_bias": True}, ["lora.path=sft"], "lora_bias: a bias of each adapter is not supported, got True; valid: "),
+    ({}, ["lora.path=sft", "lora.rank=8"], "lora.rank: 8 is given, and adapter_config.json of lora.path sft has 4"),
+    ({}, ["lora.path=model"], "lora.path: model holds a model, not adapters; valid: a folder of adapters"),
+    ({}, ["lora.path=gone"], "lora.path: no such folder: gone; valid: a folder of adapters in peft's form"),
+    ({}, ["reference.path=sft"], "reference.path: sft holds adapters, not a model; valid: a whole model"),
+    ({}, ["lora.rank=0"], "command line: lora.rank: must be >= 1, got 0; valid: null or an integer >= 1"),
+    ({}, ["lora.alpha=8"], "command line: lora.alpha: there are no adapters, since lora.rank and lora.path are null"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words", "line"), BAD_ADAPTERS, ids=lambda case: str(case)[:40])
+def test_bad_adapters_are_one_line_before_weights_are_read(
+    changes: dict[str, object],
+    words: list[str],
+    line: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    good(tmp_path)
+    save_adapters(tmp_path, **changes)
+    (tmp_path / "c.yaml").write_text("model: {path: ./model}\ndata: {train: [{path: data.jsonl}]}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dpo.train", "--config", "c.yaml", *words])
+    assert run_program(main) == 2
+    told = capsys.readouterr().err
+    errors = [text for text in told.splitlines() if text.startswith("error: ")]
+    assert len(errors) == 1 and line in errors[0]
+    assert "hashing" not in told and not (tmp_path / "runs" / "c").is_dir()
+
+
+def test_a_folder_of_adapters_as_the_model_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the adapters, with the tokenizer of the base; what is not taken as it stands is told, each in one line."""
+    good(tmp_path)
+    save_adapters(tmp_path, lora_dropout=0.1)
+    (tmp_path / "c.yaml").write_text("model: {path: sft}\ndata: {train: [{path: data.jsonl}]}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dpo.train", "--config", "c.yaml", "--train.steps", "1"])
+    assert run_program(main) == 0
+    told = capsys.readouterr().err
+    for line in (
+        "model.path sft holds adapters: taken as lora.path sft, model.path ./model",
+        "WARNING: sft/adapter_config.json: lora_dropout 0.1 is taken as 0: adapters have no dropout here",
+        "WARNING: optim.lr 1e-06 is that of whole models, with which adapters hardly move; usual for them: 5e-6 to 1e-4",
+    ):
+        assert told.count(line) == 1, told
+    settings = json.loads((tmp_path / "runs" / "c" / "final" / "adapter_config.json").read_text())
+    assert settings["r"] == 4 and settings["target_modules"] == ["q_proj"]
+    kept = (tmp_path / "runs" / "c" / "config.yaml").read_text()
+    assert "path: ./model" in kept and "path: sft" in kept
 
 
 def test_the_report_comes_before_an_error_about_too_few_pairs(

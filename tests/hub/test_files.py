@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo.base.errors import UserError
-from dpo.hub.files import MODEL, TOKENIZER, files_to_download, read_index, stored_weights
+from dpo.hub.files import ADAPTERS, CONFIG, MODEL, TOKENIZER, files_to_download, read_index, stored_weights
 
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 INDEX = "model.safetensors.index.json"
@@ -82,6 +82,43 @@ OWN_CODE = [
 )
 def test_what_is_downloaded_and_what_is_left(names: list[str], index_names: list[str] | None, left: set[str]) -> None:
     assert files_to_download(names, index_names) == sorted(set(names) - left)
+
+
+SFT = [
+    *(".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "LICENSE"),
+    *("training_args.bin", "optimizer.pt", "checkpoint-10/adapter_model.safetensors", "modeling_own.py"),
+]
+"""A repository of adapters, as Trainer uploads it."""
+
+
+def test_what_is_downloaded_of_adapters() -> None:
+    """Config, tensors, tokenizer and licence; no pickled file, no code."""
+    left = {".gitattributes", "README.md", "adapter_model.bin", "training_args.bin", "optimizer.pt", SFT[-2], SFT[-1]}
+    assert ADAPTERS.wanted(SFT, None) == sorted(set(SFT) - left)
+
+
+def test_adapters_in_place_of_a_model_are_seen_by_their_config() -> None:
+    """It names the base, for the error; of a repository with both, the model is wanted."""
+    assert CONFIG.wanted(SFT, None) == ["adapter_config.json"]
+    assert "adapter_config.json" in MODEL.wanted(SFT, None) and "adapter_model.safetensors" not in MODEL.wanted(
+        SFT, None
+    )
+    both = ["config.json", "model.safetensors", *SFT[2:4]]
+    assert (CONFIG.wanted(both, None), MODEL.wanted(both, None)) == (both[:1], both[:2])
+
+
+@pytest.mark.parametrize(
+    ("present", "missing"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], []),
+        (["adapter_config.json", "adapter_model.bin"], ["adapter_model.safetensors"]),
+        (["config.json"], ["adapter_config.json", "adapter_model.safetensors"]),
+    ],
+)
+def test_what_a_folder_of_adapters_lacks(present: list[str], missing: list[str], tmp_path: Path) -> None:
+    write(tmp_path, *present)
+    assert ADAPTERS.missing(tmp_path) == missing
 
 
 def test_the_index_decides_which_weights() -> None:
