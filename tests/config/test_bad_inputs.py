@@ -202,7 +202,7 @@ def test_a_folder_of_adapters_as_the_model_trains(
     for line in (
         "model.path sft holds adapters: taken as lora.path sft, model.path ./model",
         "WARNING: sft/adapter_config.json: lora_dropout 0.1 is taken as 0: adapters have no dropout here",
-        "WARNING: optim.lr 1e-06 is that of whole models, with which adapters hardly move; usual for them: 5e-6 to 1e-4",
+        "WARNING: optim.lr 1e-06 is that of whole models, with which adapters hardly move; usual for them: 5e-6 to",
     ):
         assert told.count(line) == 1, told
     settings = json.loads((tmp_path / "runs" / "c" / "final" / "adapter_config.json").read_text())
