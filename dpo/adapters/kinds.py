@@ -11,15 +11,15 @@ from dpo.base.errors import UserError
 
 DECIDING = (
     "r", "lora_alpha", "target_modules", "target_parameters", "exclude_modules", "use_rslora", "use_dora",
-    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "modules_to_save",
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "modules_to_save", "ensure_weight_tying",
 )  # fmt: skip
 """Keys that decide which adapters there are."""
 TELLING = (
     "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "runtime_config",
-    "lora_dropout", "fan_in_fan_out", "ensure_weight_tying", "megatron_core", "qalora_group_size",
+    "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size",
 )  # fmt: skip
 """Keys that decide nothing: where the adapters come from, what was for their training alone, what each layer tells by
-itself (whether its weight is transposed), what is so here always (tied weights stay tied), and sizes of kinds below."""
+itself (whether its weight is transposed), and sizes of the kinds below."""
 KINDS: Mapping[str, str] = {
     "lora_bias": "a bias of each adapter",
     "trainable_token_indices": "trained rows of the embeddings",

@@ -47,6 +47,7 @@ def read_spec(folder: Path) -> AdapterSpec:
         layers_to_transform=_listed(given["layers_to_transform"]) or None,
         layers_pattern=_listed(given["layers_pattern"]) or None,
         trained_modules=tuple(given["modules_to_save"] or ()),
+        ties=bool(given["ensure_weight_tying"]),
         folder=folder,
     )
 
@@ -89,6 +90,7 @@ _TYPES: Mapping[str, Any] = {
     "layers_to_transform": int | list[int],
     "layers_pattern": str | list[str],
     "modules_to_save": list[str],
+    "ensure_weight_tying": bool,
     "lora_dropout": float,
     "fan_in_fan_out": bool,
 }

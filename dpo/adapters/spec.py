@@ -32,8 +32,10 @@ class AdapterSpec:
     layers_pattern: tuple[str, ...] | None = None
     trained_modules: tuple[str, ...] = ()
     """Modules that are trained whole, by the ends of their names (peft's `modules_to_save`)."""
+    ties: bool = False
+    """Whether tied embeddings among `trained_modules` stay tied (peft's `ensure_weight_tying`)."""
     embeddings: bool = False
-    """Whether the embeddings and the head are trained whole (`lora.train_embeddings`)."""
+    """Whether the embeddings and the head are trained whole (`lora.train_embeddings`); tied ones stay tied."""
     folder: Path | None = None
     """The folder of the tensors with which the adapters start; None: at random, with no effect."""
 

@@ -56,9 +56,11 @@ def find_targets(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
         spec: the adapters; see `AdapterSpec`.
 
     Raises:
-        UserError: a name or pattern fits no linear layer, or one that can get no adapter; or no layer is left.
+        UserError: a name or pattern fits no linear layer, or one that can get no adapter; or no layer is left; or
+            tied embeddings were trained apart.
     """
     _check_parameters(model, spec)
+    _check_tied(model, spec)
     names = _names_of(model)
     excluded = {
         name for word in _words(spec.exclude_modules) for name in _fitting(word, names, spec, "exclude_modules")
@@ -193,6 +195,19 @@ def _is_in_layers(name: str, spec: AdapterSpec) -> bool:
 def _is_trained_whole(name: str, spec: AdapterSpec) -> bool:
     """Returns whether a layer is in a module that is trained whole, which gets no adapter."""
     return any(f".{word}." in f".{name}." for word in spec.trained_modules)
+
+
+def _check_tied(model: PreTrainedModel, spec: AdapterSpec) -> None:
+    """Raises UserError where a folder has one of two tied weights, the embeddings and the head, as a copy of its own:
+    here they are one parameter.
+    """
+    head = model.get_output_embeddings()
+    if spec.ties or head is None or head.weight is not model.get_input_embeddings().weight:
+        return
+    ends = [name for name, module in model.named_modules() if module in (head, model.get_input_embeddings())]
+    if any(f".{name}".endswith(f".{word}") for word in spec.trained_modules for name in ends):
+        what = "the embeddings of the model are its head too, and the adapters have a copy of one alone"
+        raise UserError(_place(spec, "ensure_weight_tying"), what, "true, or a base with tie_word_embeddings false")
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------

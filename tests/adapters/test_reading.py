@@ -77,6 +77,7 @@ def test_what_peft_writes_is_read(tmp_path: Path) -> None:
         layers_to_transform=(0, 1),
         layers_pattern=("layers",),
         trained_modules=("lm_head",),
+        ties=True,
         folder=tmp_path,
     )
 
@@ -175,6 +176,7 @@ VALUES: list[tuple[dict[str, Any], str]] = [
     ({"use_dora": 1}, "use_dora: got the integer 1; valid: true or false"),
     ({"use_rslora": "yes"}, "use_rslora: got the text 'yes'; valid: true or false"),
     ({"fan_in_fan_out": "no"}, "fan_in_fan_out: got the text 'no'; valid: true or false"),
+    ({"ensure_weight_tying": 1}, "ensure_weight_tying: got the integer 1; valid: true or false"),
     ({"lora_dropout": 1}, "lora_dropout: must be >= 0 and < 1, got 1; valid: a number >= 0 and < 1"),
     ({"lora_dropout": "0.1"}, "lora_dropout: got the text '0.1'; valid: a finite number"),
 ]  # fmt: skip

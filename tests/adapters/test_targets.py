@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,20 @@ def test_a_folder_with_all_linear_has_routers_as_peft_does() -> None:
     peft = _maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear"), model)
     assert targets(model, "all-linear", folder=Path("sft")) == sorted(peft.target_modules)
     assert "model.layers.0.mlp.shared_expert_gate" in peft.target_modules
+
+
+@pytest.mark.parametrize("word", ["embed_tokens", "lm_head", "model.embed_tokens"])
+def test_tied_embeddings_that_were_trained_apart(word: str) -> None:
+    """As peft trains them unless ensure_weight_tying is set: a copy of one, which changes the other no more."""
+    spec = AdapterSpec(4, 8, ("q_proj",), trained_modules=(word,), folder=Path("sft"))
+    with pytest.raises(UserError) as caught:
+        find_targets(meta_model("llama-tied"), spec)
+    what = "the embeddings of the model are its head too, and the adapters have a copy of one alone"
+    valid = "true, or a base with tie_word_embeddings false"
+    assert str(caught.value) == f"sft/adapter_config.json: ensure_weight_tying: {what}; valid: {valid}"
+    assert find_targets(meta_model("llama-tied"), replace(spec, ties=True)) == ["q_proj"]
+    assert find_targets(meta_model("llama"), spec) == ["q_proj"]
+    assert find_targets(meta_model("llama-tied"), replace(spec, trained_modules=("norm",))) == ["q_proj"]
 
 
 @pytest.mark.parametrize(
