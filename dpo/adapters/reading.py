@@ -13,6 +13,7 @@ from typing import Any
 from dpo.adapters.kinds import check_kind
 from dpo.adapters.spec import ALL_LINEAR, AdapterSpec
 from dpo.base.errors import UserError
+from dpo.config.lora_rules import RANKS
 from dpo.config.reading import fit
 from dpo.hub.files import ADAPTER_CONFIG, ADAPTER_TENSORS, CONFIG_FILE
 
@@ -132,8 +133,8 @@ def _check_numbers(path: Path, given: Mapping[str, Any]) -> None:
     ranks = {"r": given["r"]} | _under("rank_pattern", given)
     alphas = {"lora_alpha": given["lora_alpha"]} | _under("alpha_pattern", given)
     for key, rank in ranks.items():
-        if rank < 1:
-            raise _wrong(path, key, f"must be >= 1, got {rank}", "an integer >= 1")
+        if not 1 <= rank < RANKS:
+            raise _wrong(path, key, f"got {rank}", f"an integer >= 1 and < {RANKS}")
     for key, alpha in alphas.items():
         if alpha <= 0:
             raise _wrong(path, key, f"must be > 0, got {alpha:g}", "a number > 0")

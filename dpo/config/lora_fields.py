@@ -15,7 +15,7 @@ class LoraConfig:
     target_modules: str | list[str] | None = None
     """Linear layers that get an adapter: a name or a list of names, as they end ([q_proj, v_proj]); a text with other
     characters is a pattern of whole names ('.*\\.[0-3]\\.mlp\\..*'); null or all-linear: the linear layers of attention
-    and dense MLPs, without routers and the head."""
+    and dense MLPs. Routers of experts only by their names; the head and embeddings by train_embeddings."""
     target_parameters: list[str] | None = None
     """Parameters that get an adapter of their own, as they end: the weights of experts, [experts.gate_up_proj]."""
     exclude_modules: str | list[str] | None = None
@@ -26,6 +26,7 @@ class LoraConfig:
     """Train the norm of each row of an adapted weight too (DoRA); slower. null: false."""
     path: str | None = None
     """Folder or hub id of adapters to start from, such as those of an SFT run, in peft's form; its adapter_config.json
-    gives rank, alpha, targets, rslora, dora. null: the adapters start at random, and change nothing."""
+    gives rank, alpha, targets, rslora, dora. A model.path that is such a folder is taken as this, and its base as
+    model.path. null: the adapters start at random, and change nothing."""
     train_embeddings: bool | None = None
     """Train the embeddings and the head too, whole, in model.dtype; null: false."""

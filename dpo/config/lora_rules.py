@@ -8,6 +8,8 @@ from dpo.config.fields import Config, ReferenceConfig
 from dpo.config.lora_fields import LoraConfig
 from dpo.config.problem import Problem
 
+RANKS = 2**16
+"""A rank is below it; a layer with so many inputs is yet to come."""
 _LISTS = ("target_modules", "target_parameters", "exclude_modules")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from dpo.base.errors import UserError
 from dpo.config.fields import Config, DataConfig, LossConfig, OptimConfig, ParallelConfig, SourceConfig
-from dpo.config.lora_rules import lora_problems
+from dpo.config.lora_rules import RANKS, lora_problems
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts, losses_that
 from dpo.config.problem import Problem
 
@@ -54,7 +54,7 @@ _SEEDS = 2**63
 """Number of seeds."""
 _COUNTS = ("batch.pairs_per_step", "batch.tokens_per_micro_batch", "parallel.replicate", "parallel.head_memory_mib")
 _OPTIONAL_COUNTS = ("data.num_proc", "data.max_prompt_length", "parallel.shard")
-_LENGTHS = ("train.steps", "train.epochs", "lora.rank")
+_LENGTHS = ("train.steps", "train.epochs")
 _CADENCES = ("train.eval_every", "checkpoint.save_every", "checkpoint.keep")
 _OTHER_COUNTS = ("parallel.setup_timeout_seconds", "parallel.timeout_seconds", "train.log_every", "train.max_skipped")
 _WEIGHTS = ("loss.sft_weight", "loss.gamma", "loss.dpop_lambda", "optim.weight_decay", "eval.temperature")
@@ -62,6 +62,7 @@ _BOUNDS = (
     Bound("an integer", (*_COUNTS, *_OTHER_COUNTS, "eval.max_new_tokens"), least=1),
     Bound("null or an integer", (*_OPTIONAL_COUNTS, *_LENGTHS, *_CADENCES), least=1),
     Bound("null or an integer", ("data.max_length",), least=2),
+    Bound("null or an integer", ("lora.rank",), least=1, below=RANKS),
     Bound("null or two integers, each", ("train.profile_steps",), least=1),
     Bound("an integer", ("eval.samples",), least=0),
     Bound("an integer", ("train.seed",), least=0, below=_SEEDS),

@@ -155,14 +155,14 @@ def save_adapters(folder: Path, **changes: object) -> Path:
 
 
 BAD_ADAPTERS: list[tuple[dict[str, object], list[str], str]] = [
-    ({"r": 0}, ["lora.path=sft"], "sft/adapter_config.json: r: must be >= 1, got 0; valid: an integer >= 1"),
+    ({"r": 0}, ["lora.path=sft"], "sft/adapter_config.json: r: got 0; valid: an integer >= 1 and < 65536"),
     ({"peft_type": "IA3"}, ["lora.path=sft"], "peft_type: adapters of the kind IA3 are not supported; valid: LORA"),
     ({"lora_bias": True}, ["lora.path=sft"], "lora_bias: a bias of each adapter is not supported, got True; valid: "),
     ({}, ["lora.path=sft", "lora.rank=8"], "lora.rank: 8 is given, and adapter_config.json of lora.path sft has 4"),
     ({}, ["lora.path=model"], "lora.path: model holds a model, not adapters; valid: a folder of adapters"),
     ({}, ["lora.path=gone"], "lora.path: no such folder: gone; valid: a folder of adapters in peft's form"),
     ({}, ["reference.path=sft"], "reference.path: sft holds adapters, not a model; valid: a whole model"),
-    ({}, ["lora.rank=0"], "command line: lora.rank: must be >= 1, got 0; valid: null or an integer >= 1"),
+    ({}, ["lora.rank=0"], "command line: lora.rank: must be >= 1 and < 65536, got 0; valid: null or an integer >= 1"),
     ({}, ["lora.alpha=8"], "command line: lora.alpha: there are no adapters, since lora.rank and lora.path are null"),
 ]
 

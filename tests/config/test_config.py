@@ -309,7 +309,7 @@ def test_help_documents_every_key(capsys: pytest.CaptureFixture[str]) -> None:
         "parallel.compile: true or false or auto (default: auto)",
         "data.train[i].columns: a mapping {NAME: VALUE, ...} (default: {})",
         "train.eval_every: null or an integer >= 1 (default: 100)",
-        "lora.rank: null or an integer >= 1 (default: null)",
+        "lora.rank: null or an integer >= 1 and < 65536 (default: null)",
         "lora.alpha: null or a number > 0 (default: null)",
         "lora.target_modules: text (not empty) or a list of texts or null (default: null)",
         "lora.target_parameters: a list of texts or null (default: null)",
