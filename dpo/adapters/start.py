@@ -96,31 +96,49 @@ def read_adapters(model: nn.Module, folder: Path) -> None:
     Raises:
         UserError: on every rank, where the file lacks a tensor, has one too many, or one of another shape.
     """
-    tensors = trained_tensors(model)
+    named = model.named_parameters(remove_duplicate=False)
+    tensors = {file_name(name): parameter for name, parameter in named if parameter.requires_grad}
     together(lambda: _read(folder / TENSORS, tensors))
 
 
 def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Fills this rank's rows of tensors from a file.
+
+    Args:
+        path: a safetensors file.
+        tensors: by name; a tied one under each of its names, of which the file may have one or all.
+
+    Raises:
+        UserError: the file is not readable, or has other tensors.
+    """
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():
             stored = {name: file.get_slice(name) for name in file.keys()}
             _check(path, {name: tuple(part.get_shape()) for name, part in stored.items()}, tensors)
-            for name, tensor in tensors.items():
-                _local(tensor).copy_(stored[name][own_rows(tensor)])
+            filled = dict[Tensor, str]()
+            for name in sorted(stored):
+                own = stored[name][own_rows(tensors[name])].to(tensors[name].dtype)
+                first = filled.setdefault(tensors[name], name)
+                if first == name:
+                    _local(tensors[name]).copy_(own)
+                elif not torch.equal(_local(tensors[name]), own):
+                    raise UserError(str(path), f"{name} differs from {first}, which the model ties to it")
     except (SafetensorError, OSError) as failure:
         raise UserError(str(path), f"not a readable safetensors file: {failure}") from failure
 
 
 def _check(path: Path, stored: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
     """Raises UserError where the tensors of a file are not those of a model's adapters."""
-    missing, extra = sorted(set(tensors) - set(stored)), sorted(set(stored) - set(tensors))
+    found = {tensors[name] for name in set(tensors) & set(stored)}
+    missing = sorted(name for name, tensor in tensors.items() if tensor not in found)
+    extra = sorted(set(stored) - set(tensors))
     if missing:
         raise UserError(str(path), f"{len(missing)} tensors of the adapters are missing, the first is {missing[0]}")
     if extra:
         raise UserError(str(path), f"{len(extra)} tensors fit no adapter of the model, the first is {extra[0]}")
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != stored[name]:
-            raise UserError(str(path), f"{name} has shape {stored[name]} where the model wants {tuple(tensor.shape)}")
+    for name, shape in stored.items():
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(str(path), f"{name} has shape {shape} where the model wants {tuple(tensors[name].shape)}")
 
 
 # --- content ---------------------------------------------------------------------------------------------------------
