@@ -160,12 +160,24 @@ def start_hash(base_hash: str, spec: AdapterSpec) -> str:
     tensors = _load(spec.folder / TENSORS)
     if not spec.dora and all(".lora_" in name and (".lora_A" in name or not t.any()) for name, t in tensors.items()):
         return base_hash
-    content = hashlib.sha256(f"{base_hash} {json.dumps(spec.facts, sort_keys=True)}".encode())
+    content = hashlib.sha256(f"{base_hash} {json.dumps(_factors(spec), sort_keys=True)}".encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         content.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         content.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
+
+
+def _factors(spec: AdapterSpec) -> dict[str, Any]:
+    """Returns what decides the effect of adapters beside their tensors, whose names tell the layers."""
+    return {
+        "rank": spec.rank,
+        "alpha": float(spec.alpha),
+        "rank_pattern": dict(spec.rank_pattern),
+        "alpha_pattern": {name: float(alpha) for name, alpha in spec.alpha_pattern.items()},
+        "rslora": spec.rslora,
+        "dora": spec.dora,
+    }
 
 
 def _load(path: Path) -> dict[str, Tensor]:

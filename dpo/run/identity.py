@@ -30,21 +30,25 @@ def identity_of(config: Config, inputs: Inputs) -> dict[str, Any]:
 
 def adapter_facts(inputs: Inputs) -> dict[str, Any]:
     """Returns the facts of a run's adapters, by config key, and the content of their base; without adapters only that
-    there are none.
+    there are none. Lists are sorted, since the order of names has no meaning.
     """
     adapters = inputs.model.adapters
     if adapters is None:
         return NO_ADAPTERS
-    keys = {f"lora.{name}": value for name, value in adapters.facts.items()}
-    return keys | {"model.path": inputs.model.base_hash}
+    facts = {name: sorted(value) if isinstance(value, list) else value for name, value in adapters.facts.items()}
+    of_folder = {name: facts.pop(name) for name in IN_A_FOLDER_ALONE}
+    renamed = {"lora.train_embeddings": facts.pop("embeddings"), "lora.path": of_folder}
+    return {f"lora.{name}": value for name, value in facts.items()} | renamed | {"model.path": inputs.model.base_hash}
 
 
 NO_ADAPTERS = {"lora.rank": None}
+IN_A_FOLDER_ALONE = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "trained_modules")
+"""The values of `AdapterSpec` for which the config has no key but lora.path, in whose folder they stand."""
 PAIRS_DEPEND_ON = "data.train, its holdout and columns, data.max_length, data.max_prompt_length, model.tokenizer"
 CONTENT_OF = {
     "data.train": f"the pairs (of {PAIRS_DEPEND_ON})",
     "model.path": "the model that the adapters are for",
-    "reference.path": "the reference (of model.path where reference.path is null)",
+    "reference.path": "the reference (of model.path, with the adapters of lora.path, where reference.path is null)",
 }
 """The content that a hash in the identity belongs to, by config key."""
 

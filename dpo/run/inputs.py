@@ -11,7 +11,6 @@ from transformers import PretrainedConfig
 
 from dpo.adapters.choice import find_adapters
 from dpo.adapters.choice import find_warnings as find_adapter_warnings
-from dpo.adapters.spec import AdapterSpec
 from dpo.adapters.start import start_hash
 from dpo.base.errors import UserError
 from dpo.batch.order import PairOrder, make_order
@@ -186,13 +185,12 @@ def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tup
         return SourceModel(folder, model_config, content if uses_reference else "", base_hash=content)
 
     base = read(folders[0])
-    model = _with_adapters(base, adapters, world) if adapters else base
+    model, starts_as_base = base, True
+    if adapters:
+        content = on_main(world, lambda: start_hash(base.base_hash, adapters))
+        starts_as_base = content == base.base_hash
+        model = replace(base, adapters=adapters, hash=content if base.hash else "")
     if folders[1] != folders[0]:
         return model, read(folders[1])
-    return model, base if config.reference.adapter == "base" or model.hash == base.hash else model
-
-
-def _with_adapters(base: SourceModel, adapters: AdapterSpec, world: World) -> SourceModel:
-    """Returns a model with adapters, and with their content in its hash. Every rank must get here, or the rest hang."""
-    content = on_main(world, lambda: start_hash(base.base_hash, adapters)) if base.hash else ""
-    return replace(base, adapters=adapters, hash=content)
+    is_base = starts_as_base or config.reference.adapter == "base" or config.reference.path is not None
+    return model, base if is_base else model

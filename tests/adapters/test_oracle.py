@@ -150,9 +150,7 @@ def test_ranks_and_alphas_of_some_layers_are_exact(world: World, tmp_path: Path)
     patterns = {"rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 2}, "alpha_pattern": {"v_proj": 11}}
     only = {"target_modules": ["q_proj", "v_proj", "up_proj"], "layers_to_transform": [1]}
     adapter = save_adapter(tmp_path / "adapter", base, **patterns, **only)
-    spec = spec_of(
-        adapter, target_modules=("q_proj", "v_proj", "up_proj"), layers_to_transform=(1,), **patterns
-    )
+    spec = spec_of(adapter, target_modules=("q_proj", "v_proj", "up_proj"), layers_to_transform=(1,), **patterns)
     found = run(load(world, base, spec))
     assert len(found[1]) == 6
     assert_equal(found, oracle(plain_peft(base, adapter, torch.float64)))
