@@ -348,6 +348,13 @@ PRIVATE_PARTS = (
         "reads a hub's dataset from the cache; load_dataset asks the hub first, and waits where packets are dropped",
         "commands/test_prepare.py::test_a_data_set_is_the_same_online_and_from_the_cache",
     ),
+    # peft
+    PrivatePart(
+        "peft.tuners.tuners_utils.BaseTunerLayer._disable_adapters",
+        ("dpo/adapters/switch.py",),
+        "runs a model without its adapters; enable_adapters would freeze their parameters too",
+        "adapters/test_start.py::test_adapters_are_on_again_after_a_failure",
+    ),
     # submitit
     *(
         PrivatePart(

@@ -56,6 +56,7 @@ SLOW: Sequence[str] = (
     "adapters/test_model_paths.py::test_adapters_of_the_hub",
     "adapters/test_reading.py::test_pickled",
     "adapters/test_reference.py",
+    "adapters/test_runs.py",
     "base/test_arrays.py",
     "base/test_processes.py",
     "base/test_spawned.py",

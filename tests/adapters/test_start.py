@@ -127,6 +127,19 @@ def test_the_base_is_frozen_in_the_compute_dtype(world: World, tmp_path: Path) -
         assert [parameter.requires_grad, parameter.grad is not None, parameter in optimizer.state] == 3 * [is_adapter]
 
 
+def test_no_gradient_of_a_frozen_weight_is_computed(world: World, tmp_path: Path) -> None:
+    """The graph of a backward pass ends in adapters alone, so that not even a temporary one is."""
+    policy = load(world, save_model(tmp_path, "llama"), spec_of(None))
+    todo, seen, ends = [completion_logps(policy, batch_of(policy)).grad_fn], set(), 0
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            ends += node.name().endswith("AccumulateGrad")
+            todo += [before for before, _ in node.next_functions]
+    assert ends == len(trained_tensors(policy.model)) == 2 * 2 * 7
+
+
 def test_adapters_are_on_again_after_a_failure(world: World, tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", "llama")
     policy = load(world, base, spec_of(save_adapter(tmp_path / "adapter", base)))

@@ -87,13 +87,14 @@ def test_a_checkpoint_holds_what_is_trained(root: Path, tmp_path: Path, changes:
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("llama-tied", {}),
     "gpt2, dora": ("gpt2", {"lora__dora": True}),
+    "offloaded": ("llama", {"parallel__cpu_offload": True}),
     "llama-tied, embeddings": ("llama-tied", {"lora__train_embeddings": True}),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_run_goes_on_to_the_last_bit(kind: str, tmp_path: Path) -> None:
-    """Of models whose head is the embedding, frozen or trained."""
+    """Of models whose head is the embedding, frozen or trained, too."""
     family, changes = KINDS[kind]
     root = save_six_steps(tmp_path)
     shutil.rmtree(root / "model")

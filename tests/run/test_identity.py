@@ -1,14 +1,17 @@
 """The values that must not change when a run resumes, and the key that an error names."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from dpo.adapters.spec import AdapterSpec
 from dpo.base.errors import UserError
 from dpo.checkpoint.state import SHARES, RunState
 from dpo.config import SourceConfig
 from dpo.run.folder import Start
-from dpo.run.identity import check_identity, shares_of
+from dpo.run.identity import adapter_facts, check_identity, shares_of
 from tests.support.runs import make_config
 
 
@@ -48,6 +51,62 @@ def test_other_pairs_name_the_share_that_changed(
     assert refusal(old, new).startswith(expected)
     assert refusal(old | {"data.train": "1" * 32}, new) == ""
     assert refusal({"data.train": "0" * 32}, new | {SHARES: {}}).startswith("data.train: ")
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def facts(spec: AdapterSpec | None, base: str = "0" * 32) -> dict[str, object]:
+    inputs: Any = SimpleNamespace(model=SimpleNamespace(adapters=spec, base_hash=base))
+    return adapter_facts(inputs) | {SHARES: {}}
+
+
+SPEC = AdapterSpec(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"rank": 8}, "lora.rank: {}4 {}, 8 now"),
+        ({"alpha": 4.0}, "lora.alpha: {}8.0 {}, 4.0 now"),
+        ({"target_modules": ("q_proj",)}, "lora.target_modules: {}['q_proj', 'v_proj'] {}, ['q_proj'] now"),
+        ({"target_parameters": ("experts.down_proj",)}, "lora.target_parameters: {}[] {}, ['experts.down_proj'] now"),
+        ({"exclude_modules": ("layers.0.*",)}, "lora.exclude_modules: {}[] {}, ['layers.0.*'] now"),
+        ({"rslora": True}, "lora.rslora: {}False {}, True now"),
+        ({"dora": True}, "lora.dora: {}False {}, True now"),
+        ({"embeddings": True}, "lora.train_embeddings: {}False {}, True now"),
+        ({"rank_pattern": {"q_proj": 2}}, "lora.path: {}{{'rank_pattern': {{}}, "),
+        ({"layers_to_transform": (1,)}, "lora.path: {}{{'rank_pattern': {{}}, "),
+        ({"trained_modules": ("lm_head",)}, "lora.path: {}{{'rank_pattern': {{}}, "),
+    ],
+)
+def test_each_value_of_the_adapters_is_named(changes: dict[str, Any], line: str) -> None:
+    """By the key of the config, or lora.path for what only a folder says."""
+    now = facts(AdapterSpec(**{"rank": 4, "alpha": 8.0, "target_modules": ("q_proj", "v_proj")} | changes))
+    expected = line.format("cannot resume from C: ", "when the checkpoint was written")
+    assert refusal(facts(SPEC), now).startswith(expected)
+
+
+def test_adapters_that_are_the_same() -> None:
+    """In another order, from another folder; and none, also for a checkpoint that is older than adapters."""
+    same = AdapterSpec(rank=4, alpha=8, target_modules=("v_proj", "q_proj"), folder=Path("elsewhere"))
+    assert refusal(facts(SPEC), facts(same)) == ""
+    assert refusal({}, facts(None)) == ""
+
+
+def test_a_run_with_adapters_is_no_full_run() -> None:
+    assert refusal({}, facts(SPEC)).startswith(
+        "lora.rank: cannot resume from C: None when the checkpoint was written, 4"
+    )
+    assert refusal(facts(SPEC), facts(None)).startswith("lora.rank: cannot resume from C: 4 when")
+
+
+def test_another_base_is_named() -> None:
+    line = refusal(facts(SPEC), facts(SPEC, "1" * 32))
+    assert line.startswith("model.path: cannot resume from C: the content of the model that the adapters are for has")
+
+
+# --- the README ------------------------------------------------------------------------------------------------------
 
 
 def test_the_readme_quotes_the_refusal_as_it_is_printed() -> None:
