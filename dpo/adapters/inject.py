@@ -1,13 +1,13 @@
 """Puts adapters into a model on the meta device, and freezes its other weights."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dpo.adapters.names import base_name, is_of_adapter
+from dpo.adapters.names import is_of_adapter
 from dpo.adapters.spec import ADAPTER, AdapterSpec, peft_config
 from dpo.adapters.targets import find_targets
 from dpo.base.errors import UserError
@@ -45,13 +45,25 @@ def inject(model: PreTrainedModel, spec: AdapterSpec, master: torch.dtype, compu
 
 def _trained_whole(model: PreTrainedModel, spec: AdapterSpec) -> set[nn.Parameter]:
     """Returns the parameters that are trained beside the adapters: of embeddings and head, and of named modules."""
-    whole: list[nn.Module] = [model.get_input_embeddings(), model.get_output_embeddings()] if spec.embeddings else []
+    named: dict[str, nn.Module] = {}
     for word in spec.trained_modules:
-        found = [module for name, module in model.named_modules() if f".{base_name(name)}".endswith(f".{word}")]
+        found = {name: module for name, module in model.named_modules() if name.endswith(word)}  # as peft finds them
         if not found:
             raise UserError("lora.path", f"modules_to_save names {word!r}, and the model has no such module")
-        whole += found
-    return {parameter for module in whole for parameter in module.parameters()}
+        named |= found
+    _check_tied(model, named)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()] if spec.embeddings else []
+    return {parameter for module in (*named.values(), *ends) for parameter in module.parameters()}
+
+
+def _check_tied(model: PreTrainedModel, named: Mapping[str, nn.Module]) -> None:
+    """Raises UserError where modules to train have one of two tied weights: peft would train a copy of it, apart."""
+    names = {f"{name}.{part}" for name, module in named.items() for part, _ in module.named_parameters()}
+    for pair in model.all_tied_weights_keys.items():
+        one = names & set(pair)
+        if len(one) == 1:
+            what = f"modules_to_save has {min(one)} alone, and the model ties {pair[0]} to {pair[1]}"
+            raise UserError("lora.path", what, "adapters with both in modules_to_save, or with neither")
 
 
 def _convert(model: PreTrainedModel, master: torch.dtype, compute: torch.dtype) -> None:

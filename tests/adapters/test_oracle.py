@@ -17,6 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 from dpo.adapters.names import file_name
 from dpo.adapters.spec import AdapterSpec
 from dpo.adapters.start import trained_tensors
+from dpo.base.errors import UserError
 from dpo.batch.costs import cost_model
 from dpo.batch.packing import pack
 from dpo.batch.plan import plan_step
@@ -142,6 +143,39 @@ def test_trained_embeddings_are_exact(family: str, world: World, tmp_path: Path)
     found = run(policy)
     assert sum("lora_" not in name for name in found[1]) == (2 if family == "llama" else 1)
     assert_equal(found, oracle(plain_peft(base, adapter, torch.float64, embeddings=True)))
+
+
+@pytest.mark.parametrize("words", [("lm_head",), ("embed_tokens", "lm_head"), ("norm",)])
+def test_trained_modules_are_exact(words: tuple[str, ...], world: World, tmp_path: Path) -> None:
+    """peft's modules_to_save: `norm` is the end of the names of three norms, two of which a layer has."""
+    base = base_of(tmp_path / "base", "llama")
+    adapter = save_adapter(tmp_path / "adapter", base, modules_to_save=list(words))
+    found = run(load(world, base, spec_of(adapter, trained_modules=words)))
+    assert sum("lora_" not in name for name in found[1]) == (2 * 2 + 1 if words == ("norm",) else len(words))
+    logps, gradients = oracle(plain_peft(base, adapter, torch.float64))
+    plain = {name.replace(".modules_to_save.default", ""): gradient for name, gradient in gradients.items()}
+    assert_equal(found, (logps, plain))
+
+
+def test_half_of_what_is_tied_is_refused(world: World, tmp_path: Path) -> None:
+    """peft would train a head of its own beside the frozen embedding; both are trained in one tensor."""
+    base = base_of(tmp_path / "base", "llama-tied")
+    one = save_adapter(tmp_path / "one", base, modules_to_save=["lm_head"])
+    with pytest.raises(UserError, match=r"^lora\.path: modules_to_save has lm_head\.weight alone, and the model ties"):
+        load(world, base, spec_of(one, trained_modules=("lm_head",)))
+    both = ("embed_tokens", "lm_head")
+    adapter = save_adapter(tmp_path / "both", base, modules_to_save=list(both))
+    found = run(load(world, base, spec_of(adapter, trained_modules=both)))
+    assert_equal(found, oracle(plain_peft(base, save_adapter(tmp_path / "none", base), torch.float64, embeddings=True)))
+
+
+def test_adapters_of_parameters_are_exact(world: World, tmp_path: Path) -> None:
+    base, names = base_of(tmp_path / "base", "llama"), ["v_proj.weight", "up_proj.weight"]
+    adapter = save_adapter(tmp_path / "adapter", base, target_modules=["q_proj"], target_parameters=names)
+    spec = spec_of(adapter, target_modules=("q_proj",), target_parameters=tuple(names))
+    found = run(load(world, base, spec))
+    assert len(found[1]) == 2 * 2 * 3
+    assert_equal(found, oracle(plain_peft(base, adapter, torch.float64)))
 
 
 def test_ranks_and_alphas_of_some_layers_are_exact(world: World, tmp_path: Path) -> None:
