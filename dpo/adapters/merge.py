@@ -1,7 +1,7 @@
 """Adds adapters to the weights that they adapt: W + s B A, and with DoRA each output of it scaled to its magnitude.
 
 Each rank computes its own rows of the sum. A and B are small, and gathered whole. Of a linear layer, (outputs, inputs),
-the rows are outputs; of a Conv1D, (inputs, outputs), they are inputs.
+the rows are outputs; of a Conv1D, (inputs, outputs), they are inputs; of the weights of experts they are experts.
 """
 
 from typing import Any
@@ -26,24 +26,54 @@ def merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     from peft.tuners.lora.layer import LoraLayer
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    names = [base_name(f"{name}.base_layer.{_parameter(layer)}") for name, layer in layers.items()]
+    assert len(set(names)) == len(names), "a weight has two adapters"
     with torch.no_grad():
-        return {base_name(f"{name}.base_layer.weight"): _merged(layer, dtype) for name, layer in layers.items()}
+        return {name: _merged(layer, dtype) for name, layer in zip(names, layers.values(), strict=True)}
+
+
+def _parameter(layer: Any) -> str:
+    """Returns the name of the parameter of a layer that an adapter is for; those of `target_parameters` name it."""
+    return getattr(layer, "parameter_name", "weight")
 
 
 def _merged(layer: Any, dtype: torch.dtype) -> Tensor:
-    weight: Tensor = layer.get_base_layer().weight
+    """Returns the weight of a layer with its adapter added, sharded as the weight is."""
+    weight: Tensor = getattr(layer.get_base_layer(), _parameter(layer))
     a, b = (_whole(part[ADAPTER].weight).to(dtype) for part in (layer.lora_A, layer.lora_B))
-    rows, is_transposed = own_rows(weight), bool(layer.fan_in_fan_out)
-    change = a.T[rows] @ b.T if is_transposed else b[rows] @ a
-    own = _local(weight).to(dtype) + layer.scaling[ADAPTER] * change
-    merged = _like(weight, own)
+    own = _local(weight).to(dtype) + layer.scaling[ADAPTER] * _change(layer, a, b, own_rows(weight))
     if ADAPTER in layer.lora_magnitude_vector:
         magnitude = _whole(layer.lora_magnitude_vector[ADAPTER].weight).to(dtype)
-        if is_transposed:
-            own *= magnitude / torch.linalg.norm(_whole(merged), dim=0)
-        else:
-            own *= (magnitude[rows] / torch.linalg.norm(own, dim=1))[:, None]
-    return merged
+        own *= _scale(layer, magnitude, _like(weight, own))
+    return _like(weight, own)
+
+
+def _change(layer: Any, a: Tensor, b: Tensor, rows: slice) -> Tensor:
+    """Returns rows of what an adapter adds to a weight, but for its scaling.
+
+    Args:
+        layer: the adapted layer; E experts share the A, (E r, inputs), and B, (outputs, r E), of one of peft's.
+        a: (r, inputs).
+        b: (outputs, r).
+        rows: of the weight.
+    """
+    experts = getattr(layer, "num_experts", 1)
+    if experts == 1:
+        return a.T[rows] @ b.T if layer.fan_in_fan_out else b[rows] @ a
+    ups, downs = a.reshape(experts, -1, a.shape[1])[rows], b.reshape(b.shape[0], -1, experts)[..., rows]
+    # Most experts are stored as (inputs, outputs), some as (outputs, inputs): peft swaps the two for these.
+    return torch.einsum("ore,eri->eoi" if layer._did_swap_in_out_features else "ore,eri->eio", downs, ups)
+
+
+def _scale(layer: Any, magnitude: Tensor, merged: Tensor) -> Tensor:
+    """Returns magnitude / norm of each output, in the form of this rank's rows of a weight. Every rank must get here,
+    or the rest hang.
+    """
+    if layer.fan_in_fan_out:  # each rank holds some inputs of every output
+        norms: Tensor = torch.linalg.norm(_whole(merged), dim=0)
+        return magnitude / norms
+    norms = torch.linalg.norm(_local(merged), dim=1)
+    return (magnitude[own_rows(merged)] / norms)[:, None]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ in the model                                          in its folder, or in adapt
 model.layers.0.self_attn.q_proj.base_layer.weight     model.layers.0.self_attn.q_proj.weight
 model.layers.0.self_attn.q_proj.lora_A.default.weight base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
 model.layers.0.self_attn.q_proj.lora_magnitude_vector.default.weight
-                                                      base_model.model.…q_proj.lora_magnitude_vector
+                                                      base_model.model.…q_proj.lora_magnitude_vector.weight
 model.embed_tokens.weight, where it is trained whole  base_model.model.model.embed_tokens.weight
+
+peft writes a magnitude without `.weight`, and reads both. transformers, from 5.0 on, reads only the longer name.
 """
 
 import re
@@ -14,7 +16,7 @@ from dpo.adapters.spec import ADAPTER
 
 _BASE = re.compile(r"\.base_layer(?=\.)")
 _OF_ADAPTER = re.compile(r"\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)\b")
-_MAGNITUDE = re.compile(r"\.lora_magnitude_vector\.weight$")
+_MAGNITUDE = re.compile(r"\.lora_magnitude_vector$")
 PREFIX = "base_model.model."
 """Before the name of every tensor in a file of adapters, in peft's form."""
 
@@ -34,5 +36,9 @@ def base_name(name: str) -> str:
 
 def file_name(name: str) -> str:
     """Returns the name of a trained tensor in a file of adapters."""
-    plain = name.replace(f".{ADAPTER}.", ".") if is_of_adapter(name) else base_name(name)
-    return PREFIX + _MAGNITUDE.sub(".lora_magnitude_vector", plain)
+    return PREFIX + (name.replace(f".{ADAPTER}.", ".") if is_of_adapter(name) else base_name(name))
+
+
+def long_name(name: str) -> str:
+    """Returns the name that `file_name` gives to a tensor of a file that peft has written."""
+    return _MAGNITUDE.sub(".lora_magnitude_vector.weight", name)

@@ -17,14 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dpo.adapters.names import file_name, is_of_adapter
+from dpo.adapters.names import file_name, is_of_adapter, long_name
 from dpo.adapters.spec import AdapterSpec
 from dpo.base.errors import UserError
 from dpo.distributed.collectives import together
 from dpo.distributed.shards import own_rows
-
-TENSORS = "adapter_model.safetensors"
-"""The file of adapters in a folder in peft's form."""
+from dpo.hub.files import ADAPTER_TENSORS
 
 
 def start_adapters(model: nn.Module, seed: int) -> None:
@@ -85,8 +83,11 @@ def _fill(parameter: Tensor, whole: Tensor) -> None:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Returns the trained parameters of a model by their names in a file of adapters."""
-    return {file_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+    """Returns the trained parameters of a model by their names in a file of adapters. A tied one has both its names:
+    peft trains and stores head and embedding apart, and computes as this model does where both are in the file.
+    """
+    named = model.named_parameters(remove_duplicate=False)
+    return {file_name(name): parameter for name, parameter in named if parameter.requires_grad}
 
 
 def read_adapters(model: nn.Module, folder: Path) -> None:
@@ -96,9 +97,8 @@ def read_adapters(model: nn.Module, folder: Path) -> None:
     Raises:
         UserError: on every rank, where the file lacks a tensor, has one too many, or one of another shape.
     """
-    named = model.named_parameters(remove_duplicate=False)
-    tensors = {file_name(name): parameter for name, parameter in named if parameter.requires_grad}
-    together(lambda: _read(folder / TENSORS, tensors))
+    tensors = trained_tensors(model)
+    together(lambda: _read(folder / ADAPTER_TENSORS, tensors))
 
 
 def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -113,7 +113,7 @@ def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():
-            stored = {name: file.get_slice(name) for name in file.keys()}
+            stored = {long_name(name): file.get_slice(name) for name in file.keys()}
             _check(path, {name: tuple(part.get_shape()) for name, part in stored.items()}, tensors)
             filled = dict[Tensor, str]()
             for name in sorted(stored):
@@ -157,7 +157,7 @@ def start_hash(base_hash: str, spec: AdapterSpec) -> str:
     """
     if spec.folder is None:
         return base_hash
-    tensors = _load(spec.folder / TENSORS)
+    tensors = _load(spec.folder / ADAPTER_TENSORS)
     if not spec.dora and all(".lora_" in name and (".lora_A" in name or not t.any()) for name, t in tensors.items()):
         return base_hash
     content = hashlib.sha256(f"{base_hash} {json.dumps(_factors(spec), sort_keys=True)}".encode())

@@ -13,7 +13,7 @@ from dpo.base.files import naming, remove_folder, replace_folder, sync_tree, wri
 from dpo.base.space import find_shortage
 from dpo.checkpoint.companions import write_companions, write_companions_of_adapters
 from dpo.checkpoint.export_adapters import num_bytes, save_adapters, write_adapter_config
-from dpo.checkpoint.export_dtype import export_dtype
+from dpo.checkpoint.export_dtype import adapters_dtype, export_dtype
 from dpo.checkpoint.final_sums import README, write_sums_together
 from dpo.command.exits import line_of
 from dpo.config import Config
@@ -101,7 +101,8 @@ def _adapters(policy: Policy, folder: Path, config: Config, world: World) -> Con
         write_adapter_config(draft, policy, config.model.path)
         write_companions_of_adapters(draft, folder, config)
 
-    return Content(num_bytes(policy.model), lambda draft: save_adapters(draft, policy, world), complete)
+    dtype = adapters_dtype(config.checkpoint)
+    return Content(num_bytes(policy.model, dtype), lambda draft: save_adapters(draft, policy, dtype, world), complete)
 
 
 def _write(content: Content, out: Path, world: World, finish: Finish) -> None:

@@ -29,6 +29,11 @@ def export_dtype(config: CheckpointConfig, base: Path) -> torch.dtype:
     return torch.bfloat16 if name == "bfloat16" else torch.float32
 
 
+def adapters_dtype(config: CheckpointConfig) -> torch.dtype:
+    """Returns the dtype of exported adapters: float32 unless `export_dtype` is bfloat16; they are small."""
+    return torch.bfloat16 if config.export_dtype == "bfloat16" else torch.float32
+
+
 def base_dtype(folder: Path) -> str | None:
     """Returns torch's name of the dtype in which the weights of a model folder are stored.
 

@@ -11,7 +11,7 @@ from dpo.base.sums import is_plain_name
 
 CONFIG_FILE, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
-"""The files of a folder of adapters in peft's form."""
+"""The files of a folder of adapters, which has no config.json: the base that it names has one."""
 
 _SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 _OTHER_WEIGHTS = re.compile(r"(consolidated|adapter_model|optimizer).*|.*\.(fp16|bf16|fp32|8bit|int8|int4)[.-].*")
@@ -91,10 +91,11 @@ def tokenizer_companions(names: Sequence[str]) -> list[str]:
 
 
 def exported_files(names: Sequence[str]) -> list[str]:
-    """Returns the files of an exported model without which it is another one: config, weights with their index, and
-    tokenizer.
+    """Returns the files of an exported model, or of exported adapters, without which it is another one: config, weights
+    with their index, and tokenizer.
     """
-    of_weights = [name for name in names if name in (CONFIG_FILE, INDEX) or name.endswith(".safetensors")]
+    configs = (CONFIG_FILE, ADAPTER_CONFIG, INDEX)
+    of_weights = [name for name in names if name in configs or name.endswith(".safetensors")]
     return [*of_weights, *tokenizer_companions(names)]
 
 
@@ -158,6 +159,18 @@ def read_index(path: Path) -> list[str] | None:
 def stored_weights(folder: Path) -> list[str]:
     """Returns the safetensors files of the model in a folder, whether or not they are there; see `weight_files`."""
     return weight_files([path.name for path in folder.glob("*.safetensors")], read_index(folder / INDEX))
+
+
+def find_config(folder: Path) -> Path | None:
+    """Returns the file that says what a folder holds: config.json of a model, adapter_config.json of adapters alone;
+    None where there is neither.
+    """
+    return next((folder / name for name in (CONFIG_FILE, ADAPTER_CONFIG) if (folder / name).is_file()), None)
+
+
+def holds_adapters(folder: Path) -> bool:
+    """Returns whether a folder holds adapters alone, without the model that they are for."""
+    return find_config(folder) == folder / ADAPTER_CONFIG and (folder / ADAPTER_TENSORS).is_file()
 
 
 def _missing_config(folder: Path) -> list[str]:

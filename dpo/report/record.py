@@ -14,6 +14,7 @@ import numpy as np
 from dpo.base.errors import RunError, UserError
 from dpo.config.loss_facts import LOSS_FACTS, LossFacts
 from dpo.config.strict_yaml import read_yaml_file
+from dpo.hub.files import find_config
 from dpo.run_folder.evaluations import evaluation_path, evaluation_steps, read_evaluation
 from dpo.run_folder.files import ANSWERS, CONFIG, FINAL, METRICS, PROVENANCE, is_step, read_answer_rows, read_metrics
 
@@ -121,7 +122,7 @@ def read_record(folder: Path) -> Record:
     lines = reader.attempt(lambda: tuple(map(_finite, read_metrics(folder))), METRICS, NONE)
     starts = reader.attempt(lambda: _starts(folder / PROVENANCE), PROVENANCE, NONE)
     pairs, answers = reader.pairs(folder), reader.answers(folder)
-    is_done = (folder / FINAL / "config.json").is_file()
+    is_done = find_config(folder / FINAL) is not None
     return Record(folder, config, text, lines, starts, answers, pairs, is_done, tuple(reader.faults))
 
 

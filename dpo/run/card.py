@@ -13,7 +13,8 @@ import yaml
 
 from dpo.board.words import PAIR_METRICS
 from dpo.config import Config, LossConfig, OptimConfig
-from dpo.run.card_facts import Base, CardFacts, read_facts, short_name
+from dpo.run.card_adapters import adapter_words, words_of
+from dpo.run.card_facts import Base, CardFacts, read_base, read_exported, read_facts, short_name
 
 PAPER = "https://arxiv.org/abs/2305.18290"
 CITATION = """@inproceedings{rafailov2023direct,
@@ -23,7 +24,7 @@ CITATION = """@inproceedings{rafailov2023direct,
   booktitle = {Advances in Neural Information Processing Systems},
   year      = {2023}
 }"""
-PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "python")
+PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers", "python")
 RESULTS = ("loss", "rewards/accuracies", "rewards/margins")
 """The metrics of the card's table by their names in metrics.jsonl, without `eval/` or `train/`."""
 
@@ -44,25 +45,48 @@ def model_card(config: Config, step: int, base: Path, exported: Path) -> str:
     return card_text(read_facts(config, step, base, exported))
 
 
+def merged_card(config: Config, adapters: Path, base: Path, exported: Path) -> str:
+    """Returns the card of a model to whose weights a folder of adapters was added, of whose run nothing is known.
+
+    Args:
+        config: names the base and, by its run folder, the model.
+        adapters: the folder of the adapters.
+        base: the folder of their base.
+        exported: the exported folder, but for its card.
+    """
+    facts = CardFacts(config, 0, read_base(config.model.path, base), read_exported(exported, base), {}, [])
+    words = words_of(read_exported(adapters, base).adapters or {})
+    name = short_name(str(adapters.absolute()))
+    text = [_title(config), "", f"This model is {_named(facts.base)} with LoRA adapters added to its"]
+    text += [f"weights: those of `{name}` ({words}).", "", *_usage(facts)]
+    return _with_front_matter(front_matter(facts) | {"tags": ["lora"]}, "\n".join(text))
+
+
 def card_text(facts: CardFacts) -> str:
     """Returns the model card."""
-    head = yaml.safe_dump(front_matter(facts), sort_keys=False, allow_unicode=True)
     parts = (_introduction(facts), _training(facts), _data(facts), _result(facts), _usage(facts), _versions(facts))
     body = "\n\n".join("\n".join(part) for part in map(list, (*parts, _citation())) if part)
+    return _with_front_matter(front_matter(facts), body)
+
+
+def _with_front_matter(keys: Mapping[str, Any], body: str) -> str:
+    head = yaml.safe_dump(dict(keys), sort_keys=False, allow_unicode=True)
     return f"---\n{head}---\n\n{body}\n"
 
 
 def front_matter(facts: CardFacts) -> dict[str, Any]:
     """Returns the keys that the hub reads."""
-    base = {"base_model": facts.base.hub_id, "base_model_relation": "finetune"} if facts.base.hub_id else {}
+    is_whole = facts.exported.adapters is None
+    relation = "finetune" if is_whole else "adapter"
+    base = {"base_model": facts.base.hub_id, "base_model_relation": relation} if facts.base.hub_id else {}
     datasets = list(dict.fromkeys(source["path"] for source in _sources(facts) if source.get("hub")))
     return {
         **base,
-        "library_name": "transformers",
+        "library_name": "transformers" if is_whole else "peft",
         "pipeline_tag": "text-generation",
         **facts.base.licence,
         **({"datasets": datasets} if datasets else {}),
-        "tags": _tags(facts.config.loss),
+        "tags": [*_tags(facts.config.loss), *(["lora"] if adapter_words(facts) else [])],
     }
 
 
@@ -80,9 +104,18 @@ def _introduction(facts: CardFacts) -> Iterator[str]:
     way = f"by Direct Preference Optimization ([Rafailov et al., 2023]({PAPER}))"
     if loss.name != "dpo":
         way = f"with the loss `{loss.name}` of the trainer dpo"
-    yield f"# {Path(str(facts.config.train.run_dir)).name}"
+    yield _title(facts.config)
     yield ""
-    yield f"This model is {_named(facts.base)}, trained {way}."
+    if facts.exported.adapters is not None:
+        yield f"These are LoRA adapters for {_named(facts.base)}, trained {way}."
+    elif adapter_words(facts):
+        yield f"This model is {_named(facts.base)} with LoRA adapters added to its weights, which were trained {way}."
+    else:
+        yield f"This model is {_named(facts.base)}, trained {way}."
+
+
+def _title(config: Config) -> str:
+    return f"# {Path(str(config.train.run_dir)).name}"
 
 
 def _training(facts: CardFacts) -> Iterator[str]:
@@ -90,14 +123,22 @@ def _training(facts: CardFacts) -> Iterator[str]:
     yield from ("## Training", "")
     yield from _table(("", ""))
     yield _row("base", _named(facts.base))
+    if words := adapter_words(facts):
+        yield _row("adapters", words)
     if config.loss.facts.uses_reference:
-        other = config.reference.path
-        yield _row("reference", "the base" if other is None else f"`{short_name(other)}`")
+        yield _row("reference", _reference_words(config))
     yield _row("loss", _loss_words(config.loss))
     yield _row("optimizer", f"{config.optim.name}, learning rate {config.optim.lr:g}, {_schedule(config.optim)}")
     yield _row("steps", f"{facts.step:,}, each of {config.batch.pairs_per_step} pairs, seed {config.train.seed}")
     limits = (("max_length", config.data.max_length), ("max_prompt_length", config.data.max_prompt_length))
     yield _row("tokens", ", ".join(f"{name} {'no limit' if limit is None else limit}" for name, limit in limits))
+
+
+def _reference_words(config: Config) -> str:
+    if config.reference.path is not None:
+        return f"`{short_name(config.reference.path)}`"
+    is_start = config.lora.path is not None and config.reference.adapter == "start"
+    return f"the base with the adapters of `{short_name(str(config.lora.path))}`" if is_start else "the base"
 
 
 def _loss_words(loss: LossConfig) -> str:
@@ -160,10 +201,16 @@ def _result(facts: CardFacts) -> Iterator[str]:
 
 def _usage(facts: CardFacts) -> Iterator[str]:
     code = ", trust_remote_code=True" if facts.exported.has_own_code else ""
+    here = "# this folder, or its id on the hub"
     yield from ("## Use", "", "```python")
     names = "AutoModelForCausalLM, AutoTokenizer" if facts.exported.has_tokenizer else "AutoModelForCausalLM"
-    yield f"from transformers import {names}"
-    yield f'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto"{code})  # this folder, or its id on the hub'
+    if facts.exported.adapters is None:
+        yield f"from transformers import {names}"
+        yield f'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto"{code})  {here}'
+    else:
+        yield from ("from peft import PeftModel", f"from transformers import {names}")
+        yield f'base = AutoModelForCausalLM.from_pretrained("{facts.base.name}", dtype="auto"{code})'
+        yield f'model = PeftModel.from_pretrained(base, ".")  {here}'
     if facts.exported.has_tokenizer:
         yield f'tokenizer = AutoTokenizer.from_pretrained("."{code})'
     yield "```"

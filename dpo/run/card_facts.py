@@ -14,7 +14,7 @@ import yaml
 
 from dpo.config import Config
 from dpo.encode.tokenizer import has_tokenizer
-from dpo.hub.files import CONFIG_FILE, licence_files
+from dpo.hub.files import ADAPTER_CONFIG, CONFIG_FILE, holds_adapters, licence_files
 from dpo.hub.ids import is_hub_id
 from dpo.hub.snapshots import repository_of
 from dpo.run.folder import read_starts
@@ -46,6 +46,8 @@ class Exported:
 
     has_tokenizer: bool
     has_own_code: bool
+    adapters: Mapping[str, Any] | None = None
+    """adapter_config.json of a folder of adapters; None: a whole model."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,20 @@ def read_facts(config: Config, step: int, base: Path, exported: Path) -> CardFac
     """
     run_dir = Path(str(config.train.run_dir))
     starts = read_starts(run_dir / PROVENANCE) or [{}]
-    own_code = bool(json.loads((exported / CONFIG_FILE).read_text(encoding="utf-8")).get("auto_map"))
-    facts = Exported(has_tokenizer(exported), own_code)
+    facts = read_exported(exported, base)
     return CardFacts(config, step, read_base(config.model.path, base), facts, starts[-1], read_metrics(run_dir))
+
+
+def read_exported(folder: Path, base: Path) -> Exported:
+    """Returns the facts of an exported folder; adapters run the code of their base, where it has code of its own."""
+    adapters = _read(folder / ADAPTER_CONFIG) if holds_adapters(folder) else None
+    settings = _read((folder if adapters is None else base) / CONFIG_FILE)
+    return Exported(has_tokenizer(folder), bool(settings.get("auto_map")), adapters)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def read_base(path: str, folder: Path) -> Base:

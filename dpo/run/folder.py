@@ -26,6 +26,7 @@ from dpo.base.units import shown_bytes
 from dpo.checkpoint.folders import CHECKPOINTS, checkpoints_of, newer_checkpoints, own_checkpoint
 from dpo.checkpoint.state import VALID, RunState, read_verified_state
 from dpo.config import Config, load_config, to_yaml
+from dpo.hub.files import find_config
 from dpo.run_folder.evaluations import drop_evaluations_after
 from dpo.run_folder.files import (
     ANSWERS,
@@ -139,7 +140,7 @@ def seems_finished(config: Config, start: Start, last_step: int) -> bool:
         last_step: the number of steps of the whole run.
     """
     final = Path(str(config.train.run_dir)) / FINAL
-    return start.step >= last_step and (final / "config.json").is_file() and any(final.glob("*.safetensors"))
+    return start.step >= last_step and find_config(final) is not None and any(final.glob("*.safetensors"))
 
 
 def _named_checkpoints(folder: Path, run_dir: Path, own: list[Path]) -> list[Path]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
+from dpo.adapters.spec import AdapterSpec, spec_of
 from dpo.base.errors import UserError
 from dpo.checkpoint.state import FILES, SHARES
 from dpo.config import Config, LossConfig
@@ -39,6 +40,13 @@ def adapter_facts(inputs: Inputs) -> dict[str, Any]:
     of_folder = {name: facts.pop(name) for name in IN_A_FOLDER_ALONE}
     renamed = {"lora.train_embeddings": facts.pop("embeddings"), "lora.path": of_folder}
     return {f"lora.{name}": value for name, value in facts.items()} | renamed | {"model.path": inputs.model.base_hash}
+
+
+def recorded_adapters(identity: Mapping[str, Any]) -> AdapterSpec | None:
+    """Returns the adapters of the run whose checkpoint has this identity; None where its whole model was trained."""
+    if identity.get("lora.rank") is None:
+        return None
+    return spec_of({key.removeprefix("lora."): value for key, value in identity.items() if key.startswith("lora.")})
 
 
 NO_ADAPTERS = {"lora.rank": None}

@@ -13,7 +13,7 @@ from dpo import DISTRIBUTION
 from dpo.pairs.report import DataReport
 
 PACKAGE = Path(__file__).parents[1]
-PACKAGES = ("torch", "transformers", "datasets", "tokenizers")
+PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers")
 
 
 def provenance(hosts: Sequence[str], last_step: int) -> dict[str, Any]:

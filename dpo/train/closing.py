@@ -35,7 +35,8 @@ def conclude(run: Run) -> None:
     if not run.world.is_main:
         return
     last = max(run.start.step, run.inputs.last_step)
-    say(f"done: {last} steps, the model is in {run.dir / FINAL}")
+    what = "the adapters are" if run.policy.adapters else "the model is"
+    say(f"done: {last} steps, {what} in {run.dir / FINAL}")
     try:
         answers = read_answers(run.answers, last) if run.answers else []
         lines = read_metrics(run.dir)

@@ -10,6 +10,7 @@ from dpo.config import Config
 from dpo.disk.storage import check_folders
 from dpo.distributed.collectives import on_main
 from dpo.distributed.world import World
+from dpo.hub.files import find_config
 from dpo.run.folder import Start, check_writable, find_candidates, read_starts, seems_finished, start_from
 from dpo.run.identity import check_identity, identity_of
 from dpo.run.inputs import Inputs
@@ -67,8 +68,9 @@ def is_done(config: Config, start: Start, inputs: Inputs, world: World) -> bool:
         return False
     if world.is_main:  # train.steps may be less than the steps that were made
         steps, final = max(start.step, inputs.last_step), f"{config.train.run_dir}/{FINAL}"
+        what = "the adapters are" if inputs.model.adapters else "the model is"
         more = "to train on, raise train.steps or train.epochs; to begin anew, set another train.run_dir"
-        say(f"{config.train.run_dir} is finished: its {steps} steps are done, the model is in {final}; {more}")
+        say(f"{config.train.run_dir} is finished: its {steps} steps are done, {what} in {final}; {more}")
     return True
 
 
@@ -98,8 +100,8 @@ def _is_of_an_older_version(final: Path) -> bool:
 
 def lacks_report(run_dir: Path) -> bool:
     """Returns whether a finished run has no page, or one of an earlier time: a kill came between export and page."""
-    page, model = run_dir / REPORT, run_dir / FINAL / "config.json"
-    return not page.is_file() or page.stat().st_mtime < model.stat().st_mtime
+    page, model = run_dir / REPORT, find_config(run_dir / FINAL)
+    return not page.is_file() or (model is not None and page.stat().st_mtime < model.stat().st_mtime)
 
 
 def check_first_step(run: Run) -> Deviation | None:
