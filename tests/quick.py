@@ -66,6 +66,7 @@ SLOW: Sequence[str] = (
     "board/test_watching.py",
     "checkpoint/test_checkpoint.py",
     "checkpoint/test_export.py",
+    "checkpoint/test_export_adapters.py",
     "checkpoint/test_failed_checkpoint.py::test_killed_before_any_change",
     "checkpoint/test_host_copies.py",
     "checkpoint/test_lora.py",

@@ -49,8 +49,10 @@ class AdapterSpec:
 def spec_of(facts: Mapping[str, Any]) -> AdapterSpec:
     """Returns the adapters that `AdapterSpec.facts` describes, as JSON has kept it."""
     known = {key.name for key in fields(AdapterSpec)}
-    values: dict[str, Any] = {name: value for name, value in facts.items() if name in known}
-    return AdapterSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in facts.items() if name in known
+    }
+    return AdapterSpec(**values)
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from dpo.adapters.spec import ADAPTER
 from dpo.adapters.start import trained_tensors
@@ -63,6 +64,7 @@ def write_adapter_config(folder: Path, policy: Policy, base: str) -> None:
         "base_model_name_or_path": str(Path(base).absolute()) if Path(base).exists() else base,
         "inference_mode": True,
         "modules_to_save": modules_to_save(policy) or None,
+        "ensure_weight_tying": trains_tied(policy.model),
     }
     content = _plain(policy.model.peft_config[ADAPTER].to_dict() | changed)
     write_file(folder / ADAPTER_CONFIG, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
@@ -78,6 +80,14 @@ def modules_to_save(policy: Policy) -> list[str]:
     ends = (model.get_input_embeddings(), model.get_output_embeddings()) if spec.embeddings else ()
     whole = [name for name, module in model.named_modules() if module in ends]
     return sorted({*spec.trained_modules, *(_shortest(name, names) for name in whole)})
+
+
+def trains_tied(model: PreTrainedModel) -> bool:
+    """Returns whether an embedding that is the head too is trained whole: peft would train two copies of it, unless
+    `ensure_weight_tying` says otherwise.
+    """
+    embedding: Any = model.get_input_embeddings()
+    return bool(model.all_tied_weights_keys) and bool(embedding.weight.requires_grad)
 
 
 def _shortest(name: str, names: Sequence[str]) -> str:
