@@ -74,6 +74,7 @@ SLOW: Sequence[str] = (
     "commands/test_demo.py",
     "commands/test_doctor.py",
     "commands/test_doctor_report.py",
+    "commands/test_export_merge.py",
     "commands/test_prepare.py",
     "commands/test_replay.py",
     "commands/test_sample.py",
