@@ -205,7 +205,7 @@ def _tensors_of(state: Any) -> list[torch.Tensor]:
 
 def load_model(folder: Path, model: nn.Module) -> None:
     """Loads the weights of a checkpoint, without optimizer state. Every rank must get here, or the rest hang."""
-    state = {"model": _trained_part(model, get_model_state_dict(model))}
+    state = {"model": trained_part(model, get_model_state_dict(model))}
     reader = together(lambda: open_reader(folder))
     with storage_errors(folder):
         dcp.load(state, storage_reader=reader)
@@ -225,7 +225,7 @@ def _split_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[di
     """Returns the tensors of a checkpoint, and the settings of the optimizer, {"param_groups": [...]}."""
     model_state, optimizer_state = get_state_dict(model, optimizer)
     settings = {"param_groups": optimizer_state.pop("param_groups")}
-    return {"model": _trained_part(model, model_state), "optimizer": optimizer_state}, settings
+    return {"model": trained_part(model, model_state), "optimizer": optimizer_state}, settings
 
 
 def has_frozen(model: nn.Module) -> bool:
@@ -233,7 +233,7 @@ def has_frozen(model: nn.Module) -> bool:
     return not all(parameter.requires_grad for parameter in model.parameters())
 
 
-def _trained_part(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+def trained_part(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Returns the part of a model's state that a checkpoint holds: of a model with adapters what is trained, since each
     start reads the rest from the folder of the model.
     """

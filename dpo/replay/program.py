@@ -12,13 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 from dpo.base.errors import RunError
 from dpo.checkpoint.fingerprint import fingerprint
 from dpo.checkpoint.folders import checkpoint_path
+from dpo.checkpoint.store import trained_part
 from dpo.config import Config
 from dpo.distributed.collectives import on_main
 from dpo.distributed.startup import open_world, start_devices
@@ -35,8 +35,8 @@ from dpo.terminal.console import begin_log, say
 from dpo.train.loop import take_step
 from dpo.train.setup import Hooks, Run, build_run
 
-CODE = ("version", "commit", "dirty", "torch", "transformers")
-"""The facts of a start that say by which code it computed."""
+CODE = ("version", "commit", "dirty", "torch", "transformers", "peft")
+"""The facts of a start that say by which code it computed. Older versions recorded fewer."""
 
 
 def main() -> None:
@@ -98,8 +98,8 @@ def _is_same_layout(run: Run, beginning: Beginning) -> bool:
     changed = {key for each in beginning.layouts for key in layout if each.get(key) != layout[key]}
     is_same = bool(beginning.layouts) and not changed
     if run.world.is_main:
-        now = provenance([], 0)
-        code = [f"{key} {beginning.code.get(key)} -> {now[key]}" for key in CODE if beginning.code.get(key) != now[key]]
+        now, before = provenance([], 0), beginning.code
+        code = [f"{key} {before[key]} -> {now[key]}" for key in CODE if key in before and before[key] != now[key]]
         if code:
             say(f"the code has changed since the run's last start, and may compute other bits: {', '.join(code)}")
         if not is_same:
@@ -115,8 +115,8 @@ def _take(run: Run, step: int) -> Metrics:
 
 
 def _weights_of(run: Run) -> str:
-    """Returns the hash of the weights. Every rank must get here, or the rest hang."""
-    tensors: dict[str, Any] = get_model_state_dict(run.policy.model)
+    """Returns the hash of the weights that a checkpoint holds. Every rank must get here, or the rest hang."""
+    tensors = trained_part(run.policy.model, get_model_state_dict(run.policy.model))
     return fingerprint({name: tensor.cpu() for name, tensor in tensors.items()})
 
 

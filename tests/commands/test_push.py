@@ -96,6 +96,24 @@ def test_the_model_of_a_run_is_uploaded(
     ]
 
 
+def test_adapters_are_uploaded(run_dir: Path, pushed: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """They have no config.json; one without its tensors is no model."""
+    final = run_dir / "final"
+    (final / "config.json").rename(final / "adapter_config.json")
+    assert pushed(run_dir, "me/x")[0] == 2
+    assert f"{run_dir} has no final/ and no checkpoint" in capsys.readouterr().err
+    (final / "model.safetensors").rename(final / "adapter_model.safetensors")
+    write_sums(final)
+    code, calls = pushed(run_dir, "me/x")
+    assert code == 0 and calls[-1][2]["folder_path"] == final
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        content = (final / name).read_bytes()
+        (final / name).write_bytes(content + b" ")
+        assert pushed(run_dir, "me/x") == (2, [])
+        assert "is not as it was exported: " in capsys.readouterr().err
+        (final / name).write_bytes(content)
+
+
 def test_a_private_repository_and_a_branch(run_dir: Path, pushed: Any) -> None:
     code, calls = pushed(run_dir, "x", "--private", "--revision", "beta-0.1")
     assert code == 0 and [name for name, *_ in calls] == ["create_repo", "create_branch", "upload_folder"]

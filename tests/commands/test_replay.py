@@ -118,6 +118,31 @@ def test_the_hash_of_the_weights_is_that_of_any_layout(alone: Path, pair: Path, 
     assert read_state(checkpoint_path(alone, 4), "").weights != read_state(checkpoint_path(alone, 2), "").weights
 
 
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("keys", [{}, {"lora__dora": True}, {"lora__train_embeddings": True}])
+def test_a_run_with_adapters(root: Path, ranks: Ranks, tmp_path: Path, keys: dict[str, Any], size: int) -> None:
+    """From step 0 and from a checkpoint, which holds adapters alone; weights and metrics to the last bit."""
+    config = config_of(root, tmp_path / "run", lora__rank=3, **keys)
+    folder, *_ = ranks(size, run, config)
+    (folder / "final" / "adapter_model.safetensors").unlink()  # nothing is read from there
+    for step in (2, 6):
+        code, out, err = ranks(size, as_rank, folder, step)[0]
+        assert code == 0, err
+        first = {2: 1, 6: 5}[step]
+        weights = read_state(checkpoint_path(folder, step), "").weights
+        assert f"steps {first} to {step} are equal to the last bit; the weights are those of " in out
+        assert out.rstrip().endswith(f", {weights}") and "the code has changed" not in err
+
+
+def test_a_flipped_bit_of_an_adapter_is_found(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In memory, after step 3: step 4 is the first that differs."""
+    name = "model.layers.1.mlp.down_proj.lora_B.default.weight"
+    folder = run_with_a_flip(config_of(root, tmp_path / "run", lora__rank=3), "_step", 4, 12, name)
+    code, _, err = again(folder, 4, capsys)
+    (line,) = error_lines(err)
+    assert code == 1 and line.startswith("error: step 4 is the first that differs: train/")
+
+
 # --- a flipped bit ---------------------------------------------------------------------------------------------------
 
 
@@ -128,14 +153,17 @@ def flip(weight: torch.Tensor, bit: int) -> None:
     flat.view(torch.int32)[int(flat.abs().argmax())] ^= 2**bit
 
 
-def run_with_a_flip(config: Config, name: str, when: int, bit: int) -> Path:
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def run_with_a_flip(config: Config, name: str, when: int, bit: int, weight: str = DOWN) -> Path:
     """Trains; before the `when`-th call of a function of the loop, a bit of a weight flips on the last rank."""
     function, calls = getattr(loop, name), []
 
     def call(made: Any, *others: Any) -> Any:
         calls.append(1)
         if len(calls) == when and os.environ.get("RANK", "0") == str(made.world.size - 1):
-            flip(made.policy.model.get_parameter("model.layers.1.mlp.down_proj.weight"), bit)
+            flip(made.policy.model.get_parameter(weight), bit)
         return function(made, *others)
 
     with patch.object(loop, name, call):
