@@ -108,6 +108,7 @@ SLOW: Sequence[str] = (
     "run/test_answers.py",
     "run/test_card.py::test_a_card_of_odd",
     "run/test_card.py::test_a_card_that_fails",
+    "run/test_card.py::test_adapters_have",
     "run/test_card.py::test_damaged",
     "run/test_card.py::test_final",
     "run/test_folder.py",

@@ -61,8 +61,9 @@ def _change(layer: Any, a: Tensor, b: Tensor, rows: slice) -> Tensor:
     if experts == 1:
         return a.T[rows] @ b.T if layer.fan_in_fan_out else b[rows] @ a
     ups, downs = a.reshape(experts, -1, a.shape[1])[rows], b.reshape(b.shape[0], -1, experts)[..., rows]
-    # Most experts are stored as (inputs, outputs), some as (outputs, inputs): peft swaps the two for these.
-    return torch.einsum("ore,eri->eoi" if layer._did_swap_in_out_features else "ore,eri->eio", downs, ups)
+    change = downs.permute(2, 0, 1) @ ups
+    # Weights are (E, outputs, inputs), unless the model says that its are (E, inputs, outputs).
+    return change.transpose(1, 2) if getattr(layer.get_base_layer(), "is_transposed", False) else change
 
 
 def _scale(layer: Any, magnitude: Tensor, merged: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -209,6 +210,17 @@ def test_a_finished_run_says_so(config: Config, capsys: pytest.CaptureFixture[st
     assert exit_code(config) == 0
     assert "its 2 steps are done, the adapters are in " in capsys.readouterr().err
     assert (Path(str(config.train.run_dir)) / "final" / ADAPTER_TENSORS).stat().st_mtime_ns == before
+
+
+def test_a_finished_run_without_its_page_gets_one(config: Config) -> None:
+    """A kill came between export and page: there is none, or one that is older than the adapters."""
+    page = run(config) / "report.html"
+    page.unlink()
+    assert exit_code(config) == 0 and page.is_file()
+    os.utime(page, (0, 0))
+    assert exit_code(config) == 0 and page.stat().st_mtime > 0
+    before = page.stat().st_mtime_ns
+    assert exit_code(config) == 0 and page.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("name", [ADAPTER_CONFIG, ADAPTER_TENSORS, "tokenizer.json"])

@@ -55,6 +55,24 @@ def words_of(table: str) -> list[list[str]]:
     return [line.split() for line in table.splitlines() if line.strip() and "─" not in line]
 
 
+def test_ranks_and_alphas_are_columns(
+    tmp_path: Path, program: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a sweep over adapters, beside a run of the whole model."""
+    sweep = {"four": {"lora__rank": 4}, "eight": {"lora__rank": 8, "lora__alpha": 8.0}, "whole": {}}
+    runs = [save_run(tmp_path / name, lines(1, loss=0.5, accuracy=0.9), **keys) for name, keys in sweep.items()]
+    assert program(*runs, "--sort", "lora.rank") == 0
+    table = words_of(capsys.readouterr().out)
+    assert table[0][:4] == ["run", "steps", "lora.rank", "lora.alpha"]
+    assert [row[4:6] for row in table if row[0] in sweep] == [["4", "null"], ["8", "8.0"], ["null", "null"]]
+    entries = [hparams_entry(folder / "tensorboard") for folder in runs]
+    assert [[entry.values.get(f"lora.{name}") for name in ("rank", "alpha")] for entry in entries] == [
+        ["4", "null"],
+        ["8", "8.0"],
+        ["null", "null"],
+    ]
+
+
 def test_the_table(tmp_path: Path, program: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     """Steps 1 to 20 have the losses 1 to 20: the mean of the last ten is 15.5; of 1 to 4 it is 2.5."""
     long = save_run(tmp_path / "long", lines(20, loss=0.5, accuracy=0.9), done=True, optim__lr=1e-5)

@@ -164,6 +164,14 @@ def test_a_page_of_many_pairs_is_small(tmp_path: Path) -> None:
 # --- less than a whole run --------------------------------------------------------------------------------------------
 
 
+def test_a_run_with_adapters_is_finished(run_dir: Path) -> None:
+    """Its final/ has adapter_config.json in place of config.json."""
+    (run_dir / "final" / "config.json").rename(run_dir / "final" / "adapter_config.json")
+    assert read_record(run_dir).is_done
+    (run_dir / "final" / "adapter_config.json").unlink()
+    assert not read_record(run_dir).is_done
+
+
 def test_a_run_that_is_not_finished(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "final")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()[:11]

@@ -85,6 +85,17 @@ def test_seeds_are_averaged_over() -> None:
     assert shape(heat_maps(one_setting, differing(one_setting))[0]) == ("", "train.seed", [[1, 1]])
 
 
+def test_a_sweep_over_ranks_and_alphas() -> None:
+    """The same loss and rate: what differs is the adapters."""
+    keys = [
+        {"lora.rank": rank, "lora.alpha": alpha, "lora.target_modules": None} for rank in (4, 8) for alpha in (8, 16)
+    ]
+    runs = [run_of(name, 0.1, 1e-6, 0.7, **values) for name, values in zip("abcd", keys, strict=True)]
+    assert differing(runs) == ["lora.rank", "lora.alpha"]
+    assert [row.values for row in run_rows(runs, differing(runs))] == [("4", "8"), ("4", "16"), ("8", "8"), ("8", "16")]
+    assert shape(heat_maps(runs, differing(runs))[0]) == ("lora.rank", "lora.alpha", [[1, 1], [1, 1]])
+
+
 def at_steps(*runs: tuple[int, float, bool]) -> Sequence[Cell]:
     """The cells of runs of 1,000 steps: their step, accuracy, and whether they are exported."""
     records = [

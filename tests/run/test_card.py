@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,47 @@ def test_schedules() -> None:
         assert words in rows(card_text(facts))["optimizer"][0]
 
 
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+ADAPTERS = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"], "use_rslora": False, "use_dora": True}
+
+
+def test_a_card_of_adapters() -> None:
+    """The hub shows them below their base; peft loads them, onto a base that is loaded first."""
+    settings = ADAPTERS | {"modules_to_save": ["embed_tokens", "lm_head"], "target_parameters": None}
+    text = card_text(replace(facts_of(), exported=Exported(True, True, settings)))
+    data = ModelCard(text).data
+    assert (data.base_model, data["base_model_relation"], data.library_name) == ("org/base", "adapter", "peft")
+    assert data.tags == ["dpo", "preference-optimization", "rlhf", "generated_from_trainer", "lora"]
+    assert "These are LoRA adapters for [org/base](https://huggingface.co/org/base), trained by Direct" in text
+    words = "rank 8, alpha 16, DoRA, on q_proj, v_proj, trained whole: embed_tokens, lm_head"
+    assert rows(text)["adapters"] == [words]
+    usage = text.partition("```python\n")[2].partition("```")[0].splitlines()
+    assert usage == [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        'base = AutoModelForCausalLM.from_pretrained("org/base", dtype="auto", trust_remote_code=True)',
+        'model = PeftModel.from_pretrained(base, ".")  # this folder, or its id on the hub',
+        'tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)',
+    ]
+
+
+def test_a_card_of_a_model_that_adapters_were_added_to() -> None:
+    """It is a model of its own; the config tells which adapters, or where they started."""
+    keys = {"lora__rank": 4, "lora__rslora": True, "lora__target_parameters": ["experts.down_proj"]}
+    text = card_text(facts_of(**keys))
+    assert front_matter(facts_of(**keys))["base_model_relation"] == "finetune"
+    assert "with LoRA adapters added to its weights, which were trained by Direct" in text
+    assert 'AutoModelForCausalLM.from_pretrained("."' in text and "peft" not in text
+    assert rows(text)["adapters"] == ["rank 4, alpha 8, rsLoRA, on all-linear, experts.down_proj"]
+    found = rows(card_text(facts_of(lora__path="/home/me/secret/sft/final")))
+    assert found["adapters"] == ["those of `sft/final`, trained further"]
+    assert found["reference"] == ["the base with the adapters of `sft/final`"]
+    found = rows(card_text(facts_of(lora__path="sft", reference__adapter="base")))
+    assert found["reference"] == ["the base"]
+    assert "adapters" not in rows(card_text(facts_of())) and "lora" not in front_matter(facts_of())["tags"]
+
+
 # --- the base --------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +248,17 @@ def test_final_has_a_card_of_its_own(config: Config, tmp_path: Path) -> None:
     [start] = json.loads((run_dir / "provenance.json").read_text())
     assert [source["pairs"] for source in start["data"]["sources"]] == [8, 2]
     assert str(tmp_path) not in card.content
+
+
+def test_adapters_have_a_card(config: Config, tmp_path: Path) -> None:
+    """Of a run, with the version of peft; it tells no path of the machine, other than adapter_config.json."""
+    run_dir = run(changed(config, lora__rank=2, lora__target_modules=["v_proj", "q_proj"]))
+    card = ModelCard.load(run_dir / "final" / "README.md")
+    assert rows(card.text)["adapters"] == ["rank 2, alpha 4, on q_proj, v_proj"]
+    assert f", peft {version('peft')}, " in card.text and str(tmp_path) not in card.content
+    assert str(tmp_path) in (run_dir / "final" / "adapter_config.json").read_text()
+    [start] = json.loads((run_dir / "provenance.json").read_text())
+    assert start["peft"] == version("peft")
 
 
 def test_damaged_metrics_cost_the_card_alone(config: Config, capsys: pytest.CaptureFixture[str]) -> None:
