@@ -42,13 +42,6 @@ def adapter_facts(inputs: Inputs) -> dict[str, Any]:
     return {f"lora.{name}": value for name, value in facts.items()} | renamed | {"model.path": inputs.model.base_hash}
 
 
-def recorded_adapters(identity: Mapping[str, Any]) -> AdapterSpec | None:
-    """Returns the adapters of the run whose checkpoint has this identity; None where its whole model was trained."""
-    if identity.get("lora.rank") is None:
-        return None
-    return spec_of({key.removeprefix("lora."): value for key, value in identity.items() if key.startswith("lora.")})
-
-
 NO_ADAPTERS = {"lora.rank": None}
 IN_A_FOLDER_ALONE = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "trained_modules")
 """The values of `AdapterSpec` for which the config has no key but lora.path, in whose folder they stand."""
@@ -119,6 +112,14 @@ def _difference(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> 
         hashes = f"hash {str(before.get(key))[:8]}, now {now[key][:8]}"
         return key, f"the content of {CONTENT_OF[key]} has changed since the checkpoint was written ({hashes})"
     return key, f"{before.get(key)!r} when the checkpoint was written, {now[key]!r} now"
+
+
+def recorded_adapters(identity: Mapping[str, Any]) -> AdapterSpec | None:
+    """Returns the adapters of the run whose checkpoint has this identity; None where its whole model was trained."""
+    facts = {key.removeprefix("lora."): value for key, value in identity.items() if key.startswith("lora.")}
+    if facts.get("rank") is None:
+        return None
+    return spec_of(facts | facts["path"] | {"embeddings": facts["train_embeddings"]})
 
 
 def shown_share(share: float | None) -> str:

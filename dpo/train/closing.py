@@ -35,7 +35,7 @@ def conclude(run: Run) -> None:
     if not run.world.is_main:
         return
     last = max(run.start.step, run.inputs.last_step)
-    what = "the adapters are" if run.policy.adapters else "the model is"
+    what = "the adapters are" if run.inputs.model.adapters else "the model is"
     say(f"done: {last} steps, {what} in {run.dir / FINAL}")
     try:
         answers = read_answers(run.answers, last) if run.answers else []

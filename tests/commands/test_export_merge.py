@@ -3,7 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,11 @@ from torch import nn
 from transformers import AutoConfig
 
 from dpo.adapters.merge import merged_weights
+from dpo.adapters.spec import AdapterSpec
 from dpo.checkpoint.folders import checkpoint_path
 from dpo.export import program as export
 from dpo.hub.files import ADAPTER_CONFIG, ADAPTER_TENSORS
+from dpo.run.identity import NO_ADAPTERS, adapter_facts, recorded_adapters
 from tests.support.adapters import KINDS, adapter_config, adapter_run, name_of, pair_logps, recorded_logps, rows_of
 from tests.support.models import plain_model, save_model
 from tests.support.ranks import Ranks
@@ -178,6 +182,27 @@ def test_the_base_is_not_read_for_adapters_alone(runs: Any, tmp_path: Path) -> N
     assert run_export(*words, tmp_path / "out") == 0
     assert contents(tmp_path / "out")[ADAPTER_TENSORS] == contents(run_dir / "final")[ADAPTER_TENSORS]
     assert run_export(*words, tmp_path / "merged", "--merge") == 2 and not (tmp_path / "merged").exists()
+
+
+def test_the_adapters_of_a_checkpoint_are_those_of_its_run() -> None:
+    """By what state.json records, since the folder of lora.path may be gone; a run without adapters has none."""
+    spec = AdapterSpec(
+        rank=4,
+        alpha=6.0,
+        target_modules=("k_proj", "q_proj"),
+        target_parameters=("experts.down_proj",),
+        exclude_modules="layers.0.*",
+        rslora=True,
+        rank_pattern={"q_proj": 2},
+        alpha_pattern={"q_proj": 3.0},
+        layers_to_transform=(1, 2),
+        trained_modules=("lm_head",),
+        embeddings=True,
+        folder=Path("sft"),
+    )
+    inputs: Any = SimpleNamespace(model=SimpleNamespace(adapters=spec, base_hash="0"))
+    assert recorded_adapters(json.loads(json.dumps(adapter_facts(inputs)))) == replace(spec, folder=None)
+    assert recorded_adapters(NO_ADAPTERS) is None and recorded_adapters({}) is None
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

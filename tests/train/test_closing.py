@@ -145,7 +145,7 @@ def told_at_the_end(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> list[s
     run = SimpleNamespace(
         world=SimpleNamespace(is_main=True),
         start=SimpleNamespace(step=0),
-        inputs=SimpleNamespace(last_step=9),
+        inputs=SimpleNamespace(last_step=9, model=SimpleNamespace(adapters=None)),
         dir=run_dir,
         answers=None,
         config=SimpleNamespace(loss=LossConfig()),
