@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
 from dpo.adapters.names import is_of_adapter
@@ -31,7 +32,8 @@ def inject(model: PreTrainedModel, spec: AdapterSpec, master: torch.dtype, compu
     from peft import inject_adapter_in_model
 
     config = peft_config(spec, find_targets(model, spec))
-    with warnings.catch_warnings():
+    # peft moves new modules to a device, which modules of fake tensors, as `dpo.estimate` builds them, cannot do.
+    with unset_fake_temporarily(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a Conv1D's weight is transposed, which peft sees by itself
         try:
             inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)

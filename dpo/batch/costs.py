@@ -14,6 +14,17 @@ softmax and the optimizer are left out: they are not matrix products, and `FlopC
 A layer with a sliding window is counted like full attention: an upper bound, exact where no tree is longer than the
 window.
 
+With adapters (`Trained`) a frozen product has one gradient, that of its input, and the two products of an adapter have
+both. What comes before the first adapter has no gradient. A Llama of 2 layers with adapters of rank 4 on all products
+of 8 x 8, 7 in a layer, in units of one of these: an adapter is 2 * 4 * 8 / (8 * 8) = 1 in a forward pass.
+
+    forward      14 products and 14 adapters                                                                28
+    inputs       the same, without q, k, v of the first layer and A of their adapters (half an adapter each)   28 - 4.5
+    weights      14 adapters                                                                                14
+
+DoRA multiplies each adapter with a unit matrix too, once in every micro-batch: as much as a forward pass of the adapter
+over as many tokens as it has inputs. That is left out, and so are adapters of parameters that are no linear layers.
+
 An example: a layer with H = 4 hidden and 4 query elements, one head, an ungated MLP of 16, V = 10, and a tree with a
 prompt of 3 tokens and completions of 2 and 3. Its products have 4 * 4 * 4 + 2 * 4 * 16 = 192 parameters.
 
@@ -24,10 +35,19 @@ prompt of 3 tokens and completions of 2 and 3. Its products have 4 * 4 * 4 + 2 *
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
 from dpo.batch.trees import Tree
+
+
+class ForwardFlops(NamedTuple):
+    """FLOPs of a forward pass by part."""
+
+    body: float
+    attention: float
+    head: float
 
 
 @dataclass(frozen=True)
@@ -42,8 +62,14 @@ class CostModel:
 
     def cost(self, tree: Tree) -> float:
         """Returns the FLOPs of the forward pass of one tree."""
-        return (
-            self.per_token * tree.num_tokens + self.per_attended * tree.num_attended + self.per_scored * tree.num_scored
+        return sum(self.parts([tree]))
+
+    def parts(self, trees: Sequence[Tree]) -> ForwardFlops:
+        """Returns the FLOPs of the forward pass of trees, by part."""
+        return ForwardFlops(
+            body=self.per_token * sum(tree.num_tokens for tree in trees),
+            attention=self.per_attended * sum(tree.num_attended for tree in trees),
+            head=self.per_scored * sum(tree.num_scored for tree in trees),
         )
 
 
@@ -51,12 +77,38 @@ UNGATED = ("phi", "starcoder2", "nemotron", "gpt_bigcode")
 """Model types with grouped key and value heads whose MLP has two products (up, down) and no gate."""
 
 MODEL_UNITS = 3.0
-"""Units of a step without recomputation, by which model FLOPs utilization (MFU) is defined."""
+"""Units of a step of the whole model without recomputation, by which model FLOPs utilization (MFU) is defined; of a
+step with adapters see `model_flops`."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What of a model has gradients, in multiples of the forward pass of its layers' products, adapters aside. By
+    default the whole model; `dpo.estimate.trained` finds it for a model with adapters.
+    """
+
+    adapters: float = 0.0
+    """The forward pass of the adapters' products."""
+    inputs: float = 1.0
+    """The gradients of the inputs of all products."""
+    weights: float = 1.0
+    """The gradients of the weights of all products."""
+    layers: float = 1.0
+    """The share of the layers that have a backward pass: the first with an adapter and those above."""
+    head: float = 1.0
+    """1 where the head's weights are trained, else 0."""
+    last: float = 1.0
+    """What full checkpointing does not recompute, as a multiple of the last products of all layers."""
+
+
+WHOLE_MODEL = Trained()
 
 
 @dataclass(frozen=True)
 class Units:
-    """The FLOPs of a step as multiples of the forward pass: of the layers' products, of attention, of the head."""
+    """The FLOPs of a step as multiples of the forward pass without adapters: of the layers' products, of attention, of
+    the head. The numbers below are those of a step that trains the whole model.
+    """
 
     body: float = 3.0
     """3; 4 with full checkpointing; 3.5 with selective checkpointing, a rough middle."""
@@ -92,21 +144,37 @@ def intermediate_size(config: PretrainedConfig) -> int:
     return size
 
 
-def units(activation_checkpointing: str, recomputed_share: float) -> Units:
+def units(activation_checkpointing: str, recomputed_share: float, trained: Trained = WHOLE_MODEL) -> Units:
     """Returns the units of a step.
 
     Args:
         activation_checkpointing: `parallel.activation_checkpointing`: none, selective or full.
         recomputed_share: the share of rows whose logits are computed twice (`log_probs.recomputed_share`).
+        trained: what of the model has gradients.
     """
-    head = 3.0 + recomputed_share
+    body = 1.0 + trained.adapters + trained.inputs + trained.weights
+    attention, head = 1.0 + 2.5 * trained.layers, 2.0 + trained.head + recomputed_share
+    layer = trained.layers + trained.adapters  # a layer that is computed again
     match activation_checkpointing:
         case "none":
-            return Units(head=head)
+            return Units(body, attention, head)
         case "selective":
-            return Units(body=3.5, head=head)
+            return Units(body + 0.5 * layer, attention, head)
     assert activation_checkpointing == "full", activation_checkpointing
-    return Units(body=4.0, attention=4.5, head=head, spared=1.0)
+    return Units(body + layer, attention + trained.layers, head, spared=trained.last)
+
+
+def model_flops(forward: ForwardFlops, trained: Trained = WHOLE_MODEL) -> float:
+    """Returns the FLOPs of a step by which its MFU is defined: each product that the gradient needs once, without any
+    recomputation. Of the whole model that is three forward passes; with adapters about two.
+
+    Args:
+        forward: the FLOPs of a forward pass over the trees of the step, without adapters.
+        trained: what of the model has gradients.
+    """
+    needed = units("none", 0.0, trained)
+    attention = 1.0 + 2.0 * trained.layers
+    return needed.body * forward.body + attention * forward.attention + needed.head * forward.head
 
 
 def step_flops(trees: Sequence[Tree], costs: CostModel, units: Units) -> float:
@@ -121,8 +189,6 @@ def step_flops(trees: Sequence[Tree], costs: CostModel, units: Units) -> float:
         costs: FLOPs of a forward pass.
         units: the FLOPs of a step as multiples of a forward pass, by part.
     """
-    return (
-        (units.body * costs.per_token - units.spared * costs.per_token_last) * sum(tree.num_tokens for tree in trees)
-        + units.attention * costs.per_attended * sum(tree.num_attended for tree in trees)
-        + units.head * costs.per_scored * sum(tree.num_scored for tree in trees)
-    )
+    forward = costs.parts(trees)
+    spared = units.spared * costs.per_token_last * sum(tree.num_tokens for tree in trees)
+    return units.body * forward.body - spared + units.attention * forward.attention + units.head * forward.head

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dpo.batch.block_mask import BLOCK, Span, Window
+from dpo.batch.costs import ForwardFlops
 from dpo.batch.layout import Layout, make_layout
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree
@@ -87,7 +88,7 @@ class PackedBatch:
     """Pairs of the whole step, all lanes and micro-batches: the denominator of the preference loss."""
     winner_tokens_in_step: int
     """Scored tokens of the winners of all pairs of the step, once per pair: the denominator of the SFT term."""
-    forward_flops_in_step: float
+    forward_flops_in_step: ForwardFlops
     """FLOPs of a forward pass over the trees of the whole step, all lanes and micro-batches."""
     num_tokens: int
     """Tokens of this row's trees: L without padding, and 0 for a filler."""

@@ -12,7 +12,7 @@ of 1 FLOP per token, on 2 lanes with 60 tokens per micro-batch:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dpo.batch.costs import CostModel
+from dpo.batch.costs import CostModel, ForwardFlops
 from dpo.batch.trees import Tree
 
 
@@ -29,7 +29,7 @@ class StepPlan:
     """Pairs of all lanes."""
     winner_tokens_in_step: int
     """Tokens of the winners of all pairs; a completion that wins several pairs counts in each of them."""
-    forward_flops: float
+    forward_flops: ForwardFlops
     """FLOPs of one forward pass over all trees, by the cost model."""
     num_oversized: int
     """The number of trees with more tokens than `tokens_per_micro_batch`."""
@@ -61,7 +61,7 @@ def plan_step(trees: Sequence[Tree], num_lanes: int, tokens_per_micro_batch: int
         micro_batches=tuple(_micro_batches(part, num_micro_batches, budget, costs) for part in by_lane),
         pairs_in_step=sum(len(tree.pairs) for tree in trees),
         winner_tokens_in_step=sum(len(tree.completion_ids[w]) for tree in trees for w, _ in tree.pairs),
-        forward_flops=sum(costs.cost(tree) for tree in trees),
+        forward_flops=costs.parts(trees),
         num_oversized=sum(tree.num_tokens > budget for tree in trees),
     )
 

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-import torch
 from transformers import PretrainedConfig
 
-from dpo.batch.costs import MODEL_UNITS, cost_model
+from dpo.batch.costs import cost_model, model_flops
 from dpo.batch.plan import StepPlan
 from dpo.config import Config
 from dpo.distributed.world import World
@@ -15,10 +14,9 @@ from dpo.doctor.rates import Rates
 from dpo.doctor.steps import Timed, chosen_steps
 from dpo.estimate import report as fields
 from dpo.estimate.needs import Trial, plans_of
+from dpo.estimate.parameters import groups_of
 from dpo.estimate.speed import activations_of_plan, flops_of_plan
-from dpo.estimate.traffic import ITEMSIZES, Groups, parameter_groups, step_traffic
-from dpo.model.build import build_on_meta
-from dpo.model.parallelize import decoder_layers
+from dpo.estimate.traffic import ITEMSIZES, step_traffic
 
 
 def step_facts(subject: Subject, world: World, ranks: Sequence[Timed], rates: Sequence[Rates]) -> fields.Steps:
@@ -33,11 +31,11 @@ def step_facts(subject: Subject, world: World, ranks: Sequence[Timed], rates: Se
     assert subject.lengths is not None
     config, model_config, on_cpu = ranks[0].config, subject.models[0], world.device.type == "cpu"
     plans = plans_of(Trial(config, world.size), model_config, chosen_steps(subject.lengths))
-    flops = [flops_of_plan(config, model_config, plan, on_cpu) for plan in plans]
+    groups = groups_of(config, model_config, world.size)
+    flops = [flops_of_plan(config, model_config, plan, on_cpu, groups.trained) for plan in plans]
     seconds = _slowest([rank.seconds for rank in ranks])
-    model_flops = [MODEL_UNITS * plan.forward_flops for plan in plans]
+    needed = [model_flops(plan.forward_flops, groups.trained) for plan in plans]
     shard = world.size // config.parallel.replicate
-    groups = _groups(config, model_config, shard)
     itemsize = ITEMSIZES[config.parallel.compute_dtype]
     traffic = [step_traffic(groups, shard, plan.num_micro_batches, config.parallel, itemsize) for plan in plans]
     once = step_traffic(groups, max(shard, 2), 1, config.parallel, itemsize)
@@ -48,14 +46,14 @@ def step_facts(subject: Subject, world: World, ranks: Sequence[Timed], rates: Se
         flops=[total for _, total in flops],
         slowest_flops=[slowest for slowest, _ in flops],
         slowest_activations=[activations_of_plan(config, model_config, plan, on_cpu) for plan in plans],
-        model_flops=model_flops,
+        model_flops=needed,
         micro_batches=[plan.num_micro_batches for plan in plans],
         all_gather_bytes=fmean(sent.all_gather for sent in traffic),
         reduce_scatter_bytes=fmean(sent.reduce_scatter for sent in traffic),
         all_reduce_bytes=fmean(sent.all_reduce for sent in traffic),
         elements_per_rank=max(rank.elements for rank in ranks),
         peak_memory_bytes=[rank.peak_memory for rank in ranks],
-        mfu_of_products=_mfu(config, world, sum(model_flops) / sum(seconds), rates),
+        mfu_of_products=_mfu(config, world, sum(needed) / sum(seconds), rates),
         forward_seconds=_slowest([rank.forward_seconds for rank in ranks]),
         forward_flops=_forward_flops(model_config, plans[0]),
         gathered_bytes=float(once.all_gather),
@@ -68,11 +66,6 @@ def step_facts(subject: Subject, world: World, ranks: Sequence[Timed], rates: Se
 def _slowest(ranks: Sequence[Sequence[float]]) -> list[float]:
     """Returns the maximum over ranks of each of several measurements."""
     return [max(of_ranks) for of_ranks in zip(*ranks, strict=True)]
-
-
-def _groups(config: Config, model_config: PretrainedConfig, shard: int) -> Groups:
-    model = build_on_meta(model_config, getattr(torch, config.model.dtype), config.model.trust_remote_code)
-    return parameter_groups(model, decoder_layers(model), shard)
 
 
 def _empty(ranks: Sequence[Timed]) -> tuple[float | None, float | None]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
+from dpo.adapters.choice import find_adapters
+from dpo.adapters.inject import trained
 from dpo.batch.packer import Packer, make_packer
 from dpo.batch.packing import PackedBatch
 from dpo.batch.plan import StepPlan
@@ -74,7 +76,7 @@ class Timed:
     empty_seconds: tuple[float, float] | None = None
     """Of one and of three micro-batches of two tokens, whose gradients are reduced once; None on CUDA."""
     elements: int = 0
-    """Parameters in this rank's shard."""
+    """Trained parameters in this rank's shard."""
     updates: tuple["Updated", ...] = ()
 
 
@@ -149,8 +151,8 @@ def _timed(subject: Subject, config: Config, world: World) -> Timed:
         _forward_seconds(policy, packer.pack(plans[0])),
         peak_memory_bytes(world.device),
         _empty_seconds(policy, plans[0], packer, config) if world.device.type == "cpu" else None,
-        sum(_local(parameter).numel() for parameter in policy.model.parameters()),
-        tuple(_updates(list(policy.model.parameters()), config)),
+        sum(_local(parameter).numel() for parameter in trained(policy.model.parameters())),
+        tuple(_updates(trained(policy.model.parameters()), config)),
     )
 
 
@@ -168,9 +170,9 @@ def random_policy(config: Config, model_config: PretrainedConfig, world: World) 
         model_config: the transformers config of the model.
         world: the ranks, after `start_devices`.
     """
-    mesh = make_mesh(world, config.parallel)
+    mesh, trust = make_mesh(world, config.parallel), config.model.trust_remote_code
     policy = agreed(
-        lambda: build_policy(model_config, config.parallel, config.model.dtype, mesh, config.model.trust_remote_code)
+        lambda: build_policy(model_config, config.parallel, config.model.dtype, mesh, trust, find_adapters(config))
     )
     stored = policy.model.state_dict()
     with torch.no_grad():
@@ -188,7 +190,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _step_seconds(policy: Policy, packer: Packer, plans: Sequence[StepPlan], config: Config) -> tuple[float, ...]:
     """Returns the seconds of a step of each plan, after WARM_UP steps of the first."""
-    optimizer = make_optimizer(policy.model.parameters(), config.optim)
+    optimizer = make_optimizer(trained(policy.model.parameters()), config.optim)
     batches = [packer.pack(plan) for plan in plans]
 
     def step(number: int) -> float:

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
 from dpo.batch.packing import padded_length
@@ -27,13 +26,12 @@ from dpo.batch.plan import StepPlan
 from dpo.config import Config
 from dpo.estimate.devices import steady
 from dpo.estimate.lengths import Lengths
-from dpo.estimate.memory import all_groups, update_elements, with_layers
+from dpo.estimate.memory import update_elements
 from dpo.estimate.needs import Trial, needed_bytes, plans_of
+from dpo.estimate.parameters import groups_of
 from dpo.estimate.speed import Cluster, step_speed
-from dpo.estimate.traffic import ITEMSIZES, Groups, parameter_groups
+from dpo.estimate.traffic import ITEMSIZES, Groups
 from dpo.estimate.words import gib
-from dpo.model.build import build_on_meta
-from dpo.model.parallelize import decoder_layers
 from dpo.step.optim import optimizer_elements
 
 ROOM = 0.08
@@ -113,7 +111,7 @@ def decide(case: Case) -> Choice:
 
 def decide_by_bound(case: Case) -> Choice | None:
     """Returns the choice where the bound shows that every combination fits; else None."""
-    groups = groups_of(case)
+    groups = _groups(case)
     bound = bound_bytes(case, groups)
     if bound > _usable(case.cluster):
         return None
@@ -127,7 +125,7 @@ def decide_by_rehearsal(case: Case) -> Choice:
         trial = Trial(with_values(case.config, values), case.cluster.num_ranks)
         return needed_bytes(trial, case.model_config, case.lengths, case.cluster.device)
 
-    return choose(options(case, groups_of(case)), needed, case.cluster.device.memory)
+    return choose(options(case, _groups(case)), needed, case.cluster.device.memory)
 
 
 def _usable(cluster: Cluster) -> float:
@@ -212,20 +210,16 @@ def _saving(option: Option, chosen: Option, before: str = "") -> str:
 # --- the bound -------------------------------------------------------------------------------------------------------
 
 
-def groups_of(case: Case) -> Groups:
-    """Returns the sizes of the groups of parameters that FSDP2 all-gathers together, from the model with few layers."""
-    depth, config = case.model_config.num_hidden_layers, case.config
-    few = with_layers(case.model_config, min(depth, 2))
-    model = build_on_meta(few, getattr(torch, config.model.dtype), config.model.trust_remote_code)
-    shard = case.cluster.num_ranks // config.parallel.replicate
-    return all_groups(parameter_groups(model, decoder_layers(model), shard), depth)
+def _groups(case: Case) -> Groups:
+    return groups_of(case.config, case.model_config, case.cluster.num_ranks)
 
 
 def bound_bytes(case: Case, groups: Groups) -> float:
     """Returns an upper bound, in bytes, of the memory of every combination of the keys. On a CPU it includes the host's
     part.
 
-        state      the rank's shard of weights, gradients and optimizer, temporaries of the update, a checkpoint's copy
+        state      the rank's shard of weights; of trained weights gradients and optimizer, temporaries of the update,
+                   a checkpoint's copy
         whole      all weights unsharded; all gradients as computed, as accumulated, and twice while they are reduced
         layers     per token 16 times the elements that a layer's matrix products read and write, in all layers
         logits     twice the memory budget of the head, or all logits where they take less
@@ -234,10 +228,10 @@ def bound_bytes(case: Case, groups: Groups) -> float:
     master, compute, reduced = (
         ITEMSIZES[d] for d in (config.model.dtype, config.parallel.compute_dtype, config.parallel.reduce_dtype)
     )
-    elements = sum(groups.layers) + groups.root
-    local = elements * config.parallel.replicate / case.cluster.num_ranks
+    frozen, trained = groups.elements - groups.num_reduced, groups.num_reduced
     kept = 3 + 2 * optimizer_elements(config.optim) + update_elements(config.optim, not device.is_cpu)
-    state, whole = local * master * kept, elements * (2 * compute + 4 * max(reduced, master))
+    state = (trained * master * kept + frozen * compute) * config.parallel.replicate / case.cluster.num_ranks
+    whole = groups.elements * 2 * compute + trained * 4 * max(reduced, master)
     plans = plans_of(
         Trial(config, case.cluster.num_ranks), case.model_config, (case.lengths.longest, *case.lengths.steps)
     )

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from itertools import pairwise
 
 from dpo.base.units import shown_bytes, shown_duration, shown_rate, shown_seconds
-from dpo.batch.costs import MODEL_UNITS
 from dpo.config import Config
 from dpo.disk.sizes import Sizes
 from dpo.estimate.lengths import Extent
@@ -140,7 +139,7 @@ def _disk_lines(found: Forecast) -> list[str]:
     bound = "at least" if found.keep is None and found.num_steps is None else "at most"
     rows = [
         ("checkpoint", found.checkpoint_bytes, f"each; checkpoint.keep {keep}"),
-        ("final/", found.final_bytes, "and as much again while it is written"),
+        ("final/", found.final_bytes, "at most as much again while it is written"),
         ("cache", found.cache_bytes, "at most, of the reference pass, in reference.cache_dir"),
     ]
     head = f"disk of a run: {bound} {shown_bytes(found.disk_bytes)} at once in train.run_dir:"
@@ -166,12 +165,12 @@ def seconds_of_passes(estimate: Estimate, extent: Extent) -> tuple[float, float,
 
 
 def forward_seconds(estimate: Estimate) -> float:
-    """Returns the seconds of a forward pass of `batch.pairs_per_step` pairs without gradients: its share of a step's
-    arithmetic, and one of the two all-gathers of each micro-batch (see `traffic.step_traffic`).
+    """Returns the seconds of a forward pass of `batch.pairs_per_step` pairs without gradients: its arithmetic, at the
+    same share of the peak as a step's, and one of the two all-gathers of each micro-batch (see `traffic.step_traffic`).
     """
     speed, once = estimate.speed, 2 if estimate.config.parallel.reshard_after_forward else 1
     gather = sum(part.seconds for part in speed.parts if part.name == "all-gather") / once
-    return speed.model_seconds / MODEL_UNITS / speed.mfu + gather
+    return speed.forward_seconds / speed.mfu + gather
 
 
 def reference_passes(config: Config, extent: Extent) -> int:
@@ -207,8 +206,8 @@ def token_seconds(estimate: Estimate) -> float:
     """Returns the seconds of a forward pass that generates a token of ROWS_PER_LANE answers: the parameters are
     all-gathered, and each is multiplied with each answer, at the rate of a step.
     """
-    config, groups, speed = estimate.config, estimate.memory.groups, estimate.speed
-    num_parameters, num_layers = sum(groups.layers) + groups.root, len(groups.layers)
+    config, groups, speed = estimate.config, estimate.groups, estimate.speed
+    num_parameters, num_layers = groups.elements, len(groups.layers)
     arithmetic = next(part.seconds for part in speed.parts if part.name == "arithmetic")
     rate = speed.flops / estimate.cluster.num_ranks / arithmetic
     products = 2 * num_parameters * ROWS_PER_LANE / rate

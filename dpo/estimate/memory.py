@@ -10,15 +10,14 @@ For example, a rank whose shard of a layer is 10 MiB and of the root 40 MiB, and
     weights              70 MiB     80 MiB     80 + 76 (80 - 70) = 840 MiB
     unsharded weights    20 MiB     20 MiB     20 + 76 (20 - 20) =  20 MiB
 
-The optimizer is added by formula. Elements that it keeps per parameter: RMSprop 1, and 1 more with momentum; AdamW 2;
-SGD 0, and 1 with momentum. The update needs temporary tensors besides:
+The optimizer is added by formula. Elements that it keeps per trained parameter: RMSprop 1, and 1 more with momentum;
+AdamW 2; SGD 0, and 1 with momentum. The update needs temporary tensors besides:
 
     CUDA, all tensors at once   RMSprop 1 element per parameter (the root of the mean square); AdamW, fused, none
     CPU, tensor by tensor       of the largest tensor RMSprop 2, its own and that of the tensor before; AdamW 3
     weight_decay                1 more, the gradient with the decay added, but in AdamW, where it is decoupled
 """
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,9 +27,10 @@ from transformers import PretrainedConfig
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree
 from dpo.config import Config, OptimConfig
+from dpo.estimate.few_layers import adapters_of_few, with_layers
 from dpo.estimate.rehearsal import Rehearsal, rehearse
 from dpo.estimate.timeline import GRADIENTS, HEAD, WEIGHTS, Bytes, Moment
-from dpo.estimate.traffic import ITEMSIZES, Groups
+from dpo.estimate.traffic import ITEMSIZES
 from dpo.step.optim import optimizer_elements
 
 OPTIMIZER = "optimizer"
@@ -49,12 +49,10 @@ class Memory:
 
     device: Bytes
     host: Bytes
-    """A rank's share of host memory: the tensors that `parallel.cpu_offload` keeps there, and the copy of weights and
-    optimizer from which a checkpoint is written (`dpo.checkpoint.host_copies`).
+    """A rank's share of host memory: the tensors that `parallel.cpu_offload` keeps there, and the copy of trained
+    weights and optimizer from which a checkpoint is written (`dpo.checkpoint.host_copies`).
     """
     moment: str
-    groups: Groups
-    """The groups of parameters that are all-gathered together, of the whole model; see `traffic`."""
 
     @property
     def peak(self) -> int:
@@ -84,40 +82,48 @@ def step_memory(
     """
     depth = model_config.num_hidden_layers
     depths = (depth,) if depth <= FEW + 1 else (FEW, FEW + 1)
-    few = [rehearse(config, with_layers(model_config, d), num_ranks, plan, trees, on_cuda) for d in depths]
+    adapters = adapters_of_few(config, model_config)
+    few = [
+        rehearse(config, with_layers(model_config, d), num_ranks, (plan, tuple(trees)), on_cuda, adapters)
+        for d in depths
+    ]
     peaks = [_by_place(rehearsal, d) for rehearsal, d in zip(few, depths, strict=True)]
-    elements = [sum(rehearsal.local_elements) for rehearsal in few]
     further = depth - depths[-1]
     moments = {m: _extrapolated([p[m] for p in peaks], further) for m in peaks[0]}
-    local = elements[-1] + further * (elements[-1] - elements[0])
-    memory = _at_peak(config, moments, local, max(few[0].local_elements), on_cuda, all_groups(few[-1].groups, depth))
-    sizes = [copy_bytes(config, rehearsal.local_elements, on_cuda) for rehearsal in few]
-    return replace(memory, host=memory.host + Counter({COPY: sizes[-1] + further * (sizes[-1] - sizes[0])}))
+    held = Held(
+        weight_bytes=_linear([rehearsal.weight_bytes for rehearsal in few], further),
+        trained=_linear([sum(rehearsal.trained_elements) for rehearsal in few], further),
+        largest=max(few[0].trained_elements),
+    )
+    memory = _at_peak(config, moments, held, on_cuda)
+    copied = _linear([copy_bytes(config, rehearsal.trained_elements, on_cuda) for rehearsal in few], further)
+    return replace(memory, host=memory.host + Counter({COPY: copied}))
 
 
-def copy_bytes(config: Config, local_elements: Sequence[int], pinned: bool) -> int:
-    """Returns the bytes of a rank's host copy of weights and optimizer.
+@dataclass(frozen=True)
+class Held:
+    """The parameters of which a rank holds a shard."""
+
+    weight_bytes: int
+    """Bytes of all of them."""
+    trained: int
+    """Elements of those that are trained."""
+    largest: int
+    """Elements of the largest of these."""
+
+
+def copy_bytes(config: Config, trained_elements: Sequence[int], pinned: bool) -> int:
+    """Returns the bytes of a rank's host copy of trained weights and optimizer.
 
     Args:
         config: gives the dtype of the weights and the optimizer.
-        local_elements: elements of this rank's shard of each parameter.
+        trained_elements: elements of this rank's shard of each trained parameter.
         pinned: whether the copy is in pinned memory, for which torch rounds the bytes of each tensor up to a power of
             two.
     """
-    sizes = [elements * ITEMSIZES[config.model.dtype] for elements in local_elements]
+    sizes = [elements * ITEMSIZES[config.model.dtype] for elements in trained_elements]
     kept = [1 << (size - 1).bit_length() if pinned and size else size for size in sizes]
     return (1 + optimizer_elements(config.optim)) * sum(kept)
-
-
-def with_layers(config: PretrainedConfig, num_layers: int) -> PretrainedConfig:
-    """Returns the config of the same model with `num_layers` layers."""
-    if num_layers == config.num_hidden_layers:
-        return config
-    changed = copy.deepcopy(config)
-    changed.num_hidden_layers = num_layers
-    if getattr(config, "layer_types", None):
-        changed.layer_types = config.layer_types[:num_layers]
-    return changed
 
 
 def _by_place(rehearsal: Rehearsal, depth: int) -> dict[Moment, Bytes]:
@@ -135,32 +141,29 @@ def _by_place(rehearsal: Rehearsal, depth: int) -> dict[Moment, Bytes]:
 
 def _extrapolated(peaks: Sequence[Bytes], further: int) -> Bytes:
     """Returns the peak of a model with `further` layers more than the second of two depths, from the peaks at both."""
-    first, last = peaks[0], peaks[-1]
-    return Counter({kind: last[kind] + further * (last[kind] - first[kind]) for kind in first.keys() | last.keys()})
+    return Counter(
+        {kind: _linear([peak[kind] for peak in peaks], further) for kind in peaks[0].keys() | peaks[-1].keys()}
+    )
 
 
-def all_groups(groups: Groups, depth: int) -> Groups:
-    """Returns the groups of a model of `depth` layers from the groups of a model with few."""
-    return Groups((groups.layers[-1],) * depth, groups.root)
+def _linear(sizes: Sequence[int], further: int) -> int:
+    """Returns what a size at two depths is with `further` layers more than the second."""
+    return sizes[-1] + further * (sizes[-1] - sizes[0])
 
 
-def _at_peak(
-    config: Config, moments: dict[Moment, Bytes], local: int, largest: int, on_cuda: bool, groups: Groups
-) -> Memory:
+def _at_peak(config: Config, moments: dict[Moment, Bytes], held: Held, on_cuda: bool) -> Memory:
     """Returns the memory at the moment with the most bytes on the device, without a checkpoint's copy.
 
     Args:
         config: the run's config.
         moments: the peak of each moment, without the optimizer.
-        local: elements of all parameters that this rank holds.
-        largest: elements of the largest of them.
+        held: the parameters of this rank.
         on_cuda: whether the step runs on CUDA.
-        groups: of the whole model.
     """
     itemsize = ITEMSIZES[config.model.dtype]
-    state = Counter({OPTIMIZER: optimizer_elements(config.optim) * local * itemsize})
-    at_once = local if on_cuda and not config.parallel.cpu_offload else largest
-    update = Counter({WEIGHTS: local * itemsize, GRADIENTS: local * itemsize})
+    state = Counter({OPTIMIZER: optimizer_elements(config.optim) * held.trained * itemsize})
+    at_once = held.trained if on_cuda and not config.parallel.cpu_offload else held.largest
+    update = Counter({WEIGHTS: held.weight_bytes, GRADIENTS: held.trained * itemsize})
     update[UPDATE] = update_elements(config.optim, on_cuda and not config.parallel.cpu_offload) * at_once * itemsize
     several = any(moment.micro_batch > 0 for moment in moments)
     named = {_name(moment, several): peak + state for moment, peak in moments.items()} | {UPDATE_MOMENT: update + state}
@@ -168,7 +171,7 @@ def _at_peak(
     device = {name: Counter({k: n for k, n in peak.items() if k not in away}) for name, peak in named.items()}
     moment = max(device, key=lambda name: device[name].total())
     host = max((Counter({k: peak[k] for k in away}) for peak in named.values()), key=lambda peak: peak.total())
-    return Memory(device[moment], host, moment, groups)
+    return Memory(device[moment], host, moment)
 
 
 def _name(moment: Moment, several: bool) -> str:

@@ -30,6 +30,7 @@ from dpo.estimate.forecast import forecast, lines_of_run
 from dpo.estimate.lengths import Extent, Lengths, find_lengths
 from dpo.estimate.measured import arithmetic, checkpoint_lines, measured_device, sources, unmeasured_device, write_rate
 from dpo.estimate.needs import Trial, memory_of, needed_bytes, plans_of, with_dtype
+from dpo.estimate.parameters import groups_of
 from dpo.estimate.report import Report
 from dpo.estimate.speed import Cluster, Speed, step_speed
 from dpo.estimate.traffic import Groups
@@ -140,8 +141,9 @@ def estimate(arguments: Arguments, model_config: PretrainedConfig, lengths: Leng
     trial = Trial(config, cluster.num_ranks)
     memory, largest = memory_of(trial, model_config, lengths, cluster.device)
     plans = plans_of(trial, model_config, lengths.steps)
-    speed = step_speed(config, model_config, plans, memory.groups, cluster)
-    return Estimate(config, model_config, cluster, lengths.description, largest, memory, speed)
+    groups = groups_of(config, model_config, cluster.num_ranks)
+    speed = step_speed(config, model_config, plans, groups, cluster)
+    return Estimate(config, model_config, cluster, lengths.description, largest, memory, groups, speed)
 
 
 def _advice(
@@ -214,7 +216,7 @@ def main() -> None:
         if first is None:
             raise RunError(verdict(result))
         trial, heading = with_keys(trial, first.keys), [f"with {first.words}:"]
-    advised = _advice(arguments, trial, model_config, lengths, result.memory.groups)
+    advised = _advice(arguments, trial, model_config, lengths, result.groups)
     if advised:
         print(harmless("\n".join(wrapped([*heading, *advised]))))
     if not result.fits:

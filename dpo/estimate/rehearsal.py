@@ -30,14 +30,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PretrainedConfig
 
+from dpo.adapters.spec import AdapterSpec
 from dpo.batch.packing import PackedBatch, RowFormat, pack, padded_length
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree
 from dpo.config import Config
 from dpo.distributed.world import World, make_mesh
 from dpo.estimate.compiled import compiled_backend
+from dpo.estimate.lengths import MicroBatch
 from dpo.estimate.timeline import HEAD, Bytes, Moment, Timeline
-from dpo.estimate.traffic import Groups, parameter_groups
 from dpo.model.build import build_policy
 from dpo.model.kernels import compile_layers
 from dpo.model.parallelize import decoder_layers, is_compiled
@@ -51,14 +52,19 @@ class Rehearsal:
 
     peaks: dict[Moment, Bytes]
     """The peak of each moment; see `Timeline.peaks`."""
-    local_elements: tuple[int, ...]
-    """Elements of this rank's shard of each parameter."""
-    groups: Groups
-    """The groups of parameters that are all-gathered together."""
+    trained_elements: tuple[int, ...]
+    """Elements of this rank's shard of each trained parameter."""
+    weight_bytes: int
+    """Bytes of this rank's shards of all parameters."""
 
 
 def rehearse(
-    config: Config, model_config: PretrainedConfig, num_ranks: int, plan: StepPlan, trees: Sequence[Tree], on_cuda: bool
+    config: Config,
+    model_config: PretrainedConfig,
+    num_ranks: int,
+    micro_batch: MicroBatch,
+    on_cuda: bool,
+    adapters: AdapterSpec | None = None,
 ) -> Rehearsal:
     """Runs a step on fake tensors, as rank 0 of `num_ranks`, and returns its peaks.
 
@@ -66,12 +72,13 @@ def rehearse(
         config: `parallel.compute_dtype` must not be auto, and no key of `parallel` undecided.
         model_config: of the model with few layers.
         num_ranks: ranks of the fake process group.
-        plan: the plan of the step.
-        trees: the trees of its micro-batch, on this rank.
+        micro_batch: the plan of the step, and the trees of its micro-batch on this rank.
         on_cuda: whether the step runs as on CUDA: with FlexAttention, a padded row, the head's float32 product and,
             unless `parallel.compile` is false, compiled layers. On a CPU, memory that compiled layers save is not
             estimated.
+        adapters: what is trained in place of the model's weights; None: all weights are.
     """
+    plan, trees = micro_batch
     with_compile, parallel = is_compiled(config.parallel, torch.device("cuda")), replace(config.parallel, compile=False)
     assert not parallel.undecided, parallel.undecided
     world = World(0, num_ranks, 0, num_ranks, torch.device("cpu"))
@@ -82,7 +89,8 @@ def rehearse(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         offloaded = parallel.cpu_offload and on_cuda
         timeline = stack.enter_context(Timeline(model_config.vocab_size, offloaded, by_gloo=not on_cuda))
-        policy = build_policy(model_config, parallel, config.model.dtype, mesh, config.model.trust_remote_code)
+        trust = config.model.trust_remote_code
+        policy = build_policy(model_config, parallel, config.model.dtype, mesh, trust, adapters)
         timeline.watch(policy.model)
         if on_cuda:
             # Only here: it registers operations with torch, which takes as long as all else of this room.
@@ -93,10 +101,14 @@ def rehearse(
                 stack.enter_context(_NO_LIMIT())
                 compile_layers(decoder_layers(policy.model), backend=compiled_backend(), dynamic=False)
             policy = replace(policy, device=torch.device("cuda"))  # for the head alone; its tensors lie nowhere
-        parameters = tuple(parameter.to_local().numel() for parameter in policy.model.parameters())
-        groups = parameter_groups(policy.model, decoder_layers(policy.model), num_ranks // parallel.replicate)
+        parameters = list(policy.model.parameters())
+        local = [parameter.to_local() for parameter in parameters]
+        elements = tuple(
+            shard.numel() for shard, parameter in zip(local, parameters, strict=True) if parameter.requires_grad
+        )
+        weight_bytes = sum(shard.nbytes for shard in local)
         _run(policy, config, _pack(policy, plan, trees, on_cuda), min(plan.num_micro_batches, 2), timeline)
-    return Rehearsal(timeline.peaks, parameters, groups)
+    return Rehearsal(timeline.peaks, elements, weight_bytes)
 
 
 _NO_LIMIT = partial(

@@ -23,7 +23,17 @@ from statistics import fmean
 import torch
 from transformers import PretrainedConfig
 
-from dpo.batch.costs import MODEL_UNITS, Units, cost_model, intermediate_size, step_flops, units
+from dpo.batch.costs import (
+    MODEL_UNITS,
+    WHOLE_MODEL,
+    Trained,
+    Units,
+    cost_model,
+    intermediate_size,
+    model_flops,
+    step_flops,
+    units,
+)
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree
 from dpo.config import Config, ParallelConfig
@@ -64,6 +74,8 @@ class Speed:
     parts: tuple[Part, ...]
     model_seconds: float
     """Seconds of the step at the devices' peak, without recomputation."""
+    forward_seconds: float
+    """Seconds of a forward pass over the trees of the step at the devices' peak, adapters aside."""
     mfu: float = 0.0
     """Share of the devices' peak that the arithmetic reaches while it runs."""
 
@@ -88,19 +100,25 @@ def step_speed(
         config: `parallel.compute_dtype` must not be auto, and no key of `parallel` undecided.
         model_config: of the whole model.
         plans: the plans of the steps.
-        groups: the groups of parameters that are all-gathered together.
+        groups: the groups of parameters that are all-gathered together, and what of them is trained.
         cluster: the devices.
     """
     device = cluster.device
     peak = device.peak(precision_of(config, device))
-    flops = [flops_of_plan(config, model_config, plan, device.is_cpu) for plan in plans]
-    model_flops = MODEL_UNITS * fmean(plan.forward_flops for plan in plans)
+    flops = [flops_of_plan(config, model_config, plan, device.is_cpu, groups.trained) for plan in plans]
+    needed = fmean(model_flops(plan.forward_flops, groups.trained) for plan in plans)
     slowest = fmean(slowest for slowest, _ in flops)
     elements = fmean(activations_of_plan(config, model_config, plan, device.is_cpu) for plan in plans)
     arithmetic = Part("arithmetic", 0, slowest / (peak * cluster.mfu) + elements * device.activation)
     parts = (arithmetic, *_transfers(config, groups, plans, cluster), *_local_parts(config, groups, plans, cluster))
-    total, best = fmean(total for _, total in flops), model_flops / (peak * cluster.num_ranks)
-    return Speed(total, parts, best, slowest / (peak * arithmetic.seconds))
+    all_peaks = peak * cluster.num_ranks
+    return Speed(
+        flops=fmean(total for _, total in flops),
+        parts=parts,
+        model_seconds=needed / all_peaks,
+        forward_seconds=fmean(sum(plan.forward_flops) for plan in plans) / all_peaks,
+        mfu=slowest / (peak * arithmetic.seconds),
+    )
 
 
 def precision_of(config: Config, device: Device) -> str:
@@ -114,7 +132,9 @@ def precision_of(config: Config, device: Device) -> str:
     return "tf32" if config.parallel.tf32 and dtype == "float32" and not device.is_cpu else dtype
 
 
-def flops_of_plan(config: Config, model_config: PretrainedConfig, plan: StepPlan, on_cpu: bool) -> tuple[float, float]:
+def flops_of_plan(
+    config: Config, model_config: PretrainedConfig, plan: StepPlan, on_cpu: bool, trained: Trained
+) -> tuple[float, float]:
     """Returns the FLOPs of a step of the ranks for which the others wait, and those of all ranks.
 
     Args:
@@ -122,11 +142,12 @@ def flops_of_plan(config: Config, model_config: PretrainedConfig, plan: StepPlan
         model_config: of the whole model.
         plan: the plan of the step.
         on_cpu: whether the step runs on a CPU; else on CUDA.
+        trained: what of the model has gradients.
     """
     costs = cost_model(model_config)
 
     def flops(trees: Sequence[Tree]) -> float:
-        units = units_of(config.parallel, trees, model_config.vocab_size, "cpu" if on_cpu else "cuda")
+        units = units_of(config.parallel, trees, model_config.vocab_size, "cpu" if on_cpu else "cuda", trained)
         return step_flops(trees, costs, units)
 
     slowest = sum(max(map(flops, micro)) for micro in zip(*plan.micro_batches, strict=True))
@@ -156,7 +177,13 @@ def activations_of_plan(config: Config, model_config: PretrainedConfig, plan: St
     return sum(max(map(elements, micro)) for micro in zip(*plan.micro_batches, strict=True))
 
 
-def units_of(parallel: ParallelConfig, trees: Sequence[Tree], vocab_size: int, device_type: str) -> Units:
+def units_of(
+    parallel: ParallelConfig,
+    trees: Sequence[Tree],
+    vocab_size: int,
+    device_type: str,
+    trained: Trained = WHOLE_MODEL,
+) -> Units:
     """Returns the cost in FLOPs of a micro-batch of these trees, in units; `parallel.compute_dtype` must not be
     auto.
 
@@ -165,11 +192,12 @@ def units_of(parallel: ParallelConfig, trees: Sequence[Tree], vocab_size: int, d
         trees: the trees of the micro-batch.
         vocab_size: V.
         device_type: cpu or cuda.
+        trained: what of the model has gradients.
     """
     rows = sum(tree.num_scored for tree in trees)
     dtype = getattr(torch, parallel.compute_dtype)
     recomputed = recomputed_share(rows, vocab_size, dtype, parallel.head_memory_mib * 2**20, device_type)
-    return units(parallel.activation_checkpointing, recomputed)
+    return units(parallel.activation_checkpointing, recomputed, trained)
 
 
 def gather_seconds(config: Config, groups: Groups, cluster: Cluster) -> float:
@@ -180,11 +208,11 @@ def gather_seconds(config: Config, groups: Groups, cluster: Cluster) -> float:
         groups: the groups of parameters that are all-gathered together.
         cluster: the devices.
     """
-    device, elements = cluster.device, sum(groups.layers) + groups.root
+    device, elements = cluster.device, groups.elements
     shard = cluster.num_ranks // config.parallel.replicate
     gathered = ITEMSIZES[config.parallel.compute_dtype] * elements
     link = (shard - 1) / shard * gathered / _ring(shard, min(shard, cluster.ranks_per_node), cluster)
-    from_host = ITEMSIZES[config.model.dtype] * elements / shard / device.host_link
+    from_host = stored_itemsize(config, groups) * elements / shard / device.host_link
     return link + gathered * device.gather_copy + (from_host if config.parallel.cpu_offload else 0.0)
 
 
@@ -201,11 +229,18 @@ def _transfers(config: Config, groups: Groups, plans: Sequence[StepPlan], cluste
     transfers.append(("all-reduce", twice * reduced, between))
     if config.parallel.cpu_offload:  # also where one rank holds all, and there is nothing to gather
         gathered, scattered, _ = _traffic(config, groups, plans, max(shard, 2))
-        itemsize = ITEMSIZES[config.model.dtype]  # both ways
-        gathered *= itemsize / ITEMSIZES[config.parallel.compute_dtype]
-        scattered *= itemsize / ITEMSIZES[config.parallel.reduce_dtype]
+        gathered *= stored_itemsize(config, groups) / ITEMSIZES[config.parallel.compute_dtype]
+        scattered *= ITEMSIZES[config.model.dtype] / ITEMSIZES[config.parallel.reduce_dtype]
         transfers.append(("host", (gathered + scattered) / shard, cluster.device.host_link))
     return [Part(name, sent, sent / rate) for name, sent, rate in transfers if sent]
+
+
+def stored_itemsize(config: Config, groups: Groups) -> float:
+    """Returns the mean bytes of a parameter as it is stored: trained ones in the dtype of the master weights, frozen
+    ones in the compute dtype.
+    """
+    share = groups.num_reduced / groups.elements
+    return share * ITEMSIZES[config.model.dtype] + (1 - share) * ITEMSIZES[config.parallel.compute_dtype]
 
 
 def _local_parts(config: Config, groups: Groups, plans: Sequence[StepPlan], cluster: Cluster) -> list[Part]:
@@ -213,7 +248,7 @@ def _local_parts(config: Config, groups: Groups, plans: Sequence[StepPlan], clus
     device, shard = cluster.device, cluster.num_ranks // config.parallel.replicate
     gathered, scattered, _ = _traffic(config, groups, plans, max(shard, 2))
     copies = gathered * device.gather_copy + scattered * device.reduce_copy
-    update = device.update * (sum(groups.layers) + groups.root) / shard
+    update = device.update * groups.num_reduced / shard
     parts = [Part("copies", 0, copies), Part("update", 0, update, overlaps=False)]
     return [part for part in parts if part.seconds]
 

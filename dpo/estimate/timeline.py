@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary, ref
 
+from dpo.adapters.inject import trained
 from dpo.estimate.compiled import in_registers
 from dpo.model.parallelize import fsdp_modules
 
@@ -98,7 +99,7 @@ class Timeline(TorchDispatchMode):
     def watch(self, model: nn.Module) -> None:
         """Sets the model whose weights have been made."""
         self._model = model
-        self._weight_shapes = {tuple(parameter.shape) for parameter in model.parameters()}
+        self._weight_shapes = {tuple(parameter.shape) for parameter in trained(model.parameters())}
 
     def enter(self, moment: Moment) -> None:
         """Begins the next moment of the step."""

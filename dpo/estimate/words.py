@@ -14,6 +14,7 @@ from dpo.estimate.devices import Device
 from dpo.estimate.lengths import MicroBatch
 from dpo.estimate.memory import Memory
 from dpo.estimate.speed import Cluster, Speed
+from dpo.estimate.traffic import Groups
 from dpo.machine.data_sheets import GIB
 from dpo.model.parallelize import is_compiled
 
@@ -33,6 +34,8 @@ class Estimate:
     largest: MicroBatch
     """The micro-batch that needs the most memory."""
     memory: Memory
+    groups: Groups
+    """The groups of parameters of the whole model, and what of them is trained."""
     speed: Speed
 
     @property
@@ -65,8 +68,7 @@ def wrapped(lines: Sequence[str]) -> list[str]:
 
 
 def _assumptions(estimate: Estimate) -> list[str]:
-    parallel, cluster, groups = estimate.config.parallel, estimate.cluster, estimate.memory.groups
-    parameters = sum(groups.layers) + groups.root
+    parallel, cluster, groups = estimate.config.parallel, estimate.cluster, estimate.groups
     copies = f"{parallel.replicate} copies" if parallel.replicate > 1 else "one copy"
     plan, trees = estimate.largest
     tokens, scored = sum(t.num_tokens for t in trees), sum(t.num_scored for t in trees)
@@ -74,13 +76,23 @@ def _assumptions(estimate: Estimate) -> list[str]:
     compiled = not cluster.device.is_cpu and is_compiled(parallel, torch.device("cuda"))
     layers = ", compiled layers" if compiled else ""
     batches = f"{plan.num_micro_batches} micro-batch" + ("es" if plan.num_micro_batches > 1 else "")
+    parameters = groups.elements if groups.reduced is None else groups.elements - groups.num_reduced
     return [
         f"{estimate.model_config.model_type}, {shown_count(parameters)} parameters, {copies} over {cluster.num_ranks}"
         f" {cluster.device.name}, {cluster.ranks_per_node} per node; {estimate.config.optim.name},"
-        f" {parallel.compute_dtype} compute over {estimate.config.model.dtype} weights",
+        f" {_dtypes(estimate)}",
         f"lengths: {estimate.lengths}",
         f"{batches} per rank, the largest {tokens:,} tokens, {scored:,} scored; attention: {attention}{layers}",
     ]
+
+
+def _dtypes(estimate: Estimate) -> str:
+    """Returns the dtypes of the weights; of a model with adapters, what of it is trained."""
+    compute, master = estimate.config.parallel.compute_dtype, estimate.config.model.dtype
+    if estimate.groups.reduced is None:
+        return f"{compute} compute over {master} weights"
+    count = shown_count(estimate.groups.num_reduced)
+    return f"{count} parameters of adapters are trained, in {master}, the others frozen, in {compute}"
 
 
 def _parts(estimate: Estimate) -> list[str]:

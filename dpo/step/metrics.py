@@ -168,7 +168,7 @@ def step_metrics(sums: Mapping[str, float], seconds: float, best_seconds: float 
     Args:
         sums: the sums over all ranks, from `StepMetrics.reduce`.
         seconds: `step_seconds`, above 0.
-        best_seconds: seconds that the step's FLOPs (`costs.step_flops`: forward and backward once, no recomputation)
+        best_seconds: seconds that the step's FLOPs (`costs.model_flops`: forward and backward once, no recomputation)
             take at the peak of all ranks' devices (`peaks.peak_flops`); None where that peak is unknown: there is no
             `mfu` then.
     """

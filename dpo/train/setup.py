@@ -14,7 +14,7 @@ import torch
 from dpo.adapters.inject import trained
 from dpo.adapters.switch import adapters_off
 from dpo.base.errors import Preempted, UserError
-from dpo.batch.costs import MODEL_UNITS
+from dpo.batch.costs import ForwardFlops, Trained, model_flops
 from dpo.batch.packer import Packer, make_packer
 from dpo.batch.packing import PackedBatch
 from dpo.batch.trees import Tree, grow_trees
@@ -22,9 +22,10 @@ from dpo.board.sink import Answer
 from dpo.checkpoint.store import load_checkpoint
 from dpo.config import Config
 from dpo.disk.storage import least_beside
-from dpo.distributed.collectives import all_gather
+from dpo.distributed.collectives import all_gather, on_main
 from dpo.distributed.preemption import StopRequest, never
 from dpo.distributed.world import World
+from dpo.estimate.parameters import trained_of
 from dpo.machine.peaks import peak_flops
 from dpo.model.build import read_start
 from dpo.model.parallelize import compute_dtype
@@ -75,6 +76,8 @@ class Run:
     """None where sampled answers are not configured or not possible (see `prepare_answers`)."""
     peak_flops: float | None
     """Peak FLOPs per second of all ranks together; None where a device is not in the table of data sheets."""
+    trained: Trained
+    """What of the model has gradients, for the FLOPs of a step."""
     hooks: Hooks
 
     @property
@@ -98,9 +101,9 @@ class Run:
         same = self.inputs.model.hash == self.inputs.reference.hash
         return self.start.step == 0 and self.reference_pass is not None and same
 
-    def best_seconds(self, forward_flops: float) -> float | None:
+    def best_seconds(self, forward_flops: ForwardFlops) -> float | None:
         """Returns the seconds of a step at the devices' peak, given the FLOPs of its forward pass over all lanes."""
-        return MODEL_UNITS * forward_flops / self.peak_flops if self.peak_flops else None
+        return model_flops(forward_flops, self.trained) / self.peak_flops if self.peak_flops else None
 
     def trees(self, step: int) -> list[Tree]:
         """Returns the trees of a step, of all lanes. They depend on (seed, step) alone."""
@@ -179,6 +182,7 @@ def build_run(config: Config, world: World, inputs: Inputs, start: Start, hooks:
         reference_pass=reference_pass,
         answers=answers,
         peak_flops=_peak_flops(config, policy, world),
+        trained=on_main(world, lambda: trained_of(config, inputs.model.config)),
         hooks=hooks,
     )
 

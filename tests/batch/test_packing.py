@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dpo.batch.block_mask import BLOCK, Span
-from dpo.batch.costs import CostModel
+from dpo.batch.costs import CostModel, ForwardFlops
 from dpo.batch.packing import FILLER, PackedBatch, RowFormat, pack, padded_length
 from dpo.batch.plan import StepPlan, plan_step
 from dpo.batch.trees import Tree, grow_trees
@@ -18,7 +18,9 @@ def ids(*tokens: int) -> np.ndarray:
     return np.array(tokens, np.int32)
 
 
-PLAN = StepPlan((((),),), pairs_in_step=64, winner_tokens_in_step=700, forward_flops=1.0, num_oversized=0)
+PLAN = StepPlan(
+    (((),),), pairs_in_step=64, winner_tokens_in_step=700, forward_flops=ForwardFlops(1.0, 0.0, 0.0), num_oversized=0
+)
 TREES = (
     Tree(ids(10, 11, 12), (ids(20, 2), ids(21, 22, 2), ids(2)), ((0, 1), (2, 1))),
     Tree(ids(13), (ids(23, 2), ids(24, 25)), ((1, 0), (1, 0))),

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
 from dpo.base.spawned import in_own_process
-from dpo.batch.costs import MODEL_UNITS
+from dpo.batch.costs import model_flops
 from dpo.batch.packer import Packer, make_packer
 from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree, grow_trees
@@ -245,7 +245,7 @@ def _rates(bench: Bench, plan: StepPlan, seconds: float) -> Facts:
     held = torch.cuda.max_memory_allocated() if bench.world.device.type == "cuda" else 0
     return {
         "tokens_per_second": tokens / seconds,
-        "mfu": MODEL_UNITS * plan.forward_flops / best / seconds if all(peaks) else None,
+        "mfu": model_flops(plan.forward_flops) / best / seconds if all(peaks) else None,
         "allocated_gib": max(all_gather(held)) / GIB,
     }
 

@@ -60,7 +60,7 @@ def make_step(wish: argparse.Namespace) -> Callable[[], object]:
     batches = packer.pack(plan)
     tokens, rows = sum(tree.num_tokens for tree in trees), sum(tree.num_scored for tree in trees)
     print(f"{len(trees)} trees, {tokens} tokens, {rows} rows of the head, {len(batches)} micro-batches")
-    print(f"{3 * plan.forward_flops / 1e9:.0f} GFLOP in a step of three units")
+    print(f"{model_flops(plan.forward_flops) / 1e9:.0f} GFLOP in a step of three units")
     return lambda: train_step(policy, optimizer, batches, config, 0.0, lambda: False)
 
 

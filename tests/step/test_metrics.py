@@ -49,7 +49,7 @@ def make_batch(
         yl_idxs=losers,
         pairs_in_step=facts.get("pairs_in_step", len(pairs)),
         winner_tokens_in_step=facts.get("winner_tokens_in_step", 2 * len(pairs)),
-        forward_flops_in_step=0.0,
+        forward_flops_in_step=ForwardFlops(0.0, 0.0, 0.0),
         num_tokens=3 * count,
     )
     return batch, torch.tensor(pi)
