@@ -1,16 +1,20 @@
 """The bytes of a run's checkpoints and of its exported model, and the bytes that it needs on disk."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
+from torch import nn
 from transformers import PretrainedConfig
 
+from dpo.adapters.choice import find_adapters
+from dpo.adapters.inject import trained
+from dpo.adapters.names import is_of_adapter
 from dpo.base.units import shown_bytes
 from dpo.checkpoint.export_dtype import export_dtype
 from dpo.config import Config
-from dpo.model.build import build_on_meta
+from dpo.model.on_meta import model_of
 from dpo.step.optim import optimizer_elements
 
 
@@ -19,12 +23,13 @@ class Sizes:
     """The bytes that a run of a model keeps in memory and on disk."""
 
     num_parameters: int
+    """Parameters of the model, adapters aside."""
     state: int
     """Bytes of weights, gradients and optimizer of one copy of the model, on all its ranks together."""
     checkpoint: int
-    """Bytes of one checkpoint: weights and optimizer."""
+    """Bytes of one checkpoint: trained weights and optimizer."""
     final: int
-    """Bytes of the exported model."""
+    """Bytes of the exported model, or of its adapters."""
     keep: int | None
     """Checkpoints that are kept; None: all."""
     num_saves: int | None
@@ -33,13 +38,15 @@ class Sizes:
     """Bytes of the files of evaluations, see `dpo.run_folder.evaluations`."""
     records: int = 0
     """Bytes of metrics, charts and log."""
+    copies_in_export: int = 2
+    """Copies of `final` that the export has on disk at its peak: the shards of all ranks, and the files of the model,
+    to which rank 0 joins them. 1 for adapters, which rank 0 writes at once.
+    """
 
     @property
     def export(self) -> int:
-        """Returns the bytes that the export has on disk at its peak: the shards of all ranks, and the files of the
-        model, to which rank 0 joins them.
-        """
-        return 2 * self.final
+        """Returns the bytes that the export has on disk at its peak."""
+        return self.copies_in_export * self.final
 
     @property
     def is_replaced(self) -> bool:
@@ -101,7 +108,12 @@ def other_words(sizes: Sizes) -> str:
 
 
 def _export_words(sizes: Sizes) -> str:
-    return f"{shown_bytes(sizes.export)} for the export, twice the exported model"
+    return f"{shown_bytes(sizes.export)} for {export_words(sizes)}"
+
+
+def export_words(sizes: Sizes) -> str:
+    """Returns what the bytes of `Sizes.export` are."""
+    return f"the export, {'the adapters alone' if sizes.copies_in_export == 1 else 'twice the exported model'}"
 
 
 def _records_words(sizes: Sizes) -> str:
@@ -127,19 +139,26 @@ def sizes_of(config: Config, model_config: PretrainedConfig, last_step: int | No
     Raises:
         UserError: the model cannot be trained.
     """
-    dtype = getattr(torch, config.model.dtype)
+    model = model_of(config, model_config)
+    weights, updated = num_bytes(model.parameters()), num_bytes(trained(model.parameters()))
+    num_parameters = sum(p.numel() for name, p in model.named_parameters() if not is_of_adapter(name))
+    kept = optimizer_elements(config.optim) * updated
+    is_whole = find_adapters(config) is None
     exported = export_dtype(config.checkpoint, Path(model_config.name_or_path or "."))
-    model = build_on_meta(model_config, dtype, config.model.trust_remote_code)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    elements = 1 + optimizer_elements(config.optim)
     return Sizes(
         num_parameters,
-        num_parameters * dtype.itemsize * (1 + elements),
-        num_parameters * dtype.itemsize * elements,
-        num_parameters * exported.itemsize,
-        config.checkpoint.keep,
-        num_saves(config, last_step),
+        state=weights + updated + kept,
+        checkpoint=updated + kept,
+        final=num_parameters * exported.itemsize if is_whole else updated,
+        keep=config.checkpoint.keep,
+        num_saves=num_saves(config, last_step),
+        copies_in_export=2 if is_whole else 1,
     )
+
+
+def num_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Returns the bytes of whole parameters, sharded or not."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def saves_after(config: Config, step: int, last_step: int) -> int:

@@ -24,6 +24,7 @@ from dpo.disk.sizes import (
     checkpoint_words,
     disk_words,
     evaluations_after,
+    export_words,
     other_words,
     saves_after,
     sizes_of,
@@ -156,7 +157,7 @@ def _needs_of(config: Config, start: Start, inputs: Inputs) -> tuple[Sizes, list
     drafts, draft = _bytes_of(drafts_of(run_dir)), _bytes_of([draft_of(run_dir / FINAL)])
     if _device_of(checkpoints) == _device_of(run_dir):
         needed, least, removed = sizes.disk_bytes(present), sizes.least_bytes(present), drafts + draft
-        alone = f"one checkpoint and the export, twice the exported model, take {shown_bytes(least)}"
+        alone = f"one checkpoint and {export_words(sizes)}, take {shown_bytes(least)}"
         words = f"{shown_bytes(needed)} in {run_dir}, {disk_words(sizes, present)}"
         return sizes, [_Place(run_dir, needed - removed, words, least - removed, alone)]
     needed, least = sizes.checkpoint_bytes(present), min(sizes.checkpoint_bytes(present), sizes.checkpoint)

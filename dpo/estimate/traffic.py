@@ -12,9 +12,9 @@ times per step:
     gradients, last_micro_batch             1
 
 With adapters all weights are gathered and the gradients of those that are trained are reduced: of 8 billion weights
-with 42 million in adapters, 16 GB are gathered in bfloat16, and 168 MB reduced in float32. A layer below the first that
-has adapters has no backward pass, for which it would be gathered once more; FSDP2 does so for the topmost of them,
-since it gathers the layer below ahead.
+with 42 million in adapters, 16 GB are gathered in bfloat16, and 168 MB reduced in float32. The layers below the first
+with adapters have no backward pass, for which they would be gathered again. Only the topmost of them is, since FSDP2
+gathers the layer below ahead; the next forward pass uses that, unless the gradients were reduced in between.
 
 With replicas (HSDP) the gradient shards are all-reduced as often. Traffic that does not grow with the model, the
 exchange of `StepMetrics.reduce`, is not counted here.
@@ -110,7 +110,8 @@ def step_traffic(
         reductions = num_micro_batches
     gathered = gathers_of_layers * sum(groups.layers) + gathers_of_root * groups.root
     if parallel.reshard_after_forward:
-        gathered -= num_micro_batches * sum(_never_gathered_again(groups))
+        below = _layers_without_backward(groups)
+        gathered -= num_micro_batches * sum(below[:-1]) + (num_micro_batches - reductions) * sum(below[-1:])
     gradient_bytes = reductions * groups.num_reduced * ITEMSIZES[parallel.reduce_dtype]
     return Traffic(
         all_gather=gathered * compute_itemsize if shard > 1 else 0,
@@ -119,8 +120,7 @@ def step_traffic(
     )
 
 
-def _never_gathered_again(groups: Groups) -> tuple[int, ...]:
-    """Returns the elements of the layers that are not gathered for a backward pass."""
+def _layers_without_backward(groups: Groups) -> tuple[int, ...]:
+    """Returns the elements of the layers below the first with adapters."""
     depth = len(groups.layers)
-    first = depth - round(groups.trained.layers * depth)
-    return groups.layers[: max(0, first - 1)]
+    return groups.layers[: depth - round(groups.trained.layers * depth)]

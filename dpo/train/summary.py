@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dpo.adapters.inject import trained
 from dpo.base.units import shown_bytes
 from dpo.board.sink import Answer
 from dpo.board.writer import MetricsWriter
 from dpo.config import Config, OptimConfig, to_yaml
+from dpo.disk.sizes import num_bytes
 from dpo.run_folder.files import PROVENANCE
 from dpo.step.deviation import Deviation
 from dpo.step.evaluation import Evaluation
@@ -176,8 +178,11 @@ def _ranks(run: Run) -> str:
 
 
 def _memory(run: Run) -> str:
-    size = state_bytes(num_parameters(run.policy.model), run.config, run.world.size)
-    return f"{shown_bytes(size)} per rank for weights, gradients and optimizer, without activations"
+    size = state_bytes(run.policy.model, run.config, run.world.size)
+    what = "weights, gradients and optimizer"
+    if run.policy.adapters:
+        what = f"frozen weights in {_name(run.compute_dtype)} and adapters with gradients and optimizer"
+    return f"{shown_bytes(size)} per rank for {what}, without activations"
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -185,16 +190,18 @@ def num_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def state_bytes(num_parameters: int, config: Config, num_ranks: int) -> float:
-    """Returns the bytes per rank of the sharded state: weights, gradients, and the optimizer's state.
+def state_bytes(model: nn.Module, config: Config, num_ranks: int) -> float:
+    """Returns the bytes per rank of the sharded state: weights, and of those that are trained gradients and the
+    optimizer's state.
 
     Args:
-        num_parameters: parameters of the whole model.
-        config: gives the dtype of the master weights, the optimizer and the number of replicas.
+        model: the whole model, sharded or not.
+        config: gives the optimizer and the number of replicas.
         num_ranks: ranks of the run.
     """
-    itemsize: int = getattr(torch, config.model.dtype).itemsize
-    return num_parameters * itemsize * (2 + optimizer_elements(config.optim)) * config.parallel.replicate / num_ranks
+    updated = num_bytes(trained(model.parameters()))
+    whole = num_bytes(model.parameters()) + updated * (1 + optimizer_elements(config.optim))
+    return whole * config.parallel.replicate / num_ranks
 
 
 def tell_warmup(last_step: int, optim: OptimConfig) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from dpo.batch.costs import model_flops
 from dpo.batch.packer import make_packer
 from dpo.config import BatchConfig, Config, DataConfig, ModelConfig
 from dpo.distributed.startup import open_world, start_devices
@@ -60,7 +61,7 @@ def make_step(wish: argparse.Namespace) -> Callable[[], object]:
     batches = packer.pack(plan)
     tokens, rows = sum(tree.num_tokens for tree in trees), sum(tree.num_scored for tree in trees)
     print(f"{len(trees)} trees, {tokens} tokens, {rows} rows of the head, {len(batches)} micro-batches")
-    print(f"{model_flops(plan.forward_flops) / 1e9:.0f} GFLOP in a step of three units")
+    print(f"{model_flops(plan.forward_flops) / 1e9:.0f} GFLOP in a step without recomputation")
     return lambda: train_step(policy, optimizer, batches, config, 0.0, lambda: False)
 
 

@@ -23,12 +23,12 @@ from dpo.estimate.choice import (
     choose,
     decide_by_bound,
     decide_by_rehearsal,
-    groups_of,
     options,
 )
 from dpo.estimate.devices import DEVICES, GIB, Device, steady
 from dpo.estimate.lengths import Lengths
 from dpo.estimate.needs import Trial, memory_of, needed_bytes
+from dpo.estimate.parameters import groups_of
 from dpo.estimate.speed import Cluster, Part, Speed
 from dpo.estimate.timeline import ACTIVATIONS, WEIGHTS
 from dpo.run.folder import Start
@@ -88,7 +88,7 @@ def test_3_per_cent_are_the_border(share: float, chosen: str, monkeypatch: pytes
 
     def speed(config: Config, *others: Any) -> Speed:
         seconds = 1 - share if config.parallel.sync_gradients == "last_micro_batch" else 1.0
-        return Speed(0.0, (Part("arithmetic", 0, seconds),), 0.0)
+        return Speed(0.0, (Part("arithmetic", 0, seconds),), 0.0, 0.0)
 
     monkeypatch.setattr(choice, "step_speed", speed)
     found = decide_by_bound(case_of(parallel__activation_checkpointing="none"))
@@ -111,7 +111,7 @@ def test_the_rehearsal_decides_where_the_bound_does_not_fit() -> None:
     does not fit and the second is chosen."""
     facts = {"parallel__sync_gradients": "every_micro_batch", "parallel__compile": False}
     case = case_of(device=replace(DEVICE, memory=GIB), **facts)
-    fastest, second = options(case, groups_of(case))[:2]
+    fastest, second = options(case, groups_of(case.config, case.model_config, case.cluster.num_ranks))[:2]
     needed = [
         needed_bytes(Trial(choice.with_values(case.config, option.values), 4), case.model_config, case.lengths, DEVICE)
         for option in (fastest, second)
@@ -136,7 +136,9 @@ def test_no_layout_exceeds_the_bound(family: str, is_cpu: bool) -> None:
     config = choice.with_values(case.config, {key.partition("__")[2]: value for key, value in PLAIN.items()})
     memory, _ = memory_of(Trial(config, 3), case.model_config, case.lengths, device)
     assert memory.device[WEIGHTS] > 0 and memory.device[ACTIVATIONS] > 0
-    assert device.needed(*memory.totals) <= bound_bytes(case, groups_of(case))
+    assert device.needed(*memory.totals) <= bound_bytes(
+        case, groups_of(case.config, case.model_config, case.cluster.num_ranks)
+    )
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------

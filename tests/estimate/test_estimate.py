@@ -27,6 +27,7 @@ from dpo.estimate.devices import DEVICES, GIB, Device
 from dpo.estimate.lengths import find_lengths, largest_micro_batches
 from dpo.estimate.memory import COPY, OPTIMIZER, step_memory, update_elements
 from dpo.estimate.needs import Trial
+from dpo.estimate.parameters import groups_of
 from dpo.estimate.rehearsal import Rehearsal, rehearse
 from dpo.estimate.speed import Cluster, step_speed
 from dpo.estimate.stand_in import flex_attention_stood_in_for, kept_attention
@@ -100,7 +101,7 @@ def step_of(config: Any, num_ranks: int, num_trees: int) -> tuple[StepPlan, tupl
 
 
 def seen(config: Any, num_ranks: int, num_trees: int, depth: int = DEPTH, on_cuda: bool = True) -> Rehearsal:
-    return rehearse(config, llama(depth), num_ranks, *step_of(config, num_ranks, num_trees), on_cuda)
+    return rehearse(config, llama(depth), num_ranks, step_of(config, num_ranks, num_trees), on_cuda)
 
 
 # --- the parts, by hand -----------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def test_no_layer_outlives_its_backward_pass(compiled: bool) -> None:
     and their float32 copy."""
     config, wide = config_with(parallel__compile=compiled), llama(2)
     wide.vocab_size = 16 * VOCAB
-    peak = rehearse(config, wide, 4, *step_of(config, 4, 4), True).peaks[Moment(0, "backward", 0)]
+    peak = rehearse(config, wide, 4, step_of(config, 4, 4), True).peaks[Moment(0, "backward", 0)]
     root = 2 * 16 * VOCAB * HIDDEN + HIDDEN
     assert peak[WHOLE] == pytest.approx(2 * root, abs=2 * HIDDEN)  # the norm's may be a view of an activation
     assert peak[REDUCED] == 4 * root
@@ -250,7 +251,7 @@ def test_logits_stay_within_their_budget() -> None:
     wide = llama(2)
     wide.vocab_size = 16 * VOCAB
     config = config_with(parallel__head_memory_mib=1)
-    many = rehearse(config, wide, 4, *step_of(config, 4, 4), True).peaks
+    many = rehearse(config, wide, 4, step_of(config, 4, 4), True).peaks
     for peaks in (few, many):
         assert 2**16 < max(peak[LOGITS] for peak in peaks.values()) <= 2**20 * 1.01
 
@@ -286,7 +287,7 @@ def test_drawn_out_layers_are_the_layers_themselves(keys: dict[str, Any], on_cud
     whole = seen(config, 4, 8, DEEP, on_cuda).peaks.values()
     drawn = step_memory(config, llama(DEEP), 4, *step_of(config, 4, 8), on_cuda)
     assert drawn.peak == max(sum(n for kind, n in peak.items() if kind not in away) for peak in whole)
-    assert drawn.groups == Groups((LAYER,) * DEEP, ROOT)
+    assert groups_of(config, llama(DEEP), 4) == Groups((LAYER,) * DEEP, ROOT)
 
 
 def test_the_garbage_collector_changes_nothing() -> None:

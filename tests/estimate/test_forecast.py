@@ -44,9 +44,10 @@ def estimate(**changes: Any) -> Estimate:
     device = replace(DEVICES["h100"], link=100e6, node_link=7e6)
     cluster = Cluster(device, 8, 4, mfu=0.5)
     parts = (Part("arithmetic", 0, 9.0), Part("all-gather", 1, 2.0), Part("reduce-scatter", 1, 1.0))
-    speed = Speed(8 * 9e9, parts, 3.0, mfu=0.5)
-    memory = Memory(Counter(), Counter({COPY: 5, WEIGHTS: 2}), "", Groups((4_000_000,) * 3, 2_000_000))
-    return Estimate(config, cast(Any, SimpleNamespace()), cluster, "made up", cast(Any, None), memory, speed)
+    speed = Speed(8 * 9e9, parts, 3.0, 1.0, mfu=0.5)
+    groups = Groups((4_000_000,) * 3, 2_000_000)
+    memory = Memory(Counter(), Counter({COPY: 5, WEIGHTS: 2}), "")
+    return Estimate(config, cast(Any, SimpleNamespace()), cluster, "made up", cast(Any, None), memory, groups, speed)
 
 
 def test_the_forecast_of_a_run() -> None:
@@ -77,7 +78,7 @@ def test_the_hours_and_the_disk_of_a_run() -> None:
         "  not counted: downloads, tokenizing, start and compilation",
         "disk of a run: at most 180.0 GiB at once in train.run_dir:",
         "  checkpoint        60.0 GiB   each; checkpoint.keep 2",
-        "  final/            15.0 GiB   and as much again while it is written",
+        "  final/            15.0 GiB   at most as much again while it is written",
         "  cache            660.0 KiB   at most, of the reference pass, in reference.cache_dir",
     ]
 

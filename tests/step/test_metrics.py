@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dpo.batch import packer as batches
+from dpo.batch.costs import ForwardFlops
 from dpo.batch.packing import PackedBatch
 from dpo.board.charts import has_chart
 from dpo.board.words import PAIR_METRICS

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from dpo.config import Config, OptimConfig, SourceConfig
 from dpo.train.summary import COLUMNS, evaluation_line, fitting, remaining, state_bytes, step_line, tell_warmup
@@ -96,7 +97,7 @@ def test_state_bytes(optim: OptimConfig, numbers: int) -> None:
     """A weight, its gradient, and the optimizer's numbers, 4 bytes each: 1000 weights in 2 copies over 8 ranks are
     1000 * numbers * 4 / 4 bytes a rank."""
     config = dataclasses.replace(make_config("m", "t", "r", parallel__replicate=2), optim=optim)
-    assert state_bytes(1000, config, 8) == 1000 * numbers
+    assert state_bytes(nn.Linear(10, 100, bias=False), config, 8) == 1000 * numbers
 
 
 @pytest.mark.parametrize(
