@@ -47,6 +47,7 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
         "reference.path": config.reference.path,
+        "lora.path": config.lora.path,
     }
     yield from ((key, path) for key, path in models.items() if path)
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):

@@ -72,6 +72,7 @@ def _needed(config: Config, environment: Mapping[str, str]) -> Iterator[tuple[Pa
         "model.path": config.model.path,
         "model.tokenizer": config.model.tokenizer,
         "reference.path": config.reference.path,
+        "lora.path": config.lora.path,
         **{f"data.train[{i}].path": source.path for i, source in enumerate(config.data.train)},
         **{f"data.eval[{i}].path": source.path for i, source in enumerate(config.data.eval)},
     }

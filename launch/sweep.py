@@ -119,7 +119,9 @@ def reference_passes(runs: Sequence[PlannedRun]) -> list[tuple[str, ...]]:
 
 def prepare_passes(runs: Sequence[PlannedRun]) -> list[tuple[str, ...]]:
     """Returns the command lines of `dpo.prepare`: one for each set of models and data that the runs need."""
-    return _first_of_each(runs, lambda config: (*_model_facts(config), config.data, config.train.seed))
+    return _first_of_each(
+        runs, lambda config: (*_model_facts(config), config.lora.path, config.data, config.train.seed)
+    )
 
 
 def _first_of_each(runs: Sequence[PlannedRun], facts_of: Callable[[Config], tuple[Any, ...]]) -> list[tuple[str, ...]]:
@@ -143,4 +145,10 @@ def _reference_facts(config: Config) -> tuple[Any, ...]:
     sources = [dataclasses.replace(source, holdout=None) for source in (*config.data.train, *config.data.eval)]
     data = dataclasses.replace(config.data, train=sources, eval=[], order="shuffled", num_proc=None)
     precision = (config.model.dtype, config.parallel.compute_dtype, config.parallel.tf32)
-    return (*_model_facts(config)[1:], *precision, config.reference.cache_dir, data)
+    return (*_model_facts(config)[1:], _reference_adapters(config), *precision, config.reference.cache_dir, data)
+
+
+def _reference_adapters(config: Config) -> str | None:
+    """Returns the adapters that the reference may have: those with which a run starts, not those that it trains."""
+    is_start = config.reference.path is None and config.reference.adapter == "start"
+    return config.lora.path if is_start else None

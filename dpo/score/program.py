@@ -1,6 +1,7 @@
 """Scores any model on any preference set: reward margins and accuracy against the config's reference.
 
     python -m dpo.score --model RUN/final --config RUN/config.yaml [--data.eval '[{path: FILE}]'] [--json]
+    python -m dpo.score --adapter DIR --config FILE
 
 The pairs are the evaluation pairs of the config, or its training pairs where it has no evaluation pairs. The
 reference's log-probabilities come from the cache; missing rows are computed and added to it.
@@ -16,22 +17,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dpo.adapters.base import NamedModel
+from dpo.adapters.choice import find_adapters
+from dpo.adapters.start import start_hash
 from dpo.base.errors import RunError, renamed_places
 from dpo.batch.packer import Packer, make_packer
-from dpo.config import Config, LossConfig
+from dpo.config import Config, LoraConfig, LossConfig
 from dpo.disk.storage import check_cache
+from dpo.distributed.collectives import first_on_each_node
 from dpo.distributed.preemption import never
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World
 from dpo.model.build import read_start
 from dpo.model.policy import Policy
+from dpo.model.source import SourceModel
 from dpo.model.warm_up import load_and_warm
 from dpo.pairs.pair_set import PairSet
 from dpo.pairs.prepare import PreferenceData
 from dpo.ref_logps.cache import open_cache
 from dpo.ref_logps.fill import fill, lookup
-from dpo.run.inputs import Inputs, read_inputs
-from dpo.score.arguments import read_arguments
+from dpo.run.inputs import read_inputs
+from dpo.score.arguments import MODEL, read_arguments
 from dpo.step.evaluation import Evaluation, evaluate
 from dpo.terminal.console import in_one_line, say
 
@@ -58,11 +64,13 @@ class Scores:
 # --- scores ----------------------------------------------------------------------------------------------------------
 
 
-def score_model(config: Config, by_source: bool, world: World) -> Scores:
-    """Scores the model in model.path on the pairs of the config. Every rank must get here, or the rest hang.
+def score_model(config: Config, reference_adapter: str | None, by_source: bool, world: World) -> Scores:
+    """Scores the model in model.path, with the adapters in lora.path, on the pairs of the config. Every rank must get
+    here, or the rest hang.
 
     Args:
-        config: the config, with `model.path` the model to score (`with_model`).
+        config: the config, with the model to score (`with_model`).
+        reference_adapter: folder or hub id of the adapters of the reference; None: it has none.
         by_source: whether to score the pairs of each source as well, in another pass.
         world: the ranks, before `start_devices`.
 
@@ -74,31 +82,48 @@ def score_model(config: Config, by_source: bool, world: World) -> Scores:
     inputs = read_inputs(config, world)
     is_eval = len(inputs.data.eval) > 0
     pairs_of, pairs = ("evaluation", inputs.data.eval) if is_eval else ("training", inputs.data.train)
+    name = str(scored_model(config))
     if world.is_main:
-        say(f"scores {config.model.path} on the {len(pairs):,} {pairs_of} pairs")
+        say(f"scores {name} on the {len(pairs):,} {pairs_of} pairs")
+    reference = inputs.reference
+    if reference_adapter:
+        reference = first_on_each_node(world, lambda: _adapted(config, inputs.reference, reference_adapter))
     start_devices(world, config.parallel.timeout_seconds)
-    packer = _packer(config, world, inputs, pairs)
+    packer = make_packer(config, world, inputs.model.config)
+    if config.loss.facts.uses_reference:
+        packer = _with_reference(packer, reference, pairs, config, world)
     policy = load_and_warm(config, world, inputs.model, packer, (False,))
     read_start(policy)
     parts = split_by_source(inputs.data, pairs, len(config.data.train), is_eval) if by_source else {}
     metrics = score_pairs(policy, pairs, packer, config, world)
     sources = {key: score_pairs(policy, part, packer, config, world) for key, part in parts.items()}
-    names = (config.model.path, config.reference.path, config.loss.name, config.loss.beta)
-    return Scores(*names, pairs_of, metrics, sources)
+    against = config.reference.path and str(NamedModel(config.reference.path, reference_adapter))
+    return Scores(name, against, config.loss.name, config.loss.beta, pairs_of, metrics, sources)
 
 
-def _packer(config: Config, world: World, inputs: Inputs, pairs: PairSet) -> Packer:
-    """Returns the packer for the model to score, with the reference's log-probabilities of `pairs` alone."""
-    packer = make_packer(config, world, inputs.model.config)
-    if not config.loss.facts.uses_reference:
-        return packer
+def scored_model(config: Config) -> NamedModel:
+    """Returns the names of the model to score."""
+    return NamedModel(config.model.path, config.lora.path)
+
+
+def _adapted(config: Config, base: SourceModel, adapter: str) -> SourceModel:
+    """Returns the reference with its adapters; without them where they change nothing, as a run reads its rows."""
+    with renamed_places({"lora.path": "lora.path of the config"}):  # not the model's, from a flag
+        adapters = find_adapters(replace(config, lora=LoraConfig(path=adapter)))
+    assert adapters is not None
+    content = start_hash(base.base_hash, adapters)
+    return base if content == base.hash else replace(base, adapters=adapters, hash=content)
+
+
+def _with_reference(packer: Packer, source: SourceModel, pairs: PairSet, config: Config, world: World) -> Packer:
+    """Returns the packer with the reference's log-probabilities of `pairs` alone."""
 
     def reference() -> Policy:
-        reference = load_and_warm(config, world, inputs.reference, packer, (False,))
-        read_start(reference)
-        return reference
+        policy = load_and_warm(config, world, source, packer, (False,))
+        read_start(policy)
+        return policy
 
-    cache = open_cache(config, inputs.reference.hash, world)
+    cache = open_cache(config, source.hash, world)
     rows, _ = fill(cache, [pairs], reference, packer, world, never)
     return replace(packer, ref_logps=lookup(rows))
 
@@ -119,7 +144,7 @@ def score_pairs(policy: Policy, pairs: PairSet, packer: Packer, config: Config, 
     result = evaluate(policy, pairs, packer, config.loss, never)
     assert result is not None
     if not math.isfinite(result.metrics["loss"]):
-        raise RunError(f"the loss of {config.model.path} is {result.metrics['loss']}; its weights are at fault")
+        raise RunError(f"the loss of {scored_model(config)} is {result.metrics['loss']}; its weights are at fault")
     return result.metrics | further_metrics(result, pairs.lengths(), config.loss)
 
 
@@ -201,10 +226,10 @@ def main() -> None:
     arguments = read_arguments()
     parallel = arguments.config.parallel
     with (
-        renamed_places({"model.path": "command line: --model"}),
+        renamed_places({"model.path": MODEL, "lora.path": arguments.adapter_place}),
         open_world(parallel.setup_timeout_seconds, parallel.replicate) as world,
     ):
-        scores = score_model(arguments.config, arguments.by_source, world)
+        scores = score_model(arguments.config, arguments.reference_adapter, arguments.by_source, world)
         if world.is_main and arguments.as_json:
             print(json.dumps(asdict(scores), allow_nan=False))
         elif world.is_main:

@@ -19,7 +19,7 @@ class Job:
     mode: str
     """trl: live (the reference runs in every step) or precomputed; ours: cached, or fill, which fills the cache."""
     setting: str
-    """usual, checkpointed, small: what `micro_batch`, `checkpointing` and `keys` are."""
+    """usual, checkpointed, small, lora: what `micro_batch`, `checkpointing`, `keys` and `adapter` are."""
     workload: str
     ranks: int
     threads: int
@@ -37,6 +37,8 @@ class Job:
     """TRL's per_device_train_batch_size, pairs."""
     checkpointing: bool
     """TRL's gradient_checkpointing."""
+    adapter: str | None = None
+    """Folder of the LoRA adapters from which both start; None: both train all weights."""
     keys: dict[str, str] = field(default_factory=dict)
     """Further config keys of ours."""
 

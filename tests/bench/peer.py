@@ -1,8 +1,9 @@
 """This trainer against TRL's: `python -m tests.bench.peer [--steps 3] [--size tiny]`, into bench/peer.md and peer.png.
 
 Both train from the same weights on the same pairs, given as token ids, with the same optimizer, threads and precision,
-one after the other: four workloads, on one process with two threads and on two with one each. Every result is kept as
-it comes: run it again and it goes on where it stopped. `report.py` says what the metrics mean.
+one after the other: four workloads, on one process with two threads and on two with one each; one workload with LoRA
+too, from the same adapters. Every result is kept as it comes: run it again and it goes on where it stopped. `report.py`
+says what the metrics mean.
 
 Exit code 1 where the two did not train on the same ids, or their losses differ by more than 1e-4.
 """
@@ -21,7 +22,7 @@ from typing import Any
 
 from tests.bench.jobs import CACHED, FILL, LIVE, PRECOMPUTED, Job, hear, result_of, write_job
 from tests.bench.report import disagreements, write_report
-from tests.bench.worlds import SIZES, WORKLOADS, save_llama, save_pairs
+from tests.bench.worlds import SIZES, WORKLOADS, save_adapter, save_llama, save_pairs
 
 PAIRS_PER_STEP = 16
 THREADS = {1: 2, 2: 1}
@@ -40,6 +41,8 @@ class Setting:
     """Numbers of ranks by workload."""
     checkpointing: bool = False
     """Of both: activations are computed twice."""
+    lora: bool = False
+    """Both train adapters of `worlds.save_adapter`; TRL's reference is then its own model with these off."""
 
 
 SETTINGS = {
@@ -55,14 +58,29 @@ SETTINGS = {
         {"batch.tokens_per_micro_batch": "1024"},
         {"hh": (1, 2), "pandalm": (1, 2), "long-prompts": (2,), "long-answers": (2,)},
     ),
+    "lora": Setting(8, {"batch.tokens_per_micro_batch": "4096"}, {"hh": (1,)}, lora=True),
 }
-"""TRL's default of 8 pairs and as much of ours; both with the checkpointing that TRL comes with; and less at a time.
+"""TRL's default of 8 pairs and as much of ours; both with the checkpointing that TRL comes with; less at a time; and as
+the first, with LoRA.
 
 TRL is faster with less, since it pads to the longest: 8 HH pairs with the reference precomputed take it 17, 22, 23 and
 30 CPU seconds with 1, 2, 4 and 8 pairs at a time, and 1.9, 2.9, 4.3 and 6.8 GiB at most. Ours is as fast and takes less
 memory. Two ranks with 8 pairs each would need more memory than many a machine has.
 """
-IDENTITY = ("trainer", "mode", "setting", "workload", "ranks", "steps", "model", "pairs", "lr", "micro_batch", "keys")
+IDENTITY = (
+    "trainer",
+    "mode",
+    "setting",
+    "workload",
+    "ranks",
+    "steps",
+    "model",
+    "pairs",
+    "lr",
+    "micro_batch",
+    "keys",
+    "adapter",
+)
 """The fields of a job by which its result is found again."""
 
 
@@ -105,6 +123,7 @@ def parse() -> argparse.Namespace:
 def jobs(wish: argparse.Namespace) -> Iterator[Job]:
     """All runs in their order: ours, then TRL's two, for each workload, number of ranks and setting."""
     model = save_llama(wish.work / f"model-{wish.size}", SIZES[wish.size]).resolve()
+    adapter = save_adapter(wish.work / f"adapter-{wish.size}", model).resolve()
     num_pairs = wish.steps * PAIRS_PER_STEP
     for name in wish.workloads:
         file = wish.work / f"{name}-{num_pairs}.jsonl"
@@ -131,6 +150,7 @@ def jobs(wish: argparse.Namespace) -> Iterator[Job]:
                 micro_batch=chosen.micro_batch,
                 checkpointing=chosen.checkpointing,
                 keys=chosen.keys,
+                adapter=str(adapter) if chosen.lora else None,
             )
             yield ours
             yield replace(ours, trainer="trl", mode=LIVE)
@@ -173,7 +193,7 @@ def launch(job: Job, folder: Path, python: str) -> dict[str, Any]:
 
 def identity(job: dict[str, Any]) -> str:
     """What a result is found by."""
-    return json.dumps([job[name] for name in IDENTITY], sort_keys=True)
+    return json.dumps([job.get(name) for name in IDENTITY], sort_keys=True)
 
 
 def read_results(file: Path) -> list[dict[str, Any]]:

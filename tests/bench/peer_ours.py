@@ -38,6 +38,7 @@ def words(job: Job, folder: Path) -> list[str]:
         "optim.warmup_steps": 0,
         "train.steps": 1 if job.mode == FILL else job.steps,
         "train.run_dir": folder / job.mode,
+        **({"lora.path": job.adapter} if job.adapter else {}),
         **job.keys,
     }
     return [word for key, value in keys.items() for word in (f"--{key}", str(value))]
@@ -55,7 +56,7 @@ def run(job: Job, folder: Path) -> Told:
         peaks.append(peak_bytes())
 
     with patch.object(program, "train", watched):
-        program.run_training(load_config(words(job, folder), prog="dpo.train", description=""))
+        program.run_training(load_config(words(job, folder), prog="dpo.train"))
     lines = read_metrics(folder / job.mode)
     steps = [line for line in lines if "train/loss" in line]
     seconds = [line["train/step_seconds"] for line in steps]

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig, set_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -91,7 +93,7 @@ def run(job: Job, folder: str, ranks: int) -> Told:
     tokenizer, watch = AutoTokenizer.from_pretrained(job.model), Watch()
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     pairs = Dataset.from_json(job.pairs, cache_dir=folder).select(range(job.steps * job.pairs_per_step))
-    model, reference = load(job.model), load(job.model) if job.mode == LIVE else None
+    model, reference = load(job.model), load(job.model) if job.mode == LIVE and not job.adapter else None
     started = time.perf_counter()
     trainer = Trainer(
         model=model,
@@ -100,7 +102,10 @@ def run(job: Job, folder: str, ranks: int) -> Told:
         train_dataset=pairs,
         processing_class=tokenizer,
         callbacks=[watch],
+        peft_config=adapters(job.adapter) if job.adapter else None,
     )
+    if job.adapter:
+        set_peft_model_state_dict(trainer.model, load_file(Path(job.adapter, "adapter_model.safetensors")))
     prepared = time.perf_counter() - started if job.mode == PRECOMPUTED else 0.0
     trainer.seen = []
     trainer.train()
@@ -112,6 +117,13 @@ def run(job: Job, folder: str, ranks: int) -> Told:
 def load(folder: str) -> Any:
     """The model in float32 with torch's fused attention."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
+
+
+def adapters(folder: str) -> LoraConfig:
+    """The config of a folder of adapters, for training."""
+    config = LoraConfig.from_pretrained(folder)
+    config.inference_mode = False
+    return config
 
 
 def main() -> None:

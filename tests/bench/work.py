@@ -4,6 +4,7 @@ one, on the 50M Llama.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,38 @@ COSTS = cost_model(MODEL)
 
 
 def counted_flops(result: dict[str, Any]) -> float:
-    """Of all steps of a run but the first."""
+    """Of all steps of a run but the first. With adapters the weights that they are for get no gradient, and what the
+    adapters themselves compute, a twentieth, is left out.
+    """
     parallel = ParallelConfig(
         compute_dtype="float32", activation_checkpointing="full" if result["checkpointing"] else "none"
     )
-    each = result["pairs_per_step"]
+    each, is_lora = result["pairs_per_step"], bool(result.get("adapter"))
     pairs = read_pairs(Path(result["pairs"]))[each : result["steps"] * each]
     steps = [pairs[start : start + each] for start in range(0, len(pairs), each)]
     if result["trainer"] == "ours":
         budget = int(result["keys"]["batch.tokens_per_micro_batch"])
-        return sum(packed_flops(step, result["ranks"], budget, parallel) for step in steps)
-    size, paid = result["micro_batch"], units(parallel.activation_checkpointing, 0.0)
+        return sum(packed_flops(step, result["ranks"], budget, parallel, is_lora) for step in steps)
+    size, paid = result["micro_batch"], _paid(units(parallel.activation_checkpointing, 0.0), is_lora)
     parts = [step[start : start + size] for step in steps for start in range(0, each, size)]
     return sum(padded_flops(part, paid, live=result["mode"] == LIVE) for part in parts)
 
 
-def packed_flops(pairs: Sequence[Pair], ranks: int, budget: int, parallel: ParallelConfig) -> float:
+def packed_flops(
+    pairs: Sequence[Pair], ranks: int, budget: int, parallel: ParallelConfig, is_lora: bool = False
+) -> float:
     """Of a step of ours, with the part of the head that is computed again."""
     plan = plan_step(grow_trees(pairs), ranks, budget, COSTS)
     micro_batches = [trees for rank in plan.micro_batches for trees in rank]
-    return sum(step_flops(trees, COSTS, units_of(parallel, trees, MODEL.vocab_size, "cpu")) for trees in micro_batches)
+    return sum(
+        step_flops(trees, COSTS, _paid(units_of(parallel, trees, MODEL.vocab_size, "cpu"), is_lora))
+        for trees in micro_batches
+    )
+
+
+def _paid(paid: Units, is_lora: bool) -> Units:
+    """The units of a step; frozen weights get no gradient, which is one unit of their products."""
+    return replace(paid, body=paid.body - 1, head=paid.head - 1) if is_lora else paid
 
 
 def padded_flops(pairs: Sequence[Pair], paid: Units, live: bool) -> float:

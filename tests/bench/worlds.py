@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -63,6 +64,17 @@ def save_llama(folder: Path, size: ModelSize) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(llama_config(size)).save_pretrained(folder)
         AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path, model: Path) -> Path:
+    """A folder of LoRA adapters of rank 16, alpha 32, on all linear layers of a model: A at random (seed 0), B zero;
+    made once.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        torch.manual_seed(0)
+        adapters = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft.get_peft_model(LlamaForCausalLM.from_pretrained(model), adapters).save_pretrained(folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from dpo.base.errors import UserError
 from dpo.encode.encoder import text_encoder
 from dpo.pairs.tokens import Limits
 from dpo.sample import program as sample
+from dpo.sample import questions
 from tests.machine.test_toolchain import facts
 from tests.model.test_generation import plain_draw, plain_greedy
 from tests.support.data_fixtures import BOS, EOS, VOCAB_SIZE, ids, make_tokenizer, write_jsonl
@@ -189,7 +190,7 @@ def test_a_message_without_content_is_shown(capsys: pytest.CaptureFixture[str]) 
 def test_a_dialogue_in_one_text_becomes_turns_as_in_training(tmp_path: Path) -> None:
     rows = [{"prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"}, {"prompt": "a"}]
     path = Path(write_jsonl(tmp_path / "prompts.jsonl", rows))
-    turns, single = (question.prompt for question in sample.read_questions(path, as_chat=True))
+    turns, single = (question.prompt for question in questions.read_questions(path, as_chat=True))
     assert [tuple(turn.values()) for turn in turns] == [("user", "a"), ("assistant", "b"), ("user", "c")]
     assert single == ({"role": "user", "content": "a"},)
 
@@ -296,7 +297,7 @@ def test_models_and_templates_that_cannot_read_are_refused(tmp_path: Path, capsy
 def test_a_column_that_looks_like_part_of_the_prompt_is_refused(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "Hi", "context": ""}, {"prompt": "Hi", "context": "x"}])
     with pytest.raises(UserError, match=r"a.jsonl:2: context: would not be read, .* valid: prompt, system, tools, "):
-        sample.read_questions(Path(path), False)
+        questions.read_questions(Path(path), False)
 
 
 @pytest.mark.parametrize(
@@ -323,11 +324,11 @@ def test_columns_of_a_conversation_go_through_the_template(
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": prompt} | beside])
     encoder = text_encoder(make_tokenizer(chat_template=template), (EOS,))
     limits = Limits(None, None, VOCAB_SIZE, None, False)
-    [found] = sample.read_prompts(sample.read_questions(Path(path), False), encoder, limits)
+    [found] = questions.read_prompts(questions.read_questions(Path(path), False), encoder, limits)
     assert list(found) == ids(text)
 
 
 def test_messages_that_are_kept_as_text(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": json.dumps(messages)}, {"prompt": "[1]"}])
-    assert [question.prompt for question in sample.read_questions(Path(path), False)] == [tuple(messages), "[1]"]
+    assert [question.prompt for question in questions.read_questions(Path(path), False)] == [tuple(messages), "[1]"]

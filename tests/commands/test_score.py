@@ -13,27 +13,35 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
-from dpo.config import Config, LossConfig, SourceConfig, to_yaml
+from dpo.adapters.base import NamedModel
+from dpo.config import Config, LoraConfig, LossConfig, SourceConfig, to_yaml
 from dpo.distributed.startup import open_world
 from dpo.model.build import load_policy
 from dpo.model.policy import Policy
 from dpo.score import program as score
-from dpo.score.arguments import with_model
+from dpo.score.arguments import reference_adapter, with_model
 from dpo.step.evaluation import Evaluation
 from tests.support.models import plain_logp, plain_model, save_model, save_pairs
+from tests.support.peft_folders import adapted_model, save_adapter
 from tests.support.ranks import Ranks
 from tests.support.runs import cache_folders, changed, eval_lines, exit_code_of, make_config
 from tests.support.runs import run as run_training
 
 BETA = 0.5
+LORA: list[tuple[str, dict[str, Any]]] = [("dpo", {"lora__rank": 4, "lora__dora": True}), ("sft", {"lora__rank": 4})]
+"""Losses and keys of runs of adapters."""
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/ and other/, of two families; pairs.jsonl (12 pairs), eval.jsonl (5) and more.jsonl (8)."""
+    """model/ and other/, of two families; sft/ and trained/, adapters of model/; pairs.jsonl (12 pairs), eval.jsonl (5)
+    and more.jsonl (8).
+    """
     root = tmp_path_factory.mktemp("score")
     save_model(root / "model", "llama")
     save_model(root / "other", "gpt-neox", seed=1)
+    save_adapter(root / "sft", root / "model", seed=1)
+    save_adapter(root / "trained", root / "model", seed=2, use_dora=True, use_rslora=True)
     save_pairs(root / "pairs.jsonl", 6, completions=3, pairs_each=2)
     save_pairs(root / "eval.jsonl", 5, seed=1)
     save_pairs(root / "more.jsonl", 8, seed=2)
@@ -81,7 +89,11 @@ def scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Any:
 
 def table_of(path: Path, policy: Path, reference: Path) -> np.ndarray:
     """The oracle, a row a pair: pi_w, pi_l, ref_w, ref_l in nats, then the lengths of winner and loser."""
-    models = [plain_model(policy), plain_model(reference)]
+    return table_of_models(path, plain_model(policy), plain_model(reference))
+
+
+def table_of_models(path: Path, *models: Any) -> np.ndarray:
+    """The same of the loaded policy and reference."""
     table = []
     for row in map(json.loads, path.read_text().splitlines()):
         for pair in row["pairs"]:
@@ -193,11 +205,14 @@ def test_no_losers_are_told_where_none_are_computed() -> None:
     assert score.further_metrics(result, np.array([[9, 2, 2], [9, 4, 4]]), LossConfig("sft")) == {"tokens/chosen": 3.0}
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "sft"])
-def test_the_final_model_scores_what_its_run_logged(loss: str, config: Config) -> None:
-    """To the last bit; `config.yaml` of the run is config enough. simpo has no reference, sft no rewards either."""
+@pytest.mark.parametrize(("loss", "lora"), [("dpo", {}), ("ipo", {}), ("simpo", {}), ("sft", {}), *LORA])
+def test_the_final_model_scores_what_its_run_logged(loss: str, lora: dict[str, Any], config: Config) -> None:
+    """To the last bit; `config.yaml` of the run is config enough. simpo has no reference, sft no rewards either. A run
+    of adapters leaves a folder of them.
+    """
     steps = {"batch__pairs_per_step": 4, "train__steps": 2, "optim__lr": 1e-3, "optim__warmup_steps": 0}
-    folder = run_training(changed(config, loss__name=loss, **steps))
+    folder = run_training(changed(config, loss__name=loss, **steps, **lora))
+    assert (folder / "final" / "adapter_config.json").exists() == bool(lora)
     logged = {name.removeprefix("eval/"): value for name, value in eval_lines(folder)[-1].items()}
     assert logged.pop("step") == 2
     code, out = output_of("--model", str(folder / "final"), "--config", str(folder / "config.yaml"), "--json")
@@ -222,12 +237,75 @@ def test_a_model_that_is_not_finite_has_no_score(
 
 
 def test_the_model_takes_the_place_of_the_configs_own(config: Config) -> None:
-    """model.path stays the reference and the tokenizer, unless others are named; sft has no reference."""
-    own = with_model(config, "it")
+    """model.path stays the reference and the tokenizer, unless others are named; sft has no reference. The adapters
+    that the config would train are not those of the model.
+    """
+    it = NamedModel("it")
+    own = with_model(changed(config, lora__rank=3), it)
     assert (own.model.path, own.model.tokenizer, own.reference.path) == ("it", *[config.model.path] * 2)
-    named = with_model(changed(config, model__tokenizer="words", reference__path="other"), "it")
+    assert own.lora == LoraConfig()
+    named = with_model(changed(config, model__tokenizer="words", reference__path="other"), it)
     assert (named.model.path, named.model.tokenizer, named.reference.path) == ("it", "words", "other")
-    assert with_model(changed(config, loss__name="sft"), "it").reference.path is None
+    assert with_model(changed(config, loss__name="sft"), it).reference.path is None
+    assert with_model(config, NamedModel("it", "on it")).lora == LoraConfig(path="on it")
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--adapter", "trained"], ["--model", "trained"]])
+def test_adapters_score_as_peft_computes_them(words: list[str], config: Config, root: Path, tmp_path: Path) -> None:
+    """Against the base, by default; log-probabilities to 1e-5, margins, which are differences of them, to 1e-4. The
+    rows of the reference are those that a whole model reads.
+    """
+    (_, table), names = words_run(config, tmp_path, "--model", str(root / "other")), (words[0], str(root / words[1]))
+    code, found = words_run(config, tmp_path, *names)
+    models = adapted_model(root / "model", root / "trained"), plain_model(root / "model")
+    expected = figures_of(table_of_models(root / "eval.jsonl", *models))
+    assert code == 0 and found["metrics"] == pytest.approx(expected, rel=1e-4)
+    for name in ("logps/chosen", "logps/rejected"):
+        assert found["metrics"][name] == pytest.approx(expected[name], rel=1e-5)
+        assert found["metrics"][name] != pytest.approx(table["metrics"][name], rel=1e-2)
+    assert (found["model"], found["reference"]) == (f"{root / 'trained'} on {root / 'model'}", str(root / "model"))
+    assert len(cache_folders(tmp_path)) == 1
+
+
+def words_run(config: Config, folder: Path, *words: str) -> tuple[int, dict[str, Any]]:
+    """The exit code and the JSON of a score."""
+    code, out = output_of(*words_of(config, folder, folder, "--json")[2:], *words)
+    return code, json.loads(out)
+
+
+@pytest.mark.parametrize("adapter", ["start", "base"])
+def test_the_reference_of_a_run_from_adapters(adapter: Any, config: Config, root: Path, tmp_path: Path) -> None:
+    """The model with the adapters from which the run starts, or the base where the config says so."""
+    config = changed(config, lora__path=str(root / "sft"), reference__adapter=adapter)
+    _, found = words_run(config, tmp_path, "--model", str(root / "trained"))
+    models = {"start": adapted_model(root / "model", root / "sft"), "base": plain_model(root / "model")}
+    policy = adapted_model(root / "model", root / "trained")
+    expected = figures_of(table_of_models(root / "eval.jsonl", policy, models[adapter]))
+    assert found["metrics"] == pytest.approx(expected, rel=1e-4)
+    shown = {"start": f"{root / 'sft'} on {root / 'model'}", "base": str(root / "model")}
+    assert found["reference"] == shown[adapter]
+    assert (reference_adapter(config) is None) == (adapter == "base")
+
+
+def test_adapters_without_effect_leave_the_reference(config: Config, root: Path, tmp_path: Path) -> None:
+    """A start whose B is 0 is the base: its rows are those of the base."""
+    without = save_adapter(tmp_path / "zero", root / "model", has_effect=False)
+    _, alone = words_run(config, tmp_path, "--model", str(root / "other"))
+    _, found = words_run(changed(config, lora__path=str(without)), tmp_path, "--model", str(root / "other"))
+    assert found["metrics"] == alone["metrics"]
+    assert len(cache_folders(tmp_path)) == 1
+
+
+@pytest.mark.xdist_group("ranks")
+def test_adapters_on_ranks(ranks: Ranks, config: Config, root: Path, tmp_path: Path) -> None:
+    words = words_of(changed(config, lora__path=str(root / "sft")), tmp_path, root / "trained", "--json")
+    ((code, alone),) = ranks(1, output_of, *words)
+    ((_, together), *_) = ranks(2, output_of, *words)
+    assert code == 0
+    assert json.loads(together)["metrics"] == pytest.approx(json.loads(alone)["metrics"], rel=1e-5)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
@@ -309,6 +387,17 @@ def test_help_names_its_own_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(word in out for word in ("--model DIR", "--by-source", "--json", "--help-config"))
 
 
+TWICE = "command line: --adapter: --model {}/trained has adapters already; valid: --model with their base"
+LOST = "command line: --model: {}/lost holds adapters, whose base /no/where is not here; valid: base_model_name_or_path"
+
+
+def lost_base(tmp_path: Path) -> Path:
+    """A folder of adapters whose base was moved."""
+    (tmp_path / "lost").mkdir()
+    (tmp_path / "lost" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/no/where"}))
+    return tmp_path / "lost"
+
+
 def error_of(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line on stderr of a program that refuses its input."""
     assert run(*argv) == 2
@@ -326,6 +415,8 @@ def test_errors_say_where(config: Config, root: Path, tmp_path: Path, capsys: py
         ([*words, "--loss.bata", "1"], "command line: loss.bata: unknown key; did you mean loss.beta? valid: "),
         ([*words, "--model", "/nowhere"], "command line: --model: given twice, "),
         (["--model", "/nowhere", *words[2:]], "command line: --model: no such folder: /nowhere; valid: "),
+        (["--adapter", str(root / "sft"), "--model", str(root / "trained"), *words[2:]], TWICE.format(root)),
+        (["--model", str(lost_base(tmp_path)), *words[2:]], LOST.format(tmp_path)),
         ([*words, "--reference.path", "/nowhere"], "command line: reference.path: no such folder: /nowhere; valid: "),
     ]
     for argv, error in cases:
@@ -347,7 +438,7 @@ def test_one_model_is_in_memory_at_a_time(config: Config, monkeypatch: pytest.Mo
 
     monkeypatch.setattr("dpo.model.warm_up.load_policy", counted)
     with open_world(60) as world:
-        score.score_model(with_model(config, config.model.path), False, world)
+        score.score_model(with_model(config, NamedModel(config.model.path)), None, False, world)
     assert alive == [0, 0]
 
 
@@ -359,7 +450,7 @@ def test_both_models_are_warmed_up(config: Config, root: Path, monkeypatch: pyte
         warmed.append((policy.config.model_type, passes))
 
     monkeypatch.setattr("dpo.model.warm_up.warm_up", record)
-    other = with_model(changed(config, reference__path=str(root / "other")), config.model.path)
+    other = with_model(changed(config, reference__path=str(root / "other")), NamedModel(config.model.path))
     with open_world(60) as world:
-        score.score_model(other, False, world)
+        score.score_model(other, None, False, world)
     assert warmed == [("gpt_neox", (False,)), ("llama", (False,))]
