@@ -30,15 +30,12 @@ from dpo.command.line import split_options, words_of
 from dpo.config import Config, SourceConfig
 from dpo.disk.home import caches_of_run, describe_small_home
 from dpo.disk.sizes import Sizes, sizes_of
-from dpo.encode.tokenizer import load_tokenizer
-from dpo.hub.files import MODEL, TOKENIZER, Need
-from dpo.hub.ids import is_tokenizer_id
-from dpo.hub.snapshots import ANSWER_SECONDS, Download, HubUnreachable, cached_snapshot, download, hub_failures
-from dpo.model.download import check_id, checked_model
+from dpo.hub.snapshots import ANSWER_SECONDS, HubUnreachable, hub_failures
 from dpo.model.model_config import read_model_config
 from dpo.model.weights import tensor_files, tensor_paths
 from dpo.pairs.prepare import PreferenceData, prepare_data
 from dpo.prepare.arguments import read_arguments
+from dpo.prepare.models import prepare_adapters, prepare_models, prepare_tokenizer
 from dpo.ref_logps.blocks import ROW
 from dpo.ref_logps.cache import cache_root
 from dpo.ref_logps.fill import count_rows
@@ -46,70 +43,6 @@ from dpo.run.agreement import NamedModel, check_agreement
 from dpo.sources.hub_sets import check_path, check_room_for, is_hub_source, prepared_folder
 from dpo.sources.hub_sets import download as download_set
 from dpo.terminal.console import harmless, in_one_line, is_quiet, say, warn
-
-# --- models and tokenizers -------------------------------------------------------------------------------------------
-
-
-def prepare_models(config: Config) -> list[Path]:
-    """Downloads the newest revisions of the policy's and the reference's model; returns the folders, one where they are
-    the same. Raises UserError where there is no such model.
-    """
-    paths = {"model.path": config.model.path, "reference.path": config.reference.path}
-    return [_prepare_model(path, key) for key, path in paths.items() if path is not None]
-
-
-def _prepare_model(path: str, key: str) -> Path:
-    if Path(path).exists():
-        return checked_model(Path(path), path, key)
-    check_id(path, key)
-    return checked_model(newest_snapshot(path, key, MODEL), path, key)
-
-
-def prepare_tokenizer(config: Config) -> None:
-    """Downloads the newest revision of a tokenizer that `model.tokenizer` names by its hub id. Raises UserError where
-    it cannot be loaded.
-    """
-    path = config.model.tokenizer
-    if path is not None:
-        if not Path(path).is_dir() and is_tokenizer_id(path):
-            newest_snapshot(path, "model.tokenizer", TOKENIZER)
-        load_tokenizer(path, config.model.trust_remote_code)
-
-
-def newest_snapshot(repository: str, key: str, need: Need) -> Path:
-    """Returns the folder of the newest revision of a repository, with the files that are needed; says which it is.
-
-    Where the hub does not answer, the revision in the cache is taken, with a warning, if it is complete.
-
-    Args:
-        repository: the hub id.
-        key: the key of the config that names it, for errors.
-        need: the files.
-
-    Raises:
-        UserError: there is no such repository, or the hub does not answer and the cache lacks files.
-        RunError: the disk has no room for the download.
-    """
-    say(f"{repository}: asking the hub for its newest revision, and downloading what is not in the cache")
-    cached = cached_snapshot(repository)
-    missing = need.missing(cached) if cached else ["config.json"]
-    try:
-        found = download(repository, need, missing=missing)
-    except HubUnreachable as failure:
-        if cached is None or missing:
-            raise failure.at(key) from failure
-        warn(f"{failure.what}; the revision in the cache is taken")
-        found = Download(cached, 0)
-    except InvalidValue as failure:
-        raise failure.at(key) from failure
-    revision = f"revision {found.folder.name[:12]}, {_downloaded(found.num_bytes)}, in {found.folder}"
-    print(in_one_line(f"{key} {repository}: {revision}"))
-    return found.folder
-
-
-def _downloaded(num_bytes: int) -> str:
-    return f"{shown_bytes(num_bytes)} downloaded" if num_bytes else "in the cache already"
-
 
 # --- data ------------------------------------------------------------------------------------------------------------
 
@@ -121,7 +54,7 @@ def keyed_sources(config: Config) -> list[tuple[str, SourceConfig]]:
 
 
 def prepare_sources(config: Config) -> None:
-    """Downloads the newest revisions of the hub's data sets. Raises as `newest_snapshot` does."""
+    """Downloads the newest revisions of the hub's data sets. Raises as `models.newest_snapshot` does."""
     wanted = {(source.path, source.name): (source, key) for key, source in reversed(keyed_sources(config))}
     for source, key in reversed(wanted.values()):  # splits of the same data set are downloaded together
         if not Path(source.path).expanduser().exists() and is_hub_source(source.path):
@@ -243,6 +176,7 @@ def prepare(config: Config) -> None:
     folders = prepare_models(config)
     prepare_tokenizer(config)
     configs = [read_model_config(folder, config.model.trust_remote_code) for folder in folders]
+    prepare_adapters(config, configs[0])
     for folder in folders:
         tensor_files(folder)  # reads the header of each file, so that a cut one is told here
     for model_config in configs:

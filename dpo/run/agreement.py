@@ -14,13 +14,15 @@ import numpy as np
 import pyarrow as pa
 from transformers import PretrainedConfig
 
+from dpo.adapters.choice import find_adapters
 from dpo.base.errors import UserError
 from dpo.config import Config
-from dpo.encode.tokenizer import find_tokenizer_folder, tokenizer_is_here
+from dpo.encode.tokenizer import find_tokenizer_folder, has_tokenizer, load_tokenizer, tokenizer_is_here
 from dpo.pairs.pair_set import PairSet
 from dpo.pairs.prepare import PreferenceData
 from dpo.pairs.token_rows import blocks, lists
 from dpo.pairs.tokens import limits_of
+from dpo.sources.formats.examples import holds_ids
 from dpo.terminal.console import warn
 
 TOKENIZER = "tokenizer.json"
@@ -38,7 +40,8 @@ class NamedModel:
 
 
 def check_agreement(config: Config, policy: NamedModel, reference: NamedModel, data: PreferenceData) -> None:
-    """Checks the reference, and the tokenizer where it is not the policy's own, against the data.
+    """Checks the reference, and the tokenizer where it is not the policy's own, against the data. Adapters to start
+    from count as a model with the policy's vocabulary, where their folder has a tokenizer.
 
     Args:
         config: the config of the run.
@@ -56,8 +59,12 @@ def check_agreement(config: Config, policy: NamedModel, reference: NamedModel, d
         _check_positions(model, data)
     tokenizer = config.model.tokenizer or str(policy.folder)
     if tokenizer_is_here(tokenizer):
+        used, adapters = find_tokenizer_folder(tokenizer), find_adapters(config)
+        if adapters and adapters.folder:
+            others.append(NamedModel("lora.path", adapters.folder, policy.config))
+            _compare_templates(adapters.folder, used, config, data)
         for model in (policy, *others):
-            _check_texts(model, find_tokenizer_folder(tokenizer), data)
+            _check_texts(model, used, data)
 
 
 # --- ids and positions that a model lacks ----------------------------------------------------------------------------
@@ -147,6 +154,17 @@ def _check_texts(model: NamedModel, tokenizer: Path, data: PreferenceData) -> No
         what = f"{model.folder}: {len(wrong)} of the {len(ids)} ids of the data are other tokens in its tokenizer"
         texts = f"{token} is {own[token]!r} there, and {used[token]!r} in {tokenizer}"
         raise UserError(model.key, f"{what}: {texts}", "models with one vocabulary, and their tokenizer")
+
+
+def _compare_templates(adapters: Path, used: Path, config: Config, data: PreferenceData) -> None:
+    """Warns where adapters come with another chat template than that by which the data was written."""
+    has_texts = not all(holds_ids(source.format) for source in data.report.sources)
+    if not has_texts or not has_tokenizer(adapters) or adapters.samefile(used):
+        return
+    template = load_tokenizer(str(adapters), config.model.trust_remote_code).chat_template
+    if template and template != load_tokenizer(str(used), config.model.trust_remote_code).chat_template:
+        what = f"the tokenizer in {adapters} has another chat template than {used}, which tokenizes the data"
+        warn(f"lora.path: {what}; model.tokenizer: {adapters} takes it")
 
 
 def _all_ids(pairs: PairSet) -> np.ndarray:

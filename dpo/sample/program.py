@@ -100,7 +100,7 @@ def open_reader(path: str, flag: str, tokenizer: str | None, questions: Sequence
         named = together(lambda: name_model(trained_model(path), place))
         folder = find_model(named.base, "model.path", world)
         config = first_on_each_node(world, lambda: read_model_config(folder, trust_remote_code=False))
-        adapters = together(lambda: _adapters(named.base, named.adapters))
+        adapters = first_on_each_node(world, lambda: _adapters(named.base, named.adapters))
         source = tokenizer or str(_tokenizer_folder(folder, adapters))
         loaded = first_on_each_node(world, lambda: load_tokenizer(source))
         limits = limits_of(None, None, config)

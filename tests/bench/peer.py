@@ -67,6 +67,8 @@ TRL is faster with less, since it pads to the longest: 8 HH pairs with the refer
 30 CPU seconds with 1, 2, 4 and 8 pairs at a time, and 1.9, 2.9, 4.3 and 6.8 GiB at most. Ours is as fast and takes less
 memory. Two ranks with 8 pairs each would need more memory than many a machine has.
 """
+LORA_RATE = 10
+"""Learning rate of adapters in units of that of whole models, with which their first steps, from B = 0, do nothing."""
 IDENTITY = (
     "trainer",
     "mode",
@@ -145,7 +147,7 @@ def jobs(wish: argparse.Namespace) -> Iterator[Job]:
                 group_by_prompt=WORKLOADS[name].group_by_prompt,
                 steps=wish.steps,
                 pairs_per_step=PAIRS_PER_STEP,
-                lr=wish.lr,
+                lr=LORA_RATE * wish.lr if chosen.lora else wish.lr,
                 beta=0.1,
                 micro_batch=chosen.micro_batch,
                 checkpointing=chosen.checkpointing,

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from dpo.sample import questions
 from tests.machine.test_toolchain import facts
 from tests.model.test_generation import plain_draw, plain_greedy
 from tests.support.data_fixtures import BOS, EOS, VOCAB_SIZE, ids, make_tokenizer, write_jsonl
-from tests.support.models import family_config, plain_model, save_model
+from tests.support.models import family_config, plain_model, save_model, save_pairs
+from tests.support.peft_folders import adapted_model, save_adapter
 from tests.support.ranks import Ranks
-from tests.support.runs import exit_code_of
+from tests.support.runs import exit_code_of, make_config
+from tests.support.runs import run as run_training
 
 NEW = 6
 
@@ -42,11 +45,16 @@ def save_talker(folder: Path, family: str, seed: int, **tokenizer: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """policy/ and reference/, of two families; gpt2/ with 256 positions."""
+    """policy/ and reference/, of two families; gpt2/ with 256 positions; tuned/ and other/, adapters of policy/, and
+    gpt2-tuned/.
+    """
     root = tmp_path_factory.mktemp("sample")
     save_talker(root / "policy", "llama", 0)
     save_talker(root / "reference", "gpt-neox", 1)
     save_talker(root / "gpt2", "gpt2", 2)
+    save_adapter(root / "tuned", root / "policy", seed=1)
+    save_adapter(root / "other", root / "policy", seed=2, use_dora=True)
+    save_adapter(root / "gpt2-tuned", root / "gpt2", seed=3)
     return root
 
 
@@ -207,6 +215,76 @@ def test_a_model_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert "␛[31m" in out and "␇<U+009B>2J" in out
     assert not any(character in out for character in "\x1b\x07\x9b")
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def answers_to(prompts: list[str], folder: Path, *words: str, capsys: Any) -> list[dict[str, Any]]:
+    """What the program prints for lines of text."""
+    (folder / "prompts.txt").write_text("\n".join(prompts))
+    capsys.readouterr()
+    assert run(*words, "--prompts", str(folder / "prompts.txt"), "--max-new-tokens", str(NEW), "--json") == 0
+    return rows_of(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("policy", "reference"), [("tuned", "other"), ("tuned", "policy"), ("gpt2-tuned", "gpt2")])
+def test_adapters_answer_as_peft_does(policy: str, reference: str, folders: Path, tmp_path: Path, capsys: Any) -> None:
+    """A folder of adapters is its base with them; two folders of one base, and one beside the base itself."""
+    bases = {"tuned": "policy", "other": "policy", "gpt2-tuned": "gpt2"}
+    words = ("--model", str(folders / policy), "--reference", str(folders / reference))
+    found = answers_to(["ab", "Why?"], tmp_path, *words, capsys=capsys)
+    for name, folder in (("policy", policy), ("reference", reference)):
+        base = folders / bases.get(folder, folder)
+        model = adapted_model(base, folders / folder) if folder in bases else plain_model(base)
+        assert [row[name] for row in found] == [
+            text(plain_greedy(model, [BOS, *ids(prompt)], NEW)) for prompt in ("ab", "Why?")
+        ]
+    assert [row["policy"] for row in found] != [row["reference"] for row in found]
+
+
+def test_one_model_is_in_memory_at_a_time(folders: Path, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Also where both models have the same base."""
+    models: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    build = sample.build_policy
+
+    def counted(*args: Any, **more: Any) -> Any:
+        alive.append(sum(model() is not None for model in models))
+        policy = build(*args, **more)
+        models.append(weakref.ref(policy.model))
+        return policy
+
+    monkeypatch.setattr(sample, "build_policy", counted)
+    words = ("--model", str(folders / "tuned"), "--reference", str(folders / "other"))
+    answers_to(["ab"], tmp_path, *words, capsys=capsys)
+    assert alive == [0, 0]
+
+
+def test_the_tokenizer_of_the_adapters(folders: Path, tmp_path: Path, capsys: Any) -> None:
+    """With which they were trained: this one writes no BOS. Without one the base's is taken."""
+    own = Path(shutil.copytree(folders / "tuned", tmp_path / "own"))
+    make_tokenizer(bos=False).save_pretrained(own)
+    model = adapted_model(folders / "policy", own)
+    words = ("--temperature", "2", "--model")
+    (found,) = answers_to(["ab"], tmp_path, *words, str(own), capsys=capsys)
+    assert found["policy"] == text(plain_draw(model, ids("ab"), 0, 2.0, NEW))
+    (found,) = answers_to(["ab"], tmp_path, *words, str(folders / "tuned"), capsys=capsys)
+    assert found["policy"] == text(plain_draw(model, [BOS, *ids("ab")], 0, 2.0, NEW))
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora__rank": 4}])
+def test_the_folder_of_a_run_is_its_final_model(
+    lora: dict[str, Any], folders: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Of a run of adapters these on the base, to whose answers training at this rate has made a difference."""
+    pairs = save_pairs(tmp_path / "pairs.jsonl", 8)
+    fast = {"batch__pairs_per_step": 8, "train__steps": 4, "optim__lr": 0.03, "optim__warmup_steps": 0}
+    folder = run_training(make_config(folders / "policy", pairs, tmp_path / "run", **fast, **lora))
+    model = adapted_model(folders / "policy", folder / "final") if lora else plain_model(folder / "final")
+    (found,) = answers_to(["ab"], tmp_path, "--model", str(folder), capsys=capsys)
+    says = [text(plain_greedy(one, [BOS, *ids("ab")], NEW)) for one in (model, plain_model(folders / "policy"))]
+    assert found["policy"] == says[0] != says[1]
 
 
 # --- ranks -----------------------------------------------------------------------------------------------------------

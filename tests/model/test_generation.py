@@ -11,6 +11,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from dpo.adapters.reading import read_spec
+from dpo.adapters.switch import adapters_off
 from dpo.batch.costs import CostModel
 from dpo.batch.packing import RowFormat, pack
 from dpo.batch.plan import plan_step
@@ -19,7 +21,7 @@ from dpo.config import Config, LossConfig, OptimConfig, ParallelConfig
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World, make_mesh
 from dpo.model.attention import ATTENTION
-from dpo.model.build import build_policy, load_weights
+from dpo.model.build import build_policy, load_weights, read_start
 from dpo.model.generation import ROWS_PER_LANE, AnswerRule, generate, uniform
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
@@ -27,6 +29,7 @@ from dpo.pairs.pair_set import Pair
 from dpo.step.optim import make_optimizer
 from dpo.step.update import train_step
 from tests.support.models import FAMILIES, VOCAB, plain_model, save_model
+from tests.support.peft_folders import adapted_model, save_adapter
 
 PROMPTS = [[1, 5, 6], [1, *range(40, 57)], [4], [1, 90, 7, 7, 7, 23]]
 """Of 1 to 18 tokens: all but the longest are padded, and Mistral's window of 12 is shorter than that."""
@@ -93,6 +96,27 @@ def test_families_answer_like_the_plain_model(family: str, world: World, tmp_pat
     assert generate(policy, PROMPTS, AnswerRule((), NEW, 0.0, 0), world) == greedy
     assert generate(policy, PROMPTS, AnswerRule((), NEW, 2.0, 3), world) == drawn
     assert min(len(set(answer)) for answer in drawn) > 4
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "gpt-neox", "qwen3"])
+def test_adapters_answer_like_peft(family: str, world: World, tmp_path: Path) -> None:
+    """Greedy and drawn; with the adapters switched off the answers are the base's, and on again the first ones."""
+    base = save_model(tmp_path / "base", family)
+    folder = save_adapter(tmp_path / "adapters", base, use_rslora=True)
+    parallel = ParallelConfig()
+    config, mesh = read_model_config(base, False), make_mesh(world, parallel)
+    policy = build_policy(config, parallel, "float32", mesh, adapters=read_spec(folder))
+    load_weights(policy, base)
+    read_start(policy)
+    greedy, drawn = AnswerRule((), NEW, 0.0, 0), AnswerRule((), NEW, 2.0, 3)
+    models = {"adapters": adapted_model(base, folder), "base": plain_model(base)}
+    expected = {name: [plain_draw(model, prompt, 3, 2.0, NEW) for prompt in PROMPTS] for name, model in models.items()}
+    assert generate(policy, PROMPTS, drawn, world) == expected["adapters"] != expected["base"]
+    with adapters_off(policy.model):
+        assert generate(policy, PROMPTS, drawn, world) == expected["base"]
+    assert generate(policy, PROMPTS, greedy, world) == [
+        plain_greedy(models["adapters"], prompt, NEW) for prompt in PROMPTS
+    ]
 
 
 def test_in_float64(world: World, folder: Path) -> None:

@@ -17,7 +17,7 @@ def save_adapter(folder: Path, base: Path, seed: int = 0, has_effect: bool = Tru
     torch.manual_seed(seed)
     chosen: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a name that peft uses
+        warnings.simplefilter("ignore")  # of names that peft uses, and of Conv1D, which it sees by itself
         model = peft.get_peft_model(plain_model(base), peft.LoraConfig(**chosen | settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -30,5 +30,5 @@ def save_adapter(folder: Path, base: Path, seed: int = 0, has_effect: bool = Tru
 def adapted_model(base: Path, folder: Path) -> Any:
     """The model in `base` with the adapters in `folder`."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         return peft.PeftModel.from_pretrained(plain_model(base), folder).eval()
