@@ -21,11 +21,13 @@ from dpo.config import Config, SourceConfig, to_yaml
 from dpo.hub import snapshots
 from dpo.hub.files import MODEL
 from dpo.hub.snapshots import PREPARE
+from dpo.prepare import program as prepare
 from dpo.prepare.program import Place, check_places, limited, next_line
-from tests.support.data_fixtures import VOCAB_SIZE, make_tokenizer
+from tests.support.data_fixtures import VOCAB_SIZE, make_tokenizer, write_jsonl
 from tests.support.hub import Hub, connections, environment
-from tests.support.models import FAMILIES
-from tests.support.runs import changed, eval_lines, make_config, train_lines, without_clock
+from tests.support.models import FAMILIES, save_model
+from tests.support.peft_folders import save_adapter
+from tests.support.runs import changed, eval_lines, exit_code_of, make_config, train_lines, without_clock
 from tests.surroundings import ROOT
 
 ROWS = [{"prompt": f"p{i}", "chosen": f"a{i % 7}", "rejected": "b"} for i in range(20)]
@@ -90,13 +92,16 @@ def save_data(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny/ and other/, two models; tok/, a tokenizer; pairs/, parquet files of two splits."""
+    """tiny/ and other/, two models; tok/, a tokenizer; tok-model/, a model of one file; pairs/, parquet files of two
+    splits.
+    """
     root = tmp_path_factory.mktemp("repositories")
     save(root / "tiny", 0)
     save(root / "other", 1)
     make_tokenizer().save_pretrained(root / "tok")
     shutil.copytree(root / "tok", root / "tiny", dirs_exist_ok=True)
     save_data(root / "pairs")
+    make_tokenizer().save_pretrained(save_model(root / "tok-model", "llama"))
     return root
 
 
@@ -121,6 +126,29 @@ TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
 
 def shards(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("model-*.safetensors"))
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def test_adapters_are_found_before_the_run(folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Given ones and fresh ones: the layers that they are for; a name that fits none is refused before data is read."""
+    sft = save_adapter(tmp_path / "sft", folders / "tok-model", target_modules=["q_proj", "v_proj"])
+
+    def prepared(**lora: object) -> tuple[int, str]:
+        config = run_of(str(folders / "tok-model"), write_jsonl(tmp_path / "a.jsonl", ROWS), tmp_path / "run", **lora)
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        code = exit_code_of(prepare.main, "dpo.prepare", "--config", str(tmp_path / "config.yaml"))
+        found = capsys.readouterr()
+        return code, found.out + found.err
+
+    code, told = prepared(lora__path=str(sft))
+    assert code == 0, told
+    assert f"lora.path {sft}: in {sft}, rank 4, alpha 12, for q_proj, v_proj\n" in told
+    assert "lora: rank 8, alpha 16, for down_proj\n" in prepared(lora__rank=8, lora__target_modules="down_proj")[1]
+    code, told = prepared(lora__rank=8, lora__target_modules="c_attn")
+    assert code == 2 and "lora.target_modules: 'c_attn' fits no" in told and "data: reading" not in told
+    assert prepared(lora__path="./gone")[0] == 2
 
 
 # --- the run after it ------------------------------------------------------------------------------------------------

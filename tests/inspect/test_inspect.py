@@ -258,6 +258,18 @@ def test_real_hh(shared_data, tmp_path, capsys):
     assert max(map(len, out.splitlines())) <= 100
 
 
+def test_a_run_of_adapters_has_the_same_data(model, tmp_path, capsys):
+    """Neither their rank nor their folder, of which nothing is read here, changes what is shown."""
+    save_tokenizer(Path(model))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "chosen": "ab", "rejected": "c"}] * 2)
+    sections = {"data": {"train": [{"path": path}]}, "batch": {"pairs_per_step": 2}}
+    shown = []
+    for lora in ({}, {"rank": 4}, {"path": str(tmp_path / "sft")}):
+        assert run(model, **sections, lora=lora) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2] and "2 pairs kept" in shown[0]
+
+
 # --- without losers ---------------------------------------------------------------------------------------------------
 
 
