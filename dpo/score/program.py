@@ -107,12 +107,11 @@ def scored_model(config: Config) -> NamedModel:
 
 
 def _adapted(config: Config, base: SourceModel, adapter: str) -> SourceModel:
-    """Returns the reference with its adapters; without them where they change nothing, as a run reads its rows."""
+    """Returns the reference with its adapters; it has the base's hash where they change nothing."""
     with renamed_places({"lora.path": "lora.path of the config"}):  # not the model's, from a flag
         adapters = find_adapters(replace(config, lora=LoraConfig(path=adapter)))
     assert adapters is not None
-    content = start_hash(base.base_hash, adapters)
-    return base if content == base.hash else replace(base, adapters=adapters, hash=content)
+    return replace(base, adapters=adapters, hash=start_hash(base.base_hash, adapters))
 
 
 def _with_reference(packer: Packer, source: SourceModel, pairs: PairSet, config: Config, world: World) -> Packer:
