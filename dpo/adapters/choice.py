@@ -1,6 +1,7 @@
 """The adapters that a config asks for: by the keys of `lora`, or by the folder that `lora.path` names."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def find_adapters(config: Config) -> AdapterSpec | None:
     if lora.path is not None:
         spec = read_spec(find_folder(lora.path))
         _check_beside(lora, lora.path, spec)
-        return spec
+        return replace(spec, quantize=lora.quantize)
     return None if lora.rank is None else _by_keys(lora, lora.rank)
 
 
@@ -114,6 +115,7 @@ def _by_keys(lora: LoraConfig, rank: int) -> AdapterSpec:
         rslora=bool(lora.rslora),
         dora=bool(lora.dora),
         embeddings=bool(lora.train_embeddings),
+        quantize=lora.quantize,
     )
 
 

@@ -17,6 +17,7 @@ class AdapterSpec:
     """The adapters of a model. Two specs with the same values, but for `folder`, give the same modules."""
 
     rank: int
+    """0: no adapters, but a frozen base; see `dpo.adapters.quantized.base_alone`."""
     alpha: float
     target_modules: str | tuple[str, ...] = ALL_LINEAR
     """ALL_LINEAR, or names and patterns; see `dpo.adapters.targets`."""
@@ -36,6 +37,8 @@ class AdapterSpec:
     """Whether tied embeddings among `trained_modules` stay tied (peft's `ensure_weight_tying`)."""
     embeddings: bool = False
     """Whether the embeddings and the head are trained whole (`lora.train_embeddings`); tied ones stay tied."""
+    quantize: str | None = None
+    """How the frozen weights are stored: nf4; None: in the compute dtype."""
     folder: Path | None = None
     """The folder of the tensors with which the adapters start; None: at random, with no effect."""
 

@@ -10,7 +10,7 @@ CHANGING = (
     "optim.min_lr_ratio", "optim.weight_decay", "optim.max_grad_norm", "batch.pairs_per_step", "data.max_length",
     "train.steps", "train.epochs", "data.train", "data.eval", "data.max_prompt_length", "data.order", "reference.path",
     "lora.path", "lora.target_modules", "lora.target_parameters", "lora.exclude_modules", "lora.rslora", "lora.dora",
-    "lora.train_embeddings", "reference.adapter",
+    "lora.train_embeddings", "lora.quantize", "reference.adapter",
     "model.tokenizer", "batch.group_by_prompt", "optim.alpha", "optim.momentum", "optim.betas", "optim.eps",
     "parallel.compute_dtype", "parallel.tf32", "parallel.reduce_dtype", "model.dtype",
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """The keys of `lora`, and those of `reference` that belong to it; see `fields`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -30,3 +31,7 @@ class LoraConfig:
     model.path. null: the adapters start at random, and change nothing."""
     train_embeddings: bool | None = None
     """Train the embeddings and the head too, whole, in model.dtype; null: false."""
+    quantize: Literal["nf4"] | None = None
+    """Store the frozen linear layers of decoder layers in 4 bits (QLoRA), as nf4 in blocks of 64 weights with a float32
+    scale, 0.5625 bytes per weight; experts are not. The reference is the quantized model too, with log-probabilities of
+    its own. null: in parallel.compute_dtype."""

@@ -17,6 +17,7 @@ def lora_problems(config: Config) -> Iterator[Problem]:
     """Yields what is wrong with the keys of `lora` and with `reference.adapter`."""
     yield from _problems_without_adapters(config.lora)
     yield from _list_problems(config.lora)
+    yield from _quantized_problems(config.lora)
     yield from _reference_problems(config.reference, config.lora)
 
 
@@ -42,6 +43,13 @@ def _list_problems(lora: LoraConfig) -> Iterator[Problem]:
             fault = _fault_of_pattern(word)
             if fault and name != "target_parameters":
                 yield Problem((f"lora.{name}",), f"{word!r} is no pattern: {fault}", "a name or a regular expression")
+
+
+def _quantized_problems(lora: LoraConfig) -> Iterator[Problem]:
+    """Yields quantized weights beside adapters of single parameters, which peft adds to weights that are not."""
+    if lora.quantize and lora.target_parameters:
+        what = f"with lora.target_parameters no weights are quantized, got {lora.quantize}"
+        yield Problem(("lora.quantize", "lora.target_parameters"), what, "null, or lora.target_parameters null")
 
 
 def _fault_of_pattern(word: str) -> str | None:
