@@ -2,6 +2,7 @@
 
 matching.py      matches the tensors of a model with those in the files of its folder
 weights.py       hashes, reads and writes the tensors of model folders; each rank reads and writes its shards
+nf4_reading.py   reads weights that are stored as NF4, a tensor at a time
 model_config.py  reads and checks the config of a model folder
 source.py        a model by its content: folder, config, adapters, hash
 download.py      finds model folders, local or of the hub
