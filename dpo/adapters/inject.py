@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from transformers import PreTrainedModel
 
 from dpo.adapters.names import is_of_adapter
+from dpo.adapters.quantized import quantize_layers
 from dpo.adapters.spec import ADAPTER, AdapterSpec, peft_config
 from dpo.adapters.targets import find_targets
 from dpo.base.errors import UserError
@@ -18,7 +19,7 @@ def inject(model: PreTrainedModel, spec: AdapterSpec, master: torch.dtype, compu
     """Puts adapters into a model, whose weights are frozen but for `spec.trained_modules`.
 
     What is trained is stored in `master`. What is frozen is stored in `compute`, in which the forward pass would
-    convert it anyway.
+    convert it anyway; with `spec.quantize` its linear layers are quantized.
 
     Args:
         model: on the meta device, before it is sharded; modified in place.
@@ -29,6 +30,17 @@ def inject(model: PreTrainedModel, spec: AdapterSpec, master: torch.dtype, compu
     Raises:
         UserError: no layer of the model has the name of a target, or one of them can get no adapter.
     """
+    if spec.rank:
+        _add_adapters(model, spec)
+    trained = _trained_whole(model, spec)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_of_adapter(name) or parameter in trained)
+    if spec.quantize:
+        quantize_layers(model, spec, compute)
+    _convert(model, master, compute)
+
+
+def _add_adapters(model: PreTrainedModel, spec: AdapterSpec) -> None:
     from peft import inject_adapter_in_model
 
     config = peft_config(spec, find_targets(model, spec))
@@ -39,10 +51,6 @@ def inject(model: PreTrainedModel, spec: AdapterSpec, master: torch.dtype, compu
             inject_adapter_in_model(config, model, adapter_name=ADAPTER, low_cpu_mem_usage=True)
         except (ValueError, TypeError, NotImplementedError) as failure:
             raise UserError("lora", f"peft cannot adapt this model: {failure}") from failure
-    trained = _trained_whole(model, spec)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_of_adapter(name) or parameter in trained)
-    _convert(model, master, compute)
 
 
 def _trained_whole(model: PreTrainedModel, spec: AdapterSpec) -> set[nn.Parameter]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dpo.adapters.names import file_name, is_of_adapter, long_name
+from dpo.adapters.quantized import stored_hash
 from dpo.adapters.spec import AdapterSpec
 from dpo.base.errors import UserError
 from dpo.distributed.collectives import together
@@ -149,12 +150,13 @@ def start_hash(base_hash: str, spec: AdapterSpec) -> str:
     there is no folder, or every B is 0, without magnitudes and modules that are trained whole.
 
     Args:
-        base_hash: the hash of the model without adapters.
+        base_hash: the hash of the model without adapters, in its folder.
         spec: the adapters.
 
     Raises:
         UserError: the file of the adapters cannot be read.
     """
+    base_hash = stored_hash(base_hash, spec)
     if spec.folder is None:
         return base_hash
     tensors = _load(spec.folder / ADAPTER_TENSORS)
