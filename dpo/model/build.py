@@ -15,6 +15,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from dpo.adapters.inject import inject
 from dpo.adapters.merge import merged_weights
+from dpo.adapters.quantized import quantized_layers
 from dpo.adapters.spec import AdapterSpec
 from dpo.adapters.start import read_adapters, start_adapters
 from dpo.base.errors import UserError
@@ -186,8 +187,9 @@ def load_weights(policy: Policy, folder: Path) -> None:
     """Reads the weights of a Hugging Face folder; each rank reads its own shards. Rank 0 warns of tensors for which the
     model has no place. Every rank must get here, or the rest hang.
     """
-    names = names_of(policy.model)
-    unused = load_tensors(folder, stored_tensors(policy), names)
+    names, state = names_of(policy.model), base_state(policy.model)
+    quantized = {state[name]: layer for name, layer in quantized_layers(policy.model).items()}
+    unused = load_tensors(folder, _by_stored_names(policy, state), names, quantized)
     if dist.get_rank() == 0:
         for line in _findings(folder, policy.model.config, names, unused):
             warn(line)
@@ -221,8 +223,13 @@ def stored_tensors(policy: Policy) -> dict[str, Tensor]:
 
 
 def merged_tensors(policy: Policy) -> dict[str, Tensor]:
-    """Returns the same with adapters added to the weights that they adapt. Every rank must get here."""
-    return _by_stored_names(policy, base_state(policy.model) | merged_weights(policy.model, policy.dtype))
+    """Returns the same with adapters added to the weights that they adapt, and quantized weights dequantized. Every
+    rank must get here.
+    """
+    merged = merged_weights(policy.model, policy.dtype)
+    others = {name: layer for name, layer in quantized_layers(policy.model).items() if name not in merged}
+    plain = {name: layer.weight for name, layer in others.items()}
+    return _by_stored_names(policy, base_state(policy.model) | plain | merged)
 
 
 def _by_stored_names(policy: Policy, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,6 +10,8 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from dpo.adapters.names import base_name, is_of_adapter
+from dpo.adapters.nf4_linear import stand_in
+from dpo.adapters.quantized import quantized_layers
 from dpo.base.errors import UserError
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -76,8 +78,13 @@ def names_of(model: PreTrainedModel) -> Names:
 
 
 def base_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Returns a model's tensors without its adapters, by their names in the same model without adapters."""
-    return {base_name(name): tensor for name, tensor in model.state_dict().items() if not is_of_adapter(name)}
+    """Returns a model's tensors without its adapters, by their names in the same model without adapters. In place of a
+    quantized weight it returns a tensor without memory; see `dpo.adapters.nf4_linear.stand_in`.
+    """
+    quantized = {name: stand_in(layer) for name, layer in quantized_layers(model).items()}
+    packed = {name.removesuffix("weight") + "packed" for name in quantized}
+    own = {base_name(name): tensor for name, tensor in model.state_dict().items() if not is_of_adapter(name)}
+    return {name: tensor for name, tensor in own.items() if name not in packed} | quantized
 
 
 def _stored(model: PreTrainedModel, pairs: Mapping[str, str]) -> dict[str, str]:

@@ -18,6 +18,13 @@ class SourceModel:
     hash: str
     """Of the weights and the config, with those adapters that change the model; "" where the loss has no reference."""
     adapters: AdapterSpec | None = None
-    """None: no adapters."""
+    """None: no adapters, and no weight is quantized."""
     base_hash: str = ""
-    """The same as `hash` without adapters; "" where neither the loss nor adapters need it."""
+    """Of the weights as they are in the folder and the config; "" where neither the loss nor adapters need it."""
+
+    @property
+    def base(self) -> tuple[str, str | None]:
+        """Returns what is the same for models that differ in their adapters alone: `base_hash`, and the form in which
+        the frozen weights are stored.
+        """
+        return self.base_hash, self.adapters.quantize if self.adapters else None

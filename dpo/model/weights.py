@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -16,12 +17,14 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
+from dpo.adapters.nf4_linear import NF4Linear
 from dpo.base.errors import UserError
 from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
 from dpo.distributed.world import World
 from dpo.hub.files import INDEX, read_weight_map, stored_weights
 from dpo.model.matching import Names, StoredTensor, match
+from dpo.model.nf4_reading import QuantizingPlanner
 from dpo.watch.failures import storage_errors
 
 CONFIG_NOISE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
@@ -147,7 +150,12 @@ def _reader(folder: Path) -> HuggingFaceStorageReader:
     return reader
 
 
-def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], names: Names) -> Sequence[str]:
+def load_tensors(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    names: Names,
+    quantized: Mapping[torch.Tensor, NF4Linear] = MappingProxyType({}),
+) -> Sequence[str]:
     """Fills tensors with the tensors of the same names in a folder. Of a DTensor each rank reads its shard alone; where
     there are several copies of the model, the ranks of the first read, and broadcast their shards to the others.
 
@@ -157,6 +165,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], names: Names
         folder: a model folder.
         tensors: the tensors to fill, by name.
         names: the names of the model's tensors in its folder.
+        quantized: the layers that are filled in place of some tensors; see `dpo.model.nf4_reading`.
 
     Returns:
         The names of tensors in the folder for which the model has no place, sorted; see `matching.Match`.
@@ -165,8 +174,12 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], names: Names
         UserError: a tensor is missing, has another shape, or is quantized.
     """
     found = together(lambda: match(folder, tensor_files(folder), tensors, names))
-    load = partial(dcp.load, dict(found.tensors), storage_reader=_reader(folder))
-    fill_copies(found.tensors.values(), lambda group: storage_errors(folder)(load)(process_group=group))
+    layers = {name: quantized[tensor] for name, tensor in found.tensors.items() if tensor in quantized}
+    assert len(layers) == len(quantized), "a quantized weight is stored in parts"
+    plain = {name: tensor for name, tensor in found.tensors.items() if name not in layers}
+    load = partial(dcp.load, plain, storage_reader=_reader(folder), planner=QuantizingPlanner(layers))
+    filled = [*plain.values(), *(layer.packed for layer in layers.values())]
+    fill_copies(filled, lambda group: storage_errors(folder)(load)(process_group=group))
     return found.unused
 
 
