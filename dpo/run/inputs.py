@@ -11,6 +11,8 @@ from transformers import PretrainedConfig
 
 from dpo.adapters.choice import find_adapters
 from dpo.adapters.choice import find_warnings as find_adapter_warnings
+from dpo.adapters.quantized import base_alone, stored_hash
+from dpo.adapters.spec import AdapterSpec
 from dpo.adapters.start import start_hash
 from dpo.base.errors import UserError
 from dpo.batch.order import PairOrder, make_order
@@ -184,13 +186,21 @@ def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tup
         content = hash_model(folder, model_config, world)
         return SourceModel(folder, model_config, content if uses_reference else "", base_hash=content)
 
-    base = read(folders[0])
+    base = _as_stored(read(folders[0]), adapters)
     model, starts_as_base = base, True
     if adapters:
         content = on_main(world, lambda: start_hash(base.base_hash, adapters))
-        starts_as_base = content == base.base_hash
+        starts_as_base = content == stored_hash(base.base_hash, adapters)
         model = replace(base, adapters=adapters, hash=content if base.hash else "")
     if folders[1] != folders[0]:
         return model, read(folders[1])
     is_base = starts_as_base or config.reference.adapter == "base" or config.reference.path is not None
     return model, base if is_base else model
+
+
+def _as_stored(base: SourceModel, adapters: AdapterSpec | None) -> SourceModel:
+    """Returns the base of adapters without these, its weights quantized as theirs."""
+    if adapters is None or adapters.quantize is None:
+        return base
+    content = stored_hash(base.base_hash, adapters) if base.hash else ""
+    return replace(base, adapters=base_alone(adapters), hash=content)

@@ -221,7 +221,7 @@ def _reference_loader(config: Config, world: World, inputs: Inputs, policy: Poli
 
     @functools.cache
     def load() -> Policy:
-        if source.base_hash == inputs.model.base_hash:
+        if source.base == inputs.model.base:
             return policy
         return load_and_warm(config, world, source, packer, (False,))
 
@@ -233,7 +233,7 @@ def _as_reference(policy: Policy, reference: SourceModel) -> Iterator[None]:
     """Has a policy that was just loaded compute as its reference inside, where both have the same base; after that it
     is at its start. Every rank must get here, or the rest hang.
     """
-    if reference.adapters is not None:
+    if reference.adapters and reference.adapters.rank:
         read_start(policy)
         yield
         return
