@@ -1,5 +1,7 @@
 """A frozen base of four bits on 1 to 4 real processes: bytes, gradients against peft, whole runs, resumed runs."""
 
+import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,32 @@ from dpo.adapters.spec import AdapterSpec
 from dpo.config import ParallelConfig
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import make_mesh
+from dpo.export.program import main as export_main
 from dpo.model.build import build_policy, load_weights
 from dpo.model.model_config import read_model_config
+from dpo.reference.program import fill_alone
+from dpo.train import loop
 from dpo.train.program import run_training
+from tests.faults.worlds import SECONDS, start_world
 from tests.layouts.test_lora import FIGURES, LAYOUTS, assert_step, plain_step, steps
-from tests.support.models import FAMILIES, save_model, save_pairs
+from tests.support.models import FAMILIES, plain_logp, plain_model, save_model, save_pairs
 from tests.support.nf4 import dequantized_base
-from tests.support.peft_models import save_adapter, spec_of
+from tests.support.peft_models import plain_peft, save_adapter, spec_of
 from tests.support.ranks import Ranks
-from tests.support.runs import make_config, train_lines, worst_relative
+from tests.support.runs import (
+    changed,
+    error_lines,
+    exit_code,
+    exit_code_of,
+    make_config,
+    reference_line,
+    run_until,
+    save_six_steps,
+    six_steps,
+    train_lines,
+    without_clock,
+    worst_relative,
+)
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -46,8 +65,8 @@ def loaded(folder: Path, spec: AdapterSpec, keys: Mapping[str, Any]) -> tuple[di
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_bytes_are_those_of_the_whole_tensor(ranks: Ranks, family: str, tmp_path: Path) -> None:
-    """On every layout, to the last bit; GPT-2's rows are inputs. A rank holds ceil(rows / ranks) rows at most, each of 36
-    bytes for each 64 weights begun: the first rank just these.
+    """On every layout, to the last bit; GPT-2's rows are inputs. A rank holds ceil(rows / ranks) rows at most, of 36
+    bytes for each 64 weights begun; the first rank as many.
     """
     base = save_model(tmp_path, family)
     spec, stored = spec_of(None, quantize="nf4"), load_file(base / "model.safetensors")
@@ -154,12 +173,83 @@ def test_any_ranks_give_one_trajectory_from_the_quantized_reference(ranks: Ranks
 
 
 def test_no_row_is_shared_with_the_base_that_is_not_quantized(ranks: Ranks, root: Path) -> None:
-    """A run whose base is not quantized computes all rows, a second one of each kind none."""
+    """The first run of each kind computes all rows, also those of the other; the next ones of its kind none."""
 
-    def rows(keys: Mapping[str, Any]) -> float:
-        return computed_rows(start(ranks, root, 1, **keys))
+    def rows(**keys: Any) -> int:
+        return reference_line(start(ranks, root, 1, train__steps=1, **keys))[0]
 
-    plain = {"lora__rank": 3}
-    first = [rows(ADAPTERS), rows(plain)]
-    assert first[0] == first[1] > 0
-    assert [rows(ADAPTERS | {"lora__rank": 2}), rows(plain), rows({})] == [0, 0, 0]
+    every = rows(**ADAPTERS)
+    assert every > 0 and rows(lora__rank=3) == every
+    assert rows(**ADAPTERS | {"lora__rank": 2}) == rows(lora__rank=2) == rows() == 0
+
+
+@pytest.mark.parametrize("effect", [False, True])
+def test_the_rows_of_the_reference_program_are_those_of_a_run(ranks: Ranks, root: Path, effect: bool) -> None:
+    """Of a start that is the quantized base, which the program loads without adapters, and of an SFT adapter."""
+    keys: dict[str, Any] = dict(ADAPTERS)
+    if effect:
+        adapter = save_adapter(root / "adapter", root / "base")
+        keys = {"lora__path": str(adapter), "lora__quantize": "nf4"}
+    config = make_config(
+        root / "base", root / "pairs.jsonl", root / "run", reference__cache_dir=str(root / "cache"), **FACTS, **keys
+    )
+    ranks(2, fill_alone, config)
+    run_dir = start(ranks, root, 1, **keys)
+    assert reference_line(run_dir)[0] == 0
+    assert train_lines(run_dir)[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_a_killed_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
+    """One of two ranks is killed between two checkpoints; the base is quantized again."""
+    root = save_six_steps(tmp_path)
+    whole, parts = (six_steps(root, root / name, **ADAPTERS) for name in ("whole", "parts"))
+    assert start_world(whole).wait() == [0, 0]
+    world = start_world(parts, arrange=dies_in_step_4)
+    world.ranks[1].join(SECONDS)
+    world.end()
+    assert len(train_lines(root / "parts")) == 3
+    assert start_world(parts).wait() == [0, 0]
+    one, two = (without_clock(train_lines(root / name)) for name in ("whole", "parts"))
+    assert len(one) == 6 and one == two
+    one, two = ((root / name / "final" / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert one == two
+
+
+def dies_in_step_4(rank: int) -> None:
+    """Has rank 1 kill itself, as `kill -9` would, in the middle of a run."""
+    step_of_a_run = loop._step
+
+    def die(run: Any, number: int, *others: Any) -> Any:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step_of_a_run(run, number, *others)
+
+    loop._step = die if rank == 1 else step_of_a_run
+
+
+def test_the_form_of_the_base_must_be_the_same_on_resume(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    changes = {"train__steps": 2, "checkpoint__save_every": 1} | ADAPTERS
+    config = make_config(root / "base", root / "pairs.jsonl", root / "run", **FACTS | changes)
+    run_until(config, 2)
+    capsys.readouterr()
+    assert exit_code(changed(config, lora__quantize=None)) == 2
+    (line,) = error_lines(capsys.readouterr().err)
+    assert line.startswith("error: CONFIG: lora.quantize: cannot resume from") and "'nf4' when" in line
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_merged_model_is_the_function_that_was_trained(dora: bool, ranks: Ranks, root: Path) -> None:
+    """The whole model of `dpo.export --merge` against peft with the adapters of `final/` on the dequantized base:
+    summed log-probabilities in float32 to 1e-6, and a hundred times farther from the base that is not quantized.
+    """
+    run_dir, out = start(ranks, root, 2, **ADAPTERS, lora__dora=dora), root / "merged"
+    assert exit_code_of(export_main, "dpo.export", "--checkpoint", str(run_dir), "--merge", "--out", str(out)) == 0
+    other = dequantized_base(root / "base", root / "other", VALUES.numpy())
+    adapter = run_dir / "final"
+    models = [plain_model(out), *(plain_peft(base, adapter, torch.float32) for base in (other, root / "base"))]
+    rng = np.random.default_rng(1)
+    ids = [rng.integers(3, 97, 12).tolist() for _ in range(8)]
+    with torch.no_grad():
+        merged, expected, stored = (torch.stack([plain_logp(m, i[:4], i[4:]) for i in ids]) for m in models)
+    assert ((merged - expected) / expected).abs().max() <= 1e-6
+    assert ((merged - stored) / stored).abs().max() >= 1e-4
