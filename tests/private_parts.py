@@ -320,7 +320,7 @@ PRIVATE_PARTS = (
     ),
     PrivatePart(
         "transformers.modeling_layers.GradientCheckpointingLayer",
-        ("dpo/model/parallelize.py",),
+        ("dpo/adapters/quantized.py", "dpo/model/parallelize.py"),
         "a model's decoder layers",
         "model/test_recomputed.py::test_what_is_computed_again",
     ),
