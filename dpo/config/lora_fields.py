@@ -34,4 +34,4 @@ class LoraConfig:
     quantize: Literal["nf4"] | None = None
     """Store the frozen linear layers of decoder layers in 4 bits (QLoRA), as nf4 in blocks of 64 weights with a float32
     scale, 0.5625 bytes per weight; experts are not. The reference is the quantized model too, with log-probabilities of
-    its own. null: in parallel.compute_dtype."""
+    its own, and a run's adapters are merged into its dequantized weights. null: in parallel.compute_dtype."""

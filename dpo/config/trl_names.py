@@ -15,7 +15,7 @@ class Counterpart:
 
 
 _PAIRS = "a step has batch.pairs_per_step pairs (64) on any number of ranks"
-_UNQUANTIZED = "no weights are quantized: the frozen ones are stored once, sharded, in parallel.compute_dtype"
+_NO_INT8 = "frozen weights are stored in parallel.compute_dtype, or in 4 bits by lora.quantize"
 _EXACT = "adapters have no dropout, since the tokens of a shared prompt belong to no one pair"
 _SHARDED = "FSDP2 shards the model over all ranks by itself"
 
@@ -25,9 +25,9 @@ TRL_NAMES: Mapping[str, Counterpart] = {
     "ref_model": Counterpart("reference.path", "null takes model.path"),
     "trust_remote_code": Counterpart("model.trust_remote_code"),
     "attn_implementation": Counterpart(None, "packed rows have an attention of their own"),
-    "load_in_4bit": Counterpart(None, _UNQUANTIZED),
-    "load_in_8bit": Counterpart(None, _UNQUANTIZED),
-    "quantization_config": Counterpart(None, _UNQUANTIZED),
+    "load_in_4bit": Counterpart("lora.quantize", "nf4"),
+    "load_in_8bit": Counterpart(None, _NO_INT8),
+    "quantization_config": Counterpart("lora.quantize", "nf4"),
     # adapters: TRL's names, and those of a LoraConfig
     "use_peft": Counterpart("lora.rank", "a rank, 16 in TRL; null: no adapters"),
     "peft_config": Counterpart("lora.rank", "and other keys of lora"),

@@ -21,6 +21,7 @@ BETWEEN_KEYS = """
     float64_model_reducing_in_float32 floor_of_constant gamma_of_dpo holdout_in_eval holdout_of_all holdout_of_zero
     no_training_source prompt_as_long_as_all sft_length_normalized sft_with_sft_weight smoothing_of_ipo steps_and_epochs
     negative_warmup warmup_above_one warmup_of_nought warmup_of_one tf32_of_bfloat16 alpha_without_rank
+    quantize_without_rank quantized_experts
     targets_without_rank dora_without_rank no_targets no_exclusions no_target_parameters broken_pattern
     base_without_adapters base_beside_reference
 """.split()
