@@ -160,7 +160,7 @@ def start_hash(base_hash: str, spec: AdapterSpec) -> str:
     if spec.folder is None:
         return base_hash
     tensors = _load(spec.folder / ADAPTER_TENSORS)
-    if not spec.dora and all(".lora_" in name and (".lora_A" in name or not t.any()) for name, t in tensors.items()):
+    if all(".lora_" in name and (".lora_A" in name or not t.any()) for name, t in tensors.items()):
         return base_hash
     content = hashlib.sha256(f"{base_hash} {json.dumps(_factors(spec), sort_keys=True)}".encode())
     for name in sorted(tensors):

@@ -4,8 +4,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -24,7 +26,9 @@ from dpo.batch.trees import grow_trees
 from dpo.config import LossConfig, ParallelConfig
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import make_mesh
+from dpo.model import parallelize
 from dpo.model.build import build_policy, load_weights, read_start
+from dpo.model.kernels import compile_layers
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import announce_backward, completion_logps
 from dpo.step.objective import pair_losses
@@ -32,7 +36,7 @@ from dpo.step.optim import square_norm
 from dpo.train.program import run_training
 from tests.layouts.test_parallel import make_pairs, reference
 from tests.support.collectives import CollectiveBytes
-from tests.support.models import FAMILIES, plain_logp, save_model, save_pairs
+from tests.support.models import plain_logp, save_model, save_pairs
 from tests.support.peft_models import plain_peft, save_adapter, spec_of
 from tests.support.ranks import Ranks
 from tests.support.runs import make_config, train_lines, worst_relative
@@ -193,14 +197,16 @@ def test_more_ranks_than_pairs(ranks: Ranks, family: str, tmp_path: Path) -> Non
             assert_step(of_rank[0], expected, 1e-5)
 
 
-def test_the_gradient_is_pefts_where_layers_are_compiled(
-    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One layer and one micro-batch, since each graph is compiled for seconds; on a CPU, attention divides a layer."""
-    monkeypatch.setitem(FAMILIES["llama"], "num_hidden_layers", 1)
+def compiled_steps(folder: Path, spec: AdapterSpec) -> list[Step]:
+    """`steps` with layers that torch traces, without the minutes in which kernels are compiled."""
+    with patch.object(parallelize, "compile_layers", partial(compile_layers, backend="eager")):
+        return steps(folder, spec, {"compile": True}, (10_000,), 12)
+
+
+def test_the_gradient_is_pefts_where_layers_are_compiled(ranks: Ranks, tmp_path: Path) -> None:
     base, spec = prepare(tmp_path, "llama")
     expected = plain_step(base, spec.folder, 12)
-    ((found,),) = ranks(1, steps, base, spec, {"compile": True}, (10_000,), 12)
+    ((found,),) = ranks(1, compiled_steps, base, spec)
     assert_step(found, expected, 1e-5)
     assert found[3].keys() == {("LlamaDecoderLayer", True)}
 
