@@ -6,15 +6,15 @@ from pathlib import Path
 
 from dpo.command.line import Parser, parse_arguments, with_quiet
 
-DESCRIPTION = """Uploads the trained model of a run, or any model folder, to the Hugging Face hub. The repository and
-the branch are made where they do not exist. The token is that of HF_TOKEN or of `hf auth login`, with the right to
+DESCRIPTION = """Uploads the trained model or adapters of a run, or any such folder, to the Hugging Face hub. The
+repository and the branch are made where they do not exist. The token is that of HF_TOKEN or of `hf auth login`, with the right to
 write. Nothing is removed from the repository; files of the same names are replaced."""
 
 
 def make_parser(prog: str = "python -m dpo.push") -> Parser:
     """Returns the parser of the command line."""
     parser = Parser(prog, description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder with final/, or a model folder")
+    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder with final/, or the folder of a model or of adapters")
     parser.add_argument("repo", metavar="REPO", help="ORG/NAME; NAME alone is one of your own")
     parser.add_argument("--private", action="store_true", help="a new repository is seen by its owners alone")
     parser.add_argument("--revision", metavar="BRANCH", help="the branch to upload to (default: main)")

@@ -1,4 +1,4 @@
-"""Uploads the trained model of a run, or any model folder, to the Hugging Face hub.
+"""Uploads the trained model or adapters of a run, or any such folder, to the Hugging Face hub.
 
     python -m dpo.push RUN ORG/NAME [--private] [--revision BRANCH]
 
@@ -29,7 +29,7 @@ _TOKEN = "HF_TOKEN, or `hf auth login`, with a token that may write there"
 
 
 def find_model_folder(path: Path) -> Path:
-    """Returns the model folder to upload: `final/` of a run folder, or `path` itself.
+    """Returns the folder of a model or of adapters to upload: `final/` of a run folder, or `path` itself.
 
     Raises UserError where there is none; of a run that is not finished, it names the command that exports a checkpoint.
     """

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dpo.adapters.spec import AdapterSpec
@@ -137,11 +138,19 @@ def test_embeddings_are_written_as_peft_writes_them(runs: Any) -> None:
         assert torch.equal(tensors[head], tensors[embedding]) is tied
 
 
-def test_a_run_that_starts_from_exported_adapters_starts_where_they_ended(runs: Any, tmp_path: Path) -> None:
-    """Magnitudes too: the evaluation before its first step is the last one of the other run."""
+@pytest.mark.parametrize("magnitude", ["lora_magnitude_vector.weight", "lora_magnitude_vector"])
+def test_a_run_that_starts_from_exported_adapters_starts_where_they_ended(
+    runs: Any, tmp_path: Path, magnitude: str
+) -> None:
+    """Magnitudes too, by our name and by peft's: the evaluation before its first step is the last of the other run."""
     model, run_dir = runs("llama", lora__dora=True)
+    final = Path(shutil.copytree(run_dir / "final", tmp_path / "start"))
+    tensors = load_file(final / ADAPTER_TENSORS)
+    assert sum(name.endswith(".lora_magnitude_vector.weight") for name in tensors) == 14
+    named = {re.sub(r"lora_magnitude_vector\.weight$", magnitude, name): tensor for name, tensor in tensors.items()}
+    save_file(named, final / ADAPTER_TENSORS)
     config = adapter_config(model, tmp_path / "run", lora__rank=None, lora__alpha=None, train__steps=1)
-    run(changed(config, lora__path=str(run_dir / "final")))
+    run(changed(config, lora__path=str(final)))
     np.testing.assert_allclose(recorded_logps(tmp_path / "run", 0), recorded_logps(run_dir, 2), rtol=1e-6)
 
 
@@ -186,6 +195,7 @@ def test_what_lies_there(config: Config, tmp_path: Path, monkeypatch: pytest.Mon
     assert find_fault(final) is None
     assert json.loads((final / ADAPTER_CONFIG).read_text())["base_model_name_or_path"] == str(tmp_path / "model")
     monkeypatch.chdir(tmp_path / "run")
+    assert json.loads((final / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     loaded = AutoTokenizer.from_pretrained(final)
     assert loaded.chat_template == CHAT_TEMPLATE and loaded("QZ").input_ids == [1, 99]
 

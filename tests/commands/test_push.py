@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
+from dpo.base.sums import SUMS
 from dpo.command.exits import run_program
 from dpo.push import program as push
 from tests.support.sums import write_sums
@@ -112,6 +113,11 @@ def test_adapters_are_uploaded(run_dir: Path, pushed: Any, capsys: pytest.Captur
         assert pushed(run_dir, "me/x") == (2, [])
         assert "is not as it was exported: " in capsys.readouterr().err
         (final / name).write_bytes(content)
+        sums = (final / SUMS).read_text()
+        (final / SUMS).write_text("".join(line for line in sums.splitlines(keepends=True) if name not in line))
+        assert pushed(run_dir, "me/x") == (2, [])
+        assert f"{name} is not in {SUMS}" in capsys.readouterr().err
+        (final / SUMS).write_text(sums)
 
 
 def test_a_private_repository_and_a_branch(run_dir: Path, pushed: Any) -> None:
