@@ -7,8 +7,8 @@ from pathlib import Path
 from dpo.command.line import Parser, parse_arguments, with_quiet
 
 DESCRIPTION = """Uploads the trained model or adapters of a run, or any such folder, to the Hugging Face hub. The
-repository and the branch are made where they do not exist. The token is that of HF_TOKEN or of `hf auth login`, with the right to
-write. Nothing is removed from the repository; files of the same names are replaced."""
+repository and the branch are made where they do not exist. The token is that of HF_TOKEN or of `hf auth login`, with
+the right to write. Nothing is removed from the repository; files of the same names are replaced."""
 
 
 def make_parser(prog: str = "python -m dpo.push") -> Parser:
