@@ -14,7 +14,8 @@ the right to write. Nothing is removed from the repository; files of the same na
 def make_parser(prog: str = "python -m dpo.push") -> Parser:
     """Returns the parser of the command line."""
     parser = Parser(prog, description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run folder with final/, or the folder of a model or of adapters")
+    about = "a run folder with final/, or the folder of a model or of adapters"
+    parser.add_argument("run", metavar="RUN", type=Path, help=about)
     parser.add_argument("repo", metavar="REPO", help="ORG/NAME; NAME alone is one of your own")
     parser.add_argument("--private", action="store_true", help="a new repository is seen by its owners alone")
     parser.add_argument("--revision", metavar="BRANCH", help="the branch to upload to (default: main)")
