@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from dpo.adapters.names import file_name, is_of_adapter, long_name
+from dpo.adapters.names import file_name, is_of_adapter, plain_name
 from dpo.adapters.quantized import stored_hash
 from dpo.adapters.spec import AdapterSpec
 from dpo.base.errors import UserError
@@ -115,7 +115,7 @@ def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():
-            stored = {long_name(name): file.get_slice(name) for name in file.keys()}
+            stored = {plain_name(name): file.get_slice(name) for name in file.keys()}
             _check(path, {name: tuple(part.get_shape()) for name, part in stored.items()}, tensors)
             filled = dict[Tensor, str]()
             for name in sorted(stored):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from dpo.adapters.names import written_name
 from dpo.adapters.spec import ADAPTER
 from dpo.adapters.start import trained_tensors
 from dpo.base.files import write_file
@@ -27,7 +28,7 @@ def save_adapters(folder: Path, policy: Policy, dtype: torch.dtype, world: World
     Raises RunError, on every rank, where rank 0 cannot write.
     """
     tensors = {name: _whole(tensor, dtype, world) for name, tensor in trained_tensors(policy.model).items()}
-    own = {name: whole for name, whole in tensors.items() if whole is not None}
+    own = {written_name(name): whole for name, whole in tensors.items() if whole is not None}
 
     def save() -> None:
         with storage_errors(folder):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo.adapters.names import file_name
 from dpo.adapters.spec import AdapterSpec
-from dpo.adapters.start import TENSORS, start_adapters, trained_tensors
+from dpo.adapters.start import start_adapters, trained_tensors
 from dpo.batch.costs import CostModel
 from dpo.batch.packing import pack
 from dpo.batch.plan import plan_step
@@ -26,6 +26,7 @@ from dpo.batch.trees import grow_trees
 from dpo.config import LossConfig, ParallelConfig
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import make_mesh
+from dpo.hub.files import ADAPTER_TENSORS
 from dpo.model import parallelize
 from dpo.model.build import build_policy, load_weights, read_start
 from dpo.model.kernels import compile_layers
@@ -298,6 +299,6 @@ def test_the_peers_trajectory(ranks: Ranks, size: int, shared_data: Path, tmp_pa
     for line, step in zip(lines, expected, strict=True):
         for metric in compared - ({"rewards/accuracies"} if step["step"] == 1 else set()):
             assert abs(line[f"train/{metric}"] - step[metric]) <= 3e-4 * abs(step[metric]) + 1e-4, (step, metric)
-    found, end = (load_file(path / TENSORS) for path in (tmp_path / "run/final", folder / "lora_r4-adapter-after"))
+    found, end = (load_file(path / ADAPTER_TENSORS) for path in (tmp_path / "run/final", folder / "lora_r4-adapter-after"))
     assert found.keys() == end.keys()
     assert max((found[name] - end[name]).abs().max().item() for name in end) <= 1e-4
