@@ -230,7 +230,8 @@ def test_flops_of_dora(world: World) -> None:
 def test_flops_of_adapters_by_hand() -> None:
     """A Llama of 2 layers whose 7 products are 8 x 8 each, and adapters of rank 4, each as much as a product: 28 in a
     forward pass, 14 of them of adapters; 28 gradients of inputs, without q, k, v and three halves of adapters in the
-    first layer; 14 gradients of weights. In units of the 14 products; 2 are the last of a layer, and half an adapter is B.
+    first layer; 14 gradients of weights. In units of the 14 products. Of an adapter B is half; the last products
+    are 2.
     """
     sizes = {"vocab_size": 64, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
     model_config = AutoConfig.for_model("llama", **sizes, num_attention_heads=1, num_key_value_heads=1)

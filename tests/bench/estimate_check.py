@@ -18,6 +18,8 @@ from torch.distributed import Work
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig
 
+from dpo.adapters.choice import find_adapters
+from dpo.adapters.inject import trained
 from dpo.batch.costs import cost_model
 from dpo.batch.packing import pack
 from dpo.batch.plan import StepPlan, plan_step
@@ -64,6 +66,16 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "two copies": {"parallel__replicate": 2},
     "AdamW": {"optim__name": "adamw"},
+    "adapters": {"lora__rank": 16, "optim__name": "adamw"},
+    "adapters, all that saves memory": {
+        "lora__rank": 16,
+        "optim__name": "adamw",
+        "parallel__compute_dtype": "bfloat16",
+        "parallel__activation_checkpointing": "full",
+        "parallel__sync_gradients": "every_micro_batch",
+        "parallel__head_memory_mib": 4,
+    },
+    "adapters and embeddings": {"lora__rank": 16, "lora__train_embeddings": True},
 }
 
 
@@ -96,11 +108,12 @@ def two_steps(config: Config, model: LlamaConfig = MODEL) -> None:
     """Builds the policy and trains it two steps: from the second on the optimizer has its state."""
     with open_world(120) as world:
         start_devices(world, 120)
-        policy = build_policy(model, config.parallel, config.model.dtype, make_mesh(world, config.parallel))
+        mesh = make_mesh(world, config.parallel)
+        policy = build_policy(model, config.parallel, config.model.dtype, mesh, adapters=find_adapters(config))
         for parameter in policy.model.parameters():
             assert isinstance(parameter, DTensor)
             parameter.to_local().detach().normal_(0.0, 0.02)
-        optimizer = make_optimizer(policy.model.parameters(), config.optim)
+        optimizer = make_optimizer(trained(policy.model.parameters()), config.optim)
         plan = plan_of(config, world.size)
         for _ in range(2):
             batches = [

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from dpo.base.units import shown_bytes
 from dpo.config import Config
 from dpo.disk.sizes import Sizes, disk_words, evaluations_after, num_saves, saves_after, sizes_of
 from dpo.model import weights
 from dpo.model.model_config import read_model_config
 from dpo.run.schedule import is_time
 from dpo.run_folder.evaluations import BYTES_PER_PAIR, evaluation_path, write_evaluation
+from tests.estimate.test_estimate import LLAMA_70B
 from tests.support.runs import make_config, run, save_six_steps, six_steps
 
 SIZES = Sizes(num_parameters=10, state=120, checkpoint=80, final=40, keep=2, num_saves=None)
@@ -57,6 +59,35 @@ def test_the_sizes_are_those_that_a_run_writes(tmp_path: Path) -> None:
     assert found.final <= (tmp_path / "run" / "final" / "model.safetensors").stat().st_size < 1.02 * found.final
     assert found.export <= peak < 1.02 * found.export
     assert found.state == found.checkpoint + 4 * found.num_parameters
+
+
+def test_a_checkpoint_of_adapters_is_small() -> None:
+    """Llama 3 70B at rank 16 on all linear layers, with AdamW. A product of n inputs and m outputs has 16 (n + m)
+    elements: q and o 16 x 16,384, k and v 16 x 9,216, gate, up and down 16 x 36,864, in 80 layers 207 million. Of them
+    4 bytes each in the export, and 12 in a checkpoint: 2.3 GiB.
+    """
+    facts = {"lora__rank": 16, "optim__name": "adamw", "parallel__compute_dtype": "bfloat16"}
+    found = sizes_of(make_config("m", "d", "r", **facts), LlamaConfig(**LLAMA_70B))
+    elements = 80 * 16 * (2 * 16_384 + 2 * 9_216 + 3 * 36_864)
+    assert (found.final, found.checkpoint, found.export) == (4 * elements, 12 * elements, 4 * elements)
+    assert shown_bytes(found.checkpoint) == "2.3 GiB"
+    assert found.num_parameters == 70_553_706_496
+    assert found.state == 2 * found.num_parameters + 16 * elements  # of an adapter its gradient too
+
+
+def test_the_sizes_of_adapters_are_those_that_a_run_writes(tmp_path: Path) -> None:
+    """Two steps; torch and safetensors add names to the numbers."""
+    facts = {"train__steps": 2, "train__eval_every": None, "checkpoint__save_every": 2, "lora__rank": 64}
+    config = six_steps(save_six_steps(tmp_path), tmp_path / "run", **facts)
+    large = LlamaConfig(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    LlamaForCausalLM(large).save_pretrained(tmp_path / "model")
+    found = sizes_of(config, read_model_config(tmp_path / "model", False))
+    run(config)
+    (written,) = (tmp_path / "run" / "checkpoints").iterdir()
+    saved = sum(file.stat().st_size for file in written.glob("*.distcp"))
+    assert found.checkpoint <= saved < 1.1 * found.checkpoint
+    adapters = (tmp_path / "run" / "final" / "adapter_model.safetensors").stat().st_size
+    assert found.final <= adapters < 1.02 * found.final
 
 
 def exported_at_once(config: Config) -> int:
