@@ -30,6 +30,8 @@ HPARAMS = "dpo/board/hparams.py"
 KERNELS = "dpo/model/kernels.py"
 METADATA = "dpo/checkpoint/metadata.py"
 REHEARSAL = "dpo/estimate/rehearsal.py"
+PARAMETERS = "dpo/estimate/parameters.py"
+INJECT = "dpo/adapters/inject.py"
 STORE = "dpo/checkpoint/plans.py"
 TIMELINE = "dpo/estimate/timeline.py"
 
@@ -42,6 +44,7 @@ PLANS = "layouts/test_checkpoint_plans.py::test_a_run_plans_its_first_checkpoint
 FORGOTTEN = "layouts/test_checkpoint_plans.py::test_groups_of_several_sizes_in_one_process_each_keep_their_own"
 PARTITIONED = "estimate/test_estimate.py::test_a_compiled_layer_keeps_what_the_partitioner_says"
 WEIGHTS = "estimate/test_estimate.py::test_weights_gradients_and_what_is_gathered"
+ADAPTERS = "estimate/test_adapters.py::test_only_adapters_have_gradients_and_an_optimizer"
 ENTRY = "board/test_dashboard.py::test_the_entry_has_the_config_and_the_figures_of_its_run"
 ON_DISK = "board/test_dashboard.py::test_a_point_is_on_the_disk_at_once"
 
@@ -215,7 +218,15 @@ PRIVATE_PARTS = (
         "a graph that takes a list and empties it frees its inputs as a compiled one does",
         PARTITIONED,
     ),
-    PrivatePart("torch._subclasses.fake_tensor.FakeTensorMode", (REHEARSAL,), "tensors without memory", WEIGHTS),
+    PrivatePart(
+        "torch._subclasses.fake_tensor.FakeTensorMode", (REHEARSAL, PARAMETERS), "tensors without memory", WEIGHTS
+    ),
+    PrivatePart(
+        "torch._subclasses.fake_tensor.unset_fake_temporarily",
+        (INJECT,),
+        "peft can move new modules of a model of fake tensors",
+        ADAPTERS,
+    ),
     PrivatePart(
         "torch.testing._internal.distributed.fake_pg.FakeStore", (REHEARSAL,), "a group of ranks not there", WEIGHTS
     ),

@@ -13,6 +13,7 @@ parallelize.py   composes activation checkpointing, compilation and sharding ont
 log_probs.py     hidden states -> log-probabilities, a chunk of rows at a time
 policy.py        Policy, and its forward pass on packed trees
 build.py         a model folder -> a sharded policy
+on_meta.py       the model of a run on the meta device, with its adapters
 warm_up.py       compiles all graphs of a run before its first step
 generation.py    generates answers with a sharded policy
 """
