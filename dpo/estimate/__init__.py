@@ -10,8 +10,8 @@ at_start.py   decides `auto` when a run starts, on rank 0, for all ranks
 choice.py     the fastest values of the keys on `auto` that fit
 lengths.py    the trees of some steps, from the data or from assumed lengths
 needs.py      a trial (config, number of ranks) -> plans, memory
-few_layers.py the same model with few layers, and the adapters of each
-parameters.py the groups of parameters, and what of them is trained
+few_layers.py  the same model with few layers, and the adapters of each
+parameters.py  the groups of parameters, and what of them is trained
 memory.py     the peak of few layers -> the peak of all layers, with the optimizer
 rehearsal.py  one step of few layers on fake tensors
 timeline.py   the bytes that live at once during a rehearsal, by kind
