@@ -32,7 +32,7 @@ def make_parser(prog: str = "python -m dpo.score") -> Parser:
     parser = own_flags(prog, DESCRIPTION, "--model runs/my/final")
     about = "folder or hub id of the model to score, or folder of its adapters; required without --adapter"
     parser.add_argument("--model", metavar="DIR", help=about)
-    about = "folder or hub id of LoRA adapters, with which --model is scored, by default the config's model.path"
+    about = "folder or hub id of LoRA adapters of --model, or of the config's model.path (default: none)"
     parser.add_argument("--adapter", metavar="DIR", help=about)
     about = "also score the pairs of each source separately, in another pass"
     parser.add_argument("--by-source", action="store_true", help=about)

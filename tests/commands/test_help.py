@@ -28,7 +28,7 @@ OWN = {
     "dpo.estimate": "ranks ranks-per-node prompt-tokens completion-tokens device mfu link-gb-s node-link-gb-s measured"
     " json",
     "dpo.doctor": "report",
-    "dpo.score": "model by-source json",
+    "dpo.score": "model adapter by-source json",
     "dpo.train": "",
 }
 
