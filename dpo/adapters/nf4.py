@@ -51,10 +51,12 @@ def _num_blocks(columns: int) -> int:
 
 
 def quantize(rows: Tensor, out: Tensor) -> None:
-    """Fills `out`, (R, num_bytes(C)) uint8, with the NF4 form of rows (R, C), which are converted to float32 first."""
+    """Fills the first num_bytes(C) bytes of the rows of `out`, uint8, with rows (R, C), which are converted to float32
+    first.
+    """
     step = max(1, _AT_ONCE // max(1, rows.shape[1]))
     for begin in range(0, len(rows), step):
-        out[begin : begin + step] = _quantized(rows[begin : begin + step])
+        out[begin : begin + step, : num_bytes(rows.shape[1])] = _quantized(rows[begin : begin + step])
 
 
 def _quantized(rows: Tensor) -> Tensor:
@@ -71,13 +73,12 @@ def dequantize(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """Returns the weights (R, columns): each one float32 product, rounded to `dtype`; the same on any device.
 
     Args:
-        packed: (R, num_bytes(columns)), uint8; or the same numbers in another dtype: torch 2.11 converts parameters of
-            every dtype to the compute dtype when it all-gathers them, and each has 0 to 255.
+        packed: (R, num_bytes(columns) or more), uint8.
         columns: the weights of a row.
         dtype: of the result.
     """
     blocks = _num_blocks(columns)
-    codes, scale = packed.to(torch.uint8).split([blocks * CODE_BYTES, blocks * SCALE_BYTES], dim=1)
+    codes, scale = packed[:, : num_bytes(columns)].split([blocks * CODE_BYTES, blocks * SCALE_BYTES], dim=1)
     values = _PAIRS.to(packed.device)[codes.int()].view(len(packed), blocks, BLOCK)
     values = values.mul_(scale.contiguous().view(torch.float32)[..., None])
     return values.view(len(packed), -1)[:, :columns].to(dtype).contiguous()

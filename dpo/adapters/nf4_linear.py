@@ -14,8 +14,9 @@ from dpo.adapters.nf4 import dequantize, num_bytes
 class NF4Linear(nn.Module):
     """Takes the place of a frozen `nn.Linear`, (outputs, inputs), or `Conv1D`, (inputs, outputs).
 
-    Its parameter `packed`, uint8, has a row for each row of the weight, so that `fully_shard` shards it as it would the
-    weight.
+    Its parameter `packed` has a row for each row of the weight, so that `fully_shard` shards it as it would the weight.
+    Its bytes are those of NF4; its dtype is the compute dtype, in which FSDP2 all-gathers parameters as they are, and
+    its values mean nothing. Before torch 2.13, `fully_shard` takes no parameters of integers.
     """
 
     def __init__(self, linear: nn.Module, dtype: torch.dtype, transposed: bool):
@@ -31,16 +32,15 @@ class NF4Linear(nn.Module):
         self.shape: torch.Size = weight.shape
         self.dtype, self.transposed = dtype, transposed
         self.bias: Any = linear.bias  # a parameter or None
-        data = torch.empty(self.shape[0], num_bytes(self.shape[1]), dtype=torch.uint8, device=weight.device)
+        width = -(-num_bytes(self.shape[1]) // dtype.itemsize)
+        data = torch.empty(self.shape[0], width, dtype=dtype, device=weight.device)
         self.packed = nn.Parameter(data, requires_grad=False)
 
     @property
     def weight(self) -> Tensor:
         """Returns the dequantized weight; of a sharded layer a DTensor of this rank's rows. DoRA and merging use it."""
-        packed = self.packed
-        if isinstance(packed, DTensor):
-            return _sharded_as(packed, dequantize(packed.to_local(), self.shape[1], self.dtype), self.shape)
-        return dequantize(packed, self.shape[1], self.dtype)
+        own = dequantize(own_bytes(self), self.shape[1], self.dtype)
+        return _sharded_as(self.packed, own, self.shape) if isinstance(self.packed, DTensor) else own
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x W^T + bias, of a transposed layer x W + bias, in the dtype of x."""
@@ -57,20 +57,21 @@ class _Product(Function):
     def forward(ctx: Any, x: Tensor, packed: Tensor, columns: int, transposed: bool) -> Tensor:
         ctx.save_for_backward(packed)
         ctx.columns, ctx.transposed = columns, transposed
-        weight = dequantize(packed, columns, x.dtype)
+        weight = dequantize(packed.view(torch.uint8), columns, x.dtype)
         return x @ weight if transposed else nn.functional.linear(x, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (packed,) = ctx.saved_tensors
-        weight = dequantize(packed, ctx.columns, grad.dtype)
+        weight = dequantize(packed.view(torch.uint8), ctx.columns, grad.dtype)
         return grad @ weight.T if ctx.transposed else grad @ weight, None, None, None
 
 
 def own_bytes(layer: NF4Linear) -> Tensor:
-    """Returns this rank's rows of the bytes of a layer."""
-    return layer.packed.to_local() if isinstance(layer.packed, DTensor) else layer.packed
+    """Returns this rank's rows of the bytes of a layer, uint8, which share its memory."""
+    own = layer.packed.to_local() if isinstance(layer.packed, DTensor) else layer.packed.detach()
+    return own.detach().view(torch.uint8)
 
 
 def stand_in(layer: NF4Linear) -> Tensor:

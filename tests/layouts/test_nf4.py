@@ -60,7 +60,8 @@ def loaded(folder: Path, spec: AdapterSpec, keys: Mapping[str, Any]) -> tuple[di
         load_weights(policy, folder)
         layers: Mapping[str, Any] = quantized_layers(policy.model)
         held = sum(own_bytes(layer).numel() for layer in layers.values())
-        return {name: layer.packed.full_tensor().numpy() for name, layer in layers.items()}, held
+        whole = {name: layer.packed.full_tensor().view(torch.uint8) for name, layer in layers.items()}
+        return {name: packed.numpy() for name, packed in whole.items()}, held
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
