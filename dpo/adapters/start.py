@@ -26,7 +26,6 @@ from dpo.distributed.shards import own_rows
 from dpo.hub.files import ADAPTER_TENSORS
 
 
-
 def start_adapters(model: nn.Module, seed: int) -> None:
     """Fills all adapters of a model whose other weights are loaded, so that they change nothing: A at random, B with 0,
     magnitudes with norms. Every rank must get here, or the rest hang.

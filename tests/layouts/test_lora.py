@@ -299,6 +299,8 @@ def test_the_peers_trajectory(ranks: Ranks, size: int, shared_data: Path, tmp_pa
     for line, step in zip(lines, expected, strict=True):
         for metric in compared - ({"rewards/accuracies"} if step["step"] == 1 else set()):
             assert abs(line[f"train/{metric}"] - step[metric]) <= 3e-4 * abs(step[metric]) + 1e-4, (step, metric)
-    found, end = (load_file(path / ADAPTER_TENSORS) for path in (tmp_path / "run/final", folder / "lora_r4-adapter-after"))
+    found, end = (
+        load_file(path / ADAPTER_TENSORS) for path in (tmp_path / "run/final", folder / "lora_r4-adapter-after")
+    )
     assert found.keys() == end.keys()
     assert max((found[name] - end[name]).abs().max().item() for name in end) <= 1e-4
