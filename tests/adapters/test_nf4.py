@@ -159,12 +159,21 @@ def test_linear_layers_of_decoder_layers_are_quantized(family: str, world: World
 
 
 def test_routers_and_experts_are_not_quantized() -> None:
-    facts = {"num_local_experts": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
-    config = AutoConfig.for_model("mixtral", hidden_size=32, intermediate_size=48, vocab_size=97, **facts)
-    model = build_on_meta(config, torch.float32, False)
+    """Of Qwen2-MoE, whose shared expert has dense layers, and a gate that is a linear layer."""
+    facts = {"num_experts": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 48, "vocab_size": 97}
+    model = build_on_meta(AutoConfig.for_model("qwen2_moe", **facts, **sizes), torch.float32, False)
     model.requires_grad_(False)
     quantize_layers(model, spec_of(None, quantize="nf4"), torch.float32)
-    assert {name.split(".")[-2] for name in quantized_layers(model)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert sorted(name.split(".", 3)[-1].removesuffix(".weight") for name in quantized_layers(model)) == [
+        "mlp.shared_expert.down_proj",
+        "mlp.shared_expert.gate_proj",
+        "mlp.shared_expert.up_proj",
+        "self_attn.k_proj",
+        "self_attn.o_proj",
+        "self_attn.q_proj",
+        "self_attn.v_proj",
+    ]
 
 
 def test_what_is_trained_whole_is_not_quantized(world: World, tmp_path: Path) -> None:
