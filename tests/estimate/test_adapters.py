@@ -64,14 +64,15 @@ def test_only_adapters_have_gradients_and_an_optimizer() -> None:
     ],
 )
 def test_drawn_out_layers_with_adapters_are_the_layers_themselves(keys: dict[str, Any], on_cuda: bool) -> None:
-    """The oracle: all layers of a deeper model rehearsed."""
+    """The oracle: all layers of a deeper model rehearsed, but for a few scalars of 4 bytes."""
     dtype = "bfloat16" if on_cuda else "float32"
     config = with_adapters(**{"optim__name": "sgd", "parallel__compute_dtype": dtype} | keys)
     away = (WEIGHTS, GRADIENTS) if config.parallel.cpu_offload and on_cuda else ()
     micro_batch = step_of(config, 4, 8)
     whole = rehearse(config, llama(DEEP), 4, micro_batch, on_cuda, adapters_of_few(config, llama(DEEP))).peaks.values()
     drawn = step_memory(config, llama(DEEP), 4, *micro_batch, on_cuda)
-    assert drawn.peak == max(sum(n for kind, n in peak.items() if kind not in away) for peak in whole)
+    most = max(sum(n for kind, n in peak.items() if kind not in away) for peak in whole)
+    assert drawn.peak == pytest.approx(most, abs=64)
     groups = replace(groups_of(config, llama(DEEP), 4), trained=Groups((), 0).trained)
     assert groups == Groups((LAYER + ADAPTERS,) * DEEP, ROOT, Groups((ADAPTERS,) * DEEP, 0))
 
