@@ -1,7 +1,7 @@
 """Puts adapters into a model on the meta device, and freezes its other weights."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -61,19 +61,8 @@ def _trained_whole(model: PreTrainedModel, spec: AdapterSpec) -> set[nn.Paramete
         if not found:
             raise UserError("lora.path", f"modules_to_save names {word!r}, and the model has no such module")
         named |= found
-    _check_tied(model, named)
     ends = [model.get_input_embeddings(), model.get_output_embeddings()] if spec.embeddings else []
     return {parameter for module in (*named.values(), *ends) for parameter in module.parameters()}
-
-
-def _check_tied(model: PreTrainedModel, named: Mapping[str, nn.Module]) -> None:
-    """Raises UserError where modules to train have one of two tied weights: peft would train a copy of it, apart."""
-    names = {f"{name}.{part}" for name, module in named.items() for part, _ in module.named_parameters()}
-    for pair in model.all_tied_weights_keys.items():
-        one = names & set(pair)
-        if len(one) == 1:
-            what = f"modules_to_save has {min(one)} alone, and the model ties {pair[0]} to {pair[1]}"
-            raise UserError("lora.path", what, "adapters with both in modules_to_save, or with neither")
 
 
 def _convert(model: PreTrainedModel, master: torch.dtype, compute: torch.dtype) -> None:

@@ -205,7 +205,7 @@ def _check_tied(model: PreTrainedModel, spec: AdapterSpec) -> None:
     if spec.ties or head is None or head.weight is not model.get_input_embeddings().weight:
         return
     ends = [name for name, module in model.named_modules() if module in (head, model.get_input_embeddings())]
-    if any(f".{name}".endswith(f".{word}") for word in spec.trained_modules for name in ends):
+    if sum(name.endswith(spec.trained_modules) for name in ends) == 1:
         what = "the embeddings of the model are its head too, and the adapters have a copy of one alone"
         raise UserError(_place(spec, "ensure_weight_tying"), what, "true, or a base with tie_word_embeddings false")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo.adapters.start import TENSORS
+from dpo.hub.files import ADAPTER_TENSORS
 from dpo.run_folder.files import read_lines
 from tests.faults.test_nonfinite import EVIL, config_of, report_of, write_pairs
 from tests.support.models import save_model
@@ -36,9 +36,11 @@ def test_pairs_of_a_step_that_is_not_finite_are_named(ranks: Ranks, tmp_path: Pa
     for step in (2, 4, 6):
         (pair,) = report_of(config, f"step-00000{step}.jsonl")
         assert (pair["pair"], pair["logp_chosen"]) == (5, "nan")
-    adapters = load_file(tmp_path / "run" / "final" / TENSORS)
+    adapters = load_file(tmp_path / "run" / "final" / ADAPTER_TENSORS)
     assert all(torch.isfinite(tensor).all() for tensor in adapters.values())
     assert any(tensor.any() for name, tensor in adapters.items() if "lora_B" in name)
     whole = changed(config, train__run_dir=str(tmp_path / "whole"))
     ranks(size, run, whole)
-    assert (tmp_path / "whole/final" / TENSORS).read_bytes() == (tmp_path / "run/final" / TENSORS).read_bytes()
+    assert (tmp_path / "whole/final" / ADAPTER_TENSORS).read_bytes() == (
+        tmp_path / "run/final" / ADAPTER_TENSORS
+    ).read_bytes()

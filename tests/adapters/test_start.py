@@ -15,7 +15,7 @@ from torch import Tensor
 from dpo.adapters.inject import trained
 from dpo.adapters.names import is_of_adapter
 from dpo.adapters.spec import AdapterSpec
-from dpo.adapters.start import TENSORS, start_adapters, start_hash, trained_tensors, uniform
+from dpo.adapters.start import start_adapters, start_hash, trained_tensors, uniform
 from dpo.adapters.switch import adapters_off
 from dpo.base.errors import UserError
 from dpo.batch.costs import cost_model
@@ -25,6 +25,7 @@ from dpo.batch.trees import grow_trees
 from dpo.config import OptimConfig, ParallelConfig
 from dpo.distributed.startup import open_world
 from dpo.distributed.world import World, make_mesh
+from dpo.hub.files import ADAPTER_TENSORS
 from dpo.model.build import build_policy, load_weights, read_start
 from dpo.model.kernels import compile_layers
 from dpo.model.model_config import read_model_config
@@ -172,21 +173,21 @@ def test_tied_tensors_of_a_file_must_be_equal(world: World, tmp_path: Path) -> N
     """peft writes embedding and head of a tied model both."""
     base = save_model(tmp_path / "base", "llama-tied")
     adapter = save_adapter(tmp_path / "adapter", base, embeddings=True)
-    tensors = load_file(adapter / TENSORS)
+    tensors = load_file(adapter / ADAPTER_TENSORS)
     embedding, head = (f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head"))
     assert {embedding, head} <= set(tensors)
     load(world, base, spec_of(adapter, embeddings=True))
-    save_file({name: tensor for name, tensor in tensors.items() if name != embedding}, adapter / TENSORS)
+    save_file({name: tensor for name, tensor in tensors.items() if name != embedding}, adapter / ADAPTER_TENSORS)
     policy = load(world, base, spec_of(adapter, embeddings=True))
     assert torch.equal(trained_tensors(policy.model)[embedding].full_tensor(), tensors[head])
-    save_file(tensors | {head: tensors[head] + 1}, adapter / TENSORS)
+    save_file(tensors | {head: tensors[head] + 1}, adapter / ADAPTER_TENSORS)
     with pytest.raises(UserError, match=r"embed_tokens\.weight differs from .*lm_head\.weight, which the model ties"):
         load(world, base, spec_of(adapter, embeddings=True))
 
 
 def other_files(folder: Path) -> dict[str, dict[str, Tensor]]:
     """What is wrong with a file -> its tensors."""
-    tensors = load_file(folder / TENSORS)
+    tensors = load_file(folder / ADAPTER_TENSORS)
     first, *others = sorted(tensors)
     return {
         "1 tensors of the adapters are missing, the first is": {name: tensors[name] for name in others},
@@ -199,10 +200,10 @@ def test_a_file_that_does_not_fit_is_refused(world: World, tmp_path: Path) -> No
     base = save_model(tmp_path / "base", "llama")
     adapter = save_adapter(tmp_path / "adapter", base)
     for message, tensors in other_files(adapter).items():
-        save_file(tensors, adapter / TENSORS)
+        save_file(tensors, adapter / ADAPTER_TENSORS)
         with pytest.raises(UserError, match=message):
             load(world, base, spec_of(adapter))
-    (adapter / TENSORS).write_bytes(b"{}")
+    (adapter / ADAPTER_TENSORS).write_bytes(b"{}")
     with pytest.raises(UserError, match="not a readable safetensors file"):
         load(world, base, spec_of(adapter))
 
@@ -228,9 +229,9 @@ def test_what_changes_the_key_of_a_start(tmp_path: Path) -> None:
         {"dora": True},
     ]
     others = [start_hash("base", replace(spec, **change)) for change in changes]
-    tensors = load_file(moved / TENSORS)
+    tensors = load_file(moved / ADAPTER_TENSORS)
     next(tensor for name, tensor in tensors.items() if "lora_A" in name).view(torch.int32)[0, 0] ^= 1
-    save_file(tensors, moved / TENSORS)
+    save_file(tensors, moved / ADAPTER_TENSORS)
     others += [start_hash("other base", spec), start_hash("base", replace(spec, folder=moved))]
     assert len({key, *others}) == 1 + len(others)
 

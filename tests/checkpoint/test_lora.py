@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo.adapters.start import TENSORS
 from dpo.checkpoint.folders import checkpoint_path
 from dpo.checkpoint.metadata import open_reader
 from dpo.config import Config
+from dpo.hub.files import ADAPTER_TENSORS
 from dpo.train import loop
 from tests.faults.worlds import SECONDS, start_world
 from tests.support.models import save_model
@@ -59,7 +59,7 @@ def same_run(whole: Path, parts: Path) -> bool:
     lines, others = ([train_lines(folder), eval_lines(folder)] for folder in (whole, parts))
     assert len(others[0]) == 6
     same = [without_clock(part) for part in lines] == [without_clock(part) for part in others]
-    return same and (whole / "final" / TENSORS).read_bytes() == (parts / "final" / TENSORS).read_bytes()
+    return same and (whole / "final" / ADAPTER_TENSORS).read_bytes() == (parts / "final" / ADAPTER_TENSORS).read_bytes()
 
 
 # --- content ---------------------------------------------------------------------------------------------------------
