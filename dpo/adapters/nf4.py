@@ -33,7 +33,7 @@ VALUES = torch.tensor([
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
 _MIDDLES = (VALUES[1:] + VALUES[:-1]) / 2
-_PAIRS = torch.stack([VALUES.repeat_interleave(16), VALUES.repeat(16)], dim=-1)
+PAIRS = torch.stack([VALUES.repeat_interleave(16), VALUES.repeat(16)], dim=-1)
 """The two values of each byte, (256, 2)."""
 _LEAST = 1e-38
 """A block of smaller weights, which has no finite 1 / scale, is divided by this: its weights are all but 0."""
@@ -69,16 +69,17 @@ def _quantized(rows: Tensor) -> Tensor:
     return torch.cat([codes[:, ::2] << 4 | codes[:, 1::2], scale.view(torch.uint8).view(len(rows), -1)], dim=1)
 
 
-def dequantize(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+def dequantize(packed: Tensor, columns: int, dtype: torch.dtype, pairs: Tensor = PAIRS) -> Tensor:
     """Returns the weights (R, columns): each one float32 product, rounded to `dtype`; the same on any device.
 
     Args:
         packed: (R, num_bytes(columns) or more), uint8.
         columns: the weights of a row.
         dtype: of the result.
+        pairs: PAIRS; on the device of `packed`, so that the host does not wait until it is copied there.
     """
     blocks = _num_blocks(columns)
     codes, scale = packed[:, : num_bytes(columns)].split([blocks * CODE_BYTES, blocks * SCALE_BYTES], dim=1)
-    values = _PAIRS.to(packed.device)[codes.int()].view(len(packed), blocks, BLOCK)
+    values = pairs.to(packed.device)[codes.int()].view(len(packed), blocks, BLOCK)
     values = values.mul_(scale.contiguous().view(torch.float32)[..., None])
     return values.view(len(packed), -1)[:, :columns].to(dtype).contiguous()

@@ -8,7 +8,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from dpo.adapters.nf4 import dequantize, num_bytes
+from dpo.adapters.nf4 import PAIRS, dequantize, num_bytes
 
 
 class NF4Linear(nn.Module):
@@ -35,16 +35,22 @@ class NF4Linear(nn.Module):
         width = -(-num_bytes(self.shape[1]) // dtype.itemsize)
         data = torch.empty(self.shape[0], width, dtype=dtype, device=weight.device)
         self.packed = nn.Parameter(data, requires_grad=False)
+        self.pairs: Tensor
+        self.register_buffer("pairs", PAIRS.to(weight.device), persistent=False)
+
+    def fill_pairs(self) -> None:
+        """Fills the table of values, which is empty where the layer was made on the meta device."""
+        self.pairs.copy_(PAIRS)
 
     @property
     def weight(self) -> Tensor:
         """Returns the dequantized weight; of a sharded layer a DTensor of this rank's rows. DoRA and merging use it."""
-        own = dequantize(own_bytes(self), self.shape[1], self.dtype)
+        own = dequantize(own_bytes(self), self.shape[1], self.dtype, self.pairs)
         return _sharded_as(self.packed, own, self.shape) if isinstance(self.packed, DTensor) else own
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x W^T + bias, of a transposed layer x W + bias, in the dtype of x."""
-        out: Tensor = _Product.apply(x, self.packed, self.shape[1], self.transposed)  # type: ignore[no-untyped-call]
+        out: Tensor = _Product.apply(x, self.packed, self.pairs, self.shape[1], self.transposed)  # type: ignore[no-untyped-call]
         return out if self.bias is None else out + self.bias
 
 
@@ -54,18 +60,18 @@ class _Product(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, columns: int, transposed: bool) -> Tensor:
-        ctx.save_for_backward(packed)
+    def forward(ctx: Any, x: Tensor, packed: Tensor, pairs: Tensor, columns: int, transposed: bool) -> Tensor:
+        ctx.save_for_backward(packed, pairs)
         ctx.columns, ctx.transposed = columns, transposed
-        weight = dequantize(packed.view(torch.uint8), columns, x.dtype)
+        weight = dequantize(packed.view(torch.uint8), columns, x.dtype, pairs)
         return x @ weight if transposed else nn.functional.linear(x, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (packed,) = ctx.saved_tensors
-        weight = dequantize(packed.view(torch.uint8), ctx.columns, grad.dtype)
-        return grad @ weight.T if ctx.transposed else grad @ weight, None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        packed, pairs = ctx.saved_tensors
+        weight = dequantize(packed.view(torch.uint8), ctx.columns, grad.dtype, pairs)
+        return grad @ weight.T if ctx.transposed else grad @ weight, None, None, None, None
 
 
 def own_bytes(layer: NF4Linear) -> Tensor:

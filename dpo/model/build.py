@@ -140,6 +140,8 @@ def _materialize(model: PreTrainedModel, device: torch.device, compute_device: t
             model._init_weights(module)
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(compute_device))
+    for layer in quantized_layers(model).values():
+        layer.fill_pairs()
 
 
 def load_policy(

@@ -129,13 +129,13 @@ def test_a_layer_is_a_product_with_the_dequantized_weight(transposed: bool) -> N
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_backward_pass_keeps_the_bytes_alone(transposed: bool) -> None:
-    """After the forward pass there is its result, and nothing else; what is saved is the parameter."""
+    """After the forward pass there is its result, and nothing else; what is saved is the parameter, and a table."""
     layer, _ = some_layer(transposed)
     x, saved = torch.randn(7, 80, dtype=torch.float64, requires_grad=True), list[Tensor]()
     with LiveBytes() as live, saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         out = layer(x)
         assert live.now == out.numel() * 8
-    assert {tensor.data_ptr() for tensor in saved} == {layer.packed.data_ptr()}
+    assert {tensor.data_ptr() for tensor in saved} == {layer.packed.data_ptr(), layer.pairs.data_ptr()}
     assert own_bytes(layer).shape == ((80, 40) if transposed else (48, 72))  # of float64, 8 bytes each
 
 
