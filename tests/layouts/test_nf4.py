@@ -15,12 +15,13 @@ from dpo.adapters.nf4 import VALUES, num_bytes, quantize
 from dpo.adapters.nf4_linear import own_bytes
 from dpo.adapters.quantized import quantized_layers
 from dpo.adapters.spec import AdapterSpec
-from dpo.config import ParallelConfig
+from dpo.config import Config, ParallelConfig
 from dpo.distributed.startup import open_world
-from dpo.distributed.world import make_mesh
+from dpo.distributed.world import World, make_mesh
 from dpo.export.program import main as export_main
-from dpo.model.build import build_policy, load_weights
+from dpo.model.build import build_policy, load_policy, load_weights
 from dpo.model.model_config import read_model_config
+from dpo.model.policy import Policy
 from dpo.reference.program import fill_alone
 from dpo.train import loop
 from dpo.train.program import run_training
@@ -37,6 +38,7 @@ from tests.support.runs import (
     exit_code_of,
     make_config,
     reference_line,
+    run,
     run_until,
     save_six_steps,
     six_steps,
@@ -182,6 +184,26 @@ def test_no_row_is_shared_with_the_base_that_is_not_quantized(ranks: Ranks, root
     every = rows(**ADAPTERS)
     assert every > 0 and rows(lora__rank=3) == every
     assert rows(**ADAPTERS | {"lora__rank": 2}) == rows(lora__rank=2) == rows() == 0
+
+
+def test_an_sft_adapter_against_the_quantized_base_loads_one_model(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With reference.adapter: base it reads the rows of a fresh run, and computes none by itself."""
+    loaded = list[Path]()
+
+    def count(config: Config, world: World, model_config: Any, folder: Path, adapters: Any) -> Policy:
+        loaded.append(folder)
+        return load_policy(config, world, model_config, folder, adapters)
+
+    monkeypatch.setattr("dpo.model.warm_up.load_policy", count)
+    facts = FACTS | {"train__steps": 1, "reference__cache_dir": str(root / "cache")}
+    sft = {"lora__path": str(save_adapter(root / "adapter", root / "base")), "reference__adapter": "base"}
+    first, second = (
+        run(make_config(root / "base", root / "pairs.jsonl", root / f"run-{number}", **facts, **keys))
+        for number, keys in enumerate((ADAPTERS, sft | {"lora__quantize": "nf4"}))
+    )
+    assert reference_line(first)[0] > 0 and reference_line(second)[0] == 0
+    assert len(loaded) == 2
+    assert abs(train_lines(second)[0]["train/loss"] - np.log(2)) > 1e-3
 
 
 @pytest.mark.parametrize("effect", [False, True])
