@@ -30,7 +30,7 @@ def find_adapters(config: Config) -> AdapterSpec | None:
     if lora.path is not None:
         spec = read_spec(find_folder(lora.path))
         _check_beside(lora, lora.path, spec)
-        return replace(spec, quantize=lora.quantize)
+        return replace(spec, quantize=lora.quantize or spec.quantize)
     return None if lora.rank is None else _by_keys(lora, lora.rank)
 
 

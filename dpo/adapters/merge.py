@@ -4,6 +4,7 @@ Each rank computes its own rows of the sum. A and B are small, and gathered whol
 the rows are outputs; of a Conv1D, (inputs, outputs), they are inputs; of the weights of experts they are experts.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from dpo.adapters.spec import ADAPTER
 from dpo.distributed.shards import own_rows
 
 
-def merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns the weights that have adapters, with these added, by the names of the weights in the model without
-    adapters. Every rank must get here, or the rest hang.
+def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yields each weight that has an adapter, with this added, and the name of the weight in the model without
+    adapters. Every rank must get here, and take all, or the rest hang.
 
     Args:
         model: the sharded model.
@@ -28,8 +29,10 @@ def merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     names = [base_name(f"{name}.base_layer.{_parameter(layer)}") for name, layer in layers.items()]
     assert len(set(names)) == len(names), "a weight has two adapters"
-    with torch.no_grad():
-        return {name: _merged(layer, dtype) for name, layer in zip(names, layers.values(), strict=True)}
+    for name, layer in zip(names, layers.values(), strict=True):
+        with torch.no_grad():
+            merged = _merged(layer, dtype)
+        yield name, merged
 
 
 def _parameter(layer: Any) -> str:

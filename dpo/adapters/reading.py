@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from dpo.adapters.kinds import check_kind
 from dpo.adapters.spec import ALL_LINEAR, AdapterSpec
 from dpo.base.errors import UserError
@@ -18,6 +20,8 @@ from dpo.config.reading import fit
 from dpo.hub.files import ADAPTER_CONFIG, ADAPTER_TENSORS, CONFIG_FILE
 
 __all__ = ["ADAPTER_CONFIG", "read_notes", "read_spec"]
+QUANTIZE = "quantize"
+"""The key of `lora.quantize` in the metadata of adapter_model.safetensors; adapter_config.json has no place for it."""
 PICKLED = "adapter_model.bin"
 """The file of adapters in torch's own form, which can hold code."""
 
@@ -49,6 +53,8 @@ def read_spec(folder: Path) -> AdapterSpec:
         layers_pattern=_listed(given["layers_pattern"]) or None,
         trained_modules=tuple(given["modules_to_save"] or ()),
         ties=bool(given["ensure_weight_tying"]),
+        quantize=_read_quantize(folder / ADAPTER_TENSORS),
+        of_peft=True,
         folder=folder,
     )
 
@@ -178,6 +184,17 @@ def _listed(value: Any) -> tuple[Any, ...]:
     if value is None:
         return ()
     return (value,) if isinstance(value, (int, str)) else tuple(value)
+
+
+def _read_quantize(path: Path) -> str | None:
+    """Returns how the base was quantized for which adapters were trained here (QUANTIZE); None for all others."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get(QUANTIZE)
+    except (SafetensorError, OSError) as failure:
+        raise UserError(
+            str(path), f"not a readable safetensors file: {failure}", "the file as it was saved"
+        ) from failure
 
 
 def _check_tensors(folder: Path) -> None:

@@ -39,6 +39,8 @@ class AdapterSpec:
     """Whether the embeddings and the head are trained whole (`lora.train_embeddings`); tied ones stay tied."""
     quantize: str | None = None
     """How the frozen weights are stored: nf4; None: in the compute dtype."""
+    of_peft: bool = False
+    """Whether targets are read as peft reads them, which those of a folder are; see `dpo.adapters.targets`."""
     folder: Path | None = None
     """The folder of the tensors with which the adapters start; None: at random, with no effect."""
 

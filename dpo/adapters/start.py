@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from dpo.base.errors import UserError
 from dpo.distributed.collectives import together
 from dpo.distributed.shards import own_rows
 from dpo.hub.files import ADAPTER_TENSORS
+
+OF_THIS_BASE = "adapters that were trained for the model in model.path"
 
 
 def start_adapters(model: nn.Module, seed: int) -> None:
@@ -44,7 +47,9 @@ def start_adapters(model: nn.Module, seed: int) -> None:
             elif ".lora_B." in name:
                 _local(parameter).zero_()
             else:
-                _start_magnitude(parameter, modules[name.partition(".lora_magnitude_vector.")[0]])
+                layer = name.partition(".lora_magnitude_vector.")[0]
+                _start_magnitude(parameter, modules[layer])
+                together(partial(_check_magnitude, layer, _local(parameter)))
 
 
 def uniform(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -65,6 +70,13 @@ def _start_magnitude(magnitude: Tensor, layer: Any) -> None:
         _fill(magnitude, _norms(whole.T))
     else:
         _local(magnitude).copy_(_norms(_local(weight)))
+
+
+def _check_magnitude(layer: str, magnitude: Tensor) -> None:
+    """Raises UserError where an output has only weights of 0: DoRA divides by their norm."""
+    if bool((magnitude == 0).any()):
+        what = f"an output of {layer} has only weights of 0, and DoRA divides by their norm"
+        raise UserError("lora.dora", what, "false, or the layer in lora.exclude_modules")
 
 
 def _norms(weight: Tensor) -> Tensor:
@@ -102,6 +114,23 @@ def read_adapters(model: nn.Module, folder: Path) -> None:
     together(lambda: _read(folder / ADAPTER_TENSORS, tensors))
 
 
+def check_adapters(model: nn.Module, folder: Path) -> None:
+    """Raises what `read_adapters` raises where the tensors of a folder are not those of a model's adapters; reads their
+    names and shapes alone. Every rank must get here, or the rest hang.
+    """
+    tensors = trained_tensors(model)
+    together(lambda: _check_file(folder / ADAPTER_TENSORS, tensors))
+
+
+def _check_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {plain_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as failure:
+        raise UserError(str(path), f"not a readable safetensors file: {failure}") from failure
+    _check(path, shapes, tensors)
+
+
 def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Fills this rank's rows of tensors from a file.
 
@@ -134,12 +163,15 @@ def _check(path: Path, stored: Mapping[str, tuple[int, ...]], tensors: Mapping[s
     missing = sorted(name for name, tensor in tensors.items() if tensor not in found)
     extra = sorted(set(stored) - set(tensors))
     if missing:
-        raise UserError(str(path), f"{len(missing)} tensors of the adapters are missing, the first is {missing[0]}")
+        what = f"{len(missing)} tensors of the adapters are missing, the first is {missing[0]}"
+        raise UserError(str(path), what, OF_THIS_BASE)
     if extra:
-        raise UserError(str(path), f"{len(extra)} tensors fit no adapter of the model, the first is {extra[0]}")
+        what = f"{len(extra)} tensors fit no adapter of the model, the first is {extra[0]}"
+        raise UserError(str(path), what, OF_THIS_BASE)
     for name, shape in stored.items():
         if tuple(tensors[name].shape) != shape:
-            raise UserError(str(path), f"{name} has shape {shape} where the model wants {tuple(tensors[name].shape)}")
+            what = f"{name} has shape {shape} where the model wants {tuple(tensors[name].shape)}"
+            raise UserError(str(path), what, OF_THIS_BASE)
 
 
 # --- content ---------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def _fitting(word: str, names: _Names, spec: AdapterSpec, key: str) -> list[str]
     Raises:
         UserError: it fits no layer that can get an adapter.
     """
-    is_of_peft = spec.folder is not None
+    is_of_peft = spec.of_peft
     takes_all = is_of_peft or key == "exclude_modules"
     found = [name for name in names.linear if _fits(word, name) and (takes_all or not _is_left_out(word, name))]
     ends = [name for name in names.embeddings if _fits(word, name) and word != ALL_LINEAR]

@@ -84,7 +84,7 @@ step with adapters see `model_flops`."""
 @dataclass(frozen=True)
 class Trained:
     """What of a model has gradients, in multiples of the forward pass of its layers' products, adapters aside. By
-    default the whole model; `dpo.estimate.trained` finds it for a model with adapters.
+    default the whole model; `dpo.estimate.parameters` finds it for a model with adapters.
     """
 
     adapters: float = 0.0

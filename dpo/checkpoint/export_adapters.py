@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo.adapters.names import written_name
+from dpo.adapters.reading import QUANTIZE
 from dpo.adapters.spec import ADAPTER
 from dpo.adapters.start import trained_tensors
 from dpo.base.files import write_file
@@ -30,9 +31,11 @@ def save_adapters(folder: Path, policy: Policy, dtype: torch.dtype, world: World
     tensors = {name: _whole(tensor, dtype, world) for name, tensor in trained_tensors(policy.model).items()}
     own = {written_name(name): whole for name, whole in tensors.items() if whole is not None}
 
+    quantize = policy.adapters.quantize if policy.adapters else None
+
     def save() -> None:
         with storage_errors(folder):
-            save_file(own, folder / ADAPTER_TENSORS, FORM)
+            save_file(own, folder / ADAPTER_TENSORS, FORM | ({QUANTIZE: quantize} if quantize else {}))
 
     on_main(world, save)
 

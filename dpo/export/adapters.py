@@ -3,7 +3,6 @@
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ def merge(args: argparse.Namespace, check_out: Callable[[], None]) -> None:
         on_main(world, check_out)
         folder = find_model(config.model.path, key, world)
         start_devices(world, config.parallel.timeout_seconds)
-        spec = together(lambda: replace(read_spec(args.adapter), folder=args.adapter))
+        spec = together(lambda: read_spec(args.adapter))
         policy = _load(config, folder, spec, world)
         finish = Finish(partial(merged_card, config, args.adapter, folder))
         export_merged(policy, folder, args.out, config, world, finish)

@@ -67,7 +67,7 @@ def export_checkpoint(args: argparse.Namespace) -> None:
             raise UserError("command line: --merge", f"the run of {checkpoint} has no adapters", "without --merge")
         folder = find_model(config.model.path, "model.path", world)
         start_devices(world, config.parallel.timeout_seconds)
-        policy = _build(config, folder, adapters, world)
+        policy = _build(config, folder, adapters, args.merge, world)
         if args.merge:
             _load_base(policy, folder, config, state, world)
         load_model(checkpoint, policy.model)
@@ -79,12 +79,19 @@ def export_checkpoint(args: argparse.Namespace) -> None:
             say(f"{what} of {checkpoint} {'are' if what == 'the adapters' else 'is'} in {args.out}")
 
 
-def _build(config: Config, folder: Path, adapters: AdapterSpec | None, world: World) -> Policy:
-    """Returns the policy, sharded over all ranks, whose weights are not yet read; frozen ones, too, in the dtype of the
-    master weights: the adapters are added to weights that are not rounded. Every rank must get here, or the rest hang.
+def _build(config: Config, folder: Path, adapters: AdapterSpec | None, merges: bool, world: World) -> Policy:
+    """Returns the policy, sharded over all ranks, whose weights are not yet read. Every rank must get here, or the rest
+    hang.
+
+    Args:
+        config: of the run.
+        folder: of the model, or of the base of adapters.
+        adapters: those of the run; None: the whole model was trained.
+        merges: whether the adapters will be added to the frozen weights, which are then not rounded.
+        world: all ranks.
     """
     trust, dtype = config.model.trust_remote_code, config.model.dtype
-    parallel = replace(config.parallel, shard=None, replicate=1, compute_dtype=dtype)
+    parallel = replace(config.parallel, shard=None, replicate=1, compute_dtype=dtype if merges else "auto")
     model_config = together(lambda: read_model_config(folder, trust))
     return build_policy(model_config, parallel, dtype, make_mesh(world, parallel), trust, adapters)
 

@@ -17,7 +17,7 @@ from dpo.adapters.inject import inject
 from dpo.adapters.merge import merged_weights
 from dpo.adapters.quantized import quantized_layers
 from dpo.adapters.spec import AdapterSpec
-from dpo.adapters.start import read_adapters, start_adapters
+from dpo.adapters.start import check_adapters, read_adapters, start_adapters
 from dpo.base.errors import UserError
 from dpo.batch.layout import attention_windows
 from dpo.config import Config, ParallelConfig
@@ -173,6 +173,8 @@ def load_policy(
     load_weights(policy, folder)
     if adapters:
         start_adapters(policy.model, config.train.seed)
+        if adapters.folder:
+            check_adapters(policy.model, adapters.folder)  # before hours of the reference pass
     return policy
 
 
@@ -225,13 +227,18 @@ def stored_tensors(policy: Policy) -> dict[str, Tensor]:
 
 
 def merged_tensors(policy: Policy) -> dict[str, Tensor]:
-    """Returns the same with adapters added to the weights that they adapt, and quantized weights dequantized. Every
-    rank must get here.
+    """Returns the same with adapters added to the weights that they adapt, and quantized weights dequantized. Sums take
+    the place of the policy's own weights, which it cannot run with any more: a copy of all might not fit. Every rank
+    must get here.
     """
-    merged = merged_weights(policy.model, policy.dtype)
-    others = {name: layer for name, layer in quantized_layers(policy.model).items() if name not in merged}
-    plain = {name: layer.weight for name, layer in others.items()}
-    return _by_stored_names(policy, base_state(policy.model) | plain | merged)
+    state = base_state(policy.model)
+    for name, merged in merged_weights(policy.model, policy.dtype):
+        if name in state and state[name].dtype == merged.dtype:
+            state[name].copy_(merged)
+        else:
+            state[name] = merged
+    plain = {name: layer.weight for name, layer in quantized_layers(policy.model).items() if name not in state}
+    return _by_stored_names(policy, state | plain)
 
 
 def _by_stored_names(policy: Policy, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -43,7 +43,9 @@ def adapter_facts(inputs: Inputs) -> dict[str, Any]:
 
 
 NO_ADAPTERS = {"lora.rank": None}
-IN_A_FOLDER_ALONE = ("rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "trained_modules")
+IN_A_FOLDER_ALONE = (
+    "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern", "trained_modules", "ties", "of_peft",
+)  # fmt: skip
 """The values of `AdapterSpec` for which the config has no key but lora.path, in whose folder they stand."""
 PAIRS_DEPEND_ON = "data.train, its holdout and columns, data.max_length, data.max_prompt_length, model.tokenizer"
 CONTENT_OF = {

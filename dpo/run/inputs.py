@@ -192,7 +192,7 @@ def hash_models(config: Config, world: World, folders: tuple[Path, Path]) -> tup
         content = on_main(world, lambda: start_hash(base.base_hash, adapters))
         starts_as_base = content == stored_hash(base.base_hash, adapters)
         model = replace(base, adapters=adapters, hash=content if base.hash else "")
-    if folders[1] != folders[0]:
+    if not folders[1].samefile(folders[0]):
         return model, read(folders[1])
     is_base = starts_as_base or config.reference.adapter == "base" or config.reference.path is not None
     return model, base if is_base else model

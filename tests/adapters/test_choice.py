@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from dpo.adapters.choice import find_adapters, find_warnings
 from dpo.adapters.spec import AdapterSpec
@@ -28,7 +29,7 @@ def config_of(*words: str) -> Config:
 def save(folder: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "adapter_config.json").write_text(json.dumps(SFT | changes))
-    (folder / "adapter_model.safetensors").touch()
+    save_file({}, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -153,7 +154,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_adapters_of_the_hub_are_taken_from_the_cache(cache: Path) -> None:
     spec = find_adapters(config_of("lora.path=org/sft"))
-    assert spec == AdapterSpec(4, 8.0, ("q_proj", "v_proj"), folder=cache)
+    assert spec == AdapterSpec(4, 8.0, ("q_proj", "v_proj"), of_peft=True, folder=cache)
 
 
 def test_an_incomplete_snapshot_is_asked_for(cache: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from dpo.base.errors import UserError
 from dpo.model.download import checked_model, read_named_config
@@ -21,7 +22,7 @@ def save(folder: Path, base: str | None = "org/base") -> Path:
     folder.mkdir(parents=True)
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
-    (folder / "adapter_model.safetensors").write_bytes(b"tensors")
+    save_file({}, folder / "adapter_model.safetensors")
     (folder / "adapter_model.bin").write_bytes(b"pickled")
     (folder / "tokenizer.json").write_text("{}")
     (folder / "README.md").write_text("A card.")

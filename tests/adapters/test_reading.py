@@ -23,11 +23,11 @@ ABSENT = object()
 
 
 def save(folder: Path, **changes: Any) -> Path:
-    """A folder of adapters whose tensors nobody reads."""
+    """A folder of adapters without tensors."""
     folder.mkdir(exist_ok=True)
     settings = {key: value for key, value in (GOOD | changes).items() if value is not ABSENT}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
-    (folder / "adapter_model.safetensors").write_bytes(b"")
+    save_file({}, folder / "adapter_model.safetensors")
     return folder
 
 
@@ -62,7 +62,7 @@ def test_what_peft_writes_is_read(tmp_path: Path) -> None:
         base_model_name_or_path="base",
     )
     config.save_pretrained(str(tmp_path))
-    (tmp_path / "adapter_model.safetensors").touch()
+    save_file({}, tmp_path / "adapter_model.safetensors")
     spec = read_spec(tmp_path)
     assert set(spec.target_modules) == {"q_proj", "down_proj"}
     assert spec == AdapterSpec(
@@ -78,8 +78,17 @@ def test_what_peft_writes_is_read(tmp_path: Path) -> None:
         layers_pattern=("layers",),
         trained_modules=("lm_head",),
         ties=True,
+        of_peft=True,
         folder=tmp_path,
     )
+
+
+def test_how_the_base_was_quantized_is_read_with_the_tensors(tmp_path: Path) -> None:
+    """adapter_config.json has no key for it that peft would accept."""
+    folder = save(tmp_path / "adapters")
+    assert read_spec(folder).quantize is None
+    save_file({}, folder / "adapter_model.safetensors", {"format": "pt", "quantize": "nf4"})
+    assert read_spec(folder).quantize == "nf4"
 
 
 def test_every_key_of_peft_is_on_a_list(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from dpo.base.errors import UserError
 from dpo.config import SourceConfig
 from dpo.model import warm_up
 from dpo.train import start
@@ -68,6 +70,18 @@ def test_runs_of_one_base_share_its_rows(root: Path, tmp_path: Path) -> None:
     base = trained_run(root, tmp_path, lora__path=str(root / "adapter"), reference__adapter="base")
     assert reference_line(base) == (0, ROWS)
     assert abs(train_lines(base)[0]["train/rewards/margins"]) > 0.01
+
+
+def test_adapters_that_do_not_fit_are_refused_before_rows_are_computed(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the reference is the base, which needs no adapters: its rows may take hours."""
+    other = shutil.copytree(root / "adapter", tmp_path / "other")
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file(dict(list(tensors.items())[1:]), other / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="1 tensors of the adapters are missing"):
+        trained_run(root, tmp_path, lora__path=str(other), reference__adapter="base")
+    assert not (tmp_path / "cache").exists()
 
 
 def values_of(cache: Path) -> list[tuple[int, int, float]]:

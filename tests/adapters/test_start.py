@@ -208,6 +208,16 @@ def test_a_file_that_does_not_fit_is_refused(world: World, tmp_path: Path) -> No
         load(world, base, spec_of(adapter))
 
 
+def test_dora_needs_norms_that_are_not_zero(world: World, tmp_path: Path) -> None:
+    base = save_model(tmp_path / "base", "llama")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3] = 0
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"an output of model\.layers\.1\.mlp\.up_proj has only weights of 0"):
+        load(world, base, AdapterSpec(2, 4.0, dora=True))
+    load(world, base, AdapterSpec(2, 4.0, dora=True, exclude_modules=("up_proj",)))
+
+
 # --- the key of the reference ----------------------------------------------------------------------------------------
 
 

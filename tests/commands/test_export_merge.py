@@ -125,7 +125,7 @@ def test_experts(is_transposed: bool) -> None:
     layers = [module for module in peft.modules() if isinstance(module, ParamWrapper)]
     for layer in layers:
         nn.init.normal_(layer.lora_B["default"].weight)
-    merged = merged_weights(peft.base_model.model, torch.float64)
+    merged = dict(merged_weights(peft.base_model.model, torch.float64))
     assert set(merged) == set(names)
     for layer in layers:
         wanted = layer.get_param() + layer.get_delta_weight("default")
