@@ -231,14 +231,13 @@ def merged_tensors(policy: Policy) -> dict[str, Tensor]:
     the place of the policy's own weights, which it cannot run with any more: a copy of all might not fit. Every rank
     must get here.
     """
-    state = base_state(policy.model)
+    state, quantized = base_state(policy.model), quantized_layers(policy.model)
     for name, merged in merged_weights(policy.model, policy.dtype):
-        if name in state and state[name].dtype == merged.dtype:
+        if quantized.pop(name, None) is None and state[name].dtype == merged.dtype:
             state[name].copy_(merged)
         else:
             state[name] = merged
-    plain = {name: layer.weight for name, layer in quantized_layers(policy.model).items() if name not in state}
-    return _by_stored_names(policy, state | plain)
+    return _by_stored_names(policy, state | {name: layer.weight for name, layer in quantized.items()})
 
 
 def _by_stored_names(policy: Policy, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

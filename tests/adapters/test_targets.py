@@ -255,7 +255,7 @@ def test_a_folder_has_the_targets_that_peft_takes(family: str, settings: dict[st
     pattern = words.get("layers_pattern")
     words |= {"layers_pattern": (pattern,)} if isinstance(pattern, str) else {}
     modules = words.pop("target_modules")
-    assert expected and targets(model, modules, folder=Path("sft"), **words) == expected
+    assert expected and targets(model, modules, of_peft=True, folder=Path("sft"), **words) == expected
 
 
 def _is_taken(config: LoraConfig, name: str) -> bool:
@@ -266,14 +266,14 @@ def _is_taken(config: LoraConfig, name: str) -> bool:
 def test_a_folder_with_all_linear_has_routers_as_peft_does() -> None:
     model = mixture()
     peft = _maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear"), model)
-    assert targets(model, "all-linear", folder=Path("sft")) == sorted(peft.target_modules)
+    assert targets(model, "all-linear", of_peft=True, folder=Path("sft")) == sorted(peft.target_modules)
     assert "model.layers.0.mlp.shared_expert_gate" in peft.target_modules
 
 
 @pytest.mark.parametrize("word", ["embed_tokens", "lm_head", "model.embed_tokens"])
 def test_tied_embeddings_that_were_trained_apart(word: str) -> None:
     """As peft trains them unless ensure_weight_tying is set: a copy of one, which changes the other no more."""
-    spec = AdapterSpec(4, 8, ("q_proj",), trained_modules=(word,), folder=Path("sft"))
+    spec = AdapterSpec(4, 8, ("q_proj",), trained_modules=(word,), of_peft=True, folder=Path("sft"))
     with pytest.raises(UserError) as caught:
         find_targets(meta_model("llama-tied"), spec)
     what = "the embeddings of the model are its head too, and the adapters have a copy of one alone"
@@ -301,4 +301,4 @@ def test_tied_embeddings_that_were_trained_apart(word: str) -> None:
 )  # fmt: skip
 def test_a_folder_that_does_not_fit_is_named(more: dict[str, Any], line: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(line)}$"):
-        find_targets(meta_model("llama"), AdapterSpec(4, 8, folder=Path("sft"), **more))
+        find_targets(meta_model("llama"), AdapterSpec(4, 8, of_peft=True, folder=Path("sft"), **more))
