@@ -3,7 +3,7 @@
 spec.py        AdapterSpec: all that decides which adapters a model gets
 reading.py     reads a folder of adapters in peft's form: adapter_config.json
 kinds.py       the kinds of adapters that are refused, by the keys of adapter_config.json
-base.py        the base of a folder of adapters
+base.py        the base of adapters that are named as a model is
 choice.py      the adapters that a config asks for
 targets.py     the layers of a model that get adapters
 inject.py      puts adapters into a model on the meta device, and freezes its other weights

@@ -1,12 +1,13 @@
-"""The base of a folder of adapters, which its adapter_config.json names. Without torch."""
+"""The base of adapters that are named as a model is, which their adapter_config.json names. Without torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo.adapters.reading import ADAPTER_CONFIG
-from dpo.base.errors import UserError
+from dpo.base.errors import InvalidValue, UserError
+from dpo.config.peft_folder import base_of
+from dpo.hub.files import ADAPTER_CONFIG, CONFIG, find_config, is_of_adapters
 from dpo.hub.ids import is_hub_id
+from dpo.hub.snapshots import cached_snapshot, find_snapshot
 
 VALID = "base_model_name_or_path in it: the base's folder or hub id"
 
@@ -25,29 +26,37 @@ class NamedModel:
 
 
 def name_model(path: str, place: str) -> NamedModel:
-    """Returns the model that a folder or hub id names: of a local folder of adapters these, and their base.
+    """Returns the model that a folder or hub id names: of adapters these, and their base. Asks the hub only where its
+    cache does not tell what a repository holds.
 
     Args:
         path: a folder or hub id.
         place: the flag or key that gave it, for errors.
 
     Raises:
-        UserError: the folder's adapter_config.json cannot be read, or its base is not here.
+        UserError: the hub does not give the repository; or adapter_config.json cannot be read, or names no base that is
+            here.
+        RunError: the disk has no room for the download of a config.
     """
-    if not (Path(path) / ADAPTER_CONFIG).is_file():
+    folder = _find_config_folder(path, place)
+    if not is_of_adapters(folder):
         return NamedModel(path)
-    base = _read_base(Path(path) / ADAPTER_CONFIG)
+    base = base_of(folder)
+    if base is None:
+        raise UserError(place, f"{path} holds adapters, and its {ADAPTER_CONFIG} names no base", VALID)
     if not Path(base).exists() and not is_hub_id(base):
         raise UserError(place, f"{path} holds adapters, whose base {base} is not here", VALID)
     return NamedModel(base, path)
 
 
-def _read_base(file: Path) -> str:
-    """Returns the base that an adapter_config.json names."""
+def _find_config_folder(path: str, place: str) -> Path:
+    """Returns the folder with the config of a model or of adapters; of a path that names none, the path itself."""
+    if Path(path).exists() or not is_hub_id(path):
+        return Path(path)
+    cached = cached_snapshot(path)
+    if cached and find_config(cached):
+        return cached
     try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as failure:
-        raise UserError(str(file), f"names no base: {failure}", VALID) from failure
-    if not isinstance(base, str) or not base:
-        raise UserError(str(file), f"names no base: base_model_name_or_path is {base!r}", VALID)
-    return base
+        return find_snapshot(path, CONFIG)
+    except InvalidValue as failure:
+        raise failure.at(place) from failure

@@ -1,22 +1,21 @@
 """Adds a folder of adapters, such as `final/` of a run, to the weights of the model that they are for."""
 
 import argparse
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dpo.adapters.reading import read_spec
 from dpo.adapters.spec import AdapterSpec
 from dpo.base.errors import UserError
 from dpo.checkpoint.export import Finish, export_merged
 from dpo.config import CheckpointConfig, Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from dpo.config.peft_folder import base_of
 from dpo.distributed.collectives import on_main, together
 from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World, make_mesh
 from dpo.encode.tokenizer import has_tokenizer
-from dpo.hub.files import ADAPTER_CONFIG, find_config, holds_adapters
+from dpo.hub.files import ADAPTER_CONFIG, find_config, is_of_adapters
 from dpo.model.build import build_policy, load_weights, read_start
 from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
@@ -56,12 +55,12 @@ def config_of(args: argparse.Namespace) -> Config:
     Raises UserError where the folder holds no adapters, or does not name their base.
     """
     folder: Path = args.adapter
-    if not holds_adapters(folder):
+    if not is_of_adapters(folder):
         found = find_config(folder)
         what = f"no such folder: {folder}" if not folder.is_dir() else f"{folder} holds no adapters"
         valid = "a folder with adapter_config.json and adapter_model.safetensors"
         raise UserError(ADAPTER, what if found is None else f"{folder} has {found.name}: it is a whole model", valid)
-    base = args.base or _settings(folder).get(BASE)
+    base = args.base or base_of(folder)
     if not base:
         raise UserError(ADAPTER, f"{folder / ADAPTER_CONFIG} names no {BASE}", "with --base MODEL")
     return Config(
@@ -75,15 +74,6 @@ def config_of(args: argparse.Namespace) -> Config:
         train=TrainConfig(run_dir=str(args.out.absolute())),  # whose name the card has
         checkpoint=CheckpointConfig(export_dtype=args.dtype or "auto"),
     )
-
-
-def _settings(folder: Path) -> Mapping[str, Any]:
-    """Returns the content of adapter_config.json; empty where it is no JSON object, which `read_spec` says better."""
-    try:
-        content = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _load(config: Config, folder: Path, spec: AdapterSpec, world: World) -> Policy:

@@ -27,7 +27,7 @@ from dpo.distributed.startup import open_world, start_devices
 from dpo.distributed.world import World, make_mesh
 from dpo.export.adapters import merge
 from dpo.export.arguments import read_arguments
-from dpo.hub.files import find_config, holds_adapters
+from dpo.hub.files import find_config, is_of_adapters
 from dpo.model.build import build_policy, load_weights
 from dpo.model.download import find_model
 from dpo.model.model_config import read_model_config
@@ -115,7 +115,7 @@ def find_candidates(path: Path) -> list[Path]:
     found = checkpoints_of(path)[::-1]
     if found or CHECKPOINTS in (path.absolute().parent.name, path.resolve().parent.name):
         return found or [path]
-    if holds_adapters(path):
+    if is_of_adapters(path):
         raise UserError(CHECKPOINT, f"{path} holds adapters", f"--adapter {path} --merge adds them to their base")
     kind = "an exported model" if find_config(path) else "no checkpoint and no run with one"
     around = checkpoints_of(path.resolve().parent) if path.name.startswith(FINAL) else []

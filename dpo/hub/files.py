@@ -168,11 +168,6 @@ def find_config(folder: Path) -> Path | None:
     return next((folder / name for name in (CONFIG_FILE, ADAPTER_CONFIG) if (folder / name).is_file()), None)
 
 
-def holds_adapters(folder: Path) -> bool:
-    """Returns whether a folder holds adapters alone, without the model that they are for."""
-    return find_config(folder) == folder / ADAPTER_CONFIG and (folder / ADAPTER_TENSORS).is_file()
-
-
 def _missing_config(folder: Path) -> list[str]:
     return [] if (folder / CONFIG_FILE).is_file() else [CONFIG_FILE]
 

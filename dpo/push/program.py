@@ -17,7 +17,7 @@ from dpo.base.errors import RunError, UserError, one_line
 from dpo.base.sums import SUMS, find_fault, find_unlisted, read_sums
 from dpo.base.units import shown_bytes
 from dpo.checkpoint.folders import checkpoints_of
-from dpo.hub.files import CONFIG_FILE, exported_files, holds_adapters, stored_weights
+from dpo.hub.files import ADAPTERS, CONFIG_FILE, exported_files, is_of_adapters, stored_weights
 from dpo.hub.ids import is_tokenizer_id
 from dpo.hub.reasons import has_answered, reason_of
 from dpo.push.arguments import read_arguments
@@ -36,7 +36,7 @@ def find_model_folder(path: Path) -> Path:
     if not path.is_dir():
         raise UserError(RUN, f"no such folder: {path}", "a run folder or a model folder")
     for folder in (path / FINAL, path):
-        if holds_adapters(folder) or ((folder / CONFIG_FILE).is_file() and stored_weights(folder)):
+        if _holds_adapters(folder) or ((folder / CONFIG_FILE).is_file() and stored_weights(folder)):
             _check_sums(folder)
             return folder
     run = path.parents[1] if path.parent.name == "checkpoints" else path
@@ -45,6 +45,10 @@ def find_model_folder(path: Path) -> Path:
         raise UserError(RUN, f"{path} has no {FINAL}/ and no checkpoint", "a run folder or a model folder")
     command = f"python -m dpo.export --checkpoint {checkpoints[-1]} --out DIR"
     raise UserError(RUN, f"{path} has no {FINAL}/: the run is not finished", f"{command}, then python -m dpo.push DIR")
+
+
+def _holds_adapters(folder: Path) -> bool:
+    return is_of_adapters(folder) and not ADAPTERS.missing(folder)
 
 
 def _check_sums(folder: Path) -> None:

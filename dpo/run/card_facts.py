@@ -14,7 +14,7 @@ import yaml
 
 from dpo.config import Config
 from dpo.encode.tokenizer import has_tokenizer
-from dpo.hub.files import ADAPTER_CONFIG, CONFIG_FILE, holds_adapters, licence_files
+from dpo.hub.files import ADAPTER_CONFIG, CONFIG_FILE, is_of_adapters, licence_files
 from dpo.hub.ids import is_hub_id
 from dpo.hub.snapshots import repository_of
 from dpo.run.folder import read_starts
@@ -85,7 +85,7 @@ def read_facts(config: Config, step: int, base: Path, exported: Path) -> CardFac
 
 def read_exported(folder: Path, base: Path) -> Exported:
     """Returns the facts of an exported folder; adapters run the code of their base, where it has code of its own."""
-    adapters = _read(folder / ADAPTER_CONFIG) if holds_adapters(folder) else None
+    adapters = _read(folder / ADAPTER_CONFIG) if is_of_adapters(folder) else None
     settings = _read((folder if adapters is None else base) / CONFIG_FILE)
     return Exported(has_tokenizer(folder), bool(settings.get("auto_map")), adapters)
 

@@ -14,7 +14,7 @@ with rows {"prompt": TEXT} or {"prompt": [{"role": "user", "content": TEXT}, ...
 template as in training, with `system`, `tools` and `chat_template_kwargs` of the row. With --as-chat each text is a
 user's message, as with `as_chat: true` in training. Under torchrun each model is sharded over the ranks.
 
-A folder of LoRA adapters, with adapter_config.json, is a model: these on their base. So is the folder of a run: that
+LoRA adapters, with adapter_config.json, are a model: these on their base. So is the folder of a run: that
 which it has trained.
 """
 
@@ -23,7 +23,7 @@ def make_parser(prog: str = "python -m dpo.sample") -> Parser:
     """Returns the parser of the command line."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog, description=DESCRIPTION, formatter_class=form, allow_abbrev=False)
-    about = "folder or hub id of the model, or folder of LoRA adapters or of a run; required"
+    about = "folder or hub id of the model or of LoRA adapters, or folder of a run; required"
     parser.add_argument("--model", required=True, metavar="DIR", help=about)
     parser.add_argument("--reference", metavar="DIR", help="a second model, to compare with (default: none)")
     parser.add_argument("--tokenizer", metavar="DIR", help="its folder or hub id (default: that of each model)")

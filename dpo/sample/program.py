@@ -85,7 +85,7 @@ def open_reader(path: str, flag: str, tokenizer: str | None, questions: Sequence
     """Finds a model and encodes the questions for it; loads no weights. Every rank must get here, or the rest hang.
 
     Args:
-        path: a folder of a model, of adapters or of a run, or an id on the Hugging Face hub.
+        path: a folder of a model, of adapters or of a run, or the id of a model or adapters on the Hugging Face hub.
         flag: the flag that gave `path`, for errors.
         tokenizer: the folder or hub id of the tokenizer; None: the model's.
         questions: the prompts of the file.
@@ -97,7 +97,7 @@ def open_reader(path: str, flag: str, tokenizer: str | None, questions: Sequence
     place = f"command line: {flag}"
     tokenizer_place = "command line: --tokenizer" if tokenizer else place
     with renamed_places({"model.path": place, "lora.path": place, "model.tokenizer": tokenizer_place}):
-        named = together(lambda: name_model(trained_model(path), place))
+        named = first_on_each_node(world, lambda: name_model(trained_model(path), place))
         folder = find_model(named.base, "model.path", world)
         config = first_on_each_node(world, lambda: read_model_config(folder, trust_remote_code=False))
         adapters = first_on_each_node(world, lambda: _adapters(named.base, named.adapters))

@@ -30,7 +30,7 @@ class Arguments:
 def make_parser(prog: str = "python -m dpo.score") -> Parser:
     """Returns the parser of the program's own flags."""
     parser = own_flags(prog, DESCRIPTION, "--model runs/my/final")
-    about = "folder or hub id of the model to score, or folder of its adapters; required without --adapter"
+    about = "folder or hub id of the model to score, or of its adapters; required without --adapter"
     parser.add_argument("--model", metavar="DIR", help=about)
     about = "folder or hub id of LoRA adapters of --model, or of the config's model.path (default: none)"
     parser.add_argument("--adapter", metavar="DIR", help=about)

@@ -104,3 +104,36 @@ def test_a_repository_of_adapters_as_the_model(hub: Hub, tmp_path: Path) -> None
     line = "model.path: org/sft holds adapters, not a model; valid: model.path org/base and lora.path org/sft\n"
     assert run(hub, tmp_path / "home", f"\n{code}") == line
     assert hub.fetched() == ["adapter_config.json"]
+
+
+def test_a_repository_of_adapters_is_named_with_its_base(hub: Hub, tmp_path: Path) -> None:
+    """As --model of scoring and sampling: by its config alone, which is in the cache from then on."""
+    code = "\nfrom dpo.adapters.base import name_model\nprint(repr(name_model('org/sft', 'command line: --model')))"
+    named = "NamedModel(base='org/base', adapters='org/sft')\n"
+    assert run(hub, tmp_path / "home", code) == named
+    assert hub.fetched() == ["adapter_config.json"]
+    hub.closed = True
+    hub.requests.clear()
+    assert run(hub, tmp_path / "home", code) == named and hub.requests == []
+
+
+def test_the_hub_is_not_asked_what_a_model_in_the_cache_is(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "config.json").write_text("{}")
+    hub.add("models", "org/whole", tmp_path / "whole")
+    code = "\nfrom dpo.adapters.base import name_model\nprint(repr(name_model('org/whole', '--model')))"
+    for closed in (False, True):
+        hub.closed = closed
+        hub.requests.clear()
+        assert run(hub, tmp_path / "home", code) == "NamedModel(base='org/whole', adapters=None)\n"
+    assert hub.requests == []
+
+
+def test_a_repository_that_the_hub_does_not_give(hub: Hub, tmp_path: Path) -> None:
+    code = (
+        "from dpo.adapters.base import name_model\n"
+        "try: name_model('org/none', 'command line: --model')\n"
+        "except UserError as failure: print(failure)"
+    )
+    line = run(hub, tmp_path / "home", f"\n{code}")
+    assert line.startswith("command line: --model: org/none is no folder here and the hub did not give it (")
