@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from transformers import AutoConfig
 from dpo.adapters.merge import merged_weights
 from dpo.adapters.spec import AdapterSpec
 from dpo.checkpoint.folders import checkpoint_path
+from dpo.config.keys import KEYS
 from dpo.export import program as export
 from dpo.hub.files import ADAPTER_CONFIG, ADAPTER_TENSORS
 from dpo.run.identity import NO_ADAPTERS, adapter_facts, recorded_adapters
@@ -185,7 +186,9 @@ def test_the_base_is_not_read_for_adapters_alone(runs: Any, tmp_path: Path) -> N
 
 
 def test_the_adapters_of_a_checkpoint_are_those_of_its_run() -> None:
-    """By what state.json records, since the folder of lora.path may be gone; a run without adapters has none."""
+    """By what state.json records, since the folder of lora.path may be gone: every field of a spec but the folder. Each
+    is found by a key of the config. A run without adapters has none.
+    """
     spec = AdapterSpec(
         rank=4,
         alpha=6.0,
@@ -193,15 +196,21 @@ def test_the_adapters_of_a_checkpoint_are_those_of_its_run() -> None:
         target_parameters=("experts.down_proj",),
         exclude_modules="layers.0.*",
         rslora=True,
+        dora=True,
         rank_pattern={"q_proj": 2},
         alpha_pattern={"q_proj": 3.0},
         layers_to_transform=(1, 2),
+        layers_pattern=("layers",),
         trained_modules=("lm_head",),
+        ties=True,
         embeddings=True,
+        quantize="nf4",
         folder=Path("sft"),
     )
+    assert all(getattr(spec, field.name) != field.default for field in fields(spec)), "no field is forgotten"
     inputs: Any = SimpleNamespace(model=SimpleNamespace(adapters=spec, base_hash="0"))
     assert recorded_adapters(json.loads(json.dumps(adapter_facts(inputs)))) == replace(spec, folder=None)
+    assert set(adapter_facts(inputs)) <= set(KEYS)
     assert recorded_adapters(NO_ADAPTERS) is None and recorded_adapters({}) is None
 
 
