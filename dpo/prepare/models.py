@@ -11,8 +11,8 @@ from dpo.base.errors import InvalidValue
 from dpo.base.units import shown_bytes
 from dpo.config import Config
 from dpo.encode.tokenizer import load_tokenizer
-from dpo.hub.files import MODEL, TOKENIZER, Need
-from dpo.hub.ids import is_tokenizer_id
+from dpo.hub.files import ADAPTERS, MODEL, TOKENIZER, Need
+from dpo.hub.ids import is_hub_id, is_tokenizer_id
 from dpo.hub.snapshots import Download, HubUnreachable, cached_snapshot, download
 from dpo.model.build import build_on_meta
 from dpo.model.download import check_id, checked_model
@@ -61,7 +61,7 @@ def newest_snapshot(repository: str, key: str, need: Need) -> Path:
     """
     say(f"{repository}: asking the hub for its newest revision, and downloading what is not in the cache")
     cached = cached_snapshot(repository)
-    missing = need.missing(cached) if cached else ["config.json"]
+    missing = need.missing(cached) if cached else [need.first]
     try:
         found = download(repository, need, missing=missing)
     except HubUnreachable as failure:
@@ -81,9 +81,12 @@ def _downloaded(num_bytes: int) -> str:
 
 
 def prepare_adapters(config: Config, model_config: PretrainedConfig) -> None:
-    """Downloads the adapters that `lora.path` names by their hub id, and finds the layers that the adapters of the run
-    are for. Raises UserError where they cannot be used, or the model has no such layers.
+    """Downloads the newest revision of the adapters that `lora.path` names by their hub id, and finds the layers that
+    the adapters of the run are for. Raises UserError where they cannot be used, or the model has no such layers.
     """
+    path = config.lora.path
+    if path is not None and not Path(path).exists() and is_hub_id(path):
+        newest_snapshot(path, "lora.path", ADAPTERS)
     adapters = find_adapters(config)
     if adapters is None:
         return

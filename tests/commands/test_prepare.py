@@ -151,6 +151,37 @@ def test_adapters_are_found_before_the_run(folders: Path, tmp_path: Path, capsys
     assert prepared(lora__path="./gone")[0] == 2
 
 
+def test_adapters_of_the_hub_are_prepared(place: Site, folders: Path) -> None:
+    """The newest revision; then the run finds it without the hub, and so does a second prepare."""
+    sft = save_adapter(place.root / "sft", folders / "tok-model", target_modules=["q_proj"])
+    place.hub.add("models", "org/sft", sft)
+    train = write_jsonl(place.root / "a.jsonl", ROWS)
+    config = run_of(str(folders / "tok-model"), train, place.root / "run", lora__path="org/sft")
+    first = place.program("dpo.prepare", config)
+    assert first.returncode == 0, first.stderr
+    assert place.hub.fetched() == ["adapter_config.json", "adapter_model.safetensors"]
+    (sft / "adapter_config.json").write_text((sft / "adapter_config.json").read_text().replace(": 12,", ": 20,"))
+    revision = place.hub.add("models", "org/sft", sft)
+    second = place.program("dpo.prepare", config)
+    assert (
+        f"lora.path org/sft: revision {revision[:12]}, " in second.stdout and "rank 4, alpha 20, for" in second.stdout
+    )
+    place.hub.closed = True
+    alone = place.program("dpo.prepare", config)
+    assert alone.returncode == 0 and "the revision in the cache is taken" in alone.stderr, alone.stderr
+    run = place.program("dpo.train", config)
+    assert run.returncode == 0 and place.reached == [], run.stderr
+
+
+def test_adapters_that_the_hub_does_not_give(place: Site, folders: Path) -> None:
+    """What is missing is named, not the config of a model."""
+    place.hub.closed = True
+    train = write_jsonl(place.root / "a.jsonl", ROWS)
+    ended = place.program("dpo.prepare", run_of(str(folders / "tok-model"), train, place.root, lora__path="org/sft"))
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error:")]
+    assert ended.returncode == 2 and "lora.path: org/sft: the cache" in line and "lacks adapter_config.json" in line
+
+
 # --- the run after it ------------------------------------------------------------------------------------------------
 
 
