@@ -21,6 +21,7 @@ from dpo.front.names import COMMANDS, Command, help_text
 from dpo.front.ranks import add_ranks, read_wanted
 from dpo.machine.job import check_one_node, check_tasks
 from dpo.run_folder.files import LOG
+from dpo.terminal.console import unsaid
 
 
 def main() -> None:
@@ -86,7 +87,8 @@ def run_ranks_of(command: Command, words: Sequence[str], reader: ModuleType, par
     wanted, rest = read_wanted(parser, words)
     check_tasks(os.environ)
     check_one_node(os.environ)
-    arguments = reader.read_arguments(rest, parser)
+    with unsaid():  # rank 0 reads the same words
+        arguments = reader.read_arguments(rest, parser)
     log = Path(str(arguments.train.run_dir), LOG) if command.has_log else None
     with slow_imports():
         from dpo.front.parent import run_ranks

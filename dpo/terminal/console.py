@@ -60,6 +60,17 @@ def say(line: str) -> None:
     LOG.info(line)
 
 
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Leaves out, on stderr and in the log, what `say` is given in the block, where another process says the same."""
+    before = LOG.level
+    LOG.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        LOG.setLevel(before)
+
+
 def warn(line: str) -> None:
     """Prints one line of warning, also with `--quiet`."""
     LOG.warning(f"WARNING: {line}")

@@ -1,5 +1,6 @@
 """`dpo train --ranks 2` with the trainer itself: Ctrl-C and SIGTERM during training, the resume, and wrong input."""
 
+import json
 import os
 import signal
 import subprocess
@@ -120,6 +121,20 @@ def test_wrong_data_is_the_last_line(root: Path, tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert done.returncode == 2 and lines[-1].startswith("error: command line: data.train[0].path: "), done.stderr
     assert sum(line.startswith("error: ") for line in lines) == 1
+
+
+def test_adapters_as_the_model_are_told_once(root: Path, tmp_path: Path) -> None:
+    """`dpo` reads the words, and so do the ranks."""
+    settings = {"peft_type": "LORA", "r": 4, "base_model_name_or_path": str(root / "model")}
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "adapter_config.json").write_text(json.dumps(settings))
+    (tmp_path / "run.yaml").write_text(to_yaml(six_steps(root, tmp_path / "run")))
+    words = ["train", "run.yaml", "--ranks", "2", "model.path=sft", "data.train=[{path: missing.jsonl}]"]
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo", *words], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    line = f"model.path sft holds adapters: taken as lora.path sft, model.path {root / 'model'}"
+    assert done.returncode == 2 and done.stderr.splitlines().count(line) == 1, done.stderr
 
 
 TYPO = """

@@ -15,7 +15,7 @@ import pytest
 
 from dpo.command.exits import tell_error, tell_stop
 from dpo.terminal import console
-from dpo.terminal.console import begin_log, log_alone, open_log, progress, say, set_quiet, warn
+from dpo.terminal.console import begin_log, log_alone, open_log, progress, say, set_quiet, unsaid, warn
 from dpo.terminal.log_file import LogFile
 from tests.support.screen import Screen, terminal
 
@@ -192,6 +192,18 @@ def test_the_log_has_everything_from_the_start(tmp_path: Path) -> None:
     log_alone("Traceback:\n  File x\nKeyError: 1")
     expected = ["early", "[bold]quiet[/bold]␛[2J↵next", "WARNING: late", "error: wrong"]
     assert told(tmp_path / "run" / "log.txt") == [*expected, "Traceback:", "  File x", "KeyError: 1"]
+
+
+def test_what_another_process_says_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the log, too; warnings and what is said later stay."""
+    begin_log()
+    with unsaid():
+        say("twice")
+        warn("heard")
+    say("later")
+    open_log(tmp_path / "log.txt")
+    assert capsys.readouterr().err == "WARNING: heard\nlater\n"
+    assert told(tmp_path / "log.txt") == ["WARNING: heard", "later"]
 
 
 def test_a_line_is_stamped_with_its_own_time(tmp_path: Path) -> None:
