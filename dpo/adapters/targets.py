@@ -14,7 +14,7 @@ nothing is as good as none. Whether the folder fits the model is then seen by it
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -56,8 +56,8 @@ def find_targets(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
         spec: the adapters; see `AdapterSpec`.
 
     Raises:
-        UserError: a name or pattern fits no linear layer, or one that can get no adapter; or no layer is left; or
-            tied embeddings were trained apart.
+        UserError: a name or pattern fits no linear layer, or one that can get no adapter; or no layer is left; or a
+            weight would get two adapters; or tied embeddings were trained apart.
     """
     _check_parameters(model, spec)
     _check_tied(model, spec)
@@ -71,6 +71,7 @@ def find_targets(model: PreTrainedModel, spec: AdapterSpec) -> list[str]:
     if not chosen and not spec.target_parameters:
         what = "no layer is left after exclude_modules" if wanted else "no layer of the model is a target"
         raise UserError(_place(spec, "target_modules"), what, _valid(names.linear))
+    _check_apart(chosen, spec)
     short = {_last(name) for name in chosen}
     is_whole = {name for name, _ in model.named_modules() if _last(name) in short} == chosen
     return sorted(short if is_whole else chosen)
@@ -221,6 +222,15 @@ def _check_parameters(model: PreTrainedModel, spec: AdapterSpec) -> None:
             experts = sorted(set(_parameters_of_experts(model)))
             valid = ", ".join(experts) if experts else "null: the model has no experts"
             raise UserError(_place(spec, "target_parameters"), f"{word!r} fits no parameter of the model", valid)
+
+
+def _check_apart(layers: Collection[str], spec: AdapterSpec) -> None:
+    """Raises UserError where the weight of a layer that gets an adapter is one of `target_parameters` too."""
+    for name in sorted(layers):
+        for word in spec.target_parameters:
+            if _fits(word, f"{name}.weight"):
+                what = f"{word!r} is the weight of {name}, which target_modules names too"
+                raise UserError(_place(spec, "target_parameters"), what, "each weight in one of the two")
 
 
 def _parameters_of_experts(model: PreTrainedModel) -> Iterator[str]:

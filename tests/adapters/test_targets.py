@@ -216,6 +216,19 @@ def test_a_parameter_that_is_not_there(build: Any, word: str, valid: str) -> Non
     assert str(caught.value) == f"lora.target_parameters: {word!r} fits no parameter of the model; valid: {valid}"
 
 
+@pytest.mark.parametrize("folder", [None, Path("sft")])
+@pytest.mark.parametrize("word", ["q_proj.weight", "model.layers.1.self_attn.q_proj.weight"])
+def test_a_weight_gets_one_adapter(word: str, folder: Path | None) -> None:
+    """Merged, the second would be lost; a layer that is no target may have its weight adapted."""
+    model, layer = meta_model("llama"), 1 if "layers.1" in word else 0
+    assert find_targets(model, AdapterSpec(4, 8, ("v_proj",), target_parameters=(word,), folder=folder)) == ["v_proj"]
+    with pytest.raises(UserError) as caught:
+        find_targets(model, AdapterSpec(4, 8, ("v_proj", "q_proj"), target_parameters=(word,), folder=folder))
+    what = f"{word!r} is the weight of model.layers.{layer}.self_attn.q_proj, which target_modules names too"
+    place = "sft/adapter_config.json: target_parameters" if folder else "lora.target_parameters"
+    assert str(caught.value) == f"{place}: {what}; valid: each weight in one of the two"
+
+
 def test_exclusions_must_fit_and_must_leave_some() -> None:
     model = meta_model("llama")
     with pytest.raises(UserError, match=r"^lora\.exclude_modules: 'k_prj' fits no linear .* did you mean k_proj\?"):
