@@ -117,7 +117,7 @@ def test_a_repository_of_adapters_is_named_with_its_base(hub: Hub, tmp_path: Pat
     assert run(hub, tmp_path / "home", code) == named and hub.requests == []
 
 
-def test_the_hub_is_not_asked_what_a_model_in_the_cache_is(hub: Hub, tmp_path: Path) -> None:
+def test_a_repository_in_the_cache_is_not_asked_for(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "whole").mkdir()
     (tmp_path / "whole" / "config.json").write_text("{}")
     hub.add("models", "org/whole", tmp_path / "whole")
