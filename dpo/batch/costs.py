@@ -24,6 +24,7 @@ of 8 x 8, 7 in a layer, in units of one of these: an adapter is 2 * 4 * 8 / (8 *
 
 DoRA multiplies each adapter with a unit matrix too, once in every micro-batch: as much as a forward pass of the adapter
 over as many tokens as it has inputs. That is left out, and so are adapters of parameters that are no linear layers.
+A product with a quantized weight counts as with the weight itself; dequantizing it, which is no product, is left out.
 
 An example: a layer with H = 4 hidden and 4 query elements, one head, an ungated MLP of 16, V = 10, and a tree with a
 prompt of 3 tokens and completions of 2 and 3. Its products have 4 * 4 * 4 + 2 * 4 * 16 = 192 parameters.

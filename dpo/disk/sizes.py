@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 from dpo.adapters.choice import find_adapters
 from dpo.adapters.inject import trained
 from dpo.adapters.names import is_of_adapter
+from dpo.adapters.quantized import quantized_layers
 from dpo.base.units import shown_bytes
 from dpo.checkpoint.export_dtype import export_dtype
 from dpo.config import Config
@@ -141,19 +142,28 @@ def sizes_of(config: Config, model_config: PretrainedConfig, last_step: int | No
     """
     model = model_of(config, model_config)
     weights, updated = num_bytes(model.parameters()), num_bytes(trained(model.parameters()))
-    num_parameters = sum(p.numel() for name, p in model.named_parameters() if not is_of_adapter(name))
+    of_adapters = sum(p.numel() for name, p in model.named_parameters() if is_of_adapter(name))
+    of_model = num_parameters(model) - of_adapters
     kept = optimizer_elements(config.optim) * updated
     is_whole = find_adapters(config) is None
     exported = export_dtype(config.checkpoint, Path(model_config.name_or_path or "."))
     return Sizes(
-        num_parameters,
+        of_model,
         state=weights + updated + kept,
         checkpoint=updated + kept,
-        final=num_parameters * exported.itemsize if is_whole else updated,
+        final=of_model * exported.itemsize if is_whole else updated,
         keep=config.checkpoint.keep,
         num_saves=num_saves(config, last_step),
         copies_in_export=2 if is_whole else 1,
     )
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Returns the number of parameters of the whole model, tied parameters once; a DTensor counts in full, and of a
+    quantized weight its elements, not those of its bytes.
+    """
+    quantized = {id(layer.packed): layer.shape.numel() for layer in quantized_layers(model).values()}
+    return sum(quantized.get(id(parameter), parameter.numel()) for parameter in model.parameters())
 
 
 def num_bytes(parameters: Iterable[nn.Parameter]) -> int:

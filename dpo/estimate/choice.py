@@ -221,7 +221,8 @@ def bound_bytes(case: Case, groups: Groups) -> float:
         state      the rank's shard of weights; of trained weights gradients and optimizer, temporaries of the update,
                    a checkpoint's copy
         whole      all weights unsharded; all gradients as computed, as accumulated, and twice while they are reduced
-        layers     per token 16 times the elements that a layer's matrix products read and write, in all layers
+        layers     per token 16 times the elements that a layer's matrix products read and write, in all layers; of
+                   quantized weights a layer dequantized, 16 bytes a parameter with temporaries
         logits     twice the memory budget of the head, or all logits where they take less
     """
     config, device = case.config, case.cluster.device
@@ -237,7 +238,9 @@ def bound_bytes(case: Case, groups: Groups) -> float:
     )
     tokens, rows = _maximum_tokens(plans, padded_length if not device.is_cpu else int)
     hidden = case.model_config.hidden_size
-    layers = 16 * 4 * max(1, compute / 4) * tokens * (sum(groups.layers) / hidden + hidden)
+    in_layers = sum(groups.layers) + groups.num_packed
+    layers = 16 * 4 * max(1, compute / 4) * tokens * (in_layers / hidden + hidden)
+    layers += 16 * in_layers / len(groups.layers) if groups.num_packed else 0
     logits = 2 * min(config.parallel.head_memory_mib * 2**20, rows * case.model_config.vocab_size * 8)
     return device.needed(state + whole + layers + logits, 0.0)
 

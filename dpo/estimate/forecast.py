@@ -207,7 +207,7 @@ def token_seconds(estimate: Estimate) -> float:
     all-gathered, and each is multiplied with each answer, at the rate of a step.
     """
     config, groups, speed = estimate.config, estimate.groups, estimate.speed
-    num_parameters, num_layers = groups.elements, len(groups.layers)
+    num_parameters, num_layers = groups.num_parameters, len(groups.layers)
     arithmetic = next(part.seconds for part in speed.parts if part.name == "arithmetic")
     rate = speed.flops / estimate.cluster.num_ranks / arithmetic
     products = 2 * num_parameters * ROWS_PER_LANE / rate

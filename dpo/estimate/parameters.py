@@ -57,7 +57,9 @@ def groups_of(config: Config, model_config: PretrainedConfig, num_ranks: int) ->
         groups = parameter_groups(model, decoder_layers(model), shard)
         return Groups((groups.layers[-1],) * depth, groups.root)
     model = _of_one_dtype(config, model_config)
-    return replace(parameter_groups(model, decoder_layers(model), shard), trained=_trained_of(model, adapters))
+    stored = model_of(config, model_config) if adapters.quantize else model
+    groups = parameter_groups(stored, decoder_layers(stored), shard)
+    return replace(groups, trained=_trained_of(model, adapters))
 
 
 # --- what has gradients ----------------------------------------------------------------------------------------------
@@ -79,17 +81,18 @@ def trained_of(config: Config, model_config: PretrainedConfig) -> Trained:
 
 def _of_one_dtype(config: Config, model_config: PretrainedConfig) -> PreTrainedModel:
     """Returns the whole model, with its adapters, on the meta device. Its frozen weights have the dtype of the trained
-    ones, since no FSDP converts them here.
+    ones, since no FSDP converts them here, and none is quantized: its products have the same FLOPs.
     """
     dtype: Any = config.model.dtype
-    return model_of(replace(config, parallel=replace(config.parallel, compute_dtype=dtype)), model_config)
+    parallel, lora = replace(config.parallel, compute_dtype=dtype), replace(config.lora, quantize=None)
+    return model_of(replace(config, parallel=parallel, lora=lora), model_config)
 
 
 def _trained_of(model: PreTrainedModel, adapters: AdapterSpec) -> Trained:
     """Returns what of a model with adapters has gradients. The model's tensors become fake ones."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         _to_fake(model)
-        return _trained(model, _observed(model), has_last=not adapters.dora)
+        return _trained(model, _observed(model), adapters)
 
 
 def _to_fake(model: nn.Module) -> None:
@@ -151,13 +154,14 @@ def _products(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
 
 
-def _trained(model: PreTrainedModel, found: _Found, has_last: bool) -> Trained:
+def _trained(model: PreTrainedModel, found: _Found, spec: AdapterSpec) -> Trained:
     """Returns what of a model has gradients.
 
     Args:
         model: the model with adapters.
         found: by a forward pass of it.
-        has_last: whether the recomputation of a layer stops before the layer's last product.
+        spec: its adapters. The recomputation of a layer stops before the layer's last product, but with DoRA, and but
+            where that is a quantized product, which saves its bytes after it has run.
     """
     weights: dict[str, nn.Parameter] = {name: module.weight for name, module in _products(model)}
     adapters = [name for name in found.needs_gradient if is_of_adapter(f"{name}.")]
@@ -168,14 +172,15 @@ def _trained(model: PreTrainedModel, found: _Found, has_last: bool) -> Trained:
         return 2.0 * sum(weights[name].numel() for name in names)
 
     costs, layers, head = cost_model(model.config), decoder_layers(model), model.get_output_embeddings()
-    last = flops(_last_products(model, layers[-found.num_layers :], found)) / costs.per_token_last
+    ends = _last_products(model, layers[-found.num_layers :], found)
+    spared = [] if spec.dora else [name for name in ends if not spec.quantize or is_of_adapter(f"{name}.")]
     return Trained(
         adapters=flops(adapters) / costs.per_token,
         inputs=1.0 + (flops(adapters) - flops(unneeded)) / costs.per_token,
         weights=flops(updated) / costs.per_token,
         layers=found.num_layers / len(layers),
         head=float(head.weight.requires_grad),
-        last=last if has_last else 0.0,
+        last=flops(spared) / costs.per_token_last,
     )
 
 

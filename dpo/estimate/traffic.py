@@ -16,6 +16,8 @@ with 42 million in adapters, 16 GB are gathered in bfloat16, and 168 MB reduced 
 with adapters have no backward pass, for which they would be gathered again. Only the topmost of them is, since FSDP2
 gathers the layer below ahead; the next forward pass uses that, unless the gradients were reduced in between.
 
+A quantized weight is gathered as its bytes, 0.5625 per parameter with NF4.
+
 With replicas (HSDP) the gradient shards are all-reduced as often. Traffic that does not grow with the model, the
 exchange of `StepMetrics.reduce`, is not counted here.
 """
@@ -29,6 +31,7 @@ from torch import nn
 from dpo.adapters.inject import trained
 from dpo.batch.costs import WHOLE_MODEL, Trained
 from dpo.config import ParallelConfig
+from dpo.disk.sizes import num_parameters
 
 ITEMSIZES = {"float64": 8, "float32": 4, "bfloat16": 2}
 
@@ -54,6 +57,13 @@ class Groups:
     reduced: "Groups | None" = None
     """The same of the trained parameters alone, whose gradients are reduced; None: all are."""
     trained: Trained = WHOLE_MODEL
+    num_packed: int = 0
+    """Parameters of the quantized weights less the elements, of the compute dtype, as which they are gathered."""
+
+    @property
+    def num_parameters(self) -> int:
+        """Returns the parameters of all groups."""
+        return self.elements + self.num_packed
 
     @property
     def elements(self) -> int:
@@ -78,7 +88,9 @@ def parameter_groups(model: nn.Module, layers: Sequence[nn.Module], shard: int) 
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in inside]
     of_layers = [list(layer.parameters()) for layer in layers]
-    groups = Groups(tuple(_padded(parameters, shard) for parameters in of_layers), _padded(rest, shard))
+    packed = num_parameters(model) - sum(parameter.numel() for parameter in model.parameters())
+    layers_of = tuple(_padded(parameters, shard) for parameters in of_layers)
+    groups = Groups(layers_of, _padded(rest, shard), num_packed=packed)
     if all(parameter.requires_grad for parameter in model.parameters()):
         return groups
     reduced = Groups(tuple(_padded(trained(each), shard) for each in of_layers), _padded(trained(rest), shard))

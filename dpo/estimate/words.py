@@ -76,7 +76,7 @@ def _assumptions(estimate: Estimate) -> list[str]:
     compiled = not cluster.device.is_cpu and is_compiled(parallel, torch.device("cuda"))
     layers = ", compiled layers" if compiled else ""
     batches = f"{plan.num_micro_batches} micro-batch" + ("es" if plan.num_micro_batches > 1 else "")
-    parameters = groups.elements if groups.reduced is None else groups.elements - groups.num_reduced
+    parameters = groups.num_parameters - (groups.num_reduced if groups.reduced else 0)
     return [
         f"{estimate.model_config.model_type}, {shown_count(parameters)} parameters, {copies} over {cluster.num_ranks}"
         f" {cluster.device.name}, {cluster.ranks_per_node} per node; {estimate.config.optim.name},"
@@ -92,7 +92,8 @@ def _dtypes(estimate: Estimate) -> str:
     if estimate.groups.reduced is None:
         return f"{compute} compute over {master} weights"
     count = shown_count(estimate.groups.num_reduced)
-    return f"{count} parameters of adapters are trained, in {master}, the others frozen, in {compute}"
+    quantized = f"{estimate.config.lora.quantize} and " if estimate.groups.num_packed else ""
+    return f"{count} parameters of adapters are trained, in {master}, the others frozen, in {quantized}{compute}"
 
 
 def _parts(estimate: Estimate) -> list[str]:

@@ -13,7 +13,7 @@ from dpo.base.units import shown_bytes
 from dpo.board.sink import Answer
 from dpo.board.writer import MetricsWriter
 from dpo.config import Config, OptimConfig, to_yaml
-from dpo.disk.sizes import num_bytes
+from dpo.disk.sizes import num_bytes, num_parameters
 from dpo.run_folder.files import PROVENANCE
 from dpo.step.deviation import Deviation
 from dpo.step.evaluation import Evaluation
@@ -181,13 +181,9 @@ def _memory(run: Run) -> str:
     size = state_bytes(run.policy.model, run.config, run.world.size)
     what = "weights, gradients and optimizer"
     if run.policy.adapters:
-        what = f"frozen weights in {_name(run.compute_dtype)} and adapters with gradients and optimizer"
+        quantized = f"{run.policy.adapters.quantize} and " if run.policy.adapters.quantize else ""
+        what = f"frozen weights in {quantized}{_name(run.compute_dtype)} and adapters with gradients and optimizer"
     return f"{shown_bytes(size)} per rank for {what}, without activations"
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Returns the number of parameters of the whole model, tied parameters once; a DTensor counts in full."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def state_bytes(model: nn.Module, config: Config, num_ranks: int) -> float:

@@ -199,6 +199,9 @@ ADAPTERS = {
     "some layers": LoraConfig(rank=4, target_modules=r".*\.[12]\.(mlp|attn|self_attn)\..*"),
     "embeddings": LoraConfig(rank=4, train_embeddings=True),
     "large and with DoRA": LoraConfig(rank=16, dora=True),
+    "quantized": LoraConfig(rank=4, quantize="nf4"),
+    "queries of quantized": LoraConfig(rank=4, target_modules=["q_proj"], quantize="nf4"),
+    "attention of a quantized GPT-2": LoraConfig(rank=4, target_modules=["c_attn"], quantize="nf4"),
 }
 
 
@@ -210,6 +213,9 @@ ADAPTERS = {
         ("llama", "queries and values"),
         ("qwen3", "queries and values"),
         ("gpt2", "attention of GPT-2"),
+        *((family, "quantized") for family in FAMILIES),
+        ("llama", "queries of quantized"),
+        ("gpt2", "attention of a quantized GPT-2"),
         *((family, kind) for family in ("llama", "gpt2") for kind in ("some layers", "embeddings")),
     ],
 )

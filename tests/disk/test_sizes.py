@@ -75,6 +75,19 @@ def test_a_checkpoint_of_adapters_is_small() -> None:
     assert found.state == 2 * found.num_parameters + 16 * elements  # of an adapter its gradient too
 
 
+def test_a_quantized_base_keeps_its_parameters_in_fewer_bytes() -> None:
+    """Llama 3 70B: the products of a layer have 2 x 8192^2 + 2 x 8192 x 1024 + 3 x 8192 x 28672 weights, each 4 bits, and
+    32 for a block of 64: 0.5625 bytes. The rest is bfloat16.
+    """
+    facts = {"lora__rank": 16, "lora__quantize": "nf4", "optim__name": "adamw", "parallel__compute_dtype": "bfloat16"}
+    found = sizes_of(make_config("m", "d", "r", **facts), LlamaConfig(**LLAMA_70B))
+    products = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    elements = 80 * 16 * (2 * 16_384 + 2 * 9_216 + 3 * 36_864)
+    assert found.num_parameters == 70_553_706_496
+    assert found.state == products * 9 // 16 + 2 * (found.num_parameters - products) + 16 * elements
+    assert (found.final, found.checkpoint) == (4 * elements, 12 * elements)
+
+
 def test_the_sizes_of_adapters_are_those_that_a_run_writes(tmp_path: Path) -> None:
     """Two steps; torch and safetensors add names to the numbers."""
     facts = {"train__steps": 2, "train__eval_every": None, "checkpoint__save_every": 2, "lora__rank": 64}

@@ -1,6 +1,5 @@
 """`dpo.estimate` of steps with adapters: the parts of the peak by hand, few layers drawn out, a 70B on one node."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from dpo.estimate.few_layers import adapters_of_few
 from dpo.estimate.memory import COPY, OPTIMIZER, step_memory
 from dpo.estimate.parameters import groups_of
 from dpo.estimate.rehearsal import rehearse
-from dpo.estimate.timeline import GRADIENTS, REDUCED, WEIGHTS, WHOLE, Moment
+from dpo.estimate.timeline import ACTIVATIONS, GRADIENTS, REDUCED, WEIGHTS, WHOLE, Moment
 from dpo.estimate.traffic import Groups
 from tests.estimate.test_estimate import (
     DEEP,
@@ -54,6 +53,41 @@ def test_only_adapters_have_gradients_and_an_optimizer() -> None:
     assert 3 * 4 * trained <= memory.host[COPY] < 2 * 3 * 4 * trained  # rounded up to powers of two
 
 
+def test_a_quantized_base_by_hand() -> None:
+    """Four ranks, bfloat16 over float32. A block of 64 weights has 36 bytes; rows of 64 weights (q, k, v, o, gate, up)
+    have one, the 64 rows of 96 (down) two.
+    """
+    config = with_adapters(lora__quantize="nf4", optim__name="adamw", parallel__compile=False)
+    num_bytes = 36 * (4 * HIDDEN + 2 * MLP + 2 * HIDDEN)
+    products = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP
+    rehearsed = rehearse(config, llama(), 4, step_of(config, 4, 8), True, adapters_of_few(config, llama()))
+    rest = DEPTH * (LAYER - products) + ROOT
+    assert rehearsed.weight_bytes == (DEPTH * (num_bytes + 4 * ADAPTERS) + 2 * rest) // 4
+    assert sum(rehearsed.trained_elements) == DEPTH * ADAPTERS // 4
+    groups = groups_of(config, llama(), 4)
+    assert groups.layers == (num_bytes // 2 + LAYER - products + ADAPTERS,) * DEPTH
+    assert groups.num_parameters == DEPTH * (LAYER + ADAPTERS) + ROOT
+    plain = groups_of(with_adapters(), llama(), 4)
+    assert (groups.root, groups.reduced, groups.trained) == (plain.root, plain.reduced, plain.trained)
+    assert plain.num_parameters == plain.elements == groups.num_parameters
+
+
+def test_what_is_quantized_is_dequantized_for_a_product() -> None:
+    """With few tokens the largest layer, down or gate of 64 x 960, has at its product the values in float32 and then
+    also in bfloat16; the indices of pairs of them, 4 bytes each, are gone by then.
+    """
+    config = with_adapters(lora__quantize="nf4", parallel__compile=False)
+    wide = llama()
+    wide.intermediate_size = 960
+    quantized, plain = (
+        rehearse(each, wide, 4, step_of(each, 4, 4), True, adapters_of_few(each, wide))
+        for each in (config, with_adapters(parallel__compile=False))
+    )
+    moment = Moment(0, "forward", 1)
+    more = quantized.peaks[moment][ACTIVATIONS] - plain.peaks[moment][ACTIVATIONS]
+    assert 4 * HIDDEN * 960 <= more <= 8 * HIDDEN * 960
+
+
 @pytest.mark.parametrize("on_cuda", [True, False])
 @pytest.mark.parametrize(
     "keys",
@@ -61,6 +95,8 @@ def test_only_adapters_have_gradients_and_an_optimizer() -> None:
         {"parallel__compile": False},
         {"parallel__activation_checkpointing": "full", "parallel__sync_gradients": "every_micro_batch"},
         {"parallel__cpu_offload": True, "parallel__replicate": 2, "parallel__compile": False},
+        {"lora__quantize": "nf4", "parallel__compile": False},
+        {"lora__quantize": "nf4", "parallel__activation_checkpointing": "full"},
     ],
 )
 def test_drawn_out_layers_with_adapters_are_the_layers_themselves(keys: dict[str, Any], on_cuda: bool) -> None:
@@ -73,8 +109,9 @@ def test_drawn_out_layers_with_adapters_are_the_layers_themselves(keys: dict[str
     drawn = step_memory(config, llama(DEEP), 4, *micro_batch, on_cuda)
     most = max(sum(n for kind, n in peak.items() if kind not in away) for peak in whole)
     assert drawn.peak == pytest.approx(most, abs=64)
-    groups = replace(groups_of(config, llama(DEEP), 4), trained=Groups((), 0).trained)
-    assert groups == Groups((LAYER + ADAPTERS,) * DEEP, ROOT, Groups((ADAPTERS,) * DEEP, 0))
+    groups = groups_of(config, llama(DEEP), 4)
+    assert (groups.root, groups.reduced) == (ROOT, Groups((ADAPTERS,) * DEEP, 0))
+    assert groups.num_parameters == DEEP * (LAYER + ADAPTERS) + ROOT
 
 
 def test_adapters_in_few_of_many_layers_are_counted_in_all() -> None:
@@ -84,6 +121,23 @@ def test_adapters_in_few_of_many_layers_are_counted_in_all() -> None:
     bound, same = (step_memory(config, llama(DEEP), 4, *step_of(config, 4, 8), True) for config in (some, each))
     assert bound == same
     assert groups_of(some, llama(DEEP), 4).reduced == Groups((0,) * 4 + (RANK * (HIDDEN + MLP),) * 2, 0)
+
+
+def test_a_quantized_70b_fits_on_two_cards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """68.45 billion of 70.55 billion parameters have 0.5625 bytes, 35.9 GiB, the rest, embeddings, head and norms, 2:
+    3.9 GiB. With 0.8 GiB of adapters in float32 a half is 20.3 GiB."""
+    save_config(tmp_path / "llama", LLAMA_70B)
+    words = ["--model.path", str(tmp_path / "llama"), "--ranks", "2", "--device", "h100", "--train.steps", "900"]
+    words += ["--parallel.activation_checkpointing", "full", "--parallel.sync_gradients", "every_micro_batch"]
+    words += ["--lora.quantize", "nf4", "--parallel.compile", "false"]
+    assert run(CONFIG, *words, "--prompt-tokens", "512", "--completion-tokens", "512") == 0
+    lines = capsys.readouterr().out.splitlines()
+    shown = " ".join(" ".join(lines).split())
+    assert "llama, 70.55 billion parameters, one copy over 2 H100" in shown
+    assert "adapters are trained, in float32, the others frozen, in nf4 and bfloat16" in shown
+    (weights,) = [line.split()[1:] for line in lines if line.split()[0] == "weights"]
+    assert weights == ["20.3", "GiB"]
+    assert any(line.startswith("fits: ") and line.endswith(" of 79.1 GiB") for line in lines)
 
 
 def test_a_70b_fits_on_one_node(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,6 +86,11 @@ MODES: dict[str, tuple[int, dict[str, Any]]] = {
         {"lora": {"rank": 4}, "sync_gradients": "every_micro_batch", "compute_dtype": "bfloat16"},
     ),
     "adapters, parameters kept": (2, {"lora": {"rank": 4}, "reshard_after_forward": False}),
+    "adapters on a quantized base": (3, {"lora": {"rank": 4, "quantize": "nf4"}}),
+    "adapters on a quantized base, in bfloat16": (
+        2,
+        {"lora": {"rank": 4, "quantize": "nf4"}, "compute_dtype": "bfloat16"},
+    ),
     "adapters, checkpointed": (2, {"lora": {"rank": 4}, "activation_checkpointing": "full"}),
     "adapters and embeddings": (3, {"lora": {"rank": 4, "train_embeddings": True}}),
     "adapters in the last layer": (2, {"lora": {"rank": 4, "target_modules": r".*\.1\.mlp\..*"}}),

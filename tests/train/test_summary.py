@@ -5,9 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+from dpo.adapters.nf4_linear import NF4Linear
 from dpo.config import Config, OptimConfig, SourceConfig
+from dpo.disk.sizes import num_parameters
 from dpo.train.summary import COLUMNS, evaluation_line, fitting, remaining, state_bytes, step_line, tell_warmup
 from tests.support.runs import changed, exit_code, make_config, run, save_six_steps, six_steps, train_lines
 
@@ -98,6 +101,15 @@ def test_state_bytes(optim: OptimConfig, numbers: int) -> None:
     1000 * numbers * 4 / 4 bytes a rank."""
     config = dataclasses.replace(make_config("m", "t", "r", parallel__replicate=2), optim=optim)
     assert state_bytes(nn.Linear(10, 100, bias=False), config, 8) == 1000 * numbers
+
+
+def test_a_quantized_weight_counts_its_parameters_and_its_bytes() -> None:
+    """Of 10 rows of 128 frozen weights, two blocks of 36 bytes each, and a bias of 10 in bfloat16."""
+    layer = NF4Linear(nn.Linear(128, 10, dtype=torch.bfloat16), torch.bfloat16, False).requires_grad_(False)
+    model = nn.Sequential(layer, nn.Linear(10, 3, bias=False))
+    assert num_parameters(model) == 10 * 128 + 10 + 30
+    config = dataclasses.replace(make_config("m", "t", "r"), optim=OptimConfig(name="adamw"))
+    assert state_bytes(model, config, 1) == 10 * 72 + 2 * 10 + 4 * 4 * 30
 
 
 @pytest.mark.parametrize(
