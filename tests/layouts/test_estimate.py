@@ -21,6 +21,7 @@ STATE = 39.4e6 / NUM_RANKS * 4  # bytes of one number a weight
         "weights kept",
         "all that saves memory",
         "two copies",
+        "adapters",
     ],
 )
 def test_the_peak_is_that_of_real_processes(ranks: Ranks, case: str) -> None:
