@@ -76,8 +76,8 @@ def test_a_checkpoint_of_adapters_is_small() -> None:
 
 
 def test_a_quantized_base_keeps_its_parameters_in_fewer_bytes() -> None:
-    """Llama 3 70B: the products of a layer have 2 x 8192^2 + 2 x 8192 x 1024 + 3 x 8192 x 28672 weights, each 4 bits, and
-    32 for a block of 64: 0.5625 bytes. The rest is bfloat16.
+    """Llama 3 70B: the products of a layer have 2 x 8192^2 + 2 x 8192 x 1024 + 3 x 8192 x 28672 weights, each 4 bits,
+    and 32 for a block of 64: 0.5625 bytes. The rest is bfloat16.
     """
     facts = {"lora__rank": 16, "lora__quantize": "nf4", "optim__name": "adamw", "parallel__compute_dtype": "bfloat16"}
     found = sizes_of(make_config("m", "d", "r", **facts), LlamaConfig(**LLAMA_70B))
