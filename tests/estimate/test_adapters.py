@@ -1,5 +1,6 @@
 """`dpo.estimate` of steps with adapters: the parts of the peak by hand, few layers drawn out, a 70B on one node."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from dpo.estimate.few_layers import adapters_of_few
 from dpo.estimate.memory import COPY, OPTIMIZER, step_memory
 from dpo.estimate.parameters import groups_of
 from dpo.estimate.rehearsal import rehearse
-from dpo.estimate.timeline import ACTIVATIONS, GRADIENTS, REDUCED, WEIGHTS, WHOLE, Moment
+from dpo.estimate.timeline import GRADIENTS, REDUCED, WEIGHTS, WHOLE, Moment
 from dpo.estimate.traffic import Groups
 from tests.estimate.test_estimate import (
     DEEP,
@@ -72,22 +73,6 @@ def test_a_quantized_base_by_hand() -> None:
     assert plain.num_parameters == plain.elements == groups.num_parameters
 
 
-def test_what_is_quantized_is_dequantized_for_a_product() -> None:
-    """With few tokens the largest layer, down or gate of 64 x 960, has at its product the values in float32 and then
-    also in bfloat16; the indices of pairs of them, 4 bytes each, are gone by then.
-    """
-    config = with_adapters(lora__quantize="nf4", parallel__compile=False)
-    wide = llama()
-    wide.intermediate_size = 960
-    quantized, plain = (
-        rehearse(each, wide, 4, step_of(each, 4, 4), True, adapters_of_few(each, wide))
-        for each in (config, with_adapters(parallel__compile=False))
-    )
-    moment = Moment(0, "forward", 1)
-    more = quantized.peaks[moment][ACTIVATIONS] - plain.peaks[moment][ACTIVATIONS]
-    assert 4 * HIDDEN * 960 <= more <= 8 * HIDDEN * 960
-
-
 @pytest.mark.parametrize("on_cuda", [True, False])
 @pytest.mark.parametrize(
     "keys",
@@ -100,15 +85,19 @@ def test_what_is_quantized_is_dequantized_for_a_product() -> None:
     ],
 )
 def test_drawn_out_layers_with_adapters_are_the_layers_themselves(keys: dict[str, Any], on_cuda: bool) -> None:
-    """The oracle: all layers of a deeper model rehearsed, but for a few scalars of 4 bytes."""
+    """The oracle: all layers of a deeper model rehearsed. To the byte, but for what counts as weights: copies of the
+    rotary embedding's frequencies, 32 bytes each, may outlive their computation.
+    """
     dtype = "bfloat16" if on_cuda else "float32"
     config = with_adapters(**{"optim__name": "sgd", "parallel__compute_dtype": dtype} | keys)
     away = (WEIGHTS, GRADIENTS) if config.parallel.cpu_offload and on_cuda else ()
     micro_batch = step_of(config, 4, 8)
     whole = rehearse(config, llama(DEEP), 4, micro_batch, on_cuda, adapters_of_few(config, llama(DEEP))).peaks.values()
     drawn = step_memory(config, llama(DEEP), 4, *micro_batch, on_cuda)
-    most = max(sum(n for kind, n in peak.items() if kind not in away) for peak in whole)
-    assert drawn.peak == pytest.approx(most, abs=64)
+    kept = [Counter({kind: n for kind, n in peak.items() if kind not in away}) for peak in whole]
+    most = max(kept, key=lambda peak: peak.total())
+    assert drawn.peak - drawn.device[WEIGHTS] == most.total() - most[WEIGHTS]
+    assert drawn.device[WEIGHTS] == pytest.approx(most[WEIGHTS], abs=128)
     groups = groups_of(config, llama(DEEP), 4)
     assert (groups.root, groups.reduced) == (ROOT, Groups((ADAPTERS,) * DEEP, 0))
     assert groups.num_parameters == DEEP * (LAYER + ADAPTERS) + ROOT
