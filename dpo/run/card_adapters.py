@@ -48,4 +48,4 @@ def _as_peft(lora: LoraConfig, rank: int) -> dict[str, Any]:
 
 
 def _names(names: str | Sequence[str] | None) -> Sequence[str]:
-    return [names] if isinstance(names, str) else names or []
+    return [names] if isinstance(names, str) else sorted(names or [])

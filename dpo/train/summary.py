@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from dpo.adapters.inject import trained
+from dpo.adapters.spec import ADAPTER
 from dpo.base.units import shown_bytes
 from dpo.board.sink import Answer
 from dpo.board.writer import MetricsWriter
 from dpo.config import Config, OptimConfig, to_yaml
 from dpo.disk.sizes import num_bytes, num_parameters
+from dpo.run.card_adapters import words_of
 from dpo.run_folder.files import PROVENANCE
 from dpo.step.deviation import Deviation
 from dpo.step.evaluation import Evaluation
@@ -115,6 +117,7 @@ def start_lines(run: Run, deviation: Deviation | None) -> list[str]:
     return table_lines(
         [
             ("model", _model(run)),
+            *([("adapters", _adapters(run))] if run.policy.adapters else []),
             ("reference", _reference(run)),
             *first_step,
             ("pairs", f"{len(run.inputs.data.train):,} to train on, {len(run.inputs.data.eval):,} to evaluate"),
@@ -141,7 +144,21 @@ def table_lines(rows: Sequence[tuple[str, str]]) -> list[str]:
 def _model(run: Run) -> str:
     kind = type(run.policy.model).__name__.removeprefix("FSDP")
     dtypes = f"{_name(run.policy.dtype)}, computes in {_name(run.compute_dtype)}"
+    if run.policy.adapters:
+        frozen = num_parameters(run.policy.model) - _num_trained(run)
+        stored = run.policy.adapters.quantize or _name(run.compute_dtype)
+        dtypes = f"{stored} are frozen, computes in {_name(run.compute_dtype)}"
+        return f"{run.config.model.path}: {kind}, {frozen:,} parameters in {dtypes}"
     return f"{run.config.model.path}: {kind}, {num_parameters(run.policy.model):,} parameters in {dtypes}"
+
+
+def _adapters(run: Run) -> str:
+    words = words_of(run.policy.model.peft_config[ADAPTER].to_dict())
+    return f"{words}: {_num_trained(run):,} parameters are trained in {_name(run.policy.dtype)}"
+
+
+def _num_trained(run: Run) -> int:
+    return sum(parameter.numel() for parameter in trained(run.policy.model.parameters()))
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -151,7 +168,8 @@ def _name(dtype: torch.dtype) -> str:
 def _reference(run: Run) -> str:
     if run.reference_pass is None:
         return "none: the loss has no reference"
-    return run.config.reference.path or "the model before training"
+    before = "the model before training" if run.inputs.model.hash == run.inputs.reference.hash else "the model alone"
+    return run.config.reference.path or before
 
 
 def _steps(run: Run) -> str:
