@@ -19,6 +19,9 @@ IGNORED: Mapping[str, str] = {
     "ignore:html5lib's sanitizer:DeprecationWarning": "TensorBoard's own import, through bleach",
     "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning": "torch's inductor, of torch's own code",
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning": "torch's dynamo looks at every attribute",
+    "ignore:.class 'torch.autograd.function.Function'. should not be instantiated:DeprecationWarning": (
+        "torch's dynamo, of an autograd function in a compiled layer"
+    ),
     "ignore:DTensor random operators may not have complete support:UserWarning": "none is used",
     "ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning": "inductor; off on purpose",
     "ignore:Synchronization debug mode is a prototype:UserWarning": "tests/gpu ask torch to raise where the host waits",

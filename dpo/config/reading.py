@@ -196,7 +196,7 @@ def _mapping(value: Any, place: str, key: str, names: list[str]) -> dict[str, An
     return value
 
 
-_MANY = {str: "texts", int: "integers"}
+_MANY: Mapping[Any, str] = {str: "texts", int: "integers", float: "finite numbers"}
 """Type of the items of a list -> their name."""
 
 

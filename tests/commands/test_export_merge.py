@@ -205,6 +205,7 @@ def test_the_adapters_of_a_checkpoint_are_those_of_its_run() -> None:
         ties=True,
         embeddings=True,
         quantize="nf4",
+        of_peft=True,
         folder=Path("sft"),
     )
     assert all(getattr(spec, field.name) != field.default for field in fields(spec)), "no field is forgotten"
