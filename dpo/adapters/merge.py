@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from dpo.adapters.names import base_name
 from dpo.adapters.spec import ADAPTER
-from dpo.distributed.shards import own_rows
+from dpo.distributed.shards import local, own_rows, whole
 
 
 def merged_weights(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -43,10 +43,10 @@ def _parameter(layer: Any) -> str:
 def _merged(layer: Any, dtype: torch.dtype) -> Tensor:
     """Returns the weight of a layer with its adapter added, sharded as the weight is."""
     weight: Tensor = getattr(layer.get_base_layer(), _parameter(layer))
-    a, b = (_whole(part[ADAPTER].weight).to(dtype) for part in (layer.lora_A, layer.lora_B))
-    own = _local(weight).to(dtype) + layer.scaling[ADAPTER] * _change(layer, a, b, own_rows(weight))
+    a, b = (whole(part[ADAPTER].weight).to(dtype) for part in (layer.lora_A, layer.lora_B))
+    own = local(weight).to(dtype) + layer.scaling[ADAPTER] * _change(layer, a, b, own_rows(weight))
     if ADAPTER in layer.lora_magnitude_vector:
-        magnitude = _whole(layer.lora_magnitude_vector[ADAPTER].weight).to(dtype)
+        magnitude = whole(layer.lora_magnitude_vector[ADAPTER].weight).to(dtype)
         own *= _scale(layer, magnitude, _like(weight, own))
     return _like(weight, own)
 
@@ -74,18 +74,10 @@ def _scale(layer: Any, magnitude: Tensor, merged: Tensor) -> Tensor:
     or the rest hang.
     """
     if layer.fan_in_fan_out:  # each rank holds some inputs of every output
-        norms: Tensor = torch.linalg.norm(_whole(merged), dim=0)
+        norms: Tensor = torch.linalg.norm(whole(merged), dim=0)
         return magnitude / norms
-    norms = torch.linalg.norm(_local(merged), dim=1)
+    norms = torch.linalg.norm(local(merged), dim=1)
     return (magnitude[own_rows(merged)] / norms)[:, None]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _like(weight: Tensor, own: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from dpo.adapters.nf4 import PAIRS, dequantize, num_bytes
+from dpo.distributed.shards import local
 
 
 class NF4Linear(nn.Module):
@@ -76,8 +77,7 @@ class _Product(Function):
 
 def own_bytes(layer: NF4Linear) -> Tensor:
     """Returns this rank's rows of the bytes of a layer, uint8, which share its memory."""
-    own = layer.packed.to_local() if isinstance(layer.packed, DTensor) else layer.packed.detach()
-    return own.detach().view(torch.uint8)
+    return local(layer.packed).detach().view(torch.uint8)
 
 
 def stand_in(layer: NF4Linear) -> Tensor:

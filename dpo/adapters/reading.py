@@ -6,7 +6,8 @@ are read. Whether the adapters fit the model is seen by their tensors.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -188,13 +189,20 @@ def _listed(value: Any) -> tuple[Any, ...]:
 
 def _read_quantize(path: Path) -> str | None:
     """Returns how the base was quantized for which adapters were trained here (QUANTIZE); None for all others."""
+    with opened(path) as file:
+        quantize: str | None = (file.metadata() or {}).get(QUANTIZE)
+    return quantize
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Opens a file of tensors inside. Raises UserError where it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get(QUANTIZE)
+            yield file
     except (SafetensorError, OSError) as failure:
-        raise UserError(
-            str(path), f"not a readable safetensors file: {failure}", "the file as it was saved"
-        ) from failure
+        what = f"not a readable safetensors file: {failure}"
+        raise UserError(str(path), what, "the file as it was saved") from failure
 
 
 def _check_tensors(folder: Path) -> None:

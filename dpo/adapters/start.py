@@ -13,20 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dpo.adapters.names import file_name, is_of_adapter, plain_name
 from dpo.adapters.quantized import stored_hash
+from dpo.adapters.reading import opened
 from dpo.adapters.spec import AdapterSpec
 from dpo.base.errors import UserError
 from dpo.distributed.collectives import together
-from dpo.distributed.shards import own_rows
+from dpo.distributed.shards import local, own_rows, whole
 from dpo.hub.files import ADAPTER_TENSORS
 
 OF_THIS_BASE = "adapters that were trained for the model in model.path"
+"""What would be right in place of a file that does not fit."""
 
 
 def start_adapters(model: nn.Module, seed: int) -> None:
@@ -45,11 +44,11 @@ def start_adapters(model: nn.Module, seed: int) -> None:
             if ".lora_A." in name:
                 _fill(parameter, uniform(file_name(name), parameter.shape, seed))
             elif ".lora_B." in name:
-                _local(parameter).zero_()
+                local(parameter).zero_()
             else:
                 layer = name.partition(".lora_magnitude_vector.")[0]
                 _start_magnitude(parameter, modules[layer])
-                together(partial(_check_magnitude, layer, _local(parameter)))
+                together(partial(_check_magnitude, layer, local(parameter)))
 
 
 def uniform(name: str, shape: torch.Size, seed: int) -> Tensor:
@@ -66,10 +65,9 @@ def _start_magnitude(magnitude: Tensor, layer: Any) -> None:
     """
     weight = layer.get_base_layer().weight.detach()
     if layer.fan_in_fan_out:  # a Conv1D's weight is (inputs, outputs): each rank holds some inputs of every output
-        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
-        _fill(magnitude, _norms(whole.T))
+        _fill(magnitude, _norms(whole(weight).T))
     else:
-        _local(magnitude).copy_(_norms(_local(weight)))
+        local(magnitude).copy_(_norms(local(weight)))
 
 
 def _check_magnitude(layer: str, magnitude: Tensor) -> None:
@@ -85,14 +83,9 @@ def _norms(weight: Tensor) -> Tensor:
     return norms
 
 
-def _local(parameter: Tensor) -> Tensor:
-    """Returns this rank's rows."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
-
-
-def _fill(parameter: Tensor, whole: Tensor) -> None:
+def _fill(parameter: Tensor, values: Tensor) -> None:
     """Copies this rank's rows of a whole tensor."""
-    _local(parameter).copy_(whole[own_rows(parameter)])
+    local(parameter).copy_(values[own_rows(parameter)])
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -123,12 +116,8 @@ def check_adapters(model: nn.Module, folder: Path) -> None:
 
 
 def _check_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            shapes = {plain_name(name): tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (SafetensorError, OSError) as failure:
-        raise UserError(str(path), f"not a readable safetensors file: {failure}") from failure
-    _check(path, shapes, tensors)
+    with opened(path) as file:
+        _slices(path, file, tensors)
 
 
 def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -141,20 +130,22 @@ def _read(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: the file is not readable, or has other tensors.
     """
-    try:
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            stored = {plain_name(name): file.get_slice(name) for name in file.keys()}
-            _check(path, {name: tuple(part.get_shape()) for name, part in stored.items()}, tensors)
-            filled = dict[Tensor, str]()
-            for name in sorted(stored):
-                own = stored[name][own_rows(tensors[name])].to(tensors[name].dtype)
-                first = filled.setdefault(tensors[name], name)
-                if first == name:
-                    _local(tensors[name]).copy_(own)
-                elif not torch.equal(_local(tensors[name]), own):
-                    raise UserError(str(path), f"{name} differs from {first}, which the model ties to it")
-    except (SafetensorError, OSError) as failure:
-        raise UserError(str(path), f"not a readable safetensors file: {failure}") from failure
+    with opened(path) as file, torch.no_grad():
+        stored, filled = _slices(path, file, tensors), dict[Tensor, str]()
+        for name in sorted(stored):
+            own = stored[name][own_rows(tensors[name])].to(tensors[name].dtype)
+            first = filled.setdefault(tensors[name], name)
+            if first == name:
+                local(tensors[name]).copy_(own)
+            elif not torch.equal(local(tensors[name]), own):
+                raise UserError(str(path), f"{name} differs from {first}, which the model ties to it")
+
+
+def _slices(path: Path, file: Any, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Returns the slices of a file's tensors by name. Raises UserError where they are not those of the adapters."""
+    stored = {plain_name(name): file.get_slice(name) for name in file.keys()}
+    _check(path, {name: tuple(part.get_shape()) for name, part in stored.items()}, tensors)
+    return stored
 
 
 def _check(path: Path, stored: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor]) -> None:
@@ -191,7 +182,8 @@ def start_hash(base_hash: str, spec: AdapterSpec) -> str:
     base_hash = stored_hash(base_hash, spec)
     if spec.folder is None:
         return base_hash
-    tensors = _load(spec.folder / ADAPTER_TENSORS)
+    with opened(spec.folder / ADAPTER_TENSORS) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if all(".lora_" in name and (".lora_A" in name or not t.any()) for name, t in tensors.items()):
         return base_hash
     content = hashlib.sha256(f"{base_hash} {json.dumps(_factors(spec), sort_keys=True)}".encode())
@@ -212,10 +204,3 @@ def _factors(spec: AdapterSpec) -> dict[str, Any]:
         "rslora": spec.rslora,
         "dora": spec.dora,
     }
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as failure:
-        raise UserError(str(path), f"not a readable safetensors file: {failure}") from failure

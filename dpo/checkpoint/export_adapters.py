@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from dpo.adapters.names import written_name
@@ -17,6 +16,7 @@ from dpo.adapters.spec import ADAPTER
 from dpo.adapters.start import trained_tensors
 from dpo.base.files import write_file
 from dpo.distributed.collectives import on_main
+from dpo.distributed.shards import whole
 from dpo.distributed.world import World
 from dpo.hub.files import ADAPTER_CONFIG, ADAPTER_TENSORS
 from dpo.model.policy import Policy
@@ -46,8 +46,8 @@ FORM = {"format": "pt"}
 
 def _whole(tensor: Tensor, dtype: torch.dtype, world: World) -> Tensor | None:
     """Returns a whole tensor in host memory on rank 0, None on others. Every rank must get here, or the rest hang."""
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().to("cpu", dtype, copy=True) if world.is_main else None
+    gathered = whole(tensor).detach()
+    return gathered.to("cpu", dtype, copy=True) if world.is_main else None
 
 
 def num_bytes(model: nn.Module, dtype: torch.dtype) -> int:

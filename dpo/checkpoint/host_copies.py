@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from dpo.distributed.shards import local
 
 
 class HostCopies:
@@ -69,7 +70,7 @@ class HostCopies:
             return [self._copy(value, f"{path}/{number}", done) for number, value in enumerate(part)]
         if not isinstance(part, Tensor):
             return part
-        source = _local(part)
+        source = local(part)
         key = (source.data_ptr(), part.shape)
         if key in done:
             return done[key]
@@ -77,11 +78,7 @@ class HostCopies:
         if copy is None or copy.shape != part.shape or copy.dtype != part.dtype:
             pinned = source.is_cuda and source.numel() > 0
             copy = self.buffers[path] = torch.empty_like(part, device="cpu", pin_memory=pinned)
-        _local(copy).copy_(source, non_blocking=True)
+        local(copy).copy_(source, non_blocking=True)
         if source.numel():
             done[key] = copy
         return copy
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dpo.distributed.collectives import together
+from dpo.distributed.shards import local
 
 
 def fill_copies(tensors: Collection[Tensor], read: Callable[[dist.ProcessGroup | None], None]) -> None:
@@ -42,6 +43,6 @@ def fill_copies(tensors: Collection[Tensor], read: Callable[[dist.ProcessGroup |
     together(lambda: read(mesh.get_group("shard")) if is_first else None)
     across = mesh.get_group("replicate")
     for tensor in tensors:
-        shard = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        shard = local(tensor)
         if shard.numel():  # the last ranks may have no rows of a small tensor
             dist.broadcast(shard, dist.get_global_rank(across, 0), group=across)

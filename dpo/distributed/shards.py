@@ -10,6 +10,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Returns the rows of a tensor that this rank holds; a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Returns a whole tensor, gathered from all ranks, every one of which must get here; a plain tensor itself."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def own_rows(tensor: Tensor) -> slice:
     """Returns the rows of the whole tensor that this rank holds; all of a plain tensor."""
     if not isinstance(tensor, DTensor):
@@ -23,5 +33,5 @@ def own_rows(tensor: Tensor) -> slice:
         num_rows = math.ceil(tensor.shape[0] / size)
         begin = min(rank * num_rows, tensor.shape[0])
         rows = slice(begin, min(begin + num_rows, tensor.shape[0]))
-    assert len(tensor.to_local()) == rows.stop - rows.start, (tensor.shape, tensor.placements, rows)
+    assert len(local(tensor)) == rows.stop - rows.start, (tensor.shape, tensor.placements, rows)
     return rows

@@ -13,8 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 from transformers import PretrainedConfig
 
 from dpo.adapters.choice import find_adapters
@@ -25,6 +24,7 @@ from dpo.batch.plan import StepPlan
 from dpo.batch.trees import Tree
 from dpo.config import Config, OptimConfig
 from dpo.distributed.collectives import all_gather, on_main
+from dpo.distributed.shards import local
 from dpo.distributed.world import World, make_mesh
 from dpo.doctor.model import free_on_device
 from dpo.doctor.parts import Failure, Finding, Part, Subject, agreed, attempt
@@ -151,7 +151,7 @@ def _timed(subject: Subject, config: Config, world: World) -> Timed:
         _forward_seconds(policy, packer.pack(plans[0])),
         peak_memory_bytes(world.device),
         _empty_seconds(policy, plans[0], packer, config) if world.device.type == "cpu" else None,
-        sum(_local(parameter).numel() for parameter in trained(policy.model.parameters())),
+        sum(local(parameter).numel() for parameter in trained(policy.model.parameters())),
         tuple(_updates(trained(policy.model.parameters()), config)),
     )
 
@@ -177,15 +177,11 @@ def random_policy(config: Config, model_config: PretrainedConfig, world: World) 
     stored = policy.model.state_dict()
     with torch.no_grad():
         for parameter in policy.model.parameters():
-            _local(parameter).normal_(0.0, 0.02)
+            local(parameter).normal_(0.0, 0.02)
         for name, buffer in policy.model.named_buffers():
             if name in stored:  # else `build_policy` has computed it
                 buffer.fill_(1)
     return policy
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _step_seconds(policy: Policy, packer: Packer, plans: Sequence[StepPlan], config: Config) -> tuple[float, ...]:
@@ -256,14 +252,14 @@ def _updates(parameters: Sequence[nn.Parameter], config: Config) -> Iterator[Upd
             seconds = [seconds_of(update, some[0].device) for _ in range(REPEATS + 1)][1:]
         except torch.OutOfMemoryError:
             continue
-        yield Updated(name, momentum > 0, sum(_local(p).numel() for p in some), min(seconds))
+        yield Updated(name, momentum > 0, sum(local(p).numel() for p in some), min(seconds))
     for parameter in some:
         parameter.grad = None
 
 
 def _first_of(parameters: Sequence[nn.Parameter], elements: int) -> list[nn.Parameter]:
     """Returns the first parameters, as many as have at most `elements` elements on this rank, at least one."""
-    ends = np.cumsum([_local(parameter).numel() for parameter in parameters])
+    ends = np.cumsum([local(parameter).numel() for parameter in parameters])
     return list(parameters[: max(1, int((ends <= elements).sum()))])
 
 

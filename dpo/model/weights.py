@@ -14,13 +14,13 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig
 
 from dpo.adapters.nf4_linear import NF4Linear
 from dpo.base.errors import UserError
 from dpo.distributed.collectives import all_gather, on_main, together
 from dpo.distributed.copies import fill_copies
+from dpo.distributed.shards import local
 from dpo.distributed.world import World
 from dpo.hub.files import INDEX, read_weight_map, stored_weights
 from dpo.model.matching import Names, StoredTensor, match
@@ -214,8 +214,7 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch
 
 def are_finite(tensors: Iterable[torch.Tensor]) -> bool:
     """Returns whether all elements of some tensors are finite; of a DTensor those of this rank's shard."""
-    shards = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
-    return all(bool(torch.isfinite(shard).all()) for shard in shards)
+    return all(bool(torch.isfinite(local(tensor)).all()) for tensor in tensors)
 
 
 def _assign_files(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from dpo.config import OptimConfig
+from dpo.distributed.shards import local
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
@@ -93,7 +94,7 @@ def square_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     the number of replicas.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    square = get_total_norm([_local(gradient) for gradient in gradients]).double().square()
+    square = get_total_norm([local(gradient) for gradient in gradients]).double().square()
     return square / _num_replicas(gradients)
 
 
@@ -111,10 +112,6 @@ def _replicas(tensor: Tensor) -> int:
     return math.prod(mesh.size(dim) for dim, placement in enumerate(placements) if placement.is_replicate())
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def clip_gradient(parameters: Iterable[nn.Parameter], norm: float, max_norm: float | None) -> None:
     """Scales the gradient so that its L2 norm is at most `max_norm`.
 
@@ -126,4 +123,4 @@ def clip_gradient(parameters: Iterable[nn.Parameter], norm: float, max_norm: flo
         max_norm: `optim.max_grad_norm`; None: no limit.
     """
     if max_norm is not None and norm > max_norm:
-        torch._foreach_mul_([_local(p.grad) for p in parameters if p.grad is not None], max_norm / norm)
+        torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], max_norm / norm)

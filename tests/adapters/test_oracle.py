@@ -4,10 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
@@ -27,13 +25,12 @@ from dpo.distributed.world import World, make_mesh
 from dpo.model.build import build_policy, load_weights, read_start
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy, announce_backward, completion_logps
-from dpo.pairs.pair_set import Pair
 from dpo.step.objective import pair_losses
-from tests.model.test_policy import rms_norm_without_cast, save_other
-from tests.support.models import FAMILIES, VOCAB, plain_logp, save_model
+from tests.model.test_policy import BETA, plain_step, ref_logp, rms_norm_without_cast, save_other, some_pairs
+from tests.support.models import FAMILIES, plain_logp, save_model
 from tests.support.peft_models import plain_peft, save_adapter, spec_of
 
-BETA, TOLERANCE = 0.5, 1e-9
+TOLERANCE = 1e-9
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +49,6 @@ def _no_casts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gemma_norm_without_cast(self: Any, hidden: Tensor) -> Tensor:
     return hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps) * (1.0 + self.weight)
-
-
-def some_pairs() -> list[Pair]:
-    """Five pairs on two prompts: shared prompts, shared completions, one pair twice, a completion of one token."""
-    rng = np.random.default_rng(5)
-    p, q, a, b, c, d, e = (rng.integers(3, VOCAB, n).astype(np.int32) for n in (9, 17, 5, 14, 1, 8, 3))
-    return [Pair(p, a, b), Pair(p, c, a), Pair(q, d, e), Pair(p, a, b), Pair(p, b, c)]
-
-
-def ref_logp(prompt_ids: np.ndarray, completion_ids: np.ndarray) -> float:
-    return -4.0 * len(completion_ids)
 
 
 def load(world: World, folder: Path, spec: AdapterSpec, dtype: str = "float64", **parallel: Any) -> Policy:
@@ -93,16 +79,8 @@ def run(policy: Policy, budget: int = 1) -> tuple[dict[bytes, Tensor], dict[str,
 
 
 def oracle(model: Any) -> tuple[dict[bytes, Tensor], dict[str, Tensor]]:
-    """The same, pair by pair and completion by completion: -log sigmoid(beta h), averaged over the pairs."""
-    logps, losses = {}, []
-    for pair in some_pairs():
-        ratios = []
-        for ids in (pair.chosen_ids, pair.rejected_ids):
-            logp = plain_logp(model, pair.prompt_ids, ids)
-            logps[pair.prompt_ids.tobytes() + b"|" + ids.tobytes()] = logp.detach()
-            ratios.append(logp - ref_logp(pair.prompt_ids, ids))
-        losses.append(-F.logsigmoid(BETA * (ratios[0] - ratios[1])))
-    torch.stack(losses).mean().backward()
+    """The same of peft's model, pair by pair and completion by completion."""
+    logps = plain_step(model)
     inner = model.base_model.model.named_parameters()
     return logps, {file_name(name): p.grad for name, p in inner if p.requires_grad}
 

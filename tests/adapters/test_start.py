@@ -32,7 +32,7 @@ from dpo.model.model_config import read_model_config
 from dpo.model.parallelize import decoder_layers
 from dpo.model.policy import Policy, completion_logps
 from dpo.step.optim import make_optimizer
-from tests.adapters.test_oracle import ref_logp, some_pairs
+from tests.model.test_policy import ref_logp, some_pairs
 from tests.support.models import save_model
 from tests.support.peft_models import save_adapter, spec_of
 

@@ -25,7 +25,15 @@ from dpo.config import Config, SourceConfig
 from dpo.distributed.startup import open_world, start_devices
 from dpo.hub.files import ADAPTER_CONFIG, ADAPTER_TENSORS
 from dpo.model.build import load_policy, read_start
-from tests.support.adapters import KINDS, adapter_config, adapter_run, name_of, pair_logps, recorded_logps, rows_of
+from tests.support.adapters import (
+    KINDS,
+    adapter_config,
+    name_of,
+    pair_logps,
+    recorded_logps,
+    rows_of,
+    run_maker,
+)
 from tests.support.data_fixtures import CHAT_TEMPLATE, make_tokenizer, write_jsonl
 from tests.support.models import save_model
 from tests.support.runs import changed, exit_code, run
@@ -42,16 +50,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """Trains a run of a kind once; gives its model and its run folder."""
-    root, made = tmp_path_factory.mktemp("adapters"), dict[str, tuple[Path, Path]]()
-
-    def find(family: str, **keys: Any) -> tuple[Path, Path]:
-        name = name_of(family, keys)
-        if name not in made:
-            made[name] = adapter_run(root / name, family, **keys)
-        return made[name]
-
-    return find
+    return run_maker(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -1,7 +1,6 @@
 """Checkpoints of runs with adapters: what they hold, that a run goes on from them, and what must not change."""
 
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -15,8 +14,7 @@ from dpo.checkpoint.folders import checkpoint_path
 from dpo.checkpoint.metadata import open_reader
 from dpo.config import Config
 from dpo.hub.files import ADAPTER_TENSORS
-from dpo.train import loop
-from tests.faults.worlds import SECONDS, start_world
+from tests.faults.worlds import SECONDS, dies_in_step_4, start_world
 from tests.support.models import save_model
 from tests.support.peft_models import save_adapter
 from tests.support.ranks import Ranks
@@ -103,18 +101,6 @@ def test_an_interrupted_run_goes_on_to_the_last_bit(kind: str, tmp_path: Path) -
     parts = run_until(config_of(root, tmp_path / "parts", **changes), 4)
     assert run(config_of(root, parts, **changes)) == parts
     assert same_run(whole, parts)
-
-
-def dies_in_step_4(rank: int) -> None:
-    """Has rank 1 kill itself, as `kill -9` would, in the middle of a run."""
-    step_of_a_run = loop._step
-
-    def die(run: Any, number: int, *others: Any) -> Any:
-        if number == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step_of_a_run(run, number, *others)
-
-    loop._step = die if rank == 1 else step_of_a_run
 
 
 def test_killed_while_it_trains(root: Path, tmp_path: Path) -> None:

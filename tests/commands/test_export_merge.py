@@ -23,7 +23,15 @@ from dpo.config.keys import KEYS
 from dpo.export import program as export
 from dpo.hub.files import ADAPTER_CONFIG, ADAPTER_TENSORS
 from dpo.run.identity import NO_ADAPTERS, adapter_facts, recorded_adapters
-from tests.support.adapters import KINDS, adapter_config, adapter_run, name_of, pair_logps, recorded_logps, rows_of
+from tests.support.adapters import (
+    KINDS,
+    adapter_config,
+    name_of,
+    pair_logps,
+    recorded_logps,
+    rows_of,
+    run_maker,
+)
 from tests.support.models import plain_model, save_model
 from tests.support.ranks import Ranks
 from tests.support.runs import error_lines, exit_code_of, run, weights_of
@@ -36,16 +44,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Path]]:
-    """Trains a run of a kind once; gives its model and its run folder."""
-    root, made = tmp_path_factory.mktemp("merged"), dict[str, tuple[Path, Path]]()
-
-    def find(family: str, **keys: Any) -> tuple[Path, Path]:
-        name = name_of(family, keys)
-        if name not in made:
-            made[name] = adapter_run(root / name, family, **keys)
-        return made[name]
-
-    return find
+    return run_maker(tmp_path_factory.mktemp("merged"))
 
 
 def run_export(*words: object) -> int:

@@ -3,15 +3,18 @@ costs no imports. For the storms of this folder and of tests/bench; nothing here
 """
 
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from dpo.config import Config
 from dpo.run_folder.files import METRICS, read_metrics
+from dpo.train import loop
 from tests.support.processes import start
 from tests.surroundings import spare_the_disk
 
@@ -91,6 +94,18 @@ def _run_rank(config: Config, env: dict[str, str], stderr: Path, arrange: Callab
     spare_the_disk()
     arrange(int(env["RANK"]))
     exit_program(lambda: run_training(config), AFTER_TRAINING)
+
+
+def dies_in_step_4(rank: int) -> None:
+    """Has rank 1 kill itself, as `kill -9` would, in the middle of a run."""
+    step_of_a_run = loop._step
+
+    def die(run: Any, number: int, *others: Any) -> Any:
+        if number == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step_of_a_run(run, number, *others)
+
+    loop._step = die if rank == 1 else step_of_a_run
 
 
 def last_step(run_dir: Path) -> int:

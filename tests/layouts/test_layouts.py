@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dpo.train.program import run_training
+from tests.support.golden import assert_trajectory, golden_config
 from tests.support.models import save_model, save_pairs
 from tests.support.ranks import Ranks
 from tests.support.runs import eval_lines, make_config, train_lines, without_clock, worst_relative
@@ -120,30 +121,6 @@ def test_the_peers_trajectory(ranks: Ranks, name: str, size: int, shared_data: P
     |x - x*| <= 3e-4 |x*| + 1e-4; accuracies from step 2 where there is a reference, since at step 1 every
     reward is then a tie up to rounding.
     """
-    folder = shared_data / "golden-trl"
-    steps = golden_steps(folder, name)
-    config = make_config(
-        shared_data / "stories260K",
-        folder / "pairs.jsonl",
-        tmp_path / "run",
-        data__max_length=None,
-        data__max_prompt_length=None,
-        data__order="sequential",
-        batch__pairs_per_step=8,
-        optim__name="adamw",
-        optim__lr=1e-3,
-        optim__warmup_steps=0,
-        optim__max_grad_norm=None,
-        train__epochs=2,
-        **GOLDENS[name],
-    )
-    ranks(size, run_training, config)
-    lines = train_lines(tmp_path / "run")
-    assert len(lines) == len(steps) == 16
-    compared = steps[0].keys() - {"step"}
-    assert compared >= {"loss", "grad_norm", "rewards/chosen", "rewards/rejected", "rewards/margins"}
-    for line, expected in zip(lines, steps, strict=True):
-        ties = {"rewards/accuracies"} if expected["step"] == 1 and name != "simpo" else set()
-        for metric in compared - ties:
-            value = expected[metric]
-            assert abs(line[f"train/{metric}"] - value) <= 3e-4 * abs(value) + 1e-4, (expected["step"], metric)
+    steps = golden_steps(shared_data / "golden-trl", name)
+    ranks(size, run_training, golden_config(shared_data, tmp_path / "run", 1e-3, **GOLDENS[name]))
+    assert_trajectory(train_lines(tmp_path / "run"), steps, begins_with_ties=name != "simpo")

@@ -1,7 +1,5 @@
 """A frozen base of four bits on 1 to 4 real processes: bytes, gradients against peft, whole runs, resumed runs."""
 
-import os
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,8 @@ from dpo.model.build import build_policy, load_policy, load_weights
 from dpo.model.model_config import read_model_config
 from dpo.model.policy import Policy
 from dpo.reference.program import fill_alone
-from dpo.train import loop
 from dpo.train.program import run_training
-from tests.faults.worlds import SECONDS, start_world
+from tests.faults.worlds import SECONDS, dies_in_step_4, start_world
 from tests.layouts.test_lora import FIGURES, LAYOUTS, assert_step, plain_step, steps
 from tests.support.models import FAMILIES, plain_logp, plain_model, save_model, save_pairs
 from tests.support.nf4 import dequantized_base
@@ -236,18 +233,6 @@ def test_a_killed_run_goes_on_to_the_last_bit(tmp_path: Path) -> None:
     assert len(one) == 6 and one == two
     one, two = ((root / name / "final" / "adapter_model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert one == two
-
-
-def dies_in_step_4(rank: int) -> None:
-    """Has rank 1 kill itself, as `kill -9` would, in the middle of a run."""
-    step_of_a_run = loop._step
-
-    def die(run: Any, number: int, *others: Any) -> Any:
-        if number == 4:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return step_of_a_run(run, number, *others)
-
-    loop._step = die if rank == 1 else step_of_a_run
 
 
 def test_the_form_of_the_base_must_be_the_same_on_resume(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

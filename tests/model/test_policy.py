@@ -102,8 +102,17 @@ def run(
 
 
 def oracle(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[dict[bytes, Tensor], dict[str, Tensor]]:
-    """The same, pair by pair and completion by completion: -log sigmoid(beta h), averaged over the pairs."""
-    model, logps, losses = plain_model(folder, dtype), {}, []
+    """The same of a plain model."""
+    model = plain_model(folder, dtype)
+    logps = plain_step(model)
+    return logps, {name: p.grad for name, p in model.named_parameters()}
+
+
+def plain_step(model: Any) -> dict[bytes, Tensor]:
+    """The log-probabilities, pair by pair and completion by completion; and the gradient of -log sigmoid(beta h),
+    averaged over the pairs, in the parameters.
+    """
+    logps, losses = {}, []
     for pair in some_pairs():
         ratios = []
         for ids in (pair.chosen_ids, pair.rejected_ids):
@@ -112,7 +121,7 @@ def oracle(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[dict[bytes
             ratios.append(logp - ref_logp(pair.prompt_ids, ids))
         losses.append(-F.logsigmoid(BETA * (ratios[0] - ratios[1])))
     torch.stack(losses).mean().backward()
-    return logps, {name: p.grad for name, p in model.named_parameters()}
+    return logps
 
 
 def assert_equal(found: Any, wanted: Any, tolerance: float) -> None:

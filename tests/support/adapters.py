@@ -1,7 +1,7 @@
 """Small runs with adapters of every kind, and the log-probabilities of their evaluation pairs by plain models."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,19 @@ def adapter_run(root: Path, family: str, **keys: Any) -> tuple[Path, Path]:
     root.mkdir(parents=True, exist_ok=True)
     model = save_model(root / "model", family)
     return model, run(adapter_config(model, root / "run", **keys))
+
+
+def run_maker(root: Path) -> Callable[..., tuple[Path, Path]]:
+    """A function that trains a run of a kind once, in `root`, and gives its model and its run folder."""
+    made = dict[str, tuple[Path, Path]]()
+
+    def find(family: str, **keys: Any) -> tuple[Path, Path]:
+        name = name_of(family, keys)
+        if name not in made:
+            made[name] = adapter_run(root / name, family, **keys)
+        return made[name]
+
+    return find
 
 
 def adapter_config(model: Path, run_dir: Path, **keys: Any) -> Config:
