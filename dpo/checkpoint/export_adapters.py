@@ -22,15 +22,17 @@ from dpo.hub.files import ADAPTER_CONFIG, ADAPTER_TENSORS
 from dpo.model.policy import Policy
 from dpo.watch.failures import storage_errors
 
+FORM = {"format": "pt"}
+"""The metadata of a file of tensors, without which some readers refuse it."""
+
 
 def save_adapters(folder: Path, policy: Policy, dtype: torch.dtype, world: World) -> None:
     """Writes what is trained, in `dtype`. Every rank must get here, or the rest hang.
 
     Raises RunError, on every rank, where rank 0 cannot write.
     """
-    tensors = {name: _whole(tensor, dtype, world) for name, tensor in trained_tensors(policy.model).items()}
-    own = {written_name(name): whole for name, whole in tensors.items() if whole is not None}
-
+    tensors = {name: _on_main(tensor, dtype, world) for name, tensor in trained_tensors(policy.model).items()}
+    own = {written_name(name): tensor for name, tensor in tensors.items() if tensor is not None}
     quantize = policy.adapters.quantize if policy.adapters else None
 
     def save() -> None:
@@ -40,11 +42,7 @@ def save_adapters(folder: Path, policy: Policy, dtype: torch.dtype, world: World
     on_main(world, save)
 
 
-FORM = {"format": "pt"}
-"""The metadata of a file of tensors, without which some readers refuse it."""
-
-
-def _whole(tensor: Tensor, dtype: torch.dtype, world: World) -> Tensor | None:
+def _on_main(tensor: Tensor, dtype: torch.dtype, world: World) -> Tensor | None:
     """Returns a whole tensor in host memory on rank 0, None on others. Every rank must get here, or the rest hang."""
     gathered = whole(tensor).detach()
     return gathered.to("cpu", dtype, copy=True) if world.is_main else None

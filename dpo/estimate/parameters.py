@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from dpo.adapters.choice import find_adapters
+from dpo.adapters.inject import inject
 from dpo.adapters.names import is_of_adapter
 from dpo.adapters.spec import AdapterSpec
 from dpo.batch.costs import CostModel, Trained, cost_model
@@ -56,7 +57,7 @@ def groups_of(config: Config, model_config: PretrainedConfig, num_ranks: int) ->
         model = build_on_meta(few, getattr(torch, config.model.dtype), config.model.trust_remote_code)
         groups = parameter_groups(model, decoder_layers(model), shard)
         return Groups((groups.layers[-1],) * depth, groups.root)
-    model = _of_one_dtype(config, model_config)
+    model = _of_one_dtype(config, model_config, adapters)
     stored = model_of(config, model_config) if adapters.quantize else model
     groups = parameter_groups(stored, decoder_layers(stored), shard)
     return replace(groups, trained=_trained_of(model, adapters))
@@ -76,16 +77,17 @@ def trained_of(config: Config, model_config: PretrainedConfig) -> Trained:
         UserError: the model cannot be trained exactly.
     """
     adapters = find_adapters(config)
-    return Trained() if adapters is None else _trained_of(_of_one_dtype(config, model_config), adapters)
+    return Trained() if adapters is None else _trained_of(_of_one_dtype(config, model_config, adapters), adapters)
 
 
-def _of_one_dtype(config: Config, model_config: PretrainedConfig) -> PreTrainedModel:
+def _of_one_dtype(config: Config, model_config: PretrainedConfig, adapters: AdapterSpec) -> PreTrainedModel:
     """Returns the whole model, with its adapters, on the meta device. Its frozen weights have the dtype of the trained
     ones, since no FSDP converts them here, and none is quantized: its products have the same FLOPs.
     """
-    dtype: Any = config.model.dtype
-    parallel, lora = replace(config.parallel, compute_dtype=dtype), replace(config.lora, quantize=None)
-    return model_of(replace(config, parallel=parallel, lora=lora), model_config)
+    dtype = getattr(torch, config.model.dtype)
+    model = build_on_meta(model_config, dtype, config.model.trust_remote_code)
+    inject(model, replace(adapters, quantize=None), dtype, dtype)
+    return model
 
 
 def _trained_of(model: PreTrainedModel, adapters: AdapterSpec) -> Trained:

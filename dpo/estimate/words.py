@@ -7,6 +7,7 @@ from textwrap import wrap
 import torch
 from transformers import PretrainedConfig
 
+from dpo.adapters.choice import find_adapters
 from dpo.base.units import shown_bytes, shown_seconds
 from dpo.config import Config
 from dpo.estimate.changes import Change
@@ -92,7 +93,8 @@ def _dtypes(estimate: Estimate) -> str:
     if estimate.groups.reduced is None:
         return f"{compute} compute over {master} weights"
     count = shown_count(estimate.groups.num_reduced)
-    quantized = f"{estimate.config.lora.quantize} and " if estimate.groups.num_packed else ""
+    adapters = find_adapters(estimate.config)
+    quantized = f"{adapters.quantize} and " if adapters and adapters.quantize else ""
     return f"{count} parameters of adapters are trained, in {master}, the others frozen, in {quantized}{compute}"
 
 

@@ -172,6 +172,20 @@ def test_any_ranks_give_one_trajectory_from_the_quantized_reference(ranks: Ranks
         assert len(lines) == 4 and worst_relative(one, lines, FIGURES) <= 1e-5, (size, keys)
 
 
+def test_adapters_go_on_with_the_base_that_they_were_trained_on(
+    ranks: Ranks, root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What final/ says of its base counts where the config says nothing: the memory is estimated, though no adapter is
+    in the upper layer, and the reference is the start, quantized too.
+    """
+    first = start(ranks, root, 1, lora__target_modules=r".*layers\.0\..*proj", **ADAPTERS)
+    lines = train_lines(start(ranks, root, 1, lora__path=str(first / "final")))
+    assert lines[0]["train/loss"] == pytest.approx(np.log(2), abs=1e-6)
+    told = train_lines(start(ranks, root, 1, lora__path=str(first / "final"), lora__quantize="nf4"))
+    assert without_clock(lines) == without_clock(told)
+    assert "the estimate failed" not in capfd.readouterr().err
+
+
 def test_no_row_is_shared_with_the_base_that_is_not_quantized(ranks: Ranks, root: Path) -> None:
     """The first run of each kind computes all rows, also those of the other; the next ones of its kind none."""
 
